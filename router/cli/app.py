@@ -17,6 +17,7 @@ from router.cli.common import exit_codes, write
 from router.cli.config import check, config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
+from router.cli.evaluate import evaluate
 from router.cli.fit import fit
 from router.cli.generate import generate
 from router.cli.load import load, placement, rebalance
@@ -69,6 +70,6 @@ def _options(
 
 _SERVING = (serve, generate, chat, predict, status, load, placement)
 _CHANGING = (rebalance, scale, drain, copies)
-for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor, train, fit, convert):
+for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor, train, fit, convert, evaluate):
     app.command()(_command)
 app.add_typer(config, name="config")

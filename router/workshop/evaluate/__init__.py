@@ -1,0 +1,1 @@
+"""Scores a served folder, or a served model over the API, on texts and questions."""

@@ -1,0 +1,85 @@
+"""A served model, asked over the API for the log probabilities of prompts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from router.client import Client, ModelInfo, Reply, Sampling
+from router.client.wire import first_model
+from router.gateway.tokenizer import Tokenizer
+from router.workshop.evaluate.scores import Ids, Scored, TokenizerMisfitError, check_ids
+
+AT_ONCE = 8
+"""The requests under way; a router computes them together."""
+_ASKED = Sampling(max_tokens=0, prompt_logprobs=0, temperature=0.0)
+_MOST_TOKENS_OF_A_CHARACTER = 8
+_SAME = 0.01
+"""Far more than devices round, and far less than other tokens differ by."""
+
+
+class ServedModel:
+    """A model behind a gateway as a :class:`router.workshop.evaluate.scores.Scorer`.
+
+    Its methods raise what the client raises.
+    """
+
+    def __init__(self, client: Client, model: str, timeout_s: float) -> None:
+        """``model`` is its id; empty for the first that is served."""
+        self._client = client
+        self._timeout_s = timeout_s
+        self.info: ModelInfo = first_model(client.model_info(model))
+
+    @property
+    def vocab_size(self) -> int:
+        """See :class:`Scorer`."""
+        return self.info.vocab_size
+
+    @property
+    def context(self) -> int:
+        """See :class:`Scorer`."""
+        return self.info.max_model_len
+
+    def check_tokenizer(self, tokenizer: Tokenizer, text: str, where: str) -> None:
+        """Raise :class:`TokenizerMisfitError` where the server makes other ids of a text.
+
+        The server scores the beginning of the text, and our ids of it: other ids have other log
+        probabilities.
+        """
+        sample = text[: self.context // _MOST_TOKENS_OF_A_CHARACTER]
+        ids = tokenizer.encode(sample)
+        check_ids(ids, self.vocab_size, where)
+        ours, theirs = (_scored(self._ask(each, _ASKED)).logprobs for each in (ids, sample))
+        if len(ours) != len(theirs) or np.abs(ours - theirs).max(initial=0) > _SAME:
+            raise TokenizerMisfitError(
+                f"the tokenizer does not fit: {self.info.id} makes other tokens of a text", where
+            )
+
+    def score(self, prompts: Iterable[Ids]) -> Iterator[Scored]:
+        """See :class:`Scorer`; asks for several prompts at once."""
+        under_way: deque[Future[Reply]] = deque()
+        with ThreadPoolExecutor(AT_ONCE, "evaluate") as pool:
+            try:
+                for ids in prompts:
+                    under_way.append(pool.submit(self._ask, ids, _ASKED))
+                    if len(under_way) > AT_ONCE:
+                        yield _scored(under_way.popleft().result())
+                while under_way:
+                    yield _scored(under_way.popleft().result())
+            finally:
+                for future in under_way:
+                    future.cancel()
+
+    def _ask(self, prompt: str | Ids, sampling: Sampling) -> Reply:
+        replies = self._client.generate(
+            prompt, sampling, model=self.info.id, timeout_s=self._timeout_s
+        )
+        return replies[0]
+
+
+def _scored(reply: Reply) -> Scored:
+    rows = [row.logprob for row in reply.prompt_logprobs if row is not None]
+    return Scored(np.array(rows), exact=reply.exact)

@@ -1,0 +1,179 @@
+"""Perplexity of a folder and of a served model against transformers, by text and by expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+
+from router.gateway.tokenizer import Tokenizer
+from router.workshop.evaluate import texts
+from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
+from router.workshop.evaluate.texts import TextReader, beginning
+from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import SAVERS
+from tests.local_cluster import LocalCluster
+from tests.local_gateway import LocalGateway
+from tests.unit.gateway_fakes import serve_grpc
+
+FAMILIES: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, **SAVERS}
+WORDS = ("the", "quick", "brown fox", "jumps over", "a", "dog — and", "things:", "中文 ünter", "42")
+LENGTH = 40
+TINY = Path(__file__).parents[5] / "deploy" / "models" / "mesh-tiny"
+
+
+def text_of(seed: int, num_lines: int = 12) -> str:
+    source = np.random.default_rng(seed)
+    return "".join(" ".join(source.choice(WORDS, 9)) + "\n" for _ in range(num_lines))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    written = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for seed, path in enumerate(written):
+        path.write_text(text_of(seed), encoding="utf-8")
+    return written
+
+
+def quiet(name: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def evaluated(folder: Path, paths: list[Path], served: Served | None = None) -> Evaluation:
+    return evaluate(folder, Task(paths, [], LENGTH), served, quiet)
+
+
+def sequences_of(folder: Path, path: Path) -> list[list[int]]:
+    """Cut a text as the documentation says, by transformers' tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    text = path.read_text(encoding="utf-8")
+    start = tokenizer("")["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    window = LENGTH - len(start)
+    return [
+        [*start, *ids[begin : begin + window]] for begin in range(0, len(ids) - window + 1, window)
+    ]
+
+
+def nats_of(model: Any, sequences: list[list[int]]) -> torch.Tensor:
+    """Return the nats of all tokens but the first of each sequence, [sequences, LENGTH - 1]."""
+    ids = torch.tensor(sequences)
+    with torch.inference_mode():
+        logprobs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    return -logprobs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_has_transformers_perplexity(
+    tmp_path: Path, paths: list[Path], family: str
+) -> None:
+    model = FAMILIES[family](tmp_path / "model")
+    found = evaluated(tmp_path / "model", paths)
+    nats = []
+    for path in paths:
+        nats.append(nats_of(model, sequences_of(tmp_path / "model", path)))
+        figures = found.texts[path.name]
+        assert (figures.sequences, figures.tokens) == (len(nats[-1]), nats[-1].numel())
+        assert figures.nats == pytest.approx(nats[-1].sum().item(), rel=1e-5)
+        assert figures.perplexity == pytest.approx(math.exp(nats[-1].mean().item()), rel=1e-5)
+        assert figures.exact
+    assert found.all_texts is not None
+    assert found.all_texts.perplexity == pytest.approx(
+        math.exp(torch.cat(nats).mean().item()), rel=1e-5
+    )
+
+
+def test_a_served_model_has_the_folders_perplexity(tmp_path: Path, paths: list[Path]) -> None:
+    folder = tmp_path / "model"
+    save_mixtral(folder)
+    expected = evaluated(folder, paths)
+    cluster = LocalCluster(folder, identity="one")
+    with serve_grpc(LocalGateway(folder, cluster)) as address:
+        found = evaluated(folder, paths, Served(address, "", 30.0))
+    cluster.close()
+    assert found.model == "m"
+    for name, figures in found.texts.items():
+        assert figures.nats == pytest.approx(expected.texts[name].nats, rel=1e-7)
+        assert figures.tokens == expected.texts[name].tokens
+        assert figures.experts == []
+
+
+def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(
+    paths: list[Path],
+) -> None:
+    model = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    sequences = sequences_of(TINY, paths[0])
+    assert sequences[0][0] == model.config.bos_token_id
+    found = evaluated(TINY, paths[:1]).texts["one.txt"]
+    assert found.perplexity == pytest.approx(
+        math.exp(nats_of(model, sequences).mean().item()), rel=1e-4
+    )
+
+
+def test_experts_have_the_shares_and_the_perplexity_of_their_tokens(
+    tmp_path: Path, paths: list[Path]
+) -> None:
+    folder = tmp_path / "model"
+    model = save_mixtral(folder)
+    found = evaluated(folder, paths[:1]).texts["one.txt"]
+    sequences = sequences_of(folder, paths[0])
+    nats = nats_of(model, sequences)
+    taken = np.zeros((3, 8), int)
+    lost = np.zeros((3, 8))
+    for sequence, row in zip(sequences, nats, strict=True):
+        with torch.inference_mode():
+            output = model(
+                input_ids=torch.tensor([sequence]), use_cache=False, output_router_logits=True
+            )
+        for layer, logits in enumerate(output.router_logits):
+            for place, experts in enumerate(logits[:-1].topk(2).indices.tolist()):
+                for expert in experts:
+                    taken[layer, expert] += 1
+                    lost[layer, expert] += row[place].item()
+    assert [use.layer for use in found.experts] == [0, 1, 2]
+    for layer, use in enumerate(found.experts):
+        assert use.shares == pytest.approx((taken[layer] / taken[layer].sum()).tolist())
+        expected = [
+            math.exp(nats / count) if count else None
+            for nats, count in zip(lost[layer], taken[layer], strict=True)
+        ]
+        assert [value is None for value in use.perplexity] == [v is None for v in expected]
+        assert [v for v in use.perplexity if v] == pytest.approx([v for v in expected if v], 1e-4)
+
+
+def test_a_prompt_alone_has_the_same_numbers_as_one_among_others(
+    tmp_path: Path, paths: list[Path]
+) -> None:
+    folder = tmp_path / "model"
+    save_mixtral(folder)
+    both = evaluated(folder, paths)
+    alone = evaluated(folder, paths[1:])
+    assert alone.texts["two.txt"] == both.texts["two.txt"]
+
+
+def test_a_text_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    save_mixtral(folder)
+    tokenizer = Tokenizer.load(str(folder))
+    path = tmp_path / "long.txt"
+    path.write_text(text_of(3, 40), encoding="utf-8")
+    whole = list(TextReader(tokenizer, 320, LENGTH).sequences(path, lambda count: None))
+    monkeypatch.setattr(texts, "BLOCK_CHARS", 50)
+    read: list[int] = []
+    stream = TextReader(tokenizer, 320, LENGTH).sequences(path, read.append)
+    assert next(stream) == whole[0]
+    assert sum(read) < path.stat().st_size / 2
+    assert [whole[0], *stream] == whole
+    assert sum(read) == path.stat().st_size
+
+
+def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> None:
+    save_mixtral(tmp_path)
+    assert beginning(Tokenizer.load(str(tmp_path))) == []
+    assert beginning(Tokenizer.load(str(TINY))) == [0]
