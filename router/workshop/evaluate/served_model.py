@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from cluster.errors import OverloadedError
 from router.client import Client, ModelInfo, Reply, Sampling
 from router.client.wire import first_model
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.evaluate.scores import Ids, Scored, TokenizerMisfitError, check_ids
 
+LEAST_LEFT_S = 0.001
 AT_ONCE = 8
 """The requests under way; a router computes them together."""
 _ASKED = Sampling(max_tokens=0, prompt_logprobs=0, temperature=0.0)
@@ -74,10 +77,19 @@ class ServedModel:
                     future.cancel()
 
     def _ask(self, prompt: str | Ids, sampling: Sampling) -> Reply:
-        replies = self._client.generate(
-            prompt, sampling, model=self.info.id, timeout_s=self._timeout_s
-        )
-        return replies[0]
+        """Return the reply; a server that is full is asked again until the deadline."""
+        until_s = time.monotonic() + self._timeout_s
+        while True:
+            left_s = max(until_s - time.monotonic(), LEAST_LEFT_S)
+            try:
+                return self._client.generate(
+                    prompt, sampling, model=self.info.id, timeout_s=left_s
+                )[0]
+            except OverloadedError as error:
+                retry_after_s = error.retry_after_s
+                if retry_after_s is None or time.monotonic() + retry_after_s > until_s:
+                    raise
+                time.sleep(retry_after_s)
 
 
 def _scored(reply: Reply) -> Scored:

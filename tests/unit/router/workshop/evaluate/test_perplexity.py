@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
+from cluster.errors import OverloadedError
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.evaluate import texts
 from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
@@ -102,6 +103,30 @@ def test_a_served_model_has_the_folders_perplexity(tmp_path: Path, paths: list[P
         assert figures.nats == pytest.approx(expected.texts[name].nats, rel=1e-7)
         assert figures.tokens == expected.texts[name].tokens
         assert figures.experts == []
+
+
+def test_a_server_that_is_full_is_asked_again(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    save_mixtral(folder)
+    cluster = LocalCluster(folder, identity="one")
+    gateway = LocalGateway(folder, cluster)
+    take, refusals = gateway.upstream.generate, iter([True, False, True, True])
+
+    def often_full(request: Any) -> Any:
+        if next(refusals, False):
+            raise OverloadedError("the routers are full", "queue", 0.01)
+        return take(request)
+
+    monkeypatch.setattr(gateway.upstream, "generate", often_full)
+    with serve_grpc(gateway) as address:
+        found = evaluated(folder, paths, Served(address, "", 30.0))
+        refusals = iter([True] * 99)
+        with pytest.raises(OverloadedError):
+            evaluated(folder, paths, Served(address, "", 0.05))
+    cluster.close()
+    assert found.texts.keys() == {"one.txt", "two.txt"}
 
 
 def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(
