@@ -537,6 +537,8 @@ class World:
         controller = self.controller()
         if controller is None:
             return "no controller runs"
+        if leaving := self.cluster.draining():
+            return f"{', '.join(leaving)} is about to go"
         placement = controller._state.placement
         if missing := placement.missing():
             return f"{len(missing)} experts have no copy"
