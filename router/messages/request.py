@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -105,9 +105,11 @@ class GenerationRequest:
         return self.deadline_s - time.monotonic()
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the request as a msgpack-able dictionary."""
-        wire = asdict(self)
+        """Return the request as a msgpack-able dictionary, which shares the request's tuples."""
+        wire = _fields_of(self)
         del wire["deadline_s"]
+        wire["sampling"] = _fields_of(self.sampling)
+        wire["received"] = [_fields_of(choice) for choice in self.received]
         return {**wire, "time_left_s": self.remaining_s()}
 
     @classmethod
@@ -123,6 +125,11 @@ class GenerationRequest:
         )
         fields |= {"sampling": sampling, "prompt_token_ids": ids, "received": received}
         return cls(**fields, deadline_s=deadline_s)
+
+
+def _fields_of(record: GenerationRequest | SamplingParams | Received) -> dict[str, Any]:
+    """Return a record's fields; ``asdict`` copies each token of a prompt on its own."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
