@@ -11,17 +11,30 @@ from cluster.errors import CheckpointError, shown_name
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.config import checked_shape, family_of, usual_config, wrong_kinds
 from experts.checkpoint.shards import MAX_LISTED, WEIGHTS_FILE, listed_names
-from experts.convert.source import QUANTISED, Source, Take, shape_after
+from experts.convert.source import QUANTISED, Entry, Source, Take, shape_after
 from experts.families.base import Config, Family
+
+Found = tuple[str, tuple[int, ...], Take]
+"""A tensor to write: its name, its shape and its place in the source."""
+
+
+STORED = "stored"
+"""The dtype of a plan that keeps each tensor's own; quantised tensors become bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor to write."""
+    """One tensor to write, in ``dtype``."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: str
     take: Take
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +48,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All shards to write, in ``dtype``; ``config`` is the new ``config.json``."""
+    """All shards to write; ``config`` is the new ``config.json``.
+
+    ``dtype`` is that of most bytes.
+    """
 
     source: Source
     config: Config
@@ -57,27 +73,44 @@ class Plan:
 def make_plan(source: Source, dtype: str, max_shard_bytes: int) -> Plan:
     """Find every tensor of the model in the source.
 
-    ``auto`` is the dtype of most bytes, or bfloat16 where these are quantised. Raises
-    :class:`CheckpointError` with the names of tensors that are missing, unexpected, found twice, or
-    of another shape than the configuration says.
+    ``auto`` is the dtype of most bytes, or bfloat16 where these are quantised; :data:`STORED` keeps
+    each tensor's own. Raises :class:`CheckpointError` with the names of tensors that are missing,
+    unexpected, found twice, or of another shape than the configuration says.
     """
-    pieces = _pieces(source)
-    taken = {piece.take.name for piece in pieces}
-    _refuse_unexpected(source, taken)
+    found = _found(source)
+    _refuse_unexpected(source, {take.name for _, _, take in found})
+    return plan_of(source, found, dtype, max_shard_bytes)
+
+
+def plan_of(source: Source, found: list[Found], dtype: str, max_shard_bytes: int) -> Plan:
+    """Return the plan of known tensors; see :func:`make_plan` for ``dtype``."""
+    entries = source.tensors.entries
     sizes: Counter[str] = Counter()
-    for name in taken:
-        entry = source.tensors.entries[name]
+    for name in {take.name for _, _, take in found}:
+        entry = entries[name]
         sizes[entry.dtype] += prod(entry.shape) * DTYPE_BYTES.get(entry.dtype, 2)
-    if dtype == "auto":
-        most = sizes.most_common(1)[0][0]
-        dtype = "bfloat16" if most == QUANTISED else most
+    most = _plain(sizes.most_common(1)[0][0])
+    pieces = [
+        Piece(name, shape, _dtype_of(entries[take.name], dtype, most), take)
+        for name, shape, take in found
+    ]
     config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    shards = _shards(pieces, DTYPE_BYTES[dtype], max_shard_bytes)
+    dtype = most if dtype in ("auto", STORED) else dtype
+    shards = _shards(pieces, max_shard_bytes)
     return Plan(source, config | {"dtype": dtype}, dtype, tuple(sorted(sizes)), shards)
 
 
-def _pieces(source: Source) -> list[Piece]:
-    pieces, missing = [], []
+def _dtype_of(entry: Entry, wanted: str, most: str) -> str:
+    return {"auto": most, STORED: _plain(entry.dtype)}.get(wanted, wanted)
+
+
+def _plain(dtype: str) -> str:
+    return "bfloat16" if dtype == QUANTISED else dtype
+
+
+def _found(source: Source) -> list[Found]:
+    pieces: list[Found] = []
+    missing = []
     for name, shape in _expected(source):
         takes = source.takes(name)
         found = [take for take in takes if take.name in source.tensors.entries]
@@ -86,7 +119,7 @@ def _pieces(source: Source) -> list[Piece]:
             raise CheckpointError(f"has {names}, which are the same tensor", str(source.path))
         if found:
             _check_shape(source, found[0], shape)
-            pieces.append(Piece(name, shape, found[0]))
+            pieces.append((name, shape, found[0]))
         else:
             missing.append(" or ".join(take.name for take in takes[:2]))
         if len(missing) > MAX_LISTED:  # a wrong configuration can have any number of names
@@ -136,11 +169,11 @@ def _refuse_unexpected(source: Source, taken: set[str]) -> None:
         )
 
 
-def _shards(pieces: list[Piece], value_bytes: int, max_bytes: int) -> tuple[Shard, ...]:
+def _shards(pieces: list[Piece], max_bytes: int) -> tuple[Shard, ...]:
     groups: list[list[Piece]] = [[]]
     sizes = [0]
     for piece in pieces:
-        size_bytes = prod(piece.shape) * value_bytes
+        size_bytes = piece.num_bytes
         if groups[-1] and sizes[-1] + size_bytes > max_bytes:
             groups.append([])
             sizes.append(0)

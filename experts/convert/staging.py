@@ -1,8 +1,8 @@
-"""The folder beside the destination that holds an unfinished conversion.
+"""The folder beside the destination that holds an unfinished conversion, pruning or merging.
 
 The folder is ``.NAME.converting``. ``job.json`` has the source and the options; ``model/`` becomes
 the destination by one rename. Every shard in ``model/`` is complete, because it is written under
-another name first. So a broken-off conversion can be resumed.
+another name first. So a broken-off command can be resumed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from experts.checkpoint.shards import DTYPES
-from experts.convert.plan import Plan, Shard
+from experts.convert.plan import Shard
+from experts.convert.source import Source
 
 _JOB_FILE = "job.json"
 _MODEL_FOLDER = "model"
@@ -28,17 +29,17 @@ UNFINISHED = ".unfinished"
 
 
 class ConvertFailedError(ExpertMeshError):
-    """The disk or another program stopped a conversion at the path ``field``; shards are kept."""
+    """The disk or another program stopped the writing at the path ``field``; shards are kept."""
 
 
 def staging_folder(dest: Path) -> Path:
-    """Return the folder of an unfinished conversion to ``dest``."""
+    """Return the folder of an unfinished model for ``dest``."""
     dest = dest.absolute()
     return dest.parent / f".{dest.name}.converting"
 
 
 def finished_shards(dest: Path) -> int:
-    """Return the number of complete shards of a broken-off conversion to ``dest``."""
+    """Return the number of complete shards of a broken-off command for ``dest``."""
     return len(list((staging_folder(dest) / _MODEL_FOLDER).glob("*.safetensors")))
 
 
@@ -57,11 +58,11 @@ def check_dest(dest: Path) -> None:
 
 
 @contextmanager
-def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
+def staged(dest: Path, wanted_job: dict[str, Any]) -> Iterator[Path]:
     """Yield the folder for the model, with the complete shards of an earlier run of the same job.
 
-    The shards of any other job are deleted. Raises :class:`ConvertFailedError` when the folder
-    cannot be written or another conversion uses it.
+    All files of any other job are deleted. Raises :class:`ConvertFailedError` when the folder
+    cannot be written or another command uses it.
     """
     staging = staging_folder(dest)
     try:
@@ -71,10 +72,10 @@ def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
         raise ConvertFailedError(f"cannot be made: {error.strerror}", str(staging)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _prepare(staging, job(plan, max_shard_bytes), {shard.file for shard in plan.shards})
+        _prepare(staging, wanted_job)
         yield staging / _MODEL_FOLDER
     except BlockingIOError:
-        raise ConvertFailedError("another conversion uses this folder", str(staging)) from None
+        raise ConvertFailedError("another command uses this folder", str(staging)) from None
     except OSError as error:
         raise ConvertFailedError(
             f"cannot be written: {error.strerror or error}; complete shards are kept: solve the "
@@ -85,20 +86,16 @@ def staged(plan: Plan, dest: Path, max_shard_bytes: int) -> Iterator[Path]:
         os.close(lock)
 
 
-def job(plan: Plan, max_shard_bytes: int) -> dict[str, Any]:
-    """Return the identity of a conversion: the source's files with their stamps, and the options.
+def job(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a command: the source's files with their stamps, and the options.
 
     Raises :class:`CheckpointError` when a file of the source is missing.
     """
     try:
-        stats = [(str(file.resolve()), file.stat()) for file in plan.source.files]
+        stats = [(str(file.resolve()), file.stat()) for file in source.files]
     except OSError as error:
-        raise CheckpointError(f"has changed: {error}", str(plan.source.path)) from None
-    return {
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
-        "dtype": plan.dtype,
-        "max_shard_bytes": max_shard_bytes,
-    }
+        raise CheckpointError(f"has changed: {error}", str(source.path)) from None
+    return {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], **options}
 
 
 def publish(staging: Path, dest: Path) -> None:
@@ -107,31 +104,31 @@ def publish(staging: Path, dest: Path) -> None:
     shutil.rmtree(staging)
 
 
-def is_whole(file: Path, shard: Shard, dtype: str) -> bool:
-    """Return whether a shard exists with the expected names, shapes and length."""
-    expected = {piece.name: piece.shape for piece in shard.pieces}
+def is_whole(file: Path, shard: Shard) -> bool:
+    """Return whether a shard exists with the expected names, shapes, dtypes and length."""
+    expected = {piece.name: (piece.shape, piece.dtype) for piece in shard.pieces}
     try:
         with safe_open(str(file), framework="numpy") as opened:  # checks the file's length
             found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return all(DTYPES.get(part.get_dtype()) == dtype for part in found.values()) and (
-                expected == {name: tuple(part.get_shape()) for name, part in found.items()}
-            )
+            return expected == {
+                name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
+                for name, part in found.items()
+            }
     except (SafetensorError, OSError):
         return False
 
 
-def _prepare(staging: Path, wanted_job: dict[str, Any], shard_files: set[str]) -> None:
+def _prepare(staging: Path, wanted_job: dict[str, Any]) -> None:
     job_file, model = staging / _JOB_FILE, staging / _MODEL_FOLDER
+    wanted_job = json.loads(json.dumps(wanted_job))
     try:
         is_same = json.loads(job_file.read_text(encoding="utf-8")) == wanted_job
     except (OSError, ValueError):
         is_same = False
-    if not is_same and model.exists():
-        shutil.rmtree(model)
+    if not is_same:
+        for found in staging.iterdir():
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
     model.mkdir(exist_ok=True)
-    for file in model.iterdir():  # a killed conversion leaves unfinished files
-        if file.name not in shard_files:
-            file.unlink()
     write_whole(job_file, json.dumps(wanted_job).encode())
 
 
@@ -139,17 +136,10 @@ def write_whole(file: Path, data: bytes) -> None:
     """Write a small file that exists completely or not at all."""
     unfinished = file.with_name(file.name + UNFINISHED)
     unfinished.write_bytes(data)
-    _finish(unfinished, file)
+    finish(unfinished, file)
 
 
-def finish_shard(unfinished: Path, folder: Path, file: str) -> None:
-    """Give a written shard its name, and the permissions of the user's umask."""
-    # safetensors creates files for their owner alone. The job file has the umask's permissions.
-    unfinished.chmod((folder.parent / _JOB_FILE).stat().st_mode)
-    _finish(unfinished, folder / file)
-
-
-def _finish(unfinished: Path, file: Path) -> None:
+def finish(unfinished: Path, file: Path) -> None:
     """Give a written file its name once its bytes are on the disk."""
     with unfinished.open("rb") as opened:
         os.fsync(opened.fileno())

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_small
 from experts.checkpoint.shards import INDEX_FILE
+from experts.checkpoint.small_files import text_files_of
 from experts.convert.huggingface import CONFIG_FILE
 from experts.convert.layouts import open_source
 from experts.convert.plan import Piece, Plan, Shard, make_plan
+from experts.convert.shard_writer import write_shard
 from experts.convert.source import read
 from experts.convert.staging import (
     UNFINISHED,
     ConvertFailedError,
     check_dest,
-    finish_shard,
+    finish,
     is_whole,
     job,
     publish,
@@ -34,16 +34,6 @@ from experts.convert.staging import (
 if TYPE_CHECKING:
     import torch
 
-_SMALL_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 Progress = Callable[[int, int], None]
 """Receives the bytes written so far, and the bytes of all tensors."""
 
@@ -69,19 +59,19 @@ def convert(
 ) -> Converted:
     """Write the model at ``path`` to the folder ``dest``, which appears when it is complete.
 
-    ``dtype`` is auto, float32, bfloat16 or float16. At most a shard and a tensor are in memory. A
-    broken-off conversion continues at its first missing shard; with another source or other options
-    it starts again. Raises :class:`CheckpointError` for a wrong source, ``ConfigError`` for a wrong
+    ``dtype`` is auto, float32, bfloat16 or float16. At most a tensor is in memory. A broken-off
+    conversion continues at its first missing shard; with another source or other options it starts
+    again. Raises :class:`CheckpointError` for a wrong source, ``ConfigError`` for a wrong
     ``dest``, and :class:`ConvertFailedError` for a disk that is full or not writable.
     """
     check_dest(dest)
     plan = make_plan(open_source(path), dtype, max_shard_bytes)
-    with staged(plan, dest, max_shard_bytes) as folder:
-        begun = job(plan, max_shard_bytes)
-        kept_shards = _write_shards(plan, folder, progress)
-        if job(plan, max_shard_bytes) != begun:
+    options = {"dtype": plan.dtype, "max_shard_bytes": max_shard_bytes}
+    begun = job(plan.source, options)
+    with staged(dest, begun) as folder:
+        kept_shards = write_model(plan, folder, progress)
+        if job(plan.source, options) != begun:
             raise CheckpointError("has changed meanwhile; run the command again", str(path))
-        _write_small_files(plan, folder)
         open_checkpoint(folder)
         publish(folder.parent, dest.absolute())
     return Converted(
@@ -98,11 +88,23 @@ def convert(
     )
 
 
+def write_model(plan: Plan, folder: Path, progress: Progress) -> int:
+    """Write the missing shards and all small files; returns the number of the shards before.
+
+    Files that the plan does not have are deleted. Raises ``OSError`` for a disk that is full or not
+    writable, and :class:`ConvertFailedError` where it is too small.
+    """
+    wanted = {shard.file for shard in plan.shards}
+    for file in folder.iterdir():  # a killed command leaves unfinished files
+        if file.name not in wanted:
+            file.unlink()
+    kept_shards = _write_shards(plan, folder, progress)
+    _write_small_files(plan, folder)
+    return kept_shards
+
+
 def _write_shards(plan: Plan, folder: Path, progress: Progress) -> int:
-    """Write the missing shards; returns the number of the others."""
-    missing = [
-        shard for shard in plan.shards if not is_whole(folder / shard.file, shard, plan.dtype)
-    ]
+    missing = [shard for shard in plan.shards if not is_whole(folder / shard.file, shard)]
     done_bytes = plan.size_bytes - sum(shard.size_bytes for shard in missing)
     free_bytes, needed_bytes = shutil.disk_usage(folder).free, plan.size_bytes - done_bytes
     if free_bytes < needed_bytes:
@@ -121,28 +123,28 @@ def _write_shards(plan: Plan, folder: Path, progress: Progress) -> int:
 def _write_shard(
     plan: Plan, shard: Shard, folder: Path, done_bytes: int, progress: Progress
 ) -> None:
-    from safetensors.torch import save_file
+    def tensors() -> Iterator[torch.Tensor]:
+        nonlocal done_bytes
+        for piece in shard.pieces:
+            yield _converted(plan, piece)
+            done_bytes += piece.num_bytes
+            progress(done_bytes, plan.size_bytes)
 
-    tensors: dict[str, torch.Tensor] = {}
-    for piece in shard.pieces:
-        tensor = tensors[piece.name] = _converted(plan, piece)
-        done_bytes += tensor.nbytes
-        progress(done_bytes, plan.size_bytes)
     unfinished = folder / (shard.file + UNFINISHED)
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-    except SafetensorError as error:
+        write_shard(unfinished, shard, tensors())
+    except BaseException:
         unfinished.unlink(missing_ok=True)
-        raise OSError(str(error)) from None
-    finish_shard(unfinished, folder, shard.file)
+        raise
+    finish(unfinished, folder / shard.file)
 
 
 def _converted(plan: Plan, piece: Piece) -> torch.Tensor:
     import torch
 
     tensor = read(plan.source.tensors, piece.take)
-    cast = tensor.to(getattr(torch, plan.dtype))
-    if plan.dtype == "float16" and (cast.isinf() & ~tensor.isinf()).any():
+    cast = tensor.to(getattr(torch, piece.dtype))
+    if piece.dtype == "float16" and (cast.isinf() & ~tensor.isinf()).any():
         raise CheckpointError(
             f"tensor {piece.take.name} has values too large for float16; give --dtype bfloat16",
             str(plan.source.path),
@@ -155,8 +157,7 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
         weight_map = {piece.name: shard.file for shard in plan.shards for piece in shard.pieces}
         index = {"metadata": {"total_size": plan.size_bytes}, "weight_map": weight_map}
         write_whole(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
-    for name in _SMALL_FILES:
-        file = plan.source.folder / name
-        if file.is_file():
-            write_whole(folder / name, read_small(file))
+    beside = [file.name for file in plan.source.folder.iterdir() if file.is_file()]
+    for name in text_files_of(beside):
+        write_whole(folder / name, read_small(plan.source.folder / name))
     write_whole(folder / CONFIG_FILE, json.dumps(plan.config, indent=2).encode())

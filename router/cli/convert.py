@@ -32,7 +32,7 @@ def convert(
         typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option(help="Most bytes of a file, like 5GB; about as much memory is used.")
+        str, typer.Option(help="Most bytes of a file, like 5GB.")
     ] = "5GB",
     as_json: AsJson = False,
 ) -> None:

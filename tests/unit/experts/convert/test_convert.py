@@ -344,7 +344,7 @@ def test_two_conversions_to_the_same_place(original: Original, tmp_path: Path) -
     finally:
         os.close(other)
     assert result.exit_code == 1
-    assert "another conversion uses this folder" in result.stderr
+    assert "another command uses this folder" in result.stderr
 
 
 def test_dest_may_be_empty_but_must_hold_nothing(original: Original, tmp_path: Path) -> None:
