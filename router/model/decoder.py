@@ -29,8 +29,8 @@ from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext
 from router.model.staged_batch import batch_to_device
 from router.moe import device_rows
-from router.moe.gate import Choice, Gate
-from router.moe.layer import BegunLayer, MoELayers, StepContext
+from router.moe.gate import Choice, ChooseAmong, Gate
+from router.moe.layer import StepContext
 
 MOST_PIECES = 2
 """The most pieces of a step. While the experts compute one piece, the router attends the other.
@@ -61,6 +61,31 @@ class AttentionHalf(Protocol):
         Returns the residual stream after attention, and the input of the feed-forward half, [T, H]
         each.
         """
+        ...
+
+
+class ExpertLayers(Protocol):
+    """The experts of all layers, whose output is begun and finished in two calls."""
+
+    def begin(
+        self,
+        context: StepContext,
+        layer_id: int,
+        rows: device_rows.LayerRows,
+        choice: Choice,
+        among: ChooseAmong,
+        tokens: slice,
+        /,
+    ) -> Any:
+        """Begin a layer's sums for its rows; see :meth:`router.moe.layer.MoELayers.begin`."""
+        ...
+
+    def finish(self, begun: Any, /) -> torch.Tensor:
+        """Return the sums [T, H]."""
+        ...
+
+    def abandon(self, begun: Any, /) -> None:
+        """Drop sums that are not finished."""
         ...
 
 
@@ -153,7 +178,7 @@ class MixtureFeedForward:
         self,
         layer_id: int,
         gate: Gate,
-        experts: MoELayers[torch.Tensor],
+        experts: ExpertLayers,
         shared_expert: Map | None,
         staging: Staging | None,
     ) -> None:
@@ -169,7 +194,7 @@ class MixtureFeedForward:
 
     def begin(
         self, normed: torch.Tensor, context: StepContext, tokens: slice
-    ) -> tuple[BegunLayer, torch.Tensor | None]:
+    ) -> tuple[Any, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         among = partial(self._gate.choose_anew, normed)  # where experts are missing
         rows: device_rows.LayerRows = normed
@@ -187,7 +212,7 @@ class MixtureFeedForward:
             raise
         return begun, shared
 
-    def finish(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> torch.Tensor:
+    def finish(self, begun: tuple[Any, torch.Tensor | None]) -> torch.Tensor:
         """See :class:`FeedForwardHalf`; waits for the experts."""
         layer, shared = begun
         combined = self._experts.finish(layer)
@@ -195,7 +220,7 @@ class MixtureFeedForward:
             [combined] = self._staging.to_device(combined)
         return combined if shared is None else combined + shared
 
-    def abandon(self, begun: tuple[BegunLayer, torch.Tensor | None]) -> None:
+    def abandon(self, begun: tuple[Any, torch.Tensor | None]) -> None:
         """See :class:`FeedForwardHalf`."""
         self._experts.abandon(begun[0])
 

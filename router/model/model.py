@@ -48,7 +48,7 @@ _REPLACING = threading.Lock()
 
 
 @contextmanager
-def _experts_replaced(family: Family) -> Iterator[None]:
+def experts_replaced(family: Family) -> Iterator[None]:
     """Make transformers build ``RemoteExperts`` where the family's block asks for its experts."""
     if family.experts_class is None:
         yield
@@ -64,25 +64,29 @@ def _experts_replaced(family: Family) -> Iterator[None]:
             setattr(module, family.experts_class, original)
 
 
+def attention_name(family: Family) -> str:
+    """Return the name under which transformers finds a family's attention, and register it."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
+    return LATENT_ATTENTION_NAME if family.caches_latents else ATTENTION_NAME
+
+
 def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Build transformers' model from everything in the checkpoint but the experts.
 
     Raises :class:`CheckpointError` when transformers cannot make a model of the configuration, and
     when the checkpoint lacks a tensor that the router needs.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
-    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION_NAME, latent_attention)
-    has_latents = checkpoint.family.caches_latents
-    with _experts_replaced(checkpoint.family):
-        model_class, config = _class_of(checkpoint)
+    with experts_replaced(checkpoint.family):
+        model_class, config = class_of(checkpoint)
         model, info = model_class.from_pretrained(
             None,
             config=config,
             state_dict=_weights(checkpoint, dtype),
             dtype=dtype,
-            attn_implementation=LATENT_ATTENTION_NAME if has_latents else ATTENTION_NAME,
+            attn_implementation=attention_name(checkpoint.family),
             output_loading_info=True,
         )
     if info["missing_keys"]:
@@ -93,8 +97,8 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return model
 
 
-def _class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """Return transformers' class and configuration of a model."""
+def class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return transformers' class and configuration of a model; raises :class:`CheckpointError`."""
     register_grok()
     try:
         values = dict(checkpoint.family.transformers_config(checkpoint.config))
@@ -176,7 +180,7 @@ class MoEModel:
             head_of(model),
             make_cache(self.attention, family, config, self.num_pages, dtype, device),
             self.attention,
-            _layers_with_window(config),
+            layers_with_window(config),
             staging,
         )
         give_back_freed()
@@ -194,13 +198,13 @@ def _even_context(model: Any, checkpoint: Checkpoint) -> float:
     else:
         pair_size = 2 * head_size(config)
     num_layers = config.num_hidden_layers
-    if any(windows := _layers_with_window(config)):
+    if any(windows := layers_with_window(config)):
         num_layers = len(windows) - sum(windows)
     per_token = num_layers * config.num_attention_heads * pair_size
     return num_weights / per_token if per_token else math.inf
 
 
-def _layers_with_window(config: Any) -> tuple[bool, ...]:
+def layers_with_window(config: Any) -> tuple[bool, ...]:
     """Return for each layer whether it has a sliding window; layers may differ."""
     kinds = own_value(config, "layer_types")
     if kinds is not None:

@@ -5,7 +5,7 @@ Every family's layer has the same parts: norms, attention, and a mixture or a de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
     DenseFeedForward,
+    ExpertLayers,
     FeedForwardHalf,
     Map,
     MixtureFeedForward,
@@ -43,7 +44,6 @@ from router.model.decoder import (
 )
 from router.model.latent_attention import HeadsLinear, rotate_by_real_products
 from router.moe.gate import Gate
-from router.moe.layer import MoELayers
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], Any]
 """A rotary embedding; see :class:`router.model.decoder.Decoder`."""
@@ -76,25 +76,29 @@ class RemoteExperts(nn.Module):
         self.gate: Gate | None = None
 
 
-def take_gates(model: nn.Module, checkpoint: Checkpoint) -> None:
+def take_gates(
+    model: nn.Module, checkpoint: Checkpoint, layer_ids: Sequence[int] | None = None
+) -> None:
     """Number the layers with experts, and take their gates out of ``model``.
 
-    Raises :class:`CheckpointError` where the model has another number of them than the checkpoint.
+    ``layer_ids`` are those of the layers with experts in ``model``, by default all. Raises
+    :class:`CheckpointError` where the model has another number of them than the checkpoint.
     """
     family, shape = checkpoint.family, checkpoint.shape
+    layer_ids = shape.layers if layer_ids is None else layer_ids
     found = [
         (block, experts)
         for block in model.modules()
         for experts in block.children()
         if isinstance(experts, RemoteExperts)
     ]
-    if len(found) != len(shape.layers):
+    if len(found) != len(layer_ids):
         raise CheckpointError(
-            f"{len(found)} expert modules were replaced, {len(shape.layers)} expected",
+            f"{len(found)} expert modules were replaced, {len(layer_ids)} expected",
             str(checkpoint.folder),
         )
     spec = family.gate(checkpoint.config)
-    for layer_id, (block, experts) in zip(shape.layers, found, strict=True):
+    for layer_id, (block, experts) in zip(layer_ids, found, strict=True):
         experts.layer_id = layer_id
         experts.gate = take_gate(block, family.gate_module, spec, shape.num_experts_per_tok)
 
@@ -134,11 +138,15 @@ def head_of(model: Any) -> Map:
 
     Grok-1 scales them.
     """
-    head: Any = model.get_output_embeddings()
+    return scaled_head(model.get_output_embeddings(), model.config)
+
+
+def scaled_head(head: Any, config: Any) -> Map:
+    """Return an output head with the scale that a configuration of transformers says."""
     product: Map = head
     if isinstance(head, NativeLinear):
         product = partial(head.product, dtype=torch.float32)
-    scale: float = getattr(model.config, "output_multiplier_scale", 1.0)
+    scale: float = getattr(config, "output_multiplier_scale", 1.0)
     return product if scale == 1.0 else lambda hidden_states: product(hidden_states) * scale
 
 
@@ -152,7 +160,7 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
     base: Any = model.base_model
     halves: list[AttentionHalf] = []
     rotate: Rotate = base.rotary_emb
-    found = [(layer, _attention_parts(layer)) for layer in _layers(base)]
+    found = [(layer, _attention_parts(layer)) for layer in modules_of_layers(base)]
     if all(
         parts[2] is None and has_llamas_shape(*_modules(layer, parts)) for layer, parts in found
     ):
@@ -178,7 +186,7 @@ def take_native(model: Any, activation: str) -> tuple[list[AttentionHalf], Rotat
 def layers_of(
     base: Any,
     halves: Sequence[AttentionHalf],
-    layers: MoELayers[torch.Tensor],
+    layers: ExpertLayers,
     staging: Staging | None,
 ) -> list[DecoderLayer]:
     """Return the decoder's layers, made of the modules of transformers' base model.
@@ -186,13 +194,18 @@ def layers_of(
     ``halves`` are the attention halves; where there are none, torch's are made.
     """
     return [
-        DecoderLayer(
-            halves[index] if halves else torch_attention(layer),
-            feed_forward_half(layer, layers, staging),
-            getattr(layer, _OUTPUT_NORM, None),
-        )
-        for index, layer in enumerate(_layers(base))
+        decoder_layer(layer, halves[index] if halves else torch_attention(layer), layers, staging)
+        for index, layer in enumerate(modules_of_layers(base))
     ]
+
+
+def decoder_layer(
+    layer: nn.Module, half: AttentionHalf, layers: ExpertLayers, staging: Staging | None
+) -> DecoderLayer:
+    """Return a layer of an attention half and of the other modules of transformers' layer."""
+    return DecoderLayer(
+        half, feed_forward_half(layer, layers, staging), getattr(layer, _OUTPUT_NORM, None)
+    )
 
 
 def torch_attention(layer: nn.Module) -> TorchAttention:
@@ -206,8 +219,9 @@ def torch_attention(layer: nn.Module) -> TorchAttention:
     )
 
 
-def _layers(base: Any) -> Iterable[nn.Module]:
-    found: Iterable[nn.Module] = base.blocks if hasattr(base, "blocks") else base.layers
+def modules_of_layers(base: Any) -> nn.ModuleList:
+    """Return the layers of transformers' base model."""
+    found: nn.ModuleList = base.blocks if hasattr(base, "blocks") else base.layers
     return found
 
 
@@ -229,7 +243,7 @@ def _modules(
 
 
 def feed_forward_half(
-    layer: nn.Module, layers: MoELayers[torch.Tensor], staging: Staging | None
+    layer: nn.Module, layers: ExpertLayers, staging: Staging | None
 ) -> FeedForwardHalf:
     """Return the feed-forward half of a layer, with experts or without."""
     parts: Iterator[Any] = (getattr(layer, name, None) for name in _FEED_FORWARD_PARTS)

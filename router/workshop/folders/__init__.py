@@ -1,0 +1,1 @@
+"""From a served folder to a served folder: calibration, importance, pruning, merging, cards."""
