@@ -90,7 +90,7 @@ def _joined_shape(parts: Sequence[Part]) -> tuple[int, ...]:
     """Return the shape of parts of equal shapes, one after the other by rows."""
     begin, end = parts[0].rows or (0, parts[0].shape[0])
     unread = np.broadcast_to(np.empty(()), (end - begin, *parts[0].shape[1:]))  # without memory
-    num_rows, *columns = _part_of(unread, parts[0]).shape
+    num_rows, *columns = part_of(unread, parts[0]).shape
     return (len(parts) * num_rows, *columns)
 
 
@@ -112,7 +112,12 @@ def _read(checkpoint: Checkpoint, parts: Sequence[Part], whole: np.ndarray) -> N
             stored = None  # before the next matrix takes memory
             stored = read_tensor(checkpoint, part.name, whole.dtype.name, part.rows)
             stored_rows = (part.name, part.rows)
-        place[...] = _part_of(stored, part)
+        place[...] = part_of(stored, part)
+
+
+def read_part(checkpoint: Checkpoint, part: Part, dtype: str) -> np.ndarray:
+    """Read one matrix or bias of an expert; dtypes and errors as in :func:`read_tensor`."""
+    return part_of(read_tensor(checkpoint, part.name, dtype, part.rows), part)
 
 
 def _is_rearranged(part: Part) -> bool:
@@ -134,8 +139,8 @@ def _is_stored_like(checkpoint: Checkpoint, part: Part, dtype: np.dtype) -> bool
     return _STORED_DTYPES[checkpoint.tensors[part.name].dtype] == dtype
 
 
-def _part_of(stored: np.ndarray, part: Part) -> np.ndarray:
-    """Return a part, out of the rows that were read for it."""
+def part_of(stored: np.ndarray, part: Part) -> np.ndarray:
+    """Return a part as a view of the rows that were read for it, or that are to be written."""
     array = stored[0] if part.stacked else stored
     if part.transposed:
         array = array.T

@@ -158,6 +158,8 @@ class Family:
     capped or its heads have sinks. Tensors with a suffix in ``in_float32`` may be float32
     beside others of half precision. Tensors with a prefix of ``ignored`` are allowed and not read.
     ``module_names`` maps a checkpoint's names to the model's names where these differ.
+    ``count_keys`` are the keys of ``config.json`` for the number of a layer's experts, and
+    ``top_k_keys`` those for the number of a token's; a dot leads into a part.
     """
 
     model_type: str
@@ -178,6 +180,8 @@ class Family:
     in_float32: tuple[str, ...] = ()
     ignored: Callable[[Config], tuple[str, ...]] = lambda config: ()
     module_names: Callable[[Config], dict[str, str]] = lambda config: {}
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok", "experts_per_token")
 
     def expert_parts(self, config: Config, shape: ExpertShape) -> Iterator[Part]:
         """Yield the parts of all experts, or of each layer's first where experts share tensors."""

@@ -120,4 +120,6 @@ DBRX = Family(
     usual=_usual,
     transformers_config=_transformers_config,
     options={"tie_word_embeddings": (False,)},
+    count_keys=("ffn_config.moe_num_experts",),
+    top_k_keys=("ffn_config.moe_top_k",),
 )

@@ -153,6 +153,7 @@ DEEPSEEK_V2 = Family(
         "topk_method": ("greedy", "group_limited_greedy"),
     },
     cache_values=_latent_values,
+    count_keys=("n_routed_experts",),
     caches_latents=True,
     in_float32=("mlp.gate.weight",),
 )
@@ -173,6 +174,7 @@ DEEPSEEK_V3 = Family(
         "topk_method": ("noaux_tc",),
     },
     cache_values=_latent_values,
+    count_keys=("n_routed_experts",),
     caches_latents=True,
     in_float32=("mlp.gate.weight", _CORRECTION),
     ignored=_predicting_layers,

@@ -23,6 +23,7 @@ from router.cli.generate import generate
 from router.cli.load import load, placement, rebalance
 from router.cli.plan import plan
 from router.cli.predict import predict
+from router.cli.prune import prune
 from router.cli.scale import copies, drain, scale
 from router.cli.serve import serve
 from router.cli.status import status
@@ -70,6 +71,7 @@ def _options(
 
 _SERVING = (serve, generate, chat, predict, status, load, placement)
 _CHANGING = (rebalance, scale, drain, copies)
-for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor, train, fit, convert, evaluate):
+_MAKING = (train, fit, convert, evaluate, prune)
+for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):
     app.command()(_command)
 app.add_typer(config, name="config")

@@ -31,9 +31,7 @@ def convert(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
     ] = "auto",
-    max_shard_size: Annotated[
-        str, typer.Option(help="Most bytes of a file, like 5GB.")
-    ] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file, like 5GB.")] = "5GB",
     as_json: AsJson = False,
 ) -> None:
     """Convert a model into the served layout, or change its dtype or shard size.

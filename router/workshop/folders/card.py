@@ -1,0 +1,87 @@
+"""The card of a folder that a command made from another one, and its record as JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from pydantic import BaseModel
+
+CARD_FILE = "README.md"
+RECORD_FILE = "workshop.json"
+
+
+class Figures(BaseModel):
+    """The perplexities per token of the same held-out tokens, before and after."""
+
+    heldout_tokens: int
+    sequence_length: int
+    perplexity_before: float
+    perplexity_after: float
+
+
+class Record(BaseModel):
+    """The content of workshop.json: the command, its options, and what came of it.
+
+    ``options`` decide the bytes. ``lines`` are sentences for the card, and ``facts`` what was
+    decided in each layer. ``figures`` is ``None`` without a text.
+    """
+
+    name: str
+    command: str
+    words: list[str]
+    options: dict[str, Any]
+    source: str
+    family: str
+    source_bytes: int
+    size_bytes: int
+    text_sha256: dict[str, str]
+    figures: Figures | None
+    lines: list[str]
+    facts: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the text of workshop.json."""
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def card(record: Record) -> str:
+    """Return the text of README.md."""
+    options = "\n".join(
+        f"| {name.replace('_', ' ')} | {'none' if value is None else value} |"
+        for name, value in record.options.items()
+    )
+    lines = "\n".join(record.lines)
+    return f"""# {record.name}
+
+Made of `{record.source}` ({record.family}) by `expertmesh {record.command}`. {lines}
+
+```sh
+{shlex.join(record.words)}
+```
+
+| Recipe | |
+|---|---|
+{options}
+| bytes of the source | {record.source_bytes:,} |
+| bytes | {record.size_bytes:,} |
+
+{_text(record)}"""
+
+
+def _text(record: Record) -> str:
+    if record.figures is None:
+        return "No text was given, so nothing was measured.\n"
+    figures = record.figures
+    hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
+    return f"""| On {figures.heldout_tokens:,} held-out tokens, in sequences of \
+{figures.sequence_length} | Perplexity per token |
+|---|---|
+| the source | {figures.perplexity_before:.3f} |
+| this model | {figures.perplexity_after:.3f} |
+
+Calibration and held-out text are of the same files:
+
+{hashes}
+"""

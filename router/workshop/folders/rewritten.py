@@ -1,0 +1,133 @@
+"""A checkpoint with other experts, as a source of :mod:`experts.convert`.
+
+Its tensors are made when they are written, one at a time. Quantised tensors become bfloat16.
+
+Dimension letters: E experts of the checkpoint, N of the new one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cluster.wire.arrays import DTYPES as ARRAY_DTYPES
+from cluster.wire.tensors import from_array
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.config import checked_shape, read_json, usual_config
+from experts.checkpoint.expert_weights import part_of, read_tensor
+from experts.checkpoint.shards import DTYPES
+from experts.convert.source import QUANTISED, Entry, Source, Take
+from experts.families.base import Config, ExpertShape, Part
+from experts.families.counts import with_counts
+
+PLAIN_OF_QUANTISED = "bfloat16"
+_LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
+
+
+class NewExperts(Protocol):
+    """The experts of the new checkpoint."""
+
+    def gate_rows(self, layer_id: int, rows: np.ndarray) -> np.ndarray:
+        """Return the rows [N, ...] of a gate's tensor with rows [E, ...], in its dtype."""
+        ...
+
+    def matrix(self, layer_id: int, expert_id: int, index: int) -> np.ndarray:
+        """Return a part of a new expert, by its index in ``ExpertTensors.parts()``."""
+        ...
+
+
+def new_config(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Config:
+    """Return the ``config.json`` of the checkpoint with other numbers of experts."""
+    config = read_json(checkpoint.folder / "config.json")
+    config.pop("quantization_config", None)
+    return with_counts(checkpoint.family, config, num_experts, top_k)
+
+
+def rewritten_source(checkpoint: Checkpoint, config: Config, experts: NewExperts) -> Source:
+    """Return the source of the new checkpoint; ``config`` is a result of :func:`new_config`.
+
+    Raises ``CheckpointError`` for numbers of experts that the family does not have.
+    """
+    file = checkpoint.folder / "config.json"
+    files = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
+    tensors = _NewTensors(checkpoint, config, experts)
+    return Source(
+        "huggingface",
+        checkpoint.folder,
+        file,
+        config,
+        tensors,
+        lambda name: [Take(name)],
+        (file, *sorted(files)),
+    )
+
+
+class _NewTensors:
+    """See :class:`experts.convert.source.Tensors`."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, experts: NewExperts) -> None:
+        self._checkpoint = checkpoint
+        self._experts = experts
+        family, file = checkpoint.family, checkpoint.folder / "config.json"
+        usual = usual_config(family, config, file)
+        shape = checked_shape(family, usual, file)
+        self._old_dense = family.dense_tensors(checkpoint.config)
+        self._places = _places(checkpoint, usual, shape)
+        dense = {
+            name: Entry(shape, self._dtype_of(name))
+            for name, shape in family.dense_tensors(usual).items()
+        }
+        self.entries = dense | {
+            name: Entry(places[0][2].shape, self._dtype_of(self._old_part(*places[0]).name))
+            for name, places in self._places.items()
+        }
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows of a tensor."""
+        places = self._places.get(name)
+        whole = self._dense(name) if places is None else self._of_experts(name, places)
+        return from_array(whole[begin:end])
+
+    def _dense(self, name: str) -> np.ndarray:
+        found = read_tensor(self._checkpoint, name, PLAIN_OF_QUANTISED)
+        if self._old_dense[name] == self.entries[name].shape:
+            return found
+        match = _LAYER_IN_NAME.search(name)
+        assert match is not None, name
+        return self._experts.gate_rows(int(match[1]), found)
+
+    def _of_experts(self, name: str, places: list[_Place]) -> np.ndarray:
+        entry = self.entries[name]
+        dtype = PLAIN_OF_QUANTISED if entry.dtype == QUANTISED else entry.dtype
+        whole = np.empty(entry.shape, ARRAY_DTYPES[dtype])
+        for (layer_id, expert_id), index, part in places:
+            rows = whole if part.rows is None else whole[slice(*part.rows)]
+            part_of(rows, part)[...] = self._experts.matrix(layer_id, expert_id, index)
+        return whole
+
+    def _old_part(self, key: tuple[int, int], index: int, part: Part) -> Part:
+        family = self._checkpoint.family
+        return family.expert_tensors(self._checkpoint.config, key[0], 0).parts()[index]
+
+    def _dtype_of(self, name: str) -> str:
+        if name in self._checkpoint.packed:
+            return QUANTISED
+        return DTYPES[self._checkpoint.tensors[name].dtype]
+
+
+_Place = tuple[tuple[int, int], int, Part]
+"""The part of an expert in a tensor: (layer, expert), the index of the part, and its place."""
+
+
+def _places(checkpoint: Checkpoint, config: Config, shape: ExpertShape) -> dict[str, list[_Place]]:
+    """Return the parts of the new experts in each of their tensors."""
+    places: dict[str, list[_Place]] = {}
+    for layer_id in shape.layers:
+        for expert_id in range(shape.num_experts):
+            tensors = checkpoint.family.expert_tensors(config, layer_id, expert_id)
+            for index, part in enumerate(tensors.parts()):
+                places.setdefault(part.name, []).append(((layer_id, expert_id), index, part))
+    return places
