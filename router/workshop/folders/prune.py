@@ -30,11 +30,7 @@ from router.workshop.folders.making import (
     score_served,
     seen_on,
 )
-from router.workshop.folders.rewritten import (
-    PLAIN_OF_QUANTISED,
-    new_config,
-    rewritten_source,
-)
+from router.workshop.folders.rewritten import new_config, rewritten_source
 from router.workshop.folders.text import Text, read_text
 
 Kept = Mapping[int, Sequence[int]]
@@ -71,7 +67,7 @@ class KeptExperts:
         tensors = checkpoint.family.expert_tensors(
             checkpoint.config, layer_id, self._kept[layer_id][expert_id]
         )
-        return read_part(checkpoint, tensors.parts()[index], PLAIN_OF_QUANTISED)
+        return read_part(checkpoint, tensors.parts()[index], checkpoint.dtype)
 
 
 def pruned_source(checkpoint: Checkpoint, kept: Kept) -> Source:

@@ -1,6 +1,7 @@
 """A checkpoint with other experts, as a source of :mod:`experts.convert`.
 
-Its tensors are made when they are written, one at a time. Quantised tensors become bfloat16.
+Its tensors are made when they are written, one at a time. Quantised tensors become plain ones, in
+the dtype of the others.
 
 Dimension letters: E experts of the checkpoint, N of the new one.
 """
@@ -19,11 +20,10 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import checked_shape, read_json, usual_config
 from experts.checkpoint.expert_weights import part_of, read_tensor
 from experts.checkpoint.shards import DTYPES
-from experts.convert.source import QUANTISED, Entry, Source, Take
+from experts.convert.source import Entry, Source, Take
 from experts.families.base import Config, ExpertShape, Part
 from experts.families.counts import with_counts
 
-PLAIN_OF_QUANTISED = "bfloat16"
 _LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
 
 
@@ -92,7 +92,7 @@ class _NewTensors:
         return from_array(whole[begin:end])
 
     def _dense(self, name: str) -> np.ndarray:
-        found = read_tensor(self._checkpoint, name, PLAIN_OF_QUANTISED)
+        found = read_tensor(self._checkpoint, name, self._checkpoint.dtype)
         if self._old_dense[name] == self.entries[name].shape:
             return found
         match = _LAYER_IN_NAME.search(name)
@@ -101,8 +101,7 @@ class _NewTensors:
 
     def _of_experts(self, name: str, places: list[_Place]) -> np.ndarray:
         entry = self.entries[name]
-        dtype = PLAIN_OF_QUANTISED if entry.dtype == QUANTISED else entry.dtype
-        whole = np.empty(entry.shape, ARRAY_DTYPES[dtype])
+        whole = np.empty(entry.shape, ARRAY_DTYPES[entry.dtype])
         for (layer_id, expert_id), index, part in places:
             rows = whole if part.rows is None else whole[slice(*part.rows)]
             part_of(rows, part)[...] = self._experts.matrix(layer_id, expert_id, index)
@@ -114,7 +113,7 @@ class _NewTensors:
 
     def _dtype_of(self, name: str) -> str:
         if name in self._checkpoint.packed:
-            return QUANTISED
+            return self._checkpoint.dtype
         return DTYPES[self._checkpoint.tensors[name].dtype]
 
 

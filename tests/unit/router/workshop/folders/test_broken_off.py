@@ -1,0 +1,231 @@
+"""Commands that are killed, meet a full disk, or are given what cannot be: nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from experts.convert.staging import ConvertFailedError, staging_folder
+from router.cli.app import app
+from router.workshop.folders.making import source_checkpoint
+from router.workshop.folders.prune import PruneOptions, prune
+from tests.checkpoints import save_tokenizer
+from tests.unit.router.workshop.folders.edits import write_letters
+from tests.unit.router.workshop.folders.families import save
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from router.workshop.folders.making import source_checkpoint
+from router.workshop.folders.prune import PruneOptions, prune
+torch.set_num_threads(1)
+source, dest, text, phase, step = sys.argv[1:]
+seen = 0
+def on_progress(now, done, total):
+    global seen
+    seen += now == phase
+    if seen > int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+options = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
+prune(source_checkpoint(source), Path(dest), options, [Path(text)], on_progress)
+"""
+
+
+class Given(NamedTuple):
+    """A source and a text."""
+
+    source: Path
+    text: Path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    place = tmp_path_factory.mktemp("given")
+    save("mixtral", place / "model")
+    return Given(place / "model", write_letters(place / "letters.txt"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def run(given: Given, dest: Path, on_progress: Any = lambda phase, done, total: None) -> None:
+    prune(source_checkpoint(str(given.source)), dest, OPTIONS, [given.text], on_progress)
+
+
+@pytest.fixture(scope="module")
+def expected(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nothing ended."""
+    dest = tmp_path_factory.mktemp("whole") / "out"
+    run(given, dest)
+    return files_of(dest)
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [
+        ("calibrating", 1),
+        ("writing", 3),
+        ("scoring the source", 2),
+        ("scoring the new model", 1),
+    ],
+)
+def test_a_killed_command_goes_on_and_gives_the_same_bytes(
+    given: Given, expected: dict[str, bytes], tmp_path: Path, phase: str, step: int
+) -> None:
+    dest = tmp_path / "out"
+    words = [str(given.source), str(dest), str(given.text), phase, str(step)]
+    killed = subprocess.run([sys.executable, "-P", "-c", KILLED, *words], timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.iterdir()] == [staging_folder(dest).name]
+    steps: list[str] = []
+    run(given, dest, lambda now, done, total: steps.append(f"{now} {done}"))
+    assert files_of(dest) == expected
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert "calibrating 0" not in steps
+
+
+def test_a_changed_option_begins_anew(
+    given: Given, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    def break_off(phase: str, done: int, total: int) -> None:
+        if phase == "scoring the source":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(
+            source_checkpoint(str(given.source)),
+            tmp_path / "out",
+            PruneOptions(5, sequences=6, sequence_length=32, max_shard_size=200_000),
+            [given.text],
+            break_off,
+        )
+    run(given, tmp_path / "out")
+    assert files_of(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Give a function after which the system takes no more than so many bytes into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("phase", ["calibrating", "writing", "scoring the source"])
+def test_a_disk_that_fills_leaves_nothing_at_the_destination(
+    given: Given, expected: dict[str, bytes], tmp_path: Path, small_files: Any, phase: str
+) -> None:
+    def fill(now: str, done: int, total: int) -> None:
+        if now == phase:
+            small_files(1000)
+
+    with pytest.raises(ConvertFailedError, match="cannot be written: File too large"):
+        run(given, tmp_path / "out", fill)
+    assert [file.name for file in tmp_path.iterdir()] == [".out.converting"]
+    small_files(resource.RLIM_INFINITY)
+    run(given, tmp_path / "out")
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_a_disk_without_room_is_told_before_writing(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConvertFailedError, match="0 MB are free on its disk and 1 MB are needed"):
+        run(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def without_tokenizer(given: Given, folder: Path) -> Path:
+    shutil.copytree(given.source, folder)
+    for file in folder.glob("token*"):
+        file.unlink()
+    return folder
+
+
+def refused(tmp_path: Path, source: Path, *words: str) -> str:
+    """Return the one line that a command is refused with; nothing must be written."""
+    before = sorted(os.listdir(tmp_path))
+    words = ("prune", str(source), str(tmp_path / "out"), *words)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert sorted(os.listdir(tmp_path)) == before
+    [line] = [line for line in result.stderr.splitlines() if line.strip() and "reading" not in line]
+    return line
+
+
+def test_what_cannot_be_is_refused_in_one_line(given: Given, tmp_path: Path) -> None:
+    source, text = given.source, str(given.text)
+    short = tmp_path / "short.txt"
+    short.write_text("a line\n" * 5)
+    few = tmp_path / "few.txt"
+    few.write_text("a line of text\n" * 1500)
+    for words, message in (
+        (("--experts", "1", "--text", text), "--experts: must be at least 2, the experts of a"),
+        (("--experts", "8", "--text", text), "fewer than the 8 of a layer (given: 8)"),
+        (("--experts", "4"), "--text: --by output needs a calibration text"),
+        (("--experts", "4", "--text", str(short)), "too short to hold any of it out"),
+        (("--experts", "4", "--text", str(tmp_path / "no.txt")), "no.txt: cannot be read"),
+        (
+            ("--experts", "4", "--text", text, "--sequence-length", "300"),
+            "--sequence-length: must be from 1 to 256 (given: 300)",
+        ),
+        (("--experts", "4", "--text", text, "--sequences", "0"), "--sequences: must be at least 1"),
+    ):
+        assert message in refused(tmp_path, source, *words)
+
+
+def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "model", max_position_embeddings=100_000)
+    text = write_letters(tmp_path / "letters.txt", 30_000)
+    words = ("--experts", "4", "--text", str(text), "--sequence-length", "60000")
+    assert "tokens, fewer than a sequence of 60000; give more text" in refused(
+        tmp_path, tmp_path / "model", *words
+    )
+
+
+def test_a_model_without_a_tokenizer_or_with_anothers_is_refused(
+    given: Given, tmp_path: Path
+) -> None:
+    words = ("--experts", "4", "--text", str(given.text))
+    bare = without_tokenizer(given, tmp_path / "bare")
+    assert "has no tokenizer, so no text can be read" in refused(tmp_path, bare, *words)
+    save("mixtral", tmp_path / "small", vocab_size=200)
+    save_tokenizer(tmp_path / "small")
+    assert "the tokenizer does not fit: it gives the id" in refused(
+        tmp_path, tmp_path / "small", *words
+    )
+
+
+def test_unknown_families_and_full_destinations_are_refused(given: Given, tmp_path: Path) -> None:
+    words = ("--experts", "4", "--text", str(given.text))
+    shutil.copytree(given.source, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    assert "model_type" in refused(tmp_path, tmp_path / "other", *words)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    assert "DEST must be new or empty" in refused(tmp_path, given.source, *words)
+
+
+def test_a_number_that_does_not_fit_the_gates_groups_is_refused(tmp_path: Path) -> None:
+    save("deepseek_v3", tmp_path / "groups")
+    assert "must be a multiple of the gate's 2 groups" in refused(
+        tmp_path, tmp_path / "groups", "--experts", "5", "--by", "random"
+    )
