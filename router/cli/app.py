@@ -21,6 +21,7 @@ from router.cli.evaluate import evaluate
 from router.cli.fit import fit
 from router.cli.generate import generate
 from router.cli.load import load, placement, rebalance
+from router.cli.merge import merge
 from router.cli.plan import plan
 from router.cli.predict import predict
 from router.cli.prune import prune
@@ -71,7 +72,7 @@ def _options(
 
 _SERVING = (serve, generate, chat, predict, status, load, placement)
 _CHANGING = (rebalance, scale, drain, copies)
-_MAKING = (train, fit, convert, evaluate, prune)
+_MAKING = (train, fit, convert, evaluate, prune, merge)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):
     app.command()(_command)
 app.add_typer(config, name="config")

@@ -30,7 +30,7 @@ from router.workshop.folders.making import (
     score_served,
     seen_on,
 )
-from router.workshop.folders.rewritten import new_config, rewritten_source
+from router.workshop.folders.rewritten import check_count, gate_groups, new_config, rewritten_source
 from router.workshop.folders.text import Text, read_text
 
 Kept = Mapping[int, Sequence[int]]
@@ -76,8 +76,9 @@ def pruned_source(checkpoint: Checkpoint, kept: Kept) -> Source:
     Raises ``CheckpointError`` for a number of experts that the family does not have.
     """
     [count] = {len(ids) for ids in kept.values()}
-    config = new_config(checkpoint, count, checkpoint.shape.num_experts_per_tok)
-    return rewritten_source(checkpoint, config, KeptExperts(checkpoint, kept))
+    return rewritten_source(
+        checkpoint, new_config(checkpoint, count), KeptExperts(checkpoint, kept)
+    )
 
 
 def prepare_prune(
@@ -91,15 +92,10 @@ def prepare_prune(
     """
     check_dest(dest)
     shape = checkpoint.shape
-    if not shape.num_experts_per_tok <= options.experts < shape.num_experts:
-        raise ConfigError(
-            f"must be at least {shape.num_experts_per_tok}, the experts of a token, and fewer than "
-            f"the {shape.num_experts} of a layer (given: {options.experts})",
-            "--experts",
-        )
+    check_count(checkpoint, options.experts)
     if options.by != "random" and not texts:
         raise ConfigError(f"--by {options.by} needs a calibration text", "--text")
-    num_groups = checkpoint.family.gate(checkpoint.config).num_groups
+    num_groups = gate_groups(checkpoint, options.experts)
     any_ids = most_important(np.zeros(shape.num_experts), options.experts, num_groups)
     try:
         source = pruned_source(checkpoint, dict.fromkeys(shape.layers, any_ids))
@@ -142,7 +138,7 @@ def _kept(
     on_progress: OnProgress,
 ) -> Kept:
     shape = checkpoint.shape
-    num_groups = checkpoint.family.gate(checkpoint.config).num_groups
+    num_groups = gate_groups(checkpoint, options.experts)
     if options.by == "random" or text is None:
         scores = {
             layer_id: random_importance(options.seed, layer_id, shape.num_experts)

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from cluster.errors import ConfigError
 from cluster.wire.arrays import DTYPES as ARRAY_DTYPES
 from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
@@ -39,11 +40,44 @@ class NewExperts(Protocol):
         ...
 
 
-def new_config(checkpoint: Checkpoint, num_experts: int, top_k: int) -> Config:
-    """Return the ``config.json`` of the checkpoint with other numbers of experts."""
+def check_count(checkpoint: Checkpoint, count: int) -> None:
+    """Raise ``ConfigError`` unless a layer can have ``count`` of its experts.
+
+    They are fewer, and enough for a token. With one expert a layer, a token has one too.
+    """
+    shape = checkpoint.shape
+    if count >= shape.num_experts or (count != 1 and count < shape.num_experts_per_tok):
+        raise ConfigError(
+            f"must be 1, or at least {shape.num_experts_per_tok}, the experts of a token, and "
+            f"fewer than the {shape.num_experts} of a layer (given: {count})",
+            "--experts",
+        )
+
+
+def gate_groups(checkpoint: Checkpoint, count: int) -> int:
+    """Return the groups of the gate among which ``count`` experts are divided evenly."""
+    return 1 if count == 1 else checkpoint.family.gate(checkpoint.config).num_groups
+
+
+def new_config(checkpoint: Checkpoint, num_experts: int) -> Config:
+    """Return the ``config.json`` of the checkpoint with another number of experts a layer."""
+    top_k = 1 if num_experts == 1 else checkpoint.shape.num_experts_per_tok
     config = read_json(checkpoint.folder / "config.json")
     config.pop("quantization_config", None)
     return with_counts(checkpoint.family, config, num_experts, top_k)
+
+
+def gate_tensors(checkpoint: Checkpoint, layer_id: int) -> list[str]:
+    """Return the names of the tensors of a layer that have a row for each of its experts."""
+    family, shape = checkpoint.family, checkpoint.shape
+    more = with_counts(family, checkpoint.config, 2 * shape.num_experts, shape.num_experts_per_tok)
+    before = family.dense_tensors(checkpoint.config)
+    after = family.dense_tensors(family.usual(more))
+    return [
+        name
+        for name, found in before.items()
+        if after[name] != found and _layer_of(name) == layer_id
+    ]
 
 
 def rewritten_source(checkpoint: Checkpoint, config: Config, experts: NewExperts) -> Source:
@@ -95,9 +129,7 @@ class _NewTensors:
         found = read_tensor(self._checkpoint, name, self._checkpoint.dtype)
         if self._old_dense[name] == self.entries[name].shape:
             return found
-        match = _LAYER_IN_NAME.search(name)
-        assert match is not None, name
-        return self._experts.gate_rows(int(match[1]), found)
+        return self._experts.gate_rows(_layer_of(name), found)
 
     def _of_experts(self, name: str, places: list[_Place]) -> np.ndarray:
         entry = self.entries[name]
@@ -115,6 +147,11 @@ class _NewTensors:
         if name in self._checkpoint.packed:
             return self._checkpoint.dtype
         return DTYPES[self._checkpoint.tensors[name].dtype]
+
+
+def _layer_of(name: str) -> int:
+    match = _LAYER_IN_NAME.search(name)
+    return -1 if match is None else int(match[1])
 
 
 _Place = tuple[tuple[int, int], int, Part]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.expert_weights import part_of
 from router.workshop.folders.rewritten import new_config
 
 State = dict[str, torch.Tensor]
@@ -29,10 +31,48 @@ def change(folder: Path, edit: Callable[[State], None]) -> None:
 def gate_tensors(checkpoint: Checkpoint) -> list[str]:
     """Return the names of the tensors with a row for each expert of a layer."""
     family, shape = checkpoint.family, checkpoint.shape
-    counts = 2 * shape.num_experts, shape.num_experts_per_tok
-    doubled = family.usual(new_config(checkpoint, *counts))
+    doubled = family.usual(new_config(checkpoint, 2 * shape.num_experts))
     before, after = family.dense_tensors(checkpoint.config), family.dense_tensors(doubled)
     return [name for name, found in before.items() if after[name] != found]
+
+
+def expert_of(
+    checkpoint: Checkpoint, state: State, layer_id: int, expert_id: int
+) -> list[np.ndarray]:
+    """Return views of an expert's matrices and biases in a checkpoint's tensors."""
+    tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
+    return [
+        part_of(state[part.name].numpy()[slice(*part.rows) if part.rows else slice(None)], part)
+        for part in tensors.parts()
+    ]
+
+
+def copy_permuted(folder: Path, pairs: Mapping[int, int], seed: int = 0) -> None:
+    """Make experts of all layers copies of others, with their neurons in a random order.
+
+    ``pairs`` has the copied expert of each copy. The copies have the gate's rows too.
+    """
+    checkpoint, draw = open_checkpoint(folder), np.random.default_rng(seed)
+    gates = gate_tensors(checkpoint)
+
+    def edit(state: State) -> None:
+        for layer_id in checkpoint.shape.layers:
+            for copy, copied in pairs.items():
+                order = draw.permutation(checkpoint.shape.intermediate_size)
+                places = expert_of(checkpoint, state, layer_id, copy)
+                parts = expert_of(checkpoint, state, layer_id, copied)
+                for index, (place, part) in enumerate(zip(places, parts, strict=True)):
+                    if index == 2:
+                        place[...] = part[:, order]
+                    elif index == 5:
+                        place[...] = part
+                    else:
+                        place[...] = part[order]
+        for name in gates:
+            for copy, copied in pairs.items():
+                state[name][copy] = state[name][copied]
+
+    change(folder, edit)
 
 
 def never_route(folder: Path, expert_ids: Iterable[int]) -> None:

@@ -19,29 +19,30 @@ from typer.testing import CliRunner
 from experts.convert.staging import ConvertFailedError, staging_folder
 from router.cli.app import app
 from router.workshop.folders.making import source_checkpoint
+from router.workshop.folders.merge import MergeOptions, merge
 from router.workshop.folders.prune import PruneOptions, prune
 from tests.checkpoints import save_tokenizer
 from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.families import save
 
+ROOT = Path(__file__).parents[5]
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
+MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=200_000)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from router.workshop.folders.making import source_checkpoint
-from router.workshop.folders.prune import PruneOptions, prune
+from tests.unit.router.workshop.folders.test_broken_off import Given, run
 torch.set_num_threads(1)
-source, dest, text, phase, step = sys.argv[1:]
+command, source, dest, text, phase, step = sys.argv[1:]
 seen = 0
 def on_progress(now, done, total):
     global seen
     seen += now == phase
     if seen > int(step):
         os.kill(os.getpid(), signal.SIGKILL)
-options = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
-prune(source_checkpoint(source), Path(dest), options, [Path(text)], on_progress)
+run(command, Given(Path(source), Path(text)), Path(dest), on_progress)
 """
 
 
@@ -63,44 +64,67 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def run(given: Given, dest: Path, on_progress: Any = lambda phase, done, total: None) -> None:
-    prune(source_checkpoint(str(given.source)), dest, OPTIONS, [given.text], on_progress)
+def run(
+    command: str,
+    given: Given,
+    dest: Path,
+    on_progress: Any = lambda phase, done, total: None,
+) -> None:
+    checkpoint = source_checkpoint(str(given.source))
+    if command == "prune":
+        prune(checkpoint, dest, OPTIONS, [given.text], on_progress)
+    else:
+        merge(checkpoint, dest, MERGE_OPTIONS, [given.text], on_progress)
 
 
 @pytest.fixture(scope="module")
-def expected(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a run that nothing ended."""
-    dest = tmp_path_factory.mktemp("whole") / "out"
-    run(given, dest)
-    return files_of(dest)
+def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """The files of runs that nothing ended, by command."""
+    place = tmp_path_factory.mktemp("whole")
+    for command in ("prune", "merge"):
+        run(command, given, place / command / "out")
+    return {command: files_of(place / command / "out") for command in ("prune", "merge")}
 
 
 @pytest.mark.parametrize(
-    ("phase", "step"),
+    ("command", "phase", "step"),
     [
-        ("calibrating", 1),
-        ("writing", 3),
-        ("scoring the source", 2),
-        ("scoring the new model", 1),
+        ("prune", "calibrating", 1),
+        ("prune", "writing", 3),
+        ("prune", "scoring the source", 2),
+        ("prune", "scoring the new model", 1),
+        ("merge", "calibrating", 2),
+        ("merge", "writing", 40),
     ],
 )
 def test_a_killed_command_goes_on_and_gives_the_same_bytes(
-    given: Given, expected: dict[str, bytes], tmp_path: Path, phase: str, step: int
+    given: Given,
+    whole: dict[str, dict[str, bytes]],
+    tmp_path: Path,
+    command: str,
+    phase: str,
+    step: int,
 ) -> None:
     dest = tmp_path / "out"
-    words = [str(given.source), str(dest), str(given.text), phase, str(step)]
-    killed = subprocess.run([sys.executable, "-P", "-c", KILLED, *words], timeout=100, check=False)
+    words = [command, str(given.source), str(dest), str(given.text), phase, str(step)]
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=100,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     assert [file.name for file in tmp_path.iterdir()] == [staging_folder(dest).name]
     steps: list[str] = []
-    run(given, dest, lambda now, done, total: steps.append(f"{now} {done}"))
-    assert files_of(dest) == expected
+    run(command, given, dest, lambda now, done, total: steps.append(f"{now} {done}"))
+    assert files_of(dest) == whole[command]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert "calibrating 0" not in steps
 
 
 def test_a_changed_option_begins_anew(
-    given: Given, expected: dict[str, bytes], tmp_path: Path
+    given: Given, whole: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     def break_off(phase: str, done: int, total: int) -> None:
         if phase == "scoring the source":
@@ -114,8 +138,8 @@ def test_a_changed_option_begins_anew(
             [given.text],
             break_off,
         )
-    run(given, tmp_path / "out")
-    assert files_of(tmp_path / "out") == expected
+    run("prune", given, tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole["prune"]
 
 
 @pytest.fixture
@@ -128,18 +152,18 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("phase", ["calibrating", "writing", "scoring the source"])
 def test_a_disk_that_fills_leaves_nothing_at_the_destination(
-    given: Given, expected: dict[str, bytes], tmp_path: Path, small_files: Any, phase: str
+    given: Given, whole: dict[str, dict[str, bytes]], tmp_path: Path, small_files: Any, phase: str
 ) -> None:
     def fill(now: str, done: int, total: int) -> None:
         if now == phase:
             small_files(1000)
 
     with pytest.raises(ConvertFailedError, match="cannot be written: File too large"):
-        run(given, tmp_path / "out", fill)
+        run("prune", given, tmp_path / "out", fill)
     assert [file.name for file in tmp_path.iterdir()] == [".out.converting"]
     small_files(resource.RLIM_INFINITY)
-    run(given, tmp_path / "out")
-    assert files_of(tmp_path / "out") == expected
+    run("prune", given, tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole["prune"]
 
 
 def test_a_disk_without_room_is_told_before_writing(
@@ -148,7 +172,7 @@ def test_a_disk_without_room_is_told_before_writing(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ConvertFailedError, match="0 MB are free on its disk and 1 MB are needed"):
-        run(given, tmp_path / "out")
+        run("prune", given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -177,7 +201,7 @@ def test_what_cannot_be_is_refused_in_one_line(given: Given, tmp_path: Path) -> 
     few = tmp_path / "few.txt"
     few.write_text("a line of text\n" * 1500)
     for words, message in (
-        (("--experts", "1", "--text", text), "--experts: must be at least 2, the experts of a"),
+        (("--experts", "0", "--text", text), "--experts: must be 1, or at least 2, the experts of"),
         (("--experts", "8", "--text", text), "fewer than the 8 of a layer (given: 8)"),
         (("--experts", "4"), "--text: --by output needs a calibration text"),
         (("--experts", "4", "--text", str(short)), "too short to hold any of it out"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,13 @@ def test_importance_beats_random_at_equal_count(by: By, tmp_path: Path) -> None:
     assert all(important < perplexity(by="random", seed=seed) for seed in (1, 2, 3))
 
 
+def test_a_model_of_one_expert_a_layer_is_served(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "model")
+    pruned(tmp_path / "model", tmp_path / "out", [], experts=1, by="random")
+    assert open_checkpoint(tmp_path / "out").shape.num_experts_per_tok == 1
+    assert served_tokens(tmp_path / "out") == expected_tokens("mixtral", tmp_path / "out")
+
+
 def test_importance_is_what_the_papers_say() -> None:
     seen = {
         "hits": torch.tensor([4, 0, 2]).numpy(),
@@ -150,23 +159,25 @@ def test_a_plan_in_the_stored_dtypes_has_the_models_bytes(name: str, tmp_path: P
     assert plan.size_bytes == open_checkpoint(tmp_path).num_bytes
 
 
-def test_the_command_prints_what_it_made_and_a_dry_run_writes_nothing(
-    letters: Path, tmp_path: Path
+def test_the_command_prints_what_it_made_and_its_card_has_the_command(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save("mixtral", tmp_path / "model")
-    words = ["prune", str(tmp_path / "model"), str(tmp_path / "out"), "--experts", "4"]
-    words += ["--text", str(letters), "--sequences", "4", "--sequence-length", "16"]
+    shutil.copy(letters, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["prune", "model", "out", "--experts", "4", "--text", "letters.txt"]
+    words += ["--sequences", "4", "--sequence-length", "16"]
     dry = CliRunner().invoke(app, [*words, "--dry-run", "--json"])
     assert dry.exit_code == 0, dry.output
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
+    assert not Path("out").exists()
     done = CliRunner().invoke(app, [*words, "--json"])
     record = json.loads(done.stdout)
     assert json.loads(dry.stdout)["size_bytes"] == record["size_bytes"]
-    assert record == json.loads((tmp_path / "out" / "workshop.json").read_text())
-    card = (tmp_path / "out" / "README.md").read_text()
+    assert record == json.loads(Path("out/workshop.json").read_text())
+    card = Path("out/README.md").read_text()
     assert f"{record['figures']['perplexity_after']:.3f}" in card
     [command] = [line for line in card.splitlines() if line.startswith("expertmesh prune ")]
-    assert command.startswith("expertmesh prune model out --experts 4 --by output --seed 0")
-    again = CliRunner().invoke(app, [*command.split()[1:], "--dry-run"])
-    assert "model" in again.output  # the words are options of the command; there is no such folder
-    assert "No such option" not in again.output
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    shutil.rmtree("out")
+    assert CliRunner().invoke(app, shlex.split(command)[1:]).exit_code == 0
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before

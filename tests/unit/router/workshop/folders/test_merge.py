@@ -1,0 +1,218 @@
+"""Merged models: copies merge without loss, all families are served, one may be a dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.cli.app import app
+from router.workshop.folders.alignment import in_order, neuron_order
+from router.workshop.folders.card import Record
+from router.workshop.folders.dense import DENSE_CONFIGS, WITHOUT_DENSE
+from router.workshop.folders.grouping import grouped
+from router.workshop.folders.making import source_checkpoint
+from router.workshop.folders.merge import MergeOptions, merge, merging_of
+from tests.quantise import CASES, make
+from tests.unit.router.workshop.folders.edits import copy_permuted, write_letters
+from tests.unit.router.workshop.folders.families import (
+    ALL,
+    SIZES,
+    TRANSFORMERS,
+    expected_tokens,
+    logits_of,
+    save,
+    served_tokens,
+    whole_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROWS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
+EVEN_SUMS = ["mixtral", "qwen3_moe", "dbrx", "gpt_oss", "deepseek_v3"]
+"""The families whose weights of a token's experts always have the same sum."""
+WITH_ONE = [name for name in ALL if name != "deepseek_v3"]
+"""The families whose gate can have a single expert."""
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text whose tokens go to all experts of a random model."""
+    return write_letters(tmp_path_factory.mktemp("text") / "letters.txt")
+
+
+def merged(folder: Path, dest: Path, text: Path, experts: int, **options: Any) -> Record:
+    chosen = MergeOptions(experts, **{"sequences": 12, "sequence_length": 32} | options)
+    return merge(source_checkpoint(str(folder)), dest, chosen, [text])
+
+
+def dense_logits(folder: Path) -> torch.Tensor:
+    """Return the logits of a dense folder as transformers itself loads it."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.inference_mode():
+        return model.eval()(input_ids=ROWS, use_cache=False).logits
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", EVEN_SUMS)
+def test_experts_that_are_one_in_other_orders_merge_without_loss(
+    name: str, letters: Path, tmp_path: Path
+) -> None:
+    save(name, tmp_path / "model")
+    copy_permuted(tmp_path / "model", dict.fromkeys(range(1, 8), 0))
+    before = logits_of(name, whole_model(tmp_path / "model"), ROWS)
+    merged(tmp_path / "model", tmp_path / "four", letters, 4)
+    assert_close(logits_of(name, whole_model(tmp_path / "four"), ROWS), before)
+    if name in WITH_ONE:
+        merged(tmp_path / "model", tmp_path / "one", letters, 1)
+        assert_close(logits_of(name, whole_model(tmp_path / "one"), ROWS), before)
+    if name in DENSE_CONFIGS:
+        merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
+        assert_close(dense_logits(tmp_path / "dense"), before)
+
+
+@pytest.mark.parametrize("by", ["routing", "output"])
+def test_copies_find_each_other_and_merge_without_loss(
+    by: str, letters: Path, tmp_path: Path
+) -> None:
+    save("mixtral", tmp_path / "model", num_experts_per_tok=1)
+    copy_permuted(tmp_path / "model", {4: 1, 5: 0, 6: 3, 7: 2})
+    record = merged(tmp_path / "model", tmp_path / "out", letters, 4, by=by)
+    pairs = [[0, 5], [1, 4], [2, 7], [3, 6]]
+    assert all(groups == pairs for groups in record.facts["merged_experts"].values())
+    before, after = (
+        logits_of("mixtral", whole_model(tmp_path / folder), ROWS) for folder in ("model", "out")
+    )
+    assert_close(after, before)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_merged_model_is_served(name: str, letters: Path, tmp_path: Path) -> None:
+    save(name, tmp_path / "model")
+    for by in ("routing", "output"):
+        merged(tmp_path / "model", tmp_path / by, letters, 4, by=by)
+        assert open_checkpoint(tmp_path / by).shape.num_experts == 4
+        assert served_tokens(tmp_path / by) == expected_tokens(name, tmp_path / by)
+    if name in WITH_ONE:
+        merged(tmp_path / "model", tmp_path / "one", letters, 1)
+        assert open_checkpoint(tmp_path / "one").shape.num_experts_per_tok == 1
+        assert served_tokens(tmp_path / "one") == expected_tokens(name, tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE_CONFIGS if name in WITH_ONE])
+def test_the_dense_model_is_the_mixture_of_one(name: str, letters: Path, tmp_path: Path) -> None:
+    save(name, tmp_path / "model")
+    mixture = merged(tmp_path / "model", tmp_path / "one", letters, 1)
+    dense = merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
+    expected = logits_of(name, whole_model(tmp_path / "one"), ROWS)
+    assert_close(dense_logits(tmp_path / "dense"), expected)
+    assert mixture.figures is not None
+    assert dense.figures is not None
+    assert dense.figures.perplexity_after == pytest.approx(
+        mixture.figures.perplexity_after, rel=1e-5
+    )
+
+
+def test_a_quantised_model_becomes_dense(letters: Path, tmp_path: Path) -> None:
+    made = make(CASES["deepseek_v3"], tmp_path, **SIZES["deepseek_v3"])
+    merged(made.folder, tmp_path / "quantised", letters, 1, dense=True)
+    merged(made.plain, tmp_path / "plain-dense", letters, 1, dense=True)
+    assert_close(dense_logits(tmp_path / "quantised"), dense_logits(tmp_path / "plain-dense"))
+
+
+def test_every_family_has_a_dense_class_or_a_reason() -> None:
+    assert DENSE_CONFIGS.keys() | WITHOUT_DENSE.keys() == ALL.keys()
+    assert not DENSE_CONFIGS.keys() & WITHOUT_DENSE.keys()
+
+
+def test_the_order_of_neurons_is_found() -> None:
+    draw = np.random.default_rng(0)
+    shapes = ((12, 5), (12, 5), (5, 12), (12,), (12,), (5,))
+    parts = [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+    order = draw.permutation(12)
+    mixed = [in_order(part, index, order) for index, part in enumerate(parts)]
+    assert not np.array_equal(mixed[2], parts[2])
+    found = neuron_order(parts, mixed)
+    restored = [in_order(part, index, found) for index, part in enumerate(mixed)]
+    assert all(np.array_equal(one, other) for one, other in zip(restored, parts, strict=True))
+
+
+def test_groups_join_what_is_most_alike_within_the_gates_groups() -> None:
+    likeness = np.eye(6)
+    for one, other, value in ((0, 3, 0.9), (1, 2, 0.8), (2, 4, 0.7), (0, 1, 0.3)):
+        likeness[one, other] = likeness[other, one] = value
+    assert grouped(likeness, 4, 1) == [[0, 3], [1, 2], [4], [5]]
+    assert grouped(likeness, 3, 1) == [[0, 3], [1, 2, 4], [5]]
+    assert grouped(likeness, 4, 2) == [[0], [1, 2], [3, 4], [5]]
+
+
+def test_shares_are_by_use_and_a_lone_expert_has_the_mean_weight(tmp_path: Path) -> None:
+    seen = {
+        "hits": np.array([3, 1, 0, 0, 0, 0, 0, 0]),
+        "weights": np.array([1.5, 0.5, 0, 0, 0, 0, 0, 0]),
+        "tokens": np.array(8),
+        "likeness": np.ones((8, 8)),
+    }
+    for name, factor in (("olmoe", 0.25), ("mixtral", 1.0), ("deepseek_v2", 0.25 / 1.5)):
+        save(name, tmp_path / name)
+        merging = merging_of(open_checkpoint(tmp_path / name), {1: seen}, 1)
+        assert merging.groups[1][0].shares == (0.75, 0.25, 0, 0, 0, 0, 0, 0)
+        assert merging.groups[1][0].reference == 0
+        assert merging.factors[1] == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--experts", "4"), "--text: merging needs a calibration text"),
+        (("--experts", "8"), "--experts: must be 1, or at least 3, the experts of a token, and"),
+        (("--experts", "2"), "--experts: must be 1, or at least 3, the experts of a token, and"),
+        (("--experts", "4", "--dense"), "--dense: a dense model has --experts 1 (given: 4)"),
+        (("--experts", "1", "--dense"), "--dense: dbrx has no dense class"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    save("dbrx", tmp_path / "model")
+    result = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "model"), str(tmp_path / "out"), *words]
+    )
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_command_prints_what_it_made(letters: Path, tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "model")
+    words = ["merge", str(tmp_path / "model"), str(tmp_path / "out"), "--experts", "1", "--dense"]
+    words += ["--text", str(letters), "--sequences", "4", "--sequence-length", "16"]
+    dry = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "before" in done.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "mistral"
+    assert (
+        "expertmesh merge model out --experts 1 --by output --dense"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+def test_all_families_are_tried() -> None:
+    assert len(TRANSFORMERS) == 8
+    assert {name for name in ALL if name not in TRANSFORMERS} == {"grok-1", "grok"}
