@@ -46,6 +46,7 @@ def progress() -> Iterator[OnProgress]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        transient=True,
     )
     with bar:
         task = bar.add_task("reading", total=None)
@@ -67,7 +68,8 @@ def print_plan(plan: Plan, dest: Path, as_json: bool) -> None:
     if as_json:
         write_json({"dest": str(dest), "size_bytes": plan.size_bytes, "files": len(plan.shards)})
         return
-    write(f"{dest} would have {format_size(plan.size_bytes)} in {len(plan.shards)} files\n")
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    write(f"{dest} would have {format_size(plan.size_bytes)} in {files}\n")
 
 
 def print_record(record: Record, dest: Path, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""A served folder's model, of which one layer at a time is in memory, in float32.
+"""A served folder's model, of which a layer's dense part and an expert are in memory, in float32.
 
 transformers' classes are built without memory, as in :mod:`router.model.model` without experts. A
 layer's tensors are read when it is asked for. Every family has the modules that serve it.
@@ -21,7 +21,7 @@ from cluster.device import CPU
 from cluster.errors import CheckpointError
 from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
-from experts.checkpoint.expert_weights import GatedFfnWeights, load_expert, read_tensor
+from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.compute.ffn import ACTIVATIONS, ffn
 from router.model.attention import PagedBatch, Span
 from router.model.attention_choice import head_size
@@ -43,10 +43,7 @@ from router.model.parts import (
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.layer import StepContext
 
-KEPT_BYTES = 256 << 20
-"""The most bytes of a layer's experts that stay in memory; others are read again when needed."""
 _DTYPE = "float32"
-Expert = GatedFfnWeights[torch.Tensor]
 
 
 class Observer(Protocol):
@@ -73,8 +70,6 @@ class LayerExperts:
         self._layer_id = layer_id
         self._observer = observer
         self._act = ACTIVATIONS[checkpoint.shape.activation]
-        self._kept: dict[int, Expert] = {}
-        self._kept_bytes = 0
 
     @property
     def num_experts(self) -> int:
@@ -82,8 +77,9 @@ class LayerExperts:
         return self._checkpoint.shape.num_experts
 
     def compute(self, expert_id: int, rows: torch.Tensor) -> torch.Tensor:
-        """Apply one expert to rows [R, H]; returns [R, H]."""
-        return ffn(rows, self._expert(expert_id), self._act)
+        """Apply one expert, which is read for this, to rows [R, H]; returns [R, H]."""
+        weights = load_expert(self._checkpoint, self._layer_id, expert_id, _DTYPE)
+        return ffn(rows, weights.map(from_array), self._act)
 
     def begin(
         self,
@@ -118,16 +114,6 @@ class LayerExperts:
 
     def abandon(self, begun: torch.Tensor, /) -> None:
         """See :class:`router.model.decoder.ExpertLayers`; nothing is under way."""
-
-    def _expert(self, expert_id: int) -> Expert:
-        kept = self._kept.get(expert_id)
-        if kept is not None:
-            return kept
-        loaded = load_expert(self._checkpoint, self._layer_id, expert_id, _DTYPE).map(from_array)
-        if self._kept_bytes + loaded.num_bytes <= KEPT_BYTES:
-            self._kept[expert_id] = loaded
-            self._kept_bytes += loaded.num_bytes
-        return loaded
 
 
 class LayeredModel:

@@ -79,6 +79,7 @@ class MergedExperts:
         self._merging = merging
         self._layer_id = -1
         self._orders: dict[int, np.ndarray] = {}
+        self._reference: tuple[int, list[np.ndarray]] = (-1, [])
 
     def gate_rows(self, layer_id: int, rows: np.ndarray) -> np.ndarray:
         """Return the mean row of each group, by shares."""
@@ -104,11 +105,12 @@ class MergedExperts:
 
     def _order(self, layer_id: int, reference: int, member: int) -> np.ndarray:
         if layer_id != self._layer_id:
-            self._layer_id, self._orders = layer_id, {}
+            self._layer_id, self._orders, self._reference = layer_id, {}, (-1, [])
         if member not in self._orders:
-            self._orders[member] = neuron_order(
-                self._parts(layer_id, reference), self._parts(layer_id, member)
-            )
+            if self._reference[0] != reference:
+                self._reference = reference, self._parts(layer_id, reference)
+            parts = self._parts(layer_id, member)
+            self._orders[member] = neuron_order(self._reference[1], parts)
         return self._orders[member]
 
     def _parts(self, layer_id: int, expert_id: int) -> list[np.ndarray]:

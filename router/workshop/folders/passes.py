@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from experts.convert.staging import UNFINISHED, finish, write_whole
 from router.workshop.folders.layerwise import LayeredModel, Observer
 
-BLOCK_BYTES = 16 << 20
-"""The most bytes of hidden states that pass a layer together, but at least a row's."""
-LOGITS_BYTES = 64 << 20
+BLOCK_BYTES, BLOCKS_OF_LAYER = 4 << 20, 32
+"""The most bytes of hidden states that pass a layer together, but at least a row's: so many, or
+this part of the bytes of a layer's experts, which are read for each block. A block's values take
+about ten times as much."""
+LOGITS_BYTES = 8 << 20
 """The most bytes of logits at once, but at least a token's."""
 _FLOAT_BYTES = 4
 NewObserver = Callable[[int], Observer]
@@ -45,7 +47,10 @@ class Pass:
         self._folder = folder
         self._hidden_size = model.checkpoint.shape.hidden_size
         row_bytes = rows.shape[1] * self._hidden_size * _FLOAT_BYTES
-        self._rows_at_once = max(1, BLOCK_BYTES // row_bytes)
+        shape = model.checkpoint.shape
+        layer_bytes = shape.num_experts * model.checkpoint.expert_bytes(model.checkpoint.dtype)
+        block_bytes = max(BLOCK_BYTES, layer_bytes // BLOCKS_OF_LAYER)
+        self._rows_at_once = max(1, block_bytes // row_bytes)
 
     @torch.inference_mode()
     def run(self, new_observer: NewObserver | None, progress: Progress) -> Seen:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.workshop.folders import layerwise, passes
+from router.workshop.folders import passes
 from router.workshop.folders.importance import UseObserver
 from router.workshop.folders.layerwise import LayeredModel, LayerExperts
 from router.workshop.folders.passes import Pass
@@ -102,6 +102,7 @@ def test_a_pass_that_broke_off_goes_on_with_the_same_bits(
 ) -> None:
     save("mixtral", tmp_path / "model")
     checkpoint = open_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(passes, "BLOCKS_OF_LAYER", 10**9)
     monkeypatch.setattr(passes, "BLOCK_BYTES", 2 * 24 * 64 * 4)  # two rows at once
 
     def run(folder: Path, progress: Any) -> tuple[passes.Seen, float]:
@@ -125,7 +126,7 @@ def test_a_pass_that_broke_off_goes_on_with_the_same_bits(
             assert np.array_equal(seen[layer_id][name], array)
 
 
-def test_the_size_of_a_block_and_of_kept_experts_changes_nothing_but_memory(
+def test_the_size_of_a_block_changes_nothing_but_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save("qwen2_moe", tmp_path / "model")
@@ -139,7 +140,7 @@ def test_the_size_of_a_block_and_of_kept_experts_changes_nothing_but_memory(
     whole = nats("whole")
     monkeypatch.setattr(passes, "BLOCK_BYTES", 1)
     monkeypatch.setattr(passes, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(layerwise, "KEPT_BYTES", 0)
+    monkeypatch.setattr(passes, "BLOCKS_OF_LAYER", 10**9)
     assert nats("parts") == pytest.approx(whole, rel=1e-6)
 
 
