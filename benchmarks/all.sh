@@ -50,6 +50,7 @@ if [ -n "$quick" ]; then
   run decode --size 445M --rounds 2 "${peers[@]}"
   run load --rounds 1
   run identity --gigabytes 2
+  run workshop --gigabytes 0.5
   run start --rounds 1
   run serve --rounds 2
   run scaling --quick
@@ -72,6 +73,7 @@ else
   run decode --size 445M --rounds 2 --passes 4 "${peers[@]}"
   run load
   run identity
+  run workshop
   run start
   run serve
   run scaling

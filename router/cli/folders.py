@@ -39,14 +39,16 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and w
 
 @contextmanager
 def progress() -> Iterator[OnProgress]:
-    """Show a bar on stderr; yields the function that moves it."""
+    """Show a bar on stderr where it is a terminal; yields the function that moves it."""
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task("reading", total=None)
