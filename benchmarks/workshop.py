@@ -4,7 +4,7 @@
         [--json FILE] [--compare OLD.json]
 
 Makes a random bf16 Mixtral checkpoint in a temporary folder, and runs each command in a process of
-its own, on one thread. Promises: writing reads 100 MB of the source a second or more, and a process
+its own. Promises: writing reads 100 MB of the source a second or more, and a process
 takes no more than the bytes of a layer and 500 MB at its peak.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     Figure,
@@ -34,6 +34,10 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
+
+if TYPE_CHECKING:
+    from experts.checkpoint.checkpoint import Checkpoint
+    from router.workshop.folders.making import OnProgress
 
 PROMISED_MB_S = 100.0
 PROMISED_BEYOND_MB = 500.0
@@ -102,13 +106,9 @@ def run_command(command: str, source: Path, dest: Path, text: Path) -> dict[str,
     """Run a command in this process; returns its seconds by phase and its peak in MB."""
     import os
 
-    import torch
-
     from router.workshop.folders.making import source_checkpoint
-    from router.workshop.folders.merge import MergeOptions, merge
-    from router.workshop.folders.prune import PruneOptions, prune
 
-    torch.set_num_threads(1)
+    begun = _merge if command == COMMANDS[2] else _prune
     start_mb = begin_peak(os.getpid())
     phases: dict[str, float] = {}
     phase, since_s = "reading", time.perf_counter()
@@ -121,16 +121,24 @@ def run_command(command: str, source: Path, dest: Path, text: Path) -> dict[str,
 
     started_at_s = time.perf_counter()
     checkpoint = source_checkpoint(str(source))
-    if command == COMMANDS[0]:
-        prune(checkpoint, dest, PruneOptions(8, by="random"), [], on_progress)
-    elif command == COMMANDS[1]:
-        prune(checkpoint, dest, PruneOptions(8, sequences=SEQUENCES), [text], on_progress)
-    else:
-        merge(checkpoint, dest, MergeOptions(4, sequences=SEQUENCES), [text], on_progress)
+    begun(checkpoint, dest, [] if command == COMMANDS[0] else [text], on_progress)
     on_progress("done", 0, 0)
     whole_s = time.perf_counter() - started_at_s
     peak = peak_mb(os.getpid())
     return {"phases_s": phases, "whole_s": whole_s, "start_mb": start_mb, "peak_mb": peak}
+
+
+def _prune(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
+    from router.workshop.folders.prune import PruneOptions, prune
+
+    options = PruneOptions(8, by="output" if texts else "random", sequences=SEQUENCES)
+    prune(checkpoint, dest, options, texts, on_progress)
+
+
+def _merge(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
+    from router.workshop.folders.merge import MergeOptions, merge
+
+    merge(checkpoint, dest, MergeOptions(4, sequences=SEQUENCES), texts, on_progress)
 
 
 def run(folder: Path, gigabytes: float) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from cluster.device import CPU
 from cluster.errors import CheckpointError
@@ -219,6 +217,10 @@ class LayeredModel:
 
 def _stored_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     """Return the stored name of each of the model's tensors that is not an expert's."""
+    # Imported here, after router.model has imported transformers without what it never calls.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
     conversions = get_model_conversion_mapping(model)
     converters = [part for part in conversions if isinstance(part, WeightConverter)]
     renamings = [part for part in conversions if not isinstance(part, WeightConverter)]
@@ -247,7 +249,9 @@ class Layer:
         self._has_window = has_window
         self.experts = experts
 
-    def __call__(self, hidden_states: torch.Tensor, rotation: Rotation, length: int) -> Any:
+    def __call__(
+        self, hidden_states: torch.Tensor, rotation: Rotation, length: int
+    ) -> torch.Tensor:
         """Map the hidden states [T, H] of sequences of L tokens in a row to those after it."""
         paged = self._model.context(len(hidden_states) // length, length, self._has_window)
         residual, normed = self._layer.attend(hidden_states, rotation, paged)
