@@ -17,12 +17,13 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from router.workshop.folders.importance import UseObserver
 from router.workshop.folders.layerwise import LayerExperts
+from router.workshop.folders.passes import block_bytes
 from router.workshop.folders.rewritten import gate_tensors
 
 Alike = Literal["routing", "output"]
-SAMPLE_BYTES = 64 << 20
-"""The most bytes of the outputs of all experts for the sampled tokens, but at least a token's."""
-SAMPLED_TOKENS = 256
+SAMPLED_TOKENS, SAMPLE_BLOCKS = 256, 2
+"""The most tokens for which outputs are compared. The outputs of all experts for them take no more
+bytes than so many blocks of a pass, but at least a token's."""
 _CORRECTION = "e_score_correction_bias"
 
 
@@ -34,8 +35,9 @@ class LikenessObserver:
         self._use = UseObserver(shape.num_experts)
         self._logits = _GateLogits(checkpoint, layer_id) if by == "routing" else None
         self._products = torch.zeros(shape.num_experts, shape.num_experts, dtype=torch.float64)
+        sample_bytes = SAMPLE_BLOCKS * block_bytes(checkpoint)
         token_bytes = shape.num_experts * shape.hidden_size * 4
-        self._num_wanted = max(1, min(SAMPLED_TOKENS, SAMPLE_BYTES // token_bytes))
+        self._num_wanted = max(1, min(SAMPLED_TOKENS, sample_bytes // token_bytes))
         self._sample: list[torch.Tensor] = []
 
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
@@ -65,11 +67,10 @@ class LikenessObserver:
 
     def _of_outputs(self, experts: LayerExperts) -> torch.Tensor:
         rows = torch.cat(self._sample)
-        outputs = [
-            functional.normalize(experts.compute(expert_id, rows), dim=1).flatten()
-            for expert_id in range(experts.num_experts)
-        ]
-        flat = torch.stack(outputs)  # [E, S * H]
+        outputs = torch.empty(experts.num_experts, *rows.shape)  # [E, S, H]
+        for expert_id, place in enumerate(outputs):
+            place.copy_(functional.normalize(experts.compute(expert_id, rows), dim=1))
+        flat = outputs.flatten(1)
         return (flat @ flat.T).double()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
+from cluster.heap import give_back_freed
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.folder import language_model, open_folder
 from experts.checkpoint.stored import resolve_folder
@@ -125,6 +126,7 @@ def make_folder(
         write_model(
             made.plan, folder, lambda done, total: on_progress("writing", done >> 20, total >> 20)
         )
+        give_back_freed()  # what the writing left in the heap
         figures = None
         if text is not None:
             figures = _figures(checkpoint, made, folder, text.heldout, work, on_progress)

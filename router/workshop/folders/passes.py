@@ -19,14 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cluster.heap import give_back_freed
+from experts.checkpoint.checkpoint import Checkpoint
 from experts.convert.staging import UNFINISHED, finish, write_whole
 from router.workshop.folders.layerwise import LayeredModel, Observer
 
-BLOCK_BYTES, BLOCKS_OF_LAYER = 4 << 20, 32
+BLOCK_BYTES, BLOCKS_OF_LAYER = 2 << 20, 64
 """The most bytes of hidden states that pass a layer together, but at least a row's: so many, or
 this part of the bytes of a layer's experts, which are read for each block. A block's values take
 about ten times as much."""
-LOGITS_BYTES = 8 << 20
+LOGITS_BYTES = 4 << 20
 """The most bytes of logits at once, but at least a token's."""
 _FLOAT_BYTES = 4
 NewObserver = Callable[[int], Observer]
@@ -35,6 +37,12 @@ Seen = dict[int, dict[str, np.ndarray]]
 """What observers saw, by layer."""
 Progress = Callable[[int, int], None]
 """Receives the layers done so far, and all layers."""
+
+
+def block_bytes(checkpoint: Checkpoint) -> int:
+    """Return the most bytes of hidden states that pass a layer together."""
+    layer_bytes = checkpoint.shape.num_experts * checkpoint.expert_bytes(checkpoint.dtype)
+    return max(BLOCK_BYTES, layer_bytes // BLOCKS_OF_LAYER)
 
 
 class Pass:
@@ -47,10 +55,7 @@ class Pass:
         self._folder = folder
         self._hidden_size = model.checkpoint.shape.hidden_size
         row_bytes = rows.shape[1] * self._hidden_size * _FLOAT_BYTES
-        shape = model.checkpoint.shape
-        layer_bytes = shape.num_experts * model.checkpoint.expert_bytes(model.checkpoint.dtype)
-        block_bytes = max(BLOCK_BYTES, layer_bytes // BLOCKS_OF_LAYER)
-        self._rows_at_once = max(1, block_bytes // row_bytes)
+        self._rows_at_once = max(1, block_bytes(model.checkpoint) // row_bytes)
 
     @torch.inference_mode()
     def run(self, new_observer: NewObserver | None, progress: Progress) -> Seen:
@@ -88,6 +93,8 @@ class Pass:
                     total += F.cross_entropy(logits, wanted, reduction="sum").item()
                     done += len(some)
         write_whole(result_file, json.dumps(total).encode())
+        del head
+        give_back_freed()
         return total
 
     def close(self) -> None:
@@ -113,6 +120,7 @@ class Pass:
             if observer is not None and layer.experts is not None:
                 self._keep(layer_id, observer.result(layer.experts))
         before.unlink()
+        give_back_freed()
 
     def _blocks(self, file: BinaryIO) -> Iterator[torch.Tensor]:
         """Yield the hidden states [T', H] of some rows at a time."""
