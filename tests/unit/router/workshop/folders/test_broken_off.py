@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,20 +28,36 @@ ROOT = Path(__file__).parents[5]
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
 MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=200_000)
+KILLS = [
+    ("prune", "calibrating", 1),
+    ("prune", "writing", 3),
+    ("prune", "scoring the source", 2),
+    ("prune", "scoring the new model", 1),
+    ("merge", "calibrating", 2),
+    ("merge", "writing", 40),
+]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from tests.unit.router.workshop.folders.test_broken_off import Given, run
+from tests.unit.router.workshop.folders.test_broken_off import KILLS, Given, run
 torch.set_num_threads(1)
-command, source, dest, text, phase, step = sys.argv[1:]
-seen = 0
-def on_progress(now, done, total):
-    global seen
-    seen += now == phase
-    if seen > int(step):
-        os.kill(os.getpid(), signal.SIGKILL)
-run(command, Given(Path(source), Path(text)), Path(dest), on_progress)
+source, text, place = map(Path, sys.argv[1:])
+
+def die_at(command, phase, step, dest):
+    seen = 0
+    def on_progress(now, done, total):
+        nonlocal seen
+        seen += now == phase
+        if seen > step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    run(command, Given(source, text), dest, on_progress)
+    os._exit(0)
+
+for number, kill in enumerate(KILLS):  # each in a process that has imported all
+    if not (pid := os.fork()):
+        die_at(*kill, place / str(number) / "out")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, kill
 """
 
 
@@ -86,40 +101,32 @@ def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     return {command: files_of(place / command / "out") for command in ("prune", "merge")}
 
 
-@pytest.mark.parametrize(
-    ("command", "phase", "step"),
-    [
-        ("prune", "calibrating", 1),
-        ("prune", "writing", 3),
-        ("prune", "scoring the source", 2),
-        ("prune", "scoring the new model", 1),
-        ("merge", "calibrating", 2),
-        ("merge", "writing", 40),
-    ],
-)
-def test_a_killed_command_goes_on_and_gives_the_same_bytes(
-    given: Given,
-    whole: dict[str, dict[str, bytes]],
-    tmp_path: Path,
-    command: str,
-    phase: str,
-    step: int,
-) -> None:
-    dest = tmp_path / "out"
-    words = [command, str(given.source), str(dest), str(given.text), phase, str(step)]
-    killed = subprocess.run(
-        [sys.executable, "-P", "-c", KILLED, *words],
+@pytest.fixture(scope="module")
+def killed(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each of :data:`KILLS` has left, in a folder by its number."""
+    place = tmp_path_factory.mktemp("killed")
+    for number in range(len(KILLS)):
+        (place / str(number)).mkdir()
+    subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, str(given.source), str(given.text), str(place)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=100,
-        check=False,
+        check=True,
     )
-    assert killed.returncode == -signal.SIGKILL
-    assert [file.name for file in tmp_path.iterdir()] == [staging_folder(dest).name]
+    return place
+
+
+@pytest.mark.parametrize("number", range(len(KILLS)), ids=[f"{c}-{p}" for c, p, _ in KILLS])
+def test_a_killed_command_goes_on_and_gives_the_same_bytes(
+    given: Given, whole: dict[str, dict[str, bytes]], killed: Path, number: int
+) -> None:
+    command, dest = KILLS[number][0], killed / str(number) / "out"
+    assert [file.name for file in dest.parent.iterdir()] == [staging_folder(dest).name]
     steps: list[str] = []
     run(command, given, dest, lambda now, done, total: steps.append(f"{now} {done}"))
     assert files_of(dest) == whole[command]
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in dest.parent.iterdir()] == ["out"]
     assert "calibrating 0" not in steps
 
 
