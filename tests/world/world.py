@@ -199,6 +199,8 @@ class World:
         self.moving: set[str] = set()
         """Actors that a controller is about to move to another node."""
         self.failing_disks: set[str] = set()
+        self.controllers: dict[str, Controller] = {}
+        """The controller of each process that has, or had, one."""
         self.used_at_s: dict[str, float] = {}
         """When each actor's process has computed rows last."""
         self.touched_at_s: dict[str, float] = {}
@@ -397,6 +399,9 @@ class World:
             setting.rebalance_period_s,
             setting.redeploy_drain_s,
         )
+        process = current_process()
+        assert process is not None
+        self.controllers[process.name] = made
         await made.start()
         made.deletion = self.kernel.create_task(made.look_for_deletion())  # type: ignore[attr-defined]
         return made
@@ -476,10 +481,9 @@ class World:
     def is_removed(self, handle: Handle, killer: Process | None) -> bool:
         """Return whether a kill is the end of an actor that an order took out of the fleet."""
         actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
-        for replica in self.serve.deployments["controller"].replicas:
-            made = replica.handle.instance
-            if replica.process is killer and isinstance(made, Controller):
-                return actor_id not in made._state.fleet.specs
+        made = self.controllers.get(killer.name) if killer else None
+        if made is not None:
+            return actor_id not in made._state.fleet.specs
         return actor_id not in [f"expert-{i}" for i in range(self.setting.num_actors)]
 
     def is_left(self, handle: Handle) -> bool:
