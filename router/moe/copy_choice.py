@@ -117,9 +117,13 @@ class CopyChoice:
     def replaceable(
         self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
     ) -> Sequence[bool]:
-        """Return for each part whether other actors, none of them avoided, hold its experts."""
+        """Return for each part whether other actors, none of them avoided, hold its experts.
+
+        One that has damaged the layer's rows is no other actor: :meth:`layout` prefers any to it.
+        """
         holders = self._layouts.holders(placement, layer.layer_id)
         avoided = self._avoided(placement, layer, now_s)
+        avoided |= layer.damaging_actors(placement.generations)
         return [is_replaceable(holders, part.expert_ids, part.actor_id, avoided) for part in parts]
 
     def failed_lately(self, generations: Mapping[str, int], now_s: float) -> frozenset[str]:

@@ -461,7 +461,7 @@ class World:
         ended_at_s = answer.ended_at_s or self.kernel.now_s
         since_s = answer.begun_at_s - RECOVERY_S
         near = [
-            e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s < ended_at_s
+            e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s <= ended_at_s
         ]
         if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
             return bool(near)

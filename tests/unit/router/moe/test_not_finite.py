@@ -13,13 +13,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import NotFiniteError
-from cluster.transport.base import Call
+from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import RowsFrame, decode, encode
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import prompt_of
 
 LENGTH = 6
+OUTAGE_S, MOST_FAILED = 0.3, 60
+"""How long a copy cannot be reached, and how often it may be asked meanwhile by all requests."""
 VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}
 PROMPTS = [prompt_of(5, 1), prompt_of(9, 2), prompt_of(3, 3)]
 
@@ -124,6 +126,35 @@ def test_a_copy_that_was_late_is_asked_before_the_one_whose_rows_were_not_finite
         cluster.close()
     assert cluster.dispatcher.retries == {"not_finite": answered["a1"]}
     assert answered["a1"] > 0
+
+
+def test_while_the_other_copy_cannot_be_reached_it_is_not_asked_without_a_pause(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    cluster = LocalCluster(folder, 3, min_copies=2)
+    until_s, failed = 0.0, 0
+    damaged: set[tuple[int, int]] = set()
+
+    def damage(call: Call, number: int) -> bytes | CallFailure | None:
+        nonlocal until_s, failed
+        frame = cluster.transport.frames[-1]
+        experts = {(frame.layer_id, expert_id) for expert_id in frame.expert_ids}
+        if call.actor_id == "a1":
+            until_s = until_s or time.monotonic() + OUTAGE_S
+            damaged.update(experts)
+            return answer_with(cluster, call, VALUES["nan"])
+        if time.monotonic() >= until_s or not experts <= damaged:
+            return None
+        failed += 1
+        assert failed < MOST_FAILED
+        return CallFailure.UNREACHABLE
+
+    cluster.transport.fail = damage
+    try:
+        assert tokens_of(cluster) == expected
+    finally:
+        cluster.close()
+    assert failed > 0
 
 
 def broken(folder: Path, name: str, row: int, to: Path) -> Path:
