@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from cluster.errors import FrameError
 from cluster.spec import ActorReport, ActorSpec, ExpertKey
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.wire.checksum import sealed, unsealed
@@ -62,6 +61,5 @@ def sealed_answer(compute: Callable[[Buffer], bytes], data: bytes) -> bytes:
     """Return the answer to a frame with a checksum, with one too; an error to a damaged frame."""
     frame = unsealed(data)
     if frame is None:
-        error = FrameError("came damaged: its checksum is wrong", "frame")
-        return b"".join(sealed(encode(ErrorFrame(0, "FrameError", error))))
+        return b"".join(sealed(encode(ErrorFrame.of_damage())))
     return b"".join(sealed((compute(frame),)))

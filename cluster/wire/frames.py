@@ -38,6 +38,8 @@ MAX_ERROR_BYTES = 1 << 16
 MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
 DISPATCH_KIND, ROWS_KIND, ERROR_KIND = 1, 2, 3
+DAMAGED_FRAME = "DamagedFrame"
+"""The kind of the error that answers a frame which came damaged."""
 _NO_SIZES = 0, 0, 0
 """The sizes that only a dispatch frame has, in the headers of other frames."""
 
@@ -121,6 +123,17 @@ class ErrorFrame:
     request_id: int
     kind: str
     error: ExpertMeshError
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether the frame came damaged, which says nothing of its sender."""
+        return self.kind == DAMAGED_FRAME
+
+    @classmethod
+    def of_damage(cls) -> ErrorFrame:
+        """Return the answer to a frame whose checksum is wrong."""
+        error = FrameError("came damaged: its checksum is wrong", "frame")
+        return cls(0, DAMAGED_FRAME, error)
 
 
 Frame = DispatchFrame | RowsFrame | ErrorFrame

@@ -85,6 +85,9 @@ class Failures:
         """Count a refusal, so that the frame is sent again. Raises as :meth:`note_no_rows`."""
         if isinstance(answer.error, ExpertFailedError):
             raise answer.error
+        if answer.is_damage:
+            self._note_damage(part, answer.error, CallFailure.DAMAGED.value)
+            return
         if answer.error.code is not Code.INVALID_ARGUMENT:
             self.retries[answer.kind] += 1
             if answer.error.code is Code.INTERNAL:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from cluster.errors import FrameError
 from cluster.transport.stream.channel import (
     MAX_MESSAGE_BYTES,
     Channel,
@@ -251,8 +250,7 @@ class StreamServer:
         """
         if peer.admitted:
             for call_id in [call_id for call_id, frame in messages if frame is None]:
-                error = FrameError("came damaged: its checksum is wrong", "frame")
-                self._send(peer, call_id, encode(ErrorFrame(0, "FrameError", error)))
+                self._send(peer, call_id, encode(ErrorFrame.of_damage()))
         raise ConnectionError("a message came damaged")
 
     def _admit(self, peer: _Peer, hello: bytes) -> None:

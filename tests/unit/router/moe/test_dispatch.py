@@ -32,6 +32,7 @@ from tests.local_cluster import Answered, LocalCluster, greedy_request
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
 LENGTH = 12
 NUMBERS = itertools.count()
+DAMAGED = b"".join(encode(ErrorFrame.of_damage()))
 REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "frame"))))
 """What an actor answers to a frame that it cannot read."""
 FAILED = b"".join(encode(ErrorFrame(0, "InternalError", InternalError("the batch failed"))))
@@ -119,22 +120,26 @@ def test_where_one_copy_fails_another_is_asked_at_once(
         assert cluster.suspected == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "times", "reason"),
+    [(REFUSED, MAX_REFUSALS, "malformed"), (DAMAGED, 2 * MAX_REFUSALS, "damaged")],
+)
 def test_a_frame_damaged_on_its_way_is_sent_again(
-    folder: Path, expected: list[tuple[int, ...]]
+    folder: Path, expected: list[tuple[int, ...]], answer: bytes, times: int, reason: str
 ) -> None:
     cluster = LocalCluster(folder, 3)
     sent: Counter[str] = Counter()
 
     def damage(call: Call, number: int) -> bytes | None:
         sent[call.actor_id] += 1
-        return REFUSED if sent[call.actor_id] % MAX_REFUSALS else None
+        return answer if sent[call.actor_id] % times else None
 
     cluster.transport.fail = damage
     try:
         assert tokens_of(cluster) == expected
     finally:
         cluster.close()
-    assert cluster.dispatcher.retries == {"malformed": sum(sent.values()) * 2 // 3}
+    assert cluster.dispatcher.retries == {reason: sum(sent.values()) * (times - 1) // times}
     assert cluster.suspected == []
 
 
