@@ -465,7 +465,9 @@ class World:
         ]
         if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
             return bool(near)
-        if answer.lost_gateways and OTHER_MODEL_TEXT in answer.message:
+        is_of_other = answer.error == "ModelReplacedError" or OTHER_MODEL_TEXT in answer.message
+        has_lost = answer.lost_gateways > 0 or any(event.role == "router" for event in near)
+        if is_of_other and has_lost:  # no router of its tokens' model takes it
             return any(event.kind == "redeploy other weights" for event in near)
         of_copies = [event for event in near if event.kind in OF_COPIES]
         return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
