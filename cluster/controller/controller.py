@@ -169,11 +169,9 @@ class Controller:
                 await self._state.release(over)
                 self._retirement.begin(holders, self._state.placement.order)
                 try:
-                    await self._state.record()
+                    await self._state.try_record("that the earlier models ended")
                 except StaleEpochError:
                     return
-                except Exception as error:  # Ray's control store may be away for a moment
-                    logger.warning("the ledger still has the earlier models (%s)", kind_of(error))
 
     async def _adopt(self) -> Adopted:
         """Claim the next epoch, and take over the actors of the last controller under it."""

@@ -214,7 +214,7 @@ class Elastic:
             is_up = actor_id in self._state.placement.generations
             if is_up and self._state.nodes.get(actor_id) not in avoided_nodes:
                 self._fleet.take_into_use(actor_id)
-                await self._state.record()
+                await self._state.try_record(f"that {actor_id} is in use")
                 return actor_id
         return None
 

@@ -114,7 +114,7 @@ class Keeper:
     async def stop(self, actor_id: str) -> None:
         """End an actor that is to hold nothing any more, and take it out of the fleet."""
         self._state.fleet.remove(actor_id)
-        await self._state.record()
+        await self._state.try_record(f"that {actor_id} left")
         await self._state.leave_placement(actor_id)
         task = self._tasks.pop(actor_id)
         task.cancel()

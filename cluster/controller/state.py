@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from cluster.controller.adopt import Adopted
 from cluster.controller.fleet import Fleet
 from cluster.controller.ledger import Ledger, LedgerStore
+from cluster.controller.pool import kind_of
 from cluster.errors import StaleEpochError
 from cluster.placement.change import Change, Shares, with_change
 from cluster.placement.placement import Placement, assign_experts, empty_placement
@@ -273,6 +274,18 @@ class ClusterState:
             except StaleEpochError:
                 self.supersede()
                 raise
+
+    async def try_record(self, what: str) -> None:
+        """Write the ledger, or log that it lacks ``what``, which the next record brings.
+
+        Raises :class:`StaleEpochError` where a newer controller runs.
+        """
+        try:
+            await self.record()
+        except StaleEpochError:
+            raise
+        except Exception as error:  # Ray's control store may be away for a moment
+            logger.warning("the ledger lacks %s (%s)", what, kind_of(error))
 
     async def check_epoch(self) -> None:
         """Raise :class:`StaleEpochError` where a newer controller runs; called before each kill.

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from cluster.controller import elastic as elastic_module
 from cluster.controller.controller import Controller
@@ -81,6 +82,31 @@ def test_a_dry_run_tells_what_would_be_and_changes_nothing() -> None:
             assert cluster.state.placement == before
             assert len(cluster.pool.actors) == 2
             assert (await controller.load()).changes == ()
+
+    run(test)
+
+
+def test_an_actor_leaves_though_the_ledger_cannot_be_written_then(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        async with running(3) as cluster:
+            await cluster.complete()
+            create = cluster.pool.store.create
+
+            def fail(key: str, value: bytes) -> bool:
+                raise RaySystemError("the store is away")
+
+            cluster.pool.store.create = fail  # type: ignore[method-assign]
+            report = await done(cluster.controller.scale(2, "", False))
+            assert (report.outcome, report.removed) == ("committed", ("expert-2",))
+            assert "the ledger lacks that expert-2 left" in caplog.text
+            assert cluster.pool.of("expert-2")[0].killed
+            assert set(cluster.state.shares) == {"expert-0", "expert-1"}
+            await done(cluster.controller.rebalance(False))
+            cluster.pool.store.create = create  # type: ignore[method-assign]
+            await done(cluster.controller.scale(3, "", False))  # writes it
+            assert cluster.pool.ledger().generations["expert-2"] == 2
 
     run(test)
 
