@@ -18,6 +18,20 @@ STORIES = {
     "an actor waited for its own relief for ever.",
     "seed-99": "A device yields NaN just after the actor's look at its answers; routers ask its "
     "twins from then on, so nobody tests it, and it stays.",
+    "seed-1400": "A broken actor is to be replaced while its controller is cut off from the "
+    "ledger; its keeper ended with an error that nobody saw.",
+    "seed-2497": "Two of three nodes are drained and go. Two actors wait for a place, and nobody "
+    "held their experts, though the others had room.",
+    "seed-3232": "Calls that Ray had lost, and actors whose devices failed, counted as deaths "
+    "under a request that was computed alone; it was ended as the one at fault.",
+    "seed-3417": "A rebalancing takes the expert away that a broken actor tests; the test ended, "
+    "and the actor stayed, avoided by all routers.",
+    "seed-4056": "Three copies of one frame come damaged; its request was ended, as if the router "
+    "had made a wrong one.",
+    "seed-5774": "One copy of an expert yields NaN and the other cannot be reached; the router "
+    "asked that one again and again without a pause.",
+    "seed-9259": "An actor is to leave the fleet while the ledger cannot be written; nothing was "
+    "rebalanced or scaled any more.",
 }
 """The story of each file of ``past/``, by its name without ``.json``."""
 
