@@ -50,7 +50,7 @@ class InputObserver:
         return {"inputs": torch.cat(self.inputs).numpy(), "ids": np.concatenate(self.ids)}
 
 
-@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize("name", [name for name in ALL if name != "grok"])
 def test_the_loss_is_the_whole_models(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path / "model")
     heldout = Pass(LayeredModel(open_checkpoint(tmp_path / "model")), INPUTS, tmp_path / "pass")
