@@ -11,9 +11,8 @@ from unittest.mock import patch
 
 import torch
 
-from cluster.errors import WrongPlacementError
 from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
-from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
+from cluster.wire.frames import DispatchFrame, RowsFrame, encode
 from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module
 from experts.actor import ExpertActor, kernels_of
@@ -60,10 +59,10 @@ def end_self_tests() -> None:
 
     Without the test's device they would fail, and be repeated for ever.
     """
-    error = WrongPlacementError("the test is over")
+    healthy = RowsFrame(0, 0, (HIDDEN,), "float32", ())
     for actor in _actors:
         self_test = actor._queue.self_test
-        self_test._compute_alone = lambda frame: ErrorFrame(0, type(error).__name__, error)
+        self_test._compute_alone = lambda frame: healthy
         deadline_s = time.monotonic() + LIMIT_S
         while self_test._suspected is not None or self_test._sample is not None:
             assert time.monotonic() < deadline_s, self_test.failure
