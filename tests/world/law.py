@@ -201,7 +201,9 @@ class Law:
                 "errors are typed and true",
                 f"{answer.error} at {plan.at_s:.3f}: {answer.message[:200]}",
             )
-        elif answer.error == "DeadlineExceededError" and is_too_short(answer, answers):
+        elif answer.error == "DeadlineExceededError" and is_too_short(
+            answer, answers, self._world.happenings.hit
+        ):
             return
         elif answer.error and not self._world.is_excused(answer):
             self.broken(

@@ -8,16 +8,17 @@ from tests.world.clients import Answer
 from tests.world.model import VOCAB
 
 if TYPE_CHECKING:
+    from tests.world.weather import Event
     from tests.world.world import World
 
 QUIET = {"long prompts", "gateway unreachable", "poison raises", "clock jumps", "node added"}
 """Events that make no other request wait."""
 SHORT_PROMPT = 8
-FIRST_S, LATE_SHARE = 3.0, 0.25
+FIRST_S, LATE_SHARE = 3.0, 0.3
 """How long the first token of a short prompt may take, and how many of them may take longer.
 
 Cache that is kept for a long prompt, once many have passed it, makes a few wait for the end of
-another long one.
+another long one, and a burst at that time.
 """
 PATIENT_S = 10.0
 """Who has so much time outlasts the loss of an actor with the only copies of experts."""
@@ -26,16 +27,24 @@ STEP_TOKENS, STEP_S = 16, 0.16
 layer."""
 
 
-def is_too_short(answer: Answer, answers: list[Answer]) -> bool:
-    """Return whether a request had less time than its router may need for all at that time."""
+def is_too_short(answer: Answer, answers: list[Answer], events: list[Event]) -> bool:
+    """Return whether a request had less time than its router may need for all at that time.
+
+    The time of a slow device does not count: a router learns that a copy is slow by its answers.
+    """
     until_s = answer.begun_at_s + answer.plan.timeout_s
+    slow_s = [
+        min(event.at_s + event.for_s, until_s) - max(event.at_s, answer.begun_at_s)
+        for event in events
+        if event.kind == "device slow"
+    ]
     prompts = [
         len(other.plan.prompt) * other.plan.n
         for other in answers
         if other.begun_at_s < until_s and (other.ended_at_s or until_s) > answer.begun_at_s
     ]
     steps = sum(prompts) / STEP_TOKENS + answer.plan.max_tokens
-    return steps * STEP_S > answer.plan.timeout_s
+    return steps * STEP_S > answer.plan.timeout_s - sum(max(time_s, 0.0) for time_s in slow_s)
 
 
 def is_poison(answer: Answer) -> bool:
