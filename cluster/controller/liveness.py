@@ -98,6 +98,7 @@ class Signs:
     ``is_suspected`` says that a router waits for the actor in vain, and ``hears_others`` that this
     router hears other actors. ``heard_at_s`` is when any router last heard the actor; an actor that
     no router asks is not heard. ``is_asked`` says that all routers have said so, or had their time.
+    ``is_suspicion_new`` says that they have not since the suspicion came.
     ``members_at_s`` is when any router or gateway last called, ``None`` where none is known.
     """
 
@@ -105,6 +106,7 @@ class Signs:
     hears_others: bool = False
     heard_at_s: float = -math.inf
     is_asked: bool = True
+    is_suspicion_new: bool = False
     members_at_s: float | None = None
 
 
@@ -146,7 +148,10 @@ class Silences:
         limit_s = SUSPECTED_S if signs.is_suspected else SILENT_S
         if silence.silent_s < limit_s:
             return Verdict.WAITS
-        if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - limit_s):
+        # Where many are silent, the controller's own silence says nothing of an actor that a router
+        # has heard since: one answer that this router waits for in vain may be lost alone.
+        heard_s = SILENT_S if self._are_many_silent(silence) else limit_s
+        if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - heard_s):
             return Verdict.HEARD
         if not signs.is_asked:
             return Verdict.WAITS
@@ -157,6 +162,9 @@ class Silences:
                 return Verdict.CUT_OFF
             if now_s - self._cut_off_at_s < limit_s:  # the others have just come back
                 return Verdict.WAITS
+        elif signs.is_suspicion_new and self._are_many_silent(silence):
+            # A network that was cut brings a suspicion late: routers that hear the actor say so.
+            return Verdict.WAITS
         if silence.silent_s < limit_s + LAST_COPY_S and goes_later():
             return Verdict.LAST_COPY
         return Verdict.REPLACED
@@ -164,18 +172,26 @@ class Silences:
     def _is_cut_off(self, silence: Silence, signs: Signs) -> bool:
         """Return whether so many are silent that the controller's own network may be at fault.
 
-        Those are half of the actors or more, and at least two. A controller of one actor goes by
-        routers and gateways: it is cut off where it hears none of them either.
+        A controller of one actor goes by routers and gateways: it is cut off where it hears none of
+        them either.
         """
-        together = sum(
-            other.silent_s >= PROBE_S and abs(other.since_s - silence.since_s) <= TOGETHER_S
-            for other in self._silent.values()
-        )
-        if together >= 2 and 2 * together >= len(self._watched):
+        if self._are_many_silent(silence):
             return True
         if signs.is_suspected or signs.members_at_s is None:
             return False
-        return together == len(self._watched) and signs.members_at_s <= silence.since_s
+        is_alone = self._num_silent(silence) == len(self._watched)
+        return is_alone and signs.members_at_s <= silence.since_s
+
+    def _are_many_silent(self, silence: Silence) -> bool:
+        """Return whether half of the actors or more are silent together, and at least two."""
+        together = self._num_silent(silence)
+        return together >= 2 and 2 * together >= len(self._watched)
+
+    def _num_silent(self, silence: Silence) -> int:
+        return sum(
+            other.silent_s >= PROBE_S and abs(other.since_s - silence.since_s) <= TOGETHER_S
+            for other in self._silent.values()
+        )
 
 
 def has_last_copy(

@@ -24,9 +24,10 @@ logger = logging.getLogger("expertmesh.controller")
 
 
 class _Suspected(NamedTuple):
-    """A router's last report that it waits for an actor in vain."""
+    """A router's last report that it waits for an actor in vain, and the first in a row."""
 
     at_s: float = -math.inf
+    since_s: float = -math.inf
     hears_others: bool = False
 
 
@@ -50,7 +51,10 @@ class Suspicion:
 
     def suspect(self, actor_id: str, hears_others: bool) -> None:
         """Note that a router waits in vain for an actor, and whether it hears other actors."""
-        self._suspected[actor_id] = _Suspected(time.monotonic(), hears_others)
+        now_s = time.monotonic()
+        last = self._suspected.get(actor_id, _Suspected())
+        since_s = last.since_s if now_s - last.at_s < SUSPICION_S else now_s
+        self._suspected[actor_id] = _Suspected(now_s, since_s, hears_others)
 
     def answered(self, actor_id: str) -> None:
         """Note that an actor answered a heartbeat."""
@@ -110,15 +114,20 @@ class Suspicion:
     def _signs(self, actor_id: str, now_s: float) -> Signs:
         suspected = self._suspected.get(actor_id, _Suspected())
         asked_at_s = self._doubted_at_s[actor_id]
-        is_over = now_s - asked_at_s >= ANSWER_S
         generation = self._state.placement.generations.get(actor_id, 0)
         return Signs(
             is_suspected=now_s - suspected.at_s < SUSPICION_S,
             hears_others=suspected.hears_others,
             heard_at_s=self._members.heard_at_s(actor_id, generation),
-            is_asked=is_over or self._members.have_called_since("router", asked_at_s),
+            is_asked=self._have_answered(asked_at_s, now_s),
+            is_suspicion_new=not self._have_answered(suspected.since_s, now_s),
             members_at_s=self._members.last_at_s(),
         )
+
+    def _have_answered(self, since_s: float, now_s: float) -> bool:
+        """Return whether all routers have called since a time, or have had their time to."""
+        is_over = now_s - since_s >= ANSWER_S
+        return is_over or self._members.have_called_since("router", since_s)
 
     def _goes_later(self, actor_id: str) -> bool:
         placement, shares = self._state.placement, self._state.shares

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from cluster.reports import Heard
 
 RECENT_S = 1.0
-"""An actor that answered within this time shows that the router's own network is up."""
+"""A router's own network is up where an actor answered within this time, and actors have answered
+for so long without a longer pause. Right after a pause, the network may just have come back."""
 KEPT_S = 60.0
 
 
@@ -18,6 +20,13 @@ class HeardActors:
         """Begin without any."""
         self.at_s: dict[tuple[str, int], float] = {}
         """By id and generation, in seconds of the monotonic clock."""
+        self._since_s = self._latest_s = -math.inf
+
+    def note(self, actor_id: str, generation: int, now_s: float) -> None:
+        """Note an answer of an actor."""
+        if now_s - self._latest_s > RECENT_S:
+            self._since_s = now_s
+        self._latest_s = self.at_s[actor_id, generation] = now_s
 
     def ages(self) -> dict[str, Heard]:
         """Return for each actor the generation that answered last, and how long ago."""
@@ -31,6 +40,8 @@ class HeardActors:
         return found
 
     def hears_others(self, actor_id: str) -> bool:
-        """Return whether an actor beside this one has answered lately."""
+        """Return whether the router's network is up: other actors answer, and have for a while."""
         since_s = time.monotonic() - RECENT_S
+        if self._since_s > since_s:
+            return False
         return any(a != actor_id and at_s > since_s for (a, _), at_s in self.at_s.copy().items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 import time
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from router.observability.tracing import as_current
 REFRESH_S = 1.0
 """While requests come, the routers are asked for so often."""
 ASK_TIMEOUT_S = 5.0
+STALE_S = 1.5
+"""So long after all routers have told where they listen, a request goes over a link. Serve may be
+ending the routers of older links."""
 
 logger = logging.getLogger("expertmesh.link")
 
@@ -46,14 +50,18 @@ class RouterLinks:
         self._tls = tls
         self._links: dict[LinkAddress, CallLink] = {}
         self._asked_at_s = -REFRESH_S
+        self._known_at_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
 
     def call(self, wire: Wire) -> LinkCall | None:
         """Send a request to the router that owes this gateway the fewest answers.
 
-        A silent one comes last. Returns ``None`` where there is no link.
+        A silent one comes last. Returns ``None`` where there is no link, and where it is not known
+        whether Serve still sends requests to the links' routers.
         """
         self._keep_fresh()
+        if time.monotonic() - self._known_at_s > STALE_S:
+            return None
         links = [link for link in self._links.values() if link.is_open]
         if not links:
             return None
@@ -66,6 +74,7 @@ class RouterLinks:
             self._asking = asyncio.create_task(self._refresh())
 
     async def _refresh(self) -> None:
+        asked_at_s = self._asked_at_s
         try:
             answers = await self._routers.broadcast("link").results_async(
                 timeout_s=ASK_TIMEOUT_S, return_exceptions=True
@@ -75,6 +84,7 @@ class RouterLinks:
             await asyncio.gather(*map(self._open, addresses))
             if not any(isinstance(answer, BaseException) for answer in answers):
                 self._leave_others(addresses)
+                self._known_at_s = asked_at_s
         except Exception as error:
             logger.warning("the routers cannot be asked for links (%s)", type(error).__name__)
         finally:

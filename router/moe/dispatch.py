@@ -92,7 +92,7 @@ class Dispatcher:
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
         self.times = self._copies.times
         self._pace = Pace()
-        self._heard_at_s = (heard or HeardActors()).at_s
+        self._heard = heard or HeardActors()
         self._failures = Failures(self._copies, suspect, transport.renew)
         self.retries = self._failures.retries
         self.calls = transport.calls
@@ -252,7 +252,7 @@ class Dispatcher:
         if isinstance(outcome, CallFailure):
             answer = outcome
         else:
-            self._heard_at_s[part.actor_id, part.generation] = now_s
+            self._heard.note(part.actor_id, part.generation, now_s)
             answer = _decoded(outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))

@@ -113,6 +113,7 @@ OF_COPIES = {
     "redeploy fewer actors",
 }
 """Events that may take one copy of an expert; a request is served under one of them at a time."""
+OF_OTHER_WEIGHTS = {"redeploy other weights", "routers die in a redeploy"}
 ENOUGH_S = 5.0
 UNHEARD_S = 5.0
 """How long a cut link may still matter."""
@@ -468,7 +469,7 @@ class World:
         is_of_other = answer.error == "ModelReplacedError" or OTHER_MODEL_TEXT in answer.message
         has_lost = answer.lost_gateways > 0 or any(event.role == "router" for event in near)
         if is_of_other and has_lost:  # no router of its tokens' model takes it
-            return any(event.kind == "redeploy other weights" for event in near)
+            return any(event.kind in OF_OTHER_WEIGHTS for event in near)
         of_copies = [event for event in near if event.kind in OF_COPIES]
         return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
 

@@ -5,6 +5,8 @@ Not where only the controller does not hear it, as far as routers and the other 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.controller.liveness import (
@@ -182,6 +184,26 @@ def test_a_router_that_hears_others_confirms_a_silence_of_many() -> None:
     cluster.until(SUSPECTED_S + LOOK_S)
     assert cluster.verdict("a0", SUSPECTED) is Verdict.CUT_OFF
     assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
+
+
+def test_where_many_are_silent_a_suspicion_waits_for_what_routers_hear_after_it() -> None:
+    """A network that was cut brings it late."""
+    late = replace(CONFIRMED, is_suspicion_new=True)
+    for silent, expected in ((1, Verdict.REPLACED), (2, Verdict.WAITS)):
+        cluster = Cluster(4, {f"a{number}": 0.0 for number in range(silent)})
+        cluster.until(SUSPECTED_S + LOOK_S)
+        assert cluster.verdict("a0", late) is expected
+        assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
+
+
+def test_where_many_are_silent_one_lost_answer_convicts_no_actor_that_routers_heard() -> None:
+    heard = replace(CONFIRMED, heard_at_s=10.0)
+    for silent, expected in ((1, Verdict.REPLACED), (2, Verdict.HEARD)):
+        cluster = Cluster(4, {f"a{number}": 0.0 for number in range(silent)})
+        cluster.until(10.0 + SUSPECTED_S + LOOK_S)
+        assert cluster.verdict("a0", heard) is expected
+        cluster.until(10.0 + SILENT_S + LOOK_S)
+        assert cluster.verdict("a0", heard) is Verdict.REPLACED
 
 
 def test_a_router_that_hears_nobody_may_be_cut_off_with_the_controller() -> None:

@@ -187,6 +187,29 @@ def test_where_a_router_does_not_tell_no_link_is_left() -> None:
     run(test)
 
 
+def test_after_a_pause_serve_carries_requests_until_the_routers_are_known_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        ended, new = map(Router, "ab")
+        serve = Serve(ended)
+        async with linked(serve) as links:
+            serve.routers = [new]  # a redeploy while nobody asks
+            links._known_at_s -= 2 * links_module.STALE_S
+            assert links.call({}) is None
+            await happens(lambda: links._asking is None)
+            assert await called(links) == "b"
+            serve.answers = [TimeoutError()]
+            await refreshed(links)
+            assert await called(links) == "b"
+            monkeypatch.setattr(links_module, "STALE_S", 0.0)  # it has not told for so long
+            assert links.call({}) is None
+            await happens(lambda: not ended.server._writers)
+            ended.server.close()
+
+    run(test)
+
+
 def test_a_broken_link_is_made_again() -> None:
     async def test() -> None:
         serve = Serve(Router("a"))
