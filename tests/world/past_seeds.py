@@ -20,8 +20,14 @@ STORIES = {
     "twins from then on, so nobody tests it, and it stays.",
     "seed-1400": "A broken actor is to be replaced while its controller is cut off from the "
     "ledger; its keeper ended with an error that nobody saw.",
+    "seed-1693": "Other weights are deployed, and nobody asks for two seconds; then a new gateway "
+    "called the router of the earlier model over the link that it still had.",
+    "seed-2127": "A controller is cut off from all actors, and a router waits in vain for one lost "
+    "answer; the healthy actor, heard a second ago, was replaced.",
     "seed-2497": "Two of three nodes are drained and go. Two actors wait for a place, and nobody "
     "held their experts, though the others had room.",
+    "seed-2498": "A controller and the routers are cut off; when the network is back, a router's "
+    "word of seconds ago arrives, and healthy actors were replaced by it.",
     "seed-3232": "Calls that Ray had lost, and actors whose devices failed, counted as deaths "
     "under a request that was computed alone; it was ended as the one at fault.",
     "seed-3417": "A rebalancing takes the expert away that a broken actor tests; the test ended, "
