@@ -106,7 +106,8 @@ class Bench:
     """The texts as tokens, once for all runs, and the runs that are done."""
 
     def __init__(self, texts: Sequence[Path], recipe: Mapping[str, Any], runs: Path | None) -> None:
-        from router.workshop.corpus import encode_documents, read_corpus, train_tokenizer
+        from router.workshop.corpus import encode_documents, train_tokenizer
+        from router.workshop.texts import read_corpus
 
         self._recipe = recipe
         self._runs = runs

@@ -1,12 +1,7 @@
-"""Turns texts into token ids: reads them, holds out blocks, trains a byte-level BPE tokenizer.
+"""Turns the documents of texts into token ids, by a byte-level BPE tokenizer that it trains.
 
-Two blank lines end a document. N: number of tokens, B: batch, L: sequence length.
+N: number of tokens, B: batch, L: sequence length.
 """
-
-import hashlib
-import re
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,7 +11,6 @@ from router.workshop.settings import TrainingError
 
 BOS = "<s>"
 EOS = "</s>"
-BLOCK_CHARS = 4096
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -29,47 +23,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The documents of a run: for training, and held out by file name; hashes by file name too."""
-
-    train_documents: list[str]
-    heldout_documents: dict[str, list[str]]
-    files: dict[str, str]
-
-
-def read_corpus(paths: list[Path], holdout_every_blocks: int) -> Corpus:
-    """Read UTF-8 texts and hold out every n-th block of about `BLOCK_CHARS` characters.
-
-    Blocks end at line ends. Raises TrainingError for an unreadable or empty file, for a file too
-    short to hold anything out, and for two files of the same name.
-    """
-    train: list[str] = []
-    heldout: dict[str, list[str]] = {}
-    files: dict[str, str] = {}
-    for path in paths:
-        if path.name in files:
-            raise TrainingError(
-                f"{path}: another text is called {path.name} too; figures go by file name, so "
-                "rename one of the texts"
-            )
-        text = _read_text(path)
-        files[path.name] = hashlib.sha256(text.encode()).hexdigest()
-        held: list[str] = []
-        for index, block in enumerate(_blocks(text)):
-            documents = held if index % holdout_every_blocks == holdout_every_blocks - 1 else train
-            parts = re.split(r"\n{3,}", block.strip("\n"))
-            documents.extend(part for part in parts if part.strip())
-        if not held:
-            raise TrainingError(
-                f"{path}: the text is too short to hold any of it out: with holdout_every_blocks "
-                f"{holdout_every_blocks} a file needs at least "
-                f"{holdout_every_blocks * BLOCK_CHARS} characters, in lines"
-            )
-        heldout[path.name] = held
-    return Corpus(train, heldout, files)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -132,30 +85,3 @@ def windows(
     targets = tokens[starts[:, None] + torch.arange(sequence_length)]
     bos = torch.full((len(starts), 1), bos_token_id, dtype=torch.int64)
     return torch.cat([bos, targets[:, :-1]], dim=1), targets
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise TrainingError(f"{path}: the text is empty; training needs at least one document")
-    return text
-
-
-def _blocks(text: str) -> list[str]:
-    blocks: list[str] = []
-    lines: list[str] = []
-    size_chars = 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size_chars += len(line)
-        if size_chars >= BLOCK_CHARS:
-            blocks.append("".join(lines))
-            lines, size_chars = [], 0
-    if lines:
-        blocks.append("".join(lines))
-    return blocks

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from router.workshop.corpus import Corpus, encode_documents, read_corpus, train_tokenizer
+from router.workshop.corpus import encode_documents, train_tokenizer
 from router.workshop.evaluation import (
     expert_shares,
     kind_shares,
@@ -32,6 +32,7 @@ from router.workshop.report import (
     read_beside,
 )
 from router.workshop.settings import DenseSize, TrainingConfig, TrainingError
+from router.workshop.texts import Corpus, read_corpus
 from router.workshop.trainer import StepReport, Trainer
 
 
@@ -66,7 +67,7 @@ def train(
 
     `dense` trains the configuration's dense model instead. `beside` are folders of finished dense
     runs to compare with. `resume` continues a run that ended early from its last saved state.
-    Raises TrainingError for wrong settings or texts, before the first step or at the evaluation;
+    Raises ConfigError for wrong settings or texts, before the first step or at the evaluation;
     TrainingFailedError when the run fails; StoppedError when the watcher stops it.
     """
     watcher = watcher or Watcher()

@@ -19,7 +19,8 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from router.gateway.tokenizer import Tokenizer
-from router.workshop.evaluate.scores import Scored, Scorer, check_ids
+from router.workshop.evaluate.scores import Scored, Scorer
+from router.workshop.texts import check_ids
 
 DELIMITER = " "
 SHOWN_CHARS = 60

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,13 @@ from router.workshop.evaluate.choices import (
 )
 from router.workshop.evaluate.local_model import FolderModel
 from router.workshop.evaluate.perplexity import TextFigures, TextTally, together
-from router.workshop.evaluate.scores import Scorer
+from router.workshop.evaluate.scores import Ids, Scorer
 from router.workshop.evaluate.served_model import ServedModel
-from router.workshop.evaluate.texts import TextReader, beginning, head
+from router.workshop.texts import Sequences, beginning, read_blocks
 
 DEFAULT_LENGTH = 512
+BLOCK_CHARS, AS_IT_IS = 1 << 16, ""
+"""The characters of a text that are tokens at once, and how its line ends are read."""
 Questions = Mapping[Path, Sequence[Question]]
 
 
@@ -109,8 +111,11 @@ def _evaluate(
         for path, questions in asked.items()
     }
     scorer = target.load(_longest(length if task.texts else 0, choices.values()))
-    reader = TextReader(tokenizer, target.vocab_size, length)
-    tallies = {path.name: _tally(path, reader, scorer, target, on) for path in task.texts}
+    sequences = Sequences(tokenizer, target.vocab_size, length)
+    tallies = {}
+    for path in task.texts:
+        cut = sequences.cut(_ids(path, tokenizer, on), str(path))
+        tallies[path.name] = _tally(cut, scorer, target)
     return Evaluation(
         target.name,
         length,
@@ -140,7 +145,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 def _sample(task: Task, asked: Questions) -> str:
     """Return some of what is evaluated."""
     if task.texts:
-        return head(task.texts[0])
+        return next(_blocks(task.texts[0]), "")
     question = asked[task.questions[0]][0]
     return question.context + DELIMITER + question.choices[0]
 
@@ -175,12 +180,20 @@ def _longest(length: int, choices: Iterable[list[list[Continuation]]]) -> int:
     return max(length, max(lengths, default=0))
 
 
-def _tally(
-    path: Path, reader: TextReader, scorer: Scorer, target: _Target, on: OnProgress
-) -> TextTally:
-    tally = TextTally(target.num_experts)
+def _blocks(path: Path) -> Iterator[str]:
+    return read_blocks(path, BLOCK_CHARS, AS_IT_IS)
+
+
+def _ids(path: Path, tokenizer: Tokenizer, on: OnProgress) -> Iterator[list[int]]:
+    """Yield the ids of a text, a block at a time, as it is read."""
     size = path.stat().st_size if path.is_file() else 0
-    sequences = reader.sequences(path, lambda num_bytes: on(path.name, num_bytes, size))
+    for block in _blocks(path):
+        yield tokenizer.encode(block, add_special_tokens=False)
+        on(path.name, len(block.encode()), size)
+
+
+def _tally(sequences: Iterable[Ids], scorer: Scorer, target: _Target) -> TextTally:
+    tally = TextTally(target.num_experts)
     for scored in scorer.score(sequences):
         tally.add(scored)
     return tally

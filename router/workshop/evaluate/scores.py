@@ -11,8 +11,6 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.errors import ConfigError
-
 Ids = Sequence[int]
 
 
@@ -45,18 +43,3 @@ class Scorer(Protocol):
     def score(self, prompts: Iterable[Ids]) -> Iterator[Scored]:
         """Score prompts, each of at least one token, in their order; takes few of them ahead."""
         ...
-
-
-class TokenizerMisfitError(ConfigError):
-    """The tokenizer is not that of the model."""
-
-
-def check_ids(ids: Ids, vocab_size: int, where: str) -> None:
-    """Raise :class:`TokenizerMisfitError` where the tokenizer gives an id that the model lacks."""
-    highest = max(ids, default=0)
-    if highest >= vocab_size:
-        raise TokenizerMisfitError(
-            f"the tokenizer does not fit: it gives the id {highest}, and the model has "
-            f"{vocab_size} ids",
-            where,
-        )

@@ -13,7 +13,8 @@ from cluster.errors import OverloadedError
 from router.client import Client, ModelInfo, Reply, Sampling
 from router.client.wire import first_model
 from router.gateway.tokenizer import Tokenizer
-from router.workshop.evaluate.scores import Ids, Scored, TokenizerMisfitError, check_ids
+from router.workshop.evaluate.scores import Ids, Scored
+from router.workshop.texts import TokenizerMisfitError, check_ids
 
 LEAST_LEFT_S = 0.001
 AT_ONCE = 8

@@ -76,7 +76,7 @@ def test_json_has_every_figure_and_a_server_gives_the_same(folder: Path, address
 
 BAD_FILES = [
     ("--text", b"", "the text is empty"),
-    ("--text", b"the quick", "fewer than a sequence of 256"),
+    ("--text", b"the quick", "fewer than the 256 of a sequence"),
     ("--text", b"\xff\xfe\xfa" * 100, "cannot be read as UTF-8"),
     ("--choices", b"", "has no questions"),
     ("--choices", b"\n\n", "has no questions"),

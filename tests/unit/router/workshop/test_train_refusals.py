@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from router.workshop.corpus import read_corpus, train_tokenizer
+from cluster.errors import ConfigError
+from router.workshop.corpus import train_tokenizer
 from router.workshop.settings import (
     TrainingConfig,
     TrainingError,
@@ -21,6 +22,7 @@ from router.workshop.settings import (
     load_config,
 )
 from router.workshop.state import STATE_FILE
+from router.workshop.texts import read_corpus
 from router.workshop.train import Watcher, train
 from router.workshop.trainer import StepReport
 from tests.unit.router.workshop.training_runs import (
@@ -74,12 +76,12 @@ def test_empty_short_and_binary_texts_are_clear_errors(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", r"text\.txt: cannot be read as UTF-8"),
     ):
         path.write_bytes(content)
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises(ConfigError, match=message):
             read_corpus([path], holdout_every_blocks=2)
 
 
 def test_two_texts_of_one_name_are_refused(grammar: Path) -> None:
-    with pytest.raises(TrainingError, match=r"another text is called grammar\.txt too"):
+    with pytest.raises(ConfigError, match=r"another text is called grammar\.txt too"):
         read_corpus([grammar, grammar], holdout_every_blocks=2)
 
 

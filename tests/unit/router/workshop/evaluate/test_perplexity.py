@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from cluster.errors import OverloadedError
 from router.gateway.tokenizer import Tokenizer
-from router.workshop.evaluate import texts
 from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
-from router.workshop.evaluate.texts import TextReader, beginning
+from router.workshop.texts import Sequences, beginning, read_blocks
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster
@@ -182,20 +181,28 @@ def test_a_prompt_alone_has_the_same_numbers_as_one_among_others(
     assert alone.texts["two.txt"] == both.texts["two.txt"]
 
 
-def test_a_text_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_mixtral(folder)
     tokenizer = Tokenizer.load(str(folder))
     path = tmp_path / "long.txt"
     path.write_text(text_of(3, 40), encoding="utf-8")
-    whole = list(TextReader(tokenizer, 320, LENGTH).sequences(path, lambda count: None))
-    monkeypatch.setattr(texts, "BLOCK_CHARS", 50)
-    read: list[int] = []
-    stream = TextReader(tokenizer, 320, LENGTH).sequences(path, read.append)
+    read: list[str] = []
+
+    def parts(block_chars: int) -> Iterator[list[int]]:
+        for block in read_blocks(path, block_chars):
+            read.append(block)
+            yield tokenizer.encode(block, add_special_tokens=False)
+
+    sequences = Sequences(tokenizer, 320, LENGTH)
+    whole = list(sequences.cut(parts(10_000), str(path)))
+    assert len(read) == 1
+    read.clear()
+    stream = sequences.cut(parts(50), str(path))
     assert next(stream) == whole[0]
-    assert sum(read) < path.stat().st_size / 2
+    assert sum(map(len, read)) < len(path.read_text(encoding="utf-8")) / 2
     assert [whole[0], *stream] == whole
-    assert sum(read) == path.stat().st_size
+    assert "".join(read) == path.read_text(encoding="utf-8")
 
 
 def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> None:

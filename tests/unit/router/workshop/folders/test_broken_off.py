@@ -226,7 +226,7 @@ def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     save("mixtral", tmp_path / "model", max_position_embeddings=100_000)
     text = write_letters(tmp_path / "letters.txt", 30_000)
     words = ("--experts", "4", "--text", str(text), "--sequence-length", "60000")
-    assert "tokens, fewer than a sequence of 60000; give more text" in refused(
+    assert "tokens, fewer than the 60001 of a sequence; give more text" in refused(
         tmp_path, tmp_path / "model", *words
     )
 
