@@ -15,6 +15,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,7 +40,6 @@ from cluster.wire.frames import (
 )
 from cluster.wire.tensors import dtype_name
 from router.control.heard import HeardActors
-from router.control.placement_view import PlacementView
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
 from router.moe.deaths import LayerDeaths
@@ -51,6 +51,9 @@ from router.moe.permute import Part, PlacedModel, as_sent, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.moe.zero_rows import ZeroRows
 from router.retry import RetryPolicy
+
+if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
+    from router.control.placement_view import PlacementView
 
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """The delays between attempts while every expert has a live copy."""

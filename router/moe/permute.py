@@ -15,7 +15,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from cluster.native.built import native
 from cluster.placement.placement import Placement
 from cluster.wire.frames import Buffers, Shape
 from cluster.wire.tensors import to_bytes, to_raw
-from router.control.placement_view import PlacementView
 from router.moe.device_rows import LayerRows
 from router.moe.missing import Awaited
+
+if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
+    from router.control.placement_view import PlacementView
 
 
 @dataclass(frozen=True, slots=True)
