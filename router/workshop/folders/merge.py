@@ -10,15 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.config import read_json
 from experts.checkpoint.expert_weights import read_part
 from experts.checkpoint.shards import read_headers
 from experts.convert.plan import STORED, Plan, make_plan
 from experts.convert.staging import check_dest
-from router.workshop.folders.alignment import DOWN, DOWN_BIAS, in_order, neuron_order
+from router.workshop.folders.alignment import (
+    DOWN,
+    DOWN_BIAS,
+    assignment_bytes,
+    in_order,
+    neuron_orders,
+)
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense import check_dense, dense_plan, score_dense
 from router.workshop.folders.grouping import Alike, LikenessObserver, grouped
@@ -78,60 +86,78 @@ class MergedExperts:
         self._checkpoint = checkpoint
         self._merging = merging
         self._layer_id = -1
-        self._orders: dict[int, np.ndarray] = {}
-        self._reference: tuple[int, list[np.ndarray]] = (-1, [])
+        self._orders: dict[int, torch.Tensor] = {}
 
     def gate_rows(self, layer_id: int, rows: np.ndarray) -> np.ndarray:
         """Return the mean row of each group, by shares."""
+        found = from_array(rows)
         groups = self._merging.groups[layer_id]
         merged = np.empty((len(groups), *rows.shape[1:]), rows.dtype)
-        for index, group in enumerate(groups):
-            merged[index] = _mean(group, lambda expert_id: rows[expert_id].astype(np.float32))
+        for place, group in zip(from_array(merged), groups, strict=True):
+            place.copy_(_mean(group, lambda expert_id: found[expert_id].float()))
         return merged
 
     def matrix(self, layer_id: int, expert_id: int, index: int) -> np.ndarray:
         """Return a part of a merged expert, in float32."""
         group = self._merging.groups[layer_id][expert_id]
 
-        def part(member: int) -> np.ndarray:
+        def part(member: int) -> torch.Tensor:
             stored = self._part(layer_id, member, index)
-            if member == group.reference:
-                return stored
-            return in_order(stored, index, self._order(layer_id, group.reference, member))
+            if member != group.reference:
+                stored = in_order(stored, index, self._order(layer_id, group, member))
+            return stored.float()
 
-        factor = self._merging.factors[layer_id] if index in (DOWN, DOWN_BIAS) else 1.0
         merged = _mean(group, part)
-        return merged if factor == 1.0 else merged * np.float32(factor)
+        factor = self._merging.factors[layer_id] if index in (DOWN, DOWN_BIAS) else 1.0
+        found: np.ndarray = (merged if factor == 1.0 else merged.mul_(factor)).numpy()
+        return found
 
-    def _order(self, layer_id: int, reference: int, member: int) -> np.ndarray:
+    def _order(self, layer_id: int, group: Group, member: int) -> torch.Tensor:
         if layer_id != self._layer_id:
-            self._layer_id, self._orders, self._reference = layer_id, {}, (-1, [])
+            self._layer_id, self._orders = layer_id, {}
         if member not in self._orders:
-            if self._reference[0] != reference:
-                self._reference = reference, self._parts(layer_id, reference)
-            parts = self._parts(layer_id, member)
-            self._orders[member] = neuron_order(self._reference[1], parts)
+            self._orders |= self._orders_of(layer_id, group)
         return self._orders[member]
 
-    def _parts(self, layer_id: int, expert_id: int) -> list[np.ndarray]:
+    def _orders_of(self, layer_id: int, group: Group) -> dict[int, torch.Tensor]:
+        """Return the orders of all members but the reference that have a share."""
+        checkpoint, shape = self._checkpoint, self._checkpoint.shape
+        members = [
+            expert_id
+            for expert_id, share in zip(group.expert_ids, group.shares, strict=True)
+            if expert_id != group.reference and share > 0
+        ]
+        layer_bytes = shape.num_experts * checkpoint.expert_bytes(checkpoint.dtype)
+        fitting = layer_bytes // assignment_bytes(shape.intermediate_size)
+        at_once = max(1, min(torch.get_num_threads(), fitting))
+        experts = (self._parts(layer_id, member) for member in members)
+        try:
+            orders = neuron_orders(self._parts(layer_id, group.reference), experts, at_once)
+        except ValueError:
+            message = f"an expert of layer {layer_id} has numbers that are not finite"
+            raise CheckpointError(message, str(checkpoint.folder)) from None
+        return dict(zip(members, orders, strict=True))
+
+    def _parts(self, layer_id: int, expert_id: int) -> list[torch.Tensor]:
         tensors = self._checkpoint.family.expert_tensors(
             self._checkpoint.config, layer_id, expert_id
         )
         return [self._part(layer_id, expert_id, index) for index in range(len(tensors.parts()))]
 
-    def _part(self, layer_id: int, expert_id: int, index: int) -> np.ndarray:
+    def _part(self, layer_id: int, expert_id: int, index: int) -> torch.Tensor:
+        """Return a part of an expert in its own dtype, or in float32 where it is quantised."""
         checkpoint = self._checkpoint
         tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
-        return read_part(checkpoint, tensors.parts()[index], "float32").astype(np.float32)
+        return from_array(read_part(checkpoint, tensors.parts()[index], "float32"))
 
 
-def _mean(group: Group, part: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Return the mean of a part; equal parts give the same bits."""
+def _mean(group: Group, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Return the mean of a part in float32, of its own memory; equal parts give the same bits."""
     reference = part(group.reference)
-    mean = reference.copy()
+    mean = reference.clone()
     for expert_id, share in zip(group.expert_ids, group.shares, strict=True):
         if expert_id != group.reference and share > 0:
-            mean += np.float32(share) * (part(expert_id) - reference)
+            mean.add_(part(expert_id) - reference, alpha=share)
     return mean
 
 

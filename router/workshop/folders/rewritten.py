@@ -136,7 +136,8 @@ class _NewTensors:
         whole = np.empty(entry.shape, ARRAY_DTYPES[entry.dtype])
         for (layer_id, expert_id), index, part in places:
             rows = whole if part.rows is None else whole[slice(*part.rows)]
-            part_of(rows, part)[...] = self._experts.matrix(layer_id, expert_id, index)
+            found = from_array(self._experts.matrix(layer_id, expert_id, index))
+            from_array(part_of(rows, part)).copy_(found)
         return whole
 
     def _old_part(self, key: tuple[int, int], index: int, part: Part) -> Part:

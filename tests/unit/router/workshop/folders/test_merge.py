@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.cli.app import app
-from router.workshop.folders.alignment import in_order, neuron_order
+from router.workshop.folders.alignment import in_order, neuron_orders
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense import DENSE_CONFIGS, WITHOUT_DENSE
 from router.workshop.folders.grouping import grouped
 from router.workshop.folders.making import source_checkpoint
 from router.workshop.folders.merge import MergeOptions, merge, merging_of
 from tests.quantise import CASES, make
-from tests.unit.router.workshop.folders.edits import copy_permuted, write_letters
+from tests.unit.router.workshop.folders.edits import (
+    State,
+    change,
+    copy_permuted,
+    expert_of,
+    write_letters,
+)
 from tests.unit.router.workshop.folders.families import (
     ALL,
     SIZES,
@@ -137,16 +145,50 @@ def test_every_family_has_a_dense_class_or_a_reason() -> None:
     assert not DENSE_CONFIGS.keys() & WITHOUT_DENSE.keys()
 
 
-def test_the_order_of_neurons_is_found() -> None:
-    draw = np.random.default_rng(0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_neurons_is_found(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
     shapes = ((12, 5), (12, 5), (5, 12), (12,), (12,), (5,))
-    parts = [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
-    order = draw.permutation(12)
-    mixed = [in_order(part, index, order) for index, part in enumerate(parts)]
-    assert not np.array_equal(mixed[2], parts[2])
-    found = neuron_order(parts, mixed)
-    restored = [in_order(part, index, found) for index, part in enumerate(mixed)]
-    assert all(np.array_equal(one, other) for one, other in zip(restored, parts, strict=True))
+    parts = [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
+    orders = [torch.randperm(12, generator=draw) for _ in range(5)]
+    mixed = [[in_order(part, index, order) for index, part in enumerate(parts)] for order in orders]
+    assert not torch.equal(mixed[0][2], parts[2])
+    for expert, found in zip(mixed, neuron_orders(parts, mixed, at_once=2), strict=True):
+        restored = [in_order(part, index, found) for index, part in enumerate(expert)]
+        assert all(map(torch.equal, restored, parts))
+
+
+def test_the_order_of_bfloat16_neurons_is_that_of_their_exact_products() -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((64, 48), (64, 48), (48, 64))
+    one, other = (
+        [torch.randn(shape, generator=draw).bfloat16() for shape in shapes] for _ in range(2)
+    )
+    exact = sum(
+        left.double() @ right.double().T
+        for left, right in (
+            (part, by) if index < 2 else (part.T, by.T)
+            for index, (part, by) in enumerate(zip(one, other, strict=True))
+        )
+    )
+    _, expected = linear_sum_assignment(exact, maximize=True)
+    [found] = neuron_orders(one, [other], at_once=1)
+    assert found.tolist() == expected.tolist()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_an_expert_that_is_not_finite_is_refused(letters: Path, tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+
+    def edit(state: State) -> None:
+        for part in expert_of(checkpoint, state, 1, 3):
+            part[0] = np.inf
+
+    change(tmp_path / "model", edit)
+    with pytest.raises(CheckpointError, match="an expert of layer 1 has numbers that are not"):
+        merged(tmp_path / "model", tmp_path / "out", letters, 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_join_what_is_most_alike_within_the_gates_groups() -> None:
