@@ -1,0 +1,64 @@
+"""Folders that prune and merge have made, served beside the models of the session's cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from router.app import build
+from router.workshop.folders.making import source_checkpoint
+from router.workshop.folders.merge import MergeOptions, merge
+from router.workshop.folders.prune import PruneOptions, prune
+from tests.checkpoints import transformers_tokens
+from tests.cluster_fixture import APP, ServedCluster, prompt_of
+from tests.unit.router.workshop.folders.edits import write_letters
+from tests.unit.router.workshop.folders.families import save, whole_model
+
+FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v3")
+SIZES = ((1, 12), (30, 16), (90, 8))
+PROMPTS = tuple((tuple(prompt_of(length, length)), count) for length, count in SIZES)
+"""Prompts, and numbers of tokens that follow."""
+FEW: dict[str, Any] = {"experts": 4, "sequences": 8, "sequence_length": 32}
+
+
+def make_folders(families: Sequence[str], place: Path) -> dict[str, Path]:
+    """Make a random model of each family, prune and merge it to half its experts."""
+    folders, text = {}, write_letters(place / "letters.txt")
+    for family in families:
+        save(family, place / family)
+        checkpoint = source_checkpoint(str(place / family))
+        pruned, merged = (f"{family}-{command}" for command in ("pruned", "merged"))
+        prune(checkpoint, place / pruned, PruneOptions(**FEW), [text])
+        merge(checkpoint, place / merged, MergeOptions(**FEW), [text])
+        folders |= {name: place / name for name in (pruned, merged)}
+    return folders
+
+
+@cache
+def expected_tokens(folder: Path, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Return the greedy tokens of transformers' generate with the whole model of a folder."""
+    return transformers_tokens(_oracle(folder), prompt, count)
+
+
+@cache
+def _oracle(folder: Path) -> Any:
+    return whole_model(folder)
+
+
+@contextmanager
+def served_beside(cluster: ServedCluster, folders: Mapping[str, Path]) -> Iterator[ServedCluster]:
+    """Deploy folders beside the cluster's own models; afterwards these alone."""
+    models = [{"id": name, "path": str(folder)} for name, folder in folders.items()]
+    args = {**cluster.args, "models": [*cluster.args["models"], *models]}
+    served = replace(cluster, args=args)
+    serve.run(build(args), name=APP, route_prefix="/")
+    served.wait_whole()
+    yield served
+    serve.run(build(cluster.args), name=APP, route_prefix="/")
+    cluster.wait_whole()
