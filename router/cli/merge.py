@@ -15,9 +15,7 @@ from router.cli.folders import (
     Sequences,
     Source,
     Texts,
-    print_plan,
-    print_record,
-    progress,
+    make_or_plan,
 )
 from router.ops.plan.sizes import parse_size
 
@@ -49,7 +47,6 @@ def merge(
 
     DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
     """
-    from router.workshop.folders.making import source_checkpoint
     from router.workshop.folders.merge import MergeOptions, prepare_merge
     from router.workshop.folders.merge import merge as run
 
@@ -61,11 +58,6 @@ def merge(
         sequence_length=sequence_length,
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
     )
-    checkpoint = source_checkpoint(source)
-    if dry_run:
-        plan, _ = prepare_merge(checkpoint, dest, options, text or [])
-        print_plan(plan, dest, as_json)
-        return
-    with progress() as on_progress:
-        record = run(checkpoint, dest, options, text or [], on_progress)
-    print_record(record, dest, as_json)
+    make_or_plan(
+        prepare_merge, run, source, dest, options, text or [], dry_run=dry_run, as_json=as_json
+    )

@@ -15,9 +15,7 @@ from router.cli.folders import (
     Sequences,
     Source,
     Texts,
-    print_plan,
-    print_record,
-    progress,
+    make_or_plan,
 )
 from router.ops.plan.sizes import parse_size
 
@@ -47,7 +45,6 @@ def prune(
 
     DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
     """
-    from router.workshop.folders.making import source_checkpoint
     from router.workshop.folders.prune import PruneOptions, prepare_prune
     from router.workshop.folders.prune import prune as run
 
@@ -59,11 +56,6 @@ def prune(
         sequence_length=sequence_length,
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
     )
-    checkpoint = source_checkpoint(source)
-    if dry_run:
-        plan, _ = prepare_prune(checkpoint, dest, options, text or [])
-        print_plan(plan, dest, as_json)
-        return
-    with progress() as on_progress:
-        record = run(checkpoint, dest, options, text or [], on_progress)
-    print_record(record, dest, as_json)
+    make_or_plan(
+        prepare_prune, run, source, dest, options, text or [], dry_run=dry_run, as_json=as_json
+    )

@@ -89,9 +89,12 @@ def test_a_folder_has_transformers_perplexity(
     )
 
 
-def test_a_served_model_has_the_folders_perplexity(tmp_path: Path, paths: list[Path]) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_a_served_model_has_the_folders_perplexity(
+    tmp_path: Path, paths: list[Path], family: str
+) -> None:
     folder = tmp_path / "model"
-    save_mixtral(folder)
+    FAMILIES[family](folder)
     expected = evaluated(folder, paths)
     cluster = LocalCluster(folder, identity="one")
     with serve_grpc(LocalGateway(folder, cluster)) as address:
