@@ -32,9 +32,11 @@ def neuron_orders(
     found: list[Future[torch.Tensor]] = []
     with ThreadPoolExecutor(at_once, "assignment") as pool:  # scipy's keeps no other thread out
         for number, parts in enumerate(experts):
+            products = _products(reference, parts)
             if number >= at_once:
                 found[number - at_once].result()  # it has given back its matrix
-            found.append(pool.submit(_assigned, _products(reference, parts).double().neg_()))
+            found.append(pool.submit(_assigned, products.double().neg_()))
+            del products
         return [future.result() for future in found]
 
 
