@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -72,13 +73,15 @@ def _products(reference: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) 
 @contextmanager
 def _bfloat16_multiplied() -> Iterator[None]:
     """Let torch multiply float32 matrices as bfloat16, with sums in float32."""
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None:  # an old torch
+        yield
+        return
+    before, products.fp32_precision = products.fp32_precision, "bf16"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        products.fp32_precision = before
 
 
 def in_order(part: torch.Tensor, index: int, order: torch.Tensor) -> torch.Tensor:
