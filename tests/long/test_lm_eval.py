@@ -53,7 +53,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     [own] = folder.glob("lib/python*/site-packages")
     (own / "ours.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
     found = str(folder / "bin" / "python")
-    install = (found, "-m", "pip", "install", "--quiet", "lm_eval[api]>=0.4.9")
+    install = (found, "-m", "pip", "install", "--quiet", "lm_eval[api,hf]>=0.4.9")
     run(*install, timeout_s=INSTALL_S)
     return found
 
@@ -93,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lm_eval(python: str, place: Path, model: str, **model_args: object) -> tuple[Any, Answers]:
+def lm_eval(python: str, place: Path, model: str, /, **model_args: object) -> tuple[Any, Answers]:
     """Run the task; returns its results, and the log-likelihoods."""
     out = place / model
     arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
