@@ -20,7 +20,6 @@ from cluster.transport.open import open_transport
 from experts.remote import RemoteExpertActor
 from router.config import parse_args
 from router.served import inspect_models, pool_specs
-from tests.cluster_fixture import ServedCluster
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.made_folders import FAMILIES, PROMPTS, expected_tokens, make_folders
 
@@ -60,9 +59,8 @@ def in_actors(folders: Mapping[str, Path]) -> Iterator[dict[str, LocalCluster]]:
 
 
 @pytest.mark.timeout(120)
-def test_experts_of_made_folders_give_transformers_tokens(
-    served: ServedCluster, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("served")
+def test_experts_of_made_folders_give_transformers_tokens(tmp_path: Path) -> None:
     folders = make_folders(FAMILIES, tmp_path)
     with in_actors(folders) as clusters:
         for name, cluster in clusters.items():

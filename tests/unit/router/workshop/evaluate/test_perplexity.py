@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
-from cluster.errors import OverloadedError
+from cluster.errors import ConfigError, OverloadedError
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
 from router.workshop.texts import Sequences, beginning, read_blocks
@@ -206,6 +206,22 @@ def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
     assert sum(map(len, read)) < len(path.read_text(encoding="utf-8")) / 2
     assert [whole[0], *stream] == whole
     assert "".join(read) == path.read_text(encoding="utf-8")
+
+
+def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("one\r\ntwo\u2028three\rfour\n\nfive".encode())
+    assert list(read_blocks(path, 4)) == ["one\n", "two\u2028", "three\n", "four\n", "\nfive"]
+    as_it_is = list(read_blocks(path, 4, ""))
+    assert "".join(as_it_is) == path.read_bytes().decode()
+    assert as_it_is[0] == "one\r\n"
+
+
+def test_a_sequence_needs_a_token_of_the_text() -> None:
+    tokenizer = Tokenizer.load(str(TINY))
+    assert list(Sequences(tokenizer, 320, 2).cut([[5], [6]], "text")) == [[0, 5], [0, 6]]
+    with pytest.raises(ConfigError, match="a sequence of 1 tokens has no place beside the 1"):
+        Sequences(tokenizer, 320, 1)
 
 
 def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> None:
