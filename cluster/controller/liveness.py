@@ -117,7 +117,7 @@ class Silences:
         """Begin without actors."""
         self._silent: dict[str, Silence] = {}
         self._watched: set[str] = set()
-        self._cut_off_at_s = -math.inf
+        self._cut_off_at_s = self._heard_at_s = -math.inf
 
     def note(self, actor_id: str, silence: Silence | None) -> None:
         """Note the silence of an actor, or that it answered."""
@@ -145,13 +145,12 @@ class Silences:
         :func:`has_last_copy` says.
         """
         silence = self._silent[actor_id]
-        limit_s = SUSPECTED_S if signs.is_suspected else SILENT_S
+        is_deaf = self._is_deaf(silence, now_s)
+        limit_s = SUSPECTED_S if signs.is_suspected and not is_deaf else SILENT_S
         if silence.silent_s < limit_s:
             return Verdict.WAITS
-        # Where many are silent, the controller's own silence says nothing of an actor that a router
-        # has heard since: one answer that this router waits for in vain may be lost alone.
-        heard_s = SILENT_S if self._are_many_silent(silence) else limit_s
-        if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - heard_s):
+        if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - limit_s):
+            self._heard_at_s = now_s
             return Verdict.HEARD
         if not signs.is_asked:
             return Verdict.WAITS
@@ -181,6 +180,13 @@ class Silences:
             return False
         is_alone = self._num_silent(silence) == len(self._watched)
         return is_alone and signs.members_at_s <= silence.since_s
+
+    def _is_deaf(self, silence: Silence, now_s: float) -> bool:
+        """Return whether many are silent, and a router has heard one of the silent lately.
+
+        The controller's silence says nothing then, so a router that waits in vain is the only way.
+        """
+        return self._are_many_silent(silence) and now_s - self._heard_at_s < SILENT_S
 
     def _are_many_silent(self, silence: Silence) -> bool:
         """Return whether half of the actors or more are silent together, and at least two."""
