@@ -23,12 +23,12 @@ _MAGIC = b"GGUF"
 MAX_VALUES = 4_000_000
 """The most values of a file's metadata; 250,000 tokens with their merges have two million."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_OUTER = {
+OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_IN_LAYER = {
+IN_LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -51,7 +51,7 @@ def is_gguf(path: Path) -> bool:
 
 def open_gguf(path: Path) -> Source:
     """Open a file and read its metadata; raises :class:`CheckpointError`."""
-    file = _GgufFile(path)
+    file = GgufFile(path)
     architecture = str(file.field("general.architecture"))
     if architecture not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
@@ -63,7 +63,7 @@ def open_gguf(path: Path) -> Source:
     return Source("gguf", path, path, config, file, make_takes(config), (path,))
 
 
-class _GgufFile:
+class GgufFile:
     """The metadata and the tensors of a file."""
 
     def __init__(self, path: Path) -> None:
@@ -151,27 +151,41 @@ def _entry(tensor: Any) -> Entry:
     return Entry(shape, _DTYPES.get(tensor.tensor_type.name, QUANTISED))
 
 
-def _mixtral_config(file: _GgufFile) -> Config:
-    def number(key: str, default: int | None = None) -> int:
-        return file.number(f"llama.{key}", default)
-
+def _mixtral_config(file: GgufFile) -> Config:
     if file.field("llama.expert_count", 0) == 0:
         raise CheckpointError("has no experts (llama.expert_count)", str(file.path))
-    scaling = file.field("llama.rope.scaling.type", "none")
+    return attention_config(file, "llama") | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": file.number("llama.expert_count"),
+        "num_experts_per_tok": file.number("llama.expert_used_count"),
+    }
+
+
+def attention_config(file: GgufFile, architecture: str) -> Config:
+    """Return all of a Llama-like configuration but its class and its experts.
+
+    Raises :class:`CheckpointError` for missing metadata, and for what transformers' classes lack.
+    """
+
+    def number(key: str, default: int | None = None) -> int:
+        return file.number(f"{architecture}.{key}", default)
+
+    scaling = file.field(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
         raise CheckpointError(
-            f"llama.rope.scaling.type {shown(scaling)} is not supported", str(file.path)
+            f"{architecture}.rope.scaling.type {shown(scaling)} is not supported", str(file.path)
         )
-    embedding = file.entries.get(_OUTER["model.embed_tokens.weight"])
+    embedding = file.entries.get(OUTER["model.embed_tokens.weight"])
     if embedding is None:
         raise CheckpointError("lacks the tensor token_embd.weight", str(file.path))
     hidden, heads = number("embedding_length"), number("attention.head_count")
     head_dim = number("attention.key_length", hidden // max(heads, 1))
     if number("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError("llama.rope.dimension_count is not the heads' size", str(file.path))
+        raise CheckpointError(
+            f"{architecture}.rope.dimension_count is not the heads' size", str(file.path)
+        )
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),
@@ -179,14 +193,12 @@ def _mixtral_config(file: _GgufFile) -> Config:
         "num_attention_heads": heads,
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "num_local_experts": number("expert_count"),
-        "num_experts_per_tok": number("expert_used_count"),
         "vocab_size": embedding.shape[0],
-        "rms_norm_eps": _shortest(file.field("llama.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(file.field("llama.rope.freq_base", 10_000.0)),
+        "rms_norm_eps": _shortest(file.field(f"{architecture}.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(file.field(f"{architecture}.rope.freq_base", 10_000.0)),
         "max_position_embeddings": number("context_length"),
         "sliding_window": None,
-        "tie_word_embeddings": _OUTER["lm_head.weight"] not in file.entries,
+        "tie_word_embeddings": OUTER["lm_head.weight"] not in file.entries,
         "bos_token_id": file.number("tokenizer.ggml.bos_token_id", 1),
         "eos_token_id": file.number("tokenizer.ggml.eos_token_id", 2),
     }
@@ -211,7 +223,7 @@ def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
             Take(f"{prefix}.{_MATRICES[matrix]}.{expert_id}.weight"),
         ]
 
-    return takes_by_part(config, "blk", _OUTER, _IN_LAYER, expert_takes)
+    return takes_by_part(config, "blk", OUTER, IN_LAYER, expert_takes)
 
 
 _ARCHITECTURES = {"llama": (_mixtral_config, _mixtral_takes)}

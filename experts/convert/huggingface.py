@@ -36,7 +36,7 @@ def open_huggingface(path: Path) -> Source:
     """Read a folder's configuration and headers; raises :class:`CheckpointError`."""
     config_file = path / CONFIG_FILE
     config = read_json(config_file)
-    shards = _shards(path)
+    shards = shards_of(path)
     if quantization_of(config, config_file) is None:
         tensors: Tensors = SafetensorsFiles(shards)
     else:
@@ -75,7 +75,8 @@ class _DequantisedFiles:
         return from_array(read_tensor(self._checkpoint, name, "float32", (begin, end)))
 
 
-def _shards(path: Path) -> tuple[Path, ...]:
+def shards_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of a folder's weights; raises :class:`CheckpointError` for a wrong index."""
     index_file = path / INDEX_FILE
     if not index_file.exists():
         return (path / WEIGHTS_FILE,)

@@ -54,7 +54,10 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened source; ``takes`` returns the possible takes of a tensor, of which one exists."""
+    """An opened source; ``takes`` returns the possible takes of a tensor, of which one exists.
+
+    ``text_folder`` has the tokenizer's files where these are not beside the weights.
+    """
 
     layout: str
     path: Path
@@ -63,10 +66,13 @@ class Source:
     tensors: Tensors
     takes: Callable[[str], list[Take]]
     files: tuple[Path, ...]
+    text_folder: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder of the tokenizer's files."""
+        if self.text_folder is not None:
+            return self.text_folder
         return self.path if self.path.is_dir() else self.path.parent
 
 

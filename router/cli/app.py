@@ -29,6 +29,7 @@ from router.cli.scale import copies, drain, scale
 from router.cli.serve import serve
 from router.cli.status import status
 from router.cli.train import train
+from router.cli.upcycle import upcycle
 
 
 class _Commands(TyperGroup):
@@ -72,7 +73,7 @@ def _options(
 
 _SERVING = (serve, generate, chat, predict, status, load, placement)
 _CHANGING = (rebalance, scale, drain, copies)
-_MAKING = (train, fit, convert, evaluate, prune, merge)
+_MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):
     app.command()(_command)
 app.add_typer(config, name="config")

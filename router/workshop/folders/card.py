@@ -13,12 +13,16 @@ RECORD_FILE = "workshop.json"
 
 
 class Figures(BaseModel):
-    """The perplexities per token of the same held-out tokens, before and after."""
+    """The perplexities per token of the same held-out tokens, before and after.
+
+    ``perplexity_by_active`` has those of the new model with other numbers of experts of a token.
+    """
 
     heldout_tokens: int
     sequence_length: int
     perplexity_before: float
     perplexity_after: float
+    perplexity_by_active: dict[int, float] = {}
 
 
 class Record(BaseModel):
@@ -75,12 +79,16 @@ def _text(record: Record) -> str:
         return "No text was given, so nothing was measured.\n"
     figures = record.figures
     hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
+    curve = "".join(
+        f"| this model with {active} experts of a token | {perplexity:.3f} |\n"
+        for active, perplexity in figures.perplexity_by_active.items()
+    )
     return f"""| On {figures.heldout_tokens:,} held-out tokens, in sequences of \
 {figures.sequence_length} | Perplexity per token |
 |---|---|
 | the source | {figures.perplexity_before:.3f} |
 | this model | {figures.perplexity_after:.3f} |
-
+{curve}
 Calibration and held-out text are of the same files:
 
 {hashes}

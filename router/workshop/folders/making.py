@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from experts.convert.plan import Plan
 from experts.convert.source import Source
 from experts.convert.staging import job, publish, staged, write_whole
 from experts.convert.write import write_model
+from experts.families.counts import with_counts
 from router.workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
 from router.workshop.folders.layerwise import LayeredModel
 from router.workshop.folders.passes import NewObserver, Pass, Seen
@@ -53,18 +54,37 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The source as the card names it: its name, its ``model_type`` and the bytes of its weights."""
+
+    name: str
+    family: str
+    num_bytes: int
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """Return a served folder as the card names it."""
+    family = checkpoint.family.model_type
+    return Origin(checkpoint.folder.name, family, checkpoint.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class NewModel:
     """A model to write.
 
-    ``score`` returns the nats of held-out rows of the written folder; it may use the folder of its
-    last argument. ``lines`` and ``facts`` are for the card and the record.
+    ``before`` is the source as a checkpoint, which is scored. ``score`` returns the nats of
+    held-out rows of the written folder; it may use the folder of its third argument. ``curve`` are
+    further numbers of experts of a token with which the written folder is scored. ``lines`` and
+    ``facts`` are for the card and the record.
     """
 
+    before: Checkpoint
     plan: Plan
     score: Callable[[Path, Rows, Path, OnProgress], float]
     check: Callable[[Path], object]
     lines: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[int, ...] = ()
 
 
 def source_checkpoint(path: str) -> Checkpoint:
@@ -102,8 +122,15 @@ def score_served(folder: Path, rows: Rows, work: Path, on_progress: OnProgress) 
     return nats_of(open_checkpoint(folder), rows, work, "scoring the new model", on_progress)
 
 
+def with_active(checkpoint: Checkpoint, active: int) -> Checkpoint:
+    """Return an opened checkpoint with another number of experts of a token."""
+    shape = replace(checkpoint.shape, num_experts_per_tok=active)
+    config = with_counts(checkpoint.family, checkpoint.config, shape.num_experts, active)
+    return replace(checkpoint, config=config, shape=shape)
+
+
 def make_folder(
-    checkpoint: Checkpoint,
+    origin: Origin,
     source: Source,
     dest: Path,
     recipe: Recipe,
@@ -129,8 +156,8 @@ def make_folder(
         give_back_freed()  # what the writing left in the heap
         figures = None
         if text is not None:
-            figures = _figures(checkpoint, made, folder, text.heldout, work, on_progress)
-        record = _record(checkpoint, dest, recipe, text, made, figures)
+            figures = _figures(made, folder, text.heldout, work, on_progress)
+        record = _record(origin, dest, recipe, text, made, figures)
         write_whole(folder / RECORD_FILE, record.to_json().encode())
         write_whole(folder / CARD_FILE, card(record).encode())
         made.check(folder)
@@ -142,27 +169,39 @@ def make_folder(
 
 
 def _figures(
-    checkpoint: Checkpoint,
     made: NewModel,
     folder: Path,
     rows: Rows,
     work: Path,
     on_progress: OnProgress,
 ) -> Figures:
-    before = nats_of(checkpoint, rows, work / "before", "scoring the source", on_progress)
+    before = nats_of(made.before, rows, work / "before", "scoring the source", on_progress)
     shutil.rmtree(work / "after", ignore_errors=True)  # it may be of a shard written again
     after = made.score(folder, rows, work / "after", on_progress)
     num_tokens = rows.targets.numel()
+    curve = {}
+    for active in made.curve:
+        shutil.rmtree(work / f"active-{active}", ignore_errors=True)
+        checkpoint = with_active(open_checkpoint(folder), active)
+        nats = nats_of(
+            checkpoint,
+            rows,
+            work / f"active-{active}",
+            f"scoring it with {active} experts",
+            on_progress,
+        )
+        curve[active] = math.exp(nats / num_tokens)
     return Figures(
         heldout_tokens=num_tokens,
         sequence_length=rows.targets.shape[1],
         perplexity_before=math.exp(before / num_tokens),
         perplexity_after=math.exp(after / num_tokens),
+        perplexity_by_active=curve,
     )
 
 
 def _record(
-    checkpoint: Checkpoint,
+    origin: Origin,
     dest: Path,
     recipe: Recipe,
     text: Text | None,
@@ -173,11 +212,11 @@ def _record(
     return Record(
         name=dest.absolute().name,
         command=recipe.command,
-        words=recipe.words(checkpoint.folder.name, dest.absolute().name, text_sha256),
+        words=recipe.words(origin.name, dest.absolute().name, text_sha256),
         options=json.loads(json.dumps(dict(recipe.options))),
-        source=checkpoint.folder.name,
-        family=checkpoint.family.model_type,
-        source_bytes=checkpoint.num_bytes,
+        source=origin.name,
+        family=origin.family,
+        source_bytes=origin.num_bytes,
         size_bytes=made.plan.size_bytes,
         text_sha256=text_sha256,
         figures=figures,

@@ -35,6 +35,7 @@ from router.workshop.folders.making import (
     OnProgress,
     Recipe,
     make_folder,
+    origin_of,
     score_served,
     seen_on,
 )
@@ -272,12 +273,12 @@ def merge(
         }
         if options.dense:
             line = "Each layer's experts are merged into one plain feed-forward layer."
-            return NewModel(made, score_dense, _has_tensors, (line,), facts)
+            return NewModel(checkpoint, made, score_dense, _has_tensors, (line,), facts)
         line = f"Each layer's experts are merged into {options.experts}."
-        return NewModel(made, score_served, open_checkpoint, (line,), facts)
+        return NewModel(checkpoint, made, score_served, open_checkpoint, (line,), facts)
 
-    recipe = Recipe("merge", asdict(options))
-    return make_folder(checkpoint, plan.source, dest, recipe, text, decide, on_progress)
+    origin, recipe = origin_of(checkpoint), Recipe("merge", asdict(options))
+    return make_folder(origin, plan.source, dest, recipe, text, decide, on_progress)
 
 
 def _has_tensors(folder: Path) -> None:

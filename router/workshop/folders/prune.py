@@ -27,6 +27,7 @@ from router.workshop.folders.making import (
     OnProgress,
     Recipe,
     make_folder,
+    origin_of,
     score_served,
     seen_on,
 )
@@ -124,10 +125,10 @@ def prune(
         made = make_plan(pruned_source(checkpoint, kept), STORED, options.max_shard_size)
         line = f"Each layer has the {options.experts} most important of its experts."
         facts = {"kept_experts": {str(layer_id): list(ids) for layer_id, ids in kept.items()}}
-        return NewModel(made, score_served, open_checkpoint, (line,), facts)
+        return NewModel(checkpoint, made, score_served, open_checkpoint, (line,), facts)
 
-    recipe = Recipe("prune", asdict(options))
-    return make_folder(checkpoint, plan.source, dest, recipe, text, decide, on_progress)
+    origin, recipe = origin_of(checkpoint), Recipe("prune", asdict(options))
+    return make_folder(origin, plan.source, dest, recipe, text, decide, on_progress)
 
 
 def _kept(

@@ -1,4 +1,4 @@
-"""Texts as rows of tokens of a served model: for calibration, and held out.
+"""Texts as rows of tokens of a model: for calibration, and held out.
 
 Dimension letters: N rows, L tokens of a row.
 """
@@ -8,16 +8,40 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from cluster.errors import CheckpointError, ConfigError
-from experts.checkpoint.checkpoint import Checkpoint
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.texts import Sequences, read_corpus
 
 HOLDOUT_EVERY_BLOCKS = 5
 """Every fifth block of about 4,096 characters is held out."""
+
+
+class TextModel(Protocol):
+    """What of a model decides the tokens of a text; a checkpoint has it."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the tokenizer."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest context in tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +62,7 @@ class Text:
 
 
 def read_text(
-    checkpoint: Checkpoint, paths: Sequence[Path], num_rows: int, row_tokens: int
+    model: TextModel, paths: Sequence[Path], num_rows: int, row_tokens: int
 ) -> Text:
     """Return at most ``num_rows`` rows of each kind, spread evenly over the texts.
 
@@ -46,21 +70,19 @@ def read_text(
     hold any of it out, and for a tokenizer that does not fit the model, and
     :class:`CheckpointError` for a model without one.
     """
-    longest = checkpoint.max_position_embeddings
+    longest = model.max_position_embeddings
     if not 1 <= row_tokens <= longest:
         raise ConfigError(f"must be from 1 to {longest} (given: {row_tokens})", "--sequence-length")
     if num_rows < 1:
         raise ConfigError(f"must be at least 1 (given: {num_rows})", "--sequences")
     corpus = read_corpus(paths, HOLDOUT_EVERY_BLOCKS)
-    if checkpoint.small_file("tokenizer.json") is None and not any(
-        checkpoint.folder.glob("*.model")
-    ):
-        raise CheckpointError("has no tokenizer, so no text can be read", str(checkpoint.folder))
-    tokenizer = Tokenizer.load(str(checkpoint.folder))
-    sequences = Sequences(tokenizer, checkpoint.vocab_size, row_tokens + 1)
+    if not any((*model.folder.glob("tokenizer.json"), *model.folder.glob("*.model"))):
+        raise CheckpointError("has no tokenizer, so no text can be read", str(model.folder))
+    tokenizer = Tokenizer.load(str(model.folder))
+    sequences = Sequences(tokenizer, model.vocab_size, row_tokens + 1)
 
     def rows(documents: Iterable[str], where: str) -> Rows:
-        return _rows(sequences.cut(_ids(checkpoint, tokenizer, documents), where), num_rows)
+        return _rows(sequences.cut(_ids(model, tokenizer, documents), where), num_rows)
 
     heldout = (part for parts in corpus.heldout_documents.values() for part in parts)
     calibration = rows(corpus.train_documents, "--text")
@@ -76,10 +98,10 @@ def _rows(sequences: Iterable[Sequence[int]], num_rows: int) -> Rows:
 
 
 def _ids(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, documents: Iterable[str]
+    model: TextModel, tokenizer: Tokenizer, documents: Iterable[str]
 ) -> Iterator[list[int]]:
     """Yield the ids of each document, and an end-of-text token after them."""
-    end = checkpoint.config.get("eos_token_id")
+    end = model.config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
     for document in documents:
         ids = tokenizer.encode(document, add_special_tokens=False)

@@ -1,0 +1,77 @@
+"""Dense Llama-like checkpoints, which are not served, as sources of mixtures.
+
+A folder with ``config.json`` and safetensors, or a GGUF file. Tensors have transformers' names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.errors import CheckpointError, shown
+from experts.checkpoint.config import read_json
+from experts.convert.gguf_dense import open_dense_gguf
+from experts.convert.gguf_file import is_gguf
+from experts.convert.huggingface import CONFIG_FILE, is_huggingface, shards_of
+from experts.convert.safetensors_files import SafetensorsFiles
+from experts.convert.source import Source, Take
+from experts.families.base import Config
+
+DENSE_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+"""By ``model_type``: transformers' class."""
+REFUSED = {
+    "qwen3": "Qwen2-MoE has no norms of queries and keys",
+    "gemma": "no mixture has its norms and its scaled embedding",
+    "gemma2": "no mixture has its norms and its scaled embedding",
+    "gemma3_text": "no mixture has its norms and its scaled embedding",
+    "phi3": "its matrices are fused",
+}
+"""Why other dense models cannot be upcycled."""
+_UNSUPPORTED = ("quantization_config", "mlp_bias", "attention_bias")
+
+
+def open_dense(path: Path) -> Source:
+    """Open a dense model; reads its configuration and headers, and no weight.
+
+    Raises :class:`CheckpointError` for a path that is no such model, for a family other than
+    :data:`DENSE_CLASSES`, and for biases or quantised weights, which are not supported.
+    """
+    if path.is_file() and is_gguf(path):
+        return open_dense_gguf(path)
+    if not path.is_dir() or not is_huggingface(path):
+        raise CheckpointError(
+            "is no dense model; allowed: a folder with config.json and safetensors, or a .gguf "
+            "file",
+            str(path),
+        )
+    file = path / CONFIG_FILE
+    config = read_json(file)
+    _check(config, file)
+    shards = shards_of(path)
+    tensors = SafetensorsFiles(shards)
+    return Source(
+        "huggingface", path, file, config, tensors, lambda name: [Take(name)], (file, *shards)
+    )
+
+
+def _check(config: Config, file: Path) -> None:
+    model_type = str(config.get("model_type"))
+    wanted = DENSE_CLASSES.get(model_type)
+    if wanted is None:
+        known = ", ".join(DENSE_CLASSES)
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        raise CheckpointError(
+            f"model_type {shown(model_type)} cannot be upcycled{reason}; possible: {known}",
+            str(file),
+        )
+    architectures = config.get("architectures") or [wanted]
+    if architectures != [wanted]:
+        raise CheckpointError(
+            f"unknown architectures: {shown(architectures)}; known: {wanted}", str(file)
+        )
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise CheckpointError(f"{key} cannot be upcycled", str(file))

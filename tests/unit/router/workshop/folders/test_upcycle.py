@@ -1,0 +1,75 @@
+"""Upcycled models: with all parts, or any copies, they are the dense model; all are served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experts.checkpoint.checkpoint import open_checkpoint
+from router.workshop.folders.card import Record
+from router.workshop.folders.dense_model import opened_dense
+from router.workshop.folders.upcycle import UpcycleOptions, upcycle
+from tests.checkpoints import transformers_tokens
+from tests.unit.router.workshop.folders.dense_models import DENSE, save_dense
+from tests.unit.router.workshop.folders.edits import write_letters
+from tests.unit.router.workshop.folders.families import PROMPT, served_tokens, whole_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROWS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_letters(tmp_path_factory.mktemp("text") / "letters.txt", 30_000)
+
+
+def upcycled(source: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
+    few = {"experts": 4, "shared": 2, "sequences": 8, "sequence_length": 32}
+    with opened_dense(str(source)) as model:
+        return upcycle(model, dest, UpcycleOptions(**few | options), texts)
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(input_ids=ROWS, use_cache=False).logits
+
+
+def assert_is_dense(folder: Path, dense: Any) -> None:
+    expected = logits_of(dense)
+    error = (logits_of(whole_model(folder)) - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
+    assert served_tokens(folder) == list(transformers_tokens(dense, PROMPT, 8))
+
+
+@pytest.mark.parametrize("name", list(DENSE))
+def test_with_all_parts_the_model_is_the_dense_one(
+    name: str, letters: Path, tmp_path: Path
+) -> None:
+    dense = save_dense(name, tmp_path / "dense")
+    record = upcycled(tmp_path / "dense", tmp_path / "out", [letters])
+    assert record.figures is not None
+    assert record.figures.perplexity_after == pytest.approx(
+        record.figures.perplexity_before, rel=1e-5
+    )
+    assert_is_dense(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mistral", "qwen2-windows"])
+def test_any_copies_are_the_dense_model(name: str, tmp_path: Path) -> None:
+    dense = save_dense(name, tmp_path / "dense")
+    upcycled(tmp_path / "dense", tmp_path / "out", [], by="copies", active=3)
+    assert open_checkpoint(tmp_path / "out").shape.num_experts_per_tok == 3
+    assert_is_dense(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_with_fewer_parts_the_tokens_are_transformers(
+    dtype: str, letters: Path, tmp_path: Path
+) -> None:
+    save_dense("qwen2", tmp_path / "dense")
+    upcycled(tmp_path / "dense", tmp_path / "out", [letters], active=2, dtype=dtype)
+    expected = transformers_tokens(whole_model(tmp_path / "out"), PROMPT, 8)
+    assert served_tokens(tmp_path / "out") == list(expected)
