@@ -1,4 +1,5 @@
-"""What calibration decides of a split layer: its parts, and the gate that chooses among them.
+"""What calibration decides of a split layer: its parts, the gate that chooses among them, and how
+the chosen ones make up for the others.
 
 Dimension letters: T tokens, I neurons, H hidden size, N experts.
 """
@@ -26,6 +27,8 @@ _DIVIDING_VALUES = 16 << 20
 """The most values by which neurons are grouped; more tokens change few groups."""
 _RIDGE = 1e-3
 """Added to the diagonal of the gate's regression, as a part of its mean."""
+_REFIT_RIDGE = 1e-2
+"""The same for the refitted matrix."""
 _LARGEST_LOGITS = {"bfloat16": -12, "float16": -14, "float32": -17}
 """By dtype: the power of two that no logit of an exact gate exceeds in calibration.
 
@@ -55,7 +58,10 @@ class SplitObserver:
         """Take nothing of the outputs."""
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
-        """Return the part of each neuron [I], and the gate's rows [N, H]."""
+        """Return the part of each neuron [I], and the gate's rows [N, H].
+
+        Where a token has fewer experts than all, there is another matrix ``down`` [H, I] too.
+        """
         layer = _Layer(self._checkpoint, self._layer_id, torch.cat(self._rows))
         self._rows = []
         sizes = self._sizes
@@ -63,14 +69,17 @@ class SplitObserver:
         gate = fit_gate(layer.rows, layer.outputs_of(parts, sizes.experts))
         is_exact = sizes.active == sizes.experts
         gate = gate * _scale(layer.rows @ gate.T, self._checkpoint.dtype, is_exact)
-        return {"parts": parts.numpy(), "gate": gate.numpy()}
+        found = {"parts": parts.numpy(), "gate": gate.numpy()}
+        if not is_exact:
+            found["down"] = layer.refitted(parts, gate, sizes.active).numpy()
+        return found
 
 
 def layer_split(seen: Mapping[str, np.ndarray], sizes: Sizes) -> LayerSplit:
     """Return a layer's split of an observer's result."""
     parts = seen["parts"]
     neurons = [np.flatnonzero(parts == part) for part in range(-1, sizes.experts)]
-    return LayerSplit(neurons[0], neurons[1:], seen["gate"])
+    return LayerSplit(neurons[0], neurons[1:], seen["gate"], seen.get("down"))
 
 
 class _Layer:
@@ -79,7 +88,8 @@ class _Layer:
     def __init__(self, checkpoint: Checkpoint, layer_id: int, rows: torch.Tensor) -> None:
         self.rows = rows
         weights = load_expert(checkpoint, layer_id, 0, "float32").map(from_array)
-        self._gate_up, self._norms = weights.gate_up, weights.down.norm(dim=0)
+        self._gate_up, self._down = weights.gate_up, weights.down
+        self._norms = weights.down.norm(dim=0)
         self._act = ACTIVATIONS[checkpoint.shape.activation]
 
     def sample(self) -> torch.Tensor:
@@ -93,14 +103,39 @@ class _Layer:
         members = functional.one_hot(parts + 1, num_experts + 1)[:, 1:].float()
         return torch.cat([(outputs.square() @ members).sqrt() for outputs in self._all()])
 
+    def refitted(self, parts: torch.Tensor, gate: torch.Tensor, active: int) -> torch.Tensor:
+        """Return the matrix ``down`` [H, I] with which the chosen parts come nearest to all.
+
+        ``gate`` [N, H] chooses ``active`` experts. The least squares are over the layer's inputs,
+        and a ridge holds the matrix near the dense one.
+        """
+        num_neurons, num_experts = len(parts), len(gate)
+        products = torch.zeros(num_neurons, num_neurons)
+        missing = torch.zeros(num_neurons, self.rows.shape[1])
+        for rows in self.rows.split(_TOKENS_AT_ONCE):
+            weights, ids = (rows @ gate.T).softmax(-1).topk(active, -1)
+            shares = torch.zeros(len(rows), num_experts + 1).scatter_(1, ids + 1, weights)
+            shares *= num_experts
+            shares[:, 0] = 1.0  # the shared part
+            values = self._values(rows)
+            chosen = values * shares[:, parts + 1]
+            products.addmm_(chosen.T, chosen)
+            missing.addmm_(chosen.T, (values - chosen) @ self._down.T)
+        products.diagonal().add_(_REFIT_RIDGE * products.diagonal().mean())
+        return self._down + torch.linalg.solve(products, missing).T
+
     def _all(self) -> Iterator[torch.Tensor]:
         for some in self.rows.split(_TOKENS_AT_ONCE):
             yield self._outputs(some)
 
     def _outputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the norms of what each neuron adds to rows [T, H]: [T, I]."""
+        return self._values(rows).abs() * self._norms
+
+    def _values(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the neurons' values [T, I] for rows [T, H]."""
         gate, up = functional.linear(rows, self._gate_up).chunk(2, dim=-1)
-        return (self._act(gate) * up).abs() * self._norms
+        return self._act(gate) * up
 
 
 def fit_gate(rows: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

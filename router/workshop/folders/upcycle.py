@@ -209,11 +209,11 @@ def _split(seen: Seen, sizes: Sizes) -> Split:
 
 
 def _curve(options: UpcycleOptions) -> tuple[int, ...]:
-    """Return the numbers of active experts to score, but for the model's own."""
-    if options.by == "copies":
+    """Return the numbers of active experts to score further: those of an exact split."""
+    if options.by == "copies" or options.num_active < options.experts:
         return ()
-    counts = {round(share * options.experts) for share in (1.0, *_CURVE_SHARES)}
-    return tuple(sorted(counts - {0, options.num_active}, reverse=True))
+    counts = {round(share * options.experts) for share in _CURVE_SHARES}
+    return tuple(sorted(counts - {0, options.experts}, reverse=True))
 
 
 def _line(model: DenseModel, options: UpcycleOptions) -> str:
@@ -223,8 +223,14 @@ def _line(model: DenseModel, options: UpcycleOptions) -> str:
             f"{options.num_active} of them give the dense model."
         )
     sizes = _sizes(model, options)
-    return (
+    of_token = sizes.shared_neurons + sizes.active * sizes.expert_neurons
+    line = (
         f"Each layer's {_neurons(model):,} neurons are a shared expert of "
-        f"{sizes.shared_neurons:,} and {sizes.experts} experts of {sizes.expert_neurons:,}. With "
-        "all experts chosen the model is the dense one."
+        f"{sizes.shared_neurons:,} and {sizes.experts} experts of {sizes.expert_neurons:,}. "
+    )
+    if sizes.active == sizes.experts:
+        return line + "With all experts chosen the model is the dense one."
+    return line + (
+        f"A token has {sizes.active} of them, so {of_token / _neurons(model):.0%} of the neurons, "
+        "and the last matrices are fitted for so many."
     )

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 
 from experts.convert.staging import ConvertFailedError, staging_folder
 from router.cli.app import app
+from router.workshop.folders.dense_model import opened_dense
 from router.workshop.folders.making import source_checkpoint
 from router.workshop.folders.merge import MergeOptions, merge
 from router.workshop.folders.prune import PruneOptions, prune
+from router.workshop.folders.upcycle import UpcycleOptions, upcycle
 from tests.checkpoints import save_tokenizer
+from tests.unit.router.workshop.folders.dense_models import save_dense
 from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.families import save
 
@@ -28,6 +31,10 @@ ROOT = Path(__file__).parents[5]
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
 MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=200_000)
+UPCYCLE_OPTIONS = UpcycleOptions(
+    4, shared=2, sequences=6, sequence_length=32, max_shard_size=50_000
+)
+COMMANDS = ("prune", "merge", "upcycle")
 KILLS = [
     ("prune", "calibrating", 1),
     ("prune", "writing", 3),
@@ -35,6 +42,10 @@ KILLS = [
     ("prune", "scoring the new model", 1),
     ("merge", "calibrating", 2),
     ("merge", "writing", 40),
+    ("upcycle", "reading", 5),
+    ("upcycle", "calibrating", 1),
+    ("upcycle", "writing", 30),
+    ("upcycle", "scoring it with 2 experts", 1),
 ]
 KILLED = """
 import os, signal, sys
@@ -42,7 +53,7 @@ from pathlib import Path
 import torch
 from tests.unit.router.workshop.folders.test_broken_off import KILLS, Given, run
 torch.set_num_threads(1)
-source, text, place = map(Path, sys.argv[1:])
+source, text, dense, place = map(Path, sys.argv[1:])
 
 def die_at(command, phase, step, dest):
     seen = 0
@@ -51,7 +62,7 @@ def die_at(command, phase, step, dest):
         seen += now == phase
         if seen > step:
             os.kill(os.getpid(), signal.SIGKILL)
-    run(command, Given(source, text), dest, on_progress)
+    run(command, Given(source, text, dense), dest, on_progress)
     os._exit(0)
 
 for number, kill in enumerate(KILLS):  # each in a process that has imported all
@@ -62,17 +73,19 @@ for number, kill in enumerate(KILLS):  # each in a process that has imported all
 
 
 class Given(NamedTuple):
-    """A source and a text."""
+    """A source, a text and a dense source."""
 
     source: Path
     text: Path
+    dense: Path
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     place = tmp_path_factory.mktemp("given")
     save("mixtral", place / "model")
-    return Given(place / "model", write_letters(place / "letters.txt"))
+    save_dense("llama", place / "dense", num_hidden_layers=3)
+    return Given(place / "model", write_letters(place / "letters.txt"), place / "dense")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -85,6 +98,10 @@ def run(
     dest: Path,
     on_progress: Any = lambda phase, done, total: None,
 ) -> None:
+    if command == "upcycle":
+        with opened_dense(str(given.dense)) as model:
+            upcycle(model, dest, UPCYCLE_OPTIONS, [given.text], on_progress)
+        return
     checkpoint = source_checkpoint(str(given.source))
     if command == "prune":
         prune(checkpoint, dest, OPTIONS, [given.text], on_progress)
@@ -96,9 +113,9 @@ def run(
 def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """The files of runs that nothing ended, by command."""
     place = tmp_path_factory.mktemp("whole")
-    for command in ("prune", "merge"):
+    for command in COMMANDS:
         run(command, given, place / command / "out")
-    return {command: files_of(place / command / "out") for command in ("prune", "merge")}
+    return {command: files_of(place / command / "out") for command in COMMANDS}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +125,7 @@ def killed(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(len(KILLS)):
         (place / str(number)).mkdir()
     subprocess.run(
-        [sys.executable, "-P", "-c", KILLED, str(given.source), str(given.text), str(place)],
+        [sys.executable, "-P", "-c", KILLED, *map(str, given), str(place)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=100,
@@ -190,10 +207,10 @@ def without_tokenizer(given: Given, folder: Path) -> Path:
     return folder
 
 
-def refused(tmp_path: Path, source: Path, *words: str) -> str:
+def refused(tmp_path: Path, source: Path, *words: str, command: str = "prune") -> str:
     """Return the one line that a command is refused with; nothing must be written."""
     before = sorted(os.listdir(tmp_path))
-    words = ("prune", str(source), str(tmp_path / "out"), *words)
+    words = (command, str(source), str(tmp_path / "out"), *words)
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2, result.output
     assert sorted(os.listdir(tmp_path)) == before
@@ -260,3 +277,41 @@ def test_a_number_that_does_not_fit_the_gates_groups_is_refused(tmp_path: Path) 
     assert "must be a multiple of the gate's 2 groups" in refused(
         tmp_path, tmp_path / "groups", "--experts", "5", "--by", "random"
     )
+
+
+def test_what_cannot_be_upcycled_is_refused_in_one_line(given: Given, tmp_path: Path) -> None:
+    text = ("--text", str(given.text))
+    for words, message in (
+        (("--experts", "1", *text), "--experts: must be at least 2 (given: 1)"),
+        (("--experts", "4", "--active", "5", *text), "--active: must be from 1 to the 4 experts"),
+        (("--experts", "4", "--shared", "0", *text), "--shared: must be at least 1, since Qwen2"),
+        (("--experts", "6", *text), "6 experts and 1 shared parts do not divide the 48 neurons"),
+        (("--experts", "5"), "--text: --by split needs a calibration text"),
+    ):
+        assert message in refused(tmp_path, given.dense, *words, command="upcycle")
+    line = refused(tmp_path, given.source, "--experts", "5", *text, command="upcycle")
+    assert "model_type 'mixtral' cannot be upcycled; possible: llama, mistral, qwen2" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen3"}, "'qwen3' cannot be upcycled (Qwen2-MoE has no norms of"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "unknown architectures"),
+        ({"attention_bias": True}, "attention_bias cannot be upcycled"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config cannot be"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not"),
+        ({"hidden_act": "tanh"}, "unknown hidden_act 'tanh'"),
+        ({"num_hidden_layers": 4}, "lacks tensors: model.layers.3."),
+        ({"intermediate_size": 96}, "has shape [48, 32]; config.json says [96, 32]"),
+        ({"intermediate_size": None}, "lacks a positive intermediate_size"),
+    ],
+)
+def test_a_wrong_dense_model_is_refused_in_one_line(
+    given: Given, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(given.dense, tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    words = ("--experts", "5", "--text", str(given.text))
+    assert message in refused(tmp_path, tmp_path / "dense", *words, command="upcycle")
