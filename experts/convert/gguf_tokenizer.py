@@ -198,7 +198,9 @@ def _named(file: GgufFile, tokens: _Tokens) -> dict[str, str]:
     """Return the tokens with a name in ``tokenizer_config.json``."""
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     found = {f"{name}_token": _token_id(file, key, tokens) for key, name in names.items()}
-    return {name: tokens.texts[token_id] for name, token_id in found.items() if token_id is not None}
+    return {
+        name: tokens.texts[token_id] for name, token_id in found.items() if token_id is not None
+    }
 
 
 def _token_id(file: GgufFile, name: str, tokens: _Tokens) -> int | None:

@@ -143,9 +143,7 @@ def one_expert(dense: Source, config: Config) -> Source:
     def takes(name: str) -> list[Take]:
         return [Take(name)] if name in zeros else dense.takes(places.get(name, name))
 
-    return replace(
-        dense, config=changed, tensors=_WithZeros(dense.tensors, zeros), takes=takes
-    )
+    return replace(dense, config=changed, tensors=_WithZeros(dense.tensors, zeros), takes=takes)
 
 
 def is_of_mixture(name: str) -> bool:
@@ -154,7 +152,7 @@ def is_of_mixture(name: str) -> bool:
 
 
 class _WithZeros:
-    """A dense model's tensors, and tensors of zeros; see :class:`experts.convert.source.Tensors`."""
+    """A dense model's tensors, and zeros; see :class:`experts.convert.source.Tensors`."""
 
     def __init__(self, dense: Tensors, zeros: Mapping[str, tuple[int, ...]]) -> None:
         self._dense = dense

@@ -1,8 +1,8 @@
 """The division of a feed-forward layer's neurons into a shared part and equal experts.
 
 As in CMoE (Pei et al. 2025, arXiv 2502.04416): the neurons with the largest outputs are shared, and
-the others are grouped by the tokens that they are active for. Groups are found by k-means with equal
-sizes.
+the others are grouped by the tokens that they are active for. Groups are found by k-means with
+equal sizes.
 
 Dimension letters: T tokens, I neurons, H hidden size, N experts.
 """
@@ -51,7 +51,7 @@ def _groups(profiles: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 def _assigned(likeness: np.ndarray, size: int) -> torch.Tensor:
-    """Return a group of each row of ``likeness`` [I, N]: the likest pairs first, ``size`` a group."""
+    """Return a group of each row of ``likeness`` [I, N], of ``size`` rows, the likest pairs first."""
     num_rows, num_groups = likeness.shape
     groups = np.full(num_rows, -1)
     room = np.full(num_groups, size)

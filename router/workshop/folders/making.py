@@ -55,7 +55,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source as the card names it: its name, its ``model_type`` and the bytes of its weights."""
+    """The source as the card names it: its name, its ``model_type`` and its weights' bytes."""
 
     name: str
     family: str

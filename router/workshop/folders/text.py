@@ -61,9 +61,7 @@ class Text:
     sha256: dict[str, str]
 
 
-def read_text(
-    model: TextModel, paths: Sequence[Path], num_rows: int, row_tokens: int
-) -> Text:
+def read_text(model: TextModel, paths: Sequence[Path], num_rows: int, row_tokens: int) -> Text:
     """Return at most ``num_rows`` rows of each kind, spread evenly over the texts.
 
     Raises ``ConfigError`` for a text that cannot be read, is shorter than a row, or too short to

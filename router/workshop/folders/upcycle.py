@@ -198,9 +198,7 @@ def upcycle(
 
 def _written(plan: Plan, folder: Path, on_progress: OnProgress) -> Checkpoint:
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(
-        plan, folder, lambda done, total: on_progress("reading", done >> 20, total >> 20)
-    )
+    write_model(plan, folder, lambda done, total: on_progress("reading", done >> 20, total >> 20))
     return open_checkpoint(folder)
 
 

@@ -135,9 +135,7 @@ def upcycled_source(
     """
     tensors = _Tensors(config, file, dtype, parts, one_expert)
     folder = file.parent if one_expert is None else one_expert.folder
-    return Source(
-        "upcycled", folder, file, config, tensors, lambda name: [Take(name)], (file,)
-    )
+    return Source("upcycled", folder, file, config, tensors, lambda name: [Take(name)], (file,))
 
 
 class _Tensors:

@@ -83,7 +83,7 @@ def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32, **si
 def write_dense_gguf(
     file: Path, model: Any, pack: Callable[[torch.Tensor], Packed] = packed_f32, **more: Any
 ) -> None:
-    """Write a Llama or a Qwen2 as llama.cpp has it; ``more`` is further metadata of the tokenizer."""
+    """Write a Llama or a Qwen2 as llama.cpp has it; ``more`` is for :func:`add_byte_level`."""
     config, kind = model.config, model.config.model_type
     writer = gguf.GGUFWriter(file, kind)
     writer.add_block_count(config.num_hidden_layers)
@@ -139,7 +139,9 @@ def byte_level(vocab_size: int, split: str) -> Tokenizer:
         special_tokens=["<bos>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(["the 12 quick brown foxes, and the other 1234 things"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        ["the 12 quick brown foxes, and the other 1234 things"] * 4, trainer
+    )
     return tokenizer
 
 

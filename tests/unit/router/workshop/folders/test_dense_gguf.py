@@ -25,7 +25,12 @@ from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.test_upcycle import assert_is_dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TEXTS = ("the quick 1234 foxes", "  two  spaces\n\nand lines\t", "naïve — 漢字 🙂 12", "<eos>the<bos>")
+TEXTS = (
+    "the quick 1234 foxes",
+    "  two  spaces\n\nand lines\t",
+    "naïve — 漢字 🙂 12",
+    "<eos>the<bos>",
+)
 
 
 def q8_everywhere(model: torch.nn.Module) -> None:
@@ -50,9 +55,7 @@ def test_a_dense_gguf_becomes_the_same_model(name: str, packing: str, tmp_path: 
     }
     write_dense_gguf(tmp_path / "model.gguf", dense, **packs[packing])
     text = write_letters(tmp_path / "letters.txt", 30_000)
-    options = UpcycleOptions(
-        experts=4, shared=2, dtype="float32", sequences=4, sequence_length=32
-    )
+    options = UpcycleOptions(experts=4, shared=2, dtype="float32", sequences=4, sequence_length=32)
     with opened_dense(str(tmp_path / "model.gguf")) as model:
         record = upcycle(model, tmp_path / "out", options, [text])
     assert (record.source, record.family) == ("model.gguf", dense.config.model_type)
@@ -83,7 +86,9 @@ def test_a_sentence_piece_tokenizer_merges_by_score(tmp_path: Path) -> None:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=pieces, show_progress=False)
-    trained.train_from_iterator(["a hen in the ten then thin tin the heat of the theatre"] * 3, trainer)
+    trained.train_from_iterator(
+        ["a hen in the ten then thin tin the heat of the theatre"] * 3, trainer
+    )
     vocab = trained.get_vocab()
     tokens = sorted(vocab, key=vocab.get)
     file = write_metadata(
