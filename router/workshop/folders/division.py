@@ -51,7 +51,7 @@ def _groups(profiles: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 def _assigned(likeness: np.ndarray, size: int) -> torch.Tensor:
-    """Return a group of each row of ``likeness`` [I, N], of ``size`` rows, the likest pairs first."""
+    """Return groups of ``size`` rows of ``likeness`` [I, N], the likest pairs first."""
     num_rows, num_groups = likeness.shape
     groups = np.full(num_rows, -1)
     room = np.full(num_groups, size)
