@@ -95,9 +95,7 @@ def _rows(sequences: Iterable[Sequence[int]], num_rows: int) -> Rows:
     return Rows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
-def _ids(
-    model: TextModel, tokenizer: Tokenizer, documents: Iterable[str]
-) -> Iterator[list[int]]:
+def _ids(model: TextModel, tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[list[int]]:
     """Yield the ids of each document, and an end-of-text token after them."""
     end = model.config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
