@@ -143,9 +143,10 @@ class Bench:
         from router.workshop.evaluation import kinds_of_vocabulary, score
         from router.workshop.gating import use_serving_gates
         from router.workshop.report import num_active_parameters
-        from router.workshop.trainer import Trainer
+        from router.workshop.trainer import Trainer, build_model
 
-        trainer = Trainer(config, self._tokenizer, self._tokens, "")
+        model = build_model(config.model, self._tokenizer, config.seed)
+        trainer = Trainer(config, model, self._tokens, "")
         steps = config.optimization.steps
         while trainer.steps_done < steps:
             on_step(trainer.step().steps_done)

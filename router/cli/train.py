@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -35,6 +36,15 @@ def train(
         list[Path] | None,
         typer.Option(help="Folder of a finished --dense run to compare with. Repeatable."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FOLDER",
+            help="Go on from this Mixtral-format model, with its tokenizer. The settings may leave "
+            "out `model` then.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a small Mixtral-format model from text, on one CPU thread.
@@ -47,6 +57,7 @@ def train(
     import torch
     from transformers.utils import logging
 
+    from router.workshop.origin import open_origin
     from router.workshop.picture import can_draw
     from router.workshop.settings import load_config
     from router.workshop.state import STATE_FILE
@@ -55,9 +66,10 @@ def train(
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    again = _command(config, text, out, dense, beside or [])
+    again = _command(config, text, out, dense, beside or [], start)
     try:
-        settings = load_config(config)
+        origin = open_origin(start) if start is not None else None
+        settings = load_config(config, origin.sizes if origin is not None else None)
         if not can_draw():
             sys.stderr.write(
                 "no picture of the experts: it needs pip install 'expertmesh[plots]'\n"
@@ -70,6 +82,7 @@ def train(
                 resume=resume,
                 dense=dense,
                 beside=beside or [],
+                origin=origin,
                 watcher=Watcher(display.on_phase, display.on_step, display.should_stop),
             )
     except StoppedError as stopped:
@@ -79,7 +92,7 @@ def train(
             fail(f"interrupted; the saved state is kept; go on with: {again}", INTERRUPTED)
         fail("interrupted; no state was saved", INTERRUPTED)
     if as_json:
-        write_json(record.model_dump())
+        write_json(json.loads(record.to_json()))
     else:
         _print(record, out)
 
@@ -135,13 +148,19 @@ class _Display:
 
 
 def _command(
-    config: Path, texts: list[Path], out: Path, dense: str | None, beside: list[Path]
+    config: Path,
+    texts: list[Path],
+    out: Path,
+    dense: str | None,
+    beside: list[Path],
+    start: Path | None,
 ) -> str:
     """Return the command that resumes this run."""
     words = ["expertmesh", "train", str(config)]
     words += [word for path in texts for word in ("--text", str(path))]
     words += ["--out", str(out), *(["--dense", dense] if dense else [])]
     words += [word for path in beside for word in ("--beside", str(path))]
+    words += ["--from", str(start)] if start is not None else []
     return shlex.join([*words, "--resume"])
 
 

@@ -43,6 +43,14 @@ class Figures(BaseModel):
     num_active_parameters: int
 
 
+class OriginFigures(BaseModel):
+    """The model that a run went on from: its folder's name, its identity, its own perplexity."""
+
+    name: str
+    identity: str
+    heldout_perplexity: float
+
+
 class Record(BaseModel):
     """The content of training.json: configuration, texts and figures of a run.
 
@@ -51,13 +59,15 @@ class Record(BaseModel):
 
     config: TrainingConfig
     dense: DenseSize | None = None
+    origin: OriginFigures | None = None
     text_sha256: dict[str, str]
     figures: Figures
     beside: dict[DenseSize, Figures] = {}
 
     def to_json(self) -> str:
         """Return the text of training.json."""
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        excluded = {"origin"} if self.origin is None else None
+        return json.dumps(self.model_dump(exclude=excluded), indent=2) + "\n"
 
 
 def read_beside(
@@ -162,6 +172,9 @@ def _perplexities(record: Record) -> str:
         f"| {model.heldout_perplexity:.2f} |"
         for name, model in models.items()
     ]
+    if record.origin is not None:
+        perplexity = record.origin.heldout_perplexity
+        rows.append(f"| `{record.origin.name}`, from which it went on | | | {perplexity:.2f} |")
     by_source = [
         f"| `{name}` | {source.heldout_tokens:,} | "
         + " | ".join(f"{model.sources[name].perplexity:.2f}" for model in models.values())
@@ -232,7 +245,9 @@ def strongest_leanings(figures: Figures) -> list[tuple[float, str, int, int]]:
 def _recipe(record: Record) -> str:
     config, figures = record.config, record.figures
     run = config.optimization
+    origin = record.origin
     rows = {
+        **({"Begun with": f"`{origin.name}`, identity `{origin.identity}`"} if origin else {}),
         "Steps": f"{run.steps:,}",
         "Sequences per step": run.batch_size,
         "Tokens of all steps": f"{figures.training_tokens:,}",
@@ -275,6 +290,8 @@ def _gating(config: TrainingConfig) -> str:
 def _commands(record: Record) -> str:
     texts = " ".join(f"--text {name}" for name in record.text_sha256)
     start = f"expertmesh train train.yaml {texts}"
+    if record.origin is not None:
+        start += f" --from {record.origin.name}"
     before = [f"{start} --dense {size} --out dense-{size}" for size in record.beside]
     options = f" --dense {record.dense}" if record.dense else ""
     options += "".join(f" --beside dense-{size}" for size in record.beside)

@@ -204,17 +204,26 @@ class TrainingConfig(_Settings):
         return type(self).model_validate(changed)
 
 
-def load_config(path: Path) -> TrainingConfig:
+def load_config(path: Path, sizes: ModelSettings | None = None) -> TrainingConfig:
     """Read and validate a training configuration.
 
+    ``sizes`` are those of a model that the run goes on from; ``model`` may be left out then.
     Raises ConfigError for a file that is no YAML, and TrainingError that names the file and each
-    offending key.
+    offending key, or the first size that is another than the model's.
     """
     try:
-        return TrainingConfig.model_validate(read_document(path))
+        document = read_document(path)
+        if sizes is not None and isinstance(document, dict):
+            document.setdefault("model", sizes.model_dump())
+        config = TrainingConfig.model_validate(document)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'the file'}: {item['msg']}"
             for item in error.errors()
         )
         raise TrainingError(f"{path}: {problems}") from error
+    for name, size in (sizes or config.model).model_dump().items():
+        given = getattr(config.model, name)
+        if given != size:
+            raise TrainingError(f"{path}: model.{name} is {given}, and that of --from is {size}")
+    return config

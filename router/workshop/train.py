@@ -6,14 +6,16 @@ torch. A resumed run gives them too, since each random number is a function of (
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from router.workshop.corpus import encode_documents, train_tokenizer
 from router.workshop.evaluation import (
+    SourceScore,
     expert_shares,
     kind_shares,
     kinds_of_vocabulary,
@@ -24,8 +26,10 @@ from router.workshop.evaluation import (
 )
 from router.workshop.folder import check_out, make_out, write_checkpoint
 from router.workshop.gating import use_serving_gates
+from router.workshop.origin import Origin
 from router.workshop.report import (
     Figures,
+    OriginFigures,
     Record,
     SourceFigures,
     num_active_parameters,
@@ -33,7 +37,7 @@ from router.workshop.report import (
 )
 from router.workshop.settings import DenseSize, TrainingConfig, TrainingError
 from router.workshop.texts import Corpus, read_corpus
-from router.workshop.trainer import StepReport, Trainer
+from router.workshop.trainer import StepReport, Trainer, build_model
 
 
 class StoppedError(Exception):
@@ -61,6 +65,7 @@ def train(
     resume: bool = False,
     dense: DenseSize | None = None,
     beside: Sequence[Path] = (),
+    origin: Origin | None = None,
     watcher: Watcher | None = None,
 ) -> Record:
     """Train on the texts and leave a checkpoint, training.json, card and picture in `out`.
@@ -75,20 +80,37 @@ def train(
         raise TrainingError(
             "a dense run compares with no other runs; leave out --dense or --beside"
         )
+    if origin is not None and (dense or beside):
+        raise TrainingError(
+            "a run that goes on from a model has no dense runs; leave out --dense and --beside"
+        )
     if dense:
         config = config.as_dense(dense)
     check_out(out, resume=resume)
     watcher.on_phase("reading")
     corpus = read_corpus(list(text_paths), config.holdout_every_blocks)
     figures_beside = read_beside(beside, config, corpus.files)
-    tokenizer = train_tokenizer(corpus.train_documents, config.model.vocab_size)
+    if origin is None:
+        tokenizer = train_tokenizer(corpus.train_documents, config.model.vocab_size)
+        model = build_model(config.model, tokenizer, config.seed)
+    else:
+        tokenizer, model = origin.tokenizer, origin.model()
     tokens = encode_documents(tokenizer, corpus.train_documents)
     sequence_length = config.optimization.sequence_length
     if len(tokens) < sequence_length:
         raise TrainingError(
             f"{len(tokens)} training tokens are fewer than sequence_length {sequence_length}"
         )
-    trainer = Trainer(config, tokenizer, tokens, _fingerprint(config, corpus))
+    origin_figures = None
+    if origin is not None:
+        watcher.on_phase("evaluating --from")
+        before = _scores(model, config, tokenizer, corpus)
+        origin_figures = OriginFigures(
+            name=origin.folder.resolve().name,
+            identity=origin.identity,
+            heldout_perplexity=_heldout_perplexity(before),
+        )
+    trainer = Trainer(config, model, tokens, _fingerprint(config, corpus, origin))
     if resume:
         trainer.load(out)
     make_out(out, trainer.num_parameters)
@@ -98,6 +120,7 @@ def train(
     record = Record(
         config=config,
         dense=dense,
+        origin=origin_figures,
         text_sha256=corpus.files,
         figures=_figures(trainer, tokenizer, corpus),
         beside=figures_beside,
@@ -120,31 +143,52 @@ def _run(trainer: Trainer, out: Path, watcher: Watcher) -> None:
             raise StoppedError(report.steps_done)
 
 
-def _fingerprint(config: TrainingConfig, corpus: Corpus) -> str:
+def _fingerprint(config: TrainingConfig, corpus: Corpus, origin: Origin | None) -> str:
     # Without the card: it changes no weight, so its text may change between stop and resume.
-    record = json.dumps([config.recipe(), corpus.files], sort_keys=True)
-    return hashlib.sha256(record.encode()).hexdigest()
+    parts: list[object] = [config.recipe(), corpus.files]
+    if origin is not None:
+        parts.append(origin.identity)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _heldout_tokens(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> dict[str, torch.Tensor]:
+    return {
+        name: encode_documents(tokenizer, documents)
+        for name, documents in corpus.heldout_documents.items()
+    }
+
+
+def _scores(
+    model: MixtralForCausalLM,
+    config: TrainingConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+) -> dict[str, SourceScore]:
+    kinds = kinds_of_vocabulary(tokenizer, config.model.vocab_size)
+    heldout = _heldout_tokens(tokenizer, corpus)
+    return score(model, heldout, kinds, config.optimization.sequence_length)
+
+
+def _heldout_perplexity(scores: Mapping[str, SourceScore]) -> float:
+    nats = sum(text.nats for text in scores.values())
+    return perplexity(nats, sum(text.num_tokens for text in scores.values()))
 
 
 def _figures(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Figures:
     config, settings = trainer.config, trainer.config.optimization
     vocab_size = config.model.vocab_size
     use_serving_gates(trainer.model)
-    heldout = {
-        name: encode_documents(tokenizer, documents)
-        for name, documents in corpus.heldout_documents.items()
-    }
-    kinds = kinds_of_vocabulary(tokenizer, vocab_size)
-    scores = score(trainer.model, heldout, kinds, settings.sequence_length)
+    heldout = _heldout_tokens(tokenizer, corpus)
+    scores = _scores(trainer.model, config, tokenizer, corpus)
+    num_tokens = sum(text.num_tokens for text in scores.values())
     unigram = {
         name: unigram_nats(trainer.tokens, heldout[name][: text.num_tokens], vocab_size)
         for name, text in scores.items()
     }
-    num_tokens = sum(text.num_tokens for text in scores.values())
     training_tokens = settings.steps * settings.batch_size * settings.sequence_length
     return Figures(
         heldout_tokens=num_tokens,
-        heldout_perplexity=perplexity(sum(text.nats for text in scores.values()), num_tokens),
+        heldout_perplexity=_heldout_perplexity(scores),
         unigram_perplexity=perplexity(sum(unigram.values()), num_tokens),
         sources={
             name: SourceFigures(

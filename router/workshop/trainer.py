@@ -69,14 +69,14 @@ class Trainer:
     def __init__(
         self,
         config: TrainingConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        model: MixtralForCausalLM,
         tokens: torch.Tensor,
         fingerprint: str,
     ) -> None:
         self.config = config
         self.tokens = tokens
         self.fingerprint = fingerprint
-        self.model = build_model(config.model, tokenizer, config.seed)
+        self.model = model
         self.generator = torch.Generator()
         self.gates = use_training_gates(self.model, config.gating, self.generator)
         self.optimizer = self._build_optimizer()
