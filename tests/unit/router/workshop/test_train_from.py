@@ -134,7 +134,9 @@ def _other_family(folder: Path) -> None:
 
 
 def _quantised(folder: Path) -> None:
-    _change_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    _change_config(
+        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
 
 
 def _change_config(folder: Path, **changes: Any) -> None:
