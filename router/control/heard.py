@@ -20,13 +20,8 @@ class HeardActors:
         """Begin without any."""
         self.at_s: dict[tuple[str, int], float] = {}
         """By id and generation, in seconds of the monotonic clock."""
-        self._since_s = self._latest_s = -math.inf
-
-    def note(self, actor_id: str, generation: int, now_s: float) -> None:
-        """Note an answer of an actor."""
-        if now_s - self._latest_s > RECENT_S:
-            self._since_s = now_s
-        self._latest_s = self.at_s[actor_id, generation] = now_s
+        self.since_s = self.latest_s = -math.inf
+        """When the first answer came after a pause of more than ``RECENT_S``, and the last one."""
 
     def ages(self) -> dict[str, Heard]:
         """Return for each actor the generation that answered last, and how long ago."""
@@ -42,6 +37,6 @@ class HeardActors:
     def hears_others(self, actor_id: str) -> bool:
         """Return whether the router's network is up: other actors answer, and have for a while."""
         since_s = time.monotonic() - RECENT_S
-        if self._since_s > since_s:
+        if self.since_s > since_s:
             return False
         return any(a != actor_id and at_s > since_s for (a, _), at_s in self.at_s.copy().items())

@@ -39,7 +39,7 @@ from cluster.wire.frames import (
     joined,
 )
 from cluster.wire.tensors import dtype_name
-from router.control.heard import HeardActors
+from router.control.heard import RECENT_S, HeardActors
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
 from router.moe.deaths import LayerDeaths
@@ -255,7 +255,7 @@ class Dispatcher:
         if isinstance(outcome, CallFailure):
             answer = outcome
         else:
-            self._heard.note(part.actor_id, part.generation, now_s)
+            note_heard(self._heard, part.actor_id, part.generation, now_s)
             answer = _decoded(outcome)
         if isinstance(answer, RowsFrame) and self._belongs(answer, sent):
             layer.received.append(ExpertRows(part.pairs, joined(answer.rows)))
@@ -380,3 +380,10 @@ def _decoded(data: Buffer) -> Frame | FrameError:
         return decode(data)
     except FrameError as error:
         return error
+
+
+def note_heard(heard: HeardActors, actor_id: str, generation: int, now_s: float) -> None:
+    """Note an answer of an actor."""
+    if now_s - heard.latest_s > RECENT_S:
+        heard.since_s = now_s
+    heard.latest_s = heard.at_s[actor_id, generation] = now_s

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from router.control.heard import RECENT_S, HeardActors
+from router.moe.dispatch import note_heard
 
 SOON, LATE = 0.6 * RECENT_S, 1.5 * RECENT_S
 
@@ -32,6 +33,6 @@ def test_others_are_heard_where_they_have_answered_for_a_while_without_a_pause(
     heard, now_s = HeardActors(), 100.0
     for actor_id, at_s in answers:
         now_s = 100.0 + at_s
-        heard.note(actor_id, 1, now_s)
+        note_heard(heard, actor_id, 1, now_s)
     with patch.object(time, "monotonic", lambda: now_s + 0.01):
         assert heard.hears_others("a") is hears

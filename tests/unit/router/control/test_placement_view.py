@@ -17,6 +17,7 @@ from cluster.placement.placement import Placement
 from cluster.reports import Heard, Samples
 from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
+from router.moe.dispatch import note_heard
 
 LIMIT_S = 20.0
 
@@ -272,11 +273,11 @@ def test_each_poll_says_which_actors_the_router_hears() -> None:
         controller = FakeController(placement_of(1, 1))
         watcher = watcher_of(PlacementView(), controller)
         now_s = time.monotonic()
-        watcher.heard.note("gone", 1, now_s - 1000.0)
-        watcher.heard.note("a", 1, now_s - 9.0)
-        watcher.heard.note("a", 2, now_s - 2.0)
+        note_heard(watcher.heard, "gone", 1, now_s - 1000.0)
+        note_heard(watcher.heard, "a", 1, now_s - 9.0)
+        note_heard(watcher.heard, "a", 2, now_s - 2.0)
         for ago_s in (1.2, 0.6, 0.0):
-            watcher.heard.note("b", 1, now_s - ago_s)
+            note_heard(watcher.heard, "b", 1, now_s - ago_s)
         await controller.exhausted.wait()
         heard = controller.heard[-1]
         assert {actor_id: generation for actor_id, (generation, _) in heard.items()} == {

@@ -19,6 +19,7 @@ from router.workshop.origin import open_origin
 from router.workshop.report import RECORD_FILE, Record
 from router.workshop.settings import TrainingConfig, TrainingError, load_config
 from router.workshop.train import Watcher, train
+from tests.unit.router.workshop.folders.families import save
 from tests.unit.router.workshop.training_runs import (
     BrokenOffError,
     break_off_after,
@@ -129,10 +130,6 @@ def test_sizes_that_are_not_the_models_are_named(first: Path, tmp_path: Path) ->
         load_config(path, open_origin(first).sizes)
 
 
-def _other_family(folder: Path) -> None:
-    _change_config(folder, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
-
-
 def _quantised(folder: Path) -> None:
     _change_config(
         folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -168,7 +165,6 @@ def _without_a_tensor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_other_family, "goes on from mixtral models; this is 'qwen3_moe'"),
         (_quantised, "the weights are quantised"),
         (_without_tokenizer, "tokenizer.json: is missing"),
         (_broken_tokenizer, "tokenizer.json: cannot be read"),
@@ -188,6 +184,12 @@ def test_what_training_cannot_go_on_from_is_refused_in_a_line(
         open_origin(folder).model()
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path / "qwen3")
+    with pytest.raises(TrainingError, match="goes on from mixtral models; this is 'qwen3_moe'"):
+        open_origin(tmp_path / "qwen3")
 
 
 def test_no_folder_and_a_dense_run_are_refused(first: Path, grammar: Path, tmp_path: Path) -> None:
