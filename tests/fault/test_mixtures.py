@@ -41,6 +41,9 @@ from tests.mixture_guide import commands, run
 from tests.mixtures import NUM_FEATURES, fitted_estimator
 from tests.readme import Place
 
+pytestmark = pytest.mark.timeout(240)
+"""The first test's time has the deployment of all mixtures in it."""
+
 
 @pytest.fixture(scope="module")
 def mixtures(
