@@ -178,8 +178,8 @@ class Silences:
             return True
         if signs.is_suspected or signs.members_at_s is None:
             return False
-        is_alone = self._num_silent(silence) == len(self._watched)
-        return is_alone and signs.members_at_s <= silence.since_s
+        are_all_silent = self._num_silent(silence) == len(self._watched)
+        return are_all_silent and signs.members_at_s <= silence.since_s
 
     def _is_deaf(self, silence: Silence, now_s: float) -> bool:
         """Return whether many are silent, and a router has heard one of the silent lately.
