@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +15,6 @@ from router.cli.common import INTERRUPTED, fail, write, write_json
 from router.ops.plan.sizes import format_size
 
 if TYPE_CHECKING:
-    from experts.checkpoint.checkpoint import Checkpoint
     from experts.convert.plan import Plan
     from router.workshop.folders.card import Record
     from router.workshop.folders.making import OnProgress
@@ -38,30 +37,20 @@ MaxShardSize = Annotated[str, typer.Option(help="Most bytes of a file, like 5GB.
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")]
 
 
-Options = TypeVar("Options")
-
-
 def make_or_plan(
-    prepare: Callable[[Checkpoint, Path, Options, Sequence[Path]], tuple[Plan, object]],
-    make: Callable[[Checkpoint, Path, Options, Sequence[Path], OnProgress], Record],
-    source: str,
+    plan: Callable[[], Plan],
+    make: Callable[[OnProgress], Record],
     dest: Path,
-    options: Options,
-    texts: Sequence[Path],
     *,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a folder of another one, or check that it can be made; prints what came of it."""
-    from router.workshop.folders.making import source_checkpoint
-
-    checkpoint = source_checkpoint(source)
+    """Make a folder, or check that it can be made; prints what came of it."""
     if dry_run:
-        plan, _ = prepare(checkpoint, dest, options, texts)
-        print_plan(plan, dest, as_json)
+        print_plan(plan(), dest, as_json)
         return
     with progress() as on_progress:
-        record = make(checkpoint, dest, options, texts, on_progress)
+        record = make(on_progress)
     print_record(record, dest, as_json)
 
 

@@ -47,6 +47,7 @@ def merge(
 
     DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
     """
+    from router.workshop.folders.making import source_checkpoint
     from router.workshop.folders.merge import MergeOptions, prepare_merge
     from router.workshop.folders.merge import merge as run
 
@@ -58,6 +59,11 @@ def merge(
         sequence_length=sequence_length,
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
     )
+    given = source_checkpoint(source), dest, options, text or []
     make_or_plan(
-        prepare_merge, run, source, dest, options, text or [], dry_run=dry_run, as_json=as_json
+        lambda: prepare_merge(*given)[0],
+        lambda on_progress: run(*given, on_progress),
+        dest,
+        dry_run=dry_run,
+        as_json=as_json,
     )

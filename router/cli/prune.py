@@ -45,6 +45,7 @@ def prune(
 
     DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
     """
+    from router.workshop.folders.making import source_checkpoint
     from router.workshop.folders.prune import PruneOptions, prepare_prune
     from router.workshop.folders.prune import prune as run
 
@@ -56,6 +57,11 @@ def prune(
         sequence_length=sequence_length,
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
     )
+    given = source_checkpoint(source), dest, options, text or []
     make_or_plan(
-        prepare_prune, run, source, dest, options, text or [], dry_run=dry_run, as_json=as_json
+        lambda: prepare_prune(*given)[0],
+        lambda on_progress: run(*given, on_progress),
+        dest,
+        dry_run=dry_run,
+        as_json=as_json,
     )

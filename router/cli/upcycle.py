@@ -14,9 +14,7 @@ from router.cli.folders import (
     SequenceLength,
     Sequences,
     Texts,
-    print_plan,
-    print_record,
-    progress,
+    make_or_plan,
 )
 from router.ops.plan.sizes import parse_size
 
@@ -79,9 +77,11 @@ def upcycle(
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
     )
     with opened_dense(source) as model:
-        if dry_run:
-            print_plan(prepare_upcycle(model, dest, options, text or []).plan, dest, as_json)
-            return
-        with progress() as on_progress:
-            record = run(model, dest, options, text or [], on_progress)
-    print_record(record, dest, as_json)
+        given = model, dest, options, text or []
+        make_or_plan(
+            lambda: prepare_upcycle(*given).plan,
+            lambda on_progress: run(*given, on_progress),
+            dest,
+            dry_run=dry_run,
+            as_json=as_json,
+        )

@@ -222,8 +222,11 @@ def load_config(path: Path, sizes: ModelSettings | None = None) -> TrainingConfi
             for item in error.errors()
         )
         raise TrainingError(f"{path}: {problems}") from error
-    for name, size in (sizes or config.model).model_dump().items():
-        given = getattr(config.model, name)
-        if given != size:
-            raise TrainingError(f"{path}: model.{name} is {given}, and that of --from is {size}")
+    if sizes is not None:
+        for name, size in sizes.model_dump().items():
+            given = getattr(config.model, name)
+            if given != size:
+                raise TrainingError(
+                    f"{path}: model.{name} is {given}, and that of --from is {size}"
+                )
     return config

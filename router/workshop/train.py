@@ -71,9 +71,11 @@ def train(
     """Train on the texts and leave a checkpoint, training.json, card and picture in `out`.
 
     `dense` trains the configuration's dense model instead. `beside` are folders of finished dense
-    runs to compare with. `resume` continues a run that ended early from its last saved state.
-    Raises ConfigError for wrong settings or texts, before the first step or at the evaluation;
-    TrainingFailedError when the run fails; StoppedError when the watcher stops it.
+    runs to compare with. `origin` is a model of the configuration's sizes to go on from, with its
+    tokenizer; without one a new model is trained. `resume` continues a run that ended early, from
+    its last saved state. Raises ConfigError for wrong settings or texts, before the first step or
+    at the evaluation; TrainingFailedError when the run fails; StoppedError when the watcher stops
+    it.
     """
     watcher = watcher or Watcher()
     if dense and beside:

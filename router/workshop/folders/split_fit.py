@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from cluster.errors import CheckpointError
 from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import load_expert
@@ -61,12 +62,18 @@ class SplitObserver:
         """Return the part of each neuron [I], and the gate's rows [N, H].
 
         Where a token has fewer experts than all, there is another matrix ``down`` [H, I] too.
+        Raises :class:`CheckpointError` where the layer's outputs are not finite.
         """
         layer = _Layer(self._checkpoint, self._layer_id, torch.cat(self._rows))
         self._rows = []
         sizes = self._sizes
         parts = divide(layer.sample(), sizes.shared_neurons, sizes.experts)
         gate = fit_gate(layer.rows, layer.outputs_of(parts, sizes.experts))
+        if not gate.isfinite().all():
+            raise CheckpointError(
+                f"layer {self._layer_id} yields NaN or infinity on the calibration text",
+                str(self._checkpoint.folder),
+            )
         is_exact = sizes.active == sizes.experts
         gate = gate * _scale(layer.rows @ gate.T, self._checkpoint.dtype, is_exact)
         found = {"parts": parts.numpy(), "gate": gate.numpy()}
