@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -129,6 +130,26 @@ def packed_q8(weight: torch.Tensor) -> Packed:
     return data.reshape(*weight.shape[:-1], -1), gguf.GGMLQuantizationType.Q8_0
 
 
+def add_llama_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Write the sizes of a Llama-like model of transformers as llama.cpp names them."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
+def write_whole(writer: gguf.GGUFWriter) -> None:
+    """Write a file with all that its writer was given."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(
     file: Path,
     config: MixtralConfig,
@@ -140,14 +161,7 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file as llama.cpp has Mixtral."""
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_llama_sizes(writer, config)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -156,10 +170,7 @@ def write_gguf(
         if name != leave_out:
             data, kind = pack(weight)
             writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_whole(writer)
 
 
 def _gguf_tensors(config: MixtralConfig, state: State, stacked: bool) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.checkpoints import randomise, save_tokenizer
-from tests.foreign_layouts import Packed, as_pairs, packed_f32
+from tests.foreign_layouts import Packed, add_llama_sizes, as_pairs, packed_f32, write_whole
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -86,25 +86,15 @@ def write_dense_gguf(
     """Write a Llama or a Qwen2 as llama.cpp has it; ``more`` is for :func:`add_byte_level`."""
     config, kind = model.config, model.config.model_type
     writer = gguf.GGUFWriter(file, kind)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_llama_sizes(writer, config)
     writer.add_key_length(model.model.layers[0].self_attn.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     add_byte_level(writer, config.vocab_size, **more)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         data, packing = pack(_as_llama_cpp(kind, config, name, weight))
         writer.add_tensor(_gguf_name(name), np.ascontiguousarray(data), raw_dtype=packing)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_whole(writer)
 
 
 def _as_llama_cpp(kind: str, config: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
