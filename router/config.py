@@ -32,8 +32,8 @@ class ModelConfig(Section):
     )
     path: str = Field(
         min_length=1,
-        description="A folder (absolute, relative to the working directory, or inside the "
-        "installed `deploy` package), or a Hugging Face hub id.",
+        description="A folder (absolute, or inside the installed `deploy` package), or a Hugging "
+        "Face hub id.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

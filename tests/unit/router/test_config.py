@@ -390,14 +390,18 @@ def test_pools_too_small_for_the_experts_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
-def test_every_deployment_file_of_ours_is_fine(file: Path) -> None:
-    lines = check_file(file)
+def test_every_deployment_file_of_ours_is_fine(file: Path, saved: Path, tmp_path: Path) -> None:
+    # The user makes the model of smol.yaml: another one is in its place here.
+    made = file.read_text(encoding="utf-8").replace("path: models/smol", f"path: {saved}")
+    copy = tmp_path / file.name
+    copy.write_text(made, encoding="utf-8")
+    lines = check_file(copy)
     assert any(line.startswith("application ") for line in lines)
     assert any(line.startswith("model ") for line in lines)
 
 
 def test_the_deployment_files_are_those_that_the_documents_name() -> None:
-    names = ["cluster.yaml", "gpu.yaml", "mixtures.yaml", "multi-node.yaml"]
+    names = ["cluster.yaml", "gpu.yaml", "mixtures.yaml", "multi-node.yaml", "smol.yaml"]
     assert [file.name for file in SERVE_CONFIGS] == names
 
 
@@ -406,7 +410,7 @@ def test_a_deployment_file_of_ours_says_no_more_of_serve_than_where_it_listens(f
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert document.keys() == {"http_options", "applications"}
     # Gateways listen where http_options says, and HAProxy of another machine must reach them.
-    is_local = file.name in ("cluster.yaml", "mixtures.yaml")
+    is_local = file.name in ("cluster.yaml", "mixtures.yaml", "smol.yaml")
     host = "127.0.0.1" if is_local else "0.0.0.0"
     assert document["http_options"] == {"host": host}
 
