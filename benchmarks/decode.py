@@ -44,7 +44,7 @@ from benchmarks.peers.ask import PeerFailedError, ask
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
 from benchmarks.peers.side import Task
-from benchmarks.results import CPU_INFO, processor
+from cluster.processor import CPU_INFO, processor_name
 
 STREAMS = ("32", "1")
 TRANSPORTS = ("auto", "ray", "stream")
@@ -202,7 +202,7 @@ def _result(
     result: dict[str, Any] = {
         "benchmark": "decode",
         "machine": machine(),
-        "processor": processor(cpu_info),
+        "processor": processor_name(),
         "instructions": limits.instructions(cpu_info),
         "size": settings.size,
         "sizes": settings.sizes,

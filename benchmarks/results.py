@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux tells the processor's name; elsewhere its architecture stands for it."""
+from cluster.processor import processor_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +60,12 @@ def _read_one(command: Path) -> Ran:
     )
 
 
-def processor(cpu_info: str) -> str:
-    """Return the processor's name from what Linux tells of it; empty where it tells none."""
-    for line in cpu_info.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return ""
-
-
 def machine_lines(ran: Sequence[Ran]) -> list[str]:
     """Return the machine's processor, cores and memory, and the versions that ran."""
     import psutil
 
-    name = processor(CPU_INFO.read_text()) if CPU_INFO.exists() else ""
     lines = [
-        f"- {name or platform.machine()}, {psutil.cpu_count()} cores",
+        f"- {processor_name()}, {psutil.cpu_count()} cores",
         f"- {psutil.virtual_memory().total / 1e9:.0f} GB of memory",
     ]
     told: Mapping[str, Any] = next(

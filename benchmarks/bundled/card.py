@@ -14,12 +14,12 @@ import sklearn
 import torch
 
 from benchmarks.local_mixture import LocalMixture
+from cluster.processor import processor_name
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture
 from router.messages.tensor_bytes import NUMPY_DTYPES
 
 _TEMPLATES = Path(__file__).parent / "cards"
-_CPUINFO = Path("/proc/cpuinfo")
 _EXAMPLE = """\
 ## Use
 
@@ -97,13 +97,7 @@ def converted(local: LocalMixture, name: str, rows: np.ndarray) -> np.ndarray:
 
 def machine_name() -> str:
     """Return the processor's name and the number of its cores."""
-    name = platform.processor() or platform.machine()
-    if _CPUINFO.exists():
-        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def _versions(mixture: Mixture) -> str:

@@ -52,6 +52,10 @@ def upcycle(
     sequences: Sequences = 64,
     sequence_length: SequenceLength = 256,
     max_shard_size: MaxShardSize = "5GB",
+    speed: Annotated[
+        bool,
+        typer.Option("--speed", help="Time the model too, for the card: on a quiet machine."),
+    ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,6 +79,7 @@ def upcycle(
         sequences=sequences,
         sequence_length=sequence_length,
         max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
+        speed=speed,
     )
     with opened_dense(source) as model:
         given = model, dest, options, text or []

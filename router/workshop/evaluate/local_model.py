@@ -49,6 +49,8 @@ MOST_PROMPTS = 32
 _MODEL, _ACTOR = "folder", "folder"
 _TIMEOUT_S = 86_400.0
 """No step waits for anything; a deadline must be somewhere."""
+_SCORE = SamplingParams(max_tokens=0, prompt_logprobs=0)
+"""Asks for the log probabilities of a prompt."""
 
 
 @dataclass
@@ -204,12 +206,39 @@ class FolderModel:
                     self._scheduler.finish(work.sequence)
         return [prompt.scored() for prompt in added]
 
-    def _added(self, ids: Ids) -> EngineSequence:
+    @torch.inference_mode()
+    def greedy(self, prompt: Ids, max_tokens: int) -> Iterator[int]:
+        """Yield the likeliest tokens after a prompt, each as soon as it is known.
+
+        Nothing else may be asked of the model before the last one. Raises :class:`NotFiniteError`
+        for logits that are NaN or infinite.
+        """
+        sequence = self._added(prompt, SamplingParams(max_tokens, temperature=0.0))
+        decoder = self._model.decoder
+        while sequence.num_generated < max_tokens:
+            packed = pack(self._scheduler.schedule(), self._model.attention, most_pieces=1)
+            hidden_states, [rows] = decoder.forward(
+                packed.token_ids,
+                packed.positions,
+                packed.pieces,
+                context_of(packed),
+                packed.sample_rows,
+            )
+            [work] = packed.works
+            sequence.num_computed = work.end
+            for logits in decoder.logits(hidden_states, rows) if len(rows) else ():
+                if not logits.isfinite().all():
+                    raise NotFiniteError("the model's output is not finite (NaN or infinity)")
+                sequence.token_ids.append(int(logits.argmax()))
+                yield sequence.token_ids[-1]
+        self._scheduler.finish(sequence)
+
+    def _added(self, ids: Ids, sampling: SamplingParams = _SCORE) -> EngineSequence:
         request = GenerationRequest(
             request_id=str(next(self._numbers)),
             model=_MODEL,
             prompt_token_ids=tuple(ids),
-            sampling=SamplingParams(max_tokens=0, prompt_logprobs=0),
+            sampling=sampling,
             deadline_s=time.monotonic() + _TIMEOUT_S,
         )
         [sequence] = self._scheduler.add(request)

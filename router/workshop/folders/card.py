@@ -12,6 +12,15 @@ CARD_FILE = "README.md"
 RECORD_FILE = "workshop.json"
 
 
+class Speeds(BaseModel):
+    """Tokens per second of one stream on a processor, like ``perplexity_by_active`` too."""
+
+    processor: str
+    threads: int
+    tokens_per_s: float
+    tokens_per_s_by_active: dict[int, float]
+
+
 class Figures(BaseModel):
     """The perplexities per token of the same held-out tokens, before and after.
 
@@ -23,6 +32,7 @@ class Figures(BaseModel):
     perplexity_before: float
     perplexity_after: float
     perplexity_by_active: dict[int, float] = {}
+    speeds: Speeds | None = None
 
 
 class Record(BaseModel):
@@ -79,17 +89,32 @@ def _text(record: Record) -> str:
         return "No text was given, so nothing was measured.\n"
     figures = record.figures
     hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
-    curve = "".join(
-        f"| this model with {active} experts of a token | {perplexity:.3f} |\n"
-        for active, perplexity in figures.perplexity_by_active.items()
-    )
-    return f"""| On {figures.heldout_tokens:,} held-out tokens, in sequences of \
-{figures.sequence_length} | Perplexity per token |
-|---|---|
-| the source | {figures.perplexity_before:.3f} |
-| this model | {figures.perplexity_after:.3f} |
-{curve}
+    return f"""{_table(figures)}
 Calibration and held-out text are of the same files:
 
 {hashes}
 """
+
+
+def _table(figures: Figures) -> str:
+    """Return the table of perplexities, and of speeds where they were measured."""
+    title = f"On {figures.heldout_tokens:,} held-out tokens, in sequences of "
+    rows = [
+        [title + str(figures.sequence_length), "Perplexity per token"],
+        ["---", "---"],
+        ["the source", f"{figures.perplexity_before:.3f}"],
+        ["this model", f"{figures.perplexity_after:.3f}"],
+    ]
+    for active, perplexity in figures.perplexity_by_active.items():
+        rows.append([f"this model with {active} experts of a token", f"{perplexity:.3f}"])
+    if figures.speeds is not None:
+        for row, cell in zip(rows, _speed_cells(figures.speeds), strict=True):
+            row.append(cell)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _speed_cells(speeds: Speeds) -> list[str]:
+    threads = "1 thread" if speeds.threads == 1 else f"{speeds.threads} threads"
+    measured = speeds.tokens_per_s, *speeds.tokens_per_s_by_active.values()
+    title = f"Tokens/s of one stream, {threads} of {speeds.processor}"
+    return [title, "---", "", *[f"{speed:.1f}" for speed in measured]]

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from experts.convert.plan import Plan
 from experts.convert.source import Source
 from experts.convert.staging import job, publish, staged, write_whole
 from experts.convert.write import write_model
-from experts.families.counts import with_counts
 from router.workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
 from router.workshop.folders.layerwise import LayeredModel
 from router.workshop.folders.passes import NewObserver, Pass, Seen
+from router.workshop.folders.speed import speeds_of, with_active
 from router.workshop.folders.text import Rows, Text
 
 OnProgress = Callable[[str, int, int], None]
@@ -74,8 +74,8 @@ class NewModel:
 
     ``before`` is the source as a checkpoint, which is scored. ``score`` returns the nats of
     held-out rows of the written folder; it may use the folder of its third argument. ``curve`` are
-    further numbers of experts of a token with which the written folder is scored. ``lines`` and
-    ``facts`` are for the card and the record.
+    further numbers of experts of a token with which the written folder is scored; with
+    ``with_speed`` it is timed with each. ``lines`` and ``facts`` are for the card and the record.
     """
 
     before: Checkpoint
@@ -85,6 +85,7 @@ class NewModel:
     lines: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[int, ...] = ()
+    with_speed: bool = False
 
 
 def source_checkpoint(path: str) -> Checkpoint:
@@ -120,13 +121,6 @@ def nats_of(
 def score_served(folder: Path, rows: Rows, work: Path, on_progress: OnProgress) -> float:
     """Return the nats of a served folder; see :class:`NewModel`."""
     return nats_of(open_checkpoint(folder), rows, work, "scoring the new model", on_progress)
-
-
-def with_active(checkpoint: Checkpoint, active: int) -> Checkpoint:
-    """Return an opened checkpoint with another number of experts of a token."""
-    shape = replace(checkpoint.shape, num_experts_per_tok=active)
-    config = with_counts(checkpoint.family, checkpoint.config, shape.num_experts, active)
-    return replace(checkpoint, config=config, shape=shape)
 
 
 def make_folder(
@@ -197,6 +191,7 @@ def _figures(
         perplexity_before=math.exp(before / num_tokens),
         perplexity_after=math.exp(after / num_tokens),
         perplexity_by_active=curve,
+        speeds=speeds_of(folder, made.curve, on_progress) if made.with_speed else None,
     )
 
 

@@ -53,7 +53,8 @@ class UpcycleOptions:
 
     A layer has ``experts``, and a token ``active`` of them: by default all parts, and two copies.
     ``shared`` counts for parts: the shared expert is as large as so many of them. ``seed`` counts
-    for copies: it is that of the random gate.
+    for copies: it is that of the random gate. With ``speed`` the card has tokens per second, which
+    differ from run to run.
     """
 
     experts: int
@@ -65,6 +66,7 @@ class UpcycleOptions:
     sequences: int = 64
     sequence_length: int = 256
     max_shard_size: int = 5_000_000_000
+    speed: bool = False
 
     @property
     def num_active(self) -> int:
@@ -99,6 +101,8 @@ def prepare_upcycle(
     _check_counts(model, options)
     if options.by == "split" and not texts:
         raise ConfigError("--by split needs a calibration text", "--text")
+    if options.speed and not texts:
+        raise ConfigError("--speed is beside perplexities, which need a text", "--text")
     config = _config(model, options)
     dense = make_plan(one_expert(model.source, config), options.dtype, options.max_shard_size)
     config["dtype"] = dense.dtype
@@ -189,7 +193,15 @@ def upcycle(
         )
         made = make_plan(source, STORED, options.max_shard_size)
         line, curve = _line(model, options), _curve(options)
-        return NewModel(dense, made, score_served, open_checkpoint, (line,), curve=curve)
+        return NewModel(
+            dense,
+            made,
+            score_served,
+            open_checkpoint,
+            (line,),
+            curve=curve,
+            with_speed=options.speed,
+        )
 
     origin = Origin(model.name, model.family, model.num_bytes)
     recipe = Recipe("upcycle", asdict(options))

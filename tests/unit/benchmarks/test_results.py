@@ -51,18 +51,6 @@ def test_the_machine_is_told_without_names_and_places(tmp_path: Path) -> None:
     assert told[2] == "- python 3.11.9, ray 2.60.0, torch 2.13.0, transformers 5.24.0"
 
 
-@pytest.mark.parametrize(
-    ("told", "name"),
-    [
-        ("processor\t: 0\nmodel name\t: A: CPU 9\nflags : x\nmodel name\t: B\n", "A: CPU 9"),
-        ("Processor: ARM\n", ""),
-        ("", ""),
-    ],
-)
-def test_the_processor_is_told_by_its_model(told: str, name: str) -> None:
-    assert results.processor(told) == name
-
-
 def test_a_folder_with_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file"):
         results.read(tmp_path)

@@ -13,10 +13,12 @@ import torch
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from cluster.errors import ConfigError, OverloadedError
+from experts.checkpoint.checkpoint import open_checkpoint
 from router.gateway.tokenizer import Tokenizer
+from router.workshop.evaluate.local_model import FolderModel
 from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
 from router.workshop.texts import Sequences, beginning, read_blocks
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import save_mixtral, transformers_tokens
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster
 from tests.local_gateway import LocalGateway
@@ -228,3 +230,12 @@ def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> 
     save_mixtral(tmp_path)
     assert beginning(Tokenizer.load(str(tmp_path))) == []
     assert beginning(Tokenizer.load(str(TINY))) == [0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_yields_transformers_greedy_tokens(tmp_path: Path, family: str) -> None:
+    expected = FAMILIES[family](tmp_path / "model")
+    model = FolderModel(open_checkpoint(tmp_path / "model"), 40)
+    for prompt in ([7, 3, 11, 200], [5]):  # one after another: each frees its pages
+        tokens = tuple(model.greedy(prompt, 12))
+        assert tokens == transformers_tokens(expected, prompt, 12)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.errors import ConfigError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense_model import opened_dense
@@ -73,3 +74,29 @@ def test_with_fewer_parts_the_tokens_are_transformers(
     upcycled(tmp_path / "dense", tmp_path / "out", [letters], active=2, dtype=dtype)
     expected = transformers_tokens(whole_model(tmp_path / "out"), PROMPT, 8)
     assert served_tokens(tmp_path / "out") == list(expected)
+
+
+def test_the_card_has_the_speed_with_each_number_of_experts_when_asked(
+    letters: Path, tmp_path: Path
+) -> None:
+    save_dense("llama-tied", tmp_path / "dense")
+    record = upcycled(tmp_path / "dense", tmp_path / "out", [letters], speed=True)
+    assert record.figures is not None
+    speeds = record.figures.speeds
+    assert speeds is not None
+    assert list(speeds.tokens_per_s_by_active) == list(record.figures.perplexity_by_active)
+    assert min(speeds.tokens_per_s, *speeds.tokens_per_s_by_active.values()) > 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"Tokens/s of one stream, 1 thread of {speeds.processor} |" in card
+    for active, perplexity in record.figures.perplexity_by_active.items():
+        speed = speeds.tokens_per_s_by_active[active]
+        assert (
+            f"| this model with {active} experts of a token | {perplexity:.3f} | {speed:.1f} |"
+            in card
+        )
+
+
+def test_a_speed_without_a_text_is_refused(tmp_path: Path) -> None:
+    save_dense("llama-tied", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="--speed is beside perplexities"):
+        upcycled(tmp_path / "dense", tmp_path / "out", [], by="copies", speed=True)
