@@ -115,15 +115,25 @@ class CopyChoice:
         return layout
 
     def replaceable(
-        self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
+        self,
+        placement: Placement,
+        layer: PendingLayer,
+        parts: Sequence[Part],
+        now_s: float,
+        *,
+        at_once: bool = False,
     ) -> Sequence[bool]:
         """Return for each part whether other actors, none of them avoided, hold its experts.
 
         One that has damaged the layer's rows is no other actor: :meth:`layout` prefers any to it.
+        With ``at_once`` neither is one without a connection: in its place :meth:`layout` may choose
+        the actor that has failed.
         """
         holders = self._layouts.holders(placement, layer.layer_id)
         avoided = self._avoided(placement, layer, now_s)
         avoided |= layer.damaging_actors(placement.generations)
+        if at_once:
+            avoided |= self._unready(placement, avoided)
         return [is_replaceable(holders, part.expert_ids, part.actor_id, avoided) for part in parts]
 
     def failed_lately(self, generations: Mapping[str, int], now_s: float) -> frozenset[str]:

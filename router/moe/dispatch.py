@@ -275,12 +275,17 @@ class Dispatcher:
     # Copies and times of a part.
 
     def _replaceable(
-        self, placement: Placement, layer: PendingLayer, parts: Sequence[Part], now_s: float
+        self,
+        placement: Placement,
+        layer: PendingLayer,
+        parts: Sequence[Part],
+        now_s: float,
+        at_once: bool = False,
     ) -> Sequence[bool]:
         """Return for each part whether other copies of all its experts can be asked."""
         if self._layouts.fixed(placement, layer.layer_id) is not None or layer.is_last_try:
             return [False] * len(parts)
-        return self._copies.replaceable(placement, layer, parts, now_s)
+        return self._copies.replaceable(placement, layer, parts, now_s, at_once=at_once)
 
     def _times_s(
         self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, is_replaceable: bool
@@ -318,14 +323,15 @@ class Dispatcher:
     def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
         """Send failed parts again; returns false where an expert has no live copy.
 
-        At once where other actors can be asked for all of them, else after a moment. Raises
+        At once where other actors are connected for all of them, else after a moment. Raises
         :class:`AwayError` where the wait for a part is over.
         """
         assert layer.attempt is not None
         parts = [failed.part for failed in failed_parts]
         layer.copy_received()
         layer.failed_actors |= {part.actor_id for part in parts}
-        replaceable = self._replaceable(layer.attempt.placement, layer, parts, time.monotonic())
+        placement, now_s = layer.attempt.placement, time.monotonic()
+        replaceable = self._replaceable(placement, layer, parts, now_s, at_once=True)
         if not all(replaceable):
             layer.failed_actors = frozenset()  # no other actor can be asked
             alone = itertools.compress(failed_parts, [not other for other in replaceable])

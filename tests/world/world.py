@@ -467,7 +467,9 @@ class World:
         if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
             return bool(near)
         is_of_other = answer.error == "ModelReplacedError" or OTHER_MODEL_TEXT in answer.message
-        has_lost = answer.lost_gateways > 0 or any(event.role == "router" for event in near)
+        has_lost = answer.lost_gateways > 0 or any(
+            event.role == "router" or event.kind == "gateway unreachable" for event in near
+        )
         if is_of_other and has_lost:  # no router of its tokens' model takes it
             return any(event.kind in OF_OTHER_WEIGHTS for event in near)
         of_copies = [event for event in near if event.kind in OF_COPIES]

@@ -19,6 +19,7 @@ from cluster.errors import (
     FrameError,
     InternalError,
     OverloadedError,
+    WrongPlacementError,
 )
 from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
@@ -37,6 +38,10 @@ REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "
 """What an actor answers to a frame that it cannot read."""
 FAILED = b"".join(encode(ErrorFrame(0, "InternalError", InternalError("the batch failed"))))
 """What an actor answers to a frame on which its device fails."""
+MOVED = b"".join(
+    encode(ErrorFrame(0, "WrongPlacementError", WrongPlacementError("is not held here", "a0")))
+)
+"""What an actor answers that does not hold the expert, since the router's placement is old."""
 Fail = Callable[[Call, int], CallFailure | bytes | None]
 
 
@@ -181,6 +186,24 @@ def test_an_actor_that_is_not_ready_is_asked_only_where_there_is_no_other(
     cluster.transport.unready = {"a0", "a1", "a2"}
     assert tokens_of(cluster) == expected
     assert asked["a1"] > 0
+
+
+def test_where_the_other_copy_has_no_connection_a_refusing_one_is_asked_after_a_moment(
+    cluster: LocalCluster, expected: list[tuple[int, ...]]
+) -> None:
+    """Seed 4292: it was asked again at once, ten thousand times a second."""
+    asked: Counter[bool] = Counter()
+    refusing_until_s = time.monotonic() + 0.5
+
+    def refuse(call: Call, number: int) -> bytes | None:
+        is_refused = call.actor_id == "a0" and time.monotonic() < refusing_until_s
+        asked[is_refused] += 1
+        return MOVED if is_refused else None
+
+    cluster.transport.fail = refuse
+    cluster.transport.unready = {"a1"}
+    assert tokens_of(cluster) == expected
+    assert 0 < asked[True] < 60
 
 
 def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> None:
