@@ -9,6 +9,7 @@ Dimension letters: T tokens, L tokens of a sequence, H hidden size, K experts of
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,8 @@ from router.moe.gate import Choice, ChooseAmong
 from router.moe.layer import StepContext
 
 _DTYPE = "float32"
+Made = Callable[[torch.Tensor], torch.Tensor]
+"""Maps a layer's inputs [T, H] to the sums [T, H] of new experts."""
 
 
 class Observer(Protocol):
@@ -56,7 +59,10 @@ class Observer(Protocol):
         ...
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
-        """Return what was seen; the layer's experts may be computed for more."""
+        """Return what was seen; the layer's experts may be computed for more.
+
+        The layers behind are passed by what :meth:`LayerExperts.replace` was given.
+        """
         ...
 
 
@@ -68,6 +74,16 @@ class LayerExperts:
         self._layer_id = layer_id
         self._observer = observer
         self._act = ACTIVATIONS[checkpoint.shape.activation]
+        self._made: Made | None = None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether others take the experts' place."""
+        return self._made is not None
+
+    def replace(self, made: Made) -> None:
+        """Give the layer other experts, which the observer does not see."""
+        self._made = made
 
     @property
     def num_experts(self) -> int:
@@ -93,6 +109,8 @@ class LayerExperts:
 
         The experts are added in the order of their ids, as transformers does.
         """
+        if self._made is not None:
+            return self._made(rows)
         weights = choice.weights.float()
         if self._observer is not None:
             self._observer.chosen(rows, choice.ids, weights)

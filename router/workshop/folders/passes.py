@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from cluster.heap import give_back_freed
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.convert.staging import UNFINISHED, finish, write_whole
-from router.workshop.folders.layerwise import LayeredModel, Observer
+from router.workshop.folders.layerwise import Layer, LayeredModel, Observer
 
 BLOCK_BYTES, BLOCKS_OF_LAYER = 2 << 20, 64
 """The most bytes of hidden states that pass a layer together, but at least a row's: so many, or
@@ -64,16 +64,20 @@ class Pass:
         Raises ``OSError`` for a disk that is full, and ``CheckpointError`` for a checkpoint that
         has changed.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        done = self._layers_done()
-        if done is None:
-            self._embed()
-            done = 0
-        for layer_id in range(done, self._model.num_layers):
-            progress(layer_id, self._model.num_layers)
-            self._pass_layer(layer_id, new_observer)
+        self._run_to(self._model.num_layers, new_observer, progress)
         progress(self._model.num_layers, self._model.num_layers)
         return self._seen() if new_observer is not None else {}
+
+    @torch.inference_mode()
+    def run_to(self, layer_id: int) -> None:
+        """Pass the layers before ``layer_id`` that are not passed; raises as :meth:`run` does."""
+        self._run_to(layer_id, None, lambda done, total: None)
+
+    def states(self, layer_id: int) -> torch.Tensor:
+        """Return the hidden states [T, H] before a layer, once all of them are written."""
+        file = self._state(layer_id)
+        found = file if file.exists() else _unfinished(file)
+        return torch.from_numpy(np.fromfile(found, np.float32).reshape(-1, self._hidden_size))
 
     @torch.inference_mode()
     def nats(self, targets: torch.Tensor) -> float:
@@ -101,6 +105,16 @@ class Pass:
         """Delete what the pass has on disk."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _run_to(self, end: int, new_observer: NewObserver | None, progress: Progress) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done = self._layers_done()
+        if done is None:
+            self._embed()
+            done = 0
+        for layer_id in range(done, end):
+            progress(layer_id, self._model.num_layers)
+            self._pass_layer(layer_id, new_observer)
+
     def _embed(self) -> None:
         embed = self._model.embedding()
         with self._writing(0) as file:
@@ -111,16 +125,25 @@ class Pass:
         has_experts = layer_id in self._model.checkpoint.shape.layers
         observer = new_observer(layer_id) if has_experts and new_observer else None
         layer = self._model.layer(layer_id, observer)
-        length = self._rows.shape[1]
         before = self._state(layer_id)
         with before.open("rb") as source, self._writing(layer_id + 1) as file:
-            for states in self._blocks(source):
-                rotation = self._model.rotation(len(states) // length, length)
-                file.write(layer(states, rotation, length).numpy().data)
+            self._write_states(layer, source, file)
             if observer is not None and layer.experts is not None:
                 self._keep(layer_id, observer.result(layer.experts))
+                if layer.experts.is_replaced:
+                    self._write_states(layer, source, file)
         before.unlink()
         give_back_freed()
+
+    def _write_states(self, layer: Layer, source: BinaryIO, file: BinaryIO) -> None:
+        """Write the hidden states after a layer; ``source`` has all before it."""
+        length = self._rows.shape[1]
+        source.seek(0)
+        file.seek(0)
+        for states in self._blocks(source):
+            rotation = self._model.rotation(len(states) // length, length)
+            file.write(layer(states, rotation, length).numpy().data)
+        file.flush()
 
     def _blocks(self, file: BinaryIO) -> Iterator[torch.Tensor]:
         """Yield the hidden states [T', H] of some rows at a time."""
@@ -137,7 +160,7 @@ class Pass:
     def _writing(self, layer_id: int) -> Iterator[BinaryIO]:
         """Yield the file of the states before a layer; it has its name when it is whole."""
         file = self._state(layer_id)
-        unfinished = file.with_name(file.name + UNFINISHED)
+        unfinished = _unfinished(file)
         with unfinished.open("wb") as opened:
             yield opened
         finish(unfinished, file)
@@ -149,7 +172,7 @@ class Pass:
 
     def _keep(self, layer_id: int, seen: dict[str, np.ndarray]) -> None:
         file = self._folder / f"seen-{layer_id}.npz"
-        unfinished = file.with_name(file.name + UNFINISHED)
+        unfinished = _unfinished(file)
         with unfinished.open("wb") as opened:
             np.savez(opened, allow_pickle=False, **seen)
             opened.flush()
@@ -162,3 +185,7 @@ class Pass:
             with np.load(self._folder / f"seen-{layer_id}.npz", allow_pickle=False) as arrays:
                 seen[layer_id] = dict(arrays)
         return seen
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_name(file.name + UNFINISHED)

@@ -21,6 +21,7 @@ from experts.compute.ffn import ACTIVATIONS
 from router.workshop.folders.as_mixture import Sizes
 from router.workshop.folders.division import divide
 from router.workshop.folders.layerwise import LayerExperts
+from router.workshop.folders.twin_pass import Missed
 from router.workshop.folders.upcycled import LayerSplit
 
 _TOKENS_AT_ONCE = 2048
@@ -30,6 +31,8 @@ _RIDGE = 1e-3
 """Added to the diagonal of the gate's regression, as a part of its mean."""
 _REFIT_RIDGE = 1e-2
 """The same for the refitted matrix."""
+_MADE_UP = 0.7
+"""The part of the errors of the layers before that a layer makes up for; the rest is noise."""
 _LARGEST_LOGITS = {"bfloat16": -12, "float16": -14, "float32": -17}
 """By dtype: the power of two that no logit of an exact gate exceeds in calibration.
 
@@ -44,8 +47,14 @@ _LARGEST_OF_FEWER = -4
 class SplitObserver:
     """Keeps a dense layer's inputs; see :class:`router.workshop.folders.layerwise.Observer`."""
 
-    def __init__(self, checkpoint: Checkpoint, layer_id: int, sizes: Sizes) -> None:
-        """``checkpoint`` has one expert a layer."""
+    def __init__(
+        self, checkpoint: Checkpoint, layer_id: int, sizes: Sizes, missed: Missed | None = None
+    ) -> None:
+        """``checkpoint`` has one expert a layer.
+
+        ``missed`` is for experts that stand for all: it returns what the layers before lack.
+        """
+        self._missed = missed
         self._checkpoint = checkpoint
         self._layer_id = layer_id
         self._sizes = sizes
@@ -74,11 +83,14 @@ class SplitObserver:
                 f"layer {self._layer_id} yields NaN or infinity on the calibration text",
                 str(self._checkpoint.folder),
             )
-        is_exact = sizes.active == sizes.experts
+        is_exact = self._missed is None
         gate = gate * _scale(layer.rows @ gate.T, self._checkpoint.dtype, is_exact)
         found = {"parts": parts.numpy(), "gate": gate.numpy()}
-        if not is_exact:
-            found["down"] = layer.refitted(parts, gate, sizes.active).numpy()
+        if self._missed is not None:
+            down = layer.refitted(parts, gate, sizes.active, self._missed())
+            found["down"] = down.numpy()
+            # The next layers are fitted to the inputs that this one will give them.
+            experts.replace(lambda rows: layer.chosen(rows, parts, gate, sizes.active) @ down.T)
         return found
 
 
@@ -110,26 +122,32 @@ class _Layer:
         members = functional.one_hot(parts + 1, num_experts + 1)[:, 1:].float()
         return torch.cat([(outputs.square() @ members).sqrt() for outputs in self._all()])
 
-    def refitted(self, parts: torch.Tensor, gate: torch.Tensor, active: int) -> torch.Tensor:
+    def refitted(
+        self, parts: torch.Tensor, gate: torch.Tensor, active: int, missed: torch.Tensor
+    ) -> torch.Tensor:
         """Return the matrix ``down`` [H, I] with which the chosen parts come nearest to all.
 
-        ``gate`` [N, H] chooses ``active`` experts. The least squares are over the layer's inputs,
-        and a ridge holds the matrix near the dense one.
+        ``gate`` [N, H] chooses ``active`` experts. They also make up for :data:`_MADE_UP` of
+        ``missed`` [T, H]. The least squares are over the layer's inputs, and a ridge holds the
+        matrix near the dense one.
         """
-        num_neurons, num_experts = len(parts), len(gate)
-        products = torch.zeros(num_neurons, num_neurons)
-        missing = torch.zeros(num_neurons, self.rows.shape[1])
-        for rows in self.rows.split(_TOKENS_AT_ONCE):
-            weights, ids = (rows @ gate.T).softmax(-1).topk(active, -1)
-            shares = torch.zeros(len(rows), num_experts + 1).scatter_(1, ids + 1, weights)
-            shares *= num_experts
-            shares[:, 0] = 1.0  # the shared part
+        products = torch.zeros(len(parts), len(parts))
+        missing = torch.zeros(len(parts), self.rows.shape[1])
+        blocks = self.rows.split(_TOKENS_AT_ONCE), missed.split(_TOKENS_AT_ONCE)
+        for rows, lacked in zip(*blocks, strict=True):
             values = self._values(rows)
-            chosen = values * shares[:, parts + 1]
+            chosen = values * _shares(rows, parts, gate, active)
             products.addmm_(chosen.T, chosen)
-            missing.addmm_(chosen.T, (values - chosen) @ self._down.T)
+            wanted = (values - chosen) @ self._down.T + _MADE_UP * lacked
+            missing.addmm_(chosen.T, wanted)
         products.diagonal().add_(_REFIT_RIDGE * products.diagonal().mean())
         return self._down + torch.linalg.solve(products, missing).T
+
+    def chosen(
+        self, rows: torch.Tensor, parts: torch.Tensor, gate: torch.Tensor, active: int
+    ) -> torch.Tensor:
+        """Return the neurons' values [T, I], those of experts times their weights."""
+        return self._values(rows) * _shares(rows, parts, gate, active)
 
     def _all(self) -> Iterator[torch.Tensor]:
         for some in self.rows.split(_TOKENS_AT_ONCE):
@@ -143,6 +161,19 @@ class _Layer:
         """Return the neurons' values [T, I] for rows [T, H]."""
         gate, up = functional.linear(rows, self._gate_up).chunk(2, dim=-1)
         return self._act(gate) * up
+
+
+def _shares(
+    rows: torch.Tensor, parts: torch.Tensor, gate: torch.Tensor, active: int
+) -> torch.Tensor:
+    """Return by what each neuron's value counts for each of ``rows`` [T, H]: [T, I].
+
+    It is 1 in the shared part, and 0 in experts that were not chosen.
+    """
+    weights, ids = (rows @ gate.T).softmax(-1).topk(active, -1)
+    shares = torch.zeros(len(rows), len(gate) + 1).scatter_(1, ids + 1, weights * len(gate))
+    shares[:, 0] = 1.0
+    return shares[:, parts + 1]
 
 
 def fit_gate(rows: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from router.workshop.folders.as_mixture import (
 )
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense_model import DenseModel
+from router.workshop.folders.layerwise import LayeredModel
 from router.workshop.folders.making import (
     NewModel,
     OnProgress,
@@ -35,9 +36,9 @@ from router.workshop.folders.making import (
     score_served,
     seen_on,
 )
-from router.workshop.folders.passes import Seen
 from router.workshop.folders.split_fit import SplitObserver, layer_split
-from router.workshop.folders.text import Text, read_text
+from router.workshop.folders.text import Rows, Text, read_text
+from router.workshop.folders.twin_pass import Missed, TwinPass
 from router.workshop.folders.upcycled import Copies, NewParts, Split, upcycled_source
 
 By = Literal["split", "copies"]
@@ -180,14 +181,7 @@ def upcycle(
         parts: NewParts = Copies(options.seed)
         if options.by == "split" and prepared.text is not None:
             sizes = _sizes(model, options)
-            seen = seen_on(
-                dense,
-                prepared.text.calibration,
-                work,
-                lambda layer_id: SplitObserver(dense, layer_id, sizes),
-                on_progress,
-            )
-            parts = _split(seen, sizes)
+            parts = _split(dense, prepared.text.calibration, sizes, work, on_progress)
         source = upcycled_source(
             prepared.plan.config, dense.folder / "config.json", dense.dtype, parts, dense
         )
@@ -214,7 +208,19 @@ def _written(plan: Plan, folder: Path, on_progress: OnProgress) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def _split(seen: Seen, sizes: Sizes) -> Split:
+def _split(
+    dense: Checkpoint, rows: Rows, sizes: Sizes, work: Path, on_progress: OnProgress
+) -> Split:
+    """Return the parts of all layers, fitted to ``rows``; ``work`` keeps the passes."""
+
+    def new_observer(layer_id: int, missed: Missed | None = None) -> SplitObserver:
+        return SplitObserver(dense, layer_id, sizes, missed)
+
+    if sizes.active == sizes.experts:
+        seen = seen_on(dense, rows, work, new_observer, on_progress)
+    else:
+        twin = TwinPass(LayeredModel(dense), rows, work)
+        seen = twin.run(new_observer, lambda *done: on_progress("calibrating", *done))
     return Split({layer_id: layer_split(found, sizes) for layer_id, found in seen.items()})
 
 

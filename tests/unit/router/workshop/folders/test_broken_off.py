@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=
 UPCYCLE_OPTIONS = UpcycleOptions(
     4, shared=2, sequences=6, sequence_length=32, max_shard_size=50_000
 )
-COMMANDS = ("prune", "merge", "upcycle")
+FITTED = "upcycle, fitted"
+COMMANDS = ("prune", "merge", "upcycle", FITTED)
 KILLS = [
     ("prune", "calibrating", 1),
     ("prune", "writing", 3),
@@ -46,6 +48,7 @@ KILLS = [
     ("upcycle", "calibrating", 1),
     ("upcycle", "writing", 30),
     ("upcycle", "scoring it with 2 experts", 1),
+    (FITTED, "calibrating", 2),
 ]
 KILLED = """
 import os, signal, sys
@@ -98,9 +101,10 @@ def run(
     dest: Path,
     on_progress: Any = lambda phase, done, total: None,
 ) -> None:
-    if command == "upcycle":
+    if command in ("upcycle", FITTED):
+        options = UPCYCLE_OPTIONS if command == "upcycle" else replace(UPCYCLE_OPTIONS, active=2)
         with opened_dense(str(given.dense)) as model:
-            upcycle(model, dest, UPCYCLE_OPTIONS, [given.text], on_progress)
+            upcycle(model, dest, options, [given.text], on_progress)
         return
     checkpoint = source_checkpoint(str(given.source))
     if command == "prune":
