@@ -34,6 +34,8 @@ STORIES = {
     "and the actor stayed, avoided by all routers.",
     "seed-4056": "Three copies of one frame come damaged; its request was ended, as if the router "
     "had made a wrong one.",
+    "seed-4292": "A router's placement is old, and one of an expert's holders has no connection; "
+    "the other, which refused, was asked again ten thousand times a second.",
     "seed-5774": "One copy of an expert yields NaN and the other cannot be reached; the router "
     "asked that one again and again without a pause.",
     "seed-9259": "An actor is to leave the fleet while the ledger cannot be written; nothing was "
