@@ -24,6 +24,7 @@ from cluster.spec import ActorSpec
 from cluster.wire.frames import Buffer
 from experts.remote import RemoteExpertActor
 from router.client import Client, Sampling
+from router.moe.copy_choice import AVOID_S
 from router.serve.controller import ControllerDeployment
 from tests.fault.network import Network, namespace_of
 
@@ -164,6 +165,8 @@ class GrayFaults:
         )  # fmt: skip
         self._router_nodes, self._expert_nodes = nodes
         self._poison = poison
+        self._asked_again_from_s = 0.0
+        """When no router avoids actors any longer since it was cut off from them."""
 
     def inject(self, fault: Gray, choice: int) -> str:
         """Carry out a fault on the ``choice``-th victim; returns a word on what it hit.
@@ -236,20 +239,26 @@ class GrayFaults:
         return f"{silent} actors silent"
 
     def _cut_router(self, told: ClusterStatus, choice: int) -> str:
-        router = self._router_nodes[choice % len(self._router_nodes)]
-        # After other faults a node may have no actors, or all.
-        place = {namespace_of(actor.pid) for actor in told.actors}
-        nodes = [node for node in self._expert_nodes if self._network.namespace(node) in place]
+        threading.Event().wait(max(0.0, self._asked_again_from_s - time.monotonic()))
+        routers = self._with_any(self._router_nodes, [router.pid for router in told.routers])
+        nodes = self._with_any(self._expert_nodes, [actor.pid for actor in told.actors])
+        router = routers[choice % len(routers)]
         experts = nodes[choice // 2 % len(nodes)]
         before = self._asked_again()  # by router: one that has died takes its counters along
         self._network.cut(router, experts)
         threading.Event().wait(CUT_ROUTER_S)
         self._network.heal(router, experts)
+        self._asked_again_from_s = time.monotonic() + AVOID_S
         threading.Event().wait(SAMPLED_S)
         after = self._asked_again()
         again = sum(max(0.0, after[name] - before.get(name, 0.0)) for name in after)
         assert again > 0, "no router asked another copy"
         return f"node {router} from node {experts}, {again:.0f} calls asked again"
+
+    def _with_any(self, nodes: Sequence[int], pids: Sequence[int]) -> list[int]:
+        """Return the nodes that have any of the processes: after a fault one may have none."""
+        place = {namespace_of(pid) for pid in pids}
+        return [node for node in nodes if self._network.namespace(node) in place]
 
     def _asked_again(self) -> dict[str, float]:
         lines = httpx.get(self._metrics_url, timeout=LIMIT_S).text.splitlines()
