@@ -17,9 +17,17 @@ ORDER = ("world", "unit", "integration", "fault", "long")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that break the cluster after those that look at a fresh one."""
+    """Run the tests that break the cluster after those that look at a fresh one.
+
+    Those of mixtures come last in their folder, since the cluster goes on serving these.
+    """
     places = {folder: place for place, folder in enumerate(ORDER)}
-    items.sort(key=lambda item: places.get(item.path.parent.name, places["unit"]))
+
+    def place_of(item: pytest.Item) -> tuple[int, bool]:
+        place = places.get(item.path.parent.name, places["unit"])
+        return place, "mixtures" in getattr(item, "fixturenames", ())
+
+    items.sort(key=place_of)
 
 
 @pytest.fixture(scope="session")

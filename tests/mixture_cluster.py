@@ -64,7 +64,7 @@ class Mixtures:
 
 @contextmanager
 def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
-    """Deploy mixtures beside the language models; afterwards these alone."""
+    """Deploy mixtures beside the language models, for the rest of the session."""
     folders = {
         UNLIKE: save_unlike(folder / UNLIKE),
         GIVEN: save_given(folder / GIVEN, 3, fragile=True),
@@ -81,8 +81,6 @@ def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
     served.wait_whole()
     local = {name: LocalMixture(open_mixture(path)) for name, path in folders.items()}
     yield Mixtures(served, folders, local)
-    serve.run(build(cluster.args), name=APP, route_prefix="/")
-    cluster.wait_whole()
 
 
 def rows_of(model: str, num_rows: int, seed: int) -> Inputs:

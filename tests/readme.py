@@ -41,6 +41,8 @@ DOCUMENTS_ELSEWHERE = {
     "mixtures.md": "needs a mixture of its own; tests/fault/test_mixtures.py runs it",
 }
 """Documents whose blocks are not run here, and why."""
+SLOW = frozenset({"workshop.md"})
+"""Documents whose commands make models: ``tests/long/test_documents.py`` runs them."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARK = "@@status "
 
@@ -65,6 +67,14 @@ class Step:
 def run_documents() -> list[Path]:
     """Return the documents whose blocks are run here."""
     return [document for document in DOCUMENTS if document.name not in DOCUMENTS_ELSEWHERE]
+
+
+def check_document(document: Path, place: Place) -> None:
+    """Raise :class:`AssertionError` where a block shows something else than what comes."""
+    markdown = document.read_text(encoding="utf-8")
+    after = rerun(markdown, place)
+    for old, new in zip(blocks(markdown), blocks(after), strict=True):
+        assert same(old.text, new.text), f"shown:\n{old.text}\ncame:\n{new.text}"
 
 
 def blocks(markdown: str) -> list[Block]:
