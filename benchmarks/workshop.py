@@ -1,4 +1,4 @@
-"""What the workshop's commands need: time and memory of pruning and merging a large folder.
+"""The workshop's commands: their time and memory, and what comes of the models that they make.
 
     python -m benchmarks.workshop folders [--gigabytes 2] [--folder FOLDER]
         [--json FILE] [--compare OLD.json]
@@ -6,6 +6,13 @@
 Makes a random bf16 Mixtral checkpoint in a temporary folder, and runs each command in a process of
 its own. Promises: writing reads 100 MB of the source a second or more, and a process
 takes no more than the bytes of a layer and 500 MB at its peak.
+
+    python -m benchmarks.workshop experiments --folder FOLDER
+        --text LANGUAGE=FILE --text LANGUAGE=FILE ... [--seeds 0 1 2]
+        [--json FILE] [--compare OLD.json]
+
+Trains a mixture for each seed; merges, prunes and trains it on, and looks which experts take which
+tokens (:mod:`benchmarks.workshop_experiments`). FOLDER keeps what is done, and the pictures.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
+from benchmarks.workshop_experiments import run_part, text_option
 
 if TYPE_CHECKING:
     from experts.checkpoint.checkpoint import Checkpoint
@@ -223,10 +231,26 @@ def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.workshop", description=__doc__)
-    parser.add_argument("part", choices=["folders"], nargs="?", default="folders")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.workshop",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", choices=["folders", "experiments"], nargs="?", default="folders")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="folders: where the temporary folder is made; experiments: keeps what is done",
+    )
+    parser.add_argument(
+        "--text",
+        type=text_option,
+        action="append",
+        metavar="LANGUAGE=FILE",
+        help="experiments: a UTF-8 text",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="experiments")
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
     output_options(parser)
     options = parser.parse_args(argv)
@@ -234,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, *paths = options.step
         print(json.dumps(run_command(command, *map(Path, paths))))
         return 0
+    if options.part == "experiments":
+        return run_part(parser, options)
     with tempfile.TemporaryDirectory(prefix="expertmesh-workshop-", dir=options.folder) as name:
         result = run(Path(name), options.gigabytes)
     report(result)

@@ -1,0 +1,206 @@
+"""The pictures of the workshop's experiments, each a pure function of their result.
+
+Marks are means over the seeds, whiskers reach from the lowest to the highest.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.drawing import curve, document, line, rect, text
+from benchmarks.workshop_tables import (
+    WAYS,
+    Result,
+    counts_of,
+    layers_of,
+    models_of,
+    perplexities,
+    pruned_perplexities,
+    seeds_of,
+)
+
+_WIDTH, _LEFT, _TOP, _CHART = 760, 70, 60, 300
+_GRID = "#dddddd"
+_COLORS = ("#2a5fb0", "#2a7f3f", "#b02a2a", "#b06a2a", "#7a3fa0", "#3f8f9f", "#777777")
+_TICKS = (1, 2, 3, 5)
+Height = Callable[[float], float]
+"""Returns the y of a value."""
+
+
+def pictures(result: Result) -> dict[str, str]:
+    """Return all pictures as SVG, by file name."""
+    return {
+        "one_expert.svg": one_expert(result),
+        "counts.svg": counts(result),
+        "information.svg": information(result),
+        **{
+            f"experts-seed-{seed}.svg": experts(seed, one["experts"])
+            for seed, one in result["seeds"].items()
+        },
+    }
+
+
+def one_expert(result: Result) -> str:
+    """Return how each model's perplexity falls by continued training."""
+    names = models_of(result)
+    found = {
+        name: [perplexities(result, when, name) for when in ("before", "after")] for name in names
+    }
+    parts, y = _log_axis(
+        "Held-out perplexity", [v for two in found.values() for vs in two for v in vs]
+    )
+    places = _LEFT + 150, _WIDTH - 150
+    for x, words in zip(places, ("before", "after continued training"), strict=True):
+        parts.append(text(x, _TOP + _CHART + 22, words, "middle"))
+    for number, (name, color) in enumerate(zip(names, _COLORS, strict=False)):
+        shift = 14 * (number - (len(names) - 1) / 2)
+        parts += _series([x + shift for x in places], found[name], color, y)
+    return document(_WIDTH, _TOP + _CHART + 40, [*parts, *_legend(names)])
+
+
+def counts(result: Result) -> str:
+    """Return the perplexity by the number of experts that pruning leaves."""
+    numbers = counts_of(result)
+    found = {by: [pruned_perplexities(result, by, count) for count in numbers] for by in WAYS}
+    whole = perplexities(result, "before", "whole")
+    every = [value for some in found.values() for values in some for value in values]
+    parts, y = _log_axis("Held-out perplexity of the pruned model", [*every, *whole])
+    gap = (_WIDTH - _LEFT - 80) / (len(numbers) - 1)
+    places = [_LEFT + 40 + gap * index for index in range(len(numbers))]
+    for x, count in zip(places, numbers, strict=True):
+        parts.append(text(x, _TOP + _CHART + 22, count, "middle"))
+    parts.append(text(_WIDTH / 2, _TOP + _CHART + 42, "experts a layer", "middle"))
+    level = y(statistics.fmean(whole))
+    parts.append(line(_LEFT, level, _WIDTH - 20, level, _COLORS[-1], "5 4"))
+    of_all = seeds_of(result)[0]["experts"]["num_experts"]
+    parts.append(text(_WIDTH - 22, level - 6, f"all {of_all}", "end"))
+    for number, (by, color) in enumerate(zip(WAYS, _COLORS, strict=False)):
+        parts += _series([x + 7 * (number - 1) for x in places], found[by], color, y)
+    return document(
+        _WIDTH, _TOP + _CHART + 60, [*parts, *_legend(["by output", "by weight", "at random"])]
+    )
+
+
+def information(result: Result) -> str:
+    """Return what each label tells of a token's experts, by layer."""
+    layers = layers_of(result)
+    labels = list(layers[0][0]["told"])
+    found = [
+        [[100 * one["told"][label]["share"] for one in layer] for label in labels]
+        for layer in layers
+    ]
+    most = max(value for layer in found for values in layer for value in values)
+    parts, y = _linear_axis("% of the experts' entropy that a label tells", most)
+    group = (_WIDTH - _LEFT - 20) / len(layers)
+    wide = (group - 20) / len(labels)
+    for index, layer in enumerate(found):
+        left = _LEFT + 10 + group * index
+        parts.append(text(left + (group - 20) / 2, _TOP + _CHART + 22, f"layer {index}", "middle"))
+        for number, (label, values) in enumerate(zip(labels, layer, strict=True)):
+            mean, x = max(statistics.fmean(values), 0.0), left + wide * number
+            title = f"layer {index}, {label}: {mean:.1f} %"
+            parts.append(rect(x, y(mean), wide, y(0) - y(mean), _COLORS[number], title))
+            parts += _whisker(x + wide / 2, values, "#333333", y)
+    bottom = _TOP + _CHART + 36
+    for number, label in enumerate(labels):
+        column, row = number % 3, number // 3
+        x, at = _LEFT + 230 * column, bottom + 20 * row
+        parts += [rect(x, at, 14, 14, _COLORS[number]), text(x + 20, at + 12, label)]
+    return document(_WIDTH, bottom + 70, parts)
+
+
+def experts(seed: str, found: Mapping[str, Any]) -> str:
+    """Return heat maps of a seed: each expert's share of a kind's or a language's assignments."""
+    layers, count, cell, left, top = found["layers"], found["num_experts"], 22, 130, 64
+    rows = [*((name, "kinds") for name in layers[0]["kinds"])]
+    rows += [(name, "languages") for name in layers[0]["languages"]]
+    num_kinds, gap, wide = len(layers[0]["kinds"]), 10, count * cell + 16
+    highest = max(max(layer[part][name]) for layer in layers for name, part in rows)
+    title = f"Each expert's share of a row's assignments, seed {seed}; even is {100 / count:.1f} %"
+    parts = [text(10, 24, title, size=15)]
+    for row, (name, _) in enumerate(rows):
+        y = top + row * cell + (gap if row >= num_kinds else 0)
+        parts.append(text(left - 8, y + 15, name, "end"))
+    for index, layer in enumerate(layers):
+        x0 = left + index * wide
+        parts.append(text(x0 + count * cell / 2, top - 10, f"layer {layer['layer']}", "middle"))
+        for row, (name, part) in enumerate(rows):
+            y = top + row * cell + (gap if row >= num_kinds else 0)
+            for expert_id, share in enumerate(layer[part][name]):
+                told = f"layer {layer['layer']}, {name}, expert {expert_id}: {100 * share:.1f} %"
+                x = x0 + expert_id * cell
+                parts.append(rect(x, y, cell, cell, _shade(share / highest), told))
+    bottom = top + len(rows) * cell + gap + 16
+    parts += _scale(left, bottom, highest)
+    return document(left + len(layers) * wide + 10, bottom + 40, parts)
+
+
+def _shade(part: float) -> str:
+    """Return a color from white at 0 to dark blue at 1."""
+    return "#" + "".join(f"{round(255 + (end - 255) * part):02x}" for end in (0x10, 0x2A, 0x70))
+
+
+def _scale(x: float, y: float, highest: float) -> list[str]:
+    steps = 20
+    parts = [rect(x + 10 * n, y, 10, 14, _shade(n / (steps - 1))) for n in range(steps)]
+    parts.append(text(x - 8, y + 12, "0 %", "end"))
+    return [*parts, text(x + 10 * steps + 8, y + 12, f"{100 * highest:.0f} %")]
+
+
+def _series(
+    places: Sequence[float], values: Sequence[Sequence[float]], color: str, y: Height
+) -> list[str]:
+    """Return a curve of means, with whiskers."""
+    points = [(x, y(statistics.fmean(v))) for x, v in zip(places, values, strict=True)]
+    whiskers = [
+        part for x, v in zip(places, values, strict=True) for part in _whisker(x, v, color, y)
+    ]
+    return [*curve(points, color), *whiskers]
+
+
+def _whisker(x: float, values: Sequence[float], color: str, y: Height) -> list[str]:
+    low, high = y(min(values)), y(max(values))
+    ends = [line(x - 4, at, x + 4, at, color) for at in (low, high)]
+    return [line(x, low, x, high, color), *ends]
+
+
+def _log_axis(title: str, values: Sequence[float]) -> tuple[list[str], Height]:
+    """Return the axis of a chart, and the place of a value, on a scale of equal factors."""
+    low, high = math.log(min(values)) - 0.05, math.log(max(values)) + 0.05
+
+    def y(value: float) -> float:
+        return _TOP + _CHART * (high - math.log(value)) / (high - low)
+
+    decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    ticks = [tick * 10**decade for decade in decades for tick in _TICKS]
+    return _axis(title, [tick for tick in ticks if low <= math.log(tick) <= high], y), y
+
+
+def _linear_axis(title: str, most: float) -> tuple[list[str], Height]:
+    """Return the axis of a chart from 0 on, and the place of a value."""
+    step = next(one for one in (1, 2, 5, 10, 20) if most / one <= 7)
+    high = step * math.ceil(most / step)
+
+    def y(value: float) -> float:
+        return _TOP + _CHART * (1 - value / high)
+
+    return _axis(title, list(range(0, high + 1, step)), y), y
+
+
+def _axis(title: str, ticks: Sequence[float], y: Height) -> list[str]:
+    parts = [text(10, 24, title, size=15)]
+    for tick in ticks:
+        parts.append(line(_LEFT, y(tick), _WIDTH - 20, y(tick), _GRID))
+        parts.append(text(_LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
+    return parts
+
+
+def _legend(names: Sequence[str]) -> list[str]:
+    parts, x = [], float(_LEFT)
+    for name, color in zip(names, _COLORS, strict=False):
+        parts += [line(x, 44, x + 20, 44, color), text(x + 26, 48, name)]
+        x += 50 + 7 * len(name)
+    return parts
