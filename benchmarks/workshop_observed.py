@@ -99,7 +99,9 @@ def observe(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: Rows) -> Observe
     from router.workshop.evaluate.local_model import FolderModel
 
     model = FolderModel(checkpoint, max(len(row) for some in rows.values() for row in some))
-    ids, numbers, languages = [], [], []
+    ids: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    languages: list[np.ndarray] = []
     experts: dict[int, list[np.ndarray]] = {}
     for language, some in enumerate(rows.values()):
         for row, scored in zip(some, model.score(some), strict=True):
@@ -124,8 +126,8 @@ def in_all_languages(observed: Observed, least: int) -> np.ndarray:
     size = int(observed.ids.max()) + 1
     cells = observed.languages.values * size + observed.ids
     counts = np.bincount(cells, minlength=observed.languages.size * size).reshape(-1, size)
-    shared: np.ndarray = (counts >= least).all(0)[observed.ids]
-    return shared
+    is_shared: np.ndarray = (counts >= least).all(axis=0)
+    return is_shared[observed.ids]
 
 
 def kinds_of(observed: Observed, tokenizer: Tokenizer) -> Label:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.drawing import curve, document, line, rect, text
 from benchmarks.workshop_tables import (
+    FIRST_SHARED,
     WAYS,
     Result,
     counts_of,
@@ -25,7 +26,7 @@ from benchmarks.workshop_tables import (
 _WIDTH, _LEFT, _TOP, _CHART = 760, 70, 60, 300
 _GRID = "#dddddd"
 _COLORS = ("#2a5fb0", "#2a7f3f", "#b02a2a", "#b06a2a", "#7a3fa0", "#3f8f9f", "#777777")
-_TICKS = (1, 2, 3, 5)
+_TICKS = (1, 1.5, 2, 3, 5, 7)
 Height = Callable[[float], float]
 """Returns the y of a value."""
 
@@ -44,20 +45,20 @@ def pictures(result: Result) -> dict[str, str]:
 
 
 def one_expert(result: Result) -> str:
-    """Return how each model's perplexity falls by continued training."""
+    """Return each model's perplexity before and after continued training, each on its own scale."""
     names = models_of(result)
-    found = {
-        name: [perplexities(result, when, name) for when in ("before", "after")] for name in names
-    }
-    parts, y = _log_axis(
-        "Held-out perplexity", [v for two in found.values() for vs in two for v in vs]
-    )
-    places = _LEFT + 150, _WIDTH - 150
-    for x, words in zip(places, ("before", "after continued training"), strict=True):
-        parts.append(text(x, _TOP + _CHART + 22, words, "middle"))
-    for number, (name, color) in enumerate(zip(names, _COLORS, strict=False)):
-        shift = 14 * (number - (len(names) - 1) / 2)
-        parts += _series([x + shift for x in places], found[name], color, y)
+    middle = _WIDTH / 2
+    halves = {"before": (_LEFT, middle - 10), "after": (middle + _LEFT - 10, _WIDTH - 20.0)}
+    parts = [text(10, 24, "Held-out perplexity", size=15)]
+    for when, (left, right) in halves.items():
+        found = [perplexities(result, when, name) for name in names]
+        axis, y = _log_axis([value for some in found for value in some], left, right)
+        parts += axis
+        gap = (right - left) / len(names)
+        for number, (values, color) in enumerate(zip(found, _COLORS, strict=False)):
+            parts += _series([left + gap * (number + 0.5)], [values], color, y)
+        words = f"{when} continued training"
+        parts.append(text((left + right) / 2, _TOP + _CHART + 22, words, "middle"))
     return document(_WIDTH, _TOP + _CHART + 40, [*parts, *_legend(names)])
 
 
@@ -67,7 +68,8 @@ def counts(result: Result) -> str:
     found = {by: [pruned_perplexities(result, by, count) for count in numbers] for by in WAYS}
     whole = perplexities(result, "before", "whole")
     every = [value for some in found.values() for values in some for value in values]
-    parts, y = _log_axis("Held-out perplexity of the pruned model", [*every, *whole])
+    parts, y = _log_axis([*every, *whole], _LEFT, _WIDTH - 20)
+    parts.append(text(10, 24, "Held-out perplexity of the pruned model", size=15))
     gap = (_WIDTH - _LEFT - 80) / (len(numbers) - 1)
     places = [_LEFT + 40 + gap * index for index in range(len(numbers))]
     for x, count in zip(places, numbers, strict=True):
@@ -76,7 +78,7 @@ def counts(result: Result) -> str:
     level = y(statistics.fmean(whole))
     parts.append(line(_LEFT, level, _WIDTH - 20, level, _COLORS[-1], "5 4"))
     of_all = seeds_of(result)[0]["experts"]["num_experts"]
-    parts.append(text(_WIDTH - 22, level - 6, f"all {of_all}", "end"))
+    parts.append(text(_LEFT + 4, level - 6, f"all {of_all}"))
     for number, (by, color) in enumerate(zip(WAYS, _COLORS, strict=False)):
         parts += _series([x + 7 * (number - 1) for x in places], found[by], color, y)
     return document(
@@ -93,7 +95,9 @@ def information(result: Result) -> str:
         for layer in layers
     ]
     most = max(value for layer in found for values in layer for value in values)
-    parts, y = _linear_axis("% of the experts' entropy that a label tells", most)
+    parts, y = _linear_axis(most)
+    title = "% of the experts' entropy that a label tells beyond chance"
+    parts.append(text(10, 24, title, size=15))
     group = (_WIDTH - _LEFT - 20) / len(layers)
     wide = (group - 20) / len(labels)
     for index, layer in enumerate(found):
@@ -109,6 +113,8 @@ def information(result: Result) -> str:
         column, row = number % 3, number // 3
         x, at = _LEFT + 230 * column, bottom + 20 * row
         parts += [rect(x, at, 14, 14, _COLORS[number]), text(x + 20, at + 12, label)]
+    note = f"{FIRST_SHARED} and after it: of the tokens that all languages have"
+    parts.append(text(_WIDTH - 20, bottom + 52, note, "end"))
     return document(_WIDTH, bottom + 70, parts)
 
 
@@ -167,8 +173,8 @@ def _whisker(x: float, values: Sequence[float], color: str, y: Height) -> list[s
     return [line(x, low, x, high, color), *ends]
 
 
-def _log_axis(title: str, values: Sequence[float]) -> tuple[list[str], Height]:
-    """Return the axis of a chart, and the place of a value, on a scale of equal factors."""
+def _log_axis(values: Sequence[float], left: float, right: float) -> tuple[list[str], Height]:
+    """Return the lines of a chart, and the place of a value, on a scale of equal factors."""
     low, high = math.log(min(values)) - 0.05, math.log(max(values)) + 0.05
 
     def y(value: float) -> float:
@@ -176,25 +182,31 @@ def _log_axis(title: str, values: Sequence[float]) -> tuple[list[str], Height]:
 
     decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
     ticks = [tick * 10**decade for decade in decades for tick in _TICKS]
-    return _axis(title, [tick for tick in ticks if low <= math.log(tick) <= high], y), y
+    inside = [tick for tick in ticks if low <= math.log(tick) <= high]
+    return _lines(inside or _between(values), y, left, right), y
 
 
-def _linear_axis(title: str, most: float) -> tuple[list[str], Height]:
-    """Return the axis of a chart from 0 on, and the place of a value."""
+def _between(values: Sequence[float]) -> list[float]:
+    """Return ticks for values without a round number among them."""
+    return [round(value, 1) for value in (min(values), max(values))]
+
+
+def _linear_axis(most: float) -> tuple[list[str], Height]:
+    """Return the lines of a chart from 0 on, and the place of a value."""
     step = next(one for one in (1, 2, 5, 10, 20) if most / one <= 7)
     high = step * math.ceil(most / step)
 
     def y(value: float) -> float:
         return _TOP + _CHART * (1 - value / high)
 
-    return _axis(title, list(range(0, high + 1, step)), y), y
+    return _lines(range(0, high + 1, step), y, _LEFT, _WIDTH - 20), y
 
 
-def _axis(title: str, ticks: Sequence[float], y: Height) -> list[str]:
-    parts = [text(10, 24, title, size=15)]
+def _lines(ticks: Sequence[float], y: Height, left: float, right: float) -> list[str]:
+    parts = []
     for tick in ticks:
-        parts.append(line(_LEFT, y(tick), _WIDTH - 20, y(tick), _GRID))
-        parts.append(text(_LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
+        parts.append(line(left, y(tick), right, y(tick), _GRID))
+        parts.append(text(left - 8, y(tick) + 4, f"{tick:g}", "end"))
     return parts
 
 

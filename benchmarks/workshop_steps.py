@@ -103,8 +103,7 @@ class Steps:
         from router.workshop.folders.prune import PruneOptions, prune
 
         recipe = self._recipe
-        rows = {"sequences": recipe.calibration_rows, "sequence_length": recipe.row_tokens}
-        options = PruneOptions(count, by, random_seed, **rows)
+        options = PruneOptions(count, by, random_seed, recipe.calibration_rows, recipe.row_tokens)
         which = f"{by}-{random_seed}" if by == "random" else by
         name = f"{_stem(source)}-pruned-{count}-{which}"
         dest = self._place(name, {"from": source.name, "prune": asdict(options)})
@@ -120,8 +119,9 @@ class Steps:
         from router.workshop.folders.merge import MergeOptions, merge
 
         recipe = self._recipe
-        rows = {"sequences": recipe.calibration_rows, "sequence_length": recipe.row_tokens}
-        options = MergeOptions(1, **rows)
+        options = MergeOptions(
+            1, sequences=recipe.calibration_rows, sequence_length=recipe.row_tokens
+        )
         name = f"{_stem(source)}-merged-1"
         dest = self._place(name, {"from": source.name, "merge": asdict(options)})
         self._begin(dest.name)

@@ -11,6 +11,8 @@ from benchmarks.common import Figure, show
 
 Result = Mapping[str, Any]
 WAYS = ("output", "weight", "random")
+FIRST_SHARED = "token"
+"""The first of the labels of the tokens that all languages have."""
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -84,8 +86,7 @@ def _one_expert(result: Result) -> None:
     ]
     first, more = (training[name]["training_tokens"] for name in ("from scratch", "whole"))
     show(
-        f"held-out perplexity, {len(seeds_of(result))} seeds; trained on {first:,} tokens, then "
-        f"on {more:,} more",
+        f"held-out perplexity, {len(seeds_of(result))} seeds; {first:,} tokens, then {more:,}",
         rows,
         ["model", "parameters", "active", "before", "after"],
     )
@@ -154,8 +155,8 @@ def _told(result: Result) -> None:
     ]
     shared = [one["experts"]["shared"] for one in seeds_of(result)]
     show(
-        "% of the experts' entropy that a label tells beyond chance; the last three: of the "
-        f"{len(shared[0]['tokens'])} tokens that all languages have, "
+        f"% of the experts' entropy that a label tells beyond chance; from {FIRST_SHARED} on: of the "
+        f"{len(shared[0]['tokens'])} tokens of all languages, "
         f"{100 * shared[0]['share']:.0f} % of the text",
         rows,
         ["layer", *labels],
@@ -195,7 +196,7 @@ def _largest(result: Result) -> None:
     even = 100 / recipe["num_local_experts"]
     most = 100 / recipe["num_experts_per_tok"]
     show(
-        f"% of the assignments that one expert takes; even is {even:.1f}, at most {most:.0f}",
+        f"an expert's largest share, %; even {even:.1f}, at most {most:.0f}",
         rows,
         ["of", *(f"layer {layers[0]['layer']}" for layers in layers_of(result))],
     )

@@ -185,7 +185,9 @@ def experiments(monkeypatch: pytest.MonkeyPatch, words: list[str], recipe: Any =
     monkeypatch.setattr(workshop_experiments, "progress", progress)
     real = workshop_experiments.run_part
     with monkeypatch.context() as replaced:
-        replaced.setattr(workshop, "run_part", lambda *part: real(*part, recipe))
+        replaced.setattr(
+            workshop, "run_part", lambda parser, options: real(parser, options, recipe)
+        )
         assert workshop.main(words) == 0
     assert totals == [len(begun)]
 
@@ -215,7 +217,7 @@ def test_tiny_experiments_are_resumed_with_the_same_figures(
     assert trained == [4, 4, 4, 4, 4, *[3] * 12], "two steps again, and four models of three more"
     first = json.loads((tmp_path / "first.json").read_text())
     printed = capsys.readouterr().out
-    for title in ("held-out perplexity", "pruned", "entropy", "assignments that one expert"):
+    for title in ("held-out perplexity", "pruned", "entropy", "an expert's largest share"):
         assert title in printed
 
     # Another seed is added, and nothing is done again.
@@ -243,7 +245,7 @@ def check_pictures(kept: Path, result: dict[str, Any]) -> None:
     """The heat map has each share, the curves each model, the bars each label."""
     layers = result["seeds"]["1"]["experts"]["layers"]
     titles = [
-        one.text for one in ElementTree.parse(kept / "experts-seed-1.svg").iter(f"{SVG}title")
+        one.text or "" for one in ElementTree.parse(kept / "experts-seed-1.svg").iter(f"{SVG}title")
     ]
     expected = [
         f"layer {layer['layer']}, {name}, expert {expert}: {100 * share:.1f} %"
@@ -256,7 +258,9 @@ def check_pictures(kept: Path, result: dict[str, Any]) -> None:
     assert {"by output", "by weight", "at random", "1", "2", "all 3"} <= words_of(
         kept / "counts.svg"
     )
-    assert {*result["seeds"]["1"]["after"], "before"} <= words_of(kept / "one_expert.svg")
+    assert {*result["seeds"]["1"]["after"], "before continued training"} <= words_of(
+        kept / "one_expert.svg"
+    )
     assert {*layers[0]["told"], "layer 0", "layer 1"} <= words_of(kept / "information.svg")
     curves = ElementTree.parse(kept / "counts.svg").findall(f"{SVG}polyline")
     assert [len(curve.get("points", "").split()) for curve in curves] == [2, 2, 2]
