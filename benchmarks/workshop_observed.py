@@ -126,7 +126,7 @@ def in_all_languages(observed: Observed, least: int) -> np.ndarray:
     size = int(observed.ids.max()) + 1
     cells = observed.languages.values * size + observed.ids
     counts = np.bincount(cells, minlength=observed.languages.size * size).reshape(-1, size)
-    is_shared: np.ndarray = (counts >= least).all(axis=0)
+    is_shared = np.asarray(counts.min(axis=0) >= least)
     return is_shared[observed.ids]
 
 

@@ -26,7 +26,7 @@ from benchmarks.workshop_tables import (
 _WIDTH, _LEFT, _TOP, _CHART = 760, 70, 60, 300
 _GRID = "#dddddd"
 _COLORS = ("#2a5fb0", "#2a7f3f", "#b02a2a", "#b06a2a", "#7a3fa0", "#3f8f9f", "#777777")
-_TICKS = (1, 1.5, 2, 3, 5, 7)
+_FACTORS = (1, 2, 3, 5)
 Height = Callable[[float], float]
 """Returns the y of a value."""
 
@@ -180,15 +180,18 @@ def _log_axis(values: Sequence[float], left: float, right: float) -> tuple[list[
     def y(value: float) -> float:
         return _TOP + _CHART * (high - math.log(value)) / (high - low)
 
-    decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
-    ticks = [tick * 10**decade for decade in decades for tick in _TICKS]
-    inside = [tick for tick in ticks if low <= math.log(tick) <= high]
-    return _lines(inside or _between(values), y, left, right), y
+    return _lines(_ticks(math.exp(low), math.exp(high)), y, left, right), y
 
 
-def _between(values: Sequence[float]) -> list[float]:
-    """Return ticks for values without a round number among them."""
-    return [round(value, 1) for value in (min(values), max(values))]
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between two: equal steps, or where they are far apart like factors."""
+    if high / low < 4:
+        step = 10.0 ** math.floor(math.log10((high - low) / 2))
+        steps = range(math.ceil(low / step), math.floor(high / step) + 1)
+        return [number * step for number in steps][:: 1 + len(steps) // 8]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [tick * 10.0**decade for decade in decades for tick in _FACTORS]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _linear_axis(most: float) -> tuple[list[str], Height]:

@@ -155,8 +155,8 @@ def _told(result: Result) -> None:
     ]
     shared = [one["experts"]["shared"] for one in seeds_of(result)]
     show(
-        f"% of the experts' entropy that a label tells beyond chance; from {FIRST_SHARED} on: of the "
-        f"{len(shared[0]['tokens'])} tokens of all languages, "
+        "% of the experts' entropy that a label tells beyond chance; from "
+        f"{FIRST_SHARED} on: of the {len(shared[0]['tokens'])} tokens of all languages, "
         f"{100 * shared[0]['share']:.0f} % of the text",
         rows,
         ["layer", *labels],
