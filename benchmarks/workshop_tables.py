@@ -46,6 +46,11 @@ def perplexities(result: Result, when: str, name: str) -> list[float]:
     return [perplexity(one[when][name]) for one in seeds_of(result)]
 
 
+def behind(one: Mapping[str, Any], name: str) -> float:
+    """Return by how many nats a seed's model is worse than the whole, after continued training."""
+    return mean_nats(one["after"][name]) - mean_nats(one["after"]["whole"])
+
+
 def counts_of(result: Result) -> list[str]:
     """Return the numbers of experts of the pruned models."""
     return list(seeds_of(result)[0]["counts"]["output"])
@@ -81,14 +86,16 @@ def _one_expert(result: Result) -> None:
             f"{training[name]['num_parameters']:,}",
             f"{training[name]['num_active_parameters']:,}",
             *(spread(perplexities(result, when, name), 1) for when in ("before", "after")),
+            spread([behind(one, name) for one in seeds_of(result)], 3),
         )
         for name in models_of(result)
     ]
     first, more = (training[name]["training_tokens"] for name in ("from scratch", "whole"))
     show(
-        f"held-out perplexity, {len(seeds_of(result))} seeds; {first:,} tokens, then {more:,}",
+        f"held-out perplexity, {len(seeds_of(result))} seeds; trained on {first:,} tokens, then "
+        f"on {more:,} more",
         rows,
-        ["model", "parameters", "active", "before", "after"],
+        ["model", "parameters", "active", "before", "after", "behind the whole, nats"],
     )
 
 
