@@ -171,22 +171,25 @@ def _told(result: Result) -> None:
 
 
 def _chance(result: Result) -> None:
-    rows = [
-        (
-            label,
-            f"{100 * min(_parts(result, label, 'found')):.2f}",
-            f"{100 * statistics.fmean(_parts(result, label, 'by_chance')):.2f}",
-            f"{100 * max(_parts(result, label, 'most_by_chance')):.2f}",
+    rows = []
+    for label in layers_of(result)[0][0]["told"]:
+        told = [layer["told"][label] for layers in layers_of(result) for layer in layers]
+        beyond = sum(one["found"] > one["most_by_chance"] for one in told)
+        found, mean, most = (
+            [100 * one[part] / one["entropy"] for one in told]
+            for part in ("found", "by_chance", "most_by_chance")
         )
-        for label in layers_of(result)[0][0]["told"]
-    ]
-    columns = ["label", "least of any layer and seed", "shuffled, mean", "shuffled, largest"]
-    show("% of the experts' entropy, uncorrected", rows, columns)
-
-
-def _parts(result: Result, label: str, what: str) -> list[float]:
-    told = (layer["told"][label] for layers in layers_of(result) for layer in layers)
-    return [one[what] / one["entropy"] for one in told]
+        rows.append(
+            (
+                label,
+                f"{min(found):.2f} to {max(found):.2f}",
+                f"{statistics.fmean(mean):.2f}",
+                f"{max(most):.2f}",
+                f"{beyond} of {len(told)}",
+            )
+        )
+    columns = ["label", "found", "shuffled, mean", "shuffled, largest", "beyond its own shuffles"]
+    show("% of the experts' entropy, uncorrected, over layers and seeds", rows, columns)
 
 
 def _largest(result: Result) -> None:
