@@ -10,7 +10,7 @@ import enum
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,8 @@ SLOWER = 5.0
 SLOW_S, CUT_CONTROLLER_S, CUT_ROUTER_S = 10.0, 10.0, 6.0
 LIMIT_S, POLL_S = 150.0, 0.2
 ROUTERS = 2
-SAMPLED_S = 3.0
-"""Routers send their counters more often."""
+CUT_AT_MOST_S = 30.0
+"""How much longer a router is cut off while nobody asks it for anything."""
 QUIET_S = 12.0
 """Longer than the controller takes to notice a node."""
 POISON_TIMEOUT_S = 120.0
@@ -247,11 +247,9 @@ class GrayFaults:
         before = self._asked_again()  # by router: one that has died takes its counters along
         self._network.cut(router, experts)
         threading.Event().wait(CUT_ROUTER_S)
+        again = self._again_since(before)  # a router that has just begun has few requests
         self._network.heal(router, experts)
         self._asked_again_from_s = time.monotonic() + AVOID_S
-        threading.Event().wait(SAMPLED_S)
-        after = self._asked_again()
-        again = sum(max(0.0, after[name] - before.get(name, 0.0)) for name in after)
         assert again > 0, "no router asked another copy"
         return f"node {router} from node {experts}, {again:.0f} calls asked again"
 
@@ -259,6 +257,16 @@ class GrayFaults:
         """Return the nodes that have any of the processes: after a fault one may have none."""
         place = {namespace_of(pid) for pid in pids}
         return [node for node in nodes if self._network.namespace(node) in place]
+
+    def _again_since(self, before: Mapping[str, float]) -> float:
+        """Return the calls that were asked again since, once there are any or a time is over."""
+        deadline_s = time.monotonic() + CUT_AT_MOST_S
+        while True:
+            after = self._asked_again()
+            again = sum(max(0.0, after[name] - before.get(name, 0.0)) for name in after)
+            if again > 0 or time.monotonic() > deadline_s:
+                return again
+            threading.Event().wait(POLL_S)
 
     def _asked_again(self) -> dict[str, float]:
         lines = httpx.get(self._metrics_url, timeout=LIMIT_S).text.splitlines()
