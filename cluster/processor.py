@@ -9,7 +9,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 """Where Linux tells the processor's name."""
 
 
-def named_in(cpu_info: str) -> str:
+def _named_in(cpu_info: str) -> str:
     """Return the processor's name from what Linux tells of it; empty where it tells none."""
     for line in cpu_info.splitlines():
         key, _, value = line.partition(":")
@@ -20,5 +20,5 @@ def named_in(cpu_info: str) -> str:
 
 def processor_name() -> str:
     """Return the processor's name, or its architecture where nothing tells the name."""
-    name = named_in(CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.exists() else ""
+    name = _named_in(CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.exists() else ""
     return name or platform.machine()

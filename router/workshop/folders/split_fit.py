@@ -32,7 +32,8 @@ _RIDGE = 1e-3
 _REFIT_RIDGE = 1e-2
 """The same for the refitted matrix."""
 _MADE_UP = 0.7
-"""The part of the errors of the layers before that a layer makes up for; the rest is noise."""
+"""The part of the errors of the layers before that a layer makes up for; all of it fits less well
+to other text."""
 _LARGEST_LOGITS = {"bfloat16": -12, "float16": -14, "float32": -17}
 """By dtype: the power of two that no logit of an exact gate exceeds in calibration.
 
