@@ -92,9 +92,9 @@ def free_range() -> range:
     raise OSError(f"somebody listens on each of {list(GATEWAY_RANGES)}")
 
 
-def shipped_document(http_port: int, grpc_port: int) -> dict[str, Any]:
-    """Return the deployment file with these ports, and free ones for all that Serve opens."""
-    document: dict[str, Any] = yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))
+def shipped_document(http_port: int, grpc_port: int, file: Path = DEPLOYED) -> dict[str, Any]:
+    """Return a deployment file with these ports, and free ones for all that Serve opens."""
+    document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     own_ports = free_ports(len(OWN_PORTS), (http_port, grpc_port))
     gateways = free_range()
     variables = {

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 MOST_SHRUNK = 3
 """Only the first seeds that fail are made smaller, one for each law."""
 SHRINK_S = 240.0
+SAID_EVERY_S = 60.0
+"""How often a line tells of the progress where no bar can be drawn, as in a file."""
 
 
 class Tally:
@@ -96,12 +98,16 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
     with workers(processes) as pool, Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("imports", total=len(seeds))
         started_s = time.perf_counter()
-        until_s = started_s + 60 * minutes
+        until_s, said_s = started_s + 60 * minutes, started_s
         for found in all_of(pool, processes, iter(seeds), until_s):
             tally.add(found)
-            rate = tally.counts["seeds"] / (time.perf_counter() - started_s)
+            now_s = time.perf_counter()
+            rate = tally.counts["seeds"] / (now_s - started_s)
             said = f"{rate:.2f} seeds/s, {len(tally.failed)} failed"
             bar.update(task, advance=1, description=said)
+            if not console.is_terminal and now_s - said_s >= SAID_EVERY_S:
+                said_s = now_s
+                console.print(f"world: {tally.counts['seeds']} of {len(seeds)}, {said}")
             if found.breaches:
                 console.print(failure_line(found.seed, found.laws()), soft_wrap=True, markup=False)
         took_s = time.perf_counter() - started_s

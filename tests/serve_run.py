@@ -15,7 +15,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.shipped import interruptible, serve_command, shipped_document
+from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document
 from router.client import Client
 from tests.cluster_fixture import TINY, greedy, wait_until
 
@@ -114,10 +114,11 @@ def serve_cli(*words: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def copy_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
-    """Write a copy of the deployed file that listens elsewhere."""
-    file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(shipped_document(http_port, grpc_port), sort_keys=False))
+def copy_with_ports(folder: Path, http_port: int, grpc_port: int, shipped: Path = DEPLOYED) -> Path:
+    """Write a copy of a shipped file that listens elsewhere."""
+    document = shipped_document(http_port, grpc_port, shipped)
+    file = folder / shipped.name
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
     return file
 
 
