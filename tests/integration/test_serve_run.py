@@ -1,4 +1,4 @@
-"""``serve run`` of the shipped file and of a user's ten lines: ready, quiet, gone in the end."""
+"""``serve run`` of the shipped file: ready, quiet, gone in the end."""
 
 from __future__ import annotations
 
@@ -22,22 +22,18 @@ from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_unt
 from tests.fault.signals import named_pids
 from tests.serve_run import (
     READY_S,
-    answers_everywhere,
     copy_with_ports,
     other_shell,
     serve_cli,
     serve_environments,
     serve_run,
-    ten_lines_with_ports,
     wait_ready,
 )
-from tests.signal_at_start import RAYLET, STACKS, STARTED, check_signal_at_start
+from tests.signal_at_start import STACKS
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 SHORT = 300
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
-MAX_LINES_ALONE = 22
-"""Serve writes eight of its own before it imports anything of ours."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
 READY = "expertmesh: ready after"
 SLOW = "expertmesh: not ready after"
@@ -158,38 +154,6 @@ def has_serves_part_in_every_process(file: Path, process: subprocess.Popen[bytes
     }
     for name, variables in found.items():
         assert {key: variables.get(key) for key in expected} == expected, name
-
-
-@pytest.mark.timeout(180)
-def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
-    http_port, grpc_port = free_ports(2)
-    file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
-    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
-        wait_ready(process, log, http_port)
-        answers_everywhere(http_port, client)
-        text = log.read_text()
-        assert "Serve was started by the file alone" in text
-        assert f"gRPC: this gateway answers on 0.0.0.0:{grpc_port}" in text
-        assert len(text.splitlines()) <= MAX_LINES_ALONE, text
-        for _ in range(5):
-            answers_everywhere(http_port, client)
-        assert len(log.read_text().splitlines()) <= MAX_LINES_ALONE, log.read_text()
-        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
-        stream = StreamReader(client, "In the", greedy(LENGTH), TINY)
-        stream.wait_tokens(1)
-        process.send_signal(signal.SIGINT)
-        process.wait(GONE_S)
-        stream.wait_end()
-        assert isinstance(stream.error, UnavailableError)
-        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "none is left", GONE_S)
-    assert "Traceback" not in log.read_text()
-
-
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, RAYLET), (signal.SIGTERM, STARTED)])
-def test_a_signal_while_ray_starts_leaves_nothing(
-    tmp_path: Path, number: signal.Signals, moment: str
-) -> None:
-    check_signal_at_start(tmp_path, number, moment)
 
 
 def test_serve_run_on_a_bad_file_ends_with_one_clear_line(tmp_path: Path) -> None:

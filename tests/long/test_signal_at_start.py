@@ -1,12 +1,20 @@
-"""Ctrl-C of ``serve run`` when it has started Ray, and has not connected to it yet."""
+"""A signal to ``serve run`` while it starts Ray, and before it has connected to it."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
 
-from tests.signal_at_start import STARTED, check_signal_at_start
+import pytest
+
+from tests.signal_at_start import RAYLET, STARTED, check_signal_at_start
 
 
-def test_ctrl_c_when_ray_has_started_leaves_nothing(tmp_path: Path) -> None:
-    check_signal_at_start(tmp_path, signal.SIGINT, STARTED)
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, RAYLET), (signal.SIGINT, STARTED), (signal.SIGTERM, STARTED)],
+)
+def test_a_signal_while_ray_starts_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    check_signal_at_start(tmp_path, number, moment)

@@ -1,21 +1,24 @@
-"""``expertmesh serve`` of a user's ten lines: as good as a file that has all of Serve's part."""
+"""A user's ten lines, by ``expertmesh serve``, which adds Serve's part, and by ``serve run``."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from benchmarks.shipped import free_ports
+from cluster.errors import UnavailableError
 from router.client import Client
 from router.serve.options import completed, serve_variables
-from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
+from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
 from tests.serve_run import (
     answers_everywhere,
     expertmesh_serve,
     serve_environments,
+    serve_run,
     ten_lines_with_ports,
     wait_ready,
 )
@@ -23,6 +26,8 @@ from tests.serve_run import (
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 14
 LENGTH = 900
 READY = "expertmesh: ready after"
+MAX_LINES_ALONE = 22
+"""Serve writes eight of its own before it imports anything of ours."""
 
 
 @pytest.mark.timeout(180)
@@ -58,3 +63,28 @@ def test_ten_lines_are_served_in_full_by_expertmesh_serve(tmp_path: Path) -> Non
         "another signal ends them now"
     ]
     assert not {"Traceback", "***"} & set(text.split())
+
+
+@pytest.mark.timeout(180)
+def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
+        wait_ready(process, log, http_port)
+        answers_everywhere(http_port, client)
+        text = log.read_text()
+        assert "Serve was started by the file alone" in text
+        assert f"gRPC: this gateway answers on 0.0.0.0:{grpc_port}" in text
+        assert len(text.splitlines()) <= MAX_LINES_ALONE, text
+        for _ in range(5):
+            answers_everywhere(http_port, client)
+        assert len(log.read_text().splitlines()) <= MAX_LINES_ALONE, log.read_text()
+        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        stream = StreamReader(client, "In the", greedy(LENGTH), TINY)
+        stream.wait_tokens(1)
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+        stream.wait_end()
+        assert isinstance(stream.error, UnavailableError)
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "none is left", GONE_S)
+    assert "Traceback" not in log.read_text()

@@ -31,7 +31,7 @@ from tests.checkpoints import save_mixtral
 from tests.local_cluster import Answered, LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
-LENGTH = 12
+LENGTH, FEW = 12, 2
 NUMBERS = itertools.count()
 DAMAGED = b"".join(encode(ErrorFrame.of_damage()))
 REFUSED = b"".join(encode(ErrorFrame(0, "FrameError", FrameError("is damaged", "frame"))))
@@ -68,11 +68,11 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
     cluster.close()
 
 
-def tokens_of(cluster: LocalCluster) -> list[tuple[int, ...]]:
+def tokens_of(cluster: LocalCluster, length: int = LENGTH) -> list[tuple[int, ...]]:
     """Generate for all prompts, one after another, so that batches are the same every time."""
     found = []
     for prompt in PROMPTS:
-        [[event]] = cluster.generate(greedy_request(f"r{next(NUMBERS)}", prompt, LENGTH))
+        [[event]] = cluster.generate(greedy_request(f"r{next(NUMBERS)}", prompt, length))
         found.append(event.token_ids)
     return found
 
@@ -141,7 +141,7 @@ def test_a_frame_damaged_on_its_way_is_sent_again(
 
     cluster.transport.fail = damage
     try:
-        assert tokens_of(cluster) == expected
+        assert tokens_of(cluster, FEW) == [tokens[:FEW] for tokens in expected]
     finally:
         cluster.close()
     assert cluster.dispatcher.retries == {reason: sum(sent.values()) * (times - 1) // times}
