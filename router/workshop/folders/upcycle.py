@@ -55,7 +55,7 @@ class UpcycleOptions:
     A layer has ``experts``, and a token ``active`` of them: by default all parts, and two copies.
     ``shared`` counts for parts: the shared expert is as large as so many of them. ``seed`` counts
     for copies: it is that of the random gate. With ``speed`` the card has tokens per second, which
-    differ from run to run.
+    differ from run to run; all else decides the bytes.
     """
 
     experts: int
@@ -198,7 +198,8 @@ def upcycle(
         )
 
     origin = Origin(model.name, model.family, model.num_bytes)
-    recipe = Recipe("upcycle", asdict(options))
+    decisive = {name: value for name, value in asdict(options).items() if name != "speed"}
+    recipe = Recipe("upcycle", decisive)
     return make_folder(origin, model.source, dest, recipe, prepared.text, decide, on_progress)
 
 
