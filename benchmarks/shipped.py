@@ -24,13 +24,6 @@ OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
 """Serve's other ports of fixed numbers."""
-GATEWAY_PORTS = 1000
-GATEWAY_RANGES = range(10_000, 20_000, GATEWAY_PORTS)
-"""Where the gRPC ports of one cluster's gateways may begin.
-
-Serve gives them the first one that it has not given yet, and asks gRPC in vain (by a string, which
-gRPC ignores) not to share it: gateways of two clusters on one machine would get each other's calls.
-"""
 QUIET_PORTS = range(20_000, 30_000)
 """Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux)."""
 SERVE_KEYS = (
@@ -83,25 +76,11 @@ def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
     return found
 
 
-def free_range() -> range:
-    """Return ports for gateways, of which nobody listens on the first at the moment."""
-    for first in random.sample(GATEWAY_RANGES, len(GATEWAY_RANGES)):
-        with socket.socket() as one, suppress(OSError):
-            one.bind(("", first))
-            return range(first, first + GATEWAY_PORTS)
-    raise OSError(f"somebody listens on each of {list(GATEWAY_RANGES)}")
-
-
 def shipped_document(http_port: int, grpc_port: int, file: Path = DEPLOYED) -> dict[str, Any]:
     """Return a deployment file with these ports, and free ones for all that Serve opens."""
     document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     own_ports = free_ports(len(OWN_PORTS), (http_port, grpc_port))
-    gateways = free_range()
-    variables = {
-        **dict(zip(OWN_PORTS, map(str, own_ports), strict=True)),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(gateways[0]),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(gateways[-1]),
-    }
+    variables = dict(zip(OWN_PORTS, map(str, own_ports), strict=True))
     document["http_options"]["port"] = http_port
     document["grpc_options"] = {"port": grpc_port}
     document["controller_options"] = {"runtime_env": {"env_vars": variables}}

@@ -33,6 +33,7 @@ from router.gateway.router_links import RouterCalls
 from router.gateway.service import GRACE_S, GenerationService
 from router.serve.autoscaling import USE
 from router.serve.instance import own_grpc_address
+from router.serve.listening import narrow_serve, share_no_port
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import Served, ServedMixture, ServedModel
 
@@ -64,6 +65,8 @@ class GatewayReplica(GrpcMethods):
         mixture hold. ``models`` are both. ``tls`` encrypts links to routers.
         """
         setup_logging()
+        narrow_serve()
+        share_no_port()
         metrics = Metrics()
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}

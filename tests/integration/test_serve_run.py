@@ -6,7 +6,9 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
@@ -35,6 +37,21 @@ SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 SHORT = 300
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
+RAYS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Agents of Ray's that look like workers."""
+SHORT = 300
+"""Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
+STREAMS, CHOICES, LENGTH = 4, 8, 900
+RAYS = {
+    "raylet",
+    "gcs_server",
+    "dashboard.py",
+    "monitor.py",
+    "log_monitor.py",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+}
+"""Ray's own processes, which listen as Ray is told."""
 READY = "expertmesh: ready after"
 SLOW = "expertmesh: not ready after"
 """A start beside busy programs says so."""
@@ -63,6 +80,7 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
         has_serves_part_in_every_process(file, process)
+        listens_on_loopback_alone(pids)
         is_reached_from_another_shell(file, log)
 
         short = StreamReader(client, "In the", greedy(SHORT), TINY)
@@ -103,6 +121,31 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
             "expertmesh: SIGINT: ending the requests now",
         ],
     )
+
+
+def listens_on_loopback_alone(pids: Collection[int]) -> None:
+    """Assert that all can be reached from this machine alone, but Ray itself and links.
+
+    Each worker of Ray has one port of Ray's, on all interfaces. A gateway has one for links with
+    routers, on the node's address, for which Ray's calls give the secret.
+    """
+    found: dict[str, Counter[str]] = {}
+    for pid in pids:
+        process = psutil.Process(pid)
+        if not process.name().startswith(("ray::", "haproxy")) or process.name() in RAYS:
+            continue
+        kinds = found.setdefault(f"{process.name()} {pid}", Counter())
+        for one in process.net_connections("inet"):
+            if one.status == psutil.CONN_LISTEN:
+                address = ip_address(one.laddr.ip.removeprefix("::ffff:"))
+                kinds["all" if address.is_unspecified else str(address)] += 1
+    assert sum(name.startswith("haproxy") for name in found) == 1
+    assert sum(name.startswith("ray::ServeReplica") for name in found) == 3
+    for name, kinds in found.items():
+        of_ray = kinds.pop("all", 0)
+        assert of_ray == (0 if name.startswith("haproxy") else 1), (name, found)
+        kinds.pop("127.0.0.1", 0)
+        assert kinds.total() == ("Gateway" in name), (name, found)
 
 
 def assert_ended_with(log: Path, lines: list[str]) -> None:

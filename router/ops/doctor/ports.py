@@ -13,11 +13,12 @@ import psutil
 
 from router.serve.options import HAPROXY, serve_variables
 
-_EVERYWHERE = ""
+_EVERYWHERE, _LOOPBACK = "", "127.0.0.1"
 _VARIABLES = "controller_options.runtime_env.env_vars"
+_STATISTICS = "RAY_SERVE_HAPROXY_STATS_PORT"
 # The default ports of Serve; the variables under env_vars override them.
 _BEHIND_HAPROXY = (
-    ("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
+    (_STATISTICS, 8404, "HAProxy's statistics"),
     ("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
     ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy, HTTP"),
     ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", 9500, "Serve's fallback proxy, gRPC"),
@@ -58,7 +59,8 @@ def ports_of(document: Mapping[str, Any]) -> list[Port]:
     if variables.get(HAPROXY) == "1":
         for name, default, purpose in _BEHIND_HAPROXY:
             number = _number(variables.get(name), default)
-            ports.append(Port(number, _EVERYWHERE, purpose, f"{_VARIABLES}.{name}"))
+            of_machine = _LOOPBACK if name == _STATISTICS else host
+            ports.append(Port(number, of_machine, purpose, f"{_VARIABLES}.{name}"))
     return ports
 
 

@@ -28,7 +28,9 @@ HERE = {"RAY_TMPDIR": "/nowhere"}
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
     ports = ports_of(completed(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))))
     assert {port.number for port in ports} == {8000, 9000, 8404, 9101, 8500, 9500}
-    assert {port.host for port in ports[:2]} == {"127.0.0.1"}
+    assert {port.host for port in ports} == {"127.0.0.1"}
+    everywhere = ports_of(completed({"http_options": {"host": "0.0.0.0"}}))
+    assert [port.host for port in everywhere] == ["", "", "127.0.0.1", "", "", ""]
     document = completed(shipped_document(1111, 2222))
     numbers = [port.number for port in ports_of(document)]
     variables = serve_variables(document)

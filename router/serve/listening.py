@@ -1,0 +1,200 @@
+"""Keeps what Ray Serve opens to ``http_options.host``, where Serve itself takes all interfaces.
+
+Serve 2.60 has a host for its HTTP ports and for HAProxy's two front ends. Its gRPC servers (a
+gateway's own port, the fallback proxy's, the one between replicas) and HAProxy's metrics and
+statistics listen on all interfaces, and every user may enter HAProxy's folder. Here functions of
+Serve are replaced, in each process before it opens a port: in proxies by Serve's controller, which
+calls :func:`narrow_proxies` since ``deploy/base.yaml`` names it, in replicas by themselves.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from ipaddress import ip_address
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ray
+from ray._common.network_utils import build_address
+from ray.serve._private import default_impl
+
+from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
+
+LOOPBACK = "127.0.0.1"
+"""HAProxy calls the gateways of its own machine here."""
+_ALL = "[::]:"
+_TEMPLATE = "HAPROXY_CONFIG_TEMPLATE"
+_LINES = {
+    "    bind :{{ config.metrics_port }}\n": (
+        "    bind {{ config.frontend_host }}:{{ config.metrics_port }}\n"
+    ),
+    "  bind *:{{ config.stats_port }}\n": "  bind " + LOOPBACK + ":{{ config.stats_port }}\n",
+}
+"""Lines of Serve's template of HAProxy's configuration, each with its successor."""
+_NARROWED = "_expertmesh_narrowed"
+
+HostOf = Callable[[], str]
+"""Tells the host of HTTP."""
+
+
+class ServeChangedError(RuntimeError):
+    """This version of Ray Serve listens in another way than the one that this module knows."""
+
+
+@cache
+def serves_host() -> str:
+    """Return ``http_options.host`` of the Serve that this process is of.
+
+    Serve's controller is asked from a thread: the callers are on an event loop, and Ray warns of
+    calls that make one wait. Raises ``ray.exceptions.GetTimeoutError`` when there is no answer in
+    :data:`~router.serve.instance.SERVE_TIMEOUT_S`.
+    """
+
+    def ask() -> str:
+        asked = serve_controller().get_http_config.remote()
+        return str(ray.get(asked, timeout=SERVE_TIMEOUT_S).host)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
+
+
+def narrow_serve(host_of: HostOf = serves_host) -> None:
+    """Let what Serve opens in this process from now on listen where HTTP does, and on loopback.
+
+    Raises :class:`ServeChangedError` in a version of Serve that this module does not know: rather
+    no server than an open one. A second call changes nothing.
+    """
+    if hasattr(default_impl, _NARROWED):
+        return
+    _narrow(default_impl, "add_grpc_address", host_of)
+    replica = sys.modules.get("ray.serve._private.replica")
+    if replica is not None:
+        _narrow(replica, "add_port_to_grpc_server", host_of)
+    haproxy = sys.modules.get("ray.serve._private.haproxy")
+    if haproxy is not None:
+        setattr(haproxy, _TEMPLATE, narrowed_template(getattr(haproxy, _TEMPLATE)))
+        _close_folder(haproxy.HAProxyApi)
+    setattr(default_impl, _NARROWED, True)
+
+
+def share_no_port(host_of: HostOf = serves_host) -> None:
+    """Let a gateway of this process open no gRPC port on which somebody listens.
+
+    gRPC lets servers share a port, and each of two clusters on one machine would then get calls of
+    the other. A gateway tells Serve that a port is taken, and gets the next one.
+    """
+    open_port: Callable[[Any, str], None] = default_impl.add_grpc_address
+
+    def unshared(server: Any, address: str) -> None:
+        port = int(address.removeprefix(_ALL))
+        for host in hosts_of(host_of()) or ["0.0.0.0"]:
+            _try_port(host, port)
+        open_port(server, address)
+
+    default_impl.add_grpc_address = unshared
+
+
+def _try_port(host: str, port: int) -> None:
+    """Raise the error that Serve takes for a port that somebody listens on, if so."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise RuntimeError(f"port {port} of {host} cannot be had") from error
+
+
+def narrow_proxies() -> None:
+    """Let the proxies that this process makes, Serve's controller, narrow their own processes.
+
+    Serve calls it by ``RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH``. Raises
+    :class:`ServeChangedError` where proxies are no longer the actors that this module knows.
+    """
+    from ray.serve._private import haproxy, proxy
+
+    for actor in (haproxy.HAProxyManager, proxy.ProxyActor):
+        metadata = getattr(actor, "__ray_metadata__", None)
+        if metadata is None:
+            raise _changed(f"{actor} is no actor")
+        made = metadata.modified_class
+        made.__init__ = _narrowed_start(made.__init__)
+
+
+def _narrowed_start(start: Callable[..., None]) -> Callable[..., None]:
+    """Return a proxy's constructor that narrows its process first; Ray pickles it by value."""
+
+    def __init__(self: Any, http_options: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        host = str(http_options.host)
+        narrow_serve(lambda: host)
+        start(self, http_options, *args, **kwargs)
+
+    return __init__
+
+
+def narrowed_template(template: str) -> str:
+    """Return the template of HAProxy's configuration with its metrics where HTTP is.
+
+    The page of statistics, which shows all that HAProxy knows, is for the machine itself. Raises
+    :class:`ServeChangedError` where a line that is to be replaced is not there once.
+    """
+    for old, new in _LINES.items():
+        if template.count(old) != 1:
+            raise _changed(f"HAProxy's template has not one line {old.strip()!r}")
+        template = template.replace(old, new)
+    return template
+
+
+def hosts_of(host: str) -> list[str]:
+    """Return the addresses that a server opens for a host of HTTP; none means all interfaces."""
+    try:
+        address = ip_address(host)
+    except ValueError:  # a name
+        return [host] if host == "localhost" else [host, LOOPBACK]
+    if address.is_unspecified:
+        return []
+    return [host] if address.is_loopback else [host, LOOPBACK]
+
+
+def _narrow(module: ModuleType, name: str, host_of: HostOf) -> None:
+    """Let a function of Serve, which gets a gRPC server and an address, open fewer addresses."""
+    open_port: Callable[[Any, str], int | None] | None = getattr(module, name, None)
+    if open_port is None:
+        raise _changed(f"{module.__name__} has no {name}")
+
+    def narrowed(server: Any, address: str) -> int | None:
+        if not address.startswith(_ALL):
+            raise _changed(f"{name} was to open {address!r}")
+        hosts = hosts_of(host_of())
+        if not hosts:
+            return open_port(server, address)
+        port: int | None = int(address.removeprefix(_ALL))
+        for host in hosts:  # port 0 is any, and then the same on the next
+            port = open_port(server, build_address(host, port)) or port
+        return port
+
+    setattr(module, name, narrowed)
+
+
+def _close_folder(api: type) -> None:
+    """Let this user alone enter HAProxy's folder, in which its admin socket is."""
+    name = "_initialize_directories_and_error_files"
+    initialize: Callable[[Any], None] | None = getattr(api, name, None)
+    if initialize is None:
+        raise _changed(f"{api.__name__} has no {name}")
+
+    def initialize_closed(self: Any) -> None:
+        folder = Path(self.cfg.socket_path).parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        initialize(self)
+
+    setattr(api, name, initialize_closed)
+
+
+def _changed(found: str) -> ServeChangedError:
+    return ServeChangedError(f"Ray {ray.__version__}: {found}; Ray 2.60 is known")
