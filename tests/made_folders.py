@@ -1,4 +1,4 @@
-"""Folders that prune and merge have made, served beside the models of the session's cluster."""
+"""Folders of prune, merge and upcycle, served beside the models of the session's cluster."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 from ray import serve
 
 from router.app import build
+from router.workshop.folders.dense_model import opened_dense
 from router.workshop.folders.making import source_checkpoint
 from router.workshop.folders.merge import MergeOptions, merge
 from router.workshop.folders.prune import PruneOptions, prune
+from router.workshop.folders.upcycle import UpcycleOptions, upcycle
 from tests.checkpoints import transformers_tokens
 from tests.cluster_fixture import APP, ServedCluster, prompt_of
+from tests.unit.router.workshop.folders.dense_models import save_dense
 from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.families import save, whole_model
 
@@ -38,6 +41,22 @@ def make_folders(families: Sequence[str], place: Path) -> dict[str, Path]:
         merge(checkpoint, place / merged, MergeOptions(**FEW), [text])
         folders |= {name: place / name for name in (pruned, merged)}
     return folders
+
+
+def make_upcycled(place: Path) -> dict[str, Path]:
+    """Make mixtures of random dense models, all parts and few parts of a token, and copies."""
+    text = write_letters(place / "letters.txt")
+    wanted = {
+        "llama-all": UpcycleOptions(**FEW, shared=2),
+        "qwen2-few": UpcycleOptions(**FEW, shared=2, active=2),
+        "mistral-copies": UpcycleOptions(**FEW, by="copies"),
+    }
+    for name, options in wanted.items():
+        family, dense = name.partition("-")[0], place / f"{name}-dense"
+        save_dense(family, dense)
+        with opened_dense(str(dense)) as model:
+            upcycle(model, place / name, options, [text])
+    return {name: place / name for name in wanted}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Folders that prune and merge have made, their experts in actors on Ray.
+"""Folders that prune, merge and upcycle have made, their experts in actors on Ray.
 
 The actors are specified, started and loaded as the controller does, and called over the product's
 transport by an engine in the test's process. ``tests/long`` serves such folders as a whole.
@@ -21,7 +21,7 @@ from experts.remote import RemoteExpertActor
 from router.config import parse_args
 from router.served import inspect_models, pool_specs
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.made_folders import FAMILIES, PROMPTS, expected_tokens, make_folders
+from tests.made_folders import FAMILIES, PROMPTS, expected_tokens, make_folders, make_upcycled
 
 APP = "made-folders"
 LIMIT_S = 30.0
@@ -61,7 +61,7 @@ def in_actors(folders: Mapping[str, Path]) -> Iterator[dict[str, LocalCluster]]:
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("served")
 def test_experts_of_made_folders_give_transformers_tokens(tmp_path: Path) -> None:
-    folders = make_folders(FAMILIES, tmp_path)
+    folders = make_folders(FAMILIES, tmp_path) | make_upcycled(tmp_path)
     with in_actors(folders) as clusters:
         for name, cluster in clusters.items():
             for prompt, count in PROMPTS:

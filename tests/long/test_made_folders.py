@@ -1,4 +1,4 @@
-"""Folders that prune and merge have made of every family, on a real deployment as a whole."""
+"""Folders that the workshop has made, of every family, on a real deployment as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster_fixture import ServedCluster, greedy
-from tests.made_folders import PROMPTS, expected_tokens, make_folders, served_beside
+from tests.made_folders import PROMPTS, expected_tokens, make_folders, make_upcycled, served_beside
 from tests.unit.router.workshop.folders.families import TRANSFORMERS
 
 AT_ONCE = 2
@@ -18,7 +18,7 @@ AT_ONCE = 2
 def test_made_folders_are_served_with_transformers_tokens(
     served: ServedCluster, tmp_path: Path
 ) -> None:
-    folders = make_folders(list(TRANSFORMERS), tmp_path)
+    folders = make_folders(list(TRANSFORMERS), tmp_path) | make_upcycled(tmp_path)
     names = list(folders)
     for begin in range(0, len(names), 2 * AT_ONCE):
         some = {name: folders[name] for name in names[begin : begin + 2 * AT_ONCE]}

@@ -14,7 +14,6 @@ import torch
 from cluster.processor import processor_name
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.families.counts import with_counts
-from router.workshop.evaluate.local_model import FolderModel
 from router.workshop.folders.card import Speeds
 
 TOKENS = 128
@@ -48,6 +47,9 @@ def tokens_per_s(checkpoint: Checkpoint) -> float:
     Attention, gates and experts are the served ones; what a network and other processes cost is
     not in it.
     """
+    # Brings Ray and its 90 MB, which prune and merge have no use for.
+    from router.workshop.evaluate.local_model import FolderModel
+
     length = min(1 + TOKENS, checkpoint.max_position_embeddings)
     model = FolderModel(checkpoint, length)
     at_s = [time.perf_counter() for _ in model.greedy((0,), length - 1)]

@@ -404,6 +404,7 @@ HEAVY = {
     "router.cli.app": ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi"),
     "router.client": ("torch", "ray", "transformers", "numpy", "router.gateway"),
     "router.config": ("torch", "ray", "transformers", "numpy"),
+    "router.workshop.folders.merge": ("ray", "pandas"),
     "router.app": ("torch", "transformers"),
     "router.serve.controller": ("torch", "transformers"),
     "router.ops.startup.preflight": ("torch", "transformers", "cluster.controller"),
