@@ -47,7 +47,10 @@ def _http(ports: Ports, number: int) -> Callable[[], None]:
     """Read the first event of an answer over HTTP; returns how to leave."""
     asked = body_of(prompt_of(number), HTTP_TOKENS, True, logprobs=LOGPROBS, timeout_s=TIMEOUT_S)
     body = json.dumps(asked).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
     client.settimeout(TIMEOUT_S)

@@ -18,6 +18,7 @@ class Code(enum.StrEnum):
 
     INVALID_ARGUMENT = "invalid_argument"
     NOT_FOUND = "not_found"
+    PERMISSION_DENIED = "permission_denied"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     UNAVAILABLE = "unavailable"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -75,6 +76,16 @@ class InvalidRequestError(ExpertMeshError):
     """A request is wrong; ``field`` is the wrong part."""
 
     code = Code.INVALID_ARGUMENT
+
+
+class MediaTypeError(InvalidRequestError):
+    """A body is of another type than the API takes."""
+
+
+class ForbiddenError(ExpertMeshError):
+    """A request that this client, or this page in a browser, may not make."""
+
+    code = Code.PERMISSION_DENIED
 
 
 class UnknownModelError(ExpertMeshError):
@@ -210,6 +221,7 @@ def being_deleted() -> UnavailableError:
 _BY_CODE: dict[Code, type[ExpertMeshError]] = {
     Code.INVALID_ARGUMENT: InvalidRequestError,
     Code.NOT_FOUND: UnknownModelError,
+    Code.PERMISSION_DENIED: ForbiddenError,
     Code.RESOURCE_EXHAUSTED: OverloadedError,
     Code.UNAVAILABLE: UnavailableError,
     Code.DEADLINE_EXCEEDED: DeadlineExceededError,

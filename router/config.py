@@ -6,6 +6,7 @@ are an :class:`AppConfig`. The error of an unknown key lists the allowed keys.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +20,8 @@ from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, start
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
 BODIES_AT_ONCE = 16
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
+_ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 class ModelConfig(Section):
@@ -204,6 +207,16 @@ class GatewayConfig(Section):
         description="Requests in progress in one gateway. One more is refused. Where it serves "
         "several models, half of an even share is kept for each.",
     )
+    hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Names that a request's `Host` may have where `http_options.host` is loopback, "
+        "beside `localhost` and addresses: those that a proxy on this machine passes on.",
+    )
+    origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins of web pages that may use the HTTP APIs from a browser, as "
+        "`https://chat.example.com`. Without any, pages of other sites are refused.",
+    )
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024,
         ge=1024,
@@ -238,6 +251,22 @@ class GatewayConfig(Section):
         description="For requests that name nothing else, while an expert has no live copy. "
         "`strict` waits; `next_expert` and `drop` go on with a reply that is not `exact`.",
     )
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not _HOST_NAME.fullmatch(host):
+                raise ValueError(f"{host!r} is no name in lower case without a port")
+        return hosts
+
+    @field_validator("origins")
+    @classmethod
+    def _origins_are_whole(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin, as https://chat.example.com:8443")
+        return origins
 
 
 class AppConfig(Section):

@@ -123,6 +123,8 @@ def _kind(key: Schema) -> str:
     shape = _shape(key)
     if "enum" in shape:
         return ", ".join(f"`{value}`" for value in shape["enum"])
+    if shape["type"] == "array":
+        return f"list of {_kind(shape['items'])}s"
     least, most = shape.get("minimum"), shape.get("maximum")
     kind = _KINDS[shape["type"]]
     if least is not None and most is not None:
@@ -136,7 +138,7 @@ def _number(value: float) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == {}:
+    if value is None or value in ({}, []):
         return ""
     if isinstance(value, bool):
         return str(value).lower()

@@ -26,7 +26,8 @@ _EXAMPLE = """\
 With the mixture served by `serve run deploy/mixtures.yaml`:
 
 ```sh
-curl -s http://127.0.0.1:8000/v2/models/{name}/infer -d '{asked}'
+curl -s http://127.0.0.1:8000/v2/models/{name}/infer \\
+    -H 'content-type: application/json' -d '{asked}'
 ```
 
 The outputs of the reply:

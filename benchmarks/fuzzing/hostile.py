@@ -203,7 +203,7 @@ class Wires:
 
 def _http_request(path: str, all_bodies: Sequence[bytes]) -> bytes:
     body = all_bodies[0]
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return head.encode() + b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import ExpertMeshError
 from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
+from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.http_io import (
     EdgeMiddleware,
     SseResponse,
@@ -48,14 +50,25 @@ def create_app(
     predictions: PredictionService,
     admin: Admin,
     echoes_request_id: bool = True,
+    browsers: BrowserRules = FROM_ANYWHERE,
 ) -> FastAPI:
     """Return the app; it has no state but the services and ``admin``.
+
+    ``browsers`` are asked about every request.
 
     ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
     replies, as Serve's does.
     """
     app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id)
+    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id, browsers=browsers)
+    if browsers.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(browsers.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[EXACT_HEADER],
+        )
     app.add_exception_handler(ExpertMeshError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_openai_routes(app, service)

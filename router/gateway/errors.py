@@ -12,6 +12,7 @@ from cluster.errors import (
     Code,
     ExpertMeshError,
     InternalError,
+    MediaTypeError,
     TooLargeError,
     UnknownModelError,
 )
@@ -20,6 +21,7 @@ from router.protos.errors import MAX_FIELD_BYTES, MAX_MESSAGE_BYTES, clean
 HTTP_STATUS: dict[Code, tuple[int, str]] = {
     Code.INVALID_ARGUMENT: (400, "invalid_request_error"),
     Code.NOT_FOUND: (404, "invalid_request_error"),
+    Code.PERMISSION_DENIED: (403, "permission_error"),
     Code.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     Code.UNAVAILABLE: (503, "server_error"),
     Code.DEADLINE_EXCEEDED: (504, "server_error"),
@@ -29,8 +31,11 @@ HTTP_STATUS: dict[Code, tuple[int, str]] = {
 }
 """Status and OpenAI's ``type`` of each code."""
 
-TOO_LARGE = (413, "invalid_request_error")
-"""The status of :class:`TooLargeError`; not 429, which invites a later try of the same request."""
+BY_CLASS: dict[type[ExpertMeshError], tuple[int, str]] = {
+    TooLargeError: (413, "invalid_request_error"),
+    MediaTypeError: (415, "invalid_request_error"),
+}
+"""Classes that HTTP has a status for: 429 would invite a later try of a request too large."""
 
 
 def public_error(error: Exception) -> ExpertMeshError:
@@ -59,7 +64,7 @@ def v2_error(error: ExpertMeshError) -> tuple[int, dict[str, Any], dict[str, str
 
 
 def _status(error: ExpertMeshError) -> tuple[int, str]:
-    return TOO_LARGE if isinstance(error, TooLargeError) else HTTP_STATUS[error.code]
+    return BY_CLASS.get(type(error), HTTP_STATUS[error.code])
 
 
 def _headers(error: ExpertMeshError) -> dict[str, str]:

@@ -22,6 +22,7 @@ from cluster.errors import (
     InvalidRequestError,
     TooLargeError,
 )
+from router.gateway.browsers import BrowserRules
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.limits import Budget, Share
 
@@ -165,20 +166,23 @@ async def _send_event(send: Send, data: str) -> None:
 class EdgeMiddleware:
     """Gives each request an id (``X-Request-Id``) and lets no exception out.
 
-    A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. An
-    exception becomes a 500 without details; the log has them.
+    A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. A request
+    that ``browsers`` refuse goes no further. An exception becomes a 500 without details; the log
+    has them.
     """
 
-    def __init__(self, app: ASGIApp, echoes_id: bool) -> None:
+    def __init__(self, app: ASGIApp, echoes_id: bool, browsers: BrowserRules) -> None:
         self._app = app
         self._echoes_id = echoes_id
+        self._browsers = browsers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; the ASGI interface."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         has_started = False
@@ -192,9 +196,11 @@ class EdgeMiddleware:
             await send(message)
 
         try:
+            self._browsers.check(scope["method"], scope["path"], headers)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise
+                logger.exception("request %s failed", request_id)
             if not has_started:
                 await error_response(public_error(error), scope["path"])(
                     scope, receive, send_with_id

@@ -18,6 +18,7 @@ from cluster.tls import TlsFiles
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
 from router.gateway.app import create_app
+from router.gateway.browsers import BrowserRules
 from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.server import GrpcServer
@@ -33,7 +34,7 @@ from router.gateway.router_links import RouterCalls
 from router.gateway.service import GRACE_S, GenerationService
 from router.serve.autoscaling import USE
 from router.serve.instance import own_grpc_address
-from router.serve.listening import narrow_serve, share_no_port
+from router.serve.listening import is_loopback, narrow_serve, serves_host, share_no_port
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import Served, ServedMixture, ServedModel
 
@@ -134,7 +135,9 @@ class GatewayReplica(GrpcMethods):
         return {USE: self._room.use()}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, self.predictions, self.admin, echoes_request_id=False)
+        limits = self.service.limits
+        browsers = BrowserRules(is_loopback(serves_host()), limits.hosts, limits.origins)
+        return create_app(self.service, self.predictions, self.admin, False, browsers)
 
 
 class ListeningGateway(GatewayReplica):

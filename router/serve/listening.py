@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
@@ -151,13 +152,20 @@ def narrowed_template(template: str) -> str:
 
 def hosts_of(host: str) -> list[str]:
     """Return the addresses that a server opens for a host of HTTP; none means all interfaces."""
+    if is_loopback(host):
+        return [host]
+    with suppress(ValueError):  # a name
+        if ip_address(host).is_unspecified:
+            return []
+    return [host, LOOPBACK]
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether nobody reaches a host of HTTP but this machine."""
     try:
-        address = ip_address(host)
+        return ip_address(host).is_loopback
     except ValueError:  # a name
-        return [host] if host == "localhost" else [host, LOOPBACK]
-    if address.is_unspecified:
-        return []
-    return [host] if address.is_loopback else [host, LOOPBACK]
+        return host == "localhost"
 
 
 def _narrow(module: ModuleType, name: str, host_of: HostOf) -> None:

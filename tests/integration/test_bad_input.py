@@ -70,7 +70,8 @@ def test_a_bad_field_is_named(
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_broken_json_is_a_bad_request(served: ServedCluster, path: str, body: bytes) -> None:
-    response = httpx.post(served.http_url + path, content=body, timeout=20)
+    headers = {"content-type": "application/json"}
+    response = httpx.post(served.http_url + path, content=body, headers=headers, timeout=20)
     assert response.status_code == 400
     assert "body" in response.json()["error"]["message"]
 

@@ -46,9 +46,10 @@ def leave_unary(served: ServedCluster) -> None:
         assert httpx.get(f"{served.http_url}/v1/models").status_code == 200
         yield body
 
-    url, length = f"{served.http_url}/v1/completions", {"content-length": str(len(body))}
+    url = f"{served.http_url}/v1/completions"
+    headers = {"content-length": str(len(body)), "content-type": "application/json"}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, content=late_body(), headers=length, timeout=1.0)
+        httpx.post(url, content=late_body(), headers=headers, timeout=1.0)
 
 
 @pytest.mark.parametrize("leave", [leave_grpc, leave_http, leave_unary])

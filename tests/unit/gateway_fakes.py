@@ -41,6 +41,7 @@ from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.admin import Admin
 from router.gateway.app import create_app
+from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods, add_services_to_server
 from router.gateway.limits import Room
@@ -339,10 +340,12 @@ def http_app(
     upstream: FakeUpstream,
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
+    browsers: BrowserRules = FROM_ANYWHERE,
 ) -> FastAPI:
     """The HTTP app over :func:`services`."""
     generation, predicting = services(upstream, limits, predictions)
-    return create_app(generation, predicting, admin(upstream, generation.metrics))
+    operators = admin(upstream, generation.metrics)
+    return create_app(generation, predicting, operators, browsers=browsers)
 
 
 class Servicer(GrpcMethods):

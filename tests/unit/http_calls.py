@@ -18,6 +18,7 @@ from router.config import GatewayConfig
 from tests.unit.gateway_fakes import FakeUpstream, http_app
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+OF_JSON = {"content-type": "application/json"}
 HELLO = [{"role": "user", "content": "in the"}]
 
 
@@ -55,7 +56,7 @@ def call(
             if body is None:
                 return await client.get(path, headers=headers)
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await client.post(path, content=content, headers=headers)
+            return await client.post(path, content=content, headers=OF_JSON | (headers or {}))
 
     async def bounded() -> httpx.Response:
         return await asyncio.wait_for(send(), 20)

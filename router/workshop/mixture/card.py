@@ -71,7 +71,8 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
             "Or over HTTP:",
             "",
             "```sh",
-            f"curl -s http://127.0.0.1:8000/v2/models/{name}/infer -d "
+            f"curl -s http://127.0.0.1:8000/v2/models/{name}/infer "
+            "-H 'content-type: application/json' -d "
             f'\'{{"inputs": [{{"name": "{rows["name"]}", "datatype": "FP64", '
             f'"shape": {_shape(example)}, "data": {example}}}]}}\'',
             "```",

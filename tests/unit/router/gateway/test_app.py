@@ -15,7 +15,7 @@ from cluster.errors import InternalError
 from router.control.readiness import Readiness
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from tests.unit.gateway_fakes import EOS, FakeUpstream, http_app, says, tokenizer
-from tests.unit.http_calls import COMPLETIONS, call, chat, completion, events
+from tests.unit.http_calls import COMPLETIONS, OF_JSON, call, chat, completion, events
 
 
 def test_a_completion() -> None:
@@ -299,7 +299,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
             body = {"model": "tiny", "prompt": [5, 6]}
             assert (await client.post(COMPLETIONS, json=body)).status_code == 200
             await client.post(COMPLETIONS, json={**body, "n": 0})
-            await client.post(COMPLETIONS, content=b"{")
+            await client.post(COMPLETIONS, content=b"{", headers=OF_JSON)
             upstream.script = lambda request: [InternalError("x")]
             await client.post(COMPLETIONS, json=body)
             first = (await client.get("/metrics")).text
@@ -374,7 +374,7 @@ def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_fir
             "raw_path": COMPLETIONS.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [],
+            "headers": [(b"content-type", b"application/json")],
         }
         serving = asyncio.create_task(app(scope, receive, send))
         while not upstream.requests:

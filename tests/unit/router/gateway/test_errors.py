@@ -32,6 +32,7 @@ def test_every_code_has_a_status_of_http_and_one_of_its_own_of_grpc() -> None:
     [
         (Code.INVALID_ARGUMENT, 400),
         (Code.NOT_FOUND, 404),
+        (Code.PERMISSION_DENIED, 403),
         (Code.RESOURCE_EXHAUSTED, 429),
         (Code.INTERNAL, 500),
         (Code.UNIMPLEMENTED, 501),

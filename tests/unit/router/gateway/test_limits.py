@@ -169,7 +169,10 @@ def test_a_grpc_stream_that_is_not_read_ends_with_its_reason() -> None:
 def test_an_http_stream_that_is_not_read_ends_with_its_reason() -> None:
     upstream = Flood()
     body = b'{"model": "tiny", "prompt": "in", "stream": true, "return_token_ids": true}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with (
         http_server(http_app(upstream, SHORT), SMALL) as port,
         socket.socket() as client,

@@ -17,7 +17,7 @@ from cluster.errors import UnavailableError
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
-from tests.unit.http_calls import http_server
+from tests.unit.http_calls import OF_JSON, http_server
 from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
 from tests.unit.router.gateway.predict.v2_calls import (
     Infer,
@@ -169,7 +169,8 @@ def test_language_models_apis_know_no_mixtures() -> None:
     listed = http_call("/v1/models").json()["data"]
     assert [model["id"] for model in listed] == ["tiny", "bare"]
     asked = json.dumps({"model": "digits", "prompt": "x"}).encode()
-    for response in (http_call("/v1/completions", asked), http_call("/v1/models/digits")):
+    completed = http_call("/v1/completions", asked, OF_JSON)
+    for response in (completed, http_call("/v1/models/digits")):
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["param"] == "model"
