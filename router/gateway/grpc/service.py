@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, OverloadedError
 from cluster.spec import EXACT_KEY
 from router.gateway.errors import public_error
 from router.gateway.grpc.handlers import (
@@ -38,6 +38,8 @@ _WATCH_PERIOD_S = 0.5
 _MAX_WATCH_S = 60.0
 """A gateway that a redeploy has replaced ends with its last stream. A client that goes on watching
 calls again, and reaches the new gateway."""
+_MAX_WATCHES = 256
+"""Calls of ``Health/Watch`` in one gateway; they have no place among its requests."""
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 
@@ -154,6 +156,7 @@ class GrpcMethods:
 
     grpc_handlers: GrpcHandlers
     prediction_handlers: PredictionHandlers
+    _watches = 0
 
     async def Generate(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/Generate``."""
@@ -196,6 +199,17 @@ class GrpcMethods:
 
     async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
+        if self._watches >= _MAX_WATCHES:
+            raise OverloadedError(f"{_MAX_WATCHES} calls watch already", "", _MAX_WATCH_S)
+        self._watches += 1
+        try:
+            async with aclosing(self._changes_of_health(name)) as replies:
+                async for reply in replies:
+                    yield reply
+        finally:
+            self._watches -= 1
+
+    async def _changes_of_health(self, name: str) -> AsyncGenerator[Any, None]:
         sent: int | None = None
         until_s = time.monotonic() + _MAX_WATCH_S
         while time.monotonic() < until_s and not self.grpc_handlers.service.ready().is_deleted:

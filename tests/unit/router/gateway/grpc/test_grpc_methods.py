@@ -27,6 +27,7 @@ from router.control.readiness import Readiness
 from router.gateway.grpc import service as grpc_service
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import admin_pb2, inference_pb2
+from tests.cluster_fixture import wait_until
 from tests.unit.gateway_fakes import (
     CONTEXT,
     STATUS,
@@ -468,6 +469,31 @@ def test_a_watch_does_not_last_for_ever(
     monkeypatch.setattr(grpc_service, "_MAX_WATCH_S", 0.1)
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
     assert [reply.status for reply in watch] == [health_pb2.HealthCheckResponse.SERVING]
+
+
+def test_watches_are_bounded_and_an_ended_one_makes_room(
+    channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_service, "_MAX_WATCHES", 2)
+    health = health_pb2_grpc.HealthStub(channel)
+    asked = health_pb2.HealthCheckRequest()
+    first, second = (health.Watch(asked, timeout=30) for _ in range(2))
+    assert next(first).status == next(second).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as refused:
+        next(health.Watch(asked, timeout=30))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.value.details() == "2 calls watch already"
+    assert health.Check(asked, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+    first.cancel()
+
+    def has_room() -> bool:
+        try:
+            return bool(next(health.Watch(asked, timeout=30)))
+        except grpc.RpcError:
+            return False
+
+    wait_until(has_room, "the ended watch has made room", 20)
+    second.cancel()
 
 
 def test_watching_an_unknown_service_says_so(channel: grpc.Channel) -> None:
