@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,7 @@ class ExpertActor:
         self._checkpoints: dict[str, Checkpoint | Mixture] = {}
         self._load_lock = threading.Lock()
         self._epoch_lock = threading.Lock()
+        self._releasing = threading.Lock()
         self._finite: dict[ExpertKey, bool] = {}
         """Whether an expert's weights are finite in its checkpoint, as far as that is known."""
         self._queue = FrameQueue(
@@ -122,7 +124,7 @@ class ExpertActor:
         does not hold are ignored. Raises :class:`StaleEpochError` for an older epoch.
         """
         self._accept(epoch)
-        with self._load_lock, self._queue.idle():
+        with self._load_lock, self._queue.idle(), self._releasing:
             self._check(epoch)  # a newer controller's load may have come first
             for key in keys:
                 self._bank.release(ExpertKey(*key))
@@ -135,9 +137,17 @@ class ExpertActor:
         self._accept(epoch)
         return self._report()
 
-    def describe(self) -> ActorReport:
-        """Report without renewing the lease, for a controller that looks for actors to adopt."""
-        return self._report()
+    def describe(self, epoch: int = 0) -> ActorReport:
+        """Report without renewing the lease.
+
+        A controller that adopts the actor gives its ``epoch``. From the report on, no controller of
+        an older one takes experts away. The report has the highest epoch before.
+        """
+        with self._epoch_lock:
+            before = self._epoch
+            self._epoch = max(before, epoch)
+        with self._releasing:
+            return replace(self._report(), epoch=before)
 
     def offer_stream(self, network: Network) -> StreamOffer:
         """Return the offer of one stream to this actor; raises ``OSError`` if it cannot listen."""

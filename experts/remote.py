@@ -43,9 +43,9 @@ class RemoteExpertActor:
         return self._actor.heartbeat(epoch)
 
     @ray.method(concurrency_group="control")
-    def describe(self) -> ActorReport:
+    def describe(self, epoch: int = 0) -> ActorReport:
         """See :meth:`ExpertActor.describe`."""
-        return self._actor.describe()
+        return self._actor.describe(epoch)
 
     @ray.method(concurrency_group="control")
     def offer_stream(self, network: Network) -> StreamOffer:

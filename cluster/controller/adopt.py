@@ -20,7 +20,7 @@ logger = logging.getLogger("expertmesh.controller")
 class Adopted:
     """The adopted actors by id, and the numbers that the new controller must go beyond.
 
-    ``epoch`` is the highest that any living actor has seen. ``generations`` has the last generation
+    ``epoch`` is the highest that any living actor had seen. ``generations`` has the last generation
     of every actor that was found, also of the ended ones. ``silent`` are the adopted actors that
     have not answered yet; the others have a report.
     """
@@ -35,10 +35,14 @@ class Adopted:
 async def adopt(
     pool: ExpertPool,
     specs: Mapping[str, ActorSpec],
+    epoch: int,
     timeout_s: float,
     check_epoch: Callable[[], Awaitable[None]],
 ) -> Adopted:
     """Adopt the newest generation of each actor that answers and fits its specification.
+
+    An actor that answers takes no orders of an epoch before ``epoch`` any more: an earlier
+    controller, which still lives, would take experts away that its report has.
 
     An actor that is silent for ``timeout_s`` is adopted too, where no other generation of it
     answers: the network between it and the controller may be at fault. All other actors of the
@@ -49,7 +53,9 @@ async def adopt(
     found = await asyncio.to_thread(pool.find)
     found.sort(key=lambda entry: entry[:2])
     # Concurrently, so that hanging actors cost one timeout together.
-    described = await asyncio.gather(*(_describe(pool, *entry, timeout_s) for entry in found))
+    described = await asyncio.gather(
+        *(_describe(pool, *entry, epoch, timeout_s) for entry in found)
+    )
     unfit: list[ActorHandle] = []
     silent: dict[str, ActorHandle] = {}
     for (actor_id, generation, handle), answer in zip(found, described, strict=True):
@@ -86,11 +92,16 @@ async def adopt(
 
 
 async def _describe(
-    pool: ExpertPool, actor_id: str, generation: int, handle: ActorHandle, timeout_s: float
+    pool: ExpertPool,
+    actor_id: str,
+    generation: int,
+    handle: ActorHandle,
+    epoch: int,
+    timeout_s: float,
 ) -> ActorReport | Exception:
     """Return an actor's report, or the reason why there is none."""
     try:
-        return await pool.describe(handle, timeout_s)
+        return await pool.describe(handle, timeout_s, epoch)
     except (RayActorError, RayTaskError, TimeoutError) as error:
         logger.warning("%s g%d does not report (%s)", actor_id, generation, kind_of(error))
         # Unreachable for the moment, as an actor that is silent.

@@ -178,7 +178,7 @@ class Controller:
         ledger = await asyncio.to_thread(self._ledger.claim)
         self._state.fleet.resume(ledger.pools)
         specs, check = self._state.fleet.specs, self._state.check_epoch
-        adopted = await adopt(self._expert_pool, specs, ADOPT_TIMEOUT_S, check)
+        adopted = await adopt(self._expert_pool, specs, ledger.epoch, ADOPT_TIMEOUT_S, check)
         if adopted.epoch >= ledger.epoch:  # the ledger was lost
             ledger = await asyncio.to_thread(self._ledger.claim, adopted.epoch)
         await self._state.take_over(adopted, ledger)

@@ -129,10 +129,13 @@ class ExpertPool:
         """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
         return set(state.get_draining_nodes())
 
-    async def describe(self, handle: ActorHandle, timeout_s: float) -> ActorReport:
-        """Return an actor's report without renewing its lease."""
+    async def describe(self, handle: ActorHandle, timeout_s: float, epoch: int = 0) -> ActorReport:
+        """Return an actor's report without renewing its lease.
+
+        With the ``epoch`` of a controller that adopts it, the actor takes no orders of older ones.
+        """
         async with asyncio.timeout(timeout_s):
-            report: ActorReport = await handle.describe.remote()
+            report: ActorReport = await handle.describe.remote(epoch)
             return report
 
     async def heartbeat(self, handle: ActorHandle, epoch: int) -> ActorReport:

@@ -594,6 +594,36 @@ def test_an_older_order_that_waited_for_a_newer_one_is_refused(
     assert actor.describe().experts == tuple(KEYS)
 
 
+def test_what_an_actor_tells_a_newer_controller_no_older_one_takes_away(
+    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = make()
+    assert actor.describe(3).epoch == 1  # as before
+    for order in (actor.unload, lambda epoch, keys: actor.load(epoch, actor._spec, keys)):
+        with pytest.raises(StaleEpochError):
+            order(2, KEYS)
+    assert actor.describe(1).epoch == 3
+    assert actor.describe().experts == tuple(KEYS)
+    assert actor.heartbeat(3).epoch == 3
+
+    begun, going_on = threading.Event(), threading.Event()
+    release = actor._bank.release
+
+    def slowly(key: ExpertKey) -> None:
+        begun.set()
+        assert going_on.wait(LIMIT_S)
+        release(key)
+
+    monkeypatch.setattr(actor._bank, "release", slowly)
+    with ThreadPoolExecutor() as pool:
+        older = pool.submit(actor.unload, 3, KEYS)
+        assert begun.wait(LIMIT_S)
+        newer = pool.submit(actor.describe, 4)
+        going_on.set()
+        assert older.result(LIMIT_S).experts == ()
+        assert newer.result(LIMIT_S).experts == ()  # it does not tell of what was on its way out
+
+
 def of_other_weights(actor: Actor, folder: Path, model: str) -> ActorSpec:
     """Return the actor's specification after a redeploy: the checkpoint has another key or path."""
     [source] = actor._spec.models

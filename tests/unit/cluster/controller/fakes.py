@@ -181,8 +181,10 @@ class FakePool:
     def find(self) -> list[tuple[str, int, FakeActor]]:
         return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
 
-    async def describe(self, actor: FakeActor, timeout_s: float) -> ActorReport:
-        return await actor.answer(None, timeout_s)
+    async def describe(self, actor: FakeActor, timeout_s: float, epoch: int = 0) -> ActorReport:
+        report = await actor.answer(None, timeout_s)
+        actor.epoch = max(actor.epoch, epoch)
+        return report
 
     async def heartbeat(self, actor: FakeActor, epoch: int) -> ActorReport:
         actor.heartbeats += 1

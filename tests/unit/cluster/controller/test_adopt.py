@@ -107,13 +107,13 @@ def test_actors_that_hang_are_waited_for_together() -> None:
         all_are_asked = asyncio.Event()
         describe = pool.describe
 
-        async def slow(actor: FakeActor, timeout_s: float) -> ActorReport:
+        async def slow(actor: FakeActor, timeout_s: float, epoch: int = 0) -> ActorReport:
             asked.append(actor)
             if len(asked) == 3:
                 all_are_asked.set()
             async with asyncio.timeout(timeout_s):
                 await all_are_asked.wait()
-            return await describe(actor, timeout_s)
+            return await describe(actor, timeout_s, epoch)
 
         pool.describe = slow  # type: ignore[method-assign]
         async with running(3, pool):

@@ -70,10 +70,10 @@ def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own
         pool.node_ids = ["n1", "n1"]
         describe = pool.describe
 
-        async def silent(actor: FakeActor, timeout_s: float) -> ActorReport:
+        async def silent(actor: FakeActor, timeout_s: float, epoch: int = 0) -> ActorReport:
             if actor.actor_id == "expert-0":
                 raise TimeoutError
-            return await describe(actor, timeout_s)
+            return await describe(actor, timeout_s, epoch)
 
         pool.describe = silent  # type: ignore[method-assign]
         async with running(3, pool, min_copies=2) as cluster:

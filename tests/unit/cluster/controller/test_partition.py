@@ -345,7 +345,7 @@ def test_the_adoption_ends_nobody_once_a_newer_controller_runs() -> None:
             raise StaleEpochError("a newer controller has claimed the ledger", "epoch")
 
         with pytest.raises(StaleEpochError):
-            await adopt_module.adopt(pool, {"expert-0": spec_of()}, 0.1, refused)  # type: ignore[arg-type]
+            await adopt_module.adopt(pool, {"expert-0": spec_of()}, 6, 0.1, refused)  # type: ignore[arg-type]
         assert not unfit.killed
 
     run(test)
