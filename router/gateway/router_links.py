@@ -41,12 +41,14 @@ class RouterLinks:
 
     Serve says which replicas run, and each of them where it listens. They are asked in the
     background, and only while requests come. Where a replica cannot be reached, its requests go by
-    Serve's calls.
+    Serve's calls. There is no link to a router that has the model of an earlier deployment: Serve
+    may have stopped sending it requests since it was asked.
     """
 
-    def __init__(self, routers: DeploymentHandle, tls: ssl.SSLContext | None) -> None:
-        """``routers`` is the handle of the model's deployment."""
+    def __init__(self, routers: DeploymentHandle, model: str, tls: ssl.SSLContext | None) -> None:
+        """``routers`` is the handle of the model's deployment, ``model`` the model's key."""
         self._routers = routers
+        self._model = model
         self._tls = tls
         self._links: dict[LinkAddress, CallLink] = {}
         self._asked_at_s = -REFRESH_S
@@ -76,7 +78,7 @@ class RouterLinks:
     async def _refresh(self) -> None:
         asked_at_s = self._asked_at_s
         try:
-            answers = await self._routers.broadcast("link").results_async(
+            answers = await self._routers.broadcast("link", self._model).results_async(
                 timeout_s=ASK_TIMEOUT_S, return_exceptions=True
             )
             self._links = {a: link for a, link in self._links.items() if link.is_open}
@@ -110,16 +112,17 @@ class RouterCalls:
     def __init__(
         self,
         routers: DeploymentHandle,
+        model: str,
         method: str,
         tls: ssl.SSLContext | None,
         on_call: Callable[[str], None],
     ) -> None:
-        """``routers`` is the handle of the model's deployment, ``method`` what is called.
+        """``routers`` is the handle of the deployment of the model whose key is ``model``.
 
-        ``on_call`` is told each call's transport, ``link`` or ``serve``.
+        ``method`` is called; ``on_call`` is told each call's transport, ``link`` or ``serve``.
         """
         self._method = getattr(routers, method)
-        self._links = RouterLinks(routers, tls)
+        self._links = RouterLinks(routers, model, tls)
         self._on_call = on_call
 
     def call(self, wire: Wire, span: Span, by_serve: bool = False) -> Any:

@@ -119,12 +119,15 @@ class MixtureReplica:
         self._engine.start()
         logger.info("router of %s: a mixture of %d experts", model.id, len(mixture.spec.experts))
 
-    async def link(self) -> LinkAddress | None:
-        """Return where gateways can connect, to call :meth:`predict` without Serve.
+    async def link(self, model: str) -> LinkAddress | None:
+        """Return where the gateways of a model can connect, to call :meth:`predict` without Serve.
 
-        ``None`` where Ray's own calls are encrypted and such a connection would not be.
+        ``model`` is the key of the gateway's model. ``None`` where this router has another one,
+        and where Ray's own calls are encrypted and such a connection would not be.
         """
-        return None if self._server is None else await self._server.start()
+        if self._server is None or model != self._model.key:
+            return None
+        return await self._server.start()
 
     async def predict(self, wire: Mapping[str, Any]) -> dict[str, Any]:
         """Predict for all rows of a request.

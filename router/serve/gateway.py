@@ -71,7 +71,8 @@ class GatewayReplica(GrpcMethods):
         metrics = Metrics()
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
-        self._keys = [model.key for model in models]
+        keys = {model.id: model.key for model in models}
+        self._keys = list(keys.values())
         self._deployment = Deployment(
             controller,
             [model.id for model in models],
@@ -90,6 +91,7 @@ class GatewayReplica(GrpcMethods):
         calls = {
             id_: RouterCalls(
                 handle,
+                keys[id_],
                 "predict" if id_ in mixtures else "generate",
                 context,
                 partial(metrics.router_call, id_),

@@ -194,12 +194,12 @@ class Deployment:
         two = self._serve.kernel.random.sample(reachable, min(2, len(reachable)))
         self._send(min(two, key=lambda r: len(r.owed)), call, method, args)
 
-    def call_all(self, method: str) -> list[Call]:
+    def call_all(self, method: str, args: tuple[Any, ...]) -> list[Call]:
         """Send a call to each replica that runs."""
         calls = []
         for replica in self.running():
             calls.append(Call(self._serve.kernel))
-            self._send(replica, calls[-1], method, ())
+            self._send(replica, calls[-1], method, args)
         return calls
 
     def _send(self, replica: Replica, call: Call, method: str, args: tuple[Any, ...]) -> None:
@@ -246,9 +246,9 @@ class ServeHandle:
         self._serve.deployments[self._name].call(call, self._method, args)
         return call
 
-    def broadcast(self, method: str) -> Broadcast:
+    def broadcast(self, method: str, *args: Any) -> Broadcast:
         """Call a method of every replica that runs."""
-        return Broadcast(self._serve.deployments[self._name].call_all(method))
+        return Broadcast(self._serve.deployments[self._name].call_all(method, args))
 
 
 class Broadcast:

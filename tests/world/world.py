@@ -153,7 +153,7 @@ class Outcome:
 class Gateway:
     """A gateway's part of its process: upstream of its HTTP and gRPC."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, model: str) -> None:
         serve = world.serve
         self.deployment = Deployment(
             serve.handle("controller"),
@@ -162,7 +162,7 @@ class Gateway:
             lambda: serve.app_is_wanted(APP),
             lambda: None,
         )
-        calls = RouterCalls(serve.handle("router"), "generate", None, lambda transport: None)
+        calls = RouterCalls(serve.handle("router"), model, "generate", None, lambda transport: None)
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)
 
 
@@ -376,7 +376,8 @@ class World:
                 self._end_router,
             ),
         )
-        self.serve.deploy("gateway", Version(lambda: Gateway(self), setting.num_gateways))
+        gateways = Version(lambda: Gateway(self, model.key), setting.num_gateways)
+        self.serve.deploy("gateway", gateways)
 
     async def _end_router(self, made: RouterReplica) -> None:
         await made.finish()

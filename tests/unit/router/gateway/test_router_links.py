@@ -6,18 +6,23 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import Span
 
+from router.engine.replica import RouterReplica
 from router.gateway import router_links as links_module
 from router.gateway.router_links import RouterCalls, RouterLinks
 from router.messages.call_link import SILENT_S, CallServer, LinkBrokenError, Wire
 from router.messages.link import LinkAddress
+from router.mixture.replica import MixtureReplica
 from tests.span_keeper import SpanKeeper
 from tests.unit.router.messages.test_token_link import happens, run
+
+MODEL = "m@1"
 
 
 class Router:
@@ -46,8 +51,8 @@ class Serve:
         self.error: Exception | None = None
         self.num_asked = 0
 
-    def broadcast(self, method: str) -> Serve:
-        assert method == "link"
+    def broadcast(self, method: str, model: str) -> Serve:
+        assert (method, model) == ("link", MODEL)
         self.num_asked += 1
         return self
 
@@ -62,7 +67,7 @@ class Serve:
 @asynccontextmanager
 async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[RouterLinks]:
     """Links that have found their routers."""
-    links = RouterLinks(serve, None)  # type: ignore[arg-type]
+    links = RouterLinks(serve, MODEL, None)  # type: ignore[arg-type]
     assert links.call({}) is None
     await happens(lambda: links._asking is None)
     assert len(links._links) == (len(serve.routers) if count is None else count)
@@ -261,7 +266,7 @@ def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke
     async def test() -> None:
         counted: list[str] = []
         handle = Handle(Router("a"))
-        calls = RouterCalls(handle, "generate", None, counted.append)  # type: ignore[arg-type]
+        calls = RouterCalls(handle, MODEL, "generate", None, counted.append)  # type: ignore[arg-type]
         sampled = SpanKeeper().tracer.start_span("sampled")
         assert calls.call({}, trace.INVALID_SPAN) == "by Serve"  # nobody has told of links yet
         await happens(lambda: calls._links._asking is None)
@@ -273,5 +278,19 @@ def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke
         for link in calls._links._links.values():
             link.close()
         handle.routers[0].server.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", [RouterReplica, MixtureReplica])
+def test_a_router_has_links_for_gateways_of_its_own_model_alone(kind: Any) -> None:
+    async def test() -> None:
+        server = Router("a").server
+        router = SimpleNamespace(_server=server, _model=SimpleNamespace(key=MODEL))
+        assert await kind.link(router, "m@2") is None
+        assert await kind.link(router, MODEL) == await server.start()
+        router._server = None
+        assert await kind.link(router, MODEL) is None
+        server.close()
 
     run(test)
