@@ -155,13 +155,16 @@ class Silences:
         if not signs.is_asked:
             return Verdict.WAITS
         is_confirmed = signs.is_suspected and (signs.hears_others or silence.silent_s >= CONFIRM_S)
+        was_cut_off_s = now_s - self._cut_off_at_s
         if not is_confirmed:
             if self._is_cut_off(silence, signs):
                 self._cut_off_at_s = now_s
                 return Verdict.CUT_OFF
-            if now_s - self._cut_off_at_s < limit_s:  # the others have just come back
+            if was_cut_off_s < limit_s:  # the others have just come back
                 return Verdict.WAITS
-        elif signs.is_suspicion_new and self._are_many_silent(silence):
+        elif signs.is_suspicion_new and (
+            was_cut_off_s < SILENT_S or self._are_many_silent(silence)
+        ):
             # A network that was cut brings a suspicion late: routers that hear the actor say so.
             return Verdict.WAITS
         if silence.silent_s < limit_s + LAST_COPY_S and goes_later():

@@ -36,8 +36,14 @@ STORIES = {
     "had made a wrong one.",
     "seed-4292": "A router's placement is old, and one of an expert's holders has no connection; "
     "the other, which refused, was asked again ten thousand times a second.",
+    "seed-5168": "A network comes back: most actors answer late, and with them a router's old word "
+    "that it waits in vain for the others, which another router hears; they were replaced.",
+    "seed-5176": "Other weights are deployed while a gateway hangs; it went on calling a router of "
+    "the earlier model, to which Serve sent nothing any more, over the link that it still had.",
     "seed-5774": "One copy of an expert yields NaN and the other cannot be reached; the router "
     "asked that one again and again without a pause.",
+    "seed-6986": "Three controllers in a second; an earlier one took experts away that an actor "
+    "had just reported to the newer one, and the map had them nowhere.",
     "seed-9259": "An actor is to leave the fleet while the ledger cannot be written; nothing was "
     "rebalanced or scaled any more.",
 }

@@ -197,6 +197,18 @@ def test_where_many_are_silent_a_suspicion_waits_for_what_routers_hear_after_it(
         assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
 
 
+def test_where_the_network_has_just_come_back_a_suspicion_waits_too() -> None:
+    late = replace(CONFIRMED, is_suspicion_new=True)
+    cluster = Cluster(6, {f"a{number}": 0.0 for number in range(6)})
+    cluster.until(SILENT_S + LOOK_S)
+    assert cluster.verdict("a0") is Verdict.CUT_OFF
+    cluster.answers("a2", "a3", "a4", "a5")
+    assert cluster.verdict("a0", late) is Verdict.WAITS
+    assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
+    cluster.until(cluster.now_s + SILENT_S)
+    assert cluster.verdict("a0", late) is Verdict.REPLACED
+
+
 @pytest.mark.parametrize("heard_at_s", [10.0, -math.inf])
 def test_a_controller_that_is_deaf_gives_an_actor_its_whole_time(heard_at_s: float) -> None:
     """Routers hear one that is silent, so one answer that a router waits for may be lost alone."""
