@@ -63,6 +63,8 @@ def test_its_card_says_that_it_is_exact_and_what_fewer_parts_cost(folder: Path) 
     perplexities = [figures.perplexity_after, *[perplexity for _, perplexity in by_active]]
     assert len(by_active) >= 3
     assert perplexities == sorted(perplexities)
+    assert figures.speeds is not None
+    assert list(figures.speeds.tokens_per_s_by_active) == list(figures.perplexity_by_active)
 
 
 @pytest.mark.timeout(MADE_S + 300)
