@@ -205,7 +205,7 @@ def test_where_the_network_has_just_come_back_a_suspicion_waits_too() -> None:
     cluster.answers("a2", "a3", "a4", "a5")
     assert cluster.verdict("a0", late) is Verdict.WAITS
     assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
-    cluster.until(cluster.now_s + SILENT_S)
+    cluster.until(cluster.now_s + SILENT_S + LOOK_S)
     assert cluster.verdict("a0", late) is Verdict.REPLACED
 
 
