@@ -18,6 +18,7 @@ class Code(enum.StrEnum):
 
     INVALID_ARGUMENT = "invalid_argument"
     NOT_FOUND = "not_found"
+    UNAUTHENTICATED = "unauthenticated"
     PERMISSION_DENIED = "permission_denied"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     UNAVAILABLE = "unavailable"
@@ -80,6 +81,12 @@ class InvalidRequestError(ExpertMeshError):
 
 class MediaTypeError(InvalidRequestError):
     """A body is of another type than the API takes."""
+
+
+class UnauthenticatedError(ExpertMeshError):
+    """A request without a key of this deployment, where it asks for one."""
+
+    code = Code.UNAUTHENTICATED
 
 
 class ForbiddenError(ExpertMeshError):
@@ -221,6 +228,7 @@ def being_deleted() -> UnavailableError:
 _BY_CODE: dict[Code, type[ExpertMeshError]] = {
     Code.INVALID_ARGUMENT: InvalidRequestError,
     Code.NOT_FOUND: UnknownModelError,
+    Code.UNAUTHENTICATED: UnauthenticatedError,
     Code.PERMISSION_DENIED: ForbiddenError,
     Code.RESOURCE_EXHAUSTED: OverloadedError,
     Code.UNAVAILABLE: UnavailableError,

@@ -99,11 +99,13 @@ class ProcessStatus:
     """A router or gateway replica that has called the controller lately.
 
     ``kernels`` has the kernel class of a router's dense part; it is empty for a mixture's router.
+    ``problem`` is what the process itself finds wrong with its keys, and empty elsewhere.
     """
 
     pid: int
     node: str
     kernels: tuple[ModelKernel, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,12 +271,13 @@ class Samples:
     ``taken_s`` is a time of the process's monotonic clock, which orders the samples of this process
     alone. ``families`` has each metric's samples by its name without a suffix. ``slowness`` is how
     many times as long as the fastest each actor (id, generation) takes for like work, as a router
-    measures it where experts have copies.
+    measures it where experts have copies. ``problem`` is that of :class:`ProcessStatus`.
     """
 
     taken_s: float
     families: Mapping[str, Sequence[Sample]]
     slowness: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

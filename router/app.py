@@ -21,10 +21,11 @@ from cluster.errors import ConfigError, ExpertMeshError
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.limits import RETRY_AFTER_S
+from router.security.reach import check_reach
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import Gateway
-from router.serve.instance import warn_and_quieten
+from router.serve.instance import host_of_builder, warn_and_quieten
 from router.serve.options import replica_variables
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
@@ -50,15 +51,22 @@ def build(args: dict[str, Any]) -> Application:
     (:mod:`router.ops.startup.preflight`).
     """
     warn_and_quieten()
-    return application(args)
+    return application(args, host=host_of_builder())
 
 
 def application(
-    args: dict[str, Any], controller_class: type[ControllerDeployment] = ControllerDeployment
+    args: dict[str, Any],
+    controller_class: type[ControllerDeployment] = ControllerDeployment,
+    host: str | None = None,
 ) -> Application:
-    """Build the application as :func:`build` does, with the given class of controller."""
+    """Build the application as :func:`build` does, with the given class of controller.
+
+    ``host`` is where Serve listens, if that is known already; gateways check theirs themselves.
+    """
     try:
         config = parse_args(args)
+        if host is not None:
+            check_reach(host, config.security.is_protected, "http_options.host")
         models = inspect_models(config, neighbours=RayNeighbours())
         names = deployment_names(models)
     except ExpertMeshError as error:
@@ -78,6 +86,7 @@ def application(
         routers,
         held_requests(config.router),
         None if config.experts.tls is None else config.experts.tls.files(),
+        config.security,
     )
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
 from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
+from router.security.config import SecurityConfig
 
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
@@ -217,6 +218,19 @@ class GatewayConfig(Section):
         description="Origins of web pages that may use the HTTP APIs from a browser, as "
         "`https://chat.example.com`. Without any, pages of other sites are refused.",
     )
+    admin_host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Where a gateway of each machine listens for the commands of operators "
+        "(`expertmesh status`, `scale` and so on).",
+    )
+    admin_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_535,
+        description="The port of these commands. Without it, the one after `grpc_options.port`, "
+        "and none where gRPC is off.",
+    )
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024,
         ge=1024,
@@ -276,6 +290,7 @@ class AppConfig(Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @field_validator("models")
     @classmethod

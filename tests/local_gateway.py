@@ -29,7 +29,7 @@ from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, Receipts, TokenEvent
 from router.served import ServedModel
 from tests.local_cluster import MODEL, LocalCluster
-from tests.unit.gateway_fakes import FakeUpstream, admin
+from tests.unit.gateway_fakes import FakeUpstream, admin, everybody
 from tests.unit.prediction_fakes import FakePredictions, prediction_service
 
 
@@ -136,7 +136,8 @@ class LocalGateway(GrpcMethods):
         service = GenerationService(models, limits, self.upstream, metrics, room)
         predictions = prediction_service(FakePredictions(), limits, metrics, room, ())
         controller = admin(self.upstream, metrics)
-        self.app = create_app(service, predictions, controller)
+        self.access = everybody()
+        self.app = create_app(service, predictions, controller, self.access)
         self.grpc_handlers = GrpcHandlers(service, controller)
         self.prediction_handlers = PredictionHandlers(predictions)
 

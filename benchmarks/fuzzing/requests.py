@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,15 @@ def _check_http(error: ExpertMeshError) -> None:
 def protobuf() -> Target:
     """Return the target of the bytes of gRPC requests."""
     admin: Any = None
-    handlers = GrpcHandlers(service(), admin)
+    served = service()
+    handlers = GrpcHandlers(served, admin)
+
+    def request(data: bytes) -> None:
+        with served.room.bodies.share() as share:
+            handlers._check(data, True, share)
 
     def run(data: bytes) -> None:
-        for check in (lambda: handlers._check(data, True), lambda: parse_health_check(data)):
+        for check in (partial(request, data), partial(parse_health_check, data)):
             try:
                 check()
             except (InvalidRequestError, UnknownModelError) as error:

@@ -30,6 +30,11 @@ class _Member:
         """The kernel class of a router's model."""
         return (ModelKernel(self.model, self.kernel_class),) if self.kernel_class else ()
 
+    @property
+    def problem(self) -> str:
+        """What the replica finds wrong with its keys."""
+        return "" if self.samples is None else self.samples.problem
+
 
 class Members:
     """Router and gateway replicas by their last calls; silent ones are forgotten."""
@@ -72,7 +77,7 @@ class Members:
         """Return the replicas of a kind; a router's kernel class is by its model's key."""
         self._forget()
         members = [m for m in self._members.values() if m.kind == kind]
-        return tuple(replace(m.process, kernels=m.kernels) for m in members)
+        return tuple(replace(m.process, kernels=m.kernels, problem=m.problem) for m in members)
 
     def all_know(self, kind: str, order: tuple[int, int]) -> bool:
         """Return whether all replicas of a kind know this placement or a newer one."""

@@ -20,6 +20,7 @@ from router.cli.doctor import doctor
 from router.cli.evaluate import evaluate
 from router.cli.fit import fit
 from router.cli.generate import generate
+from router.cli.keys import keys
 from router.cli.load import load, placement, rebalance
 from router.cli.merge import merge
 from router.cli.plan import plan
@@ -77,3 +78,4 @@ _MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):
     app.command()(_command)
 app.add_typer(config, name="config")
+app.add_typer(keys, name="keys")

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from router.cli.common import INTERRUPTED, REFUSED, Address, AsJson, Model, Timeout, write_json
+from router.cli.common import (
+    INTERRUPTED,
+    REFUSED,
+    Address,
+    ApiKey,
+    AsJson,
+    Model,
+    Timeout,
+    write_json,
+)
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
 from router.client.wire import first_model
 from router.ops.load_test import LoadTest, Results, run_load_test
@@ -38,6 +47,7 @@ def bench(
     ] = True,
     model: Model = "",
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +58,7 @@ def bench(
     Every request is greedy, ignores the end of the text, and is sent once, without retries. The
     exit code is 1 when a request failed. Ctrl-C ends the test and prints its results so far.
     """
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         info = first_model(client.model_info(model))
     test = LoadTest(
         prompts=prompt or _random_prompts(info, prompt_tokens),
@@ -61,7 +71,7 @@ def bench(
     )
     results = Results()
     try:
-        _run(address, test, results)
+        _run(address, api_key, test, results)
         code = REFUSED if results.failed else 0
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -78,7 +88,7 @@ def _random_prompts(info: ModelInfo, length: int) -> list[Sequence[int]]:
     ]
 
 
-def _run(address: str, test: LoadTest, results: Results) -> None:
+def _run(address: str, api_key: str | None, test: LoadTest, results: Results) -> None:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -94,7 +104,7 @@ def _run(address: str, test: LoadTest, results: Results) -> None:
             failed = f"[red]{results.failed} failed" if results.failed else ""
             progress.update(task, advance=1, failed=failed)
 
-        asyncio.run(run_load_test(address, test, results, on_end))
+        asyncio.run(run_load_test(address, api_key, test, results, on_end))
 
 
 def _show(test: LoadTest, results: Results, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from cluster.errors import ExpertMeshError, InvalidRequestError
 from router.cli.common import (
     BAD_USAGE,
     Address,
+    ApiKey,
     Model,
     Seed,
     Stop,
@@ -58,6 +59,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Talk with a model that has a chat template.
@@ -68,7 +70,7 @@ def chat(
     When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
     the first failure ends the command.
     """
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         info = first_model(client.model_info(model))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)

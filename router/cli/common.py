@@ -15,8 +15,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
-from router.client import DEFAULT_ADDRESS, UnreachableError
+from router.client import DEFAULT_ADDRESS, Client, UnreachableError
 
+MAX_KEY_FILE_CHARS = 1024
 REFUSED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 # A model's text must not move the cursor of a terminal, nor change its colours or its title.
 _CONTROLS = {code: "�" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -28,12 +29,30 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _checked_address(given: str) -> str:
+def _checked_address(given: str | None) -> str | None:
+    if given is None:
+        return None
     host, _, port = given.rpartition(":")
     is_host = bool(host) and "/" not in host and (":" not in host or host.startswith("["))
     if not (is_host and port.isdecimal() and 0 < int(port) < 2**16):
         fail(f"--address: given {given!r}, must be host:port, as {DEFAULT_ADDRESS}", BAD_USAGE)
     return given
+
+
+def _read_key(file: str | None) -> str | None:
+    """Return the key in a file, which may end with a line feed; no message has a part of it."""
+    if file is None:
+        return None
+    try:
+        with open(file, encoding="utf-8") as opened:
+            key = opened.read(MAX_KEY_FILE_CHARS + 1).strip()
+    except OSError as error:
+        fail(f"--api-key-file: {file} cannot be read: {error.strerror}", BAD_USAGE)
+    except UnicodeDecodeError:
+        fail(f"--api-key-file: {file} is not UTF-8", BAD_USAGE)
+    if not key or len(key) > MAX_KEY_FILE_CHARS or len(key.split()) > 1:
+        fail(f"--api-key-file: {file} must have one key and nothing else", BAD_USAGE)
+    return key
 
 
 Address = Annotated[
@@ -42,6 +61,23 @@ Address = Annotated[
         envvar="EXPERTMESH_ADDRESS",
         callback=_checked_address,
         help="host:port of the gRPC gateway.",
+    ),
+]
+AdminAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EXPERTMESH_ADMIN_ADDRESS",
+        callback=_checked_address,
+        help="host:port for operators; by default the port after --address.",
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-file",
+        callback=_read_key,
+        metavar="FILE",
+        help="A file with the key to show; by default the key is that of EXPERTMESH_API_KEY.",
     ),
 ]
 Model = Annotated[str, typer.Option(help="Model id; by default the first served model.")]
@@ -53,6 +89,11 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds that an answer may take.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def operator(address: str, admin_address: str | None, api_key: str | None) -> Client:
+    """Return the client of an operator's command, whose calls are made once."""
+    return Client(address, retry=None, api_key=api_key, admin_address=admin_address)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from router.cli.common import Address, AsJson, Model, Timeout, write, write_json
+from router.cli.common import Address, ApiKey, AsJson, Model, Timeout, write, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def evaluate(
     ] = False,
     model: Model = "",
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +62,7 @@ def evaluate(
     from router.workshop.evaluate.run import evaluate as run
 
     task = Task(text or [], choices or [], sequence_length)
-    asked = Served(address, model, timeout) if served else None
+    asked = Served(address, model, timeout, api_key) if served else None
     with _progress() as on:
         found = run(folder, task, asked, on)
     if as_json:

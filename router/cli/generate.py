@@ -10,6 +10,7 @@ import typer
 
 from router.cli.common import (
     Address,
+    ApiKey,
     AsJson,
     MaxTokens,
     Model,
@@ -37,6 +38,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +56,7 @@ def generate(
         seed=seed,
         stop=stop or (),
     )
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         if stream:
             pieces = client.stream(prompt, sampling, model=model, timeout_s=timeout)
             _print_stream(pieces, as_json)

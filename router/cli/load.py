@@ -12,8 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.reports import LoadStatus, Move, RebalanceReport
-from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
-from router.client import DEFAULT_ADDRESS, Client
+from router.cli.common import (
+    REFUSED,
+    Address,
+    AdminAddress,
+    ApiKey,
+    AsJson,
+    fail,
+    operator,
+    write,
+    write_json,
+)
+from router.client import DEFAULT_ADDRESS
 
 SHOWN_MOVES = 20
 
@@ -21,6 +31,8 @@ SHOWN_MOVES = 20
 def load(
     top: Annotated[int, typer.Option(min=0, help="The number of busiest experts to show.")] = 8,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the recent load of devices and experts.
@@ -30,7 +42,7 @@ def load(
     Balance is the load of the busiest device over the mean load of all devices; 1 is perfect. It is
     measured by layer, and for all layers together.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         status = client.load()
     if as_json:
         write_json(asdict(status), indent=2)
@@ -60,12 +72,17 @@ def load(
         console.print(table)
 
 
-def placement(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def placement(
+    address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
     """Show which actors hold each expert, layer by layer.
 
     Example: expertmesh placement --json
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         experts = client.load().experts
     if as_json:
         write_json([asdict(expert) for expert in experts], indent=2)
@@ -82,6 +99,8 @@ def placement(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> No
 def rebalance(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would move.")] = False,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Move copies of experts to follow their load, while requests run.
@@ -91,7 +110,7 @@ def rebalance(
     Returns when the new copies serve and the old copies are freed. The exit code is 1 when the
     rebalancing is refused or fails; the copies that it had already moved stay where they are.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         report = client.rebalance(dry_run)
     if as_json:
         write_json(asdict(report), indent=2)

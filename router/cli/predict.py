@@ -18,7 +18,7 @@ from rich.table import Table as ShownTable
 from rich.text import Text
 
 from cluster.errors import InvalidRequestError
-from router.cli.common import BAD_USAGE, Address, AsJson, Timeout, fail, printable, write
+from router.cli.common import BAD_USAGE, Address, ApiKey, AsJson, Timeout, fail, printable, write
 from router.cli.rows import (
     Table,
     batches,
@@ -67,6 +67,7 @@ def predict(
         typer.Option(help="strict, next_expert or drop; by default the deployment's."),
     ] = None,
     address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +81,7 @@ def predict(
     row: `{"exact": true, "outputs": {"label": "7"}}`.
     """
     table = _read(data, header)
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         info = client.mixture_info(model)
         outputs = _wanted(info, output)
         try:

@@ -8,9 +8,19 @@ from typing import Annotated
 import typer
 
 from cluster.reports import ChangeReport
-from router.cli.common import REFUSED, Address, AsJson, fail, write, write_json
+from router.cli.common import (
+    REFUSED,
+    Address,
+    AdminAddress,
+    ApiKey,
+    AsJson,
+    fail,
+    operator,
+    write,
+    write_json,
+)
 from router.cli.load import show_moves
-from router.client import DEFAULT_ADDRESS, Client
+from router.client import DEFAULT_ADDRESS
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")]
 
@@ -20,6 +30,8 @@ def scale(
     pool: Annotated[str, typer.Option(help="The pool; needed where there are several.")] = "",
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Change the number of expert actors while requests run.
@@ -30,7 +42,7 @@ def scale(
     go first. The exit code is 1 when the change is refused or fails, and when Ray has no device for
     a new actor yet; that actor starts when Ray has one.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         _show(client.scale(actors, pool, dry_run), as_json)
 
 
@@ -38,6 +50,8 @@ def drain(
     target: Annotated[str, typer.Argument(help="An actor, or a node by the beginning of its id.")],
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Move the experts of an actor, or of a node's actors, to other actors, and end it.
@@ -46,7 +60,7 @@ def drain(
 
     Returns when no expert is left on it. The exit code is 1 when the drain is refused or fails.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         _show(client.drain(target, dry_run), as_json)
 
 
@@ -57,6 +71,8 @@ def copies(
     number: Annotated[int, typer.Argument(min=1, help="The new number of copies.")],
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Set the number of copies of an expert; a later rebalancing may change it.
@@ -65,7 +81,7 @@ def copies(
 
     The exit code is 1 when the change is refused or fails.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         _show(client.set_copies(model, layer, expert, number, dry_run), as_json)
 
 

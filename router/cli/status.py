@@ -17,7 +17,7 @@ from rich.text import Text
 from cluster.errors import ExpertMeshError
 from cluster.reports import ActorStatus, ClusterStatus, ProcessStatus, failing_line
 from cluster.spec import EMULATED
-from router.cli.common import Address, AsJson, write, write_json
+from router.cli.common import Address, AdminAddress, ApiKey, AsJson, operator, write, write_json
 from router.client import DEFAULT_ADDRESS, Client
 
 BAR_WIDTH = 30
@@ -29,6 +29,8 @@ def status(
         float, typer.Option(min=0.1, max=3600, help="With --watch: seconds between two requests.")
     ] = 2.0,
     address: Address = DEFAULT_ADDRESS,
+    admin_address: AdminAddress = None,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the serving processes and the experts of each actor.
@@ -39,7 +41,7 @@ def status(
     status stays, with the error below; a server that is away at first is exit code 3. With --watch
     and --json, each line is an object, `{"error": …}` for a request that failed.
     """
-    with Client(address, retry=None) as client:
+    with operator(address, admin_address, api_key) as client:
         first = client.status()
         if watch:
             try:
@@ -120,13 +122,14 @@ class _Watched:
 def _summary(status: ClusterStatus) -> str:
     """Return the lines above the table: two of the cluster, then those of what is not as it should.
 
-    Mixed models, silent actors and failing actors have a line each; a last line names the slow
-    actors where there are any.
+    Mixed models, silent actors, failing actors and gateways with a problem have a line each; a last
+    line names the slow actors where there are any.
     """
     lines = [_first_lines(status)]
     lines += [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
     lines += [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
     lines += map(failing_line, status.failing)
+    lines += [f"gateway {_pids((one,))}: {one.problem}" for one in status.gateways if one.problem]
     slow = [
         f"{actor.actor_id}, {actor.slowness:.1f} times as long as its twins"
         for actor in status.actors

@@ -31,12 +31,12 @@ class AdminClient(ABC):
     def status(self) -> ClusterStatus:
         """Return the processes of the cluster, and the experts of each actor."""
         request = admin_pb2.GetStatusRequest()
-        return self._ask(_call(self._session.admin.GetStatus, request, INFO_TIMEOUT_S))
+        return self._ask(self._session.administer("GetStatus", request, INFO_TIMEOUT_S, _report_of))
 
     def load(self) -> LoadStatus:
         """Return the recent load of experts and devices, and the last rebalancings."""
         request = admin_pb2.GetLoadRequest()
-        return self._ask(_call(self._session.admin.GetLoad, request, INFO_TIMEOUT_S))
+        return self._ask(self._session.administer("GetLoad", request, INFO_TIMEOUT_S, _report_of))
 
     def rebalance(self, dry_run: bool = False) -> RebalanceReport:
         """Move and copy experts to follow the load; with ``dry_run``, only report the changes.
@@ -45,7 +45,9 @@ class AdminClient(ABC):
         missing.
         """
         request = admin_pb2.RebalanceRequest(dry_run=dry_run)
-        return self._ask(_call(self._session.admin.Rebalance, request, CHANGE_TIMEOUT_S))
+        return self._ask(
+            self._session.administer("Rebalance", request, CHANGE_TIMEOUT_S, _report_of)
+        )
 
     def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
         """Bring a pool to a number of actors; with ``dry_run``, only report the changes.
@@ -55,7 +57,7 @@ class AdminClient(ABC):
         fit.
         """
         request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
-        return self._ask(_call(self._session.admin.Scale, request, CHANGE_TIMEOUT_S))
+        return self._ask(self._session.administer("Scale", request, CHANGE_TIMEOUT_S, _report_of))
 
     def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
         """Empty and end an actor, or all actors of a node, given by its id or the id's beginning.
@@ -63,7 +65,7 @@ class AdminClient(ABC):
         Raises as :meth:`scale` does.
         """
         request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
-        return self._ask(_call(self._session.admin.Drain, request, CHANGE_TIMEOUT_S))
+        return self._ask(self._session.administer("Drain", request, CHANGE_TIMEOUT_S, _report_of))
 
     def set_copies(
         self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
@@ -75,7 +77,9 @@ class AdminClient(ABC):
         request = admin_pb2.SetCopiesRequest(
             model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
         )
-        return self._ask(_call(self._session.admin.SetCopies, request, CHANGE_TIMEOUT_S))
+        return self._ask(
+            self._session.administer("SetCopies", request, CHANGE_TIMEOUT_S, _report_of)
+        )
 
 
 def _as_coroutine(
@@ -100,11 +104,6 @@ class AsyncAdminClient(ABC):
     scale = _as_coroutine(AdminClient.scale)
     drain = _as_coroutine(AdminClient.drain)
     set_copies = _as_coroutine(AdminClient.set_copies)
-
-
-def _call(method: Callable[..., Any], request: Any, timeout_s: float) -> Call[Any]:
-    """Return a call whose reply is read as a report."""
-    return Call(method, request, timeout_s, _report_of)
 
 
 def _report_of(message: Any) -> Any:

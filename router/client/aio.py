@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -39,14 +40,19 @@ if TYPE_CHECKING:
 class AsyncClient(AsyncAdminClient):
     """Talks to one gateway address from one event loop, the loop in which the client is made.
 
-    It is an asynchronous context manager. ``retry`` is as in :class:`router.client.Client`.
+    It is an asynchronous context manager. The options are as in :class:`router.client.Client`.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, retry: RetryPolicy | None = DEFAULT_RETRY
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        retry: RetryPolicy | None = DEFAULT_RETRY,
+        api_key: str | None = None,
+        admin_address: str | None = None,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._session = Session(self._channel, address, retry)
+        open_channel = partial(grpc.aio.insecure_channel, options=CHANNEL_OPTIONS)
+        self._session = Session(open_channel, address, retry, api_key, admin_address)
         self._closed = asyncio.Event()
 
     async def __aenter__(self) -> AsyncClient:
@@ -60,7 +66,8 @@ class AsyncClient(AsyncAdminClient):
     async def close(self) -> None:
         """Close the connection; calls under way raise :class:`UnreachableError`."""
         self._closed.set()
-        await self._channel.close()
+        for channel in self._session.channels:
+            await channel.close()
 
     async def generate(
         self,
@@ -84,7 +91,7 @@ class AsyncClient(AsyncAdminClient):
         with self._session.unknown_model_forgotten():
             while True:
                 try:
-                    answer = await self._call(attempts.start(self._session.inference.Generate))
+                    answer = await self._call(attempts.start(self._session.generate))
                 except ExpertMeshError as error:
                     await self._wait(self._session.retry_delay_s(attempts, error), error)
                 else:
@@ -123,7 +130,7 @@ class AsyncClient(AsyncAdminClient):
 
     async def _stream(self, attempts: Attempts) -> AsyncGenerator[Reply, None]:
         """Yield the pieces of one attempt; raises unless the end of every choice comes."""
-        call = attempts.start(self._session.inference.GenerateStream)
+        call = attempts.start(self._session.generate_stream)
         try:
             while (message := await self._call(call.read())) is not grpc.aio.EOF:
                 yield attempts.piece(message)
@@ -147,7 +154,7 @@ class AsyncClient(AsyncAdminClient):
         attempts = session.prediction_attempts(model, inputs, outputs, timeout_s, on_expert_loss)
         while True:
             try:
-                answer = await self._call(attempts.start(session.predictions().ModelInfer))
+                answer = await self._call(attempts.start(session.infer))
             except ExpertMeshError as error:
                 await self._wait(session.retry_delay_s(attempts, error), error)
             else:
@@ -162,13 +169,13 @@ class AsyncClient(AsyncAdminClient):
         return await self._ask(self._session.model_info(model))
 
     async def _ask(self, call: Call[Answer]) -> Answer:
-        return call.read(await self._call(call.start()))
+        return call.read(await self._call(call.start(), call.address))
 
-    async def _call(self, answering: Awaitable[Any]) -> Any:
+    async def _call(self, answering: Awaitable[Any], address: str = "") -> Any:
         try:
             answer = await answering
         except grpc.RpcError as error:
-            raise self._session.failed(error) from None
+            raise self._session.failed(error, address) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             # Closing the client cancels its calls, but the caller's task is not cancelled.

@@ -6,9 +6,11 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
+from router.client.access import admin_address_of, key_metadata
 from router.client.attempts import Attempts, RequestAttempts
 from router.client.types import Message, MixtureInfo, ModelInfo, Sampling, UnreachableError
 from router.client.wire import models_of, sampling_message, typed_error
@@ -32,12 +34,16 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Answer]):
-    """A call without retries: a stub's method, its request, and the reader of its reply."""
+    """A call without retries: a stub's method, its request, and the reader of its reply.
+
+    ``address`` is where the method is.
+    """
 
     method: Callable[..., Any]
     request: Any
     timeout_s: float
     read: Callable[[Any], Answer]
+    address: str
 
     def start(self) -> Any:
         """Return what the stub's method returns: a reply, or an awaitable reply with asyncio."""
@@ -47,24 +53,65 @@ class Call(Generic[Answer]):
 class Session:
     """A client's stubs, its retry budget, its first model, and whether a server ever answered."""
 
-    def __init__(self, channel: Any, address: str, retry: RetryPolicy | None) -> None:
-        """``channel`` is a channel of grpc or of grpc.aio. ``retry`` is ``None`` for no retries."""
-        self.inference = inference_pb2_grpc.InferenceStub(channel)
-        self.admin = admin_pb2_grpc.AdminStub(channel)
+    def __init__(
+        self,
+        open_channel: Callable[[str], Any],
+        address: str,
+        retry: RetryPolicy | None,
+        api_key: str | None,
+        admin_address: str | None,
+    ) -> None:
+        """``open_channel`` opens a channel of grpc or of grpc.aio to an address.
+
+        ``retry`` is ``None`` for no retries. Raises as :func:`key_metadata` does.
+        """
+        self._metadata = key_metadata(api_key)
+        self._channel = open_channel(address)
+        self._admin_address = admin_address or admin_address_of(address)
+        self._admin_channel = open_channel(self._admin_address)
+        self.channels = (self._channel, self._admin_channel)
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._admin = admin_pb2_grpc.AdminStub(self._admin_channel)
         self.first_model = ""
         self.was_reached = False
-        self._channel = channel
         self._predictions: Any = None
         self._address = address
         self._retry = retry
         self._budget = RetryBudget()
 
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """The method that answers as a whole."""
+        return self._keyed(self._inference.Generate)
+
+    @property
+    def generate_stream(self) -> Callable[..., Any]:
+        """The method that answers piece by piece."""
+        return self._keyed(self._inference.GenerateStream)
+
+    @property
+    def infer(self) -> Callable[..., Any]:
+        """The method that predicts."""
+        return self._keyed(self._prediction_stub().ModelInfer)
+
+    def _keyed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a stub's method that shows the client's key."""
+        return partial(method, metadata=self._metadata)
+
     def model_info(self, model: str) -> Call[list[ModelInfo]]:
         """Return the call for the description of one model, or of all models."""
         request = inference_pb2.GetModelInfoRequest(model=model)
-        return Call(self.inference.GetModelInfo, request, INFO_TIMEOUT_S, models_of)
+        method = self._keyed(self._inference.GetModelInfo)
+        return Call(method, request, INFO_TIMEOUT_S, models_of, self._address)
 
-    def predictions(self) -> Any:
+    def administer(
+        self, name: str, request: Any, timeout_s: float, read: Callable[[Any], Answer]
+    ) -> Call[Answer]:
+        """Return the call of a method of the Admin service."""
+        method = self._keyed(getattr(self._admin, name))
+        return Call(method, request, timeout_s, read, self._admin_address)
+
+    def _prediction_stub(self) -> Any:
         """Return the stub of the Open Inference Protocol, made when it is first needed.
 
         Other packages have messages of the same names. protobuf takes these once, so a process
@@ -97,8 +144,8 @@ class Session:
         """Return the call for the description of a mixture."""
         from router.client.prediction import info_of, metadata_request
 
-        method = self.predictions().ModelMetadata
-        return Call(method, metadata_request(model), INFO_TIMEOUT_S, info_of)
+        method = self._keyed(self._prediction_stub().ModelMetadata)
+        return Call(method, metadata_request(model), INFO_TIMEOUT_S, info_of, self._address)
 
     def _retries(self) -> Retries | None:
         return None if self._retry is None else Retries(self._retry, self._budget)
@@ -149,9 +196,12 @@ class Session:
             raise error
         return attempts.failed(error)
 
-    def failed(self, error: Any) -> ExpertMeshError:
-        """Return the typed error of a ``grpc.RpcError``; records whether a gateway answered."""
-        typed = typed_error(error, self._address)
+    def failed(self, error: Any, address: str = "") -> ExpertMeshError:
+        """Return the typed error of a ``grpc.RpcError``; records whether a gateway answered.
+
+        ``address`` is where the call went, by default the client's own address.
+        """
+        typed = typed_error(error, address or self._address)
         self.was_reached |= not isinstance(typed, UnreachableError)
         return typed
 

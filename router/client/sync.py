@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -39,13 +40,22 @@ class Client(AdminClient):
     share one :class:`RetryBudget`. The client draws a seed where none is given, so that another
     attempt gives the same tokens. An address at which no server has ever answered is not tried
     again. A ``retry`` of ``None`` makes a single attempt.
+
+    ``api_key`` is shown with every call, by default the one in ``EXPERTMESH_API_KEY``.
+    ``admin_address`` is where gateways answer operators (``status``, ``scale`` and so on), by
+    default the port after that of ``address``.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, retry: RetryPolicy | None = DEFAULT_RETRY
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        retry: RetryPolicy | None = DEFAULT_RETRY,
+        api_key: str | None = None,
+        admin_address: str | None = None,
     ) -> None:
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._session = Session(self._channel, address, retry)
+        open_channel = partial(grpc.insecure_channel, options=CHANNEL_OPTIONS)
+        self._session = Session(open_channel, address, retry, api_key, admin_address)
         self._closed = threading.Event()
 
     def __enter__(self) -> Client:
@@ -59,7 +69,8 @@ class Client(AdminClient):
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""
         self._closed.set()
-        self._channel.close()
+        for channel in self._session.channels:
+            channel.close()
 
     def generate(
         self,
@@ -87,7 +98,7 @@ class Client(AdminClient):
         with self._session.unknown_model_forgotten():
             while True:
                 try:
-                    answer = self._call(lambda: attempts.start(self._session.inference.Generate))
+                    answer = self._call(lambda: attempts.start(self._session.generate))
                 except ExpertMeshError as error:
                     self._wait(self._session.retry_delay_s(attempts, error), error)
                 else:
@@ -124,7 +135,7 @@ class Client(AdminClient):
 
     def _stream(self, attempts: Attempts) -> Iterator[Reply]:
         """Yield the pieces of one attempt; raises unless the end of every choice comes."""
-        call = attempts.start(self._session.inference.GenerateStream)
+        call = attempts.start(self._session.generate_stream)
         try:
             while (message := self._call(lambda: next(call, None))) is not None:
                 yield attempts.piece(message)
@@ -151,7 +162,7 @@ class Client(AdminClient):
         attempts = session.prediction_attempts(model, inputs, outputs, timeout_s, on_expert_loss)
         while True:
             try:
-                answer = self._call(lambda: attempts.start(session.predictions().ModelInfer))
+                answer = self._call(lambda: attempts.start(session.infer))
             except ExpertMeshError as error:
                 self._wait(session.retry_delay_s(attempts, error), error)
             else:
@@ -166,13 +177,13 @@ class Client(AdminClient):
         return self._ask(self._session.model_info(model))
 
     def _ask(self, call: Call[Answer]) -> Answer:
-        return call.read(self._call(call.start))
+        return call.read(self._call(call.start, call.address))
 
-    def _call(self, start: Callable[[], Any]) -> Any:
+    def _call(self, start: Callable[[], Any], address: str = "") -> Any:
         try:
             answer = start()
         except grpc.RpcError as error:
-            raise self._session.failed(error) from None
+            raise self._session.failed(error, address) from None
         self._session.was_reached = True
         return answer
 

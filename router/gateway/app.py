@@ -37,6 +37,7 @@ from router.gateway.predict.v2_http import add_v2_routes
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import Validator
 from router.observability.exposition import expose
+from router.security.access import Access
 from router.served import ServedModel
 
 if TYPE_CHECKING:
@@ -49,18 +50,24 @@ def create_app(
     service: GenerationService,
     predictions: PredictionService,
     admin: Admin,
+    access: Access,
     echoes_request_id: bool = True,
     browsers: BrowserRules = FROM_ANYWHERE,
 ) -> FastAPI:
     """Return the app; it has no state but the services and ``admin``.
 
-    ``browsers`` are asked about every request.
+    ``browsers`` and ``access`` are asked about every request.
 
     ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
     replies, as Serve's does.
     """
     app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(EdgeMiddleware, echoes_id=echoes_request_id, browsers=browsers)
+    app.add_middleware(
+        EdgeMiddleware,
+        echoes_id=echoes_request_id,
+        browsers=browsers,
+        access=access,
+    )
     if browsers.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -104,9 +111,11 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
         return JSONResponse({"status": "alive"})
 
     @app.get("/ready")
-    async def ready() -> JSONResponse:
+    async def ready(request: Request) -> JSONResponse:
         readiness = service.ready()
-        return JSONResponse(_ready_object(readiness), 200 if readiness.is_ready else 503)
+        is_known = request.state.caller is not None
+        body = _ready_object(readiness) if is_known else {"ready": readiness.is_ready}
+        return JSONResponse(body, 200 if readiness.is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

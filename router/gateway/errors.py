@@ -21,6 +21,7 @@ from router.protos.errors import MAX_FIELD_BYTES, MAX_MESSAGE_BYTES, clean
 HTTP_STATUS: dict[Code, tuple[int, str]] = {
     Code.INVALID_ARGUMENT: (400, "invalid_request_error"),
     Code.NOT_FOUND: (404, "invalid_request_error"),
+    Code.UNAUTHENTICATED: (401, "authentication_error"),
     Code.PERMISSION_DENIED: (403, "permission_error"),
     Code.RESOURCE_EXHAUSTED: (429, "rate_limit_error"),
     Code.UNAVAILABLE: (503, "server_error"),
@@ -68,6 +69,7 @@ def _status(error: ExpertMeshError) -> tuple[int, str]:
 
 
 def _headers(error: ExpertMeshError) -> dict[str, str]:
-    if error.retry_after_s is None:
-        return {}
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    headers = {"WWW-Authenticate": "Bearer"} if error.code is Code.UNAUTHENTICATED else {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return headers

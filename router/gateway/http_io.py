@@ -25,11 +25,17 @@ from cluster.errors import (
 from router.gateway.browsers import BrowserRules
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.limits import Budget, Share
+from router.security.access import FIELD, Access
+from router.security.keys import Caller, Role
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What a load balancer asks without a key. Without one, readiness has no details."""
+ROLES = {"/metrics": Role.METRICS}
+"""The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
 
 
@@ -164,17 +170,21 @@ async def _send_event(send: Send, data: str) -> None:
 
 
 class EdgeMiddleware:
-    """Gives each request an id (``X-Request-Id``) and lets no exception out.
+    """Gives each request an id (``X-Request-Id``) and a caller, and lets no exception out.
 
     A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. A request
-    that ``browsers`` refuse goes no further. An exception becomes a 500 without details; the log
-    has them.
+    that ``browsers`` or ``access`` refuse goes no further. ``request.state.caller`` is ``None`` for
+    a request without a key of a path that needs none. An exception becomes a 500 without details;
+    the log has them.
     """
 
-    def __init__(self, app: ASGIApp, echoes_id: bool, browsers: BrowserRules) -> None:
+    def __init__(
+        self, app: ASGIApp, echoes_id: bool, browsers: BrowserRules, access: Access
+    ) -> None:
         self._app = app
         self._echoes_id = echoes_id
         self._browsers = browsers
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; the ASGI interface."""
@@ -184,7 +194,8 @@ class EdgeMiddleware:
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -196,7 +207,9 @@ class EdgeMiddleware:
             await send(message)
 
         try:
-            self._browsers.check(scope["method"], scope["path"], headers)
+            path = _own_path(scope)
+            self._browsers.check(scope["method"], path, headers)
+            state["caller"] = await self._caller(path, headers)
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise
@@ -205,3 +218,16 @@ class EdgeMiddleware:
                 await error_response(public_error(error), scope["path"])(
                     scope, receive, send_with_id
                 )
+
+    async def _caller(self, path: str, headers: Headers) -> Caller | None:
+        given = headers.getlist(FIELD)
+        if path not in OPEN_PATHS:
+            return await self._access.admit("http", given, ROLES.get(path, Role.INFERENCE))
+        if given or self._access.is_open:
+            return await self._access.admit("http", given, None)
+        return None
+
+
+def _own_path(scope: Scope) -> str:
+    """Return the path without the application's own prefix."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))

@@ -37,6 +37,7 @@ class Metrics:
         self._router_calls = self._metric(Counter, catalogue.ROUTER_CALLS)
         self._inexact_rows = self._metric(Counter, catalogue.INEXACT_ROWS)
         self._slow_readers = self._metric(Counter, catalogue.SLOW_READERS)
+        self._refused_callers = self._metric(Counter, catalogue.REFUSED_CALLERS)
         buckets = LATENCY_BUCKETS_S
         self._first_token = self._metric(Histogram, catalogue.FIRST_TOKEN, buckets=buckets)
         self._latency = self._metric(Histogram, catalogue.LATENCY, buckets=buckets)
@@ -101,6 +102,10 @@ class Metrics:
     def slow_reader(self, surface: str) -> None:
         """Count a stream that was ended because its client did not read it."""
         self._slow_readers.labels(surface).inc()
+
+    def refused_caller(self, surface: str, reason: str) -> None:
+        """Count a request that was refused for want of a key or a role."""
+        self._refused_callers.labels(surface, reason).inc()
 
     def samples(self) -> Samples:
         """Return all metrics as plain samples, without the start time of each series."""

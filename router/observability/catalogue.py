@@ -92,6 +92,11 @@ SLOW_READERS = _counter(
     "surface replica",
     "Streams that were ended because their clients did not read them.",
 )
+REFUSED_CALLERS = _counter(
+    "refused_callers",
+    "surface reason replica",
+    "Requests refused for want of a key or a role: no_key, unknown_key, wrong_role.",
+)
 FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds", _MODEL, "From a checked request to its first token."
 )

@@ -120,7 +120,11 @@ class Results:
 
 
 async def run_load_test(
-    address: str, test: LoadTest, results: Results, on_end: Callable[[], None]
+    address: str,
+    api_key: str | None,
+    test: LoadTest,
+    results: Results,
+    on_end: Callable[[], None],
 ) -> None:
     """Send each request once, without retries; call ``on_end`` after each.
 
@@ -129,11 +133,15 @@ async def run_load_test(
     started_at_s = time.monotonic()
     numbers = iter(range(test.requests))
     try:
-        async with AsyncClient(address, retry=None) as client, asyncio.TaskGroup() as group:
+        async with _client(address, api_key) as client, asyncio.TaskGroup() as group:
             for _ in range(min(test.clients, test.requests)):
                 group.create_task(_run_client(client, test, numbers, results, on_end))
     finally:
         results.elapsed_s = time.monotonic() - started_at_s
+
+
+def _client(address: str, api_key: str | None) -> AsyncClient:
+    return AsyncClient(address, retry=None, api_key=api_key)
 
 
 async def _run_client(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.controller.application import app_is_wanted
-from cluster.reports import ProcessSamples, ProcessStatus
+from cluster.reports import ProcessSamples, ProcessStatus, Samples
 from cluster.tls import TlsFiles
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
@@ -21,7 +24,7 @@ from router.gateway.app import create_app
 from router.gateway.browsers import BrowserRules
 from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import GrpcHandlers
-from router.gateway.grpc.server import GrpcServer
+from router.gateway.grpc.server import CLIENTS, OPERATORS, GrpcServer, Surface
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
@@ -32,9 +35,13 @@ from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.router_links import RouterCalls
 from router.gateway.service import GRACE_S, GenerationService
+from router.security.access import Access
+from router.security.config import SecurityConfig
+from router.security.keyring import Keyring
+from router.security.reach import check_reach, is_loopback
 from router.serve.autoscaling import USE
-from router.serve.instance import own_grpc_address
-from router.serve.listening import is_loopback, narrow_serve, serves_host, share_no_port
+from router.serve.instance import admin_address, own_grpc_address
+from router.serve.listening import describe_nothing, narrow_serve, serves_host, share_no_port
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import Served, ServedMixture, ServedModel
 
@@ -57,8 +64,12 @@ class GatewayReplica(GrpcMethods):
         routers: Mapping[str, DeploymentHandle],
         max_held: int,
         tls: TlsFiles | None,
+        security: SecurityConfig,
     ) -> None:
         """Load the tokenizers and follow the controller; needs a running event loop.
+
+        Raises :class:`cluster.errors.ConfigError` where this process would listen wider than
+        ``security`` allows, or has no keys to read.
 
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
         bound deployments when the application is built. ``max_held`` is the number of choices
@@ -66,9 +77,20 @@ class GatewayReplica(GrpcMethods):
         mixture hold. ``models`` are both. ``tls`` encrypts links to routers.
         """
         setup_logging()
+        check_reach(serves_host(), security.is_protected, "http_options.host")
+        check_reach(limits.admin_host, security.is_protected, "gateway.admin_host")
+        keyring = None if security.keys_file is None else Keyring(Path(security.keys_file))
         narrow_serve()
         share_no_port()
         metrics = Metrics()
+        self.access = Access(keyring, metrics.refused_caller)
+        if keyring is not None:
+            describe_nothing()
+            self._following = asyncio.create_task(keyring.follow(), name="keys")
+
+        def samples() -> Samples:
+            return replace(metrics.samples(), problem=self.access.problem)
+
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
         keys = {model.id: model.key for model in models}
@@ -78,13 +100,11 @@ class GatewayReplica(GrpcMethods):
             [model.id for model in models],
             limits.on_expert_loss,
             partial(app_is_wanted, serve.get_replica_context().app_name),
-            metrics.samples,
+            samples,
         )
         self._room = Room(limits, [model.id for model in models])
         process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
-        self.admin = Admin(
-            controller, lambda: ProcessSamples("gateway", process, metrics.samples())
-        )
+        self.admin = Admin(controller, lambda: ProcessSamples("gateway", process, samples()))
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(language_models)
         context = None if tls is None else tls.client_context()
@@ -139,28 +159,39 @@ class GatewayReplica(GrpcMethods):
     def __serve_build_asgi_app__(self) -> FastAPI:
         limits = self.service.limits
         browsers = BrowserRules(is_loopback(serves_host()), limits.hosts, limits.origins)
-        return create_app(self.service, self.predictions, self.admin, False, browsers)
+        return create_app(self.service, self.predictions, self.admin, self.access, False, browsers)
 
 
 class ListeningGateway(GatewayReplica):
-    """A gateway that answers gRPC by itself where Serve does not."""
+    """A gateway that answers operators, and gRPC's clients where Serve does not."""
 
-    _grpc_server: GrpcServer | None = None
+    _grpc_servers: tuple[GrpcServer, ...] = ()
 
     async def __init__(self, *args: Any) -> None:  # type: ignore[misc]
-        """Load and start as :class:`GatewayReplica`, and open the gRPC port if it is to."""
+        """Load and start as :class:`GatewayReplica`, and open the ports of its own."""
         super().__init__(*args)
         await self._deployment.take_turn(self._keys)
-        address = await own_grpc_address()
-        if address is not None:
-            max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes
-            self._grpc_server = GrpcServer(self, *address, max_message_bytes)
-            self._grpc_server.start()
+        limits = self.service.limits
+        addresses = {
+            CLIENTS: await own_grpc_address(),
+            OPERATORS: await admin_address(limits.admin_host, limits.admin_port),
+        }
+        self._grpc_servers = tuple(
+            self._server(surface, *address)
+            for surface, address in addresses.items()
+            if address is not None
+        )
+        for server in self._grpc_servers:
+            server.start()
+
+    def _server(self, surface: Surface, host: str, port: int) -> GrpcServer:
+        max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes
+        return GrpcServer(self, surface, host, port, max_message_bytes)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""
-        if self._grpc_server is not None:
-            await self._grpc_server.stop(self.service.limits.max_timeout_s)
+        stops = [server.stop(self.service.limits.max_timeout_s) for server in self._grpc_servers]
+        await asyncio.gather(*stops)  # none of them waits for another to stop listening
 
 
 Gateway = serve.ingress()(ListeningGateway)

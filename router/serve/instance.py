@@ -64,6 +64,19 @@ async def own_grpc_address() -> tuple[str, int] | None:
     return grpc_address(grpc, http, location)
 
 
+async def admin_address(host: str, port: int | None) -> tuple[str, int] | None:
+    """Return host and port on which gateways answer operators, or ``None``.
+
+    Without a ``port`` it is the one after Serve's for gRPC, and none where gRPC is off. Raises as
+    :func:`own_grpc_address` does.
+    """
+    if port is not None:
+        return host, port
+    async with asyncio.timeout(SERVE_TIMEOUT_S):
+        grpc = await serve_controller().get_grpc_config.remote()
+    return (host, grpc.port + 1) if grpc.port > 0 else None
+
+
 def grpc_address(
     grpc: gRPCOptions, http: HTTPOptions, location: ProxyLocation | None
 ) -> tuple[str, int] | None:
@@ -92,7 +105,7 @@ def warn_and_quieten() -> None:
     For a builder: outside Serve's task that builds an application, this does nothing. Serve's
     logging stays as it is where something sets it, or where another application runs.
     """
-    if not ray.is_initialized() or ray.get_runtime_context().get_task_name() != _BUILD_TASK:
+    if not _is_builder():
         return
     setup_logging()
     controller = serve_controller()
@@ -112,3 +125,16 @@ def warn_and_quieten() -> None:
             "Serve was started by the file alone: its own, slower proxy answers HTTP, and one "
             "gateway of each machine gRPC; `expertmesh serve FILE` fills in Serve's part"
         )
+
+
+def host_of_builder() -> str | None:
+    """Return where the Serve listens whose task builds an application here; ``None`` elsewhere."""
+    if not _is_builder():
+        return None
+    asked = serve_controller().get_http_config.remote()
+    return str(ray.get(asked, timeout=SERVE_TIMEOUT_S).host)
+
+
+def _is_builder() -> bool:
+    """Return whether this process runs Serve's task that builds an application."""
+    return ray.is_initialized() and ray.get_runtime_context().get_task_name() == _BUILD_TASK

@@ -2,16 +2,17 @@
 
 Serve 2.60 has a host for its HTTP ports and for HAProxy's two front ends. Its gRPC servers (a
 gateway's own port, the fallback proxy's, the one between replicas) and HAProxy's metrics and
-statistics listen on all interfaces, and every user may enter HAProxy's folder. Here functions of
-Serve are replaced, in each process before it opens a port: in proxies by Serve's controller, which
-calls :func:`narrow_proxies` since ``deploy/base.yaml`` names it, in replicas by themselves.
+statistics listen on all interfaces, every user may enter HAProxy's folder, and anybody may ask for
+the list of applications. Here functions of Serve are replaced, in each process before it opens a
+port: in proxies by Serve's controller, which calls :func:`narrow_proxies` since
+``deploy/base.yaml`` names it, in replicas by themselves.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -22,8 +23,9 @@ from typing import Any
 
 import ray
 from ray._common.network_utils import build_address
-from ray.serve._private import default_impl
+from ray.serve._private import default_impl, grpc_util
 
+from router.security.reach import is_loopback
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 
 LOOPBACK = "127.0.0.1"
@@ -31,13 +33,16 @@ LOOPBACK = "127.0.0.1"
 _ALL = "[::]:"
 _TEMPLATE = "HAPROXY_CONFIG_TEMPLATE"
 _LINES = {
-    "    bind :{{ config.metrics_port }}\n": (
-        "    bind {{ config.frontend_host }}:{{ config.metrics_port }}\n"
-    ),
+    "    bind :{{ config.metrics_port }}\n": "    bind "
+    + LOOPBACK
+    + ":{{ config.metrics_port }}\n",
     "  bind *:{{ config.stats_port }}\n": "  bind " + LOOPBACK + ":{{ config.stats_port }}\n",
 }
 """Lines of Serve's template of HAProxy's configuration, each with its successor."""
 _NARROWED = "_expertmesh_narrowed"
+_OWN_SERVICE = "add_RayServeAPIServiceServicer_to_server"
+_LIST_APPLICATIONS = "ListApplications"
+"""A method of Serve's own service. Its other one, ``Healthz``, is what HAProxy asks."""
 
 HostOf = Callable[[], str]
 """Tells the host of HTTP."""
@@ -73,6 +78,7 @@ def narrow_serve(host_of: HostOf = serves_host) -> None:
     if hasattr(default_impl, _NARROWED):
         return
     _narrow(default_impl, "add_grpc_address", host_of)
+    _close_applications(grpc_util)
     replica = sys.modules.get("ray.serve._private.replica")
     if replica is not None:
         _narrow(replica, "add_port_to_grpc_server", host_of)
@@ -81,6 +87,14 @@ def narrow_serve(host_of: HostOf = serves_host) -> None:
         setattr(haproxy, _TEMPLATE, narrowed_template(getattr(haproxy, _TEMPLATE)))
         _close_folder(haproxy.HAProxyApi)
     setattr(default_impl, _NARROWED, True)
+
+
+def describe_nothing() -> None:
+    """Let gRPC servers that Serve opens in this process from now on have no reflection."""
+    name = "enable_server_reflection"
+    if not hasattr(grpc_util, name):
+        raise _changed(f"{grpc_util.__name__} has no {name}")
+    setattr(grpc_util, name, lambda server: None)
 
 
 def share_no_port(host_of: HostOf = serves_host) -> None:
@@ -138,9 +152,9 @@ def _narrowed_start(start: Callable[..., None]) -> Callable[..., None]:
 
 
 def narrowed_template(template: str) -> str:
-    """Return the template of HAProxy's configuration with its metrics where HTTP is.
+    """Return the template of HAProxy's configuration with its metrics and statistics on loopback.
 
-    The page of statistics, which shows all that HAProxy knows, is for the machine itself. Raises
+    They ask for no key. Raises
     :class:`ServeChangedError` where a line that is to be replaced is not there once.
     """
     for old, new in _LINES.items():
@@ -158,14 +172,6 @@ def hosts_of(host: str) -> list[str]:
         if ip_address(host).is_unspecified:
             return []
     return [host, LOOPBACK]
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether nobody reaches a host of HTTP but this machine."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"
 
 
 def _narrow(module: ModuleType, name: str, host_of: HostOf) -> None:
@@ -186,6 +192,40 @@ def _narrow(module: ModuleType, name: str, host_of: HostOf) -> None:
         return port
 
     setattr(module, name, narrowed)
+
+
+def _close_applications(module: ModuleType) -> None:
+    """Let Serve's own service tell nobody which applications there are."""
+    register: Callable[[Any, Any], None] | None = getattr(module, _OWN_SERVICE, None)
+    if register is None:
+        raise _changed(f"{module.__name__} has no {_OWN_SERVICE}")
+
+    def register_closed(servicer: Any, server: Any) -> None:
+        register(servicer, _WithoutApplications(server))
+
+    setattr(module, _OWN_SERVICE, register_closed)
+
+
+class _WithoutApplications:
+    """A gRPC server to which Serve's own service is added without its list of applications."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[Any]) -> None:
+        """Add handlers by the path of each method."""
+        [handler] = generic_rpc_handlers
+        handlers = handler._method_handlers
+        kept = {path: h for path, h in handlers.items() if not path.endswith(_LIST_APPLICATIONS)}
+        if len(kept) != len(handlers) - 1:
+            raise _changed(f"Serve's own service has the methods {', '.join(handlers)}")
+        handler._method_handlers = kept
+        self._server.add_generic_rpc_handlers((handler,))
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Add handlers by the name of each method."""
+        kept = {name: h for name, h in handlers.items() if name != _LIST_APPLICATIONS}
+        self._server.add_registered_method_handlers(service, kept)
 
 
 def _close_folder(api: type) -> None:

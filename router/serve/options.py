@@ -45,14 +45,27 @@ def completed(
 
     What the file says stays, key by key. Where Serve ``joins`` a Ray cluster that runs, the host of
     HTTP is left to Serve, which then listens for other machines too. Without ``has_haproxy``
-    nothing asks for HAProxy that the file does not ask for.
+    nothing asks for HAProxy that the file does not ask for. Where an application has keys, gRPC's
+    reflection is left off.
     """
     base = base_document()
+    if _has_keys(document):
+        base["grpc_options"]["enable_reflection"] = False
     if joins:
         del base["http_options"]["host"]
     if not has_haproxy:
         del serve_variables(base)[HAPROXY]
     return _filled_in(base, document)
+
+
+def _has_keys(document: Mapping[str, Any]) -> bool:
+    """Return whether an application of a file, which may still be malformed, has keys."""
+    for application in document.get("applications") or ():
+        args = application.get("args") if isinstance(application, Mapping) else None
+        security = args.get("security") if isinstance(args, Mapping) else None
+        if isinstance(security, Mapping) and security.get("keys_file"):
+            return True
+    return False
 
 
 def _filled_in(base: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

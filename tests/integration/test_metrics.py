@@ -17,6 +17,7 @@ RARE = {
     catalogue.INEXACT_TOKENS,
     catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
+    catalogue.REFUSED_CALLERS,
     catalogue.PREDICTION_ROWS,
     catalogue.INEXACT_ROWS,
     catalogue.ACTOR_DEATHS,

@@ -43,7 +43,11 @@ from router.gateway.admin import Admin
 from router.gateway.app import create_app
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.grpc.handlers import GrpcHandlers
-from router.gateway.grpc.service import GrpcMethods, add_services_to_server
+from router.gateway.grpc.service import (
+    GrpcMethods,
+    add_admin_to_server,
+    add_services_to_server,
+)
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
@@ -52,6 +56,7 @@ from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
+from router.security.access import Access
 from router.served import ServedModel
 from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 
@@ -341,11 +346,17 @@ def http_app(
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
     browsers: BrowserRules = FROM_ANYWHERE,
+    access: Access | None = None,
 ) -> FastAPI:
-    """The HTTP app over :func:`services`."""
+    """The HTTP app over :func:`services`, by default for everybody."""
     generation, predicting = services(upstream, limits, predictions)
     operators = admin(upstream, generation.metrics)
-    return create_app(generation, predicting, operators, browsers=browsers)
+    return create_app(generation, predicting, operators, access or everybody(), browsers=browsers)
+
+
+def everybody() -> Access:
+    """The access of a deployment without keys."""
+    return Access(None, Metrics().refused_caller)
 
 
 class Servicer(GrpcMethods):
@@ -356,7 +367,9 @@ class Servicer(GrpcMethods):
         upstream: FakeUpstream,
         limits: GatewayConfig | None = None,
         predictions: FakePredictions | None = None,
+        access: Access | None = None,
     ) -> None:
+        self.access = access or everybody()
         generation, predicting = services(upstream, limits, predictions)
         self.prediction_handlers = PredictionHandlers(predicting)
         self.grpc_handlers = GrpcHandlers(generation, admin(upstream, generation.metrics))
@@ -376,7 +389,7 @@ def grpc_server(
 
 @contextmanager
 def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
-    """Run a real gRPC server on a loopback port, in a thread; gives its address.
+    """Run a real gRPC server of all services on a loopback port, in a thread; gives its address.
 
     Its end breaks the calls under way.
     """
@@ -387,6 +400,7 @@ def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
     async def start() -> tuple[grpc.aio.Server, int]:
         server = grpc.aio.server()
         add_services_to_server(servicer, server)
+        add_admin_to_server(servicer, server)
         bound = server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         return server, bound

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
+from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
 from router.gateway.tokenizer import Tokenizer
@@ -29,11 +30,7 @@ if TYPE_CHECKING:
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"]
-SERVICES = (
-    INFERENCE_SERVICE.full_name,
-    ADMIN_SERVICE.full_name,
-    PREDICTION_SERVICE.full_name,
-)
+SERVICES = (INFERENCE_SERVICE.full_name, PREDICTION_SERVICE.full_name)
 """The services that a health check may name; the empty name is the whole server."""
 
 ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
@@ -67,13 +64,14 @@ class GrpcHandlers:
 
     async def generate(self, data: bytes) -> Any:
         """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
-        checked = self._check(data, streamed=False)
-        wholes = [Collected() for _ in range(checked.request.sampling.n)]
-        usage: Usage | None = None
-        async with aclosing(self.service.generate(checked, "grpc")) as deltas:
-            async for delta in deltas:
-                wholes[delta.index].add(delta)
-                usage = delta.usage
+        with self.service.room.bodies.share() as share:
+            checked = self._check(data, False, share)
+            wholes = [Collected() for _ in range(checked.request.sampling.n)]
+            usage: Usage | None = None
+            async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+                async for delta in deltas:
+                    wholes[delta.index].add(delta)
+                    usage = delta.usage
         reply, *others = [
             _reply(index, whole, checked, None if index else usage)
             for index, whole in enumerate(wholes)
@@ -83,10 +81,11 @@ class GrpcHandlers:
 
     async def generate_stream(self, data: bytes) -> AsyncGenerator[Any, None]:
         """Run a ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
-        checked = self._check(data, streamed=True)
-        async with aclosing(self.service.generate(checked, "grpc")) as deltas:
-            async for delta in deltas:
-                yield _reply(delta.index, delta, checked, delta.usage)
+        with self.service.room.bodies.share() as share:
+            checked = self._check(data, True, share)
+            async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+                async for delta in deltas:
+                    yield _reply(delta.index, delta, checked, delta.usage)
 
     async def get_model_info(self, data: bytes) -> Any:
         """Return the description of one model, or of all models where the request names none."""
@@ -135,11 +134,13 @@ class GrpcHandlers:
             metadata.append((LOOP_AGE_KEY, f"{ready.loop_age_s:.3f}"))
         return metadata
 
-    def _check(self, data: bytes, streamed: bool) -> CheckedRequest:
+    def _check(self, data: bytes, streamed: bool, share: Share) -> CheckedRequest:
+        """Return the checked request; gRPC keeps its bytes to the end, so ``share`` does too."""
         with self.service.metrics.refusals("grpc"):
             limit = self.service.limits.max_body_bytes
             if len(data) > limit:
                 raise TooLargeError(f"the message is over the limit of {limit} bytes")
+            share.take(len(data))
             request = parsed(inference_pb2.GenerateRequest, data)
             return self.service.validator.check(_raw_request(request, streamed))
 

@@ -1,9 +1,9 @@
-"""A gateway's own gRPC server, for a Serve that has none.
+"""A gateway's own gRPC servers: for operators, and for clients where Serve has none.
 
 Serve opens a gRPC port only where the ``grpc_options`` that it was started with name our services,
 and starts none later. A file of ``applications`` alone names nothing, and ``serve run`` imports
-nothing of ours before it has started Serve. The gateways then listen by themselves: on each machine
-one gateway holds the port, and another takes it over when that gateway ends.
+nothing of ours before it has started Serve. The gateways then listen by themselves. On each machine
+one gateway holds a port, and another takes it over when that gateway ends.
 """
 
 from __future__ import annotations
@@ -11,20 +11,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from router.gateway.grpc.handlers import SERVICES
-from router.gateway.grpc.service import GrpcMethods, add_services_to_server
+from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
+from router.gateway.grpc.service import (
+    GrpcMethods,
+    add_admin_to_server,
+    add_services_to_server,
+)
 
 POLL_S = 0.2
-_REFLECTED = (
-    *SERVICES,
-    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-    reflection.SERVICE_NAME,
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What a server answers: its purpose, the registration of its services, and their names."""
+
+    purpose: str
+    add: Callable[[GrpcMethods, grpc.aio.Server], None]
+    services: tuple[str, ...]
+
+
+CLIENTS = Surface(
+    "gRPC",
+    add_services_to_server,
+    (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name),
 )
+OPERATORS = Surface("gRPC for operators", add_admin_to_server, (ADMIN_SERVICE.full_name,))
 
 logger = logging.getLogger("expertmesh.gateway")
 
@@ -32,13 +50,21 @@ logger = logging.getLogger("expertmesh.gateway")
 class GrpcServer:
     """Serves a gateway's gRPC methods on a port of its machine, as soon as the port is free."""
 
-    def __init__(self, servicer: GrpcMethods, host: str, port: int, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        servicer: GrpcMethods,
+        surface: Surface,
+        host: str,
+        port: int,
+        max_message_bytes: int,
+    ) -> None:
         """Open nothing yet; ``host`` may be ``0.0.0.0``.
 
-        A longer message than ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. The
-        servicer itself refuses with a typed error, so its own limit is lower.
+        The server describes its services (reflection) where everybody may use them. A longer
+        message than ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. The servicer
+        itself refuses with a typed error, so its own limit is lower.
         """
-        self._servicer = servicer
+        self._servicer, self._surface = servicer, surface
         self._host, self._port = host, port
         self._options = [
             # Else gateways of two applications would get each other's calls.
@@ -73,20 +99,23 @@ class GrpcServer:
         host = f"[{self._host}]" if ":" in self._host else self._host
         address, is_logged = f"{host}:{self._port}", False
         self._server = server = grpc.aio.server(options=self._options)
-        add_services_to_server(self._servicer, server)
-        reflection.enable_server_reflection(_REFLECTED, server)
+        self._surface.add(self._servicer, server)
+        if self._servicer.access.is_open:
+            names = (*self._surface.services, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
         while (reason := _bind(server, self._host, self._port, address)) is not None:
             if not is_logged:
                 logger.warning(
-                    "gRPC: %s cannot be opened (%s), where another gateway of this machine or "
+                    "%s: %s cannot be opened (%s), where another gateway of this machine or "
                     "another program listens; this gateway answers there once it is free",
+                    self._surface.purpose,
                     address,
                     reason,
                 )
                 is_logged = True
             await asyncio.sleep(POLL_S)
         await server.start()
-        logger.info("gRPC: this gateway answers on %s", address)
+        logger.info("%s: this gateway answers on %s", self._surface.purpose, address)
 
 
 def _log_failure(listening: asyncio.Task[None]) -> None:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -31,6 +32,8 @@ from router.gateway.grpc.handlers import (
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE, PredictionHandlers
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, grpc_error
+from router.security.access import FIELD, Access
+from router.security.keys import Role
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,10 @@ _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 class CallContext(Protocol):
     """The part of a gRPC call's context that is used; Serve's and grpcio's both have it."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """Return the metadata that came with the call."""
+        ...
 
     def set_code(self, code: grpc.StatusCode) -> None:
         """Set the status code."""
@@ -125,21 +132,30 @@ async def _cancel(messages: AsyncIterator[Any]) -> None:
 
 
 def add_services_to_server(servicer: Any, server: Any) -> None:
-    """Register all services; their methods get the request as raw bytes.
+    """Register the services for clients; their methods get the request as raw bytes.
 
     Bytes that are no protobuf thus reach :class:`GrpcMethods`, which answers INVALID_ARGUMENT;
     grpcio itself answers UNKNOWN.
     """
-    for service in (INFERENCE_SERVICE, ADMIN_SERVICE, PREDICTION_SERVICE, _HEALTH_SERVICE):
-        handlers = {}
-        for rpc in service.methods:
-            method = getattr(servicer, rpc.name)
-            handlers[f"/{service.full_name}/{rpc.name}"] = (
-                grpc.unary_stream_rpc_method_handler(method, None, _serialize)
-                if rpc.server_streaming
-                else grpc.unary_unary_rpc_method_handler(method, None, _serialize)
-            )
-        server.add_generic_rpc_handlers((_Handlers(handlers),))
+    for service in (INFERENCE_SERVICE, PREDICTION_SERVICE, _HEALTH_SERVICE):
+        _add_service(service, servicer, server)
+
+
+def add_admin_to_server(servicer: Any, server: Any) -> None:
+    """Register the service for operators; see :func:`add_services_to_server`."""
+    _add_service(ADMIN_SERVICE, servicer, server)
+
+
+def _add_service(service: Any, servicer: Any, server: Any) -> None:
+    handlers = {}
+    for rpc in service.methods:
+        method = getattr(servicer, rpc.name)
+        handlers[f"/{service.full_name}/{rpc.name}"] = (
+            grpc.unary_stream_rpc_method_handler(method, None, _serialize)
+            if rpc.server_streaming
+            else grpc.unary_unary_rpc_method_handler(method, None, _serialize)
+        )
+    server.add_generic_rpc_handlers((_Handlers(handlers),))
 
 
 def _serialize(message: Any) -> bytes:
@@ -149,19 +165,22 @@ def _serialize(message: Any) -> bytes:
 class GrpcMethods:
     """The methods of all services; Serve needs names that are unique over all services.
 
-    A subclass sets ``grpc_handlers`` and ``prediction_handlers``. Every method takes bytes, returns
-    (or yields) protobuf messages and raises nothing but a cancellation: an error is a status in
-    ``grpc_context``. The methods of Admin and GRPCInferenceService are added below the class.
+    A subclass sets ``grpc_handlers``, ``prediction_handlers`` and ``access``. Every method takes
+    bytes, returns (or yields) protobuf messages and raises nothing but a cancellation: an error is
+    a status in ``grpc_context``. The methods of Admin and GRPCInferenceService are added below the
+    class.
     """
 
     grpc_handlers: GrpcHandlers
     prediction_handlers: PredictionHandlers
+    access: Access
     _watches = 0
 
     async def Generate(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/Generate``."""
         empty = inference_pb2.GenerateReply
-        reply = await _unary(self.grpc_handlers.generate(request), empty, grpc_context)
+        work = partial(self.grpc_handlers.generate, request)
+        reply = await self._unary(Role.INFERENCE, work, empty, grpc_context)
         if reply.finish_reason:  # an empty reply is an error, which has other metadata
             is_exact = all(choice.exact for choice in (reply, *reply.other_choices))
             _set_exact(is_exact, grpc_context)
@@ -172,30 +191,74 @@ class GrpcMethods:
     ) -> AsyncGenerator[Any, None]:
         """Serve ``Inference/GenerateStream``."""
         replies = _with_exact(self.grpc_handlers.generate_stream(request), grpc_context)
-        async with aclosing(_stream(replies, inference_pb2.GenerateReply, grpc_context)) as safe:
+        empty = inference_pb2.GenerateReply
+        stream = self._stream(Role.INFERENCE, replies, empty, grpc_context)
+        async with aclosing(stream) as safe:
             async for reply in safe:
                 yield reply
 
     async def GetModelInfo(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/GetModelInfo``."""
         empty = inference_pb2.GetModelInfoReply
-        return await _unary(self.grpc_handlers.get_model_info(request), empty, grpc_context)
+        work = partial(self.grpc_handlers.get_model_info, request)
+        return await self._unary(Role.INFERENCE, work, empty, grpc_context)
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
-        """Serve ``Health/Check``."""
-        grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
+        """Serve ``Health/Check``; it needs no key, but only a key gets the metadata."""
+        is_known = self.access.is_open or bool(_given(grpc_context))
+
+        async def work() -> Any:
+            if is_known:
+                grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
+            return await self.grpc_handlers.check_health(request)
+
         empty = health_pb2.HealthCheckResponse
-        return await _unary(self.grpc_handlers.check_health(request), empty, grpc_context)
+        if is_known:
+            return await self._unary(None, work, empty, grpc_context)
+        return await _answered(work, empty, grpc_context)
 
     async def Watch(  # noqa: N802
         self, request: bytes, grpc_context: CallContext
     ) -> AsyncGenerator[Any, None]:
-        """Serve ``Health/Watch``."""
+        """Serve ``Health/Watch``; any key will do."""
         replies = self._watch(request)
         empty = health_pb2.HealthCheckResponse
-        async with aclosing(_stream(replies, empty, grpc_context)) as safe:
+        async with aclosing(self._stream(None, replies, empty, grpc_context)) as safe:
             async for reply in safe:
                 yield reply
+
+    async def _unary(
+        self,
+        role: Role | None,
+        work: Callable[[], Awaitable[Any]],
+        empty: Callable[[], Any],
+        context: CallContext,
+    ) -> Any:
+        """Return the reply of ``work`` to a caller of this role, or an empty one with an error."""
+
+        async def admitted() -> Any:
+            await self.access.admit("grpc", _given(context), role)
+            return await work()
+
+        return await _answered(admitted, empty, context)
+
+    async def _stream(
+        self,
+        role: Role | None,
+        replies: AsyncGenerator[Any, None],
+        empty: Callable[[], Any],
+        context: CallContext,
+    ) -> AsyncGenerator[Any, None]:
+        """Yield replies to a caller of this role; an error is an empty one at the end."""
+        try:
+            async with aclosing(replies):
+                await self.access.admit("grpc", _given(context), role)
+                async for reply in replies:
+                    yield reply
+        except Exception as error:
+            _set_error(error, context)
+            # Serve passes a status on only with a message; see _Handlers.
+            yield empty()
 
     async def _watch(self, request: bytes) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
@@ -228,7 +291,8 @@ def _admin_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext], Awai
     empty = GetMessageClass(ADMIN_SERVICE.methods_by_name[name].output_type)
 
     async def method(self: GrpcMethods, request: bytes, grpc_context: CallContext) -> Any:
-        return await _unary(self.grpc_handlers.administer(name, request), empty, grpc_context)
+        work = partial(self.grpc_handlers.administer, name, request)
+        return await self._unary(Role.ADMIN, work, empty, grpc_context)
 
     return method
 
@@ -241,8 +305,8 @@ def _prediction_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext],
     empty = GetMessageClass(PREDICTION_SERVICE.methods_by_name[name].output_type)
 
     async def method(self: GrpcMethods, request: bytes, grpc_context: CallContext) -> Any:
-        work = self.prediction_handlers.answer(name, request)
-        reply = await _unary(work, empty, grpc_context)
+        work = partial(self.prediction_handlers.answer, name, request)
+        reply = await self._unary(Role.INFERENCE, work, empty, grpc_context)
         if name == "ModelInfer" and reply.model_name:  # an error's empty reply has other metadata
             _set_exact(reply.parameters["exact"].bool_param, grpc_context)
         return reply
@@ -254,25 +318,20 @@ for _name in PREDICTION_SERVICE.methods_by_name:
     setattr(GrpcMethods, _name, _prediction_method(_name))
 
 
-async def _unary(work: Awaitable[Any], empty: Callable[[], Any], context: CallContext) -> Any:
+async def _answered(
+    work: Callable[[], Awaitable[Any]], empty: Callable[[], Any], context: CallContext
+) -> Any:
     try:
-        return await work
+        return await work()
     except Exception as error:
         _set_error(error, context)
         return empty()
 
 
-async def _stream(
-    replies: AsyncGenerator[Any, None], empty: Callable[[], Any], context: CallContext
-) -> AsyncGenerator[Any, None]:
-    try:
-        async with aclosing(replies):
-            async for reply in replies:
-                yield reply
-    except Exception as error:
-        _set_error(error, context)
-        # Serve passes a status on only with a message; see _Handlers.
-        yield empty()
+def _given(context: CallContext) -> list[str]:
+    """Return the values of ``authorization`` in a call's metadata."""
+    values = [value for key, value in context.invocation_metadata() or () if key == FIELD]
+    return [value if isinstance(value, str) else "" for value in values]
 
 
 async def _with_exact(

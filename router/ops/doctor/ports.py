@@ -11,15 +11,17 @@ from typing import Any
 
 import psutil
 
+from router.config import IMPORT_PATH, GatewayConfig
 from router.serve.options import HAPROXY, serve_variables
 
 _EVERYWHERE, _LOOPBACK = "", "127.0.0.1"
 _VARIABLES = "controller_options.runtime_env.env_vars"
 _STATISTICS = "RAY_SERVE_HAPROXY_STATS_PORT"
+_METRICS = "RAY_SERVE_HAPROXY_METRICS_PORT"
 # The default ports of Serve; the variables under env_vars override them.
 _BEHIND_HAPROXY = (
     (_STATISTICS, 8404, "HAProxy's statistics"),
-    ("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
+    (_METRICS, 9101, "HAProxy's metrics"),
     ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy, HTTP"),
     ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", 9500, "Serve's fallback proxy, gRPC"),
 )
@@ -59,9 +61,28 @@ def ports_of(document: Mapping[str, Any]) -> list[Port]:
     if variables.get(HAPROXY) == "1":
         for name, default, purpose in _BEHIND_HAPROXY:
             number = _number(variables.get(name), default)
-            of_machine = _LOOPBACK if name == _STATISTICS else host
+            of_machine = _LOOPBACK if name in (_STATISTICS, _METRICS) else host
             ports.append(Port(number, of_machine, purpose, f"{_VARIABLES}.{name}"))
+    ports += [
+        Port(port, listens, "gRPC for operators", f"applications[{index}].args.gateway.admin_port")
+        for index, (listens, port) in enumerate(admin_addresses(document))
+        if port is not None
+    ]
     return ports
+
+
+def admin_addresses(document: Mapping[str, Any]) -> list[tuple[str, int | None]]:
+    """Return where the gateways of each application answer operators; the port may be off."""
+    after = _number((document.get("grpc_options") or {}).get("port"), 9000) + 1
+    gateways = [
+        GatewayConfig.model_validate((application.get("args") or {}).get("gateway") or {})
+        for application in document.get("applications") or ()
+        if application.get("import_path") == IMPORT_PATH
+    ]
+    return [
+        (gateway.admin_host, gateway.admin_port or (after if after > 1 else None))
+        for gateway in gateways
+    ]
 
 
 def _number(value: Any, default: int) -> int:

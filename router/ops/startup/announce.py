@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.client import HTTPException
 from math import prod
 from typing import Any
@@ -30,6 +31,7 @@ from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
 from router.config import IMPORT_PATH
 from router.messages.prediction import MIXTURE_PLATFORM
+from router.ops.doctor.ports import admin_addresses
 
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
@@ -45,6 +47,7 @@ class Endpoint:
     http_url: str
     grpc_address: str
     models: tuple[str, ...] = ()
+    admin_address: str | None = None
 
     def command(self) -> str:
         """Return a command that tries the endpoint."""
@@ -58,8 +61,7 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
     """Return an endpoint for each of our applications in a deployment file."""
     http, grpc = document.get("http_options") or {}, document.get("grpc_options") or {}
     host = str(http.get("host", "127.0.0.1"))
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
+    host = _own(host)
     scheme = "https" if http.get("ssl_keyfile") else "http"
     base = f"{scheme}://{host}:{http.get('port', 8000)}{http.get('root_path', '')}"
     return [
@@ -67,10 +69,19 @@ def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
             base + str(application.get("route_prefix", "/")).rstrip("/"),
             f"{host}:{grpc.get('port', 9000)}",
             tuple(model["id"] for model in application["args"]["models"]),
+            None if port is None else f"{_own(admin_host)}:{port}",
         )
-        for application in document["applications"]
-        if application.get("import_path") == IMPORT_PATH
+        for application, (admin_host, port) in zip(
+            [app for app in document["applications"] if app.get("import_path") == IMPORT_PATH],
+            admin_addresses(document),
+            strict=True,
+        )
     ]
+
+
+def _own(host: str) -> str:
+    """Return where this machine reaches what listens on a host."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,7 @@ def _announce_one(
                 say(f"expertmesh: not ready after {waited_s:.0f} s: {reason}")
                 has_warned = True
             if bar.is_shown:
-                bar.show(_loading(endpoint.grpc_address))
+                bar.show(_loading(endpoint))
             time.sleep(POLL_S)
     start.is_ready.set()
     ready_s = time.monotonic() - start.began_at_s
@@ -163,10 +174,15 @@ class LoadingBar:
         )
 
 
-def _loading(grpc_address: str) -> Sequence[LoadingStatus]:
-    """Return the loading actors, by a gateway's status; none while no gateway answers."""
+def _loading(endpoint: Endpoint) -> Sequence[LoadingStatus]:
+    """Return the loading actors, by a gateway's status; none while no gateway answers.
+
+    Where there are keys, it is the one in ``EXPERTMESH_API_KEY`` that is shown.
+    """
     try:
-        with Client(grpc_address, retry=None) as client:
+        with Client(
+            endpoint.grpc_address, retry=None, admin_address=endpoint.admin_address
+        ) as client:
             return client.status().loading
     except ExpertMeshError:
         return ()
@@ -221,6 +237,8 @@ def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None)
         with _opened(url, path, timeout_s, body):
             return None
     except HTTPError as error:
+        if error.code == HTTPStatus.UNAUTHORIZED:  # it answers whoever has a key
+            return None
         return _reason(error.read()) or f"HTTP status {error.code}"
     except (OSError, HTTPException) as error:
         return f"{url} does not answer ({error})"

@@ -35,6 +35,7 @@ from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
 from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
+from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
 from router.ops.startup.termination import Termination
 from router.serve.options import HAPROXY, serve_variables
@@ -144,6 +145,10 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
     except ExpertMeshError as error:
         _end(str(error))
     document = completed_here(read_document(file), joins=not starts_ray)
+    try:
+        check_document(document, file, reads_keys=starts_ray)
+    except ExpertMeshError as error:
+        _end(f"{file}: {error}")
     if starts_ray:
         checks = checks_of_a_start(read_deployment(file), os.environ)
         _end_at_a_problem(checks)

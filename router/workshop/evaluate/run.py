@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,11 +48,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A served model: its gateway's address, its id or nothing, and a request's deadline."""
+    """A served model: its gateway's address, its id or nothing, and a request's deadline.
+
+    ``api_key`` is the key to show; by default the client's own.
+    """
 
     address: str
     model: str
     timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ def evaluate(folder: Path, task: Task, served: Served | None, on: OnProgress) ->
         checkpoint = _checkpoint(folder)
         return _evaluate(task, asked, Tokenizer.load(str(folder)), _of_folder(checkpoint), on)
     tokenizer = Tokenizer.load(str(folder))
-    with Client(served.address) as client:
+    with Client(served.address, api_key=served.api_key) as client:
         model = ServedModel(client, served.model, served.timeout_s)
         if sample := _sample(task, asked):
             model.check_tokenizer(tokenizer, sample, str(folder))

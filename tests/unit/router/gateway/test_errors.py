@@ -32,6 +32,7 @@ def test_every_code_has_a_status_of_http_and_one_of_its_own_of_grpc() -> None:
     [
         (Code.INVALID_ARGUMENT, 400),
         (Code.NOT_FOUND, 404),
+        (Code.UNAUTHENTICATED, 401),
         (Code.PERMISSION_DENIED, 403),
         (Code.RESOURCE_EXHAUSTED, 429),
         (Code.INTERNAL, 500),
@@ -72,7 +73,7 @@ def test_other_servers_statuses_are_told_apart() -> None:
     assert not is_from_server(other)
     assert not is_from_server(None)
     assert not is_from_server(b"\xff\xff")
-    error = error_from_grpc(grpc.StatusCode.UNAUTHENTICATED, "who are you", None)
+    error = error_from_grpc(grpc.StatusCode.DATA_LOSS, "who are you", None)
     assert error.code is Code.INTERNAL
     assert "who are you" in str(error)
 

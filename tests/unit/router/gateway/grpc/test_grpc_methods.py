@@ -63,6 +63,9 @@ class FakeContext:
         self.details = ""
         self.trailing: dict[str, bytes] = {}
 
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return []
+
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
@@ -105,7 +108,7 @@ def upstream() -> FakeUpstream:
 
 @pytest.fixture
 def client(upstream: FakeUpstream) -> Iterator[Client]:
-    with grpc_server(upstream) as address, Client(address) as connected:
+    with grpc_server(upstream) as address, Client(address, admin_address=address) as connected:
         yield connected
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -13,8 +14,7 @@ from benchmarks.shipped import free_ports
 from cluster.errors import ExpertMeshError
 from router.client import Sampling
 from router.client.aio import AsyncClient
-from router.gateway.grpc import server as module
-from router.gateway.grpc.server import GrpcServer
+from router.gateway.grpc.server import CLIENTS, GrpcServer
 from router.messages.request import GenerationRequest, TokenEvent
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says
 
@@ -33,7 +33,8 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 
 
 def server_of(text: str, port: int, host: str = HOST) -> GrpcServer:
-    return GrpcServer(Servicer(FakeUpstream(says(text))), host, port, MAX_MESSAGE_BYTES)
+    servicer = Servicer(FakeUpstream(says(text)))
+    return GrpcServer(servicer, CLIENTS, host, port, MAX_MESSAGE_BYTES)
 
 
 async def answer_of(port: int, host: str = HOST) -> str:
@@ -132,7 +133,7 @@ def test_a_call_under_way_is_finished_while_new_ones_go_elsewhere() -> None:
         [port] = free_ports(1)
         upstream = HeldUpstream(" one")
         first, second = (
-            GrpcServer(Servicer(upstream), HOST, port, MAX_MESSAGE_BYTES),
+            GrpcServer(Servicer(upstream), CLIENTS, HOST, port, MAX_MESSAGE_BYTES),
             server_of(" two", port),
         )
         first.start()
@@ -169,14 +170,15 @@ def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
 
 
 def test_a_server_that_cannot_start_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fails(servicer: object, server: object) -> None:
         raise RuntimeError("no such service")
 
     async def work() -> None:
-        monkeypatch.setattr(module, "add_services_to_server", fails)
-        server = server_of(" one", free_ports(1)[0])
+        servicer = Servicer(FakeUpstream(says(" one")))
+        surface = replace(CLIENTS, add=fails)
+        server = GrpcServer(servicer, surface, HOST, free_ports(1)[0], MAX_MESSAGE_BYTES)
         server.start()
         with pytest.raises(RuntimeError, match="no such service"):
             await server.wait_listening()

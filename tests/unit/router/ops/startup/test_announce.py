@@ -92,7 +92,9 @@ def missing(count: int) -> tuple[int, bytes]:
 
 def test_the_shipped_file_is_reached_at_the_default_addresses() -> None:
     [endpoint] = endpoints(document())
-    assert endpoint == Endpoint("http://127.0.0.1:8000", "127.0.0.1:9000", ("mesh-tiny",))
+    assert endpoint == Endpoint(
+        "http://127.0.0.1:8000", "127.0.0.1:9000", ("mesh-tiny",), "127.0.0.1:9001"
+    )
     assert endpoint.command() == 'expertmesh generate "In the beginning" --stream'
 
 
@@ -102,7 +104,9 @@ def test_other_addresses_and_prefixes_are_told() -> None:
     told["applications"][0]["route_prefix"] = "/llm/"
     told["applications"].append({"name": "other", "import_path": "other:app"})
     [endpoint] = endpoints(told)
-    assert endpoint == Endpoint("https://127.0.0.1:81/x/llm", "127.0.0.1:91", ("mesh-tiny",))
+    assert endpoint == Endpoint(
+        "https://127.0.0.1:81/x/llm", "127.0.0.1:91", ("mesh-tiny",), "127.0.0.1:92"
+    )
     assert endpoint.command().endswith(" --address 127.0.0.1:91")
 
 
@@ -223,4 +227,4 @@ def test_elsewhere_there_is_no_bar(console: Console | None) -> None:
 
 
 def test_a_server_that_is_not_there_tells_of_no_loading() -> None:
-    assert announce._loading("127.0.0.1:1") == ()
+    assert announce._loading(Endpoint("", "127.0.0.1:1")) == ()

@@ -1,0 +1,171 @@
+"""The check of callers: who is let in, what a refusal tells, and how long it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError, ForbiddenError, UnauthenticatedError
+from router.security import access as module
+from router.security.access import Access
+from router.security.keyring import Keyring
+from router.security.keys import ANYBODY, Caller, Role
+from router.security.keys_file import add_key
+from router.security.reach import check_reach
+
+
+class Gate:
+    """An access with a key for inference, which refuses without delay, and its counts."""
+
+    def __init__(self, folder: Path, slow_s: float = 0.0) -> None:
+        self.key = add_key(folder / "keys.yaml", "alice", [Role.INFERENCE])
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.access = Access(
+            Keyring(folder / "keys.yaml"), lambda *labels: self.counts.update([labels]), slow_s
+        )
+
+    def admit(self, given: Sequence[str], role: Role | None = Role.INFERENCE) -> Caller:
+        return asyncio.run(self.access.admit("http", given, role))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
+def test_without_keys_everybody_may_do_everything() -> None:
+    access = Access(None, lambda *labels: pytest.fail("counted"))
+    for given in ([], ["Bearer x"], ["nonsense", "twice"]):
+        assert asyncio.run(access.admit("grpc", given, Role.ADMIN)) is ANYBODY
+    assert access.is_open
+
+
+@pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER   {} ", " Bearer {}"])
+def test_the_owner_of_a_key_is_let_in(gate: Gate, form: str) -> None:
+    assert gate.admit([form.format(gate.key)]).name == "alice"
+    assert gate.admit([form.format(gate.key)], None).name == "alice"
+    assert not gate.counts
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "{}",
+        "Basic {}",
+        "Bearer x{}",
+        "Bearer {}x",
+        "Bearer {} x",
+        "Bearer\t{}",
+        "Bearer {}\n",
+        "Bearer {}\x00",
+        "Bearer " + "x" * 100_000,
+        "Bearer ключ",
+        "Bearer \udcff",
+    ],
+)
+def test_whatever_else_is_given_is_refused_without_being_shown(gate: Gate, form: str) -> None:
+    given = form.format(gate.key)
+    if given.strip() != given and given.strip() == f"Bearer {gate.key}":
+        return  # white space at the ends is none of the key
+    with pytest.raises(UnauthenticatedError, match="a key of this deployment is needed") as refused:
+        gate.admit([given])
+    assert gate.key not in str(refused.value)
+    assert gate.counts == {("http", "unknown_key"): 1}
+
+
+def test_nothing_and_two_values_are_refused(gate: Gate) -> None:
+    with pytest.raises(UnauthenticatedError, match="none was given"):
+        gate.admit([])
+    with pytest.raises(UnauthenticatedError, match="this is none"):
+        gate.admit([f"Bearer {gate.key}", f"Bearer {gate.key}"])
+    assert gate.counts == {("http", "no_key"): 1, ("http", "unknown_key"): 1}
+
+
+def test_a_key_of_another_role_is_told_which_it_needs(gate: Gate) -> None:
+    with pytest.raises(ForbiddenError, match="this key is for inference, needed is admin"):
+        gate.admit([f"Bearer {gate.key}"], Role.ADMIN)
+    assert gate.counts == {("http", "wrong_role"): 1}
+
+
+def test_strangers_wait_and_owners_do_not(tmp_path: Path) -> None:
+    gate = Gate(tmp_path, slow_s=0.3)
+
+    async def work() -> None:
+        strangers = asyncio.gather(
+            *(gate.access.admit("grpc", [], None) for _ in range(20)), return_exceptions=True
+        )
+        await asyncio.sleep(0)
+        began_s = time.monotonic()
+        await gate.access.admit("grpc", [f"Bearer {gate.key}"], Role.INFERENCE)
+        assert time.monotonic() - began_s < 0.2
+        assert not strangers.done()
+        errors = await strangers
+        assert time.monotonic() - began_s >= 0.25
+        assert all(isinstance(error, UnauthenticatedError) for error in errors)
+
+    asyncio.run(work())
+
+
+def test_a_crowd_of_strangers_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SLOW", 2)
+    gate = Gate(tmp_path, slow_s=60.0)
+
+    async def work() -> None:
+        waiting = [asyncio.create_task(gate.access.admit("http", [], None)) for _ in range(2)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            with pytest.raises(UnauthenticatedError):
+                await gate.access.admit("http", [], None)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        third = asyncio.create_task(gate.access.admit("http", [], None))
+        await asyncio.sleep(0.05)
+        assert not third.done()  # the places are free again
+        third.cancel()
+
+    asyncio.run(work())
+
+
+def test_refusals_are_logged_now_and_then(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "expertmesh.security"):
+        for _ in range(50):
+            with pytest.raises(UnauthenticatedError):
+                gate.admit([f"Bearer {gate.key}x"])
+    [record] = caplog.records
+    assert gate.key not in record.getMessage()
+
+
+def test_a_check_costs_little(gate: Gate) -> None:
+    given = [f"Bearer {gate.key}"]
+
+    async def work() -> float:
+        began_s = time.process_time()
+        for _ in range(2000):
+            await gate.access.admit("http", given, Role.INFERENCE)
+        return (time.process_time() - began_s) / 2000
+
+    assert asyncio.run(work()) < 50e-6
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_needs_no_key(host: str) -> None:
+    check_reach(host, False, "http_options.host")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.lan", ""])
+def test_other_machines_need_a_key_or_an_open_word(host: str) -> None:
+    check_reach(host, True, "http_options.host")
+    with pytest.raises(ConfigError, match="and no keys: make a key by `expertmesh keys new"):
+        check_reach(host, False, "http_options.host")

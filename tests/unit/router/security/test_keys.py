@@ -1,0 +1,87 @@
+"""The file of keys: what it means, what is refused, and that no message has a part of it."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError
+from router.security.keys import Caller, Role, digest_of, read_callers
+
+PLAIN = "em-canary-that-nobody-may-see"
+HASH = sha256(PLAIN.encode()).hexdigest()
+GOOD = f"keys:\n- {{sha256: {HASH}, name: alice, roles: [inference, metrics]}}\n"
+
+
+def written(folder: Path, text: str | bytes, mode: int = 0o600) -> Path:
+    file = folder / "keys.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    file.chmod(mode)
+    return file
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640])
+def test_a_key_is_known_by_its_hash(tmp_path: Path, mode: int) -> None:
+    callers, _ = read_callers(written(tmp_path, GOOD, mode))
+    assert callers == {digest_of(PLAIN): Caller("alice", frozenset({Role.INFERENCE, Role.METRICS}))}
+    assert next(iter(callers)).hex() == HASH
+
+
+def test_a_file_may_have_no_key(tmp_path: Path) -> None:
+    assert read_callers(written(tmp_path, "keys: []\n"))[0] == {}
+
+
+def test_several_keys_may_have_one_name(tmp_path: Path) -> None:
+    other = f"- {{sha256: '{'0' * 64}', name: alice, roles: [admin]}}\n"
+    callers, _ = read_callers(written(tmp_path, GOOD + other))
+    assert {caller.name for caller in callers.values()} == {"alice"}
+    assert len(callers) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "the file: Input should be"),
+        (f"{PLAIN}\n", "the file: Input should be"),
+        (f"{PLAIN}: alice\n", "keys: Field required"),
+        (f"{GOOD}{PLAIN}: alice\n", "the file has an unknown key; allowed are keys"),
+        (f"keys: {PLAIN}\n", "keys: Input should be a valid tuple"),
+        (f"keys: [{PLAIN}]\n", r"keys\[0\]: Input should be"),
+        (GOOD.replace(HASH, PLAIN), r"keys\[0\]\.sha256 must be the SHA-256 of a key in 64"),
+        (GOOD.replace(HASH, HASH.upper()), r"keys\[0\]\.sha256 must be the SHA-256"),
+        (GOOD.replace("alice", f"'{PLAIN} !'"), r"keys\[0\]\.name must be 1 to 64 letters"),
+        (GOOD.replace("[inference, metrics]", "[]"), r"keys\[0\]\.roles: .*at least 1"),
+        (GOOD.replace("metrics", PLAIN), r"keys\[0\]\.roles\[1\]: Input should be 'inference'"),
+        (GOOD.replace("roles:", f"{PLAIN}: 1, roles:"), r"keys\[0\] has an unknown key; allowed"),
+        (GOOD + GOOD.removeprefix("keys:\n"), r"keys\[1\]\.sha256 is there twice"),
+        (f"keys: [{PLAIN}\n", "is not YAML at line 2, column 1"),
+        (f"keys: !!python/object:os.system {PLAIN}\n", "is not YAML at line 1, column 7"),
+        (GOOD.encode() + b"\xff", "is not UTF-8"),
+        ("x" * (1024 * 1024 + 1), "has 1048577 bytes, at most 1048576 are allowed"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_without_its_content(
+    tmp_path: Path, text: str | bytes, reason: str
+) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read_callers(file)
+    assert refused.value.field == "security.keys_file"
+    assert str(file) in str(refused.value)
+    assert PLAIN not in str(refused.value)
+    assert refused.value.__cause__ is None  # a cause would be logged with the content
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o601])
+def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(ConfigError, match=rf"may be used by everybody \(mode {mode:04o}\); chmod"):
+        read_callers(written(tmp_path, GOOD, mode))
+
+
+def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_callers(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_callers(tmp_path)
