@@ -24,8 +24,9 @@ OWN_PORTS = (
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
 )
 """Serve's other ports of fixed numbers."""
-QUIET_PORTS = range(20_000, 30_000)
-"""Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux)."""
+QUIET_PORTS = range(20_000, 30_000, 2)
+"""Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux); the port
+after each is for operators."""
 SERVE_KEYS = (
     "proxy_location",
     "http_options",
@@ -61,6 +62,8 @@ def interruptible(program: str, *words: str) -> list[str]:
 def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
     """Return TCP ports that nobody listens on at the moment, none of them in ``apart_from``.
 
+    Nor does anybody listen on the port after each.
+
     They are none that systems give to outgoing connections: HAProxy begins to listen when the
     gateways are there, and by then such a port may be taken.
     """
@@ -70,8 +73,9 @@ def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
             break
         if port in apart_from:
             continue
-        with socket.socket() as one, suppress(OSError):
+        with socket.socket() as one, socket.socket() as next_one, suppress(OSError):
             one.bind(("", port))
+            next_one.bind(("", port + 1))
             found.append(port)
     return found
 

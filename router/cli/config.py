@@ -95,6 +95,9 @@ def check(
 
     Example: expertmesh check deploy/cluster.yaml
     """
+    from router.config import read_document
+    from router.ops.startup.reach import check_document
+    from router.serve.options import completed
     from router.served import check_file
 
     result: dict[str, Any] = {"ok": True}
@@ -106,6 +109,7 @@ def check(
             result["hashes"] = [asdict(checkpoint) for checkpoint in verified]
         else:
             lines = check_file(file)
+        check_document(completed(read_document(file)), file, reads_keys=False)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})

@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 class Call(Generic[Answer]):
     """A call without retries: a stub's method, its request, and the reader of its reply.
 
-    ``address`` is where the method is.
+    ``address`` tells people where the method is.
     """
 
     method: Callable[..., Any]
@@ -109,7 +109,8 @@ class Session:
     ) -> Call[Answer]:
         """Return the call of a method of the Admin service."""
         method = self._keyed(getattr(self._admin, name))
-        return Call(method, request, timeout_s, read, self._admin_address)
+        where = f"{self._admin_address}, where gateways answer operators"
+        return Call(method, request, timeout_s, read, where)
 
     def _prediction_stub(self) -> Any:
         """Return the stub of the Open Inference Protocol, made when it is first needed.

@@ -25,6 +25,7 @@ MAX_FILE_BYTES = 1024 * 1024
 _HASH_ADVICE = "must be the SHA-256 of a key in 64 lower-case hex digits (`expertmesh keys new`)"
 
 
+_REASONS = {"model_type": "must be a mapping", "tuple_type": "must be a list"}
 NAME_RULE = "1 to 64 letters, digits and ._@-, the first a letter or digit"
 
 
@@ -152,7 +153,8 @@ def _reason(error: Any) -> str:
         return f"{_path(location)} {_HASH_ADVICE}"
     if location and location[-1] == "name":
         return f"{_path(location)} must be {NAME_RULE}"
-    return f"{_path(location) or 'the file'}: {error['msg']}"
+    reason = _REASONS.get(error["type"]) or error["msg"]
+    return f"{_path(location) or 'the file'}: {reason}"
 
 
 def _path(location: tuple[int | str, ...]) -> str:

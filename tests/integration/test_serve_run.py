@@ -37,11 +37,6 @@ SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
 SHORT = 300
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
-RAYS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Agents of Ray's that look like workers."""
-SHORT = 300
-"""Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
-STREAMS, CHOICES, LENGTH = 4, 8, 900
 RAYS = {
     "raylet",
     "gcs_server",

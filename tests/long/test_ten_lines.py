@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from router.client import Client
 from router.serve.options import completed, serve_variables
 from tests.cluster_fixture import TINY, StreamReader, greedy, is_alive, wait_until
 from tests.serve_run import (
+    READY_S,
     answers_everywhere,
     expertmesh_serve,
     serve_environments,
@@ -69,12 +71,13 @@ def test_ten_lines_are_served_in_full_by_expertmesh_serve(tmp_path: Path) -> Non
 def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    file.write_text(file.read_text().replace("http_options: {", "http_options: {host: 127.0.0.1, "))
     with serve_run(file, log) as process, Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
         wait_ready(process, log, http_port)
         answers_everywhere(http_port, client)
         text = log.read_text()
         assert "Serve was started by the file alone" in text
-        assert f"gRPC: this gateway answers on 0.0.0.0:{grpc_port}" in text
+        assert f"gRPC: this gateway answers on 127.0.0.1:{grpc_port}" in text
         assert len(text.splitlines()) <= MAX_LINES_ALONE, text
         for _ in range(5):
             answers_everywhere(http_port, client)
@@ -88,3 +91,14 @@ def test_ten_lines_are_served_by_serve_run_alone(tmp_path: Path) -> None:
         assert isinstance(stream.error, UnavailableError)
         wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "none is left", GONE_S)
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.timeout(180)
+def test_serve_run_alone_lets_no_other_machine_in_without_keys(tmp_path: Path) -> None:
+    """Serve itself listens on all interfaces where the file says nothing."""
+    http_port, grpc_port = free_ports(2)
+    file, log = ten_lines_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with serve_run(file, log) as process:
+        wait_until(lambda: "and no keys: make a key" in log.read_text(), "it is refused", READY_S)
+        assert process.poll() is None  # Serve goes on, without the application
+        assert httpx.get(f"http://127.0.0.1:{http_port}/ready").status_code == 404

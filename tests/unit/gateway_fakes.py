@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.shipped import free_ports
 from cluster.errors import ExpertMeshError
 from cluster.reports import (
     ActorStatus,
@@ -109,7 +110,7 @@ STATUS = ClusterStatus(
     controller_pid=41,
     missing_experts=0,
     routers=(ProcessStatus(42, "n1", (ModelKernel("tiny", "torch-avx2"),)),),
-    gateways=(ProcessStatus(43, "n1"),),
+    gateways=(ProcessStatus(43, "n1", (), "keys.yaml: is no file"),),
     actors=(
         ActorStatus(
             actor_id="a0",
@@ -391,7 +392,8 @@ def grpc_server(
 def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
     """Run a real gRPC server of all services on a loopback port, in a thread; gives its address.
 
-    Its end breaks the calls under way.
+    It listens on the next port too, where clients look for operators' methods. Its end breaks the
+    calls under way.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -401,7 +403,9 @@ def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
         server = grpc.aio.server()
         add_services_to_server(servicer, server)
         add_admin_to_server(servicer, server)
-        bound = server.add_insecure_port(f"127.0.0.1:{port}")
+        bound = port or free_ports(1)[0]
+        for number in (bound, bound + 1):
+            server.add_insecure_port(f"127.0.0.1:{number}")
         await server.start()
         return server, bound
 

@@ -413,6 +413,8 @@ def test_a_deployment_file_of_ours_says_no_more_of_serve_than_where_it_listens(f
     is_local = file.name in ("cluster.yaml", "mixtures.yaml", "smol.yaml")
     host = "127.0.0.1" if is_local else "0.0.0.0"
     assert document["http_options"] == {"host": host}
+    [application] = document["applications"]
+    assert ("keys_file" in application["args"].get("security", {})) is not is_local
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)

@@ -99,9 +99,10 @@ def test_status_as_json(address: str) -> None:
                 "pid": 42,
                 "node": "n1",
                 "kernels": [{"model": "tiny", "kernel_class": "torch-avx2"}],
+                "problem": "",
             }
         ],
-        "gateways": [{"pid": 43, "node": "n1", "kernels": []}],
+        "gateways": [{"pid": 43, "node": "n1", "kernels": [], "problem": "keys.yaml: is no file"}],
         "actors": [
             {
                 "actor_id": "a0",
@@ -174,14 +175,15 @@ def test_status_says_which_actors_are_silent_and_why_they_are_kept(address: str)
     lines = run("status", "--address", address).stdout.splitlines()
     assert "a0 has answered no heartbeat for 4 s: routers hear it" in lines
     heard = replace(STATUS, kernels=(), failing=(), actors=(replace(STATUS.actors[0], silence=""),))
-    assert len(_summary(heard).splitlines()) == 2
+    assert len(_summary(replace(heard, gateways=())).splitlines()) == 2
+    assert _summary(heard).splitlines()[2] == "gateway 43@n1: keys.yaml: is no file"
 
 
 def test_status_has_a_line_for_each_actor_that_fails(address: str) -> None:
     lines = run("status", "--address", address).stdout.splitlines()
     line = "a2 on cuda:0, n1 fails: 3 deaths in a row, next start in 12.5 s; n1 lacks 5 bytes"
     assert line in lines
-    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 4
+    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 5
 
 
 def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:
@@ -226,7 +228,8 @@ def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream)
         assert [next_line(watching)["epoch"] for _ in range(2)] == [3, 3]
     while "error" not in (told := next_line(watching)):
         assert told["epoch"] == 3
-    assert address in told["error"]["message"]
+    host, _, port = address.partition(":")
+    assert f"at {host}:{int(port) + 1}, where gateways" in told["error"]["message"]
     with grpc_server(upstream, int(address.rpartition(":")[2])):
         while "error" in (told := next_line(watching)):
             assert told["error"]["code"] == "unavailable"
@@ -265,7 +268,8 @@ def test_a_refusal_is_one_line_and_1(address: str, upstream: FakeUpstream) -> No
 def test_nobody_at_the_address_is_3(command: list[str]) -> None:
     result = run(*command, "--address", NOBODY)
     assert (result.exit_code, result.stdout) == (3, "")
-    assert NOBODY in result.stderr
+    place = "127.0.0.1:2, where gateways answer operators" if command == ["status"] else NOBODY
+    assert f"no ExpertMesh server answers at {place}; is" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

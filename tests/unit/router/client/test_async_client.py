@@ -46,7 +46,7 @@ def test_one_client_carries_many_requests_at_once() -> None:
 
 def test_status_and_models_are_those_of_the_server() -> None:
     async def ask(address: str) -> Any:
-        async with AsyncClient(address, admin_address=address) as client:
+        async with AsyncClient(address) as client:
             [tiny, bare] = await client.model_info()
             assert (tiny.id, bare.id) == ("tiny", "bare")
             assert await client.model_info("tiny") == [tiny]

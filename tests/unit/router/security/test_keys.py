@@ -43,12 +43,12 @@ def test_several_keys_may_have_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "the file: Input should be"),
-        (f"{PLAIN}\n", "the file: Input should be"),
+        ("", "the file: must be a mapping"),
+        (f"{PLAIN}\n", "the file: must be a mapping"),
         (f"{PLAIN}: alice\n", "keys: Field required"),
         (f"{GOOD}{PLAIN}: alice\n", "the file has an unknown key; allowed are keys"),
-        (f"keys: {PLAIN}\n", "keys: Input should be a valid tuple"),
-        (f"keys: [{PLAIN}]\n", r"keys\[0\]: Input should be"),
+        (f"keys: {PLAIN}\n", "keys: must be a list"),
+        (f"keys: [{PLAIN}]\n", r"keys\[0\]: must be a mapping"),
         (GOOD.replace(HASH, PLAIN), r"keys\[0\]\.sha256 must be the SHA-256 of a key in 64"),
         (GOOD.replace(HASH, HASH.upper()), r"keys\[0\]\.sha256 must be the SHA-256"),
         (GOOD.replace("alice", f"'{PLAIN} !'"), r"keys\[0\]\.name must be 1 to 64 letters"),

@@ -202,7 +202,7 @@ def test_the_client_shows_its_key_and_that_of_the_environment(
     with serve_grpc(servicer) as address:
 
         def client(**options: str) -> Client:
-            return Client(address, admin_address=address, retry=None, **options)  # type: ignore[arg-type]
+            return Client(address, retry=None, **options)  # type: ignore[arg-type]
 
         with client() as bare, pytest.raises(UnauthenticatedError, match="none was given"):
             bare.generate("in", sampling)

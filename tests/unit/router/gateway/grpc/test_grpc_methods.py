@@ -108,7 +108,7 @@ def upstream() -> FakeUpstream:
 
 @pytest.fixture
 def client(upstream: FakeUpstream) -> Iterator[Client]:
-    with grpc_server(upstream) as address, Client(address, admin_address=address) as connected:
+    with grpc_server(upstream) as address, Client(address) as connected:
         yield connected
 
 

@@ -27,17 +27,23 @@ HERE = {"RAY_TMPDIR": "/nowhere"}
 
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
     ports = ports_of(completed(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))))
-    assert {port.number for port in ports} == {8000, 9000, 8404, 9101, 8500, 9500}
+    assert {port.number for port in ports} == {8000, 9000, 9001, 8404, 9101, 8500, 9500}
     assert {port.host for port in ports} == {"127.0.0.1"}
     everywhere = ports_of(completed({"http_options": {"host": "0.0.0.0"}}))
-    assert [port.host for port in everywhere] == ["", "", "127.0.0.1", "", "", ""]
+    assert [port.host for port in everywhere] == ["", "", "127.0.0.1", "127.0.0.1", "", ""]
     document = completed(shipped_document(1111, 2222))
     numbers = [port.number for port in ports_of(document)]
     variables = serve_variables(document)
     assert numbers[:2] == [1111, 2222]
-    assert {str(number) for number in numbers[2:]} <= set(variables.values())
+    assert numbers[-1] == 2223
+    assert {str(number) for number in numbers[2:-1]} <= set(variables.values())
     del variables[HAPROXY]
-    assert [port.number for port in ports_of(document)] == [1111, 2222]
+    assert [port.number for port in ports_of(document)] == [1111, 2222, 2223]
+    document["applications"][0]["args"]["gateway"] = {"admin_host": "::1", "admin_port": 77}
+    assert (ports_of(document)[-1].host, ports_of(document)[-1].number) == ("::1", 77)
+    document["grpc_options"]["port"] = 0
+    del document["applications"][0]["args"]["gateway"]
+    assert [port.number for port in ports_of(document)] == [1111, 0]
     assert [port.number for port in ports_of({})] == [8000, 9000]
 
 

@@ -23,6 +23,8 @@ from router.ops.doctor.devices import Devices, Gpu
 from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
 from router.ops.startup.preflight import checked_document, deployment_file, given_address
+from router.security.keys import Role
+from router.security.keys_file import add_key
 from router.serve.options import HAPROXY, completed, serve_variables
 from tests.checkpoints import save_mixtral
 
@@ -192,6 +194,7 @@ def gpu_file(tmp_path: Path, **router: Any) -> Path:
     shipped = shipped_document(*free_ports(2))
     shipped["applications"] = document["applications"]
     document["applications"][0]["args"]["router"] |= router
+    del document["applications"][0]["args"]["security"]  # it listens on loopback
     if router.get("num_gpus") == 0:
         document["applications"][0]["args"]["experts"] = {}
     return write(tmp_path / "gpu.yaml", shipped)
@@ -424,3 +427,78 @@ def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
     monkeypatch.setattr(preflight, "checks_of_a_start", changed)
     line = refusal(["serve", "run", str(file)], capsys)
     assert line == f"expertmesh: {folder}/model.safetensors: has changed since it was opened"
+
+
+def secured(file: Path, security: object, **options: Any) -> Path:
+    """The file with a section of security, and other options of HTTP and gRPC."""
+    document = yaml.safe_load(file.read_text())
+    if security is not None:
+        document["applications"][0]["args"]["security"] = security
+    document["applications"][0]["args"]["gateway"] = options.pop("gateway", {})
+    for name, values in options.items():
+        document[name] |= values
+    return write(file, document)
+
+
+EVERYWHERE = {"host": "0.0.0.0"}
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_host_that_others_reach_needs_keys_or_an_open_word(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    secured(file, None, http_options=EVERYWHERE)
+    line = refusal(["serve", command, str(file)], capsys)
+    assert "http_options.host: given '0.0.0.0', which other machines reach, and no keys" in line
+    secured(file, "open")
+    checked_document(["serve", command, str(file)])
+    keys = tmp_path / "keys.yaml"
+    add_key(keys, "alice", [Role.INFERENCE])
+    secured(file, {"keys_file": str(keys)})
+    document = checked_document(["serve", command, str(file)])
+    assert document is not None
+    assert document["grpc_options"]["enable_reflection"] is False
+
+
+def test_operators_need_keys_where_others_reach_them(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secured(file, None, gateway={"admin_host": "10.1.2.3"})
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert "gateway.admin_host: given '10.1.2.3', which other machines reach" in line
+
+
+def test_a_file_of_keys_must_be_usable_where_gateways_start(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "keys.yaml"
+    secured(file, {"keys_file": str(missing)})
+    assert f"{missing}: cannot be read" in refusal(["serve", "run", str(file)], capsys)
+    checked_document(["serve", "deploy", str(file)])  # its gateways are elsewhere
+    add_key(missing, "alice", [Role.INFERENCE])
+    missing.chmod(0o644)
+    assert "may be used by everybody" in refusal(["serve", "run", str(file)], capsys)
+
+
+def test_reflection_beside_keys_is_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    add_key(keys, "alice", [Role.INFERENCE])
+    secured(file, {"keys_file": str(keys)}, grpc_options={"enable_reflection": True})
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert "grpc_options.enable_reflection: given true, must be false" in line
+
+
+def test_two_applications_need_two_ports_for_operators(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = yaml.safe_load(file.read_text())
+    other = yaml.safe_load(yaml.safe_dump(document["applications"][0]))
+    other |= {"name": "other", "route_prefix": "/other"}
+    document["applications"].append(other)
+    line = refusal(["serve", "run", str(write(file, document))], capsys)
+    port = document["grpc_options"]["port"] + 1
+    assert f"gateway.admin_port: {port} is the port for operators of 2 applications" in line
+    other["args"]["gateway"] = {"admin_port": free_ports(1)[0]}
+    checked_document(["serve", "run", str(write(file, document))])

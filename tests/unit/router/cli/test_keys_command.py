@@ -1,0 +1,115 @@
+"""``expertmesh keys``: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from router.cli.app import app
+from router.security.keys import read_callers
+
+
+def keys(file: Path, *words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["keys", *words, "--file", str(file)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.yaml"
+
+
+def test_a_new_key_is_printed_once_and_its_hash_is_kept(file: Path) -> None:
+    code, key, told = keys(file, "new", "alice", "--role", "inference", "--role", "metrics")
+    assert code == 0
+    assert key.startswith("em-")
+    assert len(key.strip()) == 46
+    assert key.strip() not in told + file.read_text()
+    [entry] = yaml.safe_load(file.read_text())["keys"]
+    assert entry == {
+        "sha256": sha256(key.strip().encode()).hexdigest(),
+        "name": "alice",
+        "roles": ["inference", "metrics"],
+    }
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_keys_differ_and_are_for_inference_by_default(file: Path) -> None:
+    made = {keys(file, "new", f"user{i}", "--json")[1] for i in range(3)}
+    assert len({json.loads(one)["key"] for one in made}) == 3
+    assert {tuple(json.loads(one)["roles"]) for one in made} == {("inference",)}
+
+
+def test_a_list_shows_names_and_the_beginnings_of_hashes(file: Path) -> None:
+    key = keys(file, "new", "alice")[1].strip()
+    code, table, _ = keys(file, "list")
+    assert code == 0
+    assert "alice" in table
+    assert sha256(key.encode()).hexdigest()[:12] in table
+    [entry] = json.loads(keys(file, "list", "--json")[1])
+    assert entry["sha256"] == sha256(key.encode()).hexdigest()
+
+
+def test_a_name_or_a_hash_is_revoked(file: Path) -> None:
+    first, second, third = (keys(file, "new", name)[1].strip() for name in ("a", "a", "b"))
+    beginning = sha256(second.encode()).hexdigest()[:8]
+    code, told, _ = keys(file, "revoke", beginning)
+    assert (code, told.count("revoked: a, ")) == (0, 1)
+    left = {digest.hex() for digest in read_callers(file)[0]}
+    assert left == {sha256(key.encode()).hexdigest() for key in (first, third)}
+    keys(file, "new", "a")
+    assert len(json.loads(keys(file, "revoke", "a", "--json")[1])) == 2
+    assert [caller.name for caller in read_callers(file)[0].values()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["new", "two words"], "name: given 'two words', must be 1 to 64 letters"),
+        (["new", ""], "name: given '', must be 1 to 64"),
+        (["revoke", "nobody"], "no key has the name or hash 'nobody'; names: alice"),
+        (["revoke", "abc"], "no key has the name or hash 'abc'"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_changes_nothing(
+    file: Path, words: list[str], reason: str
+) -> None:
+    keys(file, "new", "alice")
+    before = file.read_text()
+    code, _, told = keys(file, *words)
+    assert code == 2
+    assert reason in told
+    assert file.read_text() == before
+
+
+def test_a_file_that_cannot_be_used_is_refused(file: Path, tmp_path: Path) -> None:
+    assert keys(file, "list")[0] == 2
+    keys(file, "new", "alice")
+    file.chmod(0o644)
+    for words in (["list"], ["new", "bob"], ["revoke", "alice"]):
+        code, _, told = keys(file, *words)
+        assert code == 2
+        assert "may be used by everybody (mode 0644)" in told
+    code, _, told = keys(tmp_path / "nowhere" / "keys.yaml", "new", "alice")
+    assert code == 2
+    assert "cannot be written: No such file or directory" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "cannot be read"), ("", "must have one key"), ("a b", "must have one key")],
+)
+def test_a_key_file_of_a_client_is_checked(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
+    file = tmp_path / "alice.key"
+    if content is not None:
+        file.write_text(content)
+    result = CliRunner().invoke(app, ["status", "--api-key-file", str(file)])
+    assert result.exit_code == 2
+    assert f"--api-key-file: {file} {reason}" in result.stderr
