@@ -22,6 +22,7 @@ from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.wire.checksum import sealed, unsealed
 from cluster.wire.frames import DispatchFrame, ErrorFrame, decode
 from cluster.wire.tensors import TORCH_DTYPES
+from router.client.access import admin_address_of
 
 ANSWER_S = 10.0
 """For a whole answer, where there must be one."""
@@ -70,7 +71,9 @@ class Wires:
         self._seed = seed
         self._bodies = bodies(places.model)
         self._messages = messages(places.model)
-        self._channel = grpc.insecure_channel("{}:{}".format(*places.grpc))
+        address = "{}:{}".format(*places.grpc)
+        self._channel = grpc.insecure_channel(address)
+        self._admin_channel = grpc.insecure_channel(admin_address_of(address))
         self.kinds: dict[str, Callable[[random.Random], str]] = {
             "HTTP bytes": self._http_bytes,
             "HTTP body": self._http_body,
@@ -83,8 +86,9 @@ class Wires:
         }
 
     def close(self) -> None:
-        """Close the connection of the gRPC calls."""
+        """Close the connections of the gRPC calls."""
         self._channel.close()
+        self._admin_channel.close()
 
     def send(self, number: int) -> tuple[str, str]:
         """Send one wire; returns its kind and what came back, in a word or two."""
@@ -122,12 +126,13 @@ class Wires:
 
     def _grpc_message(self, source: random.Random) -> str:
         data, method = mutated(source, self._messages), source.choice(METHODS)
+        channel = self._admin_channel if ".Admin/" in method else self._channel
         try:
             if method in STREAMED:
-                for _ in self._channel.unary_stream(method)(data, timeout=ANSWER_S):
+                for _ in channel.unary_stream(method)(data, timeout=ANSWER_S):
                     pass
             else:
-                self._channel.unary_unary(method)(data, timeout=ANSWER_S)
+                channel.unary_unary(method)(data, timeout=ANSWER_S)
         except grpc.RpcError as error:
             return str(error.code().name)
         return "OK"

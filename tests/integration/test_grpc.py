@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from experts.checkpoint.stored import resolve_folder
 from router.client import AsyncClient, Client, Message, Sampling
+from router.client.access import admin_address_of
 from router.protos import inference_pb2, inference_pb2_grpc
 from tests.cluster_fixture import (
     LAYERS,
@@ -156,7 +157,8 @@ def test_a_client_that_knows_nothing_calls_through_reflection(served: ServedClus
     with grpc.insecure_channel(served.grpc_address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         services = set(database.get_services())
-        assert {f"{PACKAGE}.Inference", f"{PACKAGE}.Admin", "grpc.health.v1.Health"} <= services
+        assert {f"{PACKAGE}.Inference", "grpc.health.v1.Health"} <= services
+        assert f"{PACKAGE}.Admin" not in services
         method = (
             DescriptorPool(database)
             .FindServiceByName(f"{PACKAGE}.Inference")
@@ -174,12 +176,44 @@ def test_a_client_that_knows_nothing_calls_through_reflection(served: ServedClus
         )
         reply: Any = call(request, timeout=30)
     assert tuple(reply.token_ids) == served.expected(prompt_of(9, 1), 6)
+    with grpc.insecure_channel(admin_address_of(served.grpc_address)) as channel:
+        services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert services == {f"{PACKAGE}.Admin", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+def test_operators_methods_are_on_their_own_port_alone(served: ServedCluster) -> None:
+    method = f"/{PACKAGE}.Admin/Drain"
+    with (
+        grpc.insecure_channel(served.grpc_address) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        channel.unary_unary(method)(b"", timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    with grpc.insecure_channel(admin_address_of(served.grpc_address)) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(method)(b"", timeout=10)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(f"/{PACKAGE}.Inference/GetModelInfo")(b"", timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_serve_tells_nobody_which_applications_there_are(served: ServedCluster) -> None:
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.RayServeAPIService/ListApplications")(b"", timeout=10)
+        assert refused.value.code() in (
+            grpc.StatusCode.UNIMPLEMENTED,
+            grpc.StatusCode.UNAVAILABLE,
+        )
+        health = channel.unary_unary("/ray.serve.RayServeAPIService/Healthz")
+        assert health(b"", timeout=10) is not None
 
 
 def test_health_is_serving(served: ServedCluster) -> None:
     with grpc.insecure_channel(served.grpc_address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", f"{PACKAGE}.Inference", f"{PACKAGE}.Admin"):
+        for service in ("", f"{PACKAGE}.Inference"):
             request = health_pb2.HealthCheckRequest(service=service)
             reply, ended = health.Check.with_call(request, timeout=10)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
@@ -206,7 +240,10 @@ def test_bytes_that_are_no_protobuf_are_an_invalid_argument(
     served: ServedCluster, method: str, streams: bool
 ) -> None:
     before = served.pids()
-    with grpc.insecure_channel(served.grpc_address) as channel:
+    address = served.grpc_address
+    if method.startswith("Admin"):
+        address = admin_address_of(address)
+    with grpc.insecure_channel(address) as channel:
         open_call = channel.unary_stream if streams else channel.unary_unary
         call = open_call(f"/{PACKAGE}.{method}")
         answer = call(b"\xff\xff\xff", timeout=30) if streams else None
