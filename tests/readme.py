@@ -133,6 +133,7 @@ def same(one: str, other: str) -> bool:
 
 def _plain(text: str) -> str:
     text = re.sub(r"[\u2500-\u257f]", " ", text)
+    text = re.sub(r"\bem-[\w-]{43}(?![\w-])", "KEY", text)
     text = re.sub(r"\b[0-9a-f]{8,}(-[0-9a-f]+)*\b", "ID", text)
     text = re.sub(r"\d[\d.,:]*", "0", text)
     return "\n".join(" ".join(line.split()) for line in text.splitlines())
