@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
+from experts.checkpoint.hub import parse_hub_id
 from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
 from router.security.config import SecurityConfig
 
@@ -37,7 +38,7 @@ class ModelConfig(Section):
     path: str = Field(
         min_length=1,
         description="A folder (absolute, or inside the installed `deploy` package), or a Hugging "
-        "Face hub id.",
+        "Face hub id: `owner/name`, or `owner/name@revision` with a commit, tag or branch.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -49,6 +50,12 @@ class ModelConfig(Section):
         ge=2,
         description="Longest prompt plus output, in tokens. Without it, the model's own context.",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _has_a_revision_after_the_at(cls, path: str) -> str:
+        parse_hub_id(path)  # raises
+        return path
 
 
 class CapacityConfig(Section):

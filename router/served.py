@@ -22,10 +22,11 @@ from cluster.spec import (
 )
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import parse_json
+from experts.checkpoint.hub import parse_hub_id
 from experts.checkpoint.identity import identity_of, text_identity
 from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote_files import Neighbours, open_model
-from experts.checkpoint.stored import Stored
+from experts.checkpoint.stored import Stored, pinned_path
 from experts.mixture.spec import MixtureSpec, interface_of, most_experts
 from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
@@ -53,7 +54,7 @@ class _Served:
 
     @property
     def path(self) -> str:
-        """The configured path of the checkpoint's folder."""
+        """The configured path of the checkpoint's folder; of a hub id with the resolved commit."""
         return self.source.path
 
 
@@ -203,7 +204,7 @@ def _inspect_mixture(
         len(spec.experts),
         max(check_mixture(mixture)),
     )
-    source = ModelSource(model.path, spec.dtype, experts, identity)
+    source = ModelSource(pinned_path(model.path, mixture), spec.dtype, experts, identity)
     return ServedMixture(source, spec, interface_of(spec))
 
 
@@ -226,7 +227,7 @@ def _inspect_checkpoint(
         checkpoint.expert_bytes(dtype),
     )
     return ServedModel(
-        source=ModelSource(model.path, dtype, experts, identity),
+        source=ModelSource(pinned_path(model.path, checkpoint), dtype, experts, identity),
         family=checkpoint.family.model_type,
         vocab_size=checkpoint.vocab_size,
         max_model_len=model.max_model_len or longest,
@@ -320,6 +321,8 @@ def check_file(path: Path, identify: Identify = headers_alone) -> list[str]:
 
 
 def _describe(model: Served) -> str:
+    hub_id = parse_hub_id(model.path)
+    origin = f", from {hub_id}" if hub_id is not None and hub_id.revision is not None else ""
     experts = model.source.experts
     total_mb = len(experts.expert_keys()) * experts.expert_bytes / 1e6
     if isinstance(model, ServedMixture):
@@ -327,11 +330,11 @@ def _describe(model: Served) -> str:
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         return (
             f"mixture {model.id}: {listed} experts (at most {most_experts(model.spec)} a row), "
-            f"{model.spec.combine.kind}, {model.source.dtype}, experts {total_mb:.1f} MB"
+            f"{model.spec.combine.kind}, {model.source.dtype}, experts {total_mb:.1f} MB{origin}"
         )
     dtype = model.dtype if model.stored is None else f"{model.dtype} (stored as {model.stored})"
     return (
         f"model {model.id}: {model.family}, {model.num_layers} layers of {model.num_experts} "
         f"experts (top {model.num_experts_per_tok}), {dtype}, experts {total_mb:.1f} MB, "
-        f"context {model.max_model_len} tokens"
+        f"context {model.max_model_len} tokens{origin}"
     )

@@ -20,6 +20,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.hash_cache import keep, place_of, read_kept
 from experts.checkpoint.hashes import IDENTITY_DIGITS, HashTable
 from experts.checkpoint.hashing import Watch, hash_tensors
+from experts.checkpoint.hub import name_of
 from experts.checkpoint.shards import listed_names
 from experts.checkpoint.small_files import small_files_of, text_files_of
 from experts.checkpoint.stored import Stored, read_range
@@ -61,7 +62,7 @@ def hashing_line(checkpoint: Stored) -> str:
     """Return the line that says why a start takes long where no hashes are kept."""
     place = place_of(checkpoint)
     kept = "again at each start" if place is None else f"once; kept in {place}"
-    return f"hashing {checkpoint.folder.name}, {checkpoint.num_bytes / 1e9:.1f} GB: {kept}"
+    return f"hashing {name_of(checkpoint.folder)}, {checkpoint.num_bytes / 1e9:.1f} GB: {kept}"
 
 
 def kept_table_of(checkpoint: Stored, identity: str) -> HashTable | None:

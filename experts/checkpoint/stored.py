@@ -7,7 +7,6 @@ Bytes are verified as they are read, where there is a table of hashes.
 from __future__ import annotations
 
 import importlib.resources
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,10 @@ from typing import Protocol
 from cluster.errors import CheckpointError, CheckpointMissingError, shown_name
 from experts.checkpoint.config import read_small
 from experts.checkpoint.hashes import HashTable, leaf_spans
+from experts.checkpoint.hub import HubId, cached_id, fetch, parse_hub_id
 from experts.checkpoint.shard_file import ShardFile, Stamp
 from experts.checkpoint.shards import TensorInfo
 from experts.families.base import Config
-
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_HUB_FILES = [
-    "*.safetensors", "*.json", "tokenizer.model", "*.jinja", "mixture.yaml", "*.skops", "*.onnx"
-]  # fmt: skip
-_HUB_FOLDERS = ["*/*"]
-"""Folders that are not fetched: the same weights in other layouts, as in GPT-OSS."""
 
 
 class RemoteFiles(Protocol):
@@ -104,8 +97,9 @@ def resolve_folder(path: str) -> Path:
     """Find a model's folder on this machine.
 
     ``path`` is an absolute path, or a path in the installed ``deploy`` package, or a hub id
-    ``owner/name``, which is fetched into the hub's local cache. Raises
-    :class:`CheckpointMissingError` when there is no such folder.
+    ``owner/name`` or ``owner/name@revision``, which is fetched into the hub's local cache. An
+    absolute path is never a hub id, and a folder of the package goes before one, with an @ too.
+    Raises :class:`CheckpointMissingError` when there is no such folder.
     """
     if Path(path).is_absolute():
         if Path(path).is_dir():
@@ -114,25 +108,37 @@ def resolve_folder(path: str) -> Path:
     bundled = Path(str(importlib.resources.files("deploy"))) / path
     if bundled.is_dir():
         return bundled
-    if _HUB_ID.match(path):
-        return _fetch_from_hub(path)
-    raise CheckpointMissingError(
-        "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
-    )
-
-
-def _fetch_from_hub(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import and seldom needed
-
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
+        hub_id = parse_hub_id(path)
+    except ValueError as error:
+        raise CheckpointMissingError(f"{error}, and there is no such folder", path) from None
+    if hub_id is None:
+        raise CheckpointMissingError(
+            "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
         )
+    return _fetch(hub_id)
+
+
+def pinned_path(path: str, stored: Stored) -> str:
+    """Return the path by which every process finds what was opened at ``path`` on this machine.
+
+    A hub id gets the commit that it was resolved to: a branch that moves afterwards gives no
+    process another model. Any other path is returned as it is.
+    """
+    if Path(path).is_absolute() or stored.remote is not None:
+        return path
+    cached = cached_id(stored.folder)
+    return path if cached is None else str(cached)
+
+
+def _fetch(hub_id: HubId) -> Path:
+    try:
+        return fetch(hub_id)
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointMissingError(
             "is no folder of the deploy package and could not be fetched from the hub "
             f"({type(error).__name__})",
-            hub_id,
+            str(hub_id),
         ) from None
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from experts.checkpoint.hashing import Watch
+from experts.checkpoint.hub import name_of
 from experts.checkpoint.identity import (
     LOGGED_BYTES,
     Verification,
@@ -53,7 +54,7 @@ def hashing_bar(console: Console) -> Iterator[Callable[[Stored], Watch]]:
     )
 
     def watch_of(checkpoint: Stored) -> Watch:
-        task = bar.add_task(checkpoint.folder.name, total=None, visible=False)
+        task = bar.add_task(name_of(checkpoint.folder), total=None, visible=False)
         is_begun = False
 
         def watch(done_bytes: int, all_bytes: int) -> None:

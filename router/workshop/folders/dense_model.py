@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.config_checks import is_size
+from experts.checkpoint.hub import name_of
 from experts.checkpoint.stored import resolve_folder
 from experts.convert.dense import open_dense
 from experts.convert.gguf_file import GgufFile
@@ -31,8 +32,8 @@ class DenseModel:
 
     @property
     def name(self) -> str:
-        """The name of its folder or file."""
-        return self.source.path.name
+        """The name of its folder or file, or its hub id with the commit."""
+        return name_of(self.source.path)
 
     @property
     def family(self) -> str:

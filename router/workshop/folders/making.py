@@ -18,6 +18,7 @@ from cluster.errors import CheckpointError
 from cluster.heap import give_back_freed
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.folder import language_model, open_folder
+from experts.checkpoint.hub import name_of
 from experts.checkpoint.stored import resolve_folder
 from experts.convert.plan import Plan
 from experts.convert.source import Source
@@ -65,7 +66,7 @@ class Origin:
 def origin_of(checkpoint: Checkpoint) -> Origin:
     """Return a served folder as the card names it."""
     family = checkpoint.family.model_type
-    return Origin(checkpoint.folder.name, family, checkpoint.num_bytes)
+    return Origin(name_of(checkpoint.folder), family, checkpoint.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

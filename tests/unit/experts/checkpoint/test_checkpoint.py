@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.checkpoint.shards import PICKLE_SUFFIXES
 from experts.checkpoint.stored import resolve_folder
 from experts.families.registry import FAMILIES
 
@@ -498,29 +497,3 @@ def test_a_folder_that_does_not_exist_is_refused_by_name(path: str) -> None:
 def test_a_file_is_no_folder(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_folder(str(folder / "config.json"))
-
-
-def test_a_hub_that_cannot_be_reached_is_a_checkpoint_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    def unreachable(hub_id: str, **patterns: Any) -> str:
-        asked.append((hub_id, patterns))
-        raise ConnectionError("a fault of the test's")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub") as caught:
-        resolve_folder("owner/name")
-    assert caught.value.field == "owner/name"
-    [(hub_id, patterns)] = asked
-    assert hub_id == "owner/name"
-    # Neither pickles nor the same weights once more in a folder are fetched.
-    wanted = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
-    pickles = [f"pytorch_model{suffix}" for suffix in PICKLE_SUFFIXES]
-    copies = ["original/model.safetensors", "original/config.json", "metal/model.bin"]
-    fetched = filter_repo_objects([*wanted, *pickles, *copies], **patterns)
-    assert list(fetched) == wanted
