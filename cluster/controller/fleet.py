@@ -121,6 +121,5 @@ class Fleet:
 
     def _join(self, actor_id: str, pool: PoolSpec) -> None:
         self.specs[actor_id], self.pool_of[actor_id] = pool.actor, pool.name
-        if self.budgets_bytes is not None:
-            assert pool.memory_budget_bytes is not None  # all pools have one or none has
+        if self.budgets_bytes is not None and pool.memory_budget_bytes is not None:
             self.budgets_bytes[actor_id] = pool.memory_budget_bytes

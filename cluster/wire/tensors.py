@@ -48,9 +48,11 @@ def to_bytes(rows: torch.Tensor) -> memoryview:
 def to_span(rows: torch.Tensor) -> memoryview:
     """Return the bytes from a tensor's first value to its last, on the CPU, whatever its strides.
 
-    Without a copy; only for native code, which is told the strides.
+    Without a copy; only for native code, which is told the strides. Raises :class:`RuntimeError`
+    where that was not built.
     """
-    assert native is not None
+    if native is None:
+        raise RuntimeError("spans are for native code, which is not built here")
     steps = zip(rows.shape, rows.stride(), strict=True)
     last = sum((count - 1) * stride for count, stride in steps)
     view: memoryview = native.view(rows, rows.data_ptr(), (last + 1) * rows.itemsize)

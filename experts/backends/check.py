@@ -72,14 +72,13 @@ def _tried(mixture: Mixture, expert_id: int) -> int:
     expert = load_mixture_expert(mixture, expert_id)
     spec = mixture.spec
     where = f"{mixture.folder / spec.experts[expert.name].file}: experts.{expert.name}"
-    first_error = None
+    errors: list[str] = []
     for values in _TRIED_VALUES:
         error = _error_of(expert, mixture, values, where)
         if error is None:
             return expert.num_bytes
-        first_error = first_error or error
-    assert first_error is not None
-    raise CheckpointError(first_error, where)
+        errors.append(error)
+    raise CheckpointError(errors[0], where)
 
 
 def _error_of(

@@ -52,9 +52,10 @@ def torch_model(mixture: Mixture, key: str, part: TorchExpert) -> Model:
         model = _LinearModel(tensors.linear(math.prod(row_shape), width), part)
     elif isinstance(part, MlpExpert):
         model = _MlpModel(tensors.layers(math.prod(row_shape), width), part)
-    else:
-        assert isinstance(part, RnnExpert)
+    elif isinstance(part, RnnExpert):
         model = RnnModel(tensors, row_shape[-1], width, part)
+    else:
+        raise TypeError(f"no torch architecture: {type(part).__name__}")
     tensors.finish()
     return model
 

@@ -102,7 +102,7 @@ def parse_spec(text: bytes, file: Path) -> MixtureSpec:
     YAML, a key that is there twice, an alias, and a wrong value.
     """
     try:
-        content = yaml.load(text, _Loader)
+        content = _loaded(text)
     except Exception as error:  # PyYAML raises many types for a value that is not of its tag
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f" in line {mark.line + 1}"
@@ -134,6 +134,14 @@ def _key_of(location: tuple[int | str, ...], content: Any, is_missing: bool) -> 
         if is_there or (is_missing and place == len(location) - 1):
             keys.append(shown_name(str(part)))
     return ".".join(keys)
+
+
+def _loaded(text: bytes) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):

@@ -140,27 +140,22 @@ class PeerFiles:
         Raises :class:`CheckpointMissingError` when no node has the checkpoint.
         """
         self._path = path
-        self._identity = identity
         self._neighbours = neighbours
         self._reason = reason
         self._peer: Peer | None = None
+        """The peer that is asked next; after a failure or a release there is none."""
         self._failed: list[str] = []
         """The nodes that have failed since the last good chunk, in order."""
         self._leaves: dict[str, bytes] = {}
         """The verified leaves so far, by tensor."""
         self.fetched_bytes = 0
         self.fetched_s = 0.0
-        opened = self._find()
-        self._identity = opened.identity
+        self._peer, opened = self._find(identity)
+        self.identity = opened.identity
+        """The identity of the checkpoint that is fetched."""
         self._hashes = opened.hashes
         self.small_files = opened.small_files
         self.stored = opened.stored
-
-    @property
-    def identity(self) -> str:
-        """The identity of the checkpoint that is fetched."""
-        assert self._identity is not None  # computed from the first peer's hashes
-        return self._identity
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
         """Return bytes of a tensor, all of them verified.
@@ -218,13 +213,13 @@ class PeerFiles:
         """Call with a peer, and after each :class:`PeerError` with another one or the same."""
         while True:
             if self._peer is None:
-                self._find()
-            assert self._peer is not None
+                self._peer, _ = self._find(self.identity)
+            peer = self._peer
             try:
-                call(self._peer)
+                call(peer)
                 return
             except PeerError as error:
-                self._drop_failed(self._peer, error)
+                self._drop_failed(peer, error)
 
     def _drop_failed(self, peer: Peer, error: PeerError) -> None:
         logger.warning(
@@ -239,8 +234,8 @@ class PeerFiles:
                 self._path,
             )
 
-    def _find(self) -> _Opened:
-        """Find and keep a peer with the checkpoint; returns its answer.
+    def _find(self, identity: str | None) -> tuple[Peer, _Opened]:
+        """Find a peer with the checkpoint of an identity, or with any; returns its answer too.
 
         Peers that failed lately are asked last.
         """
@@ -253,19 +248,18 @@ class PeerFiles:
             peers = [self._neighbours.connect(node, self._path) for node in asked]
             for peer, answer in as_answered(peers):
                 try:
-                    opened = self._checked(answer_of(answer, 0.0))
+                    opened = self._checked(answer_of(answer, 0.0), identity)
                 except PeerError as error:
                     reasons.append(f"node {peer.node[:10]}: {error}")
                 else:
-                    self._peer = peer
-                    return opened
+                    return peer, opened
         raise CheckpointMissingError(
             f"no node of the cluster has the checkpoint ({'; '.join(reasons)}); put it under this "
             "path on one of them, or add a node that has it",
             self._path,
         )
 
-    def _checked(self, answer: dict[str, Any]) -> _Opened:
+    def _checked(self, answer: dict[str, Any], wanted: str | None) -> _Opened:
         """Return a peer's answer; raises :class:`PeerError` if it is wrong or damaged.
 
         The identity is computed from the configuration and the tensors' hashes in the answer.
@@ -288,7 +282,7 @@ class PeerFiles:
         if any(len(tensor) != HASH_BYTES for tensor in hashes.values()):
             raise PeerError("sent hashes of other tensors than its headers name")
         identity = root_of(stored.config, hashes)
-        if self._identity not in (None, identity):
+        if wanted not in (None, identity):
             raise PeerError(f"{folder}: {OTHER_CHECKPOINT}")
         return _Opened(stored, small_files, hashes, identity)
 

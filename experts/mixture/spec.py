@@ -23,7 +23,6 @@ from experts.mixture.parts import (
     Gate,
     GivenGate,
     Input,
-    MeanCombine,
     Output,
     OutputDatatype,
     Part,
@@ -238,10 +237,9 @@ def _check_output(where: str, output: Output, combine: Combine) -> None:
         raise ValueError(
             f"{where}.from: {combine.kind} has no {output.source}; allowed: {_listed(sources)}"
         )
-    if output.source == "log_density":
-        assert isinstance(combine, DensityCombine)  # no other has this source
-        if combine.target is None:
-            raise ValueError(f"{where}.from: log_density needs combine.target")
+    has_target = isinstance(combine, DensityCombine) and combine.target is not None
+    if output.source == "log_density" and not has_target:
+        raise ValueError(f"{where}.from: log_density needs combine.target")
     allowed = _datatypes(output, combine)
     if output.datatype not in allowed:
         raise ValueError(
@@ -254,8 +252,8 @@ def _datatypes(output: Output, combine: Combine) -> tuple[OutputDatatype, ...]:
     if output.source == "experts":
         return ("INT64",)
     if output.source == "label":
-        assert isinstance(combine, ClassesCombine)  # no other has this source
-        return ("BYTES",) if isinstance(combine.classes[0], str) else ("INT64",)
+        is_text = isinstance(combine, ClassesCombine) and isinstance(combine.classes[0], str)
+        return ("BYTES",) if is_text else ("INT64",)
     return _REALS
 
 
@@ -295,7 +293,6 @@ def output_shape(spec: MixtureSpec, output: Output) -> tuple[int, ...]:
         return (1,)
     if isinstance(combine, DensityCombine):
         return (combine.dimensions,)
-    assert isinstance(combine, MeanCombine | ClassesCombine)
     return combine.shape
 
 

@@ -148,7 +148,8 @@ def file_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     args = AppConfig.model_json_schema()
     ours = {**args.pop("$defs"), "AppConfig": args}
-    assert not ours.keys() & definitions.keys(), "Serve has classes of the same names"
+    if twice := ours.keys() & definitions.keys():
+        raise RuntimeError(f"Serve has classes of the same names: {', '.join(sorted(twice))}")
     definitions.update(ours)
     application = definitions["ServeApplicationSchema"]
     application["properties"]["args"] = {"$ref": "#/$defs/AppConfig"}

@@ -199,8 +199,7 @@ def _density(
     if "variance" in sources:
         # The law of total variance, without the difference of two large squares.
         parts["variance"] = pairs.weighted_sum(deviations**2 + (means - mean[:, None]) ** 2)
-    if "log_density" in sources:
-        assert combine.target is not None
+    if "log_density" in sources and combine.target is not None:
         target = inputs[combine.target].astype(np.float64)[:, None]  # [T, 1, D]
         parts["log_density"] = _log_density(pairs, target, means, deviations)
     return parts

@@ -109,12 +109,14 @@ class _Node:
         """Choose for the rows [R] among the open choices, bool [R, C]; ``None`` is all."""
         raise NotImplementedError
 
-    def open_choices(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
-        """Return the choices that lead the rows [R] to an allowed expert, bool [R, C]."""
-        assert walk.allowed is not None
-        is_open = walk.allowed[rows[:, None], self.experts]
+    def open_choices(self, walk: _Walk, allowed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return the choices that lead the rows [R] to an allowed expert, bool [R, C].
+
+        ``allowed`` is bool [N, E], by row and expert.
+        """
+        is_open = allowed[rows[:, None], self.experts]
         for place, below in self.gates.items():
-            is_open[:, place] = below.open_choices(walk, rows).any(axis=1)
+            is_open[:, place] = below.open_choices(walk, allowed, rows).any(axis=1)
         return is_open
 
 
@@ -163,12 +165,12 @@ class _GivenNode(_Node):
             is_chosen &= is_open
         return is_chosen, np.ones(is_chosen.shape, walk.dtype)
 
-    def open_choices(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
+    def open_choices(self, walk: _Walk, allowed: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the given choice alone; none for a value that names no choice.
 
         A row may have such a value where its first choice did not reach this gate.
         """
-        below = _Node.open_choices(self, walk, rows)
+        below = _Node.open_choices(self, walk, allowed, rows)
         return below & (self._given(walk, rows)[:, None] == np.arange(len(self.experts)))
 
     def _given(self, walk: _Walk, rows: np.ndarray) -> np.ndarray:
@@ -209,7 +211,8 @@ class _Walk:
 
     def descend(self, node: _Node, rows: np.ndarray, weights: np.ndarray | None) -> None:
         """Lead ``rows`` [R] through a gate and those below; ``weights`` [R] are of their paths."""
-        is_open = None if self.allowed is None else node.open_choices(self, rows)
+        allowed = self.allowed
+        is_open = None if allowed is None else node.open_choices(self, allowed, rows)
         is_chosen, shares = node.choose(self, rows, is_open)
         if weights is not None:
             shares = shares * weights[:, None]

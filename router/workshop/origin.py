@@ -37,7 +37,8 @@ class Origin:
                     f"{self.folder}: {kind.replace('_', ' ')}: {', '.join(names[:3])}; "
                     "the folder must hold a whole Mixtral model"
                 )
-        assert isinstance(model, MixtralForCausalLM)
+        if not isinstance(model, MixtralForCausalLM):
+            raise TrainingError(f"{self.folder}: holds a {type(model).__name__}, not a Mixtral")
         return model
 
 
@@ -92,5 +93,6 @@ def _tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
         raise TrainingError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model {vocab_size}"
         )
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TrainingError(f"{path}: must be a tokenizer of the library tokenizers")
     return tokenizer

@@ -63,6 +63,29 @@ def test_names_of_instants_differ_from_names_of_durations() -> None:
     assert found > 50, "the clocks have other names"
 
 
+def narrows_a_type(test: ast.expr) -> bool:
+    """Return whether an assert tells mypy a type: ``x is not None``, isinstance or its negation."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test = test.operand
+    if isinstance(test, ast.Call):
+        return ast.unparse(test.func) == "isinstance"
+    return isinstance(test, ast.Compare) and ast.unparse(test).endswith(" is not None")
+
+
+def test_asserts_of_the_product_only_narrow_types() -> None:
+    """What `python -O` leaves out checks nothing; ruff refuses asserts where input is read."""
+    found = 0
+    wrong = set()
+    for file in product_files(".py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                found += 1
+                if not narrows_a_type(node.test):
+                    wrong.add(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.test)}")
+    assert wrong == set()
+    assert found > 20, "asserts have another form"
+
+
 def test_a_packages_init_is_a_docstring_alone() -> None:
     """So a gateway, a controller or a client that imports one module gets no other with it."""
     busy = set()

@@ -128,7 +128,7 @@ class Connector:
 
 def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket:
     """Connect to the offered address; raises ``OSError``."""
-    if offer.network is Network.UNIX:
+    if isinstance(offer.address, bytes):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             prepare_unix(sock)
@@ -138,7 +138,6 @@ def open_socket(offer: StreamOffer, tls: ssl.SSLContext | None) -> socket.socket
             sock.close()
             raise
         return sock
-    assert not isinstance(offer.address, bytes)
     sock = socket.create_connection(offer.address[:2], CONNECT_TIMEOUT_S)
     prepare_tcp(sock)
     return sock if tls is None else tls.wrap_socket(sock)

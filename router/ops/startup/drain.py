@@ -121,6 +121,7 @@ def _answers(results: Iterable[object]) -> list[UnderWay]:
             continue
         if isinstance(result, Exception):
             raise _NoAnswerError from result
-        assert isinstance(result, tuple)
+        if not isinstance(result, tuple):
+            raise _NoAnswerError(f"an answer of another type: {type(result).__name__}")
         answers.append(UnderWay(*result))
     return answers

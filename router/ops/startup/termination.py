@@ -141,10 +141,9 @@ class Termination:
 
     def _wake_main_thread(self) -> None:
         """Have the main thread leave its sleep; one signal may come just before it sleeps."""
-        main = threading.main_thread().ident
-        assert main is not None
-        while not self._has_left:
-            signal.pthread_kill(main, _WAKE)
+        main = threading.main_thread()
+        while main.ident is not None and not self._has_left:
+            signal.pthread_kill(main.ident, _WAKE)
             time.sleep(_WAKE_PERIOD_S)
 
     def _drain(self, gateways: Gateways) -> int:

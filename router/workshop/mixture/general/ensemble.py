@@ -191,7 +191,11 @@ class EnsembleEM:
         self._log_gates = self.gate().log_weights(self._data.X)
         self._given = [np.zeros_like(self._data.weights)] * len(self._experts)
         self._parts = [part for part in mixture.experts.values() if isinstance(part, EstimatorPart)]
-        assert len(self._parts) == len(self._experts)
+        if len(self._parts) != len(self._experts):
+            raise ValueError(
+                f"the earlier fit has {len(self._parts)} estimators as experts, "
+                f"this one {len(self._experts)}"
+            )
         self._outputs = mixture.outputs(self._data.X)
         if mixture.deviations is not None:
             self._deviations = np.maximum(mixture.deviations, self._least)
