@@ -33,6 +33,7 @@ ELSEWHERE = {
     "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
     "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
     "export RAY_AUTH_MODE": "ends the server; tests/integration/test_readme.py runs it at its end",
+    "docker build": "needs Docker; tests/unit/test_container.py reads what it builds",
     "docker run": "needs Docker; tests/integration/test_tracing.py reads the spans",
 }
 """Beginnings of blocks that are not run here, and why."""
