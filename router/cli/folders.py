@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from router.workshop.folders.making import OnProgress
 
 Source = Annotated[
-    str, typer.Argument(help="A served folder, a folder of the deploy package, or a hub id.")
+    str,
+    typer.Argument(
+        help="A served folder, a folder of the deploy package, or a hub id (owner/name, "
+        "owner/name@revision)."
+    ),
 ]
 Dest = Annotated[Path, typer.Argument(help="Folder for the new model; new or empty.")]
 Texts = Annotated[
