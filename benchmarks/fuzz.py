@@ -27,8 +27,9 @@ from typing import Any
 from benchmarks.common import machine, progress, show
 
 TARGETS = (
-    "frame", "stranger", "router", "actor", "link", "call-link", "header", "index", "config",
-    "params", "gguf", "tokenizer", "http", "protobuf", "infer", "infer-protobuf", "status",
+    "frame", "stranger", "router", "actor", "link", "call-link", "link-handshake", "header",
+    "index", "config", "params", "gguf", "tokenizer", "http", "protobuf", "infer",
+    "infer-protobuf", "status",
 )  # fmt: skip
 """As in :mod:`benchmarks.fuzzing.targets`, which imports all that is fuzzed."""
 START_S = 120.0

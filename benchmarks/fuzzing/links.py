@@ -15,18 +15,28 @@ import msgpack
 import numpy as np
 
 from benchmarks.fuzzing.target import Target
+from cluster.transport.stream.handshake import PROOF_BYTES, Side, new_nonce, proof
 from router.messages.call_link import (
     CallLink,
     CallServer,
     LinkBrokenError,
     Wire,
 )
-from router.messages.link import LinkAddress, framed, pack_frame
+from router.messages.link import (
+    LinkAddress,
+    LinkListener,
+    framed,
+    open_link,
+    pack_frame,
+    read_frame,
+)
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.messages.request import TokenEvent, TokenLogprobs
 from router.messages.token_link import LinkClient, LinkServer
 
 LIMIT_S = 10.0
+MAX_HELLO_BYTES = 1024
+SECRET = b"secret"
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)
 
 
@@ -67,6 +77,38 @@ def call_link() -> Target:
     return Target(seeds([0, wire], [0, None], [0, {"reply": reply}]), run)
 
 
+def handshake() -> Target:
+    """Return the target; somebody without the secret sends the bytes, and so does a listener."""
+
+    def run(data: bytes) -> None:
+        asyncio.run(_without_faults(_handshakes(sent(data))))
+
+    nonce, shown = new_nonce(), bytes(PROOF_BYTES)
+    return Target(seeds([nonce], [nonce, shown], [shown]), run)
+
+
+async def _handshakes(data: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("bytes without the secret were taken for a proof")
+
+    listener = LinkListener("127.0.0.1", serve, None)
+    address = listener.start()
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write(data)
+    writer.write_eof()
+    with suppress(ConnectionError):
+        await reader.read()  # until it is cut off
+    writer.close()
+    listener.close()
+    impostor, told = await _listener(data, knows=False)
+    try:
+        await open_link(impostor, None)
+    except OSError:
+        await told.wait()
+        return
+    raise AssertionError("bytes without the secret were taken for a proof")
+
+
 async def _without_faults(work: Awaitable[None]) -> None:
     faults: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
@@ -88,8 +130,8 @@ async def _predictions(data: bytes) -> None:
     logging.getLogger("expertmesh.link").setLevel(logging.CRITICAL)  # a failure is logged whole
     server = CallServer("127.0.0.1", predict, None)
     address = await server.start()
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(pack_frame([address.secret]) + data)
+    reader, writer = await _trusted(address)
+    writer.write(data)
     writer.write_eof()
     await reader.read()  # until it is cut off
     writer.close()
@@ -100,7 +142,7 @@ async def _predictions(data: bytes) -> None:
     assert np.array_equal(outputs["x"], rows["x"])
     honest.close()
     server.close()
-    fooled, told = await _fooled(data)
+    fooled, told = await _listener(data)
     link = await CallLink.open(fooled, None)
     with suppress(LinkBrokenError):
         await link.call({"request_id": "r"})
@@ -108,20 +150,42 @@ async def _predictions(data: bytes) -> None:
     await told.wait()
 
 
-async def _fooled(data: bytes) -> tuple[LinkAddress, asyncio.Event]:
-    """Return the address of a listener that sends the bytes, and the end of its connection."""
+async def _trusted(address: LinkAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and prove to have the secret."""
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    [nonce] = await read_frame(reader, MAX_HELLO_BYTES)
+    own = new_nonce()
+    secret = address.secret.encode()
+    writer.write(pack_frame([own, proof(secret, Side.LINK_CALLER, nonce, own)]))
+    assert await read_frame(reader, MAX_HELLO_BYTES) == [
+        proof(secret, Side.LINK_LISTENER, nonce, own)
+    ]
+    return reader, writer
+
+
+async def _listener(data: bytes, knows: bool = True) -> tuple[LinkAddress, asyncio.Event]:
+    """Return the address of a listener that sends the bytes, and the end of its connection.
+
+    It proves first to have the secret, if it ``knows`` it.
+    """
     told = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(data)
-        writer.write_eof()
-        await reader.read()  # until the other side closes too
+        if knows:
+            nonce = new_nonce()
+            writer.write(pack_frame([nonce]))
+            own, _ = await read_frame(reader, MAX_HELLO_BYTES)
+            writer.write(pack_frame([proof(SECRET, Side.LINK_LISTENER, nonce, own)]))
+        with suppress(ConnectionError):
+            writer.write(data)
+            writer.write_eof()
+            await reader.read()  # until the other side closes too
         writer.close()
         server.close()
         told.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    return LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret"), told
+    return LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], SECRET.decode()), told
 
 
 async def _to_gateway(data: bytes, client: LinkClient) -> None:
@@ -134,8 +198,8 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
 
     server = LinkServer("127.0.0.1", on_tokens, lambda request_id, is_alone: None)
     address = await server.start()
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(pack_frame([address.secret]) + data)
+    reader, writer = await _trusted(address)
+    writer.write(data)
     writer.write_eof()
     assert await reader.read() == b""  # it was cut off
     writer.close()
@@ -147,7 +211,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
 
 
 async def _to_router(data: bytes, client: LinkClient) -> None:
-    address, told = await _fooled(data)
+    address, told = await _listener(data)
     client.connect(address)
     await told.wait()
     client.close()

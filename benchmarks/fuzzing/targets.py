@@ -14,6 +14,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "actor": wires.actor,
     "link": links.link,
     "call-link": links.call_link,
+    "link-handshake": links.handshake,
     "header": files.header,
     "index": files.index,
     "config": files.config,

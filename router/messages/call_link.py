@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
@@ -21,7 +20,7 @@ from typing import Any
 import ray
 
 from cluster.errors import InternalError
-from cluster.tls import TlsFiles
+from cluster.tls import TlsFiles, ray_is_encrypted
 from router.messages.link import (
     MALFORMED,
     LinkAddress,
@@ -60,7 +59,7 @@ class CallServer:
 
     async def start(self) -> LinkAddress:
         """Listen, unless it listens, and return the address for gateways."""
-        return await self._listener.start()
+        return self._listener.start()
 
     def close(self) -> None:
         """Stop listening and drop the connections; gateways ask other routers then."""
@@ -111,7 +110,7 @@ def call_server(
 
     ``None`` where Ray's own calls are encrypted and such a connection would not be.
     """
-    if tls is None and os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+    if tls is None and ray_is_encrypted():
         return None
     context = None if tls is None else tls.server_context()
     return CallServer(ray.util.get_node_ip_address(), serve, context)

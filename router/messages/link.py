@@ -2,16 +2,21 @@
 
 A frame is a header of three 4-byte big-endian numbers, and a body, a msgpack array. The numbers are
 the body's length, its CRC-32C, and the CRC-32C of the first two, so that no damage is taken for a
-message or for a length. The first frame of a connection is the secret of the side that listens; its
-:class:`LinkAddress` travels in Serve's calls. Both sides have TLS where the streams to the expert
-actors have it.
+message or for a length. The side that listens has a secret, which travels in Serve's calls with its
+:class:`LinkAddress`. On a connection it never travels: each side proves first that it has the
+secret, as on a stream (:mod:`cluster.transport.stream.handshake`). Both sides have TLS where the
+streams to the expert actors have it.
+
+The side that listens begins: ``[nonce]``, ``[nonce, proof]``, ``[proof]``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import secrets
+import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable
@@ -22,20 +27,29 @@ import crc32c
 import msgpack
 
 from cluster.transport.stream.channel import prepare_tcp
+from cluster.transport.stream.handshake import NONCE_BYTES, PROOF_BYTES, Side, new_nonce, proof
 
 CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0
+"""How long a handshake may take, that of TLS included."""
+MAX_GREETING = 256
+"""The most connections of a listener that are in their handshake; one more ends the oldest."""
 MAX_HELLO_BYTES = 1024
+ACCEPT_RETRY_S = 1.0
+"""The pause after the system had no room for a connection."""
 READ_BUFFER_BYTES = 256 << 10
 _HEADER = struct.Struct(">III")
 _CHECKED = struct.Struct(">II")
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
 """The errors of a frame whose body is not what the reader expects."""
+_BACKLOG = 128
+
+logger = logging.getLogger("expertmesh.link")
 
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """Where one side listens, and the secret of the other side's first frame."""
+    """Where one side listens, and the secret that both sides prove to have."""
 
     host: str
     port: int
@@ -84,11 +98,17 @@ def framed(packed: bytes) -> bytes:
     return checked + crc32c.crc32c(checked).to_bytes(4, "big") + packed
 
 
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class LinkListener:
-    """The side that listens: hands each connection with the right secret to ``serve``."""
+    """The side that listens: hands each connection that has proved the secret to ``serve``.
+
+    Any other is closed without effect, after :data:`HELLO_TIMEOUT_S` at the latest. When more than
+    :data:`MAX_GREETING` are in their handshake, the oldest is closed: a stranger that opens many
+    and says nothing keeps no router or gateway out, whose handshake takes milliseconds.
+    """
 
     def __init__(self, host: str, serve: Serve, tls: ssl.SSLContext | None) -> None:
         """``host`` is the address that the other side can reach.
@@ -99,47 +119,157 @@ class LinkListener:
         self._serve = serve
         self._tls = tls
         self._secret = secrets.token_hex(32)
-        self._starting: asyncio.Task[asyncio.Server] | None = None
+        self._address: LinkAddress | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._greeting: dict[asyncio.Task[None], None] = {}
+        """The connections in their handshake, the oldest first."""
+        self._connections: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> LinkAddress:
-        """Listen on a free port, unless it listens, and return the address for the other side."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._listen())
-        server = await asyncio.shield(self._starting)  # other callers wait for it too
-        return LinkAddress(self._host, server.sockets[0].getsockname()[1], self._secret)
+    def start(self) -> LinkAddress:
+        """Listen on a free port, unless it listens, and return the address for the other side.
 
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(
-            self._admit, self._host, 0, limit=READ_BUFFER_BYTES, ssl=self._tls
-        )
+        Needs a running event loop. Raises ``OSError`` where no port can be opened.
+        """
+        if self._address is None:
+            listener = _listen(self._host)
+            self._address = LinkAddress(self._host, listener.getsockname()[1], self._secret)
+            self._accepting = asyncio.create_task(self._accept(listener))
+        return self._address
 
     def close(self) -> None:
-        """Stop listening; connections stay open."""
-        if self._starting is not None and not self._starting.cancel():
-            self._starting.result().close()
+        """Stop listening; connections stay open that have ended their handshake."""
+        for task in (self._accepting, *self._greeting):
+            if task is not None:
+                task.cancel()
 
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except ConnectionError:  # the other side has closed it again
+                    continue
+                except OSError as error:
+                    logger.warning("a link cannot be accepted (%s)", error)
+                    await asyncio.sleep(ACCEPT_RETRY_S)
+                    continue
+                self._begin(sock)
+                await asyncio.sleep(0)  # the handshake begins before another can end it
+        finally:
+            listener.close()
+
+    def _begin(self, sock: socket.socket) -> None:
+        if len(self._greeting) >= MAX_GREETING:
+            oldest = next(iter(self._greeting))
+            del self._greeting[oldest]
+            oldest.cancel()
+        task = asyncio.create_task(self._admit(sock))
+        self._greeting[task] = None
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+        task.add_done_callback(lambda ended: self._greeting.pop(ended, None))
+
+    async def _admit(self, sock: socket.socket) -> None:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await read_frame(reader, MAX_HELLO_BYTES)
-            secret = hello[0] if len(hello) == 1 and isinstance(hello[0], str) else ""
-            if not hmac.compare_digest(secret.encode(), self._secret.encode()):
-                raise ConnectionError("its secret is wrong")
-        except (OSError, asyncio.IncompleteReadError, *MALFORMED):
-            writer.close()
+                connection = await _accepted(sock, self._tls)
+                await _end_unless(_challenge(*connection, self._secret.encode()), connection)
+        except (OSError, EOFError, *MALFORMED):
             return
-        prepare_tcp(writer.get_extra_info("socket"))
-        await self._serve(reader, writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._greeting.pop(task, None)
+        await self._serve(*connection)
 
 
-async def open_link(
-    address: LinkAddress, tls: ssl.SSLContext | None
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the side that listens, and send it its secret; raises ``OSError``."""
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(
-            address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
-        )
-    prepare_tcp(writer.get_extra_info("socket"))
-    writer.write(pack_frame([address.secret]))
-    return reader, writer
+async def open_link(address: LinkAddress, tls: ssl.SSLContext | None) -> Connection:
+    """Connect to the side that listens, and prove to each other that both have the secret.
+
+    Raises ``OSError``, within :data:`CONNECT_TIMEOUT_S`.
+    """
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            connection = await asyncio.open_connection(
+                address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
+            )
+            prepare_tcp(connection[1].get_extra_info("socket"))
+            await _end_unless(_respond(*connection, address.secret.encode()), connection)
+    except OSError:
+        raise
+    except (EOFError, *MALFORMED) as error:
+        where = f"{address.host}:{address.port}"
+        raise ConnectionError(f"the handshake with {where} failed ({error})") from None
+    return connection
+
+
+def _listen(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind((host, 0))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def _accepted(sock: socket.socket, tls: ssl.SSLContext | None) -> Connection:
+    """Return the streams of an accepted connection, after the handshake of TLS."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=READ_BUFFER_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    try:
+        prepare_tcp(sock)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=tls)
+    except BaseException:
+        sock.close()
+        raise
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def _end_unless(handshake: Awaitable[None], connection: Connection) -> None:
+    """Wait for a handshake; where it fails or is cancelled the connection ends at once."""
+    try:
+        await handshake
+    except BaseException:
+        connection[1].transport.abort()
+        raise
+
+
+async def _challenge(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
+) -> None:
+    """Do the listening side's part of the handshake; raises where the other side's is wrong."""
+    nonce = new_nonce()
+    writer.write(pack_frame([nonce]))
+    other_nonce, other_proof = await read_frame(reader, MAX_HELLO_BYTES)
+    _check_length(other_nonce, NONCE_BYTES)
+    _check_proof(other_proof, proof(secret, Side.LINK_CALLER, nonce, other_nonce))
+    writer.write(pack_frame([proof(secret, Side.LINK_LISTENER, nonce, other_nonce)]))
+
+
+async def _respond(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
+) -> None:
+    """Do the connecting side's part of the handshake; raises where the other side's is wrong."""
+    [other_nonce] = await read_frame(reader, MAX_HELLO_BYTES)
+    _check_length(other_nonce, NONCE_BYTES)
+    nonce = new_nonce()
+    writer.write(pack_frame([nonce, proof(secret, Side.LINK_CALLER, other_nonce, nonce)]))
+    [other_proof] = await read_frame(reader, MAX_HELLO_BYTES)
+    _check_proof(other_proof, proof(secret, Side.LINK_LISTENER, other_nonce, nonce))
+
+
+def _check_proof(given: object, expected: bytes) -> None:
+    if not hmac.compare_digest(_check_length(given, PROOF_BYTES), expected):
+        raise ConnectionError("the other side does not have the secret")
+
+
+def _check_length(given: object, length: int) -> bytes:
+    """Return the bytes of a handshake; raises ``ConnectionError`` for anything but so many."""
+    if not isinstance(given, bytes) or len(given) != length:
+        raise ConnectionError("the handshake of the other side is malformed")
+    return given

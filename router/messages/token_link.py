@@ -65,7 +65,7 @@ class LinkServer:
 
     async def start(self) -> LinkAddress:
         """Listen, unless it listens, and return the address for routers."""
-        return await self._listener.start()
+        return self._listener.start()
 
     def close(self) -> None:
         """Stop listening and drop the connections."""

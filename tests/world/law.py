@@ -37,6 +37,7 @@ ALLOWED = {
 STANDING = {
     "CallLink._read",
     "LinkClient._open",
+    "LinkListener._accept",
     "LinkListener._admit",
     "PlacementWatcher._bounded",
     "PlacementWatcher._watch_forever",

@@ -100,11 +100,11 @@ class Socket:
         self._take(end)
 
     def send(self, data: Any) -> int:
-        return self._checked(self._open_end().send(bytes(data)), len(data))
+        return self._checked(self.end().send(bytes(data)), len(data))
 
     def sendmsg(self, pieces: Iterable[Any]) -> int:
         data = b"".join(bytes(piece) for piece in pieces)
-        return self._checked(self._open_end().send(data), len(data))
+        return self._checked(self.end().send(data), len(data))
 
     def _checked(self, sent: int, asked: int) -> int:
         if asked and not sent:
@@ -112,13 +112,14 @@ class Socket:
         return sent
 
     def recv_into(self, room: Any) -> int:
-        piece = self._open_end().read(len(room))
+        piece = self.end().read(len(room))
         if piece is None:
             raise BlockingIOError
         room[: len(piece)] = piece
         return len(piece)
 
-    def _open_end(self) -> End:
+    def end(self) -> End:
+        """Return the connection's end; raises ``OSError`` where there is none any more."""
         if self._end is None or self._is_closed:
             raise OSError("the socket is closed")
         return self._end
@@ -182,12 +183,12 @@ class TlsSocket(Socket):
 
     def __init__(self, over: Socket) -> None:
         super().__init__(over.family)
-        self._take(over._open_end())
+        self._take(over.end())
         self._record = b""
 
     def recv_into(self, room: Any) -> int:
         if not self._record:
-            piece = self._open_end().read(RECORD_BYTES)
+            piece = self.end().read(RECORD_BYTES)
             if piece is None:
                 raise BlockingIOError
             self._record = piece

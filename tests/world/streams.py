@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.world.kernel import Kernel
-from tests.world.network import End, Listener
-from tests.world.sockets import network
+from tests.world.network import End
+from tests.world.sockets import Socket, network
 
 Factory = Callable[[], asyncio.Protocol]
 HIGH_WATER_BYTES = 64 << 10
@@ -119,41 +119,27 @@ class _Options:
         """A world's connections end as those with these options do."""
 
 
-class _Name:
-    def __init__(self, address: Any) -> None:
-        self._address = address
-
-    def getsockname(self) -> Any:
-        return self._address
-
-
-class StreamServer:
-    """Listens, and makes a protocol of each connection."""
-
-    def __init__(self, loop: StreamLoop, listener: Listener, factory: Factory) -> None:
-        self.sockets = [_Name(listener.address)]
-        self._loop = loop
-        self._listener = listener
-        self._factory = factory
-        self._context = contextvars.copy_context()
-        listener.changed = lambda: loop.call_soon(self._accept, context=self._context)
-
-    def _accept(self) -> None:
-        while self._listener.backlog and not self._listener.is_closed:
-            StreamTransport(self._loop, self._listener.backlog.popleft(), self._factory())
-
-    def close(self) -> None:
-        if not self._listener.is_closed:
-            network().stop(self._listener)
-
-
 class StreamLoop(Kernel):
-    """A kernel with ``asyncio``'s servers and connections."""
+    """A kernel with ``asyncio``'s accepted and opened connections."""
 
-    async def create_server(  # type: ignore[override]
-        self, protocol_factory: Factory, host: Any = None, port: Any = None, **_: Any
+    async def sock_accept(self, sock: Socket) -> Any:  # type: ignore[override]
+        changed = asyncio.Event()
+        sock.watch(id(changed), changed.set)
+        try:
+            while True:
+                changed.clear()
+                try:
+                    return sock.accept()
+                except BlockingIOError:
+                    await changed.wait()
+        finally:
+            sock.unwatch(id(changed))
+
+    async def connect_accepted_socket(  # type: ignore[override]
+        self, protocol_factory: Factory, sock: Socket, **_: Any
     ) -> Any:
-        return StreamServer(self, network().listen(host, None), protocol_factory)
+        protocol = protocol_factory()
+        return StreamTransport(self, sock.end(), protocol), protocol
 
     async def create_connection(  # type: ignore[override]
         self, protocol_factory: Factory, host: Any = None, port: Any = None, **_: Any

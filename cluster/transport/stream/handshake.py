@@ -1,4 +1,4 @@
-"""The offer of a stream, and the proofs that open it.
+"""The offer of a stream, and the proofs that open it; links open by the same proofs.
 
 An actor gives a router an offer through a Ray call, with a secret for one connection. The secret
 never travels over the connection: each side sends a keyed hash (HMAC, RFC 2104) of both sides'
@@ -26,10 +26,15 @@ class Network(enum.StrEnum):
 
 
 class Side(enum.Enum):
-    """The side that makes a proof; the other side cannot use the same proof."""
+    """The side that makes a proof; the other side cannot use the same proof.
+
+    An actor listens for its routers. Links are those of :mod:`router.messages.link`.
+    """
 
     ROUTER = b"router"
     ACTOR = b"actor"
+    LINK_CALLER = b"link caller"
+    LINK_LISTENER = b"link listener"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,10 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def proof(secret: bytes, side: Side, actor_nonce: bytes, router_nonce: bytes) -> bytes:
-    """Return the proof that ``side`` has the secret."""
-    return hmac.digest(secret, side.value + actor_nonce + router_nonce, "sha256")
+def proof(secret: bytes, side: Side, listener_nonce: bytes, other_nonce: bytes) -> bytes:
+    """Return the proof that ``side`` has the secret.
+
+    The nonces are those of the side that listens and of the other one, each of
+    :data:`NONCE_BYTES`. With nonces of its own no side takes a recorded proof.
+    """
+    return hmac.digest(secret, side.value + listener_nonce + other_nonce, "sha256")

@@ -1,0 +1,54 @@
+"""The handshake of a link, written out by hand: what a side sends, and a client to send it with."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import struct
+from typing import Any
+
+import crc32c
+import msgpack
+
+
+def framed(body: object) -> bytes:
+    """Return a frame."""
+    packed = msgpack.packb(body)
+    lengths = struct.pack(">II", len(packed), crc32c.crc32c(packed))
+    return lengths + struct.pack(">I", crc32c.crc32c(lengths)) + packed
+
+
+async def frame(reader: asyncio.StreamReader) -> Any:
+    """Return the body of the next frame."""
+    length, _, _ = struct.unpack(">III", await reader.readexactly(12))
+    return msgpack.unpackb(await reader.readexactly(length))
+
+
+def proved(secret: bytes, side: bytes, listener_nonce: bytes, caller_nonce: bytes) -> bytes:
+    """Return a side's proof."""
+    return hmac.new(secret, side + listener_nonce + caller_nonce, hashlib.sha256).digest()
+
+
+async def listens(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
+) -> None:
+    """Do the part of the side that listens."""
+    nonce = b"\x01" * 16
+    writer.write(framed([nonce]))
+    caller_nonce, proof = await frame(reader)
+    assert proof == proved(secret, b"link caller", nonce, caller_nonce)
+    writer.write(framed([proved(secret, b"link listener", nonce, caller_nonce)]))
+
+
+async def calls(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
+) -> tuple[bytes, bytes]:
+    """Do the part of the side that connects; returns all that it sent and all that it got."""
+    [listener_nonce] = await frame(reader)
+    nonce = b"\x02" * 16
+    sent = framed([nonce, proved(secret, b"link caller", listener_nonce, nonce)])
+    writer.write(sent)
+    [proof] = await frame(reader)
+    assert proof == proved(secret, b"link listener", listener_nonce, nonce)
+    return sent, framed([listener_nonce]) + framed([proof])

@@ -1,0 +1,338 @@
+"""The handshake of links: the secret is proved, by each side, and never sent."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from router.messages import link as link_module
+from router.messages.link import LinkAddress, LinkListener, open_link
+from tests.unit.certificates import new_authority
+from tests.unit.router.messages.handshakes import calls, frame, framed, listens, proved
+from tests.unit.router.messages.test_token_link import LIMIT_S, happens, run
+
+SAID = b"said"
+
+
+class Echo:
+    """A listener that sends back what it reads, and the connections that it was handed."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.served = 0
+        self.listener = LinkListener("127.0.0.1", self._serve, tls)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.served += 1
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+
+@asynccontextmanager
+async def echo(tls: ssl.SSLContext | None = None) -> AsyncIterator[tuple[Echo, LinkAddress]]:
+    made = Echo(tls)
+    try:
+        yield made, made.listener.start()
+    finally:
+        made.listener.close()
+
+
+async def connect(
+    address: LinkAddress,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection(address.host, address.port)
+
+
+async def ends(reader: asyncio.StreamReader) -> bytes:
+    """Wait for the end of a connection; returns what still came."""
+    came = b""
+    async with asyncio.timeout(LIMIT_S):
+        try:
+            while piece := await reader.read(1 << 16):
+                came += piece
+        except ConnectionError:
+            pass
+    return came
+
+
+async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Check that a connection serves."""
+    writer.write(SAID)
+    assert await asyncio.wait_for(reader.readexactly(len(SAID)), LIMIT_S) == SAID
+    writer.close()
+
+
+def on_uvloop(test: Callable[[], Awaitable[None]]) -> None:
+    """Run a test as :func:`run` does, on the event loop that Ray's workers have."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(2 * LIMIT_S):
+            await test()
+
+    uvloop.run(limited())
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+def test_a_client_of_the_protocol_as_it_is_written_down_is_served(runs: Any) -> None:
+    async def test() -> None:
+        async with echo() as (_, address):
+            reader, writer = await connect(address)
+            await calls(reader, writer, address.secret.encode())
+            await answers(reader, writer)
+
+    runs(test)
+
+
+def test_the_secret_never_travels_and_no_bytes_of_two_handshakes_are_alike() -> None:
+    async def test() -> None:
+        async with echo() as (_, address):
+            seen = []
+            for _ in range(2):
+                reader, writer = await connect(address)
+                sent, came = await calls(reader, writer, address.secret.encode())
+                assert address.secret.encode() not in sent + came
+                assert bytes.fromhex(address.secret) not in sent + came
+                seen.append(came)
+                writer.close()
+            assert seen[0] != seen[1]
+
+    run(test)
+
+
+def test_a_recorded_handshake_is_refused() -> None:
+    async def test() -> None:
+        async with echo() as (served, address):
+            reader, writer = await connect(address)
+            recorded, _ = await calls(reader, writer, address.secret.encode())
+            await answers(reader, writer)
+            reader, writer = await connect(address)
+            await frame(reader)
+            writer.write(recorded + SAID)
+            assert await ends(reader) == b""
+            assert served.served == 1
+            writer.close()
+
+    run(test)
+
+
+NONCE = b"\x02" * 16
+
+
+def _by_the_listeners_words(secret: bytes, nonce: bytes) -> object:
+    return [NONCE, proved(secret, b"link listener", nonce, NONCE)]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [
+        lambda secret, nonce: [NONCE, proved(b"x" * 64, b"link caller", nonce, NONCE)],
+        lambda secret, nonce: [NONCE, proved(secret, b"router", nonce, NONCE)],
+        lambda secret, nonce: [NONCE, proved(secret, b"link caller", NONCE, nonce)],
+        _by_the_listeners_words,
+        lambda secret, nonce: [nonce, bytes(32)],
+        lambda secret, nonce: [NONCE, b""],
+        lambda secret, nonce: [b"", proved(secret, b"link caller", nonce, b"")],
+        lambda secret, nonce: [NONCE],
+        lambda secret, nonce: [],
+        lambda secret, nonce: [None, None],
+        lambda secret, nonce: [secret.decode()],  # as it was sent once
+        lambda secret, nonce: [NONCE * 100, bytes(32)],
+        lambda secret, nonce: {"nonce": NONCE},
+    ],
+)
+def test_a_wrong_or_missing_proof_ends_the_connection_without_effect(
+    hello: Callable[[bytes, bytes], object],
+) -> None:
+    async def test() -> None:
+        async with echo() as (served, address):
+            reader, writer = await connect(address)
+            [nonce] = await frame(reader)
+            writer.write(framed(hello(address.secret.encode(), nonce)) + SAID)
+            assert await ends(reader) == b""
+            assert served.served == 0
+            writer.close()
+            await answers(*await open_link(address, None))  # others are served
+
+    run(test)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+@pytest.mark.parametrize("begun", [b"", framed([NONCE, bytes(32)])[:-1]])
+def test_a_stranger_that_does_not_end_its_handshake_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, begun: bytes, runs: Any
+) -> None:
+    monkeypatch.setattr(link_module, "HELLO_TIMEOUT_S", 0.05)
+
+    async def test() -> None:
+        async with echo() as (served, address):
+            reader, writer = await connect(address)
+            writer.write(begun)
+            await frame(reader)
+            assert await ends(reader) == b""
+            assert served.served == 0
+            assert not served.listener._greeting
+            writer.close()
+
+    runs(test)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_handshakes_that_do_not_end_are_few_and_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_tls: bool, runs: Any
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_GREETING", 4)
+    ours = new_authority(tmp_path / "ours") if has_tls else None
+
+    async def test() -> None:
+        async with echo(None if ours is None else ours.server) as (served, address):
+            link = await open_link(address, None if ours is None else ours.client)
+            strangers = [await connect(address) for _ in range(12)]
+            for reader, _ in strangers[:8]:  # the oldest
+                await ends(reader)
+            assert len(served.listener._greeting) == 4
+            await answers(*await open_link(address, None if ours is None else ours.client))
+            await answers(*link)  # one that has ended its handshake stays
+            assert served.served == 2
+            for _, writer in strangers:
+                writer.close()
+
+    runs(test)
+
+
+def test_a_listener_that_is_closed_takes_nobody_and_lets_its_connections_go_on() -> None:
+    async def test() -> None:
+        async with echo() as (served, address):
+            link = await open_link(address, None)
+            greeting, writer = await connect(address)
+            await frame(greeting)
+            served.listener.close()
+            await ends(greeting)
+            with pytest.raises(ConnectionRefusedError):
+                await open_link(address, None)
+            await answers(*link)
+            writer.close()
+
+    run(test)
+
+
+async def _asks_for_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Take whoever comes, and show no proof."""
+    writer.write(framed([b"\x01" * 16]))
+    await frame(reader)
+    writer.write(framed([bytes(32)]))
+    assert await ends(reader) == b""
+    writer.close()
+
+
+async def _says_what_it_heard(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send the other side's own nonce and proof back."""
+    writer.write(framed([b"\x01" * 16]))
+    _, proof = await frame(reader)
+    writer.write(framed([proof]))
+    assert await ends(reader) == b""
+    writer.close()
+
+
+async def _says_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    assert await ends(reader) == b""
+    writer.close()
+
+
+async def _leaves(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def _speaks_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "impostor", [_asks_for_nothing, _says_what_it_heard, _says_nothing, _leaves, _speaks_http]
+)
+def test_an_impostor_that_listens_gets_neither_the_secret_nor_a_message(
+    monkeypatch: pytest.MonkeyPatch, impostor: Any
+) -> None:
+    monkeypatch.setattr(link_module, "CONNECT_TIMEOUT_S", 0.2)
+
+    async def test() -> None:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await impostor(reader, writer)
+            ended.set_result(None)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "s" * 64)
+        with pytest.raises((ConnectionError, TimeoutError)):
+            await open_link(address, None)
+        await asyncio.wait_for(ended, LIMIT_S)  # and no assertion in it has failed
+        server.close()
+
+    run(test)
+
+
+def test_a_listener_that_proves_the_secret_is_taken() -> None:
+    async def test() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await listens(reader, writer, b"secret")
+            writer.write(await reader.read(100))
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
+        await answers(*await open_link(address, None))
+        with pytest.raises(ConnectionRefusedError):
+            await open_link(replace(address, port=1), None)
+        server.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+def test_over_tls_both_need_a_certificate_of_the_authority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Any
+) -> None:
+    async def test() -> None:
+        ours, theirs = (new_authority(tmp_path / name) for name in ("ours", "theirs"))
+        async with echo(ours.server) as (served, address):
+            await answers(*await open_link(address, ours.client))
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await open_link(address, theirs.client)
+            monkeypatch.setattr(link_module, "CONNECT_TIMEOUT_S", 0.2)  # each waits for the other
+            with pytest.raises(TimeoutError):
+                await open_link(address, None)
+            assert served.served == 1
+
+    runs(test)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+def test_new_links_use_changed_certificates_and_open_ones_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Any
+) -> None:
+    monkeypatch.setattr("cluster.tls.LOOK_S", 0.0)
+
+    async def test() -> None:
+        ours = new_authority(tmp_path / "ours")
+        async with echo(ours.server) as (served, address):
+            old = await open_link(address, ours.client)
+            outdated = new_authority(tmp_path / "copy", ours.ca).client
+            ours.replace()
+            new = await open_link(address, ours.client)
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await open_link(address, outdated)
+            await answers(*old)
+            await answers(*new)
+            await happens(lambda: served.served == 2)
+
+    runs(test)
