@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.environment import GATEWAY_ENVIRONMENT, SERVING_ENVIRONMENT, router_environment
 from cluster.errors import ConfigError, ExpertMeshError
+from cluster.tls import require_ray_tls
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
 from router.gateway.limits import RETRY_AFTER_S
@@ -65,6 +66,8 @@ def application(
     """
     try:
         config = parse_args(args)
+        if config.experts.tls is not None:
+            require_ray_tls("args.experts.tls")
         if host is not None:
             check_reach(host, config.security.is_protected, "http_options.host")
         models = inspect_models(config, neighbours=RayNeighbours())

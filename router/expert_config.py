@@ -46,7 +46,9 @@ class Section(BaseModel):
 class TlsConfig(Section):
     """Encrypts the streams between hosts and the links of gateways.
 
-    Each key is a PEM file at the same path on every node.
+    Each key is a PEM file at the same path on every node. Ray's calls must have Ray's own TLS then:
+    ``RAY_USE_TLS=1`` in the environment of all its processes. Changed files come into use with the
+    next connection, without a restart.
     """
 
     certificate: str = Field(min_length=1, description="The node's own certificate.")

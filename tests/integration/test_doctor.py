@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def test_the_ray_that_runs_can_be_joined(target: Target) -> None:
 
     found = look_at(target)
     assert (found.reason, found.ray_version) == ("", ray.__version__)
+    assert found.num_nodes == 1
+    assert found.has_token == (os.environ.get("RAY_AUTH_MODE") == "token")
     assert check_ray(found, []).level == "ok"
 
 

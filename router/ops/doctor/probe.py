@@ -19,19 +19,22 @@ from packaging.requirements import Requirement
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from cluster.memory import memory
 from cluster.native.built import native
+from cluster.tls import ray_is_encrypted
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
 from router.config import AppConfig, ModelConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
+from router.ops.doctor.access import check_encryption, check_token
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Devices, Gpu, check_devices
 from router.ops.doctor.doctor import Installed
 from router.ops.doctor.needs import Needs, Size, needs_of
 from router.ops.doctor.ports import ports_of, taken_ports
-from router.ops.doctor.running_ray import look_at, raylets, target_of, temp_folder
+from router.ops.doctor.running_ray import RunningRay, look_at, raylets, target_of, temp_folder
 from router.ops.plan.deployment import read_tenants
 from router.ops.plan.devices import Tenant
 from router.ops.plan.source import find_model
+from router.security.reach import is_loopback
 from router.serve.options import HAPROXY, completed, serve_variables
 from router.served import check_file
 
@@ -69,6 +72,11 @@ class Deployment:
     def needs(self) -> Needs:
         """The memory that the deployment takes."""
         return needs_of(self.applications)
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether any application has ``experts.tls``."""
+        return any(config.experts.tls is not None for config, _ in self.applications)
 
     @property
     def wants_haproxy(self) -> bool:
@@ -119,12 +127,41 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
     ports = ports_of(deployment.document)
     tenants = deployment.tenants
     return [
+        *access_checks(deployment.document, deployment.has_tls, None, variables),
         doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
         *([check_devices(find_devices(asks_ray=True), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
         doctor.check_memory(memory(), deployment.needs),
     ]
+
+
+def access_checks(
+    document: Mapping[str, Any],
+    has_tls: bool,
+    running: RunningRay | None,
+    variables: Mapping[str, str],
+) -> list[Check]:
+    """Check who reaches a start; without a ``running`` cluster it makes a Ray of its own.
+
+    Such a Ray asks for a token unless the user has set its mode
+    (:mod:`router.ops.startup.ray_token`). ``has_tls`` says whether any application has
+    ``experts.tls``.
+    """
+    num_nodes = 1 if running is None else running.num_nodes
+    has_token: bool | None = variables.get("RAY_AUTH_MODE", "token").lower() == "token"
+    if running is not None:
+        has_token = running.has_token
+    return [
+        check_token(num_nodes, is_open(document), has_token),
+        check_encryption(num_nodes, ray_is_encrypted(variables), has_tls),
+    ]
+
+
+def is_open(document: Mapping[str, Any]) -> bool:
+    """Return whether a file has HTTP listen on another host than loopback."""
+    host = (document.get("http_options") or {}).get("host")
+    return host is not None and not is_loopback(str(host))
 
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
@@ -143,6 +180,8 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
         doctor.check_ray(running, raylets()),
     ]
     document = {} if deployment is None else deployment.document
+    has_tls = deployment is not None and deployment.has_tls
+    found += access_checks(document, has_tls, running, variables)
     wants_haproxy = deployment is not None and deployment.wants_haproxy
     found.append(doctor.check_haproxy(wants_haproxy, find_haproxy(document)))
     if deployment is not None:

@@ -25,16 +25,28 @@ from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.stored import Stored
-from router.config import read_document
+from router.config import parse_deployment, read_document
+from router.ops.doctor.access import ENCRYPTION, check_token
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import DEVICES
 from router.ops.doctor.doctor import check_ray
-from router.ops.doctor.probe import checks_of_a_start, completed_here, read_deployment
-from router.ops.doctor.running_ray import Target, look_at, target_of
+from router.ops.doctor.probe import (
+    access_checks,
+    checks_of_a_start,
+    completed_here,
+    is_open,
+    read_deployment,
+)
+from router.ops.doctor.running_ray import Target, look_at, look_at_dashboard, target_of
 from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.completion import complete_sent_file, start_serve_with
-from router.ops.startup.ray_token import dashboard_variable, require_token, send_token
+from router.ops.startup.ray_token import (
+    dashboard_of,
+    dashboard_variable,
+    require_token,
+    send_token,
+)
 from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
 from router.ops.startup.termination import Termination
@@ -150,12 +162,13 @@ def checked_document(argv: Sequence[str], file: Path | None = None) -> Mapping[s
     except ExpertMeshError as error:
         _end(f"{file}: {error}")
     if starts_ray:
-        checks = checks_of_a_start(read_deployment(file), os.environ)
-        _end_at_a_problem(checks)
-        _warn_of_devices(checks)
+        _heed(checks_of_a_start(read_deployment(file), os.environ))
         _keep_hashes(checkpoints)
     elif target is not None:
-        _end_at_a_problem([check_ray(look_at(target), ())])
+        _heed(_checks_of_a_join(file, document, target))
+    else:
+        num_nodes, has_token = look_at_dashboard(dashboard_of(given_address(argv)))
+        _heed([check_token(num_nodes, is_open(document), has_token)])
     if HAPROXY not in serve_variables(document):
         _warn("there is no HAProxy here: Serve's own proxy listens, more slowly")
     return document
@@ -173,16 +186,24 @@ def _target(argv: Sequence[str]) -> Target | None:
     return target_of(given_address(argv), os.environ) if argv[1] == "run" else None
 
 
-def _end_at_a_problem(checks: Sequence[Check]) -> None:
+def _checks_of_a_join(file: Path, document: Mapping[str, Any], target: Target) -> list[Check]:
+    """Check a running cluster; this machine need not have the models of the file."""
+    running = look_at(target)
+    configs = [config for _, config in parse_deployment(read_document(file), file)]
+    has_tls = any(config.experts.tls is not None for config in configs)
+    return [check_ray(running, ()), *access_checks(document, has_tls, running, os.environ)]
+
+
+def _heed(checks: Sequence[Check]) -> None:
+    """End the command at a problem, and warn of what nobody else says in time.
+
+    Ray does not tell of a GPU that gets too full before a process ends by it.
+    """
     problem = next((check for check in checks if check.level == "problem"), None)
     if problem is not None:
         _end(f"{problem.name}: {problem.found}. {problem.advice}")
-
-
-def _warn_of_devices(checks: Sequence[Check]) -> None:
-    """Warn of a GPU that may get too full: Ray does not say so before a process ends by it."""
     for check in checks:
-        if check.name == DEVICES and check.level == "warning":
+        if check.name in (DEVICES, ENCRYPTION) and check.level == "warning":
             _warn(f"{check.name}: {check.found}. {check.advice}")
 
 

@@ -39,11 +39,15 @@ def send_token(address: str | None) -> None:
     ``address`` is the command's ``--address``. As with Ray's own commands, a cluster of another
     machine gets the token only where the user has set the mode.
     """
-    url = address or os.environ.get(DASHBOARD_VARIABLE) or DEFAULT_DASHBOARD
-    if MODE_VARIABLE in os.environ or not _is_local(url):
+    if MODE_VARIABLE in os.environ or not _is_local(dashboard_of(address)):
         return
     if setup.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
         setup._enable_token_auth()
+
+
+def dashboard_of(address: str | None) -> str:
+    """Return the dashboard that a command asks whose ``--address`` this is."""
+    return address or os.environ.get(DASHBOARD_VARIABLE) or DEFAULT_DASHBOARD
 
 
 def _is_local(url: str) -> bool:

@@ -163,7 +163,7 @@ def test_nobody_and_nonsense_do_not_answer() -> None:
             "does not answer as a Ray of this version does (RuntimeError: rpc error)",
         ),
         ("print('[1')", "does not answer as a Ray of this version does"),
-        ('print(\'["2.9.0", "3.9.1"]\')', "is Ray 2.9.0 on Python 3.9.1; here is Ray "),
+        ('print(\'["2.9.0", "3.9.1", 1, true]\')', "is Ray 2.9.0 on Python 3.9.1; here is Ray "),
     ],
 )
 def test_a_server_that_is_no_ray_of_ours_is_not_waited_for(

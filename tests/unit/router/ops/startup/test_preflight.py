@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from router.security.keys import Role
 from router.security.keys_file import add_key
 from router.serve.options import HAPROXY, completed, serve_variables
 from tests.checkpoints import save_mixtral
+from tests.unit.certificates import new_authority
 
 DEPLOY = Path(deploy.__file__).parent
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
@@ -49,6 +52,7 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     temp = tmp_path / "t"
     temp.mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (None, None))
     monkeypatch.setenv("RAY_TMPDIR", str(temp))
     # Where pytest's own folders have long names, sockets would not fit in them.
     monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
@@ -427,6 +431,115 @@ def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
     monkeypatch.setattr(preflight, "checks_of_a_start", changed)
     line = refusal(["serve", "run", str(file)], capsys)
     assert line == f"expertmesh: {folder}/model.safetensors: has changed since it was opened"
+
+
+def of_nodes(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int | None, has_token: bool | None
+) -> None:
+    """A cluster of so many nodes, for ``serve run`` and for ``serve deploy``."""
+    found = partial(RunningRay, reason="", num_nodes=num_nodes, has_token=has_token)
+    monkeypatch.setattr(preflight, "look_at", found)
+    monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (num_nodes, has_token))
+
+
+JOINING = (["run", "--address", "head:6379"], ["deploy"])
+
+
+@pytest.mark.parametrize("command", JOINING)
+def test_several_nodes_without_a_token_end_the_command(
+    file: Path,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_nodes(monkeypatch, 2, has_token=False)
+    line = refusal(["serve", *command, str(file)], capsys)
+    assert line.startswith("expertmesh: token: 2 nodes, and Ray asks nobody for a token: ")
+    assert "RAY_AUTH_MODE=token" in line
+
+
+@pytest.mark.parametrize("command", JOINING)
+@pytest.mark.parametrize(("num_nodes", "has_token"), [(1, False), (1, True), (None, None)])
+def test_one_node_needs_no_token(
+    file: Path,
+    command: list[str],
+    num_nodes: int | None,
+    has_token: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_nodes(monkeypatch, num_nodes, has_token)
+    checked_document(["serve", *command, str(file)])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "asked"),
+    [
+        ([], None, "http://localhost:8265"),
+        ([], "http://d:1", "http://d:1"),
+        (["-a", "http://a:2"], "http://d:1", "http://a:2"),
+    ],
+)
+def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
+    file: Path,
+    words: list[str],
+    variable: str | None,
+    asked: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    urls: list[str] = []
+    monkeypatch.setattr(
+        preflight, "look_at_dashboard", lambda url: (urls.append(url), (1, False))[1]
+    )
+    monkeypatch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", variable)
+    checked_document(["serve", "deploy", str(file), *words])
+    assert urls == [asked]
+
+
+def test_several_nodes_without_encryption_are_warned_of(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_nodes(monkeypatch, 2, has_token=True)
+    checked_document(["serve", *JOINING[0], str(file)])
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith("expertmesh: encryption: 2 nodes send each other prompts")
+
+
+@pytest.mark.parametrize("words", [[], ["--address", "head:6379"]])
+def test_tls_of_streams_without_that_of_ray_ends_the_command(
+    tmp_path: Path,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_nodes(monkeypatch, 1, has_token=True)
+    files = new_authority(tmp_path / "tls").files
+    document = shipped_document(*free_ports(2))
+    document["applications"][0]["args"]["experts"] = {"tls": asdict(files)}
+    command = ["serve", "run", str(write(tmp_path / "tls.yaml", document)), *words]
+    line = refusal(command, capsys)
+    assert line.startswith("expertmesh: encryption: experts.tls needs RAY_USE_TLS=1 in the ")
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    checked_document(command)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_open_host_and_a_ray_without_a_token_end_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = shipped_document(*free_ports(2))
+    document["http_options"]["host"] = "0.0.0.0"
+    document["applications"][0]["args"]["security"] = "open"
+    file = write(tmp_path / "open.yaml", document)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert line.startswith("expertmesh: token: http_options.host is not loopback, and Ray asks")
+    monkeypatch.delenv("RAY_AUTH_MODE")  # the start sets it
+    checked_document(["serve", "run", str(file)])
+    assert capsys.readouterr() == ("", "")
 
 
 def secured(file: Path, security: object, **options: Any) -> Path:
