@@ -21,7 +21,7 @@ import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import crc32c
 import msgpack
@@ -177,9 +177,7 @@ class LinkListener:
                 await _end_unless(_challenge(*connection, self._secret.encode()), connection)
         except (OSError, EOFError, *MALFORMED):
             return
-        task = asyncio.current_task()
-        assert task is not None
-        self._greeting.pop(task, None)
+        self._greeting.pop(cast("asyncio.Task[None]", asyncio.current_task()), None)
         await self._serve(*connection)
 
 
