@@ -207,7 +207,8 @@ def test_serve_tells_nobody_which_applications_there_are(served: ServedCluster) 
             grpc.StatusCode.UNAVAILABLE,
         )
         health = channel.unary_unary("/ray.serve.RayServeAPIService/Healthz")
-        assert health(b"", timeout=10) is not None
+        _, asked = health.with_call(b"", timeout=10)
+        assert asked.code() is grpc.StatusCode.OK
 
 
 def test_health_is_serving(served: ServedCluster) -> None:
