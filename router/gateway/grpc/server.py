@@ -115,7 +115,9 @@ class GrpcServer:
                 is_logged = True
             await asyncio.sleep(POLL_S)
         await server.start()
-        logger.info("%s: this gateway answers on %s", self._surface.purpose, address)
+        is_news = is_logged or self._surface is CLIENTS  # operators are always answered here
+        level = logging.INFO if is_news else logging.DEBUG
+        logger.log(level, "%s: this gateway answers on %s", self._surface.purpose, address)
 
 
 def _log_failure(listening: asyncio.Task[None]) -> None:
