@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, ForbiddenError, UnauthenticatedError
 from router.security import access as module
@@ -41,8 +45,8 @@ def gate(tmp_path: Path) -> Gate:
 
 def test_without_keys_everybody_may_do_everything() -> None:
     access = Access(None, lambda *labels: pytest.fail("counted"))
-    for given in ([], ["Bearer x"], ["nonsense", "twice"]):
-        assert asyncio.run(access.admit("grpc", given, Role.ADMIN)) is ANYBODY
+    for values in ([], ["Bearer x"], ["nonsense", "twice"]):
+        assert asyncio.run(access.admit("grpc", values, Role.ADMIN)) is ANYBODY
     assert access.is_open
 
 
@@ -80,6 +84,30 @@ def test_whatever_else_is_given_is_refused_without_being_shown(gate: Gate, form:
         gate.admit([given])
     assert gate.key not in str(refused.value)
     assert gate.counts == {("http", "unknown_key"): 1}
+
+
+@functools.cache
+def shared_gate() -> Gate:
+    with tempfile.TemporaryDirectory() as folder:
+        return Gate(Path(folder))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=80),
+            st.binary(max_size=80).map(lambda given: given.decode("latin-1")),
+            st.text(max_size=9).map(lambda after: f"Bearer {after}"),
+            st.sampled_from(["Bearer", "bearer em-", "Basic Zm9v", "Bearer a b", "\r\nBearer x"]),
+        ),
+        max_size=3,
+    )
+)
+def test_no_header_whatever_lets_a_stranger_in(values: list[str]) -> None:
+    with pytest.raises(UnauthenticatedError) as refused:
+        shared_gate().admit(values)
+    assert not [value for value in values if len(value) > 8 and value in str(refused.value)]
 
 
 def test_nothing_and_two_values_are_refused(gate: Gate) -> None:
