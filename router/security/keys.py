@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from cluster.errors import ConfigError
 from router.expert_config import Section
+from router.security.limits import NO_LIMITS, KeyLimits
 
 MAX_FILE_BYTES = 1024 * 1024
 _HASH_ADVICE = "must be the SHA-256 of a key in 64 lower-case hex digits (`expertmesh keys new`)"
@@ -38,11 +39,15 @@ class Role(enum.StrEnum):
 
 
 class KeyEntry(Section):
-    """One key: its hash, the name of its owner, and its roles; several keys may have one name."""
+    """One key: its hash, the name of its owner, its roles, and the limits of that name.
+
+    Several keys may have one name, and then share its limits.
+    """
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
     roles: tuple[Role, ...] = Field(min_length=1)
+    limits: KeyLimits = NO_LIMITS
 
 
 class KeysDocument(Section):
@@ -53,10 +58,11 @@ class KeysDocument(Section):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The owner of a key, by name, and the roles of that key."""
+    """The owner of a key, by name, the roles of that key, and the limits of the name."""
 
     name: str
     roles: frozenset[Role]
+    limits: KeyLimits = NO_LIMITS
 
 
 ANYBODY = Caller("", frozenset(Role))
@@ -89,15 +95,23 @@ class Stamp:
 def read_callers(file: Path) -> tuple[Callers, Stamp]:
     """Return the keys of a file, and its stamp from before it was read; see :func:`read_document`.
 
-    Raises :class:`ConfigError`, also for a key that is there twice.
+    Raises :class:`ConfigError`, also for a key that is there twice, and for two keys of one name
+    with different limits.
     """
     document, stamp = read_document(file)
     callers: dict[bytes, Caller] = {}
+    first_of: dict[str, int] = {}
     for index, entry in enumerate(document.keys):
         digest = bytes.fromhex(entry.sha256)
         if digest in callers:
             raise _wrong(file, f"keys[{index}].sha256 is there twice")
-        callers[digest] = Caller(entry.name, frozenset(entry.roles))
+        first = first_of.setdefault(entry.name, index)
+        limits = document.keys[first].limits
+        if entry.limits != limits:
+            raise _wrong(
+                file, f"keys[{index}].limits differ from those of keys[{first}], of the same name"
+            )
+        callers[digest] = Caller(entry.name, frozenset(entry.roles), limits)
     return callers, stamp
 
 
@@ -146,7 +160,7 @@ def _reason(error: Any) -> str:
     """Return what is wrong in the file, without a value or an unknown key of it."""
     location = error["loc"]
     if error["type"] == "extra_forbidden":
-        section = KeyEntry if len(location) > 1 else KeysDocument
+        section = _SECTIONS[len(location)]
         where = _path(location[:-1]) or "the file"
         return f"{where} has an unknown key; allowed are {', '.join(section.model_fields)}"
     if location and location[-1] == "sha256":
@@ -155,6 +169,10 @@ def _reason(error: Any) -> str:
         return f"{_path(location)} must be {NAME_RULE}"
     reason = _REASONS.get(error["type"]) or error["msg"]
     return f"{_path(location) or 'the file'}: {reason}"
+
+
+_SECTIONS: Mapping[int, type[Section]] = {1: KeysDocument, 3: KeyEntry, 4: KeyLimits}
+"""The section of the file whose keys have paths of so many parts."""
 
 
 def _path(location: tuple[int | str, ...]) -> str:

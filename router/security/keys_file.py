@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from cluster.errors import ConfigError, shown
 from router.security.keys import NAME_RULE, KeyEntry, KeysDocument, Role, read_document
+from router.security.limits import NO_LIMITS, KeyLimits
 
 PREFIX = "em-"
 """Of each key, so that scanners for secrets know one when they see it."""
@@ -32,21 +33,34 @@ _HASH_BEGINNING = re.compile(r"[0-9a-f]{8,64}")
 _PRIVATE = 0o600
 
 
-def add_key(file: Path, name: str, roles: Sequence[Role]) -> str:
+def add_key(file: Path, name: str, roles: Sequence[Role], limits: KeyLimits | None = None) -> str:
     """Add a new key to a file, which is made if it is not there; returns the key.
 
-    Raises :class:`ConfigError` where the file cannot be used or written.
+    Without ``limits`` it has those of the name's other keys. Raises :class:`ConfigError` where
+    these have others than ``limits``, and where the file cannot be used or written.
     """
     key = PREFIX + secrets.token_urlsafe(32)
-    digest = sha256(key.encode()).hexdigest()
-    try:
-        entry = KeyEntry(sha256=digest, name=name, roles=tuple(dict.fromkeys(roles)))
-    except ValidationError:
-        raise ConfigError(f"given {shown(name)}, must be {NAME_RULE}", "name") from None
     with _locked(file):
         known = read_document(file)[0].keys if file.exists() else ()
-        _replace(file, (*known, entry))
+        of_name = next((entry.limits for entry in known if entry.name == name), None)
+        if limits is None:
+            limits = of_name or NO_LIMITS
+        elif of_name not in (None, limits):
+            raise ConfigError(
+                f"the keys of {name} have other limits; leave the limits out to have the same, or "
+                f"change {file} by hand for all of them",
+                "limits",
+            )
+        _replace(file, (*known, _entry(key, name, roles, limits)))
     return key
+
+
+def _entry(key: str, name: str, roles: Sequence[Role], limits: KeyLimits) -> KeyEntry:
+    digest, roles = sha256(key.encode()).hexdigest(), tuple(dict.fromkeys(roles))
+    try:
+        return KeyEntry(sha256=digest, name=name, roles=roles, limits=limits)
+    except ValidationError:
+        raise ConfigError(f"given {shown(name)}, must be {NAME_RULE}", "name") from None
 
 
 def revoke(file: Path, which: str) -> list[KeyEntry]:
@@ -73,7 +87,7 @@ def revoke(file: Path, which: str) -> list[KeyEntry]:
 def _replace(file: Path, entries: Sequence[KeyEntry]) -> None:
     """Write a file, which keeps its mode and its owner; a reader sees the old or the new one."""
     file = file.resolve()  # a link goes on being one
-    document = KeysDocument(keys=tuple(entries)).model_dump(mode="json")
+    document = KeysDocument(keys=tuple(entries)).model_dump(mode="json", exclude_defaults=True)
     text = _HEADER + yaml.safe_dump(document, sort_keys=False)
     try:
         earlier = file.stat() if file.exists() else None

@@ -55,6 +55,25 @@ def test_a_list_shows_names_and_the_beginnings_of_hashes(file: Path) -> None:
     assert entry["sha256"] == sha256(key.encode()).hexdigest()
 
 
+def test_a_new_key_gets_limits_and_a_second_one_of_its_name_the_same(file: Path) -> None:
+    words = ["--requests-per-s", "2.5", "--tokens-per-min", "60000", "--concurrent-tokens", "9000"]
+    assert keys(file, "new", "alice", *words, "--priority", "-1")[0] == 0
+    assert keys(file, "new", "alice")[0] == 0
+    assert keys(file, "new", "alice", *words, "--priority", "-1")[0] == 0
+    assert keys(file, "new", "bob")[0] == 0
+    limits = {
+        "requests_per_s": 2.5, "tokens_per_min": 60000, "concurrent_tokens": 9000, "priority": -1
+    }  # fmt: skip
+    entries = yaml.safe_load(file.read_text())["keys"]
+    assert [entry.get("limits") for entry in entries] == [limits, limits, limits, None]
+    listed = json.loads(keys(file, "list", "--json")[1])
+    assert listed[0]["limits"] == limits
+    assert set(listed[3]["limits"].values()) == {None}
+    table = keys(file, "list")[1]
+    for line in ("requests_per_s 2.5", "tokens_per_min 60,000", "priority -1"):
+        assert line in table
+
+
 def test_a_name_or_a_hash_is_revoked(file: Path) -> None:
     first, second, third = (keys(file, "new", name)[1].strip() for name in ("a", "a", "b"))
     beginning = sha256(second.encode()).hexdigest()[:8]
@@ -72,6 +91,9 @@ def test_a_name_or_a_hash_is_revoked(file: Path) -> None:
     [
         (["new", "two words"], "name: given 'two words', must be 1 to 64 letters"),
         (["new", ""], "name: given '', must be 1 to 64"),
+        (["new", "alice", "--priority", "3"], "limits: the keys of alice have other limits; leave"),
+        (["new", "bob", "--tokens-per-min", "0"], "--tokens-per-min: given 0: Input should be"),
+        (["new", "bob", "--requests-per-s", "nan"], "--requests-per-s: given nan: Input should be"),
         (["revoke", "nobody"], "no key has the name or hash 'nobody'; names: alice"),
         (["revoke", "abc"], "no key has the name or hash 'abc'"),
     ],

@@ -9,9 +9,11 @@ import pytest
 
 from cluster.errors import ConfigError
 from router.security.keys import Caller, Role, digest_of, read_callers
+from router.security.limits import KeyLimits
 
 PLAIN = "em-canary-that-nobody-may-see"
 HASH = sha256(PLAIN.encode()).hexdigest()
+LIMITED = f"keys:\n- {{sha256: {HASH}, name: alice, roles: [inference], limits: LIMITS}}\n"
 GOOD = f"keys:\n- {{sha256: {HASH}, name: alice, roles: [inference, metrics]}}\n"
 
 
@@ -38,6 +40,48 @@ def test_several_keys_may_have_one_name(tmp_path: Path) -> None:
     callers, _ = read_callers(written(tmp_path, GOOD + other))
     assert {caller.name for caller in callers.values()} == {"alice"}
     assert len(callers) == 2
+
+
+def test_keys_of_one_name_share_its_limits(tmp_path: Path) -> None:
+    limits = "{requests_per_s: 0.5, tokens_per_min: 6000, concurrent_tokens: 900, priority: -3}"
+    first = LIMITED.replace("LIMITS", limits)
+    second = first.replace(HASH, "'" + "0" * 64 + "'").removeprefix("keys:\n")
+    callers, _ = read_callers(written(tmp_path, first + second))
+    expected = KeyLimits(
+        requests_per_s=0.5, tokens_per_min=6000, concurrent_tokens=900, priority=-3
+    )
+    assert [caller.limits for caller in callers.values()] == [expected, expected]
+    other = second.replace("6000", "6001")
+    reason = r"keys\[1\]\.limits differ from those of keys\[0\], of the same name"
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read_callers(written(tmp_path, first + other))
+    assert "alice" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (PLAIN, r"keys\[0\]\.limits: must be a mapping"),
+        (
+            f"{{{PLAIN}: 1}}",
+            r"keys\[0\]\.limits has an unknown key; allowed are requests_per_s",
+        ),
+        (f"{{priority: {PLAIN}}}", r"limits\.priority: Input should be a valid integer"),
+        ("{requests_per_s: 0}", r"limits\.requests_per_s: Input should be greater than 0"),
+        ("{requests_per_s: .nan}", r"limits\.requests_per_s: Input should be a finite number"),
+        ("{requests_per_s: .inf}", r"limits\.requests_per_s: Input should be a finite number"),
+        ("{tokens_per_min: 0}", r"limits\.tokens_per_min: Input should be greater than or equal"),
+        ("{tokens_per_min: 1.5}", r"limits\.tokens_per_min: Input should be a valid integer"),
+        ("{concurrent_tokens: -1}", r"limits\.concurrent_tokens: Input should be greater than"),
+        ("{priority: 9223372036854775808}", r"limits\.priority: Input should be less than or eq"),
+    ],
+)
+def test_limits_that_are_wrong_are_refused_without_their_content(
+    tmp_path: Path, limits: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as refused:
+        read_callers(written(tmp_path, LIMITED.replace("LIMITS", limits)))
+    assert PLAIN not in str(refused.value)
 
 
 @pytest.mark.parametrize(
