@@ -265,19 +265,37 @@ Sample = tuple[str, Mapping[str, str], float]
 
 
 @dataclass(frozen=True, slots=True)
+class KeyUse:
+    """What one gateway has used of the quotas that the keys of one name have.
+
+    ``requests`` and ``tokens`` are sums since the gateway's start, without what was given back.
+    ``held_tokens`` are those of requests under way. ``requests_left`` and ``tokens_left`` may be
+    used now, below 0 they are owed; a quota without a limit is infinite.
+    """
+
+    requests: int
+    tokens: int
+    held_tokens: int
+    requests_left: float
+    tokens_left: float
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """All samples of one process at one moment.
 
     ``taken_s`` is a time of the process's monotonic clock, which orders the samples of this process
     alone. ``families`` has each metric's samples by its name without a suffix. ``slowness`` is how
     many times as long as the fastest each actor (id, generation) takes for like work, as a router
-    measures it where experts have copies. ``problem`` is that of :class:`ProcessStatus`.
+    measures it where experts have copies. ``problem`` is that of :class:`ProcessStatus`. ``uses``
+    are those of a gateway, by the name of the keys.
     """
 
     taken_s: float
     families: Mapping[str, Sequence[Sample]]
     slowness: Mapping[tuple[str, int], float] = field(default_factory=dict)
     problem: str = ""
+    uses: Mapping[str, KeyUse] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from cluster.spec import ModelExperts, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.app import create_app
+from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import GrpcMethods
 from router.gateway.limits import Room
@@ -133,7 +134,8 @@ class LocalGateway(GrpcMethods):
         self.tokenizer = models[MODEL].tokenizer
         self.upstream = LocalUpstream(cluster, lost_after)
         metrics, room = Metrics(), Room(limits, [*models])
-        service = GenerationService(models, limits, self.upstream, metrics, room)
+        charges = Charges(metrics)
+        service = GenerationService(models, limits, self.upstream, metrics, room, charges)
         predictions = prediction_service(FakePredictions(), limits, metrics, room, ())
         controller = admin(self.upstream, metrics)
         self.access = everybody()

@@ -15,6 +15,7 @@ from cluster.spec import ModelExperts, ModelSource
 from experts.mixture.spec import MixtureSpec
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.charges import Charges
 from router.gateway.errors import v2_error
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
@@ -24,6 +25,7 @@ from router.gateway.predict.v2_http import encoded_reply, parse_infer
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.protos import open_inference_pb2
 from router.protos.errors import grpc_error
+from router.security.keys import ANYBODY
 from router.served import ServedMixture
 
 MODEL = "rows"
@@ -72,7 +74,8 @@ def service() -> PredictionService:
     limits = GatewayConfig()
     mixtures = {MODEL: ServedMixture(source, spec, "now")}
     upstream: Any = _Rows()  # what a service calls of the routers
-    return PredictionService(mixtures, limits, upstream, Metrics(), Room(limits, list(mixtures)))
+    metrics, room = Metrics(), Room(limits, list(mixtures))
+    return PredictionService(mixtures, limits, upstream, metrics, room, Charges(metrics))
 
 
 def http() -> Target:
@@ -82,7 +85,9 @@ def http() -> Target:
     async def answered(body: bytes, length: str | None) -> None:
         parsed = parse_infer(MODEL, "", body, length)
         checked = served.validator.check(parsed.raw)
-        reply = await served.predict(checked, "http", lambda r: encoded_reply(parsed, checked, r))
+        reply = await served.predict(
+            checked, ANYBODY, "http", lambda r: encoded_reply(parsed, checked, r)
+        )
         assert json.loads(reply.body[: reply.json_bytes])["model_name"] == MODEL
 
     def run(data: bytes) -> None:
@@ -101,7 +106,7 @@ def protobuf() -> Target:
 
     def run(data: bytes) -> None:
         try:
-            reply = asyncio.run(handlers.answer("ModelInfer", data))
+            reply = asyncio.run(handlers.answer("ModelInfer", data, ANYBODY))
         except (InvalidRequestError, UnknownModelError) as error:
             _check(error)
         else:

@@ -17,6 +17,7 @@ import deploy
 from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.config import GatewayConfig, parse_args
+from router.gateway.charges import Charges
 from router.gateway.errors import http_error
 from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
 from router.gateway.http_io import read_json
@@ -71,7 +72,8 @@ def service() -> GenerationService:
     model = GatewayModel(info, Tokenizer.load(str(folder), info.eos_token_ids))
     upstream: Any = None
     limits = GatewayConfig()
-    return GenerationService({MODEL: model}, limits, upstream, Metrics(), Room(limits, [MODEL]))
+    metrics, room = Metrics(), Room(limits, [MODEL])
+    return GenerationService({MODEL: model}, limits, upstream, metrics, room, Charges(metrics))
 
 
 def http() -> Target:

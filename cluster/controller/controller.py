@@ -252,13 +252,14 @@ class Controller:
     ) -> dict[str, Any]:
         """Return the placement once it differs from ``known`` (epoch, version).
 
-        The answer is ``{"placement": …, "loop_age_s": …, "is_deleted": …, "asks_own": …}``: the
-        :class:`Placement`, ``None`` when nothing changed within ``timeout_s`` (at most
-        ``MAX_WATCH_S``), how long ago this controller last finished a heartbeat of any actor,
-        whether Serve deletes the application, and whether the next call is to bring the caller's
-        ``own`` placement. The call also says that this router or gateway is alive, and brings its
-        ``samples``, the key of the ``model`` that a router serves, the ``kernel_class`` of its
-        dense part, and the actors that it has ``heard`` lately.
+        The answer has the :class:`Placement` (``placement``), ``None`` when nothing changed within
+        ``timeout_s`` (at most ``MAX_WATCH_S``), how long ago this controller last finished a
+        heartbeat of any actor (``loop_age_s``), whether Serve deletes the application
+        (``is_deleted``), whether the next call is to bring the caller's ``own`` placement
+        (``asks_own``), and to a gateway the ``uses`` of quotas by all others. The call also says
+        that this router or gateway is alive, and brings its ``samples``, the key of the ``model``
+        that a router serves, the ``kernel_class`` of its dense part, and the actors that it has
+        ``heard`` lately.
 
         Where the controller doubts whether an actor lives, it answers all callers at once, and
         their next calls tell whom they hear. Raises :class:`StaleEpochError` where a newer
@@ -266,9 +267,8 @@ class Controller:
         """
         state, order, asked_at_s = self._state, (known[0], known[1]), self._state.asked_at_s
         state.refuse_if_superseded()
-        self._members.heard(
-            kind, ProcessStatus(pid, node), order, samples, model, kernel_class, heard
-        )
+        process = ProcessStatus(pid, node)
+        self._members.heard(kind, process, order, samples, model, kernel_class, heard)
         self._mix_notice.look(self._kernels(), state.is_complete)
         self._slow_notice.look(self._members.slowness(), time.monotonic())
         for actor_id in self._retirement.waiting():
@@ -294,6 +294,7 @@ class Controller:
             "loop_age_s": time.monotonic() - self._keeper.looped_at_s,
             "is_deleted": state.is_deleted,
             "asks_own": asks_own,
+            "uses": self._members.uses(process) if kind == "gateway" else {},
         }
 
     async def suspect(self, actor_id: str, generation: int, hears_others: bool = False) -> None:

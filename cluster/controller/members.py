@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cluster.reports import Heard, ProcessSamples, ProcessStatus, Samples
+from cluster.reports import Heard, KeyUse, ProcessSamples, ProcessStatus, Samples
 from cluster.spec import ModelKernel
 
 MEMBER_TTL_S = 15.0
@@ -125,6 +125,15 @@ class Members:
             for m in self._members.values()
             if m.samples is not None
         )
+
+    def uses(self, beside: ProcessStatus) -> dict[str, Mapping[str, KeyUse]]:
+        """Return what each gateway but one has used of the quotas of keys, by names."""
+        self._forget()
+        return {
+            key: {} if m.samples is None else m.samples.uses
+            for key, m in self._members.items()
+            if m.kind == "gateway" and m.process != beside
+        }
 
     def _forget(self) -> None:
         oldest_at_s = time.monotonic() - MEMBER_TTL_S

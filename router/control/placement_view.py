@@ -12,13 +12,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import ray
 
 from cluster.placement.placement import Placement
-from cluster.reports import Samples
+from cluster.reports import KeyUse, Samples
 from router.control.client import ControllerClient
 from router.control.heard import HeardActors
 
@@ -84,6 +84,7 @@ class PlacementWatcher:
         samples: Callable[[], Samples],
         model: str = "",
         kernel_class: Callable[[], str] = lambda: "",
+        hear_uses: Callable[[Mapping[str, Mapping[str, KeyUse]]], None] = lambda uses: None,
     ) -> None:
         """``kind``, ``router`` or ``gateway``, is shown in the cluster's status.
 
@@ -91,7 +92,7 @@ class PlacementWatcher:
         ``kernel_class`` returns the class of a router's dense part.
 
         ``samples`` returns the replica's samples; each long poll sends them, with the actors that
-        its dispatchers note in ``heard``.
+        its dispatchers note in ``heard``. ``hear_uses`` gets the answer's uses of quotas.
 
         ``on_deleted`` is called once, when Serve deletes the application. The controller says so;
         while it does not answer, ``is_wanted`` asks Serve, and may block.
@@ -104,6 +105,7 @@ class PlacementWatcher:
         self._samples = samples
         self._model = model
         self._kernel_class = kernel_class
+        self._hear_uses = hear_uses
         self._asking: asyncio.Task[None] | None = None
         self._view = view
         self._controller = controller
@@ -149,6 +151,7 @@ class PlacementWatcher:
                 return
             self._asks_own = answer["asks_own"]
             self._view.heard(answer["loop_age_s"])
+            self._hear_uses(answer["uses"])
             if answer["placement"] is not None:
                 self._view.publish(answer["placement"])
 

@@ -34,6 +34,7 @@ from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_http import add_v2_routes
+from router.gateway.quotas import RATE_HEADERS
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import Validator
 from router.observability.exposition import expose
@@ -67,6 +68,7 @@ def create_app(
         echoes_id=echoes_request_id,
         browsers=browsers,
         access=access,
+        rate_headers=service.charges.headers,
     )
     if browsers.origins:
         app.add_middleware(
@@ -74,7 +76,7 @@ def create_app(
             allow_origins=list(browsers.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[EXACT_HEADER],
+            expose_headers=[EXACT_HEADER, *RATE_HEADERS],
         )
     app.add_exception_handler(ExpertMeshError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -128,10 +130,11 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     with service.metrics.refusals("http"):
         body = await read_json(request, service.limits.max_body_bytes, service.room.bodies)
         call = parse(body, service.validator, request.state.request_id)
+    caller = request.state.caller
     if not call.stream:
-        body, is_exact = await until_disconnect(request.receive, call.answer(service))
+        body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})
-    deltas = call.deltas(service)
+    deltas = call.deltas(service, caller)
 
     async def first_delta() -> tuple[int, Delta]:
         return await anext(deltas)

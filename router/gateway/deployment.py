@@ -14,6 +14,7 @@ from cluster.spec import OnExpertLoss
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import Readiness, is_its_turn, model_readiness, readiness
+from router.gateway.charges import Uses
 
 TURN_S, TURN_CHECK_S = 10.0, 0.1
 
@@ -28,11 +29,13 @@ class Deployment:
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
         samples: Callable[[], Samples],
+        hear_uses: Callable[[Uses], None],
     ) -> None:
         """``models`` are the ids of the served models. Needs a running event loop.
 
         ``on_expert_loss`` is the deployment's; readiness depends on it. ``is_wanted`` asks Serve
-        whether the application shall run. ``samples`` returns the gateway's own samples.
+        whether the application shall run. ``samples`` returns the gateway's own samples;
+        ``hear_uses`` gets what the other gateways have used of quotas.
         """
         self._models = models
         self._on_expert_loss = on_expert_loss
@@ -47,6 +50,7 @@ class Deployment:
             is_wanted,
             self.end_requests,
             samples,
+            hear_uses=hear_uses,
         )
 
     def on_end(self, end: Callable[[], None]) -> None:

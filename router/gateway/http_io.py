@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -174,17 +174,24 @@ class EdgeMiddleware:
 
     A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. A request
     that ``browsers`` or ``access`` refuse goes no further. ``request.state.caller`` is ``None`` for
-    a request without a key of a path that needs none. An exception becomes a 500 without details;
-    the log has them.
+    a request without a key of a path that needs none. Each reply has the ``rate_headers`` of its
+    caller, as they are when it begins. An exception becomes a 500 without details; the log has
+    them.
     """
 
     def __init__(
-        self, app: ASGIApp, echoes_id: bool, browsers: BrowserRules, access: Access
+        self,
+        app: ASGIApp,
+        echoes_id: bool,
+        browsers: BrowserRules,
+        access: Access,
+        rate_headers: Callable[[Caller | None], Mapping[str, str]],
     ) -> None:
         self._app = app
         self._echoes_id = echoes_id
         self._browsers = browsers
         self._access = access
+        self._rate_headers = rate_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; the ASGI interface."""
@@ -198,25 +205,27 @@ class EdgeMiddleware:
         state["request_id"] = request_id
         has_started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
+                added = MutableHeaders(scope=message)
+                added.update(self._rate_headers(state.get("caller")))
                 if self._echoes_id:
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                    added[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
             path = _own_path(scope)
             self._browsers.check(scope["method"], path, headers)
             state["caller"] = await self._caller(path, headers)
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise
                 logger.exception("request %s failed", request_id)
             if not has_started:
                 await error_response(public_error(error), scope["path"])(
-                    scope, receive, send_with_id
+                    scope, receive, send_with_headers
                 )
 
     async def _caller(self, path: str, headers: Headers) -> Caller | None:

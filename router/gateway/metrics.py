@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -19,6 +19,7 @@ from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
 OK = "ok"
+KeyTokens = Literal["prompt", "generated", "rows"]
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 
@@ -38,6 +39,9 @@ class Metrics:
         self._inexact_rows = self._metric(Counter, catalogue.INEXACT_ROWS)
         self._slow_readers = self._metric(Counter, catalogue.SLOW_READERS)
         self._refused_callers = self._metric(Counter, catalogue.REFUSED_CALLERS)
+        self._key_requests = self._metric(Counter, catalogue.KEY_REQUESTS)
+        self._key_tokens = self._metric(Counter, catalogue.KEY_TOKENS)
+        self._key_refusals = self._metric(Counter, catalogue.KEY_REFUSALS)
         buckets = LATENCY_BUCKETS_S
         self._first_token = self._metric(Histogram, catalogue.FIRST_TOKEN, buckets=buckets)
         self._latency = self._metric(Histogram, catalogue.LATENCY, buckets=buckets)
@@ -106,6 +110,18 @@ class Metrics:
     def refused_caller(self, surface: str, reason: str) -> None:
         """Count a request that was refused for want of a key or a role."""
         self._refused_callers.labels(surface, reason).inc()
+
+    def key_request(self, name: str) -> None:
+        """Count an accepted call by the name of its key."""
+        self._key_requests.labels(name).inc()
+
+    def key_tokens(self, name: str, kind: KeyTokens, count: int) -> None:
+        """Count what a call of a key has used."""
+        self._key_tokens.labels(name, kind).inc(count)
+
+    def key_refused(self, name: str, limit: str) -> None:
+        """Count a call that was refused by a limit of its key."""
+        self._key_refusals.labels(name, limit).inc()
 
     def samples(self) -> Samples:
         """Return all metrics as plain samples, without the start time of each series."""

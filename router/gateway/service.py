@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.charges import Charge, Charges
 from router.gateway.detokenize import ChoiceText
 from router.gateway.errors import public_error
 from router.gateway.limits import Room, SlowReaderWatch
@@ -25,6 +26,7 @@ from router.messages.request import (
     TokenLogprobs,
     Usage,
 )
+from router.security.keys import Caller
 from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
@@ -137,12 +139,14 @@ class GenerationService:
         upstream: Upstream,
         metrics: Metrics,
         room: Room,
+        charges: Charges,
         mixtures: Collection[str] = (),
     ) -> None:
         """``mixtures`` are the ids of models that another service answers for."""
         self.metrics = metrics
         self.limits = limits
         self.room = room
+        self.charges = charges
         self._models = models
         self.validator = Validator(models, limits, mixtures)
         self._upstream = upstream
@@ -155,14 +159,21 @@ class GenerationService:
         """Return whether requests can be served, and if not, why."""
         return self._upstream.ready()
 
+    def charge(self, checked: Sequence[CheckedRequest], caller: Caller, surface: Surface) -> Charge:
+        """Charge a caller for one call of these requests; see :meth:`Charges.charge`."""
+        with self.metrics.refusals(surface):
+            return self.charges.charge(caller, sum(request.most_tokens for request in checked))
+
     async def generate(
-        self, checked: CheckedRequest, surface: Surface
+        self, checked: CheckedRequest, surface: Surface, charge: Charge
     ) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of all choices; the last one has the usage.
 
-        Raises :class:`ExpertMeshError`. Closing or cancelling the generator ends the request
-        upstream, and so does a client that does not read. Counts the outcome.
+        The request is that of the caller of ``charge``, which learns the used tokens. Raises
+        :class:`ExpertMeshError`. Closing or cancelling the generator ends the request upstream, and
+        so does a client that does not read. Counts the outcome.
         """
+        checked = checked.of(charge.caller)
         with self.room.places.share_of(checked.request.model) as place:
             with self.metrics.refusals(surface):
                 place.take(1)
@@ -172,7 +183,7 @@ class GenerationService:
                 place.give_back()
 
             async with (
-                aclosing(self._counted(checked, surface)) as deltas,
+                aclosing(self._counted(checked, surface, charge)) as deltas,
                 SlowReaderWatch(self.limits.reader_timeout_s, deltas.aclose, cut) as watch,
             ):
                 async for delta in deltas:
@@ -184,11 +195,12 @@ class GenerationService:
                         yield delta
 
     async def _counted(
-        self, checked: CheckedRequest, surface: Surface
+        self, checked: CheckedRequest, surface: Surface, charge: Charge
     ) -> AsyncGenerator[Delta, None]:
         model_id = checked.request.model
         started_at_s = time.monotonic()
         self.metrics.started(model_id, len(checked.request.prompt_token_ids))
+        charge.use("prompt", len(checked.request.prompt_token_ids))
         code: Code | None = None
         waiting = True
         try:
@@ -198,6 +210,7 @@ class GenerationService:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_at_s)
                     self.metrics.tokens(model_id, len(delta.token_ids))
+                    charge.use("generated", len(delta.token_ids))
                     if delta.finish_reason is not None:
                         self.metrics.choice_finished(model_id, delta.finish_reason)
                     if not delta.exact:

@@ -10,7 +10,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
@@ -19,6 +19,7 @@ from router.gateway import checks
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
 from router.messages.request import GenerationRequest, Received, SamplingParams
+from router.security.keys import Caller
 
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
@@ -80,12 +81,25 @@ class CheckedRequest:
     echo: str = ""
 
     @property
+    def most_tokens(self) -> int:
+        """The most tokens that are computed for it: its prompt, and the output of all choices."""
+        sampling = self.request.sampling
+        return len(self.request.prompt_token_ids) + sampling.n * sampling.max_tokens
+
+    @property
     def size_tokens(self) -> int:
         """The memory that it may take, in tokens as ``GatewayConfig.max_request_tokens`` counts."""
         sampling = self.request.sampling
         output = sampling.max_tokens * (1 + (sampling.logprobs or 0))
         of_prompt = 0 if sampling.prompt_logprobs is None else 1 + sampling.prompt_logprobs
         return sampling.n * (len(self.request.prompt_token_ids) * (1 + of_prompt) + output)
+
+    def of(self, caller: Caller) -> CheckedRequest:
+        """Return it as this caller's, no more urgent than the caller's keys allow."""
+        least = caller.limits.priority
+        if least is None or self.request.priority >= least:
+            return self
+        return replace(self, request=replace(self.request, priority=least))
 
 
 class Validator:

@@ -3,7 +3,8 @@
 Where vLLM has the same metric, name, unit and meaning are vLLM's, under ``expertmesh_``.
 
 All label sets are bounded: ``model_name`` by the deployment; ``surface``, ``code``, ``reason``,
-``finished_reason`` and ``transport`` by the code; ``actor_id`` by the deployment's pools;
+``finished_reason`` and ``transport`` by the code; ``key_name`` by the names that the file of keys
+has had since the gateway's start; ``actor_id`` by the deployment's pools;
 ``kernel_class`` by the code and the kinds of processors and devices; ``replica`` by the live
 processes. The largest is ``expert_tokens``: models x layers x experts x the actors that hold a
 copy. ``expert_overflow_tokens`` has routers in place of the actors.
@@ -96,6 +97,19 @@ REFUSED_CALLERS = _counter(
     "refused_callers",
     "surface reason replica",
     "Requests refused for want of a key or a role: no_key, unknown_key, wrong_role.",
+)
+KEY_REQUESTS = _counter(
+    "key_requests", "key_name replica", "Calls that were accepted, by the name of their key."
+)
+KEY_TOKENS = _counter(
+    "key_tokens",
+    "key_name kind replica",
+    "What a key's calls have used: prompt tokens, generated tokens, rows of mixtures.",
+)
+KEY_REFUSALS = _counter(
+    "key_refusals",
+    "key_name reason replica",
+    "Calls refused by a limit of their key: requests_per_s, tokens_per_min, concurrent_tokens.",
 )
 FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds", _MODEL, "From a checked request to its first token."

@@ -22,6 +22,7 @@ from router.config import GatewayConfig
 from router.gateway.admin import Admin
 from router.gateway.app import create_app
 from router.gateway.browsers import BrowserRules
+from router.gateway.charges import Charges
 from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.server import CLIENTS, OPERATORS, GrpcServer, Surface
@@ -83,13 +84,14 @@ class GatewayReplica(GrpcMethods):
         narrow_serve()
         share_no_port()
         metrics = Metrics()
+        charges = Charges(metrics)
         self.access = Access(keyring, metrics.refused_caller)
         if keyring is not None:
             describe_nothing()
             self._following = asyncio.create_task(keyring.follow(), name="keys")
 
         def samples() -> Samples:
-            return replace(metrics.samples(), problem=self.access.problem)
+            return replace(metrics.samples(), problem=self.access.problem, uses=charges.uses())
 
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
@@ -101,6 +103,7 @@ class GatewayReplica(GrpcMethods):
             limits.on_expert_loss,
             partial(app_is_wanted, serve.get_replica_context().app_name),
             samples,
+            charges.hear,
         )
         self._room = Room(limits, [model.id for model in models])
         process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
@@ -126,6 +129,7 @@ class GatewayReplica(GrpcMethods):
             ),
             metrics,
             self._room,
+            charges,
             tuple(mixtures),
         )
         self.predictions = PredictionService(
@@ -134,6 +138,7 @@ class GatewayReplica(GrpcMethods):
             Predictions(self._deployment, calls, max_held),
             metrics,
             self._room,
+            charges,
             tuple(loaded),
         )
         self.grpc_handlers = GrpcHandlers(self.service, self.admin)

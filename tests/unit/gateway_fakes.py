@@ -7,6 +7,7 @@ import asyncio
 import functools
 import tempfile
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ from router.control.readiness import Readiness
 from router.gateway.admin import Admin
 from router.gateway.app import create_app
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
+from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.service import (
     GrpcMethods,
@@ -321,14 +323,19 @@ def services(
     upstream: FakeUpstream,
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[GenerationService, PredictionService]:
-    """The services over ``tiny``, ``bare`` without a chat template, and mixtures."""
+    """The services over ``tiny``, ``bare`` without a chat template, and mixtures.
+
+    ``clock`` is that of the quotas.
+    """
     limits = limits or GatewayConfig()
     both = {"tiny": served(), "bare": served("bare", None)}
     metrics, room = Metrics(), Room(limits, [*both, *MIXTURES])
-    generation = GenerationService(both, limits, upstream, metrics, room, tuple(MIXTURES))
+    charges = Charges(metrics, clock)
+    generation = GenerationService(both, limits, upstream, metrics, room, charges, tuple(MIXTURES))
     fake = predictions or FakePredictions()
-    return generation, prediction_service(fake, limits, metrics, room, tuple(both))
+    return generation, prediction_service(fake, limits, metrics, room, tuple(both), charges)
 
 
 def service(upstream: FakeUpstream, limits: GatewayConfig | None = None) -> GenerationService:
@@ -348,9 +355,10 @@ def http_app(
     predictions: FakePredictions | None = None,
     browsers: BrowserRules = FROM_ANYWHERE,
     access: Access | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The HTTP app over :func:`services`, by default for everybody."""
-    generation, predicting = services(upstream, limits, predictions)
+    generation, predicting = services(upstream, limits, predictions, clock)
     operators = admin(upstream, generation.metrics)
     return create_app(generation, predicting, operators, access or everybody(), browsers=browsers)
 
@@ -369,9 +377,10 @@ class Servicer(GrpcMethods):
         limits: GatewayConfig | None = None,
         predictions: FakePredictions | None = None,
         access: Access | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.access = access or everybody()
-        generation, predicting = services(upstream, limits, predictions)
+        generation, predicting = services(upstream, limits, predictions, clock)
         self.prediction_handlers = PredictionHandlers(predicting)
         self.grpc_handlers = GrpcHandlers(generation, admin(upstream, generation.metrics))
 

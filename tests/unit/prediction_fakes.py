@@ -13,6 +13,7 @@ from cluster.spec import ModelExperts, ModelSource
 from experts.mixture.spec import MixtureSpec
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.charges import Charges
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
@@ -158,6 +159,8 @@ def prediction_service(
     metrics: Metrics,
     room: Room,
     language_models: tuple[str, ...] = (),
+    charges: Charges | None = None,
 ) -> PredictionService:
     """The service over all of :data:`MIXTURES`."""
-    return PredictionService(MIXTURES, limits, upstream, metrics, room, language_models)
+    charges = charges or Charges(metrics)
+    return PredictionService(MIXTURES, limits, upstream, metrics, room, charges, language_models)

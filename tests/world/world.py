@@ -161,6 +161,7 @@ class Gateway:
             "strict",
             lambda: serve.app_is_wanted(APP),
             lambda: None,
+            lambda uses: None,
         )
         calls = RouterCalls(serve.handle("router"), model, "generate", None, lambda transport: None)
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)

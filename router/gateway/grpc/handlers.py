@@ -24,6 +24,7 @@ from router.gateway.validate import CheckedRequest, RawRequest
 from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 from router.protos.parse import parsed
+from router.security.keys import Caller
 
 if TYPE_CHECKING:
     from router.gateway.admin import Admin
@@ -62,13 +63,13 @@ class GrpcHandlers:
         self.service = service
         self.admin = admin
 
-    async def generate(self, data: bytes) -> Any:
-        """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
+    async def generate(self, data: bytes, caller: Caller) -> Any:
+        """Run a caller's ``GenerateRequest`` to its end and return one ``GenerateReply``."""
         with self.service.room.bodies.share() as share:
             checked = self._check(data, False, share)
             wholes = [Collected() for _ in range(checked.request.sampling.n)]
             usage: Usage | None = None
-            async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+            async with aclosing(self._deltas(checked, caller)) as deltas:
                 async for delta in deltas:
                     wholes[delta.index].add(delta)
                     usage = delta.usage
@@ -79,11 +80,11 @@ class GrpcHandlers:
         reply.other_choices.extend(others)
         return reply
 
-    async def generate_stream(self, data: bytes) -> AsyncGenerator[Any, None]:
-        """Run a ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
+    async def generate_stream(self, data: bytes, caller: Caller) -> AsyncGenerator[Any, None]:
+        """Run a caller's ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
         with self.service.room.bodies.share() as share:
             checked = self._check(data, True, share)
-            async with aclosing(self.service.generate(checked, "grpc")) as deltas:
+            async with aclosing(self._deltas(checked, caller)) as deltas:
                 async for delta in deltas:
                     yield _reply(delta.index, delta, checked, delta.usage)
 
@@ -133,6 +134,12 @@ class GrpcHandlers:
         if ready.loop_age_s is not None:
             metadata.append((LOOP_AGE_KEY, f"{ready.loop_age_s:.3f}"))
         return metadata
+
+    async def _deltas(self, checked: CheckedRequest, caller: Caller) -> AsyncGenerator[Delta, None]:
+        with self.service.charge([checked], caller, "grpc") as charge:
+            async with aclosing(self.service.generate(checked, "grpc", charge)) as deltas:
+                async for delta in deltas:
+                    yield delta
 
     def _check(self, data: bytes, streamed: bool, share: Share) -> CheckedRequest:
         """Return the checked request; gRPC keeps its bytes to the end, so ``share`` does too."""

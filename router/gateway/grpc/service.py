@@ -33,7 +33,7 @@ from router.gateway.predict.v2_grpc import PREDICTION_SERVICE, PredictionHandler
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, grpc_error
 from router.security.access import FIELD, Access
-from router.security.keys import Role
+from router.security.keys import Caller, Role
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,11 @@ class GrpcMethods:
         self, request: bytes, grpc_context: CallContext
     ) -> AsyncGenerator[Any, None]:
         """Serve ``Inference/GenerateStream``."""
-        replies = _with_exact(self.grpc_handlers.generate_stream(request), grpc_context)
+
+        def replies(caller: Caller) -> AsyncGenerator[Any, None]:
+            generated = self.grpc_handlers.generate_stream(request, caller)
+            return _with_exact(generated, grpc_context)
+
         empty = inference_pb2.GenerateReply
         stream = self._stream(Role.INFERENCE, replies, empty, grpc_context)
         async with aclosing(stream) as safe:
@@ -200,14 +204,17 @@ class GrpcMethods:
     async def GetModelInfo(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Inference/GetModelInfo``."""
         empty = inference_pb2.GetModelInfoReply
-        work = partial(self.grpc_handlers.get_model_info, request)
+
+        async def work(caller: Caller) -> Any:
+            return await self.grpc_handlers.get_model_info(request)
+
         return await self._unary(Role.INFERENCE, work, empty, grpc_context)
 
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``; it needs no key, but only a key gets the metadata."""
         is_known = self.access.is_open or bool(_given(grpc_context))
 
-        async def work() -> Any:
+        async def work(caller: Caller | None) -> Any:
             if is_known:
                 grpc_context.set_trailing_metadata(self.grpc_handlers.health_metadata())
             return await self.grpc_handlers.check_health(request)
@@ -215,13 +222,16 @@ class GrpcMethods:
         empty = health_pb2.HealthCheckResponse
         if is_known:
             return await self._unary(None, work, empty, grpc_context)
-        return await _answered(work, empty, grpc_context)
+        return await _answered(partial(work, None), empty, grpc_context)
 
     async def Watch(  # noqa: N802
         self, request: bytes, grpc_context: CallContext
     ) -> AsyncGenerator[Any, None]:
         """Serve ``Health/Watch``; any key will do."""
-        replies = self._watch(request)
+
+        def replies(caller: Caller) -> AsyncGenerator[Any, None]:
+            return self._watch(request)
+
         empty = health_pb2.HealthCheckResponse
         async with aclosing(self._stream(None, replies, empty, grpc_context)) as safe:
             async for reply in safe:
@@ -230,30 +240,29 @@ class GrpcMethods:
     async def _unary(
         self,
         role: Role | None,
-        work: Callable[[], Awaitable[Any]],
+        work: Callable[[Caller], Awaitable[Any]],
         empty: Callable[[], Any],
         context: CallContext,
     ) -> Any:
         """Return the reply of ``work`` to a caller of this role, or an empty one with an error."""
 
         async def admitted() -> Any:
-            await self.access.admit("grpc", _given(context), role)
-            return await work()
+            return await work(await self.access.admit("grpc", _given(context), role))
 
         return await _answered(admitted, empty, context)
 
     async def _stream(
         self,
         role: Role | None,
-        replies: AsyncGenerator[Any, None],
+        replies: Callable[[Caller], AsyncGenerator[Any, None]],
         empty: Callable[[], Any],
         context: CallContext,
     ) -> AsyncGenerator[Any, None]:
         """Yield replies to a caller of this role; an error is an empty one at the end."""
         try:
-            async with aclosing(replies):
-                await self.access.admit("grpc", _given(context), role)
-                async for reply in replies:
+            caller = await self.access.admit("grpc", _given(context), role)
+            async with aclosing(replies(caller)) as admitted:
+                async for reply in admitted:
                     yield reply
         except Exception as error:
             _set_error(error, context)
@@ -291,7 +300,9 @@ def _admin_method(name: str) -> Callable[[GrpcMethods, bytes, CallContext], Awai
     empty = GetMessageClass(ADMIN_SERVICE.methods_by_name[name].output_type)
 
     async def method(self: GrpcMethods, request: bytes, grpc_context: CallContext) -> Any:
-        work = partial(self.grpc_handlers.administer, name, request)
+        async def work(caller: Caller) -> Any:
+            return await self.grpc_handlers.administer(name, request)
+
         return await self._unary(Role.ADMIN, work, empty, grpc_context)
 
     return method

@@ -14,6 +14,7 @@ from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
 from router.messages.request import GenerationRequest, Usage
+from router.security.keys import Caller
 
 
 @dataclass(eq=False)
@@ -94,16 +95,27 @@ class OpenAiCall(ABC):
         """Return the prompt of choice ``index``."""
         return list(self.request_of(index).prompt_token_ids)
 
-    def deltas(self, service: GenerationService) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Run all requests; yields each delta with the index of its choice in the call."""
-        n = self.checked[0].request.sampling.n
-        return _merge([service.generate(checked, "http") for checked in self.checked], n)
+    async def deltas(
+        self, service: GenerationService, caller: Caller
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Run all requests; yields each delta with the index of its choice in the call.
 
-    async def answer(self, service: GenerationService) -> tuple[dict[str, Any], bool]:
+        The ``caller`` is charged for one call.
+        """
+        n = self.checked[0].request.sampling.n
+        with service.charge(self.checked, caller, "http") as charge:
+            streams = [service.generate(checked, "http", charge) for checked in self.checked]
+            async with aclosing(_merge(streams, n)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def answer(
+        self, service: GenerationService, caller: Caller
+    ) -> tuple[dict[str, Any], bool]:
         """Run all requests to their end; returns the answer, and whether all of it is exact."""
         wholes: dict[int, Collected] = {}
         usages: list[Usage] = []
-        async with aclosing(self.deltas(service)) as deltas:
+        async with aclosing(self.deltas(service, caller)) as deltas:
             async for index, delta in deltas:
                 wholes.setdefault(index, Collected()).add(delta)
                 if delta.usage is not None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from cluster.errors import Code, DeadlineExceededError, InternalError
 from experts.mixture.spec import output_shape
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.charges import Charges
 from router.gateway.errors import public_error
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
@@ -26,6 +28,7 @@ from router.gateway.predict.validate import (
 from router.gateway.service import GRACE_S, Surface
 from router.messages.prediction import MIXTURE_PLATFORM, PredictionReply
 from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.security.keys import Caller
 from router.served import ServedMixture
 
 SERVER_NAME = "expertmesh"
@@ -49,12 +52,14 @@ class PredictionService:
         upstream: Predictions,
         metrics: Metrics,
         room: Room,
+        charges: Charges,
         language_models: Collection[str] = (),
     ) -> None:
         """``mixtures`` are the served mixtures by id; ``language_models`` the ids of the others."""
         self.metrics = metrics
         self.limits = limits
         self.room = room
+        self._charges = charges
         self.validator = PredictionValidator(mixtures, limits, language_models)
         self._upstream = upstream
 
@@ -73,18 +78,21 @@ class PredictionService:
     async def predict(
         self,
         checked: CheckedPrediction,
+        caller: Caller,
         surface: Surface,
         encode: Callable[[PredictionReply], Encoded],
     ) -> Encoded:
-        """Return the reply as ``encode`` writes it for the client.
+        """Return the reply as ``encode`` writes it for the client; a row costs the caller a token.
 
         Its outputs have the shapes and dtypes of the mixture's. Counts the outcome. Raises
         :class:`ExpertMeshError`; a cancellation ends the request upstream.
         """
         model_id, num_rows = checked.request.model, checked.request.num_rows
-        with self.room.places.share_of(model_id) as place:
+        with ExitStack() as taken:
             with self.metrics.refusals(surface):
-                place.take(1)
+                charge = taken.enter_context(self._charges.charge(caller, num_rows))
+                taken.enter_context(self.room.places.share_of(model_id)).take(1)
+            charge.use("rows", num_rows)
             started_at_s = time.monotonic()
             self.metrics.prediction_started(model_id, num_rows)
             code: Code | None = None

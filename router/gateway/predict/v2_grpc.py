@@ -33,6 +33,7 @@ from router.messages.prediction import PredictionReply
 from router.messages.tensor_bytes import TEXT, bytes_of
 from router.protos import open_inference_pb2 as messages
 from router.protos.parse import parsed
+from router.security.keys import Caller
 
 PREDICTION_SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 CONTENTS: Mapping[str, str] = {
@@ -53,8 +54,8 @@ class PredictionHandlers:
     def __init__(self, service: PredictionService) -> None:
         self._service = service
 
-    async def answer(self, method: str, data: bytes) -> Any:
-        """Answer a method of the service by its name, from its request to its reply."""
+    async def answer(self, method: str, data: bytes, caller: Caller) -> Any:
+        """Answer a method of the service by its name, from a caller's request to its reply."""
         rpc = PREDICTION_SERVICE.methods_by_name[method]
         limit = self._service.limits.max_body_bytes
         is_infer = method == "ModelInfer"
@@ -65,28 +66,28 @@ class PredictionHandlers:
                     raise TooLargeError(f"the message is over the limit of {limit} bytes")
                 share.take(len(data))
                 request = parsed(GetMessageClass(rpc.input_type), data)
-            return await _METHODS[method](self, request)
+            return await _METHODS[method](self, request, caller)
 
-    async def _server_live(self, request: Any) -> Any:
+    async def _server_live(self, request: Any, caller: Caller) -> Any:
         return messages.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, request: Any) -> Any:
+    async def _server_ready(self, request: Any, caller: Caller) -> Any:
         return messages.ServerReadyResponse(ready=self._service.ready().is_ready)
 
-    async def _model_ready(self, request: Any) -> Any:
+    async def _model_ready(self, request: Any, caller: Caller) -> Any:
         is_ready = self._service.model_ready(request.name, request.version)
         return messages.ModelReadyResponse(ready=is_ready)
 
-    async def _server_metadata(self, request: Any) -> Any:
+    async def _server_metadata(self, request: Any, caller: Caller) -> Any:
         return messages.ServerMetadataResponse(
             name=SERVER_NAME, version=SERVER_VERSION, extensions=EXTENSIONS
         )
 
-    async def _model_metadata(self, request: Any) -> Any:
+    async def _model_metadata(self, request: Any, caller: Caller) -> Any:
         mixture = self._service.validator.mixture(request.name, request.version)
         return messages.ModelMetadataResponse(**metadata_of(mixture))
 
-    async def _model_infer(self, request: Any) -> Any:
+    async def _model_infer(self, request: Any, caller: Caller) -> Any:
         with self._service.metrics.refusals("grpc"):
             checked = self._service.validator.check(_raw_request(request))
         is_raw = bool(request.raw_input_contents)
@@ -94,10 +95,10 @@ class PredictionHandlers:
         def encode(reply: PredictionReply) -> Any:
             return _reply(request.id, checked, reply, is_raw)
 
-        return await self._service.predict(checked, "grpc", encode)
+        return await self._service.predict(checked, caller, "grpc", encode)
 
 
-_METHODS: Mapping[str, Callable[[PredictionHandlers, Any], Awaitable[Any]]] = {
+_METHODS: Mapping[str, Callable[[PredictionHandlers, Any, Caller], Awaitable[Any]]] = {
     "ServerLive": PredictionHandlers._server_live,
     "ServerReady": PredictionHandlers._server_ready,
     "ModelReady": PredictionHandlers._model_ready,

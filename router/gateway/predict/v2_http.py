@@ -120,7 +120,7 @@ async def _infer(
         def encode(reply: PredictionReply) -> EncodedReply:
             return encoded_reply(parsed, checked, reply)
 
-        work = service.predict(checked, "http", encode)
+        work = service.predict(checked, request.state.caller, "http", encode)
         return await _response(request, await until_disconnect(request.receive, work))
 
 

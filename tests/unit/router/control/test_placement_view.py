@@ -102,7 +102,9 @@ def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
 
 
 SAMPLES = Samples(1.0, {})
-ANSWER = {"placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False}
+ANSWER = {
+    "placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False, "uses": {}
+}  # fmt: skip
 
 
 class FakeController:

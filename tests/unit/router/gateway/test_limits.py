@@ -19,6 +19,7 @@ from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import RawRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
+from router.security.keys import ANYBODY
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, service
 from tests.unit.http_calls import http_server
 
@@ -44,10 +45,12 @@ class Flood(FakeUpstream):
             self.closed.set()
 
 
-def start(served: GenerationService) -> AsyncGenerator[Delta, None]:
-    return served.generate(
-        served.validator.check(RawRequest("tiny", "in", {}, streamed=True)), "grpc"
-    )
+RAW = RawRequest("tiny", "in", {}, streamed=True)
+
+
+def start(served: GenerationService, raw: RawRequest = RAW) -> AsyncGenerator[Delta, None]:
+    checked = served.validator.check(raw)
+    return served.generate(checked, "grpc", served.charge([checked], ANYBODY, "grpc"))
 
 
 def counted(served: GenerationService, name: str) -> float:
@@ -83,7 +86,7 @@ def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
         served = service(upstream)
         raw = RawRequest("tiny", "in", {}, {"timeout_s": 0.01}, streamed=True)
         with pytest.raises(DeadlineExceededError):
-            await anext(served.generate(served.validator.check(raw), "grpc"))
+            await anext(start(served, raw))
         await until_closed(upstream)
         assert counted(served, "expertmesh_requests_in_flight") == 0
 

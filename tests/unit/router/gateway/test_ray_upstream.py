@@ -177,14 +177,16 @@ class Router:
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream, Router]]:
     """Makes, in a running loop, an upstream with one router and without a controller."""
-    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_: None)
+    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
     monkeypatch.setattr(ray_upstream.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
         samples = Samples(0.0, {})
         routers: Any = {"m": router}
-        deployment = Deployment(None, routers, "strict", lambda: True, lambda: samples)
+        deployment = Deployment(
+            None, routers, "strict", lambda: True, lambda: samples, lambda uses: None
+        )
         return RayUpstream(deployment, routers, MAX_HELD), router
 
     return make

@@ -16,6 +16,7 @@ from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.predict.validate import RawPrediction
 from router.messages.prediction import PredictionReply
+from router.security.keys import ANYBODY
 from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 from tests.unit.router.gateway.predict.v2_calls import Infer, Tensor, grpc_message, tensor
 
@@ -48,7 +49,7 @@ def counted(service: PredictionService, name: str, **labels: str) -> float:
 
 def ask(service: PredictionService, request: Infer) -> None:
     data = grpc_message(request).SerializeToString()
-    asyncio.run(PredictionHandlers(service).answer("ModelInfer", data))
+    asyncio.run(PredictionHandlers(service).answer("ModelInfer", data, ANYBODY))
 
 
 def test_rows_outcomes_and_latency(service: PredictionService, upstream: FakePredictions) -> None:
@@ -89,7 +90,7 @@ def test_failures_and_cancellations(service: PredictionService, upstream: FakePr
 
     async def leave() -> None:
         data = grpc_message(Infer("digits", [PIXELS])).SerializeToString()
-        task = asyncio.create_task(PredictionHandlers(service).answer("ModelInfer", data))
+        task = asyncio.create_task(PredictionHandlers(service).answer("ModelInfer", data, ANYBODY))
         while len(upstream.requests) < 2:
             await asyncio.sleep(0.001)
         assert counted(service, "requests_in_flight", **DIGITS) == 1
@@ -110,7 +111,7 @@ def test_a_reply_that_cannot_be_written_is_a_failure(service: PredictionService)
     async def run() -> None:
         pixels = RawTensor("pixels", "FP32", (1, 4), [1, 2, 3, 4])
         checked = service.validator.check(RawPrediction("digits", "", [pixels], (), {}))
-        await service.predict(checked, "http", encode)
+        await service.predict(checked, ANYBODY, "http", encode)
 
     with pytest.raises(NotFiniteError):
         asyncio.run(run())

@@ -112,7 +112,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
 
     Its calls go by Serve, since there is no link, or over links.
     """
-    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_: None)
+    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
@@ -120,7 +120,10 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
         async def main() -> None:
             routers = Routers(request.param)
             handles: Any = {"m": routers}
-            deployment = Deployment(None, handles, "strict", lambda: True, lambda: Samples(0.0, {}))
+            samples = Samples(0.0, {})
+            deployment = Deployment(
+                None, handles, "strict", lambda: True, lambda: samples, lambda uses: None
+            )
             predictions = Predictions(deployment, handles, MAX_CALLS)
             await test(predictions, routers)
             assert not predictions._answers

@@ -16,6 +16,7 @@ from router.config import GatewayConfig
 from router.gateway.predict.v2_grpc import CONTENTS, PredictionHandlers
 from router.messages.tensor_bytes import bytes_of, datatype_of
 from router.protos import open_inference_pb2 as messages
+from router.security.keys import ANYBODY
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says, services
 from tests.unit.prediction_fakes import FakePredictions
 
@@ -141,7 +142,7 @@ def grpc_call(
     """Call a method of gRPC's handlers."""
     _, predictions = services(TEXT_UPSTREAM, limits, upstream)
     handlers = PredictionHandlers(predictions)
-    return asyncio.run(asyncio.wait_for(handlers.answer(method, data), 20))
+    return asyncio.run(asyncio.wait_for(handlers.answer(method, data, ANYBODY), 20))
 
 
 def outcome(work: Callable[[], Any]) -> Any:
