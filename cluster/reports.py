@@ -281,6 +281,26 @@ class KeyUse:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyUsage:
+    """What the keys of one name have used, and the calls that their limits refused."""
+
+    name: str
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    rows: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """What keys have used at ``gateways`` gateways, since each of them started; by names."""
+
+    gateways: int
+    keys: tuple[KeyUsage, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """All samples of one process at one moment.
 

@@ -31,6 +31,7 @@ from router.cli.serve import serve
 from router.cli.status import status
 from router.cli.train import train
 from router.cli.upcycle import upcycle
+from router.cli.usage import usage
 
 
 class _Commands(TyperGroup):
@@ -72,7 +73,7 @@ def _options(
     """Take the options before a command."""
 
 
-_SERVING = (serve, generate, chat, predict, status, load, placement)
+_SERVING = (serve, generate, chat, predict, status, load, placement, usage)
 _CHANGING = (rebalance, scale, drain, copies)
 _MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):

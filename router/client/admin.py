@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, cast
 
 from cluster import reports
-from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport, UsageReport
 from cluster.spec import ModelKernel
 from router.client.session import CHANGE_TIMEOUT_S, INFO_TIMEOUT_S, Answer, Call, Session
 from router.protos import admin_pb2
@@ -37,6 +37,11 @@ class AdminClient(ABC):
         """Return the recent load of experts and devices, and the last rebalancings."""
         request = admin_pb2.GetLoadRequest()
         return self._ask(self._session.administer("GetLoad", request, INFO_TIMEOUT_S, _report_of))
+
+    def usage(self) -> UsageReport:
+        """Return what the keys of each name have used at all gateways that run."""
+        request = admin_pb2.GetUsageRequest()
+        return self._ask(self._session.administer("GetUsage", request, INFO_TIMEOUT_S, _report_of))
 
     def rebalance(self, dry_run: bool = False) -> RebalanceReport:
         """Move and copy experts to follow the load; with ``dry_run``, only report the changes.
@@ -100,6 +105,7 @@ class AsyncAdminClient(ABC):
 
     status = _as_coroutine(AdminClient.status)
     load = _as_coroutine(AdminClient.load)
+    usage = _as_coroutine(AdminClient.usage)
     rebalance = _as_coroutine(AdminClient.rebalance)
     scale = _as_coroutine(AdminClient.scale)
     drain = _as_coroutine(AdminClient.drain)
@@ -131,6 +137,8 @@ _CLASSES: dict[str, Callable[..., Any]] = {
     "GetLoadReply": reports.LoadStatus,
     "DeviceStatus": reports.DeviceStatus,
     "ExpertLoad": reports.ExpertLoad,
+    "GetUsageReply": reports.UsageReport,
+    "KeyUsage": reports.KeyUsage,
     "RebalanceReply": reports.RebalanceReport,
     "ChangeReply": reports.ChangeReport,
     "Move": reports.Move,

@@ -19,7 +19,9 @@ from cluster.reports import (
     Measurements,
     ProcessSamples,
     RebalanceReport,
+    UsageReport,
 )
+from router.gateway.usage import usage_of
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0
@@ -50,6 +52,11 @@ class Admin:
     async def load(self) -> LoadStatus:
         """Return the recent load of experts and devices."""
         return await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S)
+
+    async def usage(self) -> UsageReport:
+        """Return what the keys of each name have used at all gateways that run."""
+        call = self._controller.measurements.remote(self._own_samples())
+        return usage_of(await _answer(call, STATUS_TIMEOUT_S))
 
     async def rebalance(self, dry_run: bool) -> RebalanceReport:
         """Have copies of experts follow the load."""

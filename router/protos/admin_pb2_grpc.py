@@ -44,6 +44,11 @@ class AdminStub:
                 request_serializer=router_dot_protos_dot_admin__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=router_dot_protos_dot_admin__pb2.GetLoadReply.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/expertmesh.v1.Admin/GetUsage',
+                request_serializer=router_dot_protos_dot_admin__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_admin__pb2.GetUsageReply.FromString,
+                _registered_method=True)
         self.Rebalance = channel.unary_unary(
                 '/expertmesh.v1.Admin/Rebalance',
                 request_serializer=router_dot_protos_dot_admin__pb2.RebalanceRequest.SerializeToString,
@@ -78,6 +83,13 @@ class AdminServicer:
 
     def GetLoad(self, request, context):
         """Tells the load of experts and devices lately, who holds what, and the last rebalancings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Tells what the keys of each name have used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +135,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=router_dot_protos_dot_admin__pb2.GetLoadRequest.FromString,
                     response_serializer=router_dot_protos_dot_admin__pb2.GetLoadReply.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=router_dot_protos_dot_admin__pb2.GetUsageRequest.FromString,
+                    response_serializer=router_dot_protos_dot_admin__pb2.GetUsageReply.SerializeToString,
             ),
             'Rebalance': grpc.unary_unary_rpc_method_handler(
                     servicer.Rebalance,
@@ -199,6 +216,33 @@ class Admin:
             '/expertmesh.v1.Admin/GetLoad',
             router_dot_protos_dot_admin__pb2.GetLoadRequest.SerializeToString,
             router_dot_protos_dot_admin__pb2.GetLoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/GetUsage',
+            router_dot_protos_dot_admin__pb2.GetUsageRequest.SerializeToString,
+            router_dot_protos_dot_admin__pb2.GetUsageReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,7 @@ SERVICES = (INFERENCE_SERVICE.full_name, PREDICTION_SERVICE.full_name)
 ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
     "GetStatus": lambda admin, request: admin.status(),
     "GetLoad": lambda admin, request: admin.load(),
+    "GetUsage": lambda admin, request: admin.usage(),
     "Rebalance": lambda admin, request: admin.rebalance(request.dry_run),
     "Scale": lambda admin, request: admin.scale(request.actors, request.pool, request.dry_run),
     "Drain": lambda admin, request: admin.drain(request.target, request.dry_run),

@@ -11,7 +11,7 @@ import pytest
 from cluster.controller import controller as controller_module
 from cluster.controller import keeper as keeper_module
 from cluster.controller import members
-from cluster.reports import ProcessSamples, ProcessStatus, Samples
+from cluster.reports import KeyUse, ProcessSamples, ProcessStatus, Samples
 from tests.unit.cluster.controller.fakes import (
     LIMIT_S,
     NUM_EXPERTS,
@@ -150,6 +150,28 @@ def test_measurements_have_the_newest_samples_of_all_and_the_actors_reports() ->
             assert [report.actor_id for report in told.reports] == ["expert-0", "expert-1"]
             router = ProcessSamples("router", ProcessStatus(11, "n1"), late)
             assert told.processes == (router, own)
+
+    run(test)
+
+
+def test_each_gateway_gets_what_the_others_have_used_of_quotas() -> None:
+    async def test() -> None:
+        async with running() as cluster:
+            order = (await cluster.complete()).order
+
+            async def watch(kind: str, pid: int, taken_s: float, **used: int) -> dict[str, Any]:
+                uses = {name: KeyUse(1, tokens, 0, 0.5, 9.0) for name, tokens in used.items()}
+                samples = Samples(taken_s, {}, uses=uses)
+                answer = await cluster.controller.watch(kind, pid, "n", order, 0, samples)
+                return {gateway: dict(uses) for gateway, uses in answer["uses"].items()}
+
+            assert await watch("gateway", 1, 1.0, alice=5) == {}
+            first = {"gateway:n:1": {"alice": KeyUse(1, 5, 0, 0.5, 9.0)}}
+            assert await watch("gateway", 2, 1.0, alice=2, bob=7) == first
+            assert await watch("router", 3, 1.0) == {}
+            assert await watch("gateway", 2, 2.0) == first
+            assert await watch("gateway", 1, 2.0, alice=6) == {"gateway:n:2": {}}
+            assert (await watch("gateway", 2, 3.0))["gateway:n:1"]["alice"].tokens == 6
 
     run(test)
 

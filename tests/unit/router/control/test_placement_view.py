@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.placement.placement import Placement
-from cluster.reports import Heard, Samples
+from cluster.reports import Heard, KeyUse, Samples
 from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.moe.dispatch import note_heard
@@ -145,6 +145,8 @@ class FakeController:
             raise answer
         if answer == "deleted":
             return ANSWER | {"is_deleted": True}
+        if isinstance(answer, dict):
+            return ANSWER | {"uses": answer}
         if answer == "asks":
             return ANSWER | {"asks_own": True}
         return ANSWER | {"placement": answer}
@@ -193,6 +195,22 @@ def test_the_watcher_feeds_the_view_and_says_what_is_known() -> None:
         age_s = view.loop_age_s()
         assert age_s is not None
         assert 0.5 <= age_s < LIMIT_S
+        watcher.stop()
+
+    run(test)
+
+
+def test_the_uses_of_quotas_are_passed_on_with_each_answer() -> None:
+    async def test() -> None:
+        uses = {"gateway:n:2": {"alice": KeyUse(1, 2, 3, 4.0, 5.0)}}
+        controller = FakeController({}, uses, ConnectionError("away"), None)
+        heard: list[object] = []
+        options = (lambda: SAMPLES, "m@1", lambda: "fused", heard.append)
+        watcher = PlacementWatcher(
+            "router", PlacementView(), controller, lambda: True, lambda: None, *options
+        )
+        await controller.exhausted.wait()
+        assert heard == [{}, uses, {}]
         watcher.stop()
 
     run(test)

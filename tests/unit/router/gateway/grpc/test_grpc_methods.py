@@ -46,6 +46,7 @@ UNARY = [
     "GetModelInfo",
     "GetStatus",
     "GetLoad",
+    "GetUsage",
     "Rebalance",
     "Scale",
     "Drain",
