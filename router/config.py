@@ -158,13 +158,15 @@ class RouterConfig(Section):
         default=256,
         ge=1,
         description="Requests that may wait; each choice of a request counts as one. One more is "
-        "refused. A request that waits alone may have more choices.",
+        "refused. A request that waits alone, or as the only one of its key's name, may have "
+        "more choices.",
     )
     max_queue_tokens: int = Field(
         default=1_048_576,
         ge=1,
         description="The most that prompt tokens and `max_tokens` of all waiting choices add up "
-        "to, or the rows of all requests for a mixture. A request that waits alone may have more.",
+        "to, or the rows of all requests for a mixture. A request that waits alone, or of a "
+        "language model as the only one of its key's name, may have more.",
     )
     cache_tokens: int | None = Field(
         default=None,

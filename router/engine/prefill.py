@@ -1,14 +1,17 @@
 """Prefill: how the prompts that are under way share the tokens of a step. Pure functions.
 
-Short prompts come first, so that a long one delays nobody's first token by much. The oldest one has
-a part, of every second step at least, so that no prompt starves. A token's bits do not depend on
-the borders of chunks, so the order changes no answer.
+Of prompts of equal priority each tenant has an even share of the step, and leaves what it does not
+need to the others. Within a share short prompts come first, so that a long one delays nobody's
+first token by much. The oldest one has a part, of every second step at least, so that no prompt
+starves. A token's bits do not depend on the borders of chunks, so the order changes no answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 PARTS = 4
@@ -33,8 +36,31 @@ class Prompt(NamedTuple):
     cost: float = 1.0
 
 
+def tenant_budgets(of_tenant: Mapping[str, Sequence[Prompt]], budget: int) -> dict[str, int]:
+    """Return each tenant's part of a step's ``budget``, at most what its prompts have left.
+
+    Prompts of a lower priority get what the others leave. The tokens of one priority are divided by
+    max-min fairness, which is deficit round robin where every token can be served on its own.
+    """
+    budgets = dict.fromkeys(of_tenant, 0)
+    left: dict[int, Counter[str]] = {}
+    for tenant, prompts in of_tenant.items():
+        for prompt in prompts:
+            left.setdefault(prompt.priority, Counter())[tenant] += prompt.left
+    for _, wanted in sorted(left.items()):
+        for served, (tenant, tokens) in enumerate(sorted(wanted.items(), key=itemgetter(1))):
+            part = min(tokens, -(-budget // (len(wanted) - served)))
+            budgets[tenant] += part
+            budget -= part
+    return budgets
+
+
 def divide(
-    prompts: Sequence[Prompt], budget: int, ends_others: bool = False, leaves_out: bool = False
+    prompts: Sequence[Prompt],
+    budget: int,
+    ends_others: bool = False,
+    leaves_out: bool = False,
+    step_tokens: int | None = None,
 ) -> list[int]:
     """Return how many tokens of each prompt a step computes, at most ``budget`` in all.
 
@@ -44,9 +70,10 @@ def divide(
     (:data:`LONG_CHUNKS`) that it does not end have one part together, or nothing with
     ``leaves_out``, so that the first tokens do not wait for a full step. A long prompt that is more
     urgent than all short ones is not held back. ``ends_others`` says that the step ends prompts
-    that are not here.
+    that are not here. Where ``budget`` is a part of a step's, ``step_tokens`` is the whole, by
+    which long prompts are told.
     """
-    gives_way = _which_give_way(prompts, budget)
+    gives_way = _which_give_way(prompts, step_tokens or budget)
     if leaves_out:
         others = [p for p, waits in zip(prompts, gives_way, strict=True) if not waits]
         shares = _divide(others, [False] * len(others), budget, ends_others)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 
 from cluster.errors import OverloadedError
-from router.engine.prefill import Prompt, divide
+from router.engine.prefill import Prompt, divide, tenant_budgets
 from router.engine.sequence import Sequence, Work
 from router.engine.waiting import WaitingSequences
 from router.messages.request import GenerationRequest
@@ -46,7 +47,7 @@ class Scheduler:
         self._even_context = even_context
         self._pool = PagePool(num_pages, page_size)
         self.num_pages = num_pages
-        self.waiting = WaitingSequences(num_pages, page_size)
+        self.waiting = WaitingSequences(num_pages, page_size, limits.max_batch_tokens)
         self._arrivals = itertools.count()
         self._left_out = False
         self.running: list[Sequence] = []
@@ -55,8 +56,8 @@ class Scheduler:
         """Queue the unfinished choices of a request.
 
         Raises :class:`OverloadedError` when the queue is full, by choices or by tokens, or when
-        even an empty cache could not hold one of the request's sequences. A request that waits
-        alone may have more than the limits.
+        even an empty cache could not hold one of the request's sequences. The only request of a
+        tenant that waits may exceed the limits, so that no other tenant fills the queue for it.
         """
         prompt = request.prompt_token_ids
         length = len(prompt) + request.sampling.max_tokens
@@ -70,15 +71,15 @@ class Scheduler:
             for i in range(request.sampling.n)
             if not (received := request.received_of(i)).finished
         ]
-        self._check_room(len(added), length * len(added))
+        self._check_room(request.tenant, len(added), length * len(added))
         for sequence in added:
             sequence.arrival = next(self._arrivals)
             self.waiting.add(sequence)
         return added
 
-    def _check_room(self, num_choices: int, num_tokens: int) -> None:
+    def _check_room(self, tenant: str, num_choices: int, num_tokens: int) -> None:
         waiting, limits = self.waiting, self._limits
-        if not waiting:
+        if not waiting.has(tenant):
             return
         if len(waiting) + num_choices > limits.max_queue_requests:
             amount = f"{len(waiting)} choices"
@@ -110,16 +111,36 @@ class Scheduler:
             # Decodes are never held back. Without any, a prompt gets at least one token a step.
             budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
             prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
-            ends_others = any(not s.num_generated for s in decodes)
+            ending = {s.request.tenant for s in decodes if not s.num_generated}
             # Every second step at least computes some of the oldest prompt.
             leaves_out = not self._left_out
-            shares = divide(self._prompts_of(prompts), budget, ends_others, leaves_out)
+            shares = self._shares(prompts, budget, ending, leaves_out)
             self._left_out = leaves_out and not all(shares)
             for sequence, share in zip(prompts, shares, strict=True):
                 if share:
                     start = sequence.num_computed
                     works.append(Work(sequence, start, start + share))
         return works
+
+    def _shares(
+        self, sequences: list[Sequence], budget: int, ending: Set[str], leaves_out: bool
+    ) -> list[int]:
+        """Return how many tokens of each prompt the step computes.
+
+        ``ending`` are the tenants of whom the step ends other prompts.
+        """
+        of_tenant: defaultdict[str, list[Prompt]] = defaultdict(list)
+        prompts = self._prompts_of(sequences)
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            of_tenant[sequence.request.tenant].append(prompt)
+        budgets = dict.fromkeys(of_tenant, budget)
+        if len(of_tenant) > 1:
+            budgets = tenant_budgets(of_tenant, budget)
+        shares = {
+            name: iter(divide(own, budgets[name], name in ending, leaves_out, budget))
+            for name, own in of_tenant.items()
+        }
+        return [next(shares[sequence.request.tenant]) for sequence in sequences]
 
     def _prompts_of(self, sequences: list[Sequence]) -> list[Prompt]:
         left = [len(s.token_ids) - s.num_computed for s in sequences]

@@ -96,10 +96,12 @@ class CheckedRequest:
 
     def of(self, caller: Caller) -> CheckedRequest:
         """Return it as this caller's, no more urgent than the caller's keys allow."""
-        least = caller.limits.priority
-        if least is None or self.request.priority >= least:
+        priority, least = self.request.priority, caller.limits.priority
+        if least is None and not caller.name:
             return self
-        return replace(self, request=replace(self.request, priority=least))
+        if least is not None:
+            priority = max(priority, least)
+        return replace(self, request=replace(self.request, priority=priority, tenant=caller.name))
 
 
 class Validator:

@@ -83,6 +83,8 @@ class GenerationRequest:
     alone: bool = False
     """Whether routers have died under the request, so that it is computed in steps of its own."""
     priority: int = 0
+    tenant: str = ""
+    """The name of the caller's keys; empty where there are no keys."""
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""

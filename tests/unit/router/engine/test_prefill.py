@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.engine.prefill import LONG_CHUNKS, PARTS, Prompt, divide
+from router.engine.prefill import LONG_CHUNKS, PARTS, Prompt, divide, tenant_budgets
 
 
 def prompt(
@@ -223,3 +223,28 @@ def test_short_prompts_wait_at_most_twice_as_long_beside_long_ones(
     alone, beside = first_tokens(short), first_tokens([*long, *short])
     # The last short one; a quarter is the long ones', and a step may be broken off differently.
     assert max(beside) <= 2 * max(max(alone), budget)
+
+
+@pytest.mark.parametrize(
+    ("of_tenant", "budgets"),
+    [
+        ({"a": [prompt(500, 0)]}, [100]),
+        ({"a": [prompt(500, 0)] * 9, "b": [prompt(500, 9)]}, [50, 50]),
+        ({"a": [prompt(500, 0)] * 9, "b": [prompt(20, 9)]}, [80, 20]),
+        ({"a": [prompt(500, 0)], "b": [prompt(20, 1)], "c": [prompt(500, 2)]}, [40, 20, 40]),
+        ({"a": [prompt(5, 0)], "b": [prompt(20, 1)]}, [5, 20]),
+        ({"a": [prompt(500, 0, priority=1)], "b": [prompt(70, 1)]}, [30, 70]),
+        ({"a": [prompt(9, 0), prompt(500, 0, priority=1)], "b": [prompt(500, 1)]}, [9, 91]),
+        ({"a": [prompt(500, 0)], "b": [prompt(500, 1)], "c": [prompt(500, 2)]}, [34, 33, 33]),
+    ],
+)
+def test_tenants_have_even_shares_of_a_hundred_tokens(
+    of_tenant: dict[str, list[Prompt]], budgets: list[int]
+) -> None:
+    assert list(tenant_budgets(of_tenant, 100).values()) == budgets
+
+
+def test_long_is_told_by_the_whole_step() -> None:
+    prompts = [prompt(700, 0), prompt(10, 1)]
+    assert divide(prompts, 20, step_tokens=100) == [10, 10]
+    assert divide(prompts, 20) == [5, 10]

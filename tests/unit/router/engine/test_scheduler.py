@@ -371,3 +371,51 @@ def test_whatever_comes_is_served_within_the_limits(
         generated += len(advance(scheduler, work))
     assert generated == expected
     assert scheduler.num_free_pages == num_pages
+
+
+# Tenants.
+
+
+def of_tenant(name: str, request: GenerationRequest) -> GenerationRequest:
+    return replace(request, tenant=name)
+
+
+def test_a_flood_of_one_tenant_leaves_another_its_share_of_admission_and_prefill() -> None:
+    scheduler = Scheduler(Limits(4, 64, 100), 100, PAGE_SIZE)
+    for i in range(40):
+        scheduler.add(of_tenant("flood", request_of(f"f{i}", 60, 4)))
+    scheduler.schedule()
+    scheduler.add(of_tenant("quiet", request_of("q", 60, 4)))
+    assert [s.request.request_id for s in scheduler.running] == ["f0", "f1", "f2", "f3"]
+    scheduler.finish(scheduler.running[0])
+    assert computed(scheduler.schedule()) == [("f1", 0, 60), ("f2", 0, 4)]
+    assert scheduler.running[-1].request.request_id == "f4"  # its round is under way
+    scheduler.finish(scheduler.running[0])
+    # The step is halved, though the quiet tenant's prompt is the last of four.
+    assert computed(scheduler.schedule()) == [("f2", 0, 32), ("q", 0, 32)]
+
+
+def test_without_rivals_a_tenant_has_every_step_as_if_there_were_no_tenants() -> None:
+    def steps(tenant: str) -> list[list[tuple[str, int, int]]]:
+        scheduler = Scheduler(Limits(6, 32, 100), 40, PAGE_SIZE)
+        for i, length in enumerate((300, 20, 90, 7, 150, 33, 64, 5)):
+            request = replace(request_of(f"r{i}", length, 3, n=1 + i % 2), priority=i % 3)
+            scheduler.add(of_tenant(tenant, request))
+        works = []
+        while scheduler.sequences():
+            work = scheduler.schedule()
+            works.append(computed(work))
+            advance(scheduler, work)
+        return works
+
+    assert steps("alice") == steps("")
+
+
+def test_a_full_queue_still_takes_a_request_of_a_tenant_of_whom_none_waits() -> None:
+    scheduler = Scheduler(Limits(1, 100, 3), 100, PAGE_SIZE)
+    scheduler.add(of_tenant("flood", request_of("a", 3, n=3)))
+    with pytest.raises(OverloadedError, match="3 choices of 1 requests wait already"):
+        scheduler.add(of_tenant("flood", request_of("b", 3)))
+    scheduler.add(of_tenant("quiet", request_of("c", 3)))
+    with pytest.raises(OverloadedError, match="4 choices of 2 requests wait already"):
+        scheduler.add(of_tenant("quiet", request_of("d", 3)))

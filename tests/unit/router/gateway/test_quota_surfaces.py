@@ -20,7 +20,7 @@ from router.security.keys import Role
 from router.security.keys_file import add_key
 from router.security.limits import KeyLimits
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, http_app, says, serve_grpc, tokenizer
-from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO
+from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call
 from tests.unit.router.gateway.predict.v2_calls import Infer, http_body, tensor
 from tests.unit.router.gateway.test_quotas import Clock
 
@@ -151,7 +151,14 @@ def test_a_request_is_no_more_urgent_than_its_key(
     body = BODY if given is None else {**BODY, "priority": given}
     assert gateway.post(COMPLETIONS, body).status_code == 200
     [request] = gateway.upstream.requests
-    assert request.priority == expected
+    assert (request.priority, request.tenant) == (expected, "limited")
+
+
+def test_without_keys_nobody_is_told_apart() -> None:
+    upstream = FakeUpstream(says(" was"))
+    assert call(upstream, COMPLETIONS, {**BODY, "user": "alice", "priority": -3}).status_code == 200
+    [request] = upstream.requests
+    assert (request.priority, request.tenant) == (-3, "")
 
 
 def test_grpc_has_the_same_quotas_and_the_time_to_come_back(tmp_path: Path) -> None:
