@@ -211,7 +211,9 @@ class Account:
         bound = self.limits.concurrent_tokens
         if bound is None:
             return True
-        held = self.held_tokens + sum(use.held_tokens for use in self._others.values())
+        held = self.held_tokens
+        if self._share == 1:
+            held += sum(use.held_tokens for use in self._others.values())
         return held + num_tokens <= max(num_tokens, bound // self._share)
 
 

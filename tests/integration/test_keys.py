@@ -15,12 +15,14 @@ import pytest
 import yaml
 
 from benchmarks.shipped import free_ports
-from cluster.errors import ForbiddenError, UnauthenticatedError
+from cluster.errors import ForbiddenError, OverloadedError, UnauthenticatedError
+from cluster.reports import KeyUsage
 from router.client import Client
 from router.protos import admin_pb2, inference_pb2
 from router.protos.errors import DETAILS_KEY, is_from_server
 from router.security.keys import Role
 from router.security.keys_file import add_key, revoke
+from router.security.limits import KeyLimits
 from router.serve.options import serve_variables
 from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
 from tests.serve_run import copy_with_ports, serve_run, wait_ready
@@ -28,6 +30,7 @@ from tests.serve_run import copy_with_ports, serve_run, wait_ready
 OURS = ("haproxy", "ray::ServeReplica", "ray::ProxyActor", "ray::HAProxyManager")
 ASK_S, LEAVES_S = 2.0, 20.0
 STREAMS, LENGTH = 32, 150
+GUEST_TOKENS = 100
 CALLS = {
     "/expertmesh.v1.Inference/GetModelInfo": inference_pb2.GetModelInfoRequest(),
     "/expertmesh.v1.Admin/GetStatus": admin_pb2.GetStatusRequest(),
@@ -39,11 +42,13 @@ OF_HAPROXY = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 
 
 class Keys:
-    """A file with a key of each role."""
+    """A file with a key of each role, and a guest's key, which has limits."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "keys.yaml"
         self.of = {role: add_key(self.file, role, [role]) for role in Role}
+        limits = KeyLimits(tokens_per_min=GUEST_TOKENS, requests_per_s=100)
+        self.guest = add_key(self.file, "guest", [Role.INFERENCE], limits)
 
 
 def with_keys(folder: Path, keys: Keys, http_port: int, grpc_port: int) -> Path:
@@ -83,6 +88,7 @@ def test_nobody_is_answered_without_a_key_and_owners_are(tmp_path: Path) -> None
         assert http_port in answered
         assert len(answered) == 3  # of HAProxy, the gateway itself, the fallback
 
+        limits_hold_on_both_surfaces(keys, http_port, address, operator)
         keys_change_under_streams(keys, address)
         session = session_folder(process)
         told = operator.status()
@@ -95,6 +101,31 @@ def test_nobody_is_answered_without_a_key_and_owners_are(tmp_path: Path) -> None
         texts = [metrics, repr(told), log.read_text()]
         assert not [secret for secret in secrets for text in texts if secret in text]
         assert not files_with(session, secrets)
+
+
+def limits_hold_on_both_surfaces(
+    keys: Keys, http_port: int, address: str, operator: Client
+) -> None:
+    """Use up the guest's tokens over HTTP; gRPC refuses then, and the usage is told."""
+    body = {"model": TINY, "prompt": [5, 6, 7, 8], "max_tokens": GUEST_TOKENS - 10}
+    body |= {"ignore_eos": True, "temperature": 0}
+    url = f"http://127.0.0.1:{http_port}/v1/completions"
+    answer, refused = (
+        httpx.post(url, json=body, headers=bearer(keys.guest), timeout=20) for _ in range(2)
+    )
+    assert (answer.status_code, refused.status_code) == (200, 429)
+    assert answer.headers["x-ratelimit-limit-tokens"] == str(GUEST_TOKENS)
+    assert 6 <= int(answer.headers["x-ratelimit-remaining-tokens"]) < GUEST_TOKENS // 2
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    with (
+        Client(address, retry=None, api_key=keys.guest) as guest,
+        pytest.raises(OverloadedError, match="this key's tokens_per_min") as error,
+    ):
+        guest.generate([5, 6], greedy(GUEST_TOKENS - 10), model=TINY)
+    assert error.value.retry_after_s is not None
+    [usage] = [key for key in operator.usage().keys if key.name == "guest"]
+    expected = KeyUsage("guest", 1, 4, GUEST_TOKENS - 10, 0, 2)
+    assert usage == expected
 
 
 def bearer(key: str | None) -> dict[str, str]:

@@ -289,20 +289,24 @@ def test_a_gateway_that_starts_has_no_more_than_the_others() -> None:
 def test_gateways_that_hear_nothing_have_equal_shares_together() -> None:
     fleet, alice = Fleet(4), caller(tokens_per_min=6000, concurrent_tokens=400)
     fleet.report()
+    bob = caller("bob", concurrent_tokens=400)
     for gateway in range(4):
         fleet.is_let_in(alice, 1, gateway)
+        fleet.is_let_in(bob, 1, gateway)
+    elsewhere = fleet.charge(bob, 350, gateway=3)
     fleet.report()
+    assert not fleet.is_let_in(bob, 51, gateway=2)
     fleet.clock.now_s += SILENCE_S + 60.0
     began_s, tokens = fleet.clock.now_s, 0
     while fleet.clock.now_s < began_s + 60.0:
         tokens += sum(10 * fleet.is_let_in(alice, 10, gateway) for gateway in range(4))
         fleet.clock.now_s += 0.1
     assert 12_000 - 4 * 10 <= tokens <= 12_000
-    held = fleet.charge(caller("bob", concurrent_tokens=400), 80, gateway=2)
-    assert not fleet.is_let_in(caller("bob", concurrent_tokens=400), 21, gateway=2)
-    with held:
-        pass
-    assert fleet.is_let_in(caller("bob", concurrent_tokens=400), 400, gateway=2)
+    held = fleet.charge(bob, 80, gateway=2)
+    assert not fleet.is_let_in(bob, 21, gateway=2)
+    with held, elsewhere:
+        assert fleet.is_let_in(bob, 20, gateway=2)
+    assert fleet.is_let_in(bob, 400, gateway=2)  # alone, it may have more than a share
     fleet.report()  # what was used in the silence is not taken off once more
     fleet.clock.now_s += 1.0
     fleet.report()
