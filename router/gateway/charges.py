@@ -23,13 +23,13 @@ Uses = Mapping[str, Mapping[str, KeyUse]]
 class Charges:
     """The accounts of all names that have limits; used on the gateway's event loop alone."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock`` is a monotonic clock in seconds."""
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] | None = None) -> None:
+        """``clock`` is a monotonic clock in seconds, by default the process's."""
         self._metrics = metrics
-        self._clock = clock
+        self._clock = clock or _monotonic_s
         self._accounts: dict[str, Account] = {}
         self._others: Uses = {}
-        self._heard_at_s = clock()
+        self._heard_at_s = self._clock()
 
     def charge(self, caller: Caller, num_tokens: int) -> Charge:
         """Charge a caller for one call that may have so many tokens; see :class:`Charge`.
@@ -117,6 +117,10 @@ class Charge:
         self._num_used += num_tokens
         if self.caller.name and num_tokens:
             self._metrics.key_tokens(self.caller.name, kind, num_tokens)
+
+
+def _monotonic_s() -> float:
+    return time.monotonic()  # looked up at each call, since a simulated world replaces it
 
 
 def _of_name(others: Uses, name: str) -> dict[str, KeyUse]:

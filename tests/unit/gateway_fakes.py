@@ -7,7 +7,6 @@ import asyncio
 import functools
 import tempfile
 import threading
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -323,7 +322,7 @@ def services(
     upstream: FakeUpstream,
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] | None = None,
 ) -> tuple[GenerationService, PredictionService]:
     """The services over ``tiny``, ``bare`` without a chat template, and mixtures.
 
@@ -355,7 +354,7 @@ def http_app(
     predictions: FakePredictions | None = None,
     browsers: BrowserRules = FROM_ANYWHERE,
     access: Access | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] | None = None,
 ) -> FastAPI:
     """The HTTP app over :func:`services`, by default for everybody."""
     generation, predicting = services(upstream, limits, predictions, clock)
@@ -377,7 +376,7 @@ class Servicer(GrpcMethods):
         limits: GatewayConfig | None = None,
         predictions: FakePredictions | None = None,
         access: Access | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.access = access or everybody()
         generation, predicting = services(upstream, limits, predictions, clock)
