@@ -18,6 +18,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from benchmarks.shipped import DEPLOYED
 from cluster.errors import CheckpointError, ConfigError, OverloadedError
 from cluster.spec import ModelKernel
 from router.cli.app import app
@@ -293,10 +294,21 @@ def stub_check(monkeypatch: pytest.MonkeyPatch, result: list[str] | Exception) -
 
 def test_check_prints_what_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_check(monkeypatch, ["two models"])
-    result = run("check", "some/cluster.yaml")
+    result = run("check", str(DEPLOYED))
     assert (result.exit_code, result.stdout) == (0, "cluster.yaml: two models\n")
-    told = json.loads(run("check", "some/cluster.yaml", "--json").stdout)
+    told = json.loads(run("check", str(DEPLOYED), "--json").stdout)
     assert told == {"ok": True, "checks": ["cluster.yaml: two models"]}
+
+
+def test_check_refuses_a_host_that_others_reach_without_keys(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub_check(monkeypatch, ["two models"])
+    file = tmp_path / "cluster.yaml"
+    file.write_text(DEPLOYED.read_text().replace("host: 127.0.0.1", "host: 0.0.0.0"))
+    result = run("check", str(file))
+    assert result.exit_code == 2
+    assert "http_options.host: given '0.0.0.0', which other machines reach" in result.stderr
 
 
 @pytest.mark.parametrize(

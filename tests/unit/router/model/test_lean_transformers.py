@@ -22,8 +22,3 @@ def test_a_router_has_none_of_them_and_may_import_them_later() -> None:
         "import scipy.optimize, PIL.Image"
     )
     assert output_of(program) == "[]"
-
-
-def test_a_process_that_has_imported_transformers_already_goes_on() -> None:
-    program = "import transformers, router.model.model as m; print(m.transformers.__name__)"
-    assert output_of(program) == "transformers"
