@@ -33,7 +33,7 @@ _FLIGHTS = 3
 
 logger = logging.getLogger("expertmesh.tls")
 
-_Stamp = tuple[tuple[int, int, int] | None, ...]
+Stamp = tuple[tuple[int, int, int] | None, ...]
 """Inode, size and time of change (ns) of each file; ``None`` for a file that is not there."""
 
 
@@ -82,9 +82,9 @@ class TlsFiles:
         self._check_validity(server, client, where)
         return server if protocol == ssl.PROTOCOL_TLS_SERVER else client
 
-    def stamp(self) -> _Stamp:
+    def stamp(self) -> Stamp:
         """Return what changes whenever a file does."""
-        return tuple(map(_stamp_of, astuple(self)))
+        return tuple(map(stamp_of, astuple(self)))
 
     def _context(self, protocol: int, where: str) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
@@ -113,7 +113,7 @@ class TlsFiles:
     def _check_validity(self, server: ssl.SSLContext, client: ssl.SSLContext, where: str) -> None:
         """Raise :class:`ConfigError` unless two nodes with these files accept each other."""
         try:
-            _shake_hands(server, client)
+            shake_hands(server, client)
         except ssl.SSLCertVerificationError as error:
             name = "certificate"
             if error.verify_code == _EXPIRED and _has_expired_authority(client):
@@ -173,7 +173,8 @@ class _CurrentContext(ssl.SSLContext):
             logger.info("new connections use the changed files of TLS")
 
 
-def _stamp_of(path: str) -> tuple[int, int, int] | None:
+def stamp_of(path: str) -> tuple[int, int, int] | None:
+    """Return an element of a :data:`Stamp`."""
     try:
         found = os.stat(path)
     except OSError:
@@ -186,7 +187,7 @@ def _has_expired_authority(context: ssl.SSLContext) -> bool:
     return any(ssl.cert_time_to_seconds(end) < time.time() for end in ends)
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
     """Let two ends in memory greet each other; raises ``ssl.SSLError`` where one refuses."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [

@@ -13,7 +13,14 @@ from typer.core import TyperGroup
 
 from router.cli.bench import bench
 from router.cli.chat import chat
-from router.cli.common import exit_codes, write
+from router.cli.common import (
+    TlsAuthority,
+    TlsCertificate,
+    TlsKey,
+    exit_codes,
+    variables,
+    write,
+)
 from router.cli.config import check, config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
@@ -32,6 +39,7 @@ from router.cli.status import status
 from router.cli.train import train
 from router.cli.upcycle import upcycle
 from router.cli.usage import usage
+from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 
 
 class _Commands(TyperGroup):
@@ -63,14 +71,20 @@ app = typer.Typer(
     "3 no server answers at the address, 130 interrupted.",
 )
 def _options(
+    ctx: typer.Context,
     print_version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    authority: TlsAuthority = None,
+    certificate: TlsCertificate = None,
+    key: TlsKey = None,
 ) -> None:
-    """Take the options before a command."""
+    """Take the options before a command; those of TLS hold for all clients that it makes."""
+    given = {AUTHORITY_VARIABLE: authority, CERTIFICATE_VARIABLE: certificate, KEY_VARIABLE: key}
+    ctx.with_resource(variables({name: file for name, file in given.items() if file is not None}))
 
 
 _SERVING = (serve, generate, chat, predict, status, load, placement, usage)

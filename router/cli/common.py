@@ -7,8 +7,9 @@ ray and transformers, not the module: each command line imports the modules of a
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -80,6 +81,28 @@ ApiKey = Annotated[
         help="A file with the key to show; by default the key is that of EXPERTMESH_API_KEY.",
     ),
 ]
+TlsAuthority = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        help="Encrypt: the authority of the server's certificate; else EXPERTMESH_TLS_CA.",
+    ),
+]
+TlsCertificate = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-cert",
+        metavar="FILE",
+        help="A certificate to show, where the server asks; else EXPERTMESH_TLS_CERT.",
+    ),
+]
+TlsKey = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-key", metavar="FILE", help="The key of --tls-cert; else EXPERTMESH_TLS_KEY."
+    ),
+]
 Model = Annotated[str, typer.Option(help="Model id; by default the first served model.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
@@ -94,6 +117,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 def operator(address: str, admin_address: str | None, api_key: str | None) -> Client:
     """Return the client of an operator's command, whose calls are made once."""
     return Client(address, retry=None, api_key=api_key, admin_address=admin_address)
+
+
+@contextmanager
+def variables(given: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables of this process while a command runs."""
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

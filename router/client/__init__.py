@@ -7,6 +7,7 @@ It needs neither torch nor ray nor transformers. It raises the gateway's errors 
 from router.client.aio import AsyncClient
 from router.client.session import DEFAULT_ADDRESS, DEFAULT_RETRY, DEFAULT_TIMEOUT_S
 from router.client.sync import Client
+from router.client.tls import ClientTls
 from router.client.types import (
     Message,
     MixtureInfo,
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_TIMEOUT_S",
     "AsyncClient",
     "Client",
+    "ClientTls",
     "Message",
     "MixtureInfo",
     "ModelInfo",

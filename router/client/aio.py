@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,6 +20,7 @@ from router.client.session import (
     Call,
     Session,
 )
+from router.client.tls import ClientTls, channel_opener
 from router.client.types import (
     Message,
     MixtureInfo,
@@ -50,8 +50,9 @@ class AsyncClient(AsyncAdminClient):
         retry: RetryPolicy | None = DEFAULT_RETRY,
         api_key: str | None = None,
         admin_address: str | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
-        open_channel = partial(grpc.aio.insecure_channel, options=CHANNEL_OPTIONS)
+        open_channel = channel_opener(grpc.aio, tls, CHANNEL_OPTIONS)
         self._session = Session(open_channel, address, retry, api_key, admin_address)
         self._closed = asyncio.Event()
 

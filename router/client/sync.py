@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,6 +23,7 @@ from router.client.session import (
     Call,
     Session,
 )
+from router.client.tls import ClientTls, channel_opener
 from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling
 from router.client.wire import CHANNEL_OPTIONS, first_model
 from router.retry import RetryPolicy
@@ -43,7 +43,8 @@ class Client(AdminClient):
 
     ``api_key`` is shown with every call, by default the one in ``EXPERTMESH_API_KEY``.
     ``admin_address`` is where gateways answer operators (``status``, ``scale`` and so on), by
-    default the port after that of ``address``.
+    default the port after that of ``address``. ``tls`` encrypts both, by default as
+    ``EXPERTMESH_TLS_CA``, ``_CERT`` and ``_KEY`` say; without it connections are not encrypted.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Client(AdminClient):
         retry: RetryPolicy | None = DEFAULT_RETRY,
         api_key: str | None = None,
         admin_address: str | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
-        open_channel = partial(grpc.insecure_channel, options=CHANNEL_OPTIONS)
+        open_channel = channel_opener(grpc, tls, CHANNEL_OPTIONS)
         self._session = Session(open_channel, address, retry, api_key, admin_address)
         self._closed = threading.Event()
 

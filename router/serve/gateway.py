@@ -41,8 +41,15 @@ from router.security.config import SecurityConfig
 from router.security.keyring import Keyring
 from router.security.reach import check_reach, is_loopback
 from router.serve.autoscaling import USE
+from router.serve.encryption import certificates_in, check_encryption
 from router.serve.instance import admin_address, own_grpc_address
-from router.serve.listening import describe_nothing, narrow_serve, serves_host, share_no_port
+from router.serve.listening import (
+    describe_nothing,
+    narrow_serve,
+    serves_host,
+    serves_http,
+    share_no_port,
+)
 from router.serve.process import collector_paused, setup_logging, torch_hidden
 from router.served import Served, ServedMixture, ServedModel
 
@@ -70,7 +77,7 @@ class GatewayReplica(GrpcMethods):
         """Load the tokenizers and follow the controller; needs a running event loop.
 
         Raises :class:`cluster.errors.ConfigError` where this process would listen wider than
-        ``security`` allows, or has no keys to read.
+        ``security`` allows, or has no keys or no certificate to read.
 
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
         bound deployments when the application is built. ``max_held`` is the number of choices
@@ -81,6 +88,8 @@ class GatewayReplica(GrpcMethods):
         check_reach(serves_host(), security.is_protected, "http_options.host")
         check_reach(limits.admin_host, security.is_protected, "gateway.admin_host")
         keyring = None if security.keys_file is None else Keyring(Path(security.keys_file))
+        self._certificates = certificates_in(serves_http())
+        check_encryption(serves_http(), os.environ)
         narrow_serve()
         share_no_port()
         metrics = Metrics()
@@ -91,7 +100,11 @@ class GatewayReplica(GrpcMethods):
             self._following = asyncio.create_task(keyring.follow(), name="keys")
 
         def samples() -> Samples:
-            return replace(metrics.samples(), problem=self.access.problem, uses=charges.uses())
+            problems = [self.access.problem]
+            if self._certificates is not None:
+                problems.append(self._certificates.problem)
+            problem = "; ".join(filter(None, problems))
+            return replace(metrics.samples(), problem=problem, uses=charges.uses())
 
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
@@ -191,7 +204,9 @@ class ListeningGateway(GatewayReplica):
 
     def _server(self, surface: Surface, host: str, port: int) -> GrpcServer:
         max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes
-        return GrpcServer(self, surface, host, port, max_message_bytes)
+        certificates = self._certificates
+        credentials = None if certificates is None else certificates.grpc_credentials()
+        return GrpcServer(self, surface, host, port, max_message_bytes, credentials)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""

@@ -19,17 +19,28 @@ from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._common.network_utils import build_address
-from ray.serve._private import default_impl, grpc_util
+from ray.serve._private import default_impl, grpc_util, http_util
+from ray.serve.config import HTTPOptions
 
 from router.security.reach import is_loopback
+from router.serve.changed import LOOPBACK, changed
+from router.serve.encryption import (
+    ENCRYPTED_LINES,
+    direct_host,
+    direct_options,
+    encrypt_grpc,
+    encrypt_http,
+    follow_certificate,
+    keep_http_behind_haproxy,
+    keep_to_machine,
+    write_certificate,
+)
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 
-LOOPBACK = "127.0.0.1"
-"""HAProxy calls the gateways of its own machine here."""
 _ALL = "[::]:"
 _TEMPLATE = "HAPROXY_CONFIG_TEMPLATE"
 _LINES = {
@@ -46,46 +57,55 @@ _LIST_APPLICATIONS = "ListApplications"
 
 HostOf = Callable[[], str]
 """Tells the host of HTTP."""
-
-
-class ServeChangedError(RuntimeError):
-    """This version of Ray Serve listens in another way than the one that this module knows."""
+OptionsOf = Callable[[], HTTPOptions]
+"""Tells Serve's options of HTTP."""
 
 
 @cache
-def serves_host() -> str:
-    """Return ``http_options.host`` of the Serve that this process is of.
+def serves_http() -> HTTPOptions:
+    """Return ``http_options`` of the Serve that this process is of.
 
     Serve's controller is asked from a thread: the callers are on an event loop, and Ray warns of
     calls that make one wait. Raises ``ray.exceptions.GetTimeoutError`` when there is no answer in
     :data:`~router.serve.instance.SERVE_TIMEOUT_S`.
     """
 
-    def ask() -> str:
+    def ask() -> HTTPOptions:
         asked = serve_controller().get_http_config.remote()
-        return str(ray.get(asked, timeout=SERVE_TIMEOUT_S).host)
+        return cast(HTTPOptions, ray.get(asked, timeout=SERVE_TIMEOUT_S))
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(ask).result()
 
 
-def narrow_serve(host_of: HostOf = serves_host) -> None:
+def serves_host() -> str:
+    """Return the host of :func:`serves_http`."""
+    return str(serves_http().host)
+
+
+def narrow_serve(options_of: OptionsOf = serves_http) -> None:
     """Let what Serve opens in this process from now on listen where HTTP does, and on loopback.
+
+    With a certificate in ``http_options`` clients' ports have TLS (:mod:`router.serve.encryption`).
 
     Raises :class:`ServeChangedError` in a version of Serve that this module does not know: rather
     no server than an open one. A second call changes nothing.
     """
     if hasattr(default_impl, _NARROWED):
         return
-    _narrow(default_impl, "add_grpc_address", host_of)
+    encrypt_grpc(default_impl, options_of)
+    _narrow(default_impl, "add_grpc_address", lambda: direct_host(options_of()))
+    encrypt_http(http_util)
     _close_applications(grpc_util)
     replica = sys.modules.get("ray.serve._private.replica")
     if replica is not None:
-        _narrow(replica, "add_port_to_grpc_server", host_of)
+        _narrow(replica, "add_port_to_grpc_server", lambda: str(options_of().host))
+        keep_http_behind_haproxy(replica)
     haproxy = sys.modules.get("ray.serve._private.haproxy")
     if haproxy is not None:
         setattr(haproxy, _TEMPLATE, narrowed_template(getattr(haproxy, _TEMPLATE)))
         _close_folder(haproxy.HAProxyApi)
+        keep_to_machine(haproxy.HAProxyApi)
     setattr(default_impl, _NARROWED, True)
 
 
@@ -93,11 +113,11 @@ def describe_nothing() -> None:
     """Let gRPC servers that Serve opens in this process from now on have no reflection."""
     name = "enable_server_reflection"
     if not hasattr(grpc_util, name):
-        raise _changed(f"{grpc_util.__name__} has no {name}")
+        raise changed(f"{grpc_util.__name__} has no {name}")
     setattr(grpc_util, name, lambda server: None)
 
 
-def share_no_port(host_of: HostOf = serves_host) -> None:
+def share_no_port(options_of: OptionsOf = serves_http) -> None:
     """Let a gateway of this process open no gRPC port on which somebody listens.
 
     gRPC lets servers share a port, and each of two clusters on one machine would then get calls of
@@ -107,7 +127,7 @@ def share_no_port(host_of: HostOf = serves_host) -> None:
 
     def unshared(server: Any, address: str) -> None:
         port = int(address.removeprefix(_ALL))
-        for host in hosts_of(host_of()) or ["0.0.0.0"]:
+        for host in hosts_of(direct_host(options_of())) or ["0.0.0.0"]:
             _try_port(host, port)
         open_port(server, address)
 
@@ -135,18 +155,20 @@ def narrow_proxies() -> None:
     for actor in (haproxy.HAProxyManager, proxy.ProxyActor):
         metadata = getattr(actor, "__ray_metadata__", None)
         if metadata is None:
-            raise _changed(f"{actor} is no actor")
+            raise changed(f"{actor} is no actor")
         made = metadata.modified_class
-        made.__init__ = _narrowed_start(made.__init__)
+        made.__init__ = _narrowed_start(made.__init__, actor is haproxy.HAProxyManager)
 
 
-def _narrowed_start(start: Callable[..., None]) -> Callable[..., None]:
+def _narrowed_start(start: Callable[..., None], is_haproxy: bool) -> Callable[..., None]:
     """Return a proxy's constructor that narrows its process first; Ray pickles it by value."""
 
     def __init__(self: Any, http_options: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        host = str(http_options.host)
-        narrow_serve(lambda: host)
-        start(self, http_options, *args, **kwargs)
+        narrow_serve(lambda: http_options)
+        options = http_options if is_haproxy else direct_options(http_options)
+        start(self, options, *args, **kwargs)
+        if is_haproxy:
+            follow_certificate(self)
 
     return __init__
 
@@ -154,12 +176,12 @@ def _narrowed_start(start: Callable[..., None]) -> Callable[..., None]:
 def narrowed_template(template: str) -> str:
     """Return the template of HAProxy's configuration with its metrics and statistics on loopback.
 
-    They ask for no key. Raises
+    They ask for no key. Where there is a certificate, clients' ports have TLS. Raises
     :class:`ServeChangedError` where a line that is to be replaced is not there once.
     """
-    for old, new in _LINES.items():
+    for old, new in (_LINES | ENCRYPTED_LINES).items():
         if template.count(old) != 1:
-            raise _changed(f"HAProxy's template has not one line {old.strip()!r}")
+            raise changed(f"HAProxy's template has not one line {old.strip()!r}")
         template = template.replace(old, new)
     return template
 
@@ -178,11 +200,11 @@ def _narrow(module: ModuleType, name: str, host_of: HostOf) -> None:
     """Let a function of Serve, which gets a gRPC server and an address, open fewer addresses."""
     open_port: Callable[[Any, str], int | None] | None = getattr(module, name, None)
     if open_port is None:
-        raise _changed(f"{module.__name__} has no {name}")
+        raise changed(f"{module.__name__} has no {name}")
 
     def narrowed(server: Any, address: str) -> int | None:
         if not address.startswith(_ALL):
-            raise _changed(f"{name} was to open {address!r}")
+            raise changed(f"{name} was to open {address!r}")
         hosts = hosts_of(host_of())
         if not hosts:
             return open_port(server, address)
@@ -198,7 +220,7 @@ def _close_applications(module: ModuleType) -> None:
     """Let Serve's own service tell nobody which applications there are."""
     register: Callable[[Any, Any], None] | None = getattr(module, _OWN_SERVICE, None)
     if register is None:
-        raise _changed(f"{module.__name__} has no {_OWN_SERVICE}")
+        raise changed(f"{module.__name__} has no {_OWN_SERVICE}")
 
     def register_closed(servicer: Any, server: Any) -> None:
         register(servicer, _WithoutApplications(server))
@@ -218,7 +240,7 @@ class _WithoutApplications:
         handlers = handler._method_handlers
         kept = {path: h for path, h in handlers.items() if not path.endswith(_LIST_APPLICATIONS)}
         if len(kept) != len(handlers) - 1:
-            raise _changed(f"Serve's own service has the methods {', '.join(handlers)}")
+            raise changed(f"Serve's own service has the methods {', '.join(handlers)}")
         handler._method_handlers = kept
         self._server.add_generic_rpc_handlers((handler,))
 
@@ -229,20 +251,17 @@ class _WithoutApplications:
 
 
 def _close_folder(api: type) -> None:
-    """Let this user alone enter HAProxy's folder, in which its admin socket is."""
+    """Let this user alone enter HAProxy's folder, in which its admin socket and its key are."""
     name = "_initialize_directories_and_error_files"
     initialize: Callable[[Any], None] | None = getattr(api, name, None)
     if initialize is None:
-        raise _changed(f"{api.__name__} has no {name}")
+        raise changed(f"{api.__name__} has no {name}")
 
     def initialize_closed(self: Any) -> None:
         folder = Path(self.cfg.socket_path).parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         initialize(self)
+        write_certificate(self.cfg)
 
     setattr(api, name, initialize_closed)
-
-
-def _changed(found: str) -> ServeChangedError:
-    return ServeChangedError(f"Ray {ray.__version__}: {found}; Ray 2.60 is known")

@@ -13,6 +13,9 @@ from typing import Any
 import yaml
 
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+CALLBACK = "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"
+NARROW_PROXIES = "router.serve.listening:narrow_proxies"
+"""The callback by which Serve's proxies listen as a deployment file says."""
 REPLICA_VARIABLES = (
     "RAY_SERVE_LOG_TO_STDERR",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",

@@ -57,15 +57,16 @@ class GrpcServer:
         host: str,
         port: int,
         max_message_bytes: int,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """Open nothing yet; ``host`` may be ``0.0.0.0``.
+        """Open nothing yet; ``host`` may be ``0.0.0.0``. ``credentials`` are those of TLS, if any.
 
         The server describes its services (reflection) where everybody may use them. A longer
         message than ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. The servicer
         itself refuses with a typed error, so its own limit is lower.
         """
         self._servicer, self._surface = servicer, surface
-        self._host, self._port = host, port
+        self._host, self._port, self._credentials = host, port, credentials
         self._options = [
             # Else gateways of two applications would get each other's calls.
             ("grpc.so_reuseport", 0),
@@ -103,7 +104,7 @@ class GrpcServer:
         if self._servicer.access.is_open:
             names = (*self._surface.services, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        while (reason := _bind(server, self._host, self._port, address)) is not None:
+        while (reason := self._bind(server, address)) is not None:
             if not is_logged:
                 logger.warning(
                     "%s: %s cannot be opened (%s), where another gateway of this machine or "
@@ -119,26 +120,28 @@ class GrpcServer:
         level = logging.INFO if is_news else logging.DEBUG
         logger.log(level, "%s: this gateway answers on %s", self._surface.purpose, address)
 
+    def _bind(self, server: grpc.aio.Server, address: str) -> str | None:
+        """Give a server its port; returns why the port cannot be had now, or ``None``.
+
+        A socket tries first: each failure of gRPC's own writes a line of C++ to the terminal.
+        """
+        with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, self._port))
+            except OSError as error:
+                return error.strerror or str(error)
+        try:
+            if self._credentials is None:
+                server.add_insecure_port(address)
+            else:
+                server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:  # taken since the socket tried
+            return str(error)
+        return None
+
 
 def _log_failure(listening: asyncio.Task[None]) -> None:
     error = None if listening.cancelled() else listening.exception()
     if error is not None:
         logger.error("gRPC: the server cannot start", exc_info=error)
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int, address: str) -> str | None:
-    """Give a server its port; returns why the port cannot be had now, or ``None``.
-
-    A socket tries first: each failure of gRPC's own writes a line of C++ to the terminal.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.strerror or str(error)
-    try:
-        server.add_insecure_port(address)
-    except RuntimeError as error:  # taken since the socket tried
-        return str(error)
-    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import ssl
 import threading
 import time
@@ -29,6 +30,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cluster.errors import ExpertMeshError
 from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
+from router.client.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.config import IMPORT_PATH
 from router.messages.prediction import MIXTURE_PLATFORM
 from router.ops.doctor.ports import admin_addresses
@@ -228,6 +230,9 @@ def _zeros(given: Mapping[str, Any]) -> dict[str, Any]:
 def _opened(url: str, path: str, timeout_s: float, body: bytes | None = None) -> Any:
     # No secret is sent, to an address of the operator's own file, whatever its certificate.
     context = ssl._create_unverified_context() if url.startswith("https") else None
+    certificate = os.environ.get(CERTIFICATE_VARIABLE)
+    if context is not None and certificate:
+        context.load_cert_chain(certificate, os.environ.get(KEY_VARIABLE) or None, password="")
     request = Request(url + path, body, {"content-type": "application/json"} if body else {})
     return urlopen(request, timeout=timeout_s, context=context)
 
@@ -241,6 +246,11 @@ def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None)
             return None
         return _reason(error.read()) or f"HTTP status {error.code}"
     except (OSError, HTTPException) as error:
+        if "CERTIFICATE_REQUIRED" in str(error):
+            return (
+                f"{url} asks clients for a certificate: name one in {CERTIFICATE_VARIABLE}, and in "
+                f"{KEY_VARIABLE} its key"
+            )
         return f"{url} does not answer ({error})"
 
 

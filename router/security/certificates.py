@@ -1,0 +1,243 @@
+"""The certificate that clients see, and the authority of theirs; read again when files change.
+
+``http_options`` of a deployment file names the files, for HTTP and gRPC alike. Between nodes it is
+:mod:`cluster.tls`, where both ends have certificates of one authority.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster.errors import ConfigError
+from cluster.tls import LOOK_S, Stamp, shake_hands, stamp_of
+
+CERTIFICATE, KEY, AUTHORITY = "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"
+PASSWORD = "ssl_keyfile_password"
+SECTION = "http_options"
+
+logger = logging.getLogger("expertmesh.security")
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A usable certificate with its chain and key, and the authority of clients' own, if any.
+
+    The texts are PEM. ``context`` is of the side that listens.
+    """
+
+    chain: bytes
+    key: bytes
+    authority: bytes | None
+    context: ssl.SSLContext
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateFiles:
+    """Paths of PEM files: certificate with its chain, key, and the authority of clients, if any."""
+
+    certificate: str
+    key: str
+    authority: str | None = None
+
+    @classmethod
+    def of(cls, http_options: Mapping[str, Any]) -> CertificateFiles | None:
+        """Return the files that Serve's options of HTTP name, or ``None`` without TLS.
+
+        Raises :class:`ConfigError` for half of a pair, an authority without one, and a password.
+        """
+        certificate, key, authority, password = (
+            http_options.get(name) or None for name in (CERTIFICATE, KEY, AUTHORITY, PASSWORD)
+        )
+        if password is not None:
+            raise ConfigError(
+                "given, must be left out: HAProxy and gRPC take keys without one", _at(PASSWORD)
+            )
+        for name, given, other in ((KEY, key, certificate), (CERTIFICATE, certificate, key)):
+            if given is None and (other is not None or authority is not None):
+                raise ConfigError("missing: TLS needs a certificate and its key", _at(name))
+        if certificate is None or key is None:
+            return None
+        return cls(certificate, key, authority)
+
+    def stamp(self) -> Stamp:
+        """Return what changes whenever a file does."""
+        return tuple(stamp_of(path) for path in self._paths().values())
+
+    def read(self) -> Certificate:
+        """Return what the files have now.
+
+        TLS is 1.2 or later. Raises :class:`ConfigError` with the file's key for a file that cannot
+        be used: not PEM, a key that another certificate has, an encrypted key, a certificate that
+        is of no use to servers or not of this time, an authority that has ended.
+        """
+        stamp = self.stamp()
+        texts = {name: _read(path, name) for name, path in self._paths().items()}
+        context = self._context()
+        if stamp != self.stamp():
+            raise ConfigError("files of TLS change while they are read", SECTION)
+        return Certificate(texts[CERTIFICATE], texts[KEY], texts.get(AUTHORITY), context)
+
+    def _paths(self) -> dict[str, str]:
+        paths = {CERTIFICATE: self.certificate, KEY: self.key}
+        return paths if self.authority is None else paths | {AUTHORITY: self.authority}
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            # An encrypted key would make OpenSSL ask the terminal.
+            context.load_cert_chain(self.certificate, self.key, password="")
+        except OSError as error:
+            reason = f"cannot be used: {error}"
+            if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+                reason = f"{self.certificate} does not fit its key, {self.key}"
+            raise ConfigError(reason, _at(CERTIFICATE)) from None
+        self._check_validity(context)
+        if self.authority is not None:
+            _require_certificates(context, self.authority)
+        return context
+
+    def _check_validity(self, server: ssl.SSLContext) -> None:
+        """Raise :class:`ConfigError` unless a client that trusts the certificate accepts it."""
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname = False
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the file has no root
+        client.load_verify_locations(self.certificate)
+        try:
+            shake_hands(server, client)
+        except ssl.SSLCertVerificationError as error:
+            reason = f"{self.certificate} is refused by TLS: {error.verify_message}"
+            raise ConfigError(reason, _at(CERTIFICATE)) from None
+        except ssl.SSLError as error:
+            raise ConfigError(f"cannot be used: {error}", _at(CERTIFICATE)) from None
+
+
+class Certificates:
+    """The certificate in force: that of its files; safe for several threads.
+
+    Changed files come into use with the next connection. Of files that cannot be used an error is
+    logged, and the earlier ones stay.
+    """
+
+    def __init__(self, files: CertificateFiles) -> None:
+        """Raises :class:`ConfigError` for files that cannot be used."""
+        self._files = files
+        self._looking = threading.Lock()
+        self._stamp = files.stamp()  # before they are read: a later change is seen
+        self._current = files.read()
+        self._problem = ""
+        self._looked_at_s = time.monotonic()
+
+    @property
+    def problem(self) -> str:
+        """Why the files, as they are now, cannot be used; empty else."""
+        self.current()
+        return self._problem
+
+    def current(self) -> Certificate:
+        """Return the certificate in force: the same object until the files change.
+
+        The files are looked at, at most once in :data:`cluster.tls.LOOK_S`.
+        """
+        with self._looking:
+            now_s = time.monotonic()
+            if now_s - self._looked_at_s >= LOOK_S:
+                self._looked_at_s = now_s
+                self._look()
+            return self._current
+
+    def context(self) -> ssl.SSLContext:
+        """Return a context of the side that listens, which follows the files."""
+        return _CurrentContext(self)
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Return credentials of a gRPC server, which follow the files."""
+        shown = self.current()
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal shown
+            current = self.current()
+            if current is shown:
+                return None
+            shown = current
+            return _configuration(current)
+
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(shown), fetch, shown.authority is not None
+        )
+
+    def _look(self) -> None:
+        stamp = self._files.stamp()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._current, self._problem = self._files.read(), ""
+        except ConfigError as error:
+            self._problem = str(error)
+            logger.error("%s; the files of TLS from before stay in force", error)
+        else:
+            logger.warning("new connections of clients use the changed files of TLS")
+
+
+@cache
+def certificates_of(files: CertificateFiles) -> Certificates:
+    """Return this process's one follower of some files; raises as :class:`Certificates` does."""
+    return Certificates(files)
+
+
+class _CurrentContext(ssl.SSLContext):
+    """A context that makes each connection with the certificate in force."""
+
+    def __new__(cls, certificates: Certificates) -> _CurrentContext:
+        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+
+    def __init__(self, certificates: Certificates) -> None:
+        self._certificates = certificates
+
+    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """See :class:`ssl.SSLContext`."""
+        return self._certificates.current().context.wrap_socket(*args, **options)
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """See :class:`ssl.SSLContext`; event loops call it for each connection."""
+        return self._certificates.current().context.wrap_bio(*args, **options)
+
+
+def _configuration(certificate: Certificate) -> grpc.ServerCertificateConfiguration:
+    pair = (certificate.key, certificate.chain)
+    return grpc.ssl_server_certificate_configuration([pair], certificate.authority)
+
+
+def _require_certificates(context: ssl.SSLContext, authority: str) -> None:
+    """Let a context ask clients for a certificate of an authority."""
+    try:
+        context.load_verify_locations(authority)
+    except OSError as error:
+        raise ConfigError(f"cannot be used: {error}", _at(AUTHORITY)) from None
+    ends_s = [ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs()]
+    if not ends_s or max(ends_s) < time.time():
+        reason = f"{authority} has no certificate of an authority, or they have expired"
+        raise ConfigError(reason, _at(AUTHORITY))
+    context.verify_mode = ssl.CERT_REQUIRED
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", _at(name)) from None
+
+
+def _at(name: str) -> str:
+    return f"{SECTION}.{name}"
