@@ -41,9 +41,18 @@ _TLS = (
 )
 _HTTP = "    bind {{ config.frontend_host }}:{{ config.frontend_port }}"
 _GRPC = "    bind {{ config.grpc_frontend_host }}:{{ config.grpc_frontend_port }} proto h2"
+_GLOBAL = "    maxconn {{ config.maxconn }}\n"
+# Else a client whose authority was taken out would resume its session.
+_NO_SESSIONS = (
+    "    {%- if config.http_options.ssl_ca_certs %}\n"
+    "    tune.ssl.cachesize 0\n"
+    "    ssl-default-bind-options no-tls-tickets\n"
+    "    {%- endif %}\n"
+)
 ENCRYPTED_LINES = {
     f"{_HTTP}\n": f"{_HTTP}{_TLS.replace('%s', 'h2,http/1.1')}\n",
     f"{_GRPC}\n": f"{_GRPC}{_TLS.replace('%s', 'h2')}\n",
+    _GLOBAL: _GLOBAL + _NO_SESSIONS,
 }
 """Lines of Serve's template of HAProxy's configuration, each with its successor."""
 _DONE = "Success!"

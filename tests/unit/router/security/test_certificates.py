@@ -1,0 +1,197 @@
+"""The certificate that clients see: refused by name where it is of no use, and followed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+
+from cluster.errors import ConfigError
+from router.client import ClientTls
+from router.security import certificates
+from router.security.certificates import CertificateFiles, Certificates
+from tests.client_tls import Pair, shown_number
+
+HOST, LIMIT_S = "127.0.0.1", 10.0
+PAST = datetime.now(UTC) - timedelta(days=1)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(tmp_path / "tls", asks_clients=True)
+
+
+@pytest.fixture
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificates, "LOOK_S", 0.0)
+
+
+def foreign_key(pair: Pair) -> None:
+    trustme.CA().issue_cert("x").private_key_pem.write_to_path(pair.key)
+
+
+def expired(pair: Pair) -> None:
+    pair.replace(ends_at=PAST)
+
+
+def no_pem(pair: Pair) -> None:
+    Path(pair.server).write_text("no certificate")
+
+
+def missing_key(pair: Pair) -> None:
+    Path(pair.key).unlink()
+
+
+def no_authority(pair: Pair) -> None:
+    Path(pair.authority).write_bytes(Path(pair.server).read_bytes())
+
+
+UNUSABLE: list[tuple[Callable[[Pair], None], str]] = [
+    (foreign_key, r"ssl_certfile: .*server\.pem does not fit its key, .*key\.pem"),
+    (expired, r"ssl_certfile: .*server\.pem is refused by TLS: certificate has expired"),
+    (no_pem, r"ssl_certfile: cannot be used"),
+    (missing_key, r"ssl_keyfile: .*key\.pem cannot be read: No such file"),
+    (no_authority, r"ssl_ca_certs: .*ca\.pem has no certificate of an authority"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), UNUSABLE)
+def test_files_of_no_use_are_refused_by_name(
+    pair: Pair, spoil: Callable[[Pair], None], reason: str
+) -> None:
+    pair.files.read()
+    spoil(pair)
+    with pytest.raises(ConfigError, match=f"http_options.{reason}"):
+        pair.files.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"ssl_certfile": "c"}, "ssl_keyfile: missing"),
+        ({"ssl_keyfile": "k"}, "ssl_certfile: missing"),
+        ({"ssl_ca_certs": "a"}, "ssl_keyfile: missing"),
+        (
+            {"ssl_certfile": "c", "ssl_keyfile": "k", "ssl_keyfile_password": "p"},
+            "ssl_keyfile_password: given, must be left out",
+        ),
+    ],
+)
+def test_half_of_a_pair_and_passwords_are_refused(options: dict[str, str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        CertificateFiles.of(options)
+
+
+def test_options_without_tls_name_no_files() -> None:
+    assert CertificateFiles.of({"host": HOST, "ssl_certfile": None}) is None
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_unusable_files_are_a_problem_until_they_are_mended(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    followed = Certificates(pair.files)
+    first = followed.current()
+    expired(pair)
+    with caplog.at_level(logging.ERROR):
+        assert followed.current() is first
+        assert followed.current() is first
+    assert "certificate has expired" in followed.problem
+    [record] = caplog.records
+    assert "from before stay in force" in record.getMessage()
+    pair.replace()
+    assert followed.current() is not first
+    assert followed.problem == ""
+
+
+@contextmanager
+def grpc_server(pair: Pair) -> Iterator[int]:
+    """Serve a method that answers with its request."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    echo = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    server.add_registered_method_handlers("test.Echo", {"Say": echo})
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("test.Echo", {"Say": echo}),)
+    )
+    port = server.add_secure_port(f"{HOST}:0", Certificates(pair.files).grpc_credentials())
+    server.start()
+    yield port
+    server.stop(None)
+
+
+def says(port: int, tls: ClientTls | None) -> bool:
+    address = f"{HOST}:{port}"
+    with (
+        grpc.insecure_channel(address)
+        if tls is None
+        else grpc.secure_channel(address, tls.credentials())
+    ) as channel:
+        try:
+            return bool(channel.unary_unary("/test.Echo/Say")(b"hello", timeout=3) == b"hello")
+        except grpc.RpcError:
+            return False
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_grpc_answers_a_known_client_and_shows_each_new_certificate(
+    pair: Pair, tmp_path: Path
+) -> None:
+    stranger = Pair(tmp_path / "other")
+    with grpc_server(pair) as port:
+        assert says(port, pair.tls())
+        assert not says(port, None)
+        assert not says(port, pair.tls(has_certificate=False))
+        assert not says(port, stranger.tls())
+        assert not says(port, ClientTls(pair.authority, stranger.client, stranger.client_key))
+        number = pair.replace()
+        assert shown_number(HOST, port, h2_context(pair)) == number
+        stranger.ca.cert_pem.write_to_path(pair.authority)  # the clients' authority is another
+        assert not says(port, ClientTls(stranger.authority, pair.client, pair.client_key))
+
+
+def h2_context(pair: Pair) -> ssl.SSLContext:
+    context = pair.context()
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+@pytest.mark.usefixtures("looks_at_once")
+def test_an_event_loop_shows_each_new_certificate_and_keeps_its_connections(pair: Pair) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(line)
+            await writer.drain()
+        writer.close()
+
+    async def work() -> None:
+        context = Certificates(pair.files).context()
+        server = await asyncio.start_server(echo, HOST, 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection(HOST, port, ssl=pair.context())
+        number = pair.replace()
+        assert await asyncio.to_thread(shown_number, HOST, port, pair.context()) == number
+        writer.write(b"still here\n")
+        assert await reader.readline() == b"still here\n"
+        stranger = pair.context(has_certificate=False)
+        refused, unknown = await asyncio.open_connection(HOST, port, ssl=stranger)
+        unknown.write(b"let me in\n")
+        with suppress(OSError):
+            assert await refused.readline() == b""
+        unknown.close()
+        writer.close()
+        server.close()
+
+    async def bounded() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await work()
+
+    asyncio.run(bounded())
