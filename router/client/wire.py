@@ -46,7 +46,10 @@ def typed_error(error: Any, address: str) -> ExpertMeshError:
     code, details = error.code(), error.details() or "no details"
     # A gateway answers within the request's timeout, so a bare DEADLINE_EXCEEDED is not its own.
     if code in _LOST and not is_from_server(status_details):
-        return UnreachableError(f"no ExpertMesh server answers at {address}", retry_after_s=LOST_S)
+        reason = f" ({details})" if "handshake" in details.lower() else ""  # of TLS
+        return UnreachableError(
+            f"no ExpertMesh server answers at {address}{reason}", retry_after_s=LOST_S
+        )
     return error_from_grpc(code, details, status_details)
 
 

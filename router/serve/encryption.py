@@ -55,7 +55,7 @@ ENCRYPTED_LINES = {
     _GLOBAL: _GLOBAL + _NO_SESSIONS,
 }
 """Lines of Serve's template of HAProxy's configuration, each with its successor."""
-_DONE = "Success!"
+_DONE, _COMMAND_S = b"Success!", 5.0
 
 logger = logging.getLogger("expertmesh.serve")
 
@@ -222,7 +222,7 @@ async def _follow(manager: Any, certificates: Certificates) -> None:
             try:
                 async with manager._reload_lock:  # a HAProxy that starts reads the files
                     in_force = await put_in_force(manager._haproxy)
-            except (OSError, RuntimeError) as error:
+            except (ConfigError, OSError, RuntimeError) as error:
                 logger.error("HAProxy does not take the changed files of TLS: %s", error)
         await asyncio.sleep(LOOK_S)
 
@@ -241,10 +241,26 @@ async def put_in_force(haproxy: Any) -> Certificate | None:
 
 async def _commit(haproxy: Any, certificate: Certificate) -> bool:
     """Return whether HAProxy has taken the texts of a certificate."""
-    for path, text in _files(haproxy.cfg.socket_path, certificate).items():
-        kind = "ca-file" if path.endswith(".clients.pem") else "cert"
-        await haproxy._send_socket_command(f"set ssl {kind} {path} <<\n{text.decode()}")
-        if _DONE not in await haproxy._send_socket_command(f"commit ssl {kind} {path}"):
-            await haproxy._send_socket_command(f"abort ssl {kind} {path}")
-            return False
+    socket_path = haproxy.cfg.socket_path
+    try:
+        async with asyncio.timeout(_COMMAND_S):
+            for path, text in _files(socket_path, certificate).items():
+                kind = "ca-file" if path.endswith(".clients.pem") else "cert"
+                await _command(socket_path, f"set ssl {kind} {path} <<\n".encode() + text)
+                answer = await _command(socket_path, f"commit ssl {kind} {path}".encode())
+                if _DONE not in answer:
+                    return False
+    except (OSError, TimeoutError):  # HAProxy ends the connection of a command that is too long
+        return False
     return True
+
+
+async def _command(socket_path: str, command: bytes) -> bytes:
+    """Return HAProxy's answer; Serve's own function for it logs the command, and so the key."""
+    reader, writer = await asyncio.open_unix_connection(socket_path)
+    try:
+        writer.write(command + b"\n")
+        await writer.drain()
+        return await reader.read()
+    finally:
+        writer.close()

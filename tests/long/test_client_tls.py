@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from benchmarks.shipped import free_ports
-from router.client import Client
+from router.client import Client, UnreachableError
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.protos import inference_pb2
 from router.serve.options import HAPROXY
@@ -70,6 +70,7 @@ def test_clients_ports_have_tls_and_a_new_certificate_breaks_no_stream(
         assert plain.isdisjoint(fronts)
         assert not [port for port in plain if not all(is_own(host) for host in ports[port])]
         assert bool(plain) == has_haproxy  # the gateway and the fallback proxy, on loopback
+        operators_port_is_closed(pair, stranger, f"{HOST}:{grpc_port}")
         streams_outlive_a_replacement(pair, client, http, grpc_port)
         unusable_files_are_told(pair, client, http, log)
 
@@ -131,6 +132,14 @@ def table(ports: dict[int, set[str]], pair: Pair, stranger: Pair, has_haproxy: b
         without = set() if pair.asks_clients else by_case[f"{kind}, own certificate"]
         assert by_case[f"{kind}, nothing to show"] == without
     return by_case["plain HTTP"] | by_case["plain gRPC"]
+
+
+def operators_port_is_closed(pair: Pair, stranger: Pair, address: str) -> None:
+    """Assert that operators' commands need TLS, and a certificate where clients do."""
+    without = [pair.tls(has_certificate=False)] if pair.asks_clients else []
+    for tls in (None, stranger.tls(), *without):
+        with Client(address, retry=None, tls=tls) as refused, pytest.raises(UnreachableError):
+            refused.status()
 
 
 def answers_http(url: str, verify: Any) -> bool:

@@ -53,10 +53,13 @@ class Endpoint:
 
     def command(self) -> str:
         """Return a command that tries the endpoint."""
+        has_tls = self.http_url.startswith("https")
         if self.models and all(_mixture(self.http_url, model) for model in self.models):
-            return f"curl {self.http_url}{_path_of(self.models[0])}"
+            trust = " --cacert FILE" if has_tls else ""
+            return f"curl{trust} {self.http_url}{_path_of(self.models[0])}"
+        trust = " --tls-ca FILE" if has_tls else ""
         where = "" if self.grpc_address == DEFAULT_ADDRESS else f" --address {self.grpc_address}"
-        return f'expertmesh generate "In the beginning" --stream{where}'
+        return f'expertmesh{trust} generate "In the beginning" --stream{where}'
 
 
 def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:

@@ -15,10 +15,11 @@ import psutil
 import pytest
 from ray.serve._private import default_impl, haproxy
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+from ray.serve.config import HTTPOptions
 
 from benchmarks.shipped import free_ports
+from router.serve.changed import ServeChangedError
 from router.serve.listening import (
-    ServeChangedError,
     _close_folder,
     _narrow,
     hosts_of,
@@ -119,7 +120,7 @@ def test_a_gateway_takes_no_port_that_another_clusters_gateway_has(
     monkeypatch.setattr(
         default_impl, OPEN, lambda server, address: opened.append(address), raising=True
     )
-    share_no_port(lambda: host)
+    share_no_port(lambda: HTTPOptions(host=host))
     with pytest.raises(RuntimeError, match=f"port {other} of {host}") as refused:
         default_impl.add_grpc_address(server, f"[::]:{other}")
     assert isinstance(refused.value.__cause__, OSError)
@@ -143,7 +144,7 @@ def test_haproxys_folder_is_closed_to_other_users_before_anything_is_in_it(tmp_p
     folder, modes = tmp_path / "haproxy" / "node", []
 
     class Api:
-        cfg = SimpleNamespace(socket_path=str(folder / "admin.sock"))
+        cfg = SimpleNamespace(socket_path=str(folder / "admin.sock"), http_options=HTTPOptions())
 
         def _initialize_directories_and_error_files(self) -> None:
             modes.append(stat.S_IMODE(folder.stat().st_mode))

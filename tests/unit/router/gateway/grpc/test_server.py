@@ -7,15 +7,18 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.shipped import free_ports
 from cluster.errors import ExpertMeshError
-from router.client import Sampling
+from router.client import ClientTls, Sampling, UnreachableError
 from router.client.aio import AsyncClient
 from router.gateway.grpc.server import CLIENTS, GrpcServer
 from router.messages.request import GenerationRequest, TokenEvent
+from router.security.certificates import Certificates
+from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says
 
 HOST = "127.0.0.1"
@@ -187,3 +190,27 @@ def test_a_server_that_cannot_start_is_logged(
     run(work)
     assert "gRPC: the server cannot start" in caplog.text
     assert "no such service" in caplog.text
+
+
+def test_with_credentials_it_answers_by_tls_alone(tmp_path: Path) -> None:
+    pair = Pair(tmp_path / "tls", asks_clients=True)
+
+    async def ask(port: int, tls: ClientTls | None) -> str:
+        async with AsyncClient(f"{HOST}:{port}", retry=None, tls=tls) as client:
+            [reply] = await client.generate("in", SAMPLING, model="tiny")
+            return reply.text
+
+    async def work() -> None:
+        [port] = free_ports(1)
+        credentials = Certificates(pair.files).grpc_credentials()
+        servicer = Servicer(FakeUpstream(says(" one")))
+        server = GrpcServer(servicer, CLIENTS, HOST, port, MAX_MESSAGE_BYTES, credentials)
+        server.start()
+        await server.wait_listening()
+        assert await ask(port, pair.tls()) == " one"
+        for tls in (None, pair.tls(has_certificate=False)):
+            with pytest.raises(UnreachableError):
+                await ask(port, tls)
+        await server.stop(0.0)
+
+    run(work)

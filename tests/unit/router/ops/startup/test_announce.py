@@ -20,7 +20,9 @@ from cluster.reports import LoadingStatus
 from router.messages.prediction import MIXTURE_PLATFORM
 from router.ops.startup import announce
 from router.ops.startup.announce import Endpoint, LoadingBar, endpoints, why_not_ready
+from router.security.certificates import Certificates
 from router.serve.options import completed
+from tests.client_tls import Pair
 
 DEPLOY = Path(__file__).parents[5] / "deploy"
 LIMIT_S = 20.0
@@ -108,6 +110,24 @@ def test_other_addresses_and_prefixes_are_told() -> None:
         "https://127.0.0.1:81/x/llm", "127.0.0.1:91", ("mesh-tiny",), "127.0.0.1:92"
     )
     assert endpoint.command().endswith(" --address 127.0.0.1:91")
+    assert endpoint.command().startswith("expertmesh --tls-ca FILE generate ")
+
+
+def test_a_server_that_asks_for_a_certificate_gets_the_one_of_the_environment(
+    serving: list[Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(tmp_path / "tls", asks_clients=True)
+    gateway = Gateway([(200, b"{}")])
+    serving.append(gateway)
+    context = Certificates(pair.files).context()
+    gateway.server.socket = context.wrap_socket(gateway.server.socket, server_side=True)
+    endpoint = Endpoint(f"https://127.0.0.1:{gateway.port}", "")
+    reason = why_not_ready(endpoint)
+    assert reason is not None
+    assert "asks clients for a certificate: name one in EXPERTMESH_TLS_CERT" in reason
+    monkeypatch.setenv("EXPERTMESH_TLS_CERT", pair.client)
+    monkeypatch.setenv("EXPERTMESH_TLS_KEY", pair.client_key)
+    assert why_not_ready(endpoint) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from router.ops.startup import preflight
 from router.ops.startup.preflight import checked_document, deployment_file, given_address
 from router.security.keys import Role
 from router.security.keys_file import add_key
-from router.serve.options import HAPROXY, completed, serve_variables
+from router.serve.options import CALLBACK, HAPROXY, NARROW_PROXIES, completed, serve_variables
 from tests.checkpoints import save_mixtral
+from tests.client_tls import Pair
 from tests.unit.certificates import new_authority
 
 DEPLOY = Path(deploy.__file__).parent
@@ -601,6 +603,28 @@ def test_reflection_beside_keys_is_refused(
     secured(file, {"keys_file": str(keys)}, grpc_options={"enable_reflection": True})
     line = refusal(["serve", "run", str(file)], capsys)
     assert "grpc_options.enable_reflection: given true, must be false" in line
+
+
+def test_a_certificate_must_be_usable_where_gateways_start(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = Pair(tmp_path / "tls")
+    secured(file, None, http_options=pair.http_options())
+    checked_document(["serve", "run", str(file)])
+    pair.replace(ends_at=datetime.now(UTC) - timedelta(days=1))
+    line = refusal(["serve", "run", str(file)], capsys)
+    assert f"http_options.ssl_certfile: {pair.server} is refused by TLS: certificate has" in line
+    checked_document(["serve", "deploy", str(file)])  # its gateways are elsewhere
+
+
+def test_a_certificate_that_haproxy_would_not_get_is_refused(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secured(file, None, http_options=Pair(tmp_path / "tls").http_options())
+    document = yaml.safe_load(file.read_text())
+    document["controller_options"]["runtime_env"]["env_vars"][CALLBACK] = "other:function"
+    line = refusal(["serve", "run", str(write(file, document))], capsys)
+    assert f"ssl_certfile: needs {NARROW_PROXIES} in controller_options" in line
 
 
 def test_two_applications_need_two_ports_for_operators(
