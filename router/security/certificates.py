@@ -161,7 +161,7 @@ class Certificates:
         return _CurrentContext(self)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """Return credentials of a gRPC server, which follow the files."""
+        """Return credentials for one port of a gRPC server, which follow the files."""
         shown = self.current()
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:

@@ -204,9 +204,7 @@ class ListeningGateway(GatewayReplica):
 
     def _server(self, surface: Surface, host: str, port: int) -> GrpcServer:
         max_message_bytes = MESSAGE_ROOM * self.service.limits.max_body_bytes
-        certificates = self._certificates
-        credentials = None if certificates is None else certificates.grpc_credentials()
-        return GrpcServer(self, surface, host, port, max_message_bytes, credentials)
+        return GrpcServer(self, surface, host, port, max_message_bytes, self._certificates)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""

@@ -24,6 +24,7 @@ from router.gateway.grpc.service import (
     add_admin_to_server,
     add_services_to_server,
 )
+from router.security.certificates import Certificates
 
 POLL_S = 0.2
 
@@ -57,16 +58,16 @@ class GrpcServer:
         host: str,
         port: int,
         max_message_bytes: int,
-        credentials: grpc.ServerCredentials | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
-        """Open nothing yet; ``host`` may be ``0.0.0.0``. ``credentials`` are those of TLS, if any.
+        """Open nothing yet; ``host`` may be ``0.0.0.0``. With ``certificates`` it has TLS.
 
         The server describes its services (reflection) where everybody may use them. A longer
         message than ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. The servicer
         itself refuses with a typed error, so its own limit is lower.
         """
         self._servicer, self._surface = servicer, surface
-        self._host, self._port, self._credentials = host, port, credentials
+        self._host, self._port, self._certificates = host, port, certificates
         self._options = [
             # Else gateways of two applications would get each other's calls.
             ("grpc.so_reuseport", 0),
@@ -132,10 +133,10 @@ class GrpcServer:
             except OSError as error:
                 return error.strerror or str(error)
         try:
-            if self._credentials is None:
+            if self._certificates is None:
                 server.add_insecure_port(address)
             else:
-                server.add_secure_port(address, self._credentials)
+                server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:  # taken since the socket tried
             return str(error)
         return None

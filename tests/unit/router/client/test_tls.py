@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,27 +32,26 @@ def pair(tmp_path: Path) -> Pair:
 def address(pair: Pair) -> Iterator[str]:
     """Both ports of a gateway that asks for certificates."""
     loop = asyncio.new_event_loop()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(loop.run_forever)
+    threading.Thread(target=loop.run_forever, daemon=True).start()
 
-        async def start() -> tuple[int, list[GrpcServer]]:
-            servicer = Servicer(FakeUpstream(says(" one")))
-            credentials = Certificates(pair.files).grpc_credentials()
-            [port] = free_ports(1)
-            servers = [
-                GrpcServer(servicer, surface, HOST, on, MAX_MESSAGE_BYTES, credentials)
-                for surface, on in ((CLIENTS, port), (OPERATORS, port + 1))
-            ]
-            for server in servers:
-                server.start()
-                await server.wait_listening()
-            return port, servers
-
-        port, servers = asyncio.run_coroutine_threadsafe(start(), loop).result(LIMIT_S)
-        yield f"{HOST}:{port}"
+    async def start() -> tuple[int, list[GrpcServer]]:
+        servicer = Servicer(FakeUpstream(says(" one")))
+        certificates = Certificates(pair.files)
+        [port] = free_ports(1)
+        servers = [
+            GrpcServer(servicer, surface, HOST, on, MAX_MESSAGE_BYTES, certificates)
+            for surface, on in ((CLIENTS, port), (OPERATORS, port + 1))
+        ]
         for server in servers:
-            asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(LIMIT_S)
-        loop.call_soon_threadsafe(loop.stop)
+            server.start()
+            await server.wait_listening()
+        return port, servers
+
+    port, servers = asyncio.run_coroutine_threadsafe(start(), loop).result(LIMIT_S)
+    yield f"{HOST}:{port}"
+    for server in servers:
+        asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(LIMIT_S)
+    loop.call_soon_threadsafe(loop.stop)
 
 
 def test_the_right_certificates_reach_both_ports(address: str, pair: Pair) -> None:

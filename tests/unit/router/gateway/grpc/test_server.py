@@ -202,9 +202,9 @@ def test_with_credentials_it_answers_by_tls_alone(tmp_path: Path) -> None:
 
     async def work() -> None:
         [port] = free_ports(1)
-        credentials = Certificates(pair.files).grpc_credentials()
+        certificates = Certificates(pair.files)
         servicer = Servicer(FakeUpstream(says(" one")))
-        server = GrpcServer(servicer, CLIENTS, HOST, port, MAX_MESSAGE_BYTES, credentials)
+        server = GrpcServer(servicer, CLIENTS, HOST, port, MAX_MESSAGE_BYTES, certificates)
         server.start()
         await server.wait_listening()
         assert await ask(port, pair.tls()) == " one"
