@@ -70,13 +70,13 @@ def certificates_in(options: HTTPOptions) -> Certificates | None:
 
 
 def check_encryption(options: HTTPOptions, variables: Mapping[str, str]) -> None:
-    """Raise :class:`ConfigError` where HAProxy would answer clients in plain text beside TLS.
+    """Raise :class:`ConfigError` where proxies would answer in plain text, or anybody, beside TLS.
 
     ``variables`` are those that Serve's controller has, too.
     """
-    if options.ssl_certfile and is_behind_haproxy() and variables.get(CALLBACK) != NARROW_PROXIES:
+    if options.ssl_certfile and variables.get(CALLBACK) != NARROW_PROXIES:
         raise ConfigError(
-            f"without {CALLBACK}={NARROW_PROXIES} in Serve's environment HAProxy has no TLS",
+            f"without {CALLBACK}={NARROW_PROXIES} in Serve's environment its proxies heed it not",
             f"http_options.{CERTIFICATE}",
         )
 
