@@ -205,7 +205,7 @@ def unusable_files_are_told(pair: Pair, client: Client, http: int, log: Path) ->
         CHANGES_S,
     )
     assert shown_number(HOST, http, pair.context()) == kept
-    assert "stay in force" in log.read_text()
+    wait_until(lambda: "stay in force" in log.read_text(), "the log has the error", CHANGES_S)
     pair.replace()
     wait_until(
         lambda: not any(one.problem for one in client.status().gateways), "mended", CHANGES_S
