@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from router.expert_config import Section
 
@@ -28,9 +30,18 @@ class SecurityConfig(Section):
         "use it.",
     )
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the JSON Schema of both forms."""
+        return {"anyOf": [{"const": "open"}, handler(core_schema)]}
+
     @model_validator(mode="before")
     @classmethod
     def _from_word(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "open":
+            raise ValueError("must be open, or a mapping")
         return {"open": True} if given == "open" else given
 
     @model_validator(mode="after")

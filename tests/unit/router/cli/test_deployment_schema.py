@@ -14,8 +14,9 @@ import yaml
 from typer.testing import CliRunner
 
 from benchmarks.shipped import SERVE_KEYS
+from cluster.errors import ConfigError
 from router.cli.app import app
-from router.config import load_deployment
+from router.config import load_deployment, parse_args
 from router.serve.options import completed
 
 DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
@@ -161,3 +162,24 @@ def test_a_wrong_file_is_one_line_and_2(content: str | None, said: str, tmp_path
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("security", "is_good"),
+    [("open", True), ({"open": True}, True), ({"keys_file": "/k"}, True), ("closed", False)],
+)
+def test_security_is_a_word_or_a_section(
+    args: dict[str, Any], security: object, is_good: bool
+) -> None:
+    document = {**FULL, "security": security}
+    assert is_valid(document, args) is is_good
+    if is_good:
+        assert parse_args(document).security.is_protected
+    else:
+        with pytest.raises(ConfigError, match="args.security: .*must be open, or a mapping"):
+            parse_args(document)
+
+
+def test_a_deployment_is_not_open_beside_keys() -> None:
+    with pytest.raises(ConfigError, match="open cannot be given together with keys_file"):
+        parse_args({**FULL, "security": {"open": True, "keys_file": "/k"}})
