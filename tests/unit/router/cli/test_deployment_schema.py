@@ -176,7 +176,7 @@ def test_security_is_a_word_or_a_section(
     if is_good:
         assert parse_args(document).security.is_protected
     else:
-        with pytest.raises(ConfigError, match="args.security: .*must be open, or a mapping"):
+        with pytest.raises(ConfigError, match=r"args\.security: .*must be open, or a mapping"):
             parse_args(document)
 
 
