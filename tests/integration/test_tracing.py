@@ -14,13 +14,15 @@ from tests.cluster_fixture import LAYERS, RANDOM, ServedCluster, prompt_of, wait
 from tests.span_keeper import FiledSpan, read_spans
 
 COUNT = 3
+KEY = "em-canary-of-the-traces"
+"""Shown with each request; the deployment asks for none."""
 
 
 def generate(served: ServedCluster, on: str, prompt: list[int], traceparent: str) -> None:
     """Generate some tokens as a client does that traces."""
     if on == "http":
         body = {"model": RANDOM, "prompt": prompt, "max_tokens": COUNT, "ignore_eos": True}
-        headers = {"traceparent": traceparent}
+        headers = {"traceparent": traceparent, "authorization": f"Bearer {KEY}"}
         url = f"{served.http_url}/v1/completions"
         assert httpx.post(url, json=body, headers=headers).status_code == 200
         return
@@ -31,7 +33,8 @@ def generate(served: ServedCluster, on: str, prompt: list[int], traceparent: str
     )
     with grpc.insecure_channel(served.grpc_address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        reply = stub.Generate(request, timeout=30, metadata=[("traceparent", traceparent)])
+        metadata = [("traceparent", traceparent), ("authorization", f"Bearer {KEY}")]
+        reply = stub.Generate(request, timeout=30, metadata=metadata)
         assert len(reply.token_ids) == COUNT
 
 
@@ -51,6 +54,9 @@ def test_one_trace_leads_from_the_clients_span_to_the_expert_actors(
 
     spans = wait_until(told, "the trace is whole", 10)
     assert all(span.trace_id != other for span in read_spans(served.spans_folder))
+    kept = [file.read_text() for file in served.spans_folder.iterdir()]
+    assert any(trace_id in text for text in kept)
+    assert not any(KEY in text for text in kept)
     names = Counter(span.name for span in spans.values())
     assert names["expertmesh.request"] == 1
     assert [names[f"expertmesh.{name}"] for name in ("queue", "prefill", "decode")] == [1] * 3
