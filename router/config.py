@@ -17,7 +17,7 @@ from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
 from experts.checkpoint.hub import parse_hub_id
 from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
-from router.security.config import SecurityConfig
+from router.security.config import SecurityConfig, with_open_word
 
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
@@ -299,7 +299,7 @@ class AppConfig(Section):
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
-    security: SecurityConfig = SecurityConfig()
+    security: SecurityConfig = Field(default=SecurityConfig(), json_schema_extra=with_open_word)
 
     @field_validator("models")
     @classmethod

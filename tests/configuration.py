@@ -76,8 +76,10 @@ def _section_of(key: Schema, definitions: Schema) -> Schema | None:
 
 
 def _shape(key: Schema) -> Schema:
-    """Return what a key may be other than absent."""
-    given = [one for one in key.get("anyOf", [key]) if one.get("type") != "null"]
+    """Return what a key may be other than absent, or a word that its section's sentence tells."""
+    given = [
+        one for one in key.get("anyOf", [key]) if one.get("type") != "null" and "const" not in one
+    ]
     assert len(given) == 1, f"a key of two kinds: {key}"
     return given[0] | {name: value for name, value in key.items() if name in _BOUNDS}
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 from router.expert_config import Section
+
+
+def with_open_word(schema: dict[str, Any]) -> None:
+    """Let the JSON Schema of a key that has this section take the word `open`, too."""
+    schema["anyOf"] = [{"const": "open"}, {"$ref": schema.pop("$ref")}]
 
 
 class SecurityConfig(Section):
@@ -29,13 +32,6 @@ class SecurityConfig(Section):
         description="Lets hosts that are not loopback do without keys: whoever reaches a port may "
         "use it.",
     )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Return the JSON Schema of both forms."""
-        return {"anyOf": [{"const": "open"}, handler(core_schema)]}
 
     @model_validator(mode="before")
     @classmethod

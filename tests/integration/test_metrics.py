@@ -18,6 +18,9 @@ RARE = {
     catalogue.OVERFLOW,
     catalogue.SLOW_READERS,
     catalogue.REFUSED_CALLERS,
+    catalogue.KEY_REQUESTS,
+    catalogue.KEY_TOKENS,
+    catalogue.KEY_REFUSALS,
     catalogue.PREDICTION_ROWS,
     catalogue.INEXACT_ROWS,
     catalogue.ACTOR_DEATHS,
@@ -25,8 +28,8 @@ RARE = {
     catalogue.ACTOR_MISSING_BYTES,
     catalogue.ACTOR_SLOWNESS,
 }
-"""Without a sample until something goes wrong, an expert is at its capacity, a mixture predicts, or
-routers have measured actors side by side.
+"""Without a sample until something goes wrong, an expert is at its capacity, a mixture predicts,
+clients have keys, or routers have measured actors side by side.
 
 ``tests/fault/test_mixtures.py`` looks at the rows of predictions."""
 
