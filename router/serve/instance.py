@@ -137,4 +137,7 @@ def host_of_builder() -> str | None:
 
 def _is_builder() -> bool:
     """Return whether this process runs Serve's task that builds an application."""
-    return ray.is_initialized() and ray.get_runtime_context().get_task_name() == _BUILD_TASK
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.worker.mode == ray.WORKER_MODE and context.get_task_name() == _BUILD_TASK
