@@ -85,26 +85,12 @@ class GatewayReplica(GrpcMethods):
         mixture hold. ``models`` are both. ``tls`` encrypts links to routers.
         """
         setup_logging()
-        check_reach(serves_host(), security.is_protected, "http_options.host")
-        check_reach(limits.admin_host, security.is_protected, "gateway.admin_host")
-        keyring = None if security.keys_file is None else Keyring(Path(security.keys_file))
-        self._certificates = certificates_in(serves_http())
-        check_encryption(serves_http(), os.environ)
-        narrow_serve()
-        share_no_port()
         metrics = Metrics()
         charges = Charges(metrics)
-        self.access = Access(keyring, metrics.refused_caller)
-        if keyring is not None:
-            describe_nothing()
-            self._following = asyncio.create_task(keyring.follow(), name="keys")
+        self._close(limits, security, metrics)
 
         def samples() -> Samples:
-            problems = [self.access.problem]
-            if self._certificates is not None:
-                problems.append(self._certificates.problem)
-            problem = "; ".join(filter(None, problems))
-            return replace(metrics.samples(), problem=problem, uses=charges.uses())
+            return replace(metrics.samples(), problem=self._problem(), uses=charges.uses())
 
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
@@ -156,6 +142,26 @@ class GatewayReplica(GrpcMethods):
         )
         self.grpc_handlers = GrpcHandlers(self.service, self.admin)
         self.prediction_handlers = PredictionHandlers(self.predictions)
+
+    def _close(self, limits: GatewayConfig, security: SecurityConfig, metrics: Metrics) -> None:
+        """Let Serve open nothing here but for whom ``security`` lets in; follow keys' changes."""
+        check_reach(serves_host(), security.is_protected, "http_options.host")
+        check_reach(limits.admin_host, security.is_protected, "gateway.admin_host")
+        keyring = None if security.keys_file is None else Keyring(Path(security.keys_file))
+        self._certificates = certificates_in(serves_http())
+        check_encryption(serves_http(), os.environ)
+        narrow_serve()
+        share_no_port()
+        self.access = Access(keyring, metrics.refused_caller)
+        if keyring is not None:
+            describe_nothing()
+            self._following = asyncio.create_task(keyring.follow(), name="keys")
+
+    def _problem(self) -> str:
+        """Return what is wrong with the files of keys and certificate, as they are now."""
+        certificates = self._certificates
+        problems = [self.access.problem, "" if certificates is None else certificates.problem]
+        return "; ".join(filter(None, problems))
 
     async def shut_down(self, ends_requests: bool) -> tuple[int, float]:
         """Refuse new requests with UNAVAILABLE and a retry hint from now on.
