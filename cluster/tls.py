@@ -11,10 +11,10 @@ import os
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cluster.errors import ConfigError
 
@@ -33,6 +33,7 @@ _FLIGHTS = 3
 
 logger = logging.getLogger("expertmesh.tls")
 
+Content = TypeVar("Content")
 Stamp = tuple[tuple[int, int, int] | None, ...]
 """Inode, size and time of change (ns) of each file; ``None`` for a file that is not there."""
 
@@ -125,6 +126,53 @@ class TlsFiles:
             raise ConfigError(f"cannot be used: {error}", f"{where}.certificate") from None
 
 
+class Followed(Generic[Content]):
+    """What files of TLS have, read again when they change; safe for several threads.
+
+    Of changed files that cannot be used an error is logged, and the content from before stays.
+    """
+
+    def __init__(self, stamp: Callable[[], Stamp], read: Callable[[], Content]) -> None:
+        """``read`` raises :class:`ConfigError` for unusable files, at the start here too."""
+        self._stamp_of, self._read = stamp, read
+        self._looking = threading.Lock()
+        self._stamp = stamp()  # before they are read: a later change is seen
+        self._current = read()
+        self._problem = ""
+        self._looked_at_s = time.monotonic()
+
+    @property
+    def problem(self) -> str:
+        """Why the files, as they are now, cannot be used; empty else."""
+        self.current()
+        return self._problem
+
+    def current(self) -> Content:
+        """Return the content in force: the same object until the files change.
+
+        The files are looked at, at most once in :data:`LOOK_S`.
+        """
+        with self._looking:
+            now_s = time.monotonic()
+            if now_s - self._looked_at_s >= LOOK_S:
+                self._looked_at_s = now_s
+                self._look()
+            return self._current
+
+    def _look(self) -> None:
+        stamp = self._stamp_of()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._current, self._problem = self._read(), ""
+        except ConfigError as error:
+            self._problem = str(error)
+            logger.error("%s; the files of TLS from before stay in force", error)
+        else:
+            logger.info("new connections use the changed files of TLS")
+
+
 class _CurrentContext(ssl.SSLContext):
     """A context of files that may change; safe for several threads.
 
@@ -137,40 +185,15 @@ class _CurrentContext(ssl.SSLContext):
 
     def __init__(self, protocol: int, files: TlsFiles, where: str) -> None:
         """Raises :class:`ConfigError`, as :meth:`TlsFiles.server_context` says."""
-        self._files = files
-        self._where = where
-        self._looking = threading.Lock()
-        self._stamp = files.stamp()  # before they are read: a later change is seen
-        self._read = files.read(protocol, where)
-        self._looked_at_s = time.monotonic()
+        self._contexts = Followed(files.stamp, lambda: files.read(protocol, where))
 
     def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
         """See :class:`ssl.SSLContext`."""
-        return self._current().wrap_socket(*args, **options)
+        return self._contexts.current().wrap_socket(*args, **options)
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """See :class:`ssl.SSLContext`; event loops call it for each connection."""
-        return self._current().wrap_bio(*args, **options)
-
-    def _current(self) -> ssl.SSLContext:
-        with self._looking:
-            now_s = time.monotonic()
-            if now_s - self._looked_at_s >= LOOK_S:
-                self._looked_at_s = now_s
-                self._look()
-            return self._read
-
-    def _look(self) -> None:
-        stamp = self._files.stamp()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._read = self._files.read(self._read.protocol, self._where)
-        except ConfigError as error:
-            logger.error("changed files of TLS are not used, the earlier ones stay: %s", error)
-        else:
-            logger.info("new connections use the changed files of TLS")
+        return self._contexts.current().wrap_bio(*args, **options)
 
 
 def stamp_of(path: str) -> tuple[int, int, int] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import grpc
 
 from cluster.errors import ConfigError
-from cluster.tls import LOOK_S, Stamp, shake_hands, stamp_of
+from cluster.tls import Followed, Stamp, shake_hands, stamp_of
 
 CERTIFICATE, KEY, AUTHORITY = "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"
 PASSWORD = "ssl_keyfile_password"
@@ -131,30 +130,16 @@ class Certificates:
 
     def __init__(self, files: CertificateFiles) -> None:
         """Raises :class:`ConfigError` for files that cannot be used."""
-        self._files = files
-        self._looking = threading.Lock()
-        self._stamp = files.stamp()  # before they are read: a later change is seen
-        self._current = files.read()
-        self._problem = ""
-        self._looked_at_s = time.monotonic()
+        self._followed = Followed(files.stamp, files.read)
 
     @property
     def problem(self) -> str:
         """Why the files, as they are now, cannot be used; empty else."""
-        self.current()
-        return self._problem
+        return self._followed.problem
 
     def current(self) -> Certificate:
-        """Return the certificate in force: the same object until the files change.
-
-        The files are looked at, at most once in :data:`cluster.tls.LOOK_S`.
-        """
-        with self._looking:
-            now_s = time.monotonic()
-            if now_s - self._looked_at_s >= LOOK_S:
-                self._looked_at_s = now_s
-                self._look()
-            return self._current
+        """Return the certificate in force: the same object until the files change."""
+        return self._followed.current()
 
     def context(self) -> ssl.SSLContext:
         """Return a context of the side that listens, which follows the files."""
@@ -175,19 +160,6 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(shown), fetch, shown.authority is not None
         )
-
-    def _look(self) -> None:
-        stamp = self._files.stamp()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._current, self._problem = self._files.read(), ""
-        except ConfigError as error:
-            self._problem = str(error)
-            logger.error("%s; the files of TLS from before stay in force", error)
-        else:
-            logger.warning("new connections of clients use the changed files of TLS")
 
 
 @cache

@@ -7,7 +7,7 @@ import socket
 import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster import tls
 from cluster.errors import ConfigError
-from cluster.tls import TlsFiles, ray_is_encrypted, require_ray_tls
+from cluster.tls import ray_is_encrypted, require_ray_tls
 from router.app import application
 from tests.unit.certificates import Authority, new_authority, write
 
@@ -111,9 +111,9 @@ def test_files_are_looked_at_at_most_once_a_second(
     now_s = time.monotonic()
     clock = SimpleNamespace(monotonic=lambda: now_s, time=time.time)
     monkeypatch.setattr(tls, "time", clock)
-    looks: list[TlsFiles] = []
-    stamp = TlsFiles.stamp
-    monkeypatch.setattr(TlsFiles, "stamp", lambda files: looks.append(files) or stamp(files))
+    looks: list[str] = []
+    stamp_of = tls.stamp_of
+    monkeypatch.setattr(tls, "stamp_of", lambda path: looks.append(path) or stamp_of(path))
     now_s += 2.0
     before = serial(ours)
     ours.replace()
@@ -125,7 +125,7 @@ def test_files_are_looked_at_at_most_once_a_second(
     after = [serial(ours) for _ in range(3)]
     assert len(set(after)) == 1
     assert after[0] != before
-    assert looks == [ours.files] * 2  # once for each side
+    assert looks == [*astuple(ours.files)] * 2  # once for each side
 
 
 def _other_key(ours: Authority) -> None:

@@ -17,7 +17,6 @@ import trustme
 
 from cluster.errors import ConfigError
 from router.client import ClientTls
-from router.security import certificates
 from router.security.certificates import CertificateFiles, Certificates
 from tests.client_tls import Pair, shown_number
 
@@ -32,7 +31,7 @@ def pair(tmp_path: Path) -> Pair:
 
 @pytest.fixture
 def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificates, "LOOK_S", 0.0)
+    monkeypatch.setattr("cluster.tls.LOOK_S", 0.0)
 
 
 def foreign_key(pair: Pair) -> None:

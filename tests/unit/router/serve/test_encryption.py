@@ -26,7 +26,6 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 
 from benchmarks.shipped import free_ports
 from cluster.errors import ConfigError
-from router.security import certificates
 from router.serve.changed import ServeChangedError
 from router.serve.encryption import (
     check_encryption,
@@ -54,7 +53,7 @@ def pair(tmp_path: Path) -> Pair:
 
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificates, "LOOK_S", 0.0)
+    monkeypatch.setattr("cluster.tls.LOOK_S", 0.0)
 
 
 @pytest.fixture
