@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.client.access import admin_address_of, key_metadata
 from router.client.attempts import Attempts, RequestAttempts
-from router.client.types import Message, MixtureInfo, ModelInfo, Sampling, UnreachableError
-from router.client.wire import models_of, sampling_message, typed_error
+from router.client.types import Message, MixtureInfo, ModelInfo, Sampling
+from router.client.wire import models_of, sampling_message, typed_error, was_connected
 from router.protos import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.retry import Retries, RetryBudget, RetryPolicy
 
@@ -51,7 +51,7 @@ class Call(Generic[Answer]):
 
 
 class Session:
-    """A client's stubs, its retry budget, its first model, and whether a server ever answered."""
+    """A client's stubs, its retry budget, its first model, and whether a call ever arrived."""
 
     def __init__(
         self,
@@ -191,20 +191,19 @@ class Session:
     def retry_delay_s(self, attempts: RequestAttempts, error: ExpertMeshError) -> float:
         """Return the seconds until the next attempt; raises ``error`` if there is none.
 
-        An address at which no server has ever answered is not tried again.
+        An address that has never taken a connection is not tried again.
         """
         if not self.was_reached:
             raise error
         return attempts.failed(error)
 
     def failed(self, error: Any, address: str = "") -> ExpertMeshError:
-        """Return the typed error of a ``grpc.RpcError``; records whether a gateway answered.
+        """Return the typed error of a ``grpc.RpcError``; records whether a server took the call.
 
         ``address`` is where the call went, by default the client's own address.
         """
-        typed = typed_error(error, address or self._address)
-        self.was_reached |= not isinstance(typed, UnreachableError)
-        return typed
+        self.was_reached |= was_connected(error)
+        return typed_error(error, address or self._address)
 
     @contextmanager
     def unknown_model_forgotten(self) -> Iterator[None]:

@@ -38,8 +38,8 @@ class Client(AdminClient):
     ``generate``, ``stream`` and ``predict`` are retried by ``retry`` when no server answers or it
     answers UNAVAILABLE. Retries end with the request's ``timeout_s``, and all requests of a client
     share one :class:`RetryBudget`. The client draws a seed where none is given, so that another
-    attempt gives the same tokens. An address at which no server has ever answered is not tried
-    again. A ``retry`` of ``None`` makes a single attempt.
+    attempt gives the same tokens. An address that has never taken a connection is not tried again.
+    A ``retry`` of ``None`` makes a single attempt.
 
     ``api_key`` is shown with every call, by default the one in ``EXPERTMESH_API_KEY``.
     ``admin_address`` is where gateways answer operators (``status``, ``scale`` and so on), by

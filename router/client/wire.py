@@ -30,6 +30,8 @@ _LOST = (
     grpc.StatusCode.NOT_FOUND,
 )
 """Codes that mean a lost connection, proxy or gateway where the gateway's details are missing."""
+_NEVER_CONNECTED = ("failed to connect", "errors resolving", "DNS resolution failed")
+"""How gRPC's details begin for a call that no connection ever took."""
 
 
 def sampling_message(sampling: Sampling) -> Any:
@@ -51,6 +53,16 @@ def typed_error(error: Any, address: str) -> ExpertMeshError:
             f"no ExpertMesh server answers at {address}{reason}", retry_after_s=LOST_S
         )
     return error_from_grpc(code, details, status_details)
+
+
+def was_connected(error: Any) -> bool:
+    """Return whether a ``grpc.RpcError`` tells of an HTTP/2 connection that took the call.
+
+    False where gRPC does not tell: a call that met its deadline may never have been sent.
+    """
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return False
+    return not (error.details() or "").startswith(_NEVER_CONNECTED)
 
 
 def reply_of(message: Any) -> Reply:

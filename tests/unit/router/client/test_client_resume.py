@@ -5,6 +5,7 @@ The asynchronous client is asked the same as the other.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -247,6 +248,33 @@ def test_an_address_where_nobody_ever_answered_is_told_at_once(connect: Connect)
         client.generate("in", model="tiny", timeout_s=60)
     assert time.monotonic() - started_s < 10
     assert caught.value.retry_after_s == wire.LOST_S
+
+
+def drop_first_call(listener: socket.socket) -> None:
+    """Take one HTTP/2 connection and close it at its first call, as a proxy that reloads does."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.settimeout(10)
+        connection.sendall(b"\0\0\0\4\0\0\0\0\0")  # SETTINGS
+        received = b""
+        while b"GenerateStream" not in received:
+            received += connection.recv(4096)
+
+
+def test_a_first_call_that_a_proxy_took_and_dropped_is_made_again(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        client = connect(f"127.0.0.1:{port}", retry=QUICK)
+        stream = client.stream("in", Sampling(max_tokens=20), model="tiny", timeout_s=30)
+        pieces: list[Reply] = []
+        reading = threading.Thread(target=lambda: pieces.extend(stream))
+        reading.start()
+        drop_first_call(listener)
+    upstream = FakeUpstream(goes_on(TEXT))
+    with grpc_server(upstream, port), client:
+        reading.join(30)
+    assert joined(pieces) == (TEXT, tuple(IDS))
+    assert len(upstream.requests) == 1
 
 
 def test_closing_the_client_ends_a_wait_for_its_server(connect: Connect) -> None:
