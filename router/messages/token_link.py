@@ -70,7 +70,7 @@ class LinkServer:
     def close(self) -> None:
         """Stop listening and drop the connections."""
         self._listener.close()
-        for writer in set(self._routes.values()):
+        for writer in dict.fromkeys(self._routes.values()):
             writer.close()
 
     def stop_choice(self, request_id: str, index: int) -> None:
@@ -111,7 +111,7 @@ class LinkClient:
         self._unsent: dict[LinkAddress, bytearray] = {}
         """The frames for each gateway to which a connection is being made."""
         self._unreachable_until_s: dict[LinkAddress, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
 
     def connect(self, address: LinkAddress) -> None:
         """Begin to link to a gateway, unless there is a link, or it was just found unreachable."""
@@ -121,8 +121,8 @@ class LinkClient:
             return
         self._unsent[address] = bytearray()
         task = asyncio.create_task(self._open(address))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda ended: self._tasks.pop(ended, None))
 
     async def _open(self, address: LinkAddress) -> None:
         """Connect, send what has been waiting for the connection, and read until its end."""

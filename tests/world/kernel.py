@@ -305,14 +305,14 @@ class Kernel(_EventLoop):
 
     # The event loop.
 
-    def run(self, until_s: float, is_done: Callable[[], bool] = lambda: False) -> None:
+    def run(self, until_s: float, is_done: Callable[[], bool] | None = None) -> None:
         """Run until a time of the world, or until ``is_done`` after a callback."""
         if self.hub is None:
             self.hub = greenlet.getcurrent()
         before = events._get_running_loop()
         events._set_running_loop(self)
         try:
-            while not is_done() and self._next_callback(until_s):
+            while (is_done is None or not is_done()) and self._next_callback(until_s):
                 pass
         finally:
             events._set_running_loop(before)

@@ -221,12 +221,21 @@ class Law:
 
     def nothing_left(self) -> None:
         """Look at what is kept for requests that have ended."""
+        for name, kept in self.kept().items():
+            self.broken("nothing is left", f"{name}: {kept}")
+        self._orphans()
+        for error in self._world.kernel.errors:
+            self.broken("nothing raises unseen", error)
+
+    def kept(self) -> dict[str, dict[str, int]]:
+        """Return what each process keeps for requests, without the processes that keep nothing."""
         world = self._world
+        found = {}
         for replica in world.serve.deployments["router"].running():
-            self._router(replica.handle.instance, replica.process)
+            found[replica.process.name] = self._router(replica.handle.instance, replica.process)
         for replica in world.serve.deployments["gateway"].running():
             upstream = replica.handle.instance.upstream
-            kept = {
+            found[replica.process.name] = {
                 "inboxes": len(upstream._inboxes),
                 "attempts": len(upstream._attempts),
                 "held": sum(upstream._held.values()),
@@ -235,27 +244,24 @@ class Law:
                 "calls": _unanswered(upstream),
                 **self._tasks(replica.process),
             }
-            self._nothing(kept, replica.process.name)
         for handle in world.cluster.actors.values():
             if handle.is_started and handle.process.is_alive:
                 actor = handle.instance._actor
-                kept = {
+                found[handle.process.name] = {
                     "rows": actor._queue.queued_rows,
                     "answers": sum(len(peer.channel.outgoing) for peer in actor._streams._peers),
                 }
-                self._nothing(kept, handle.process.name)
-        self._orphans()
-        for error in world.kernel.errors:
-            self.broken("nothing raises unseen", error)
+        left = {name: {k: n for k, n in kept.items() if n} for name, kept in found.items()}
+        return {name: kept for name, kept in left.items() if kept}
 
     def _tasks(self, process: Process) -> dict[str, int]:
         """Return the coroutines of a router or gateway beside those that never end."""
         names = self._world.kernel.tasks_of(process)
         return dict(Counter(name for name in names if name not in STANDING))
 
-    def _router(self, router: RouterReplica, process: Process) -> None:
+    def _router(self, router: RouterReplica, process: Process) -> dict[str, int]:
         scheduler = router._scheduler
-        kept = {
+        return {
             "requests": len(router._requests),
             "sequences": len(scheduler.sequences()),
             "pages": scheduler.num_pages - scheduler.num_free_pages,
@@ -263,12 +269,6 @@ class Law:
             "unsent bytes": unsent_bytes(router),
             **self._tasks(process),
         }
-        self._nothing(kept, process.name)
-
-    def _nothing(self, kept: dict[str, int], name: str) -> None:
-        left = {what: number for what, number in kept.items() if number}
-        if left:
-            self.broken("nothing is left", f"{name}: {left}")
 
     def _orphans(self) -> None:
         """Each actor that lives is one that the controller keeps, once; it keeps all of them."""

@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -49,6 +49,8 @@ _NAN = 99.0
 """Stands for what is no number in a hash."""
 _SPREAD = 1 << 20
 """Above any sum of K low halves, so that two sums make one number."""
+_FEW = 6
+"""So few numbers are mixed sooner one by one than by numpy."""
 _PLACES = np.array([1.0, _SPREAD])
 """What each half counts in a number; float64 holds all of them exactly."""
 
@@ -62,6 +64,9 @@ def _mix(x: int) -> int:
 
 
 def _mix_all(x: np.ndarray) -> np.ndarray:
+    """Return :func:`_mix` of each number."""
+    if x.ndim == 1 and len(x) <= _FEW:
+        return np.array([_mix(number) for number in x.tolist()], np.uint64)
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -77,6 +82,12 @@ def key_of(*parts: object) -> int:
 def _rows(states: np.ndarray) -> np.ndarray:
     """Return states [T] as rows [T, 2], the low half first."""
     return states.astype("<u4").view("<u2").reshape(-1, 2).astype(np.float32)
+
+
+def _rows_of(states: Iterable[int]) -> np.ndarray:
+    """Return states [T] as :func:`_rows` does; sooner where T is small."""
+    halves = [half for state in states for half in (state & 0xFFFF, state >> 16)]
+    return np.array(halves, np.float32).reshape(-1, 2)
 
 
 def _numbers(rows: np.ndarray) -> np.ndarray:
@@ -101,36 +112,60 @@ def _take_poison(ids: np.ndarray, states: np.ndarray) -> None:
 # The slow oracle.
 
 
-def _sum_of(states: Sequence[int]) -> int:
-    low, high = sum(s & 0xFFFF for s in states), sum(s >> 16 for s in states)
+def _sum_of(states: Iterable[int]) -> int:
+    """Return the number of the sum of the rows of these states."""
+    low = high = 0
+    for state in states:
+        low += state & 0xFFFF
+        high += state >> 16
     return low + high * _SPREAD
 
 
-_POISON_NUMBER = _sum_of([_POISON_STATE])
+def _number_of(state: int) -> int:
+    """Return the number of a state's row."""
+    return (state & 0xFFFF) + (state >> 16) * _SPREAD
+
+
+_POISON_NUMBER = _number_of(_POISON_STATE)
+
+
+@cache
+def _keys_of(identity: str) -> tuple[int, int, list[tuple[int, list[int], list[int]]]]:
+    """Return a model's keys: embedding, head, and by layer those of chain, gate and experts."""
+    layers = [
+        (
+            key_of(identity, layer, "chain"),
+            [key_of(identity, layer, "gate", expert) for expert in range(NUM_EXPERTS)],
+            [key_of(identity, layer, expert) for expert in range(NUM_EXPERTS)],
+        )
+        for layer in LAYERS
+    ]
+    return key_of(identity, "embedding"), key_of(identity, "head"), layers
 
 
 @lru_cache(maxsize=4096)
 def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
     """Return the greedy tokens of a model of this identity."""
+    embedding, head, layers = _keys_of(identity)
     before = [0] * NUM_LAYERS
     ids = list(prompt)
     last = 0
     for position in range(len(prompt) + num_tokens - 1):
-        x = _sum_of([_mix(ids[position] ^ key_of(identity, "embedding")) & _LOW])
-        for layer in LAYERS:
-            x ^= _mix(before[layer] ^ key_of(identity, layer, "chain"))
+        x = _number_of(_mix(ids[position] ^ embedding) & _LOW)
+        for layer, (chain, gate, experts) in enumerate(layers):
+            x ^= _mix(before[layer] ^ chain)
             state = before[layer] = _mix(x) & _LOW
-            x = _sum_of([_mix(_sum_of([state]) ^ key_of(identity, layer, e)) & _LOW for e in
-                         _chosen(identity, layer, _sum_of([state]))])  # fmt: skip
-        last = _mix(x ^ key_of(identity, "head")) % VOCAB
+            row = _number_of(state)
+            x = _sum_of(_mix(row ^ experts[e]) & _LOW for e in _chosen(row, gate))
+        last = _mix(x ^ head) % VOCAB
         if position >= len(prompt) - 1:
             ids.append(last)
     return tuple(ids[len(prompt) :])
 
 
-def _chosen(identity: str, layer: int, x: int) -> list[int]:
-    scores = [_mix(x ^ key_of(identity, layer, "gate", e)) for e in range(NUM_EXPERTS)]
-    return sorted(range(NUM_EXPERTS), key=lambda e: -scores[e])[:TOP_K]
+def _chosen(row: int, gate: Sequence[int]) -> list[int]:
+    scores = [_mix(row ^ key) for key in gate]
+    return sorted(range(NUM_EXPERTS), key=scores.__getitem__, reverse=True)[:TOP_K]
 
 
 # The router's part.
@@ -168,8 +203,8 @@ class _Attend:
                 self._cache[slot] = before
                 states.append(before)
                 at += 1
-        normed = torch.from_numpy(_rows(np.array(states, np.uint64)))
-        return torch.zeros_like(normed), normed
+        normed = _rows_of(states)
+        return torch.from_numpy(np.zeros_like(normed)), torch.from_numpy(normed)
 
 
 class _ExactGate:
@@ -185,7 +220,8 @@ class _ExactGate:
     def choice(self, normed: torch.Tensor) -> Choice:
         scores = self._scores(normed.numpy())
         ids = np.argsort(~scores, axis=1, kind="stable")[:, :TOP_K]
-        return Choice(np.ascontiguousarray(ids), torch.ones(ids.shape))
+        weights = np.ones(ids.shape, np.float32)  # sooner than torch.ones
+        return Choice(np.ascontiguousarray(ids), torch.from_numpy(weights))
 
     def choose_anew(self, normed: torch.Tensor, rows: np.ndarray, allowed: np.ndarray) -> Choice:
         scores = self._scores(normed.numpy()[rows]) >> np.uint64(1)
@@ -286,7 +322,7 @@ class ExactExpert:
 
         The faults are ``nan``, rows that are not numbers, and ``rows``, one row too few.
         """
-        self._key = np.uint64(key_of(weights.identity, weights.layer, weights.expert))
+        self._key = key_of(weights.identity, weights.layer, weights.expert)
         self._compute = compute
 
     def takes(self, row_shape: tuple[int, ...]) -> bool:
@@ -301,7 +337,7 @@ class ExactExpert:
         if took_s == "rows":
             return np.zeros((len(rows) - 1, 2), np.float32)
         time.sleep(took_s)
-        numbers = _numbers(rows)
+        numbers = _numbers(rows).tolist()
         if _POISON_NUMBER in numbers:
             os._exit(1)
-        return _rows(_mix_all(numbers ^ self._key) & np.uint64(_LOW))
+        return _rows_of(_mix(number ^ self._key) & _LOW for number in numbers)

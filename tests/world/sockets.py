@@ -221,11 +221,19 @@ class Selector:
 
     def __init__(self) -> None:
         self._keys: dict[Socket, selectors.SelectorKey] = {}
+        self._numbers: dict[Socket, int] = {}
+        """By which sockets that are ready at once come in the order of their registration."""
+        self._registered = 0
+        self._changed: dict[Socket, None] = {}
+        """The sockets that may be ready; the others have not changed since they were not."""
         self._waiter: Waiter | None = None
 
     def register(self, fileobj: Socket, events: int, data: Any = None) -> selectors.SelectorKey:
         key = selectors.SelectorKey(fileobj, fileobj.fileno(), events, data)  # type: ignore[arg-type]
         self._keys[fileobj] = key
+        if fileobj not in self._numbers:
+            self._registered += 1
+            self._numbers[fileobj] = self._registered
         fileobj.watch(id(self), lambda: self._look(fileobj, events))
         self._look(fileobj, events)
         return key
@@ -237,20 +245,28 @@ class Selector:
 
     def unregister(self, fileobj: Socket) -> selectors.SelectorKey:
         fileobj.unwatch(id(self))
+        self._changed.pop(fileobj, None)
+        del self._numbers[fileobj]
         return self._keys.pop(fileobj)
 
     def get_map(self) -> Mapping[Socket, selectors.SelectorKey]:
         return self._keys
 
     def _look(self, sock: Socket, events: int) -> None:
+        self._changed[sock] = None
         if self._waiter is not None and not self._waiter.is_woken and sock.ready(events):
             self._waiter.wake()
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        if not (changed := self._changed):
+            return []
         found = []
-        for sock, key in self._keys.items():
+        for sock in sorted(changed, key=self._numbers.__getitem__):
+            key = self._keys[sock]
             if events := sock.ready(key.events):
                 found.append((key, events))
+            else:
+                del changed[sock]
         return found
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:

@@ -433,7 +433,7 @@ class World:
 
     # Time.
 
-    def run(self, until_s: float, is_done: Callable[[], bool] = lambda: False) -> None:
+    def run(self, until_s: float, is_done: Callable[[], bool] | None = None) -> None:
         """Let time pass."""
         self.kernel.run(until_s, is_done)
 
@@ -624,7 +624,9 @@ def run(scenario: Scenario) -> Outcome:
         world.law.healed(CALM_S)
         _probe(world)
         # A router that has lost a request's gateway computes it until its deadline.
-        world.run(max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0)
+        until_s = max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0
+        while world.law.kept() and world.kernel.now_s < until_s:
+            world.run(world.kernel.now_s + LOOK_S)
         world.law.answers(client.answers, world.identities)
         look_at_times(world, client.answers)
         look_at_frames(world)

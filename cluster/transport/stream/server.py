@@ -112,7 +112,8 @@ class StreamServer:
         self._keys = _Keys()
         self._selector = selectors.DefaultSelector()
         self._listeners: dict[Network, socket.socket] = {}
-        self._peers: set[_Peer] = set()
+        self._peers: dict[_Peer, None] = {}
+        """In the order of their arrival, by which they are read."""
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -209,7 +210,7 @@ class StreamServer:
             sock.close()
             return
         peer = _Peer(channel_over(sock, HELLO_BYTES), new_nonce(), time.monotonic())
-        self._peers.add(peer)
+        self._peers[peer] = None
         self._selector.register(sock, selectors.EVENT_READ, peer)
         self._send(peer, 0, (peer.nonce,))
 
@@ -301,7 +302,7 @@ class StreamServer:
     def _drop(self, peer: _Peer, reason: str) -> None:
         if peer not in self._peers:
             return
-        self._peers.discard(peer)
+        del self._peers[peer]
         self._selector.unregister(peer.channel.sock)
         peer.channel.close()
         logger.debug("closed a stream: %s", reason)

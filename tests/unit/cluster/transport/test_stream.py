@@ -874,6 +874,16 @@ def test_a_stranger_costs_little_memory(actors: Actors) -> None:
     until(lambda: not server._peers, "all have left")
 
 
+def test_connections_are_looked_at_in_the_order_in_which_they_came(actors: Actors) -> None:
+    server = actors.add("a")
+    routers = [open_socket(server.offer(Network.UNIX), None) for _ in range(12)]
+    until(lambda: len(server._peers) == 12, "all are there")
+    came_s = [peer.since_s for peer in server._peers]
+    assert came_s == sorted(came_s)
+    for router in routers:
+        router.close()
+
+
 def test_connections_are_bounded(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
