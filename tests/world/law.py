@@ -119,19 +119,10 @@ class Law:
         )
 
     def published(self, before: Placement, after: Placement, controller: ClusterState) -> None:
-        """Look at a change of the placement: copies below the least number go by deaths alone."""
+        """Look at a change of the placement."""
         if after.order < before.order:
             self.broken("epochs rise", f"placement {after.order} after {before.order}")
-        for key, holders in after.holders.items():
-            earlier = before.holders.get(key, ())
-            least = min(len(earlier), controller.min_copies)
-            if key.model not in controller.keys or len(holders) >= least:
-                continue
-            lost = [a for a in earlier if a not in holders and a in after.generations]
-            if lost and not any(a not in after.generations for a in earlier):
-                self.broken(
-                    "copies are kept", f"{key[1:]} has {len(holders)} copies: not on {lost[0]}"
-                )
+        self._world.copies.published(before, after, controller)
 
     def look(self) -> None:
         """Look at all queues, and at readiness."""

@@ -22,6 +22,8 @@ STORIES = {
     "ledger; its keeper ended with an error that nobody saw.",
     "seed-1693": "Other weights are deployed, and nobody asks for two seconds; then a new gateway "
     "called the router of the earlier model over the link that it still had.",
+    "seed-1982": "Three controllers in a second. The newest is cut off, and an earlier one moves "
+    "experts meanwhile; the newest learned so late, and its map had one copy for a moment.",
     "seed-2127": "A controller is cut off from all actors, and a router waits in vain for one lost "
     "answer; the healthy actor, heard a second ago, was replaced.",
     "seed-2497": "Two of three nodes are drained and go. Two actors wait for a place, and nobody "

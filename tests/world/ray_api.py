@@ -171,6 +171,7 @@ class Handle:
                 self._control.append(lambda: self._arrived(call, method, args))
                 return
             self._num_control += 1
+        self.cluster.on_call(self, method, args)
         self.cluster.run(call, self.process, getattr(self.instance, method), args, method, self)
 
     def ended(self, method: str) -> None:
@@ -219,6 +220,8 @@ class RayCluster:
         """Called when a value is put into the store, by its key."""
         self.on_place: Callable[[Handle], None] = lambda handle: None
         """Called when an actor gets its node."""
+        self.on_call: Callable[[Handle, str, Sequence[Any]], None] = lambda handle, name, args: None
+        """Called when a method of an actor begins."""
         self.duplicates = 0.0
         """The share of calls that an actor is given twice."""
         self.lost = 0.0

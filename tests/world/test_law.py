@@ -272,6 +272,24 @@ def test_a_copy_that_goes_without_a_death_breaks_the_law(living: World) -> None:
     assert broken(living) == ["copies are kept"]
 
 
+@pytest.mark.parametrize("is_cut_off", [True, False])
+def test_an_expert_that_an_earlier_controller_took_unheard_is_no_lost_copy(
+    living: World, is_cut_off: bool
+) -> None:
+    state = living.controller()._state
+    before = state.placement
+    key, (first, *others) = next(iter(before.holders.items()))
+    handle = living.cluster.actors[living.name_of(first, before.generations[first])]
+    process = living.serve.deployments["controller"].running()[-1].process
+    if is_cut_off:
+        living.cluster.cut_off.add(process.pid)
+    living.copies.called(handle, "unload", (before.epoch, [key]))
+    holders = {**before.holders, key: tuple(others)}
+    after = replace(before, epoch=before.epoch + 1, holders=holders)
+    living.law.published(replace(before, epoch=before.epoch + 1), after, state)
+    assert broken(living) == ([] if is_cut_off else ["copies are kept"])
+
+
 def test_an_older_placement_breaks_the_law(living: World) -> None:
     state = living.controller()._state
     newer = replace(state.placement, version=state.placement.version + 1)

@@ -39,6 +39,7 @@ from tests.world.clients import Answer, Client, Plan
 from tests.world.happenings import Happenings
 from tests.world.kernel import Process, current_process, running
 from tests.world.law import Breach, Law
+from tests.world.law_of_copies import LawOfCopies
 from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
@@ -185,6 +186,8 @@ class World:
         self.ends = LawOfEnds(self)
         self.devices = LawOfDevices(self)
         self.cluster.on_place = self.devices.placed
+        self.copies = LawOfCopies(self)
+        self.cluster.on_call = self.copies.called
         self.happenings = Happenings(self)
         self.trace: list[str] = []
         self.kernel.on_life = lambda process, what: self.note(
@@ -584,8 +587,13 @@ class World:
         slots = SLOTS * sum(node.is_alive for node in self.cluster.nodes.values())
         return len(controller._state.fleet.specs) > slots
 
+    @staticmethod
+    def name_of(actor_id: str, generation: int) -> str:
+        """Return the name that Ray knows an actor by."""
+        return f"expertmesh:{APP}:{actor_id}:g{generation}"
+
     def _holds(self, actor_id: str, generation: int, key: Any) -> bool:
-        handle = self.cluster.actors.get(f"expertmesh:{APP}:{actor_id}:g{generation}")
+        handle = self.cluster.actors.get(self.name_of(actor_id, generation))
         if handle is None or not handle.process.is_alive or not handle.is_started:
             return False
         return key in handle.instance._actor._bank
