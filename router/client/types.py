@@ -100,7 +100,8 @@ class Sampling:
 
     ``prompt_logprobs`` asks for log probabilities of the prompt's tokens, with so many of the
     likeliest beside each. ``echo`` puts the prompt before the text, and with ``logprobs`` asks for
-    as many ``prompt_logprobs``. With either, ``max_tokens`` may be 0.
+    as many ``prompt_logprobs``. With either, ``max_tokens`` may be 0. A choice has at least
+    ``min_tokens``, ends after any of ``stop_token_ids``, and has none of ``bad_words``.
     """
 
     max_tokens: int | None = None
@@ -115,3 +116,10 @@ class Sampling:
     n: int | None = None
     prompt_logprobs: int | None = None
     echo: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int | None = None
+    stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()

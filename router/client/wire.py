@@ -36,9 +36,9 @@ _NEVER_CONNECTED = ("failed to connect", "errors resolving", "DNS resolution fai
 
 def sampling_message(sampling: Sampling) -> Any:
     """Return a sampling as a message; raises ``TypeError`` or ``ValueError`` for a bad value."""
-    names = [name for name in Sampling.__dataclass_fields__ if name != "stop"]
+    names = Sampling.__dataclass_fields__
     given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-    return inference_pb2.Sampling(**given, stop=sampling.stop)
+    return inference_pb2.Sampling(**given)
 
 
 def typed_error(error: Any, address: str) -> ExpertMeshError:

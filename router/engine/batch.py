@@ -26,6 +26,7 @@ LEAST_PIECE_TOKENS = 128
 """The fewest tokens of a piece of a step. Products of fewer rows cost more a row."""
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
+_NO_EDITS = torch.empty(2, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,13 @@ def _spans_of(works: tuple[Work, ...], ends: list[int], begin: int, end: int) ->
 
 
 def _draw_of(sequence: Sequence) -> Draw:
-    return Draw(sequence.request.sampling, sequence.index, len(sequence.token_ids))
+    rules = sequence.rules
+    return Draw(
+        sequence.request.sampling,
+        sequence.index,
+        len(sequence.token_ids),
+        None if rules is None else rules.edits(sequence.generated),
+    )
 
 
 def sampling_of(draws: list[Draw]) -> Sampling:
@@ -160,8 +167,20 @@ def sampling_of(draws: list[Draw]) -> Sampling:
         _tensor(warm) if warm else _NO_ROWS,
         _warm_params([draws[i] for i in warm]) if warm else _NO_PARAMS,
         _tensor([row for _, row in asking]) if asking else _NO_ROWS,
+        *_edits_of(draws),
     )
     return Sampling(tensors, list(Counter(num for num, _ in asking).items()) if asking else [])
+
+
+def _edits_of(draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the places and the edits of all rows, as :class:`SamplingTensors` has them."""
+    edits = [(row, draw.edits) for row, draw in enumerate(draws) if draw.edits is not None]
+    if not edits:
+        return _NO_EDITS
+    rows = np.repeat([row for row, _ in edits], [len(of_row.token_ids) for _, of_row in edits])
+    token_ids = np.concatenate([of_row.token_ids for _, of_row in edits])
+    params = np.concatenate([of_row.params for _, of_row in edits], axis=1)
+    return torch.from_numpy(np.stack([rows, token_ids])), torch.from_numpy(params)
 
 
 def _warm_params(draws: list[Draw]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
+from router.engine.token_rules import rules_of
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.model.decoder import MOST_PIECES
 from router.model.model import MoEModel
@@ -136,6 +137,7 @@ class Engine:
                 for sequence in self._scheduler.add(request):
                     sequence.times.queued_at_s = time.monotonic()
                     sequence.trace = trace
+                    sequence.rules = rules_of(request, self._eos_token_ids)
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
 
@@ -347,7 +349,8 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.request.sampling
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
+        is_end = token_id in self._eos_token_ids and not sampling.ignore_eos
+        if is_end or (sampling.rules is not None and token_id in sampling.rules.stop_token_ids):
             return "stop"
         return "length" if sequence.num_generated >= sampling.max_tokens else None
 

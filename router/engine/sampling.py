@@ -9,7 +9,7 @@ neither on the row's place in the batch nor on the other rows, so a request that
 gets the same tokens.
 
 Dimension letters: R rows, V vocabulary size, W rows with a temperature above 0, N likeliest tokens
-reported, A rows that have them reported.
+reported, A rows that have them reported, E logits that are edited.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from router.engine.token_rules import Edits
 from router.messages.request import SamplingParams, TokenLogprobs
 
 VALUES_AT_ONCE = 1 << 21
@@ -31,11 +32,12 @@ a device needs for it, some 60 bytes each; no token depends on it."""
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The sampling parameters, the choice and the position of one row."""
+    """The sampling parameters, the choice and the position of one row, and its logits' edits."""
 
     params: SamplingParams
     choice: int
     position: int
+    edits: Edits | None = None
 
 
 class SamplingTensors(NamedTuple):
@@ -47,6 +49,10 @@ class SamplingTensors(NamedTuple):
     """fp64 [5, W]: temperature, top-k (infinite for all), top-p, min-p, and a number in [0, 1)."""
     logprob_rows: torch.Tensor
     """int64 [A], in ascending order of their N."""
+    edited: torch.Tensor
+    """int64 [2, E]: the rows and the tokens of the logits that are edited, each pair once."""
+    edits: torch.Tensor
+    """fp32 [3, E]; see :class:`router.engine.token_rules.Edits`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +86,22 @@ def sample(
     ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
     and the ids of the likeliest, [A, N]. All tensors are on one device.
 
-    Logits are divided by the temperature. Top-k, top-p and min-p then filter tokens, in this order.
-    One uniform number per row picks from the remaining tokens, renormalised. Temperature 0 takes
-    the first of the largest logits. Log probabilities are those of the unchanged logits; a device
-    may add them in another order than a CPU, and choose others among equally likely tokens.
+    Edits of single logits come first. Logits are then divided by the temperature. Top-k, top-p and
+    min-p filter tokens, in this order. One uniform number per row picks from the remaining tokens,
+    renormalised. Temperature 0 takes the first of the largest logits. Log probabilities are those
+    of the unchanged logits; a device may add them in another order than a CPU, and choose others
+    among equally likely tokens.
     """
-    warm_rows, warm_params, logprob_rows = tensors
-    token_ids = _largest(logits)
-    sampled = [token_ids, logits.gather(1, token_ids)]
+    warm_rows, warm_params, logprob_rows, places, edits = tensors
+    edited = _edited(logits, places, edits) if places.shape[1] else logits
+    token_ids = _largest(edited)
+    sampled = [token_ids, edited.gather(1, token_ids)]
     vocab = logits.shape[1]
     at_once = max(1, VALUES_AT_ONCE // vocab)
     if len(warm_rows):
         parts = zip(warm_rows.split(at_once), warm_params.split(at_once, dim=1), strict=True)
         for rows, params in parts:
-            token_ids.index_copy_(0, rows, _draw(_select(logits, rows), params))
+            token_ids.index_copy_(0, rows, _draw(_select(edited, rows), params))
     if logprob_sizes:
         sizes = [size for _, size in logprob_sizes]
         for (num, _), same in zip(logprob_sizes, logprob_rows.split(sizes), strict=True):
@@ -116,6 +124,16 @@ def read(sampled: Sequence[torch.Tensor], sampling: Sampling) -> Drawn:
             if token_ids[row] is not None:
                 logprobs[row] = TokenLogprobs(logprob, tuple(top_ids), tuple(top_logprobs))
     return Drawn(token_ids, logprobs)
+
+
+def _edited(logits: torch.Tensor, places: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the logits with its edits; NaN stays NaN."""
+    rows, token_ids = places
+    before, scale, after = edits
+    sums = logits[rows, token_ids] + before
+    copy = logits.clone()
+    copy[rows, token_ids] = torch.where(sums > 0, sums / scale, sums * scale) + after
+    return copy
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from router.engine.token_rules import ChoiceRules
 from router.messages.request import GenerationRequest
 from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
@@ -46,6 +47,7 @@ class Sequence:
     waits for admission. ``arrival`` is its place in the order in which the router's sequences came.
     ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
     the tokens that are due, ``try_at_s`` (monotonic) is when they are computed alone for these.
+    ``rules`` edit the logits, where the request has rules for single tokens.
     """
 
     request: GenerationRequest
@@ -62,6 +64,7 @@ class Sequence:
     trace: RequestTrace | None = None
     deaths: Deaths | None = None
     try_at_s: float | None = None
+    rules: ChoiceRules | None = None
 
     @property
     def is_suspect(self) -> bool:
@@ -74,6 +77,11 @@ class Sequence:
     def num_generated(self) -> int:
         """The number of generated tokens, forced tokens included."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def generated(self) -> list[int]:
+        """The generated tokens, forced tokens included."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
 
     @property
     def max_length(self) -> int:

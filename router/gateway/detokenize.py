@@ -100,10 +100,16 @@ class ChoiceText:
     """The text of one choice, token by token, up to a stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], context_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        context_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
+        """No stop string is looked for in the text of the first ``min_tokens`` tokens."""
         self._detokenizer = Detokenizer(tokenizer, context_ids)
         self._matcher = StopMatcher(stops)
+        self._num_free = min_tokens
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
         """Take new tokens; returns the new text, the number of tokens that count, and whether a
@@ -116,7 +122,12 @@ class ChoiceText:
             return self._detokenizer.push(*token_ids), len(token_ids), False
         pieces: list[str] = []
         for used, token_id in enumerate(token_ids, start=1):
-            text, found = self._matcher.push(self._detokenizer.push(token_id))
+            text = self._detokenizer.push(token_id)
+            if self._num_free > 0:
+                self._num_free -= 1
+                pieces.append(text)
+                continue
+            text, found = self._matcher.push(text)
             pieces.append(text)
             if found:
                 return "".join(pieces), used, True

@@ -265,7 +265,13 @@ class _Choices:
         self._completion_tokens += len(received.token_ids)
         if received.finished:
             return
-        choice = ChoiceText(checked.model.tokenizer, checked.stops, request.prompt_token_ids)
+        rules = request.sampling.rules
+        choice = ChoiceText(
+            checked.model.tokenizer,
+            checked.stops,
+            request.prompt_token_ids,
+            0 if rules is None else rules.min_tokens,
+        )
         _, _, stopped = choice.push(received.token_ids)
         if stopped:
             raise InvalidRequestError(

@@ -18,6 +18,7 @@ from router.config import GatewayConfig
 from router.gateway import checks
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
+from router.gateway.token_rules import check_rules
 from router.messages.request import GenerationRequest, Received, SamplingParams
 from router.security.keys import Caller
 
@@ -35,11 +36,11 @@ class RawRequest:
 
     ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
-    ``options`` hold only the fields that the client set: those of ``SamplingParams``, ``stop`` and
-    ``echo``; ``timeout_s``, ``on_expert_loss`` and ``priority``. ``prompt_field`` and
-    ``field_names`` are the client's names of fields, and ``sampling_prefix`` stands before the
-    names of ``sampling``. ``streamed`` asks for the answer in pieces. ``resume`` has the tokens so
-    far of each choice of a request that goes on.
+    ``options`` hold only the fields that the client set: those of ``SamplingParams`` and of its
+    rules, ``stop`` and ``echo``; ``timeout_s``, ``on_expert_loss`` and ``priority``.
+    ``prompt_field`` and ``field_names`` are the client's names of fields, and ``sampling_prefix``
+    stands before the names of ``sampling``. ``streamed`` asks for the answer in pieces. ``resume``
+    has the tokens so far of each choice of a request that goes on.
     """
 
     model: object
@@ -206,8 +207,9 @@ class Validator:
         max_choices = self._limits.max_choices
         # 0 is off, and so is vLLM's -1; more than the vocabulary is the vocabulary.
         top_k = checks.integer(given.get("top_k", 0), path("top_k"), -1, 2**31 - 1)
+        max_tokens = _check_max_tokens(raw, model, prompt_len)
         return SamplingParams(
-            max_tokens=_check_max_tokens(raw, model, prompt_len),
+            max_tokens=max_tokens,
             temperature=checks.number(
                 given.get("temperature", 1.0), path("temperature"), 0.0, MAX_TEMPERATURE
             ),
@@ -221,6 +223,7 @@ class Validator:
             logprobs=self._check_logprobs(raw, "logprobs", vocab_size),
             n=checks.integer(given.get("n", 1), path("n"), 1, max_choices),
             prompt_logprobs=self._check_prompt_logprobs(raw, vocab_size),
+            rules=check_rules(given, path, model, max_tokens),
         )
 
     def _check_logprobs(self, raw: RawRequest, name: str, vocab_size: int) -> int | None:
@@ -281,9 +284,9 @@ def _check_resume(
                 f"has {len(ids)} tokens; at most max_tokens, {sampling.max_tokens}", where
             )
         check_ids(ids, model.info.vocab_size, where)
-        ends = () if sampling.ignore_eos or received.finished else model.info.eos_token_ids
+        ends = () if received.finished else sampling.ends(model.info.eos_token_ids)
         if any(token_id in ends for token_id in ids[:-1]):
-            raise InvalidRequestError("goes on after an end-of-sequence token", where)
+            raise InvalidRequestError("goes on after a token that ends it", where)
         most = 0 if sampling.prompt_logprobs is None else prompt_len - 1
         where = f"resume[{index}].prompt_logprobs"
         checks.integer(received.num_prompt_logprobs, where, 0, most)

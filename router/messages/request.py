@@ -11,6 +11,8 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router.messages.rules import TokenRules
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -21,6 +23,7 @@ class SamplingParams:
     of (seed, i, position). ``logprobs`` is the number of likeliest tokens reported beside the
     sampled token, or ``None`` for no log probabilities at all. ``prompt_logprobs`` is the same for
     each token of the prompt but the first. A ``max_tokens`` of 0 computes the prompt alone.
+    ``rules`` are those for single tokens, or ``None`` where there are none.
     """
 
     max_tokens: int
@@ -33,6 +36,12 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     prompt_logprobs: int | None = None
+    rules: TokenRules | None = None
+
+    def ends(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that end a choice of a model with these end-of-sequence tokens."""
+        own = () if self.rules is None else self.rules.stop_token_ids
+        return frozenset(own if self.ignore_eos else (*eos_token_ids, *own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,8 @@ class GenerationRequest:
         wire = _fields_of(self)
         del wire["deadline_s"]
         wire["sampling"] = _fields_of(self.sampling)
+        if self.sampling.rules is not None:
+            wire["sampling"]["rules"] = self.sampling.rules.to_wire()
         wire["received"] = [_fields_of(choice) for choice in self.received]
         return {**wire, "time_left_s": self.remaining_s()}
 
@@ -119,7 +130,10 @@ class GenerationRequest:
         """Rebuild a request from :meth:`to_wire`."""
         fields = dict(wire)
         deadline_s = time.monotonic() + fields.pop("time_left_s")
-        sampling = SamplingParams(**wire["sampling"])
+        rules = wire["sampling"]["rules"]
+        sampling = SamplingParams(
+            **{**wire["sampling"], "rules": rules and TokenRules.from_wire(rules)}
+        )
         ids = tuple(wire["prompt_token_ids"])
         received = tuple(
             Received(**{**choice, "token_ids": tuple(choice["token_ids"])})

@@ -53,8 +53,10 @@ LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
 
 _SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
-    "prompt_logprobs", "echo",
+    "prompt_logprobs", "echo", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "min_tokens",
 )  # fmt: skip
+_SAMPLING_LISTS = ("stop", "stop_token_ids", "bad_words")
 
 
 class GrpcHandlers:
@@ -175,8 +177,11 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
     sampling: dict[str, object] = {
         name: getattr(given, name) for name in _SAMPLING_FIELDS if given.HasField(name)
     }
-    if given.stop:
-        sampling["stop"] = list(given.stop)
+    for name in _SAMPLING_LISTS:
+        if values := getattr(given, name):
+            sampling[name] = list(values)
+    if given.logit_bias:
+        sampling["logit_bias"] = dict(given.logit_bias)
     return RawRequest(
         model=request.model,
         prompt=prompt,

@@ -11,21 +11,20 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
+from router.gateway.token_rules import RULE_FIELDS
 
 ANY = None
 """In a table of harmless values: every value is harmless, since the field changes no output."""
 
 SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
+    *RULE_FIELDS,
 )  # fmt: skip
 OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority")
 _COMMON_FIELDS = frozenset(
     {"model", "stream", "stream_options", "return_token_ids", *SAMPLING_FIELDS, *OPTION_FIELDS}
 )
 _COMMON_HARMLESS: dict[str, tuple[object, ...] | None] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "metadata": ANY,
     "prompt_cache_key": ANY,
     "safety_identifier": ANY,

@@ -39,6 +39,12 @@ BAD: list[tuple[str, Any]] = [
     *(("n", bad) for bad in (0, -1, 17, 2**31)),
     *(("logprobs", bad) for bad in (-1, 21, 2**31)),
     *(("prompt_logprobs", bad) for bad in (-1, 21, 2**31)),
+    *(("frequency_penalty", bad) for bad in (-2.1, 2.1, math.nan)),
+    *(("presence_penalty", bad) for bad in (-2.1, 2.1, math.inf)),
+    *(("repetition_penalty", bad) for bad in (0.0, -1.0, 2.5, math.nan)),
+    *(("min_tokens", bad) for bad in (-1, 17, 2**63 - 1)),
+    *(("stop_token_ids", bad) for bad in ([-1], [vocab_size()], [5] * 129)),
+    *(("bad_words", bad) for bad in ([""], [" "], ["a" * 257], ["a"] * 129)),
     ("stop", ["a"] * 17),
     ("stop", ["a", ""]),
     ("stop", ["a" * 257]),
@@ -55,6 +61,33 @@ def test_sampling_is_refused_alike(client: Client, field: str, bad: Any) -> None
     body = {**GOOD[http_calls.COMPLETIONS], field: bad}
     said = refusal(call(UPSTREAM, http_calls.COMPLETIONS, body), 400, where)
     assert said == f"{where}: {told.message}"
+
+
+@pytest.mark.parametrize(
+    ("bias", "field"),
+    [
+        ({-1: 1.0}, "logit_bias"),
+        ({vocab_size(): 1.0}, "logit_bias"),
+        ({5: 100.5}, "logit_bias.5"),
+        ({5: math.nan}, "logit_bias.5"),
+        (dict.fromkeys(range(1025), 1.0), "logit_bias"),
+    ],
+)
+def test_biases_are_refused_alike(client: Client, bias: dict[int, float], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate("in", Sampling(logit_bias=bias), model="tiny")
+    assert caught.value.field == f"sampling.{field}"
+    given = {str(token_id): amount for token_id, amount in bias.items()}
+    body = {**GOOD[http_calls.COMPLETIONS], "logit_bias": given}
+    said = refusal(call(UPSTREAM, http_calls.COMPLETIONS, body), 400, field)
+    assert said.replace("'-1'", "-1") == f"{field}: {caught.value.message}"
+
+
+@pytest.mark.parametrize("bad", [[], "x", {"x": 1}, {"1.5": 1}, {"5": "1"}, {"5": True}, {"": 1}])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_no_bias_is_refused(path: str, bad: Any) -> None:
+    where = "logit_bias.5" if isinstance(bad, dict) and "5" in bad else "logit_bias"
+    refusal(call(UPSTREAM, path, {**GOOD[path], "logit_bias": bad}), 400, where)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +162,7 @@ def test_a_known_field_passes_at_its_defaults_alone(path: str, fields: Fields, n
             refusal(call(UPSTREAM, path, {**GOOD[path], name: bad}), 400, name)
 
 
-@pytest.mark.parametrize("name", ["min_tokens", "use_beam_search", "Temperature", "\ud800", ""])
+@pytest.mark.parametrize("name", ["length_penalty", "use_beam_search", "Temperature", "\ud800", ""])
 @pytest.mark.parametrize("path", PATHS)
 def test_an_unknown_field_is_refused_by_name(path: str, name: str) -> None:
     said = refusal(call(UPSTREAM, path, {**GOOD[path], name: 1}), 400, _shown(name))
