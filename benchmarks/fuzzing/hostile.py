@@ -32,6 +32,8 @@ METHODS = (
     "/expertmesh.v1.Inference/Generate",
     "/expertmesh.v1.Inference/GenerateStream",
     "/expertmesh.v1.Inference/GetModelInfo",
+    "/expertmesh.v1.Inference/Tokenize",
+    "/expertmesh.v1.Inference/Detokenize",
     "/expertmesh.v1.Admin/GetStatus",
     "/grpc.health.v1.Health/Check",
     "/expertmesh.v1.Inference/Nothing",

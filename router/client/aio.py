@@ -169,6 +169,18 @@ class AsyncClient(AsyncAdminClient):
         """Return the description of one model, or of all served models where none is named."""
         return await self._ask(self._session.model_info(model))
 
+    async def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[Message] = (), model: str = ""
+    ) -> tuple[int, ...]:
+        """Return token ids; see :meth:`router.client.Client.tokenize`."""
+        model = model or await self._first_model()
+        return await self._ask(self._session.tokenize(prompt, messages, model))
+
+    async def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
+        """Return the text of token ids; see :meth:`router.client.Client.detokenize`."""
+        model = model or await self._first_model()
+        return await self._ask(self._session.detokenize(token_ids, model))
+
     async def _ask(self, call: Call[Answer]) -> Answer:
         return call.read(await self._call(call.start(), call.address))
 

@@ -13,7 +13,14 @@ from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelErr
 from router.client.access import admin_address_of, key_metadata
 from router.client.attempts import Attempts, RequestAttempts
 from router.client.types import Message, MixtureInfo, ModelInfo, Sampling
-from router.client.wire import models_of, sampling_message, typed_error, was_connected
+from router.client.wire import (
+    models_of,
+    sampling_message,
+    text_of,
+    token_ids_of,
+    typed_error,
+    was_connected,
+)
 from router.protos import admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.retry import Retries, RetryBudget, RetryPolicy
 
@@ -103,6 +110,27 @@ class Session:
         request = inference_pb2.GetModelInfoRequest(model=model)
         method = self._keyed(self._inference.GetModelInfo)
         return Call(method, request, INFO_TIMEOUT_S, models_of, self._address)
+
+    def tokenize(
+        self, prompt: str | None, messages: Sequence[Message], model: str
+    ) -> Call[tuple[int, ...]]:
+        """Return the call for the tokens of a prompt or of messages."""
+        request = inference_pb2.TokenizeRequest(model=model, prompt=prompt)
+        request.messages.extend(
+            inference_pb2.Message(role=message.role, content=message.content)
+            for message in messages
+        )
+        method = self._keyed(self._inference.Tokenize)
+        return Call(method, request, INFO_TIMEOUT_S, token_ids_of, self._address)
+
+    def detokenize(self, token_ids: Sequence[int], model: str) -> Call[str]:
+        """Return the call for the text of tokens; raises as :meth:`attempts` does."""
+        try:
+            request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"cannot be sent: {error}") from None
+        method = self._keyed(self._inference.Detokenize)
+        return Call(method, request, INFO_TIMEOUT_S, text_of, self._address)
 
     def administer(
         self, name: str, request: Any, timeout_s: float, read: Callable[[Any], Answer]

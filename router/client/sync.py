@@ -178,6 +178,20 @@ class Client(AdminClient):
         """Return the description of one model, or of all served models where none is named."""
         return self._ask(self._session.model_info(model))
 
+    def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[Message] = (), model: str = ""
+    ) -> tuple[int, ...]:
+        """Return the token ids of a prompt, or of messages as the model's template renders them.
+
+        Raises :class:`ExpertMeshError`.
+        """
+        model = model or self._first_model()
+        return self._ask(self._session.tokenize(prompt, messages, model))
+
+    def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
+        """Return the text of token ids, special ones by their names; raises as :meth:`tokenize`."""
+        return self._ask(self._session.detokenize(token_ids, model or self._first_model()))
+
     def _ask(self, call: Call[Answer]) -> Answer:
         return call.read(self._call(call.start, call.address))
 

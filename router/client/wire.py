@@ -107,6 +107,16 @@ def first_model(models: list[ModelInfo]) -> ModelInfo:
     return models[0]
 
 
+def token_ids_of(answer: Any) -> tuple[int, ...]:
+    """Return the ids of a ``TokenizeReply``."""
+    return tuple(answer.token_ids)
+
+
+def text_of(answer: Any) -> str:
+    """Return the text of a ``DetokenizeReply``."""
+    return str(answer.text)
+
+
 def models_of(answer: Any) -> list[ModelInfo]:
     """Return the models of a ``GetModelInfoReply``."""
     names = ModelInfo.__dataclass_fields__

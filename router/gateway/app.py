@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import ExpertMeshError
+from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
@@ -29,6 +29,7 @@ from router.gateway.http_io import (
     read_json,
     until_disconnect,
 )
+from router.gateway.openai import tokens
 from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
@@ -106,6 +107,21 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     async def chat_completions(request: Request) -> Response:
         return await _answer(request, service, parse_chat)
 
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> JSONResponse:
+        return JSONResponse(tokens.tokenize(await _body(request, service), service.validator))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> JSONResponse:
+        return JSONResponse(tokens.detokenize(await _body(request, service), service.validator))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> JSONResponse:
+        raise InvalidRequestError(
+            "no embeddings are served: these models are trained to continue text, and their "
+            "hidden states are no measure of likeness"
+        )
+
 
 def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin) -> None:
     @app.get("/health")
@@ -126,12 +142,16 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
+async def _body(request: Request, service: GenerationService) -> dict[str, Any]:
+    return await read_json(request, service.limits.max_body_bytes, service.room.bodies)
+
+
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
-        body = await read_json(request, service.limits.max_body_bytes, service.room.bodies)
+        body = await _body(request, service)
         call = parse(body, service.validator, request.state.request_id)
     caller = request.state.caller
-    if not call.stream:
+    if not call.streaming.is_on:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})
     deltas = call.deltas(service, caller)

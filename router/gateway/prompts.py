@@ -47,11 +47,7 @@ def check_prompt(
         given_text = text = checks.text(prompt, where)
         if not text:
             raise InvalidRequestError("is empty; at least one token is needed", where)
-        # A long text takes long to tokenise, so a text that cannot fit is refused before.
-        if len(text.encode()) > context * model.tokenizer.max_token_bytes:
-            raise InvalidRequestError(
-                f"has {len(text)} characters, more than {context} tokens can hold", where
-            )
+        check_length(text, where, model)
         ids = tuple(model.tokenizer.encode(text, add_special_tokens=not is_chat))
         if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
             raise InvalidRequestError(
@@ -66,6 +62,15 @@ def check_prompt(
         room = " must leave room for a new one" if least_new else " is all that there is room for"
         raise InvalidRequestError(f"has {len(ids)} tokens; the context of {context}{room}", where)
     return Prompt(ids, given_text)
+
+
+def check_length(text: str, where: str, model: GatewayModel) -> None:
+    """Refuse a text that cannot fit into the context, before it takes long to tokenise."""
+    context = model.info.max_model_len
+    if len(text.encode()) > context * model.tokenizer.max_token_bytes:
+        raise InvalidRequestError(
+            f"has {len(text)} characters, more than {context} tokens can hold", where
+        )
 
 
 def check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:

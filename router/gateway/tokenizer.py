@@ -74,6 +74,14 @@ class Tokenizer:
         )
         return str(text)
 
+    def whole_text(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``, special tokens by their names."""
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
     @functools.lru_cache(maxsize=65_536)  # noqa: B019 - a tokenizer lives as long as the process
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; those of a special token are its name."""
@@ -95,8 +103,10 @@ class Tokenizer:
         """Return one token as text; a part of a character becomes �."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+    def chat_prompt(self, messages: list[dict[str, str]], is_opened: bool = True) -> str:
         """Return the prompt that the model's chat template makes of ``messages``.
+
+        ``is_opened`` adds the beginning of the assistant's next message.
 
         Raises :class:`InvalidRequestError` when there is no template or it refuses the messages.
         """
@@ -106,7 +116,7 @@ class Tokenizer:
             raise InvalidRequestError("this model has no chat template; send a prompt", "messages")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=is_opened
             )
         except Exception as error:  # a template is a program
             # A template refuses by raise_exception, with a text for the client.

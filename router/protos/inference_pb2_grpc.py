@@ -49,6 +49,16 @@ class InferenceStub:
                 request_serializer=router_dot_protos_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=router_dot_protos_dot_inference__pb2.GetModelInfoReply.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/expertmesh.v1.Inference/Tokenize',
+                request_serializer=router_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_inference__pb2.TokenizeReply.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/expertmesh.v1.Inference/Detokenize',
+                request_serializer=router_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=router_dot_protos_dot_inference__pb2.DetokenizeReply.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -76,6 +86,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Makes token ids of a text or of messages, by the model's tokenizer and chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Makes text of token ids; special tokens by their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +117,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=router_dot_protos_dot_inference__pb2.GetModelInfoRequest.FromString,
                     response_serializer=router_dot_protos_dot_inference__pb2.GetModelInfoReply.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=router_dot_protos_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=router_dot_protos_dot_inference__pb2.TokenizeReply.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=router_dot_protos_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=router_dot_protos_dot_inference__pb2.DetokenizeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +210,60 @@ class Inference:
             '/expertmesh.v1.Inference/GetModelInfo',
             router_dot_protos_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
             router_dot_protos_dot_inference__pb2.GetModelInfoReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Tokenize',
+            router_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            router_dot_protos_dot_inference__pb2.TokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Inference/Detokenize',
+            router_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            router_dot_protos_dot_inference__pb2.DetokenizeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
+from router.gateway import tokens
 from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
@@ -103,6 +104,26 @@ class GrpcHandlers:
             for model in models
         ]
         return inference_pb2.GetModelInfoReply(models=infos)
+
+    async def tokenize(self, data: bytes) -> Any:
+        """Return the tokens of a ``TokenizeRequest``."""
+        request = parsed(inference_pb2.TokenizeRequest, data)
+        names = ("prompt", "add_special_tokens", "add_generation_prompt")
+        given = {name: getattr(request, name) for name in names if request.HasField(name)}
+        found = tokens.tokenize(
+            self.service.validator, request.model, messages=_messages(request), **given
+        )
+        return inference_pb2.TokenizeReply(
+            token_ids=found.token_ids, tokens=found.texts, max_model_len=found.max_model_len
+        )
+
+    async def detokenize(self, data: bytes) -> Any:
+        """Return the text of a ``DetokenizeRequest``."""
+        request = parsed(inference_pb2.DetokenizeRequest, data)
+        text = tokens.detokenize(
+            self.service.validator, request.model, list(request.token_ids), "token_ids"
+        )
+        return inference_pb2.DetokenizeReply(text=text)
 
     async def administer(self, method: str, data: bytes) -> Any:
         """Answer a method of the Admin service, from its request to its reply."""
@@ -214,13 +235,17 @@ def _prompt(request: Any) -> tuple[object, str]:
     if request.messages:
         if given is not None:
             raise InvalidRequestError(f"cannot be given together with {given}", "messages")
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        return messages, "messages"
+        return _messages(request), "messages"
     if given is None:
         raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")
     if given == "prompt":
         return request.prompt, "prompt"
     return list(request.prompt_token_ids.ids), "prompt_token_ids.ids"
+
+
+def _messages(request: Any) -> list[dict[str, str]] | None:
+    """Return the messages for a chat template, ``None`` for a request without any."""
+    return [{"role": m.role, "content": m.content} for m in request.messages] or None
 
 
 def _reply(

@@ -210,6 +210,24 @@ class GrpcMethods:
 
         return await self._unary(Role.INFERENCE, work, empty, grpc_context)
 
+    async def Tokenize(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Inference/Tokenize``."""
+
+        async def work(caller: Caller) -> Any:
+            return await self.grpc_handlers.tokenize(request)
+
+        empty = inference_pb2.TokenizeReply
+        return await self._unary(Role.INFERENCE, work, empty, grpc_context)
+
+    async def Detokenize(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
+        """Serve ``Inference/Detokenize``."""
+
+        async def work(caller: Caller) -> Any:
+            return await self.grpc_handlers.detokenize(request)
+
+        empty = inference_pb2.DetokenizeReply
+        return await self._unary(Role.INFERENCE, work, empty, grpc_context)
+
     async def Check(self, request: bytes, grpc_context: CallContext) -> Any:  # noqa: N802
         """Serve ``Health/Check``; it needs no key, but only a key gets the metadata."""
         is_known = self.access.is_open or bool(_given(grpc_context))

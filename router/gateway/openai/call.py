@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.gateway.openai.fields import Streaming
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
@@ -26,8 +27,7 @@ class OpenAiCall(ABC):
 
     request_id: str
     checked: list[CheckedRequest]
-    stream: bool
-    include_usage: bool
+    streaming: Streaming
     return_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -138,33 +138,39 @@ class OpenAiCall(ABC):
         """
         usages: list[Usage] = []
         inexact: set[int] = set()
+        num_tokens = 0
         async with aclosing(rest):
             for chunk in self.opening():
-                yield self._finish(chunk)
+                yield self._finish(chunk, num_tokens)
             index, delta = first
             while True:
                 if delta.usage is not None:
                     usages.append(delta.usage)
+                num_tokens += len(delta.token_ids)
                 if self._is_worth_sending(delta):
                     piece = self.piece(index, delta)
                     if not delta.exact:
                         inexact.add(index)
                     if delta.finish_reason or index in inexact:
                         piece["exact"] = index not in inexact
-                    yield self._finish(self.envelope([piece], streamed=True))
+                    yield self._finish(self.envelope([piece], streamed=True), num_tokens)
                 following = await anext(rest, None)
                 if following is None:
                     break
                 index, delta = following
-        if self.include_usage:
+        if self.streaming.usage_at_end:
             yield {**self.envelope([], streamed=True), "usage": usage_object(usages)}
 
     def _is_worth_sending(self, delta: Delta) -> bool:
         wants_tokens = self.return_token_ids or self.wants_logprobs
         return bool(delta.text or delta.finish_reason or wants_tokens or not delta.exact)
 
-    def _finish(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        return {**chunk, "usage": None} if self.include_usage else chunk
+    def _finish(self, chunk: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+        """Return a chunk with the usage of so many new tokens, where the client wants it."""
+        if self.streaming.usage_so_far:
+            prompts = (len(checked.request.prompt_token_ids) for checked in self.checked)
+            return {**chunk, "usage": usage_object([Usage(sum(prompts), num_tokens)])}
+        return {**chunk, "usage": None} if self.streaming.usage_at_end else chunk
 
 
 def usage_object(usages: list[Usage]) -> dict[str, int]:

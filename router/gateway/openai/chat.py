@@ -12,7 +12,7 @@ from router.gateway.openai.fields import (
     OPTION_FIELDS,
     SAMPLING_FIELDS,
     known_fields,
-    stream_options,
+    streaming_of,
 )
 from router.gateway.service import Collected, Delta
 from router.gateway.validate import RawRequest, Validator
@@ -21,7 +21,7 @@ from router.gateway.validate import RawRequest, Validator
 def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> ChatCall:
     """Check a body; the model's chat template renders its messages."""
     given = known_fields(body, CHAT)
-    stream, include_usage = stream_options(given)
+    streaming = streaming_of(given)
     return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
     sampling = {name: given[name] for name in SAMPLING_FIELDS if name in given}
     field_names = {"logprobs": "top_logprobs"}
@@ -44,9 +44,9 @@ def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> C
         is_chat=True,
         prompt_field="messages",
         field_names=field_names,
-        streamed=stream,
+        streamed=streaming.is_on,
     )
-    return ChatCall(request_id, [validator.check(raw)], stream, include_usage, return_token_ids)
+    return ChatCall(request_id, [validator.check(raw)], streaming, return_token_ids)
 
 
 class ChatCall(OpenAiCall):

@@ -14,7 +14,7 @@ from router.gateway.openai.fields import (
     OPTION_FIELDS,
     SAMPLING_FIELDS,
     known_fields,
-    stream_options,
+    streaming_of,
 )
 from router.gateway.service import Collected, Delta, prompt_rows
 from router.gateway.validate import CheckedRequest, RawRequest, Validator
@@ -26,10 +26,10 @@ MAX_PROMPTS = 128
 def parse_completion(body: dict[str, Any], validator: Validator, request_id: str) -> CompletionCall:
     """Check a body whole, so that nothing starts when any of its prompts is wrong."""
     given = known_fields(body, COMPLETION)
-    stream, include_usage = stream_options(given)
+    streaming = streaming_of(given)
     return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
     sampling_fields = (*SAMPLING_FIELDS, "logprobs", "echo", "prompt_logprobs")
-    if stream and "prompt_logprobs" in given:
+    if streaming.is_on and "prompt_logprobs" in given:
         raise InvalidRequestError("is not allowed with stream true, as in vLLM", "prompt_logprobs")
     checked: list[CheckedRequest] = []
     for prompt, where in _prompts(given.get("prompt")):
@@ -39,15 +39,14 @@ def parse_completion(body: dict[str, Any], validator: Validator, request_id: str
             sampling={name: given[name] for name in sampling_fields if name in given},
             options={name: given[name] for name in OPTION_FIELDS if name in given},
             prompt_field=where,
-            streamed=stream,
+            streamed=streaming.is_on,
         )
         checked.append(validator.check(raw))
     validator.check_together(checked)
     return CompletionCall(
         request_id,
         checked,
-        stream,
-        include_usage,
+        streaming,
         return_token_ids,
         has_echo=given.get("echo", False),
         prompt_logprobs=given.get("prompt_logprobs"),

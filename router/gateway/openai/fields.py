@@ -87,21 +87,44 @@ def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in fields.supported}
 
 
-def stream_options(given: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Return (stream, include usage) of the given fields."""
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Whether an answer comes in pieces, and the pieces that have the usage.
+
+    Those are the last one, or each, with the usage so far (vLLM's ``continuous_usage_stats``).
+    """
+
+    is_on: bool = False
+    usage_at_end: bool = False
+    usage_so_far: bool = False
+
+
+_USAGE_FIELDS = ("include_usage", "continuous_usage_stats")
+
+
+def streaming_of(given: Mapping[str, Any]) -> Streaming:
+    """Return how the answer is to come, by the given fields."""
     stream = checks.boolean(given.get("stream", False), "stream")
     options = given.get("stream_options")
     if options is None:
-        return stream, False
+        return Streaming(stream)
     if not stream:
         raise InvalidRequestError("is allowed only with stream true", "stream_options")
     if not isinstance(options, dict):
         raise InvalidRequestError(checks.wrong(options, "a mapping"), "stream_options")
-    unknown = sorted(set(options) - {"include_usage", "include_obfuscation"})
+    unknown = sorted(set(options) - {*_USAGE_FIELDS, "include_obfuscation"})
     if unknown:
+        allowed = ", ".join(_USAGE_FIELDS)
         raise InvalidRequestError(
-            "unknown field; allowed: include_usage", f"stream_options.{unknown[0]}"
+            f"unknown field; allowed: {allowed}", f"stream_options.{unknown[0]}"
         )
-    include_usage = options.get("include_usage")
-    where = "stream_options.include_usage"
-    return stream, include_usage is not None and checks.boolean(include_usage, where)
+    at_end, so_far = (
+        options.get(name) is not None and checks.boolean(options[name], f"stream_options.{name}")
+        for name in _USAGE_FIELDS
+    )
+    if so_far and not at_end:
+        raise InvalidRequestError(
+            "is allowed only with include_usage true, as in vLLM",
+            "stream_options.continuous_usage_stats",
+        )
+    return Streaming(stream, at_end, so_far)

@@ -44,6 +44,8 @@ INFERENCE = "/expertmesh.v1.Inference"
 UNARY = [
     "Generate",
     "GetModelInfo",
+    "Tokenize",
+    "Detokenize",
     "GetStatus",
     "GetLoad",
     "GetUsage",
@@ -429,7 +431,7 @@ def test_leaving_a_stream_ends_it_upstream() -> None:
         assert upstream.closed.wait(10)
 
 
-@pytest.mark.parametrize("method", ["Generate", "GetModelInfo"])
+@pytest.mark.parametrize("method", ["Generate", "GetModelInfo", "Tokenize", "Detokenize"])
 def test_corrupt_bytes_on_the_wire(channel: grpc.Channel, method: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(f"{INFERENCE}/{method}")(CORRUPT, timeout=10)

@@ -82,7 +82,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
         (COMPLETIONS, {"logit_bias": {"five": 1}}, "logit_bias"),
         (COMPLETIONS, {"presence_penalty": 2.5}, "presence_penalty"),
-        (COMPLETIONS, {"frequency_penalty": -1}, "frequency_penalty"),
+        (COMPLETIONS, {"frequency_penalty": -2.5}, "frequency_penalty"),
         (COMPLETIONS, {"prompt": None}, "prompt"),
         (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": ["in", ""]}, "prompt[1]"),
