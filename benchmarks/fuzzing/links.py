@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
@@ -37,6 +38,7 @@ from router.messages.token_link import LinkClient, LinkServer
 LIMIT_S = 10.0
 MAX_HELLO_BYTES = 1024
 SECRET = b"secret"
+NODE = "node"
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)
 
 
@@ -91,9 +93,8 @@ async def _handshakes(data: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         raise AssertionError("bytes without the secret were taken for a proof")
 
-    listener = LinkListener("127.0.0.1", serve, None)
-    address = listener.start()
-    reader, writer = await asyncio.open_connection(address.host, address.port)
+    listener = LinkListener(NODE, "127.0.0.1", serve, None)
+    reader, writer = await connect(listener.start().name)
     writer.write(data)
     writer.write_eof()
     with suppress(ConnectionError):
@@ -128,8 +129,8 @@ async def _predictions(data: bytes) -> None:
         return {"reply": PredictionReply(request.inputs, True, "i").to_wire()}
 
     logging.getLogger("expertmesh.link").setLevel(logging.CRITICAL)  # a failure is logged whole
-    server = CallServer("127.0.0.1", predict, None)
-    address = await server.start()
+    server = CallServer(NODE, "127.0.0.1", predict, None)
+    address = await server.start(NODE)
     reader, writer = await _trusted(address)
     writer.write(data)
     writer.write_eof()
@@ -150,9 +151,17 @@ async def _predictions(data: bytes) -> None:
     await told.wait()
 
 
+async def connect(name: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a Unix socket."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, name)
+    return await asyncio.open_unix_connection(sock=sock)
+
+
 async def _trusted(address: LinkAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect, and prove to have the secret."""
-    reader, writer = await asyncio.open_connection(address.host, address.port)
+    reader, writer = await connect(address.name)
     [nonce] = await read_frame(reader, MAX_HELLO_BYTES)
     own = new_nonce()
     secret = address.secret.encode()
@@ -185,7 +194,8 @@ async def _listener(data: bytes, knows: bool = True) -> tuple[LinkAddress, async
         told.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    return LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], SECRET.decode()), told
+    port = server.sockets[0].getsockname()[1]
+    return LinkAddress(NODE, SECRET.decode(), host="127.0.0.1", port=port), told
 
 
 async def _to_gateway(data: bytes, client: LinkClient) -> None:
@@ -196,7 +206,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
             taken.put_nowait((request_id, event))
         return True
 
-    server = LinkServer("127.0.0.1", on_tokens, lambda request_id, is_alone: None)
+    server = LinkServer(NODE, "127.0.0.1", on_tokens, lambda request_id, is_alone: None)
     address = await server.start()
     reader, writer = await _trusted(address)
     writer.write(data)

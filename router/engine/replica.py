@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import psutil
+import ray
 import torch
 
 from cluster.controller.application import app_is_wanted
@@ -133,18 +134,17 @@ class RouterReplica:
             model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
         )
         self._links = LinkClient(self._stop_choice, None if tls is None else tls.client_context())
+        self._node = ray.get_runtime_context().get_node_id()
         self._server = call_server(self.generate, tls)
         self._engine.start()
 
-    async def link(self, model: str) -> LinkAddress | None:
+    async def link(self, model: str, node: str) -> LinkAddress | None:
         """Return where the gateways of a model can connect, to call :meth:`generate` without Serve.
 
-        ``model`` is the key of the gateway's model. ``None`` where this router has another one,
-        and where Ray's own calls are encrypted and such a connection would not be.
+        ``model`` is the key of the gateway's model, ``node`` the id of its node; for a gateway on
+        another node this router listens by TCP from now on. ``None`` where it has another model.
         """
-        if self._server is None or model != self._model.key:
-            return None
-        return await self._server.start()
+        return await self._server.start(node) if model == self._model.key else None
 
     async def generate(self, wire: Mapping[str, Any]) -> dict[str, Any]:
         """Generate all choices of the ``request`` in ``wire``.
@@ -159,7 +159,7 @@ class RouterReplica:
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
         request = GenerationRequest.from_wire(wire["request"])
-        address = LinkAddress.from_wire(wire["address"])
+        address = LinkAddress.from_wire(wire["address"]).seen_from(self._node)
         if self._has_other_text(request) or not self._has_own_tokens(request):
             return _replaced(ModelReplacedError(), self._has_other_text(request))
         self._links.connect(address)
@@ -289,8 +289,7 @@ class RouterReplica:
         self._engine.close()
         self._watcher.stop()
         self._links.close()
-        if self._server is not None:
-            self._server.close()
+        self._server.close()
 
 
 def _load_dense(

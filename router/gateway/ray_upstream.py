@@ -89,7 +89,8 @@ class RayUpstream:
 
         ``max_held`` is the number of choices that the routers of one model hold, running and
         waiting. The gateway refuses more itself, since a router's refusal costs as much as an
-        accepted call. ``tls`` encrypts the token links.
+        accepted call. ``tls`` encrypts the token links of other nodes: from the first node of Ray
+        beside this one, or the first router there, routers can connect by TCP.
         """
         self._deployment = deployment
         deployment.on_end(self._end_requests)
@@ -101,8 +102,13 @@ class RayUpstream:
         self._leaving: set[asyncio.Task[None]] = set()
         self._attempts: dict[str, _Attempt] = {}
         self._budget = RetryBudget(RESEND_TOKENS)
-        host = ray.util.get_node_ip_address()
-        self._link = LinkServer(host, self._on_tokens, self._on_alone, tls)
+        host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+        self._link = LinkServer(node, host, self._on_tokens, self._on_alone, tls)
+        for other in ray.nodes():
+            if other["Alive"]:
+                self._link.expect(other["NodeID"])
+        for calls in routers.values():
+            calls.on_node(self._link.expect)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""

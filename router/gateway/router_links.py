@@ -39,18 +39,28 @@ class RouterLinks:
 
     They are used on one event loop.
 
-    Serve says which replicas run, and each of them where it listens. They are asked in the
-    background, and only while requests come. Where a replica cannot be reached, its requests go by
-    Serve's calls. There is no link to a router that has the model of an earlier deployment: Serve
-    may have stopped sending it requests since it was asked.
+    Serve says which replicas run, and each of them its node and where it listens. They are asked in
+    the background, and only while requests come. Where a replica cannot be reached, its requests go
+    by Serve's calls. There is no link to a router that has the model of an earlier deployment:
+    Serve may have stopped sending it requests since it was asked.
     """
 
-    def __init__(self, routers: DeploymentHandle, model: str, tls: ssl.SSLContext | None) -> None:
-        """``routers`` is the handle of the model's deployment, ``model`` the model's key."""
+    def __init__(
+        self, routers: DeploymentHandle, model: str, node: str, tls: ssl.SSLContext | None
+    ) -> None:
+        """``routers`` is the handle of the model's deployment, ``model`` the model's key.
+
+        ``node`` is the id of this gateway's node.
+        """
         self._routers = routers
         self._model = model
+        self._node = node
         self._tls = tls
+        self.on_node: Callable[[str], None] = lambda node: None
+        """Called with the node of each router that answers, before there is a link to it."""
         self._links: dict[LinkAddress, CallLink] = {}
+        self._unreached: dict[LinkAddress, None] = {}
+        """The routers of which is logged that there is no link."""
         self._asked_at_s = -REFRESH_S
         self._known_at_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
@@ -61,7 +71,7 @@ class RouterLinks:
         A silent one comes last. Returns ``None`` where there is no link, and where it is not known
         whether Serve still sends requests to the links' routers.
         """
-        self._keep_fresh()
+        self.keep_fresh()
         if time.monotonic() - self._known_at_s > STALE_S:
             return None
         links = [link for link in self._links.values() if link.is_open]
@@ -69,7 +79,8 @@ class RouterLinks:
             return None
         return min(links, key=_load_of).call(wire)
 
-    def _keep_fresh(self) -> None:
+    def keep_fresh(self) -> None:
+        """Begin to ask the routers, unless they are asked or were just asked."""
         now_s = time.monotonic()
         if self._asking is None and now_s - self._asked_at_s >= REFRESH_S:
             self._asked_at_s = now_s
@@ -78,11 +89,13 @@ class RouterLinks:
     async def _refresh(self) -> None:
         asked_at_s = self._asked_at_s
         try:
-            answers = await self._routers.broadcast("link", self._model).results_async(
+            answers = await self._routers.broadcast("link", self._model, self._node).results_async(
                 timeout_s=ASK_TIMEOUT_S, return_exceptions=True
             )
             self._links = {a: link for a, link in self._links.items() if link.is_open}
             addresses = [answer for answer in answers if isinstance(answer, LinkAddress)]
+            for address in addresses:
+                self.on_node(address.node)
             await asyncio.gather(*map(self._open, addresses))
             if not any(isinstance(answer, BaseException) for answer in answers):
                 self._leave_others(addresses)
@@ -93,17 +106,23 @@ class RouterLinks:
             self._asking = None
 
     async def _open(self, address: LinkAddress) -> None:
-        if address in self._links:
+        if address in self._links or not address.is_reachable:
             return
         try:
             self._links[address] = await CallLink.open(address, self._tls)
+            self._unreached.pop(address, None)
         except OSError as error:
-            logger.warning("no link to a router (%s); Serve's calls carry its requests", error)
+            if address not in self._unreached:
+                self._unreached[address] = None
+                logger.warning(
+                    "no link to a router (%s, %s); Serve's calls carry its requests", address, error
+                )
 
     def _leave_others(self, addresses: list[LinkAddress]) -> None:
         """Leave the routers that Serve does not list any more: it ends them."""
         for address in self._links.keys() - addresses:
             self._links.pop(address).leave()
+        self._unreached = dict.fromkeys(a for a in self._unreached if a in addresses)
 
 
 class RouterCalls:
@@ -113,17 +132,23 @@ class RouterCalls:
         self,
         routers: DeploymentHandle,
         model: str,
+        node: str,
         method: str,
         tls: ssl.SSLContext | None,
         on_call: Callable[[str], None],
     ) -> None:
         """``routers`` is the handle of the deployment of the model whose key is ``model``.
 
-        ``method`` is called; ``on_call`` is told each call's transport, ``link`` or ``serve``.
+        ``node`` is the id of this gateway's node. ``method`` is called; ``on_call`` is told each
+        call's transport, ``link`` or ``serve``.
         """
         self._method = getattr(routers, method)
-        self._links = RouterLinks(routers, model, tls)
+        self._links = RouterLinks(routers, model, node, tls)
         self._on_call = on_call
+
+    def on_node(self, hear: Callable[[str], None]) -> None:
+        """Have ``hear`` called with the node of each router, before a request goes over a link."""
+        self._links.on_node = hear
 
     def call(self, wire: Wire, span: Span, by_serve: bool = False) -> Any:
         """Send a request to a router; returns its call, to be awaited or cancelled.
@@ -131,7 +156,11 @@ class RouterCalls:
         Serve brings the trace of a sampled request to the router, so Serve carries it. Serve is to
         carry a request again whose link broke: it tells a dead router from a lost connection.
         """
-        call = None if by_serve or span.is_recording() else self._links.call(wire)
+        if by_serve or span.is_recording():
+            self._links.keep_fresh()  # the gateway needs to know of the routers' nodes all the same
+            call = None
+        else:
+            call = self._links.call(wire)
         self._on_call("serve" if call is None else "link")
         if call is not None:
             return call

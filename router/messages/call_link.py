@@ -47,19 +47,28 @@ class CallServer:
     """A router's end of its links; used on the replica's event loop."""
 
     def __init__(
-        self, host: str, serve: Callable[[Wire], Awaitable[Wire]], tls: ssl.SSLContext | None
+        self,
+        node: str,
+        host: str | None,
+        serve: Callable[[Wire], Awaitable[Wire]],
+        tls: ssl.SSLContext | None,
     ) -> None:
-        """``host`` is the address that gateways can reach.
+        """``node`` is this node's id, ``host`` the address that gateways of other nodes can reach.
 
-        ``serve`` maps a request to its reply or its typed error; a cancellation ends the request.
+        With ``None`` for a host they get no link. ``serve`` maps a request to its reply or its
+        typed error; a cancellation ends the request.
         """
         self._answer_of = serve
-        self._listener = LinkListener(host, self._serve, tls)
+        self._listener = LinkListener(node, host, self._serve, tls)
         self._writers: dict[asyncio.StreamWriter, None] = {}
 
-    async def start(self) -> LinkAddress:
-        """Listen, unless it listens, and return the address for gateways."""
-        return self._listener.start()
+    async def start(self, node: str) -> LinkAddress:
+        """Listen for gateways of a node, unless it does; returns the address as they see it.
+
+        It has no way to connect where they are on another node and get no link.
+        """
+        self._listener.expect(node)
+        return self._listener.start().seen_from(node)
 
     def close(self) -> None:
         """Stop listening and drop the connections; gateways ask other routers then."""
@@ -103,17 +112,15 @@ class CallServer:
             return pack_frame([number, {"error": InternalError("the router failed").to_wire()}])
 
 
-def call_server(
-    serve: Callable[[Wire], Awaitable[Wire]], tls: TlsFiles | None
-) -> CallServer | None:
+def call_server(serve: Callable[[Wire], Awaitable[Wire]], tls: TlsFiles | None) -> CallServer:
     """Return the server of a router on this node; see :class:`CallServer`.
 
-    ``None`` where Ray's own calls are encrypted and such a connection would not be.
+    Other nodes get no link where Ray's own calls are encrypted and such a connection would not be.
     """
-    if tls is None and ray_is_encrypted():
-        return None
+    is_plain = tls is None and ray_is_encrypted()
+    host = None if is_plain else ray.util.get_node_ip_address()
     context = None if tls is None else tls.server_context()
-    return CallServer(ray.util.get_node_ip_address(), serve, context)
+    return CallServer(ray.get_runtime_context().get_node_id(), host, serve, context)
 
 
 class CallLink:

@@ -1,11 +1,13 @@
-"""Connections between gateways and routers beside Serve's calls: checked frames over TCP.
+"""Connections between gateways and routers beside Serve's calls: checked frames over a socket.
+
+Within a node it is a Unix socket. A process listens by TCP only once it has a peer on another node.
 
 A frame is a header of three 4-byte big-endian numbers, and a body, a msgpack array. The numbers are
 the body's length, its CRC-32C, and the CRC-32C of the first two, so that no damage is taken for a
 message or for a length. The side that listens has a secret, which travels in Serve's calls with its
 :class:`LinkAddress`. On a connection it never travels: each side proves first that it has the
-secret, as on a stream (:mod:`cluster.transport.stream.handshake`). Both sides have TLS where the
-streams to the expert actors have it.
+secret, as on a stream (:mod:`cluster.transport.stream.handshake`). Over TCP both sides have TLS
+where the streams to the expert actors have it; a Unix socket's bytes leave no node.
 
 The side that listens begins: ``[nonce]``, ``[nonce, proof]``, ``[proof]``.
 """
@@ -20,13 +22,13 @@ import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import crc32c
 import msgpack
 
-from cluster.transport.stream.channel import prepare_tcp
+from cluster.transport.stream.channel import HAS_UNIX, leaves_host, listen_on, prepare_tcp
 from cluster.transport.stream.handshake import NONCE_BYTES, PROOF_BYTES, Side, new_nonce, proof
 
 CONNECT_TIMEOUT_S = 5.0
@@ -42,22 +44,47 @@ _HEADER = struct.Struct(">III")
 _CHECKED = struct.Struct(">II")
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
 """The errors of a frame whose body is not what the reader expects."""
-_BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.link")
 
 
 @dataclass(frozen=True, slots=True)
 class LinkAddress:
-    """Where one side listens, and the secret that both sides prove to have."""
+    """Where one side listens, and the secret that both sides prove to have.
 
-    host: str
-    port: int
-    secret: str
+    ``node`` is Ray's id of its node. ``name`` is that of its Unix socket, for peers of this node;
+    it is empty where there are no Unix sockets. Without a ``port`` no peer of another node can
+    connect.
+    """
+
+    node: str
+    secret: str = field(repr=False)
+    name: bytes = b""
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        """Return where a connection goes: ``unix``, or host and port."""
+        return "unix" if self.name else f"{self.host}:{self.port}"
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether there is any way to connect."""
+        return bool(self.name or self.port)
+
+    def seen_from(self, node: str) -> LinkAddress:
+        """Return the address with the one way by which a peer of a node connects.
+
+        That is the Unix socket for a peer of the same node, else TCP; there may be none. So a link
+        to one peer has one address, also after that peer has begun to listen by TCP.
+        """
+        if self.name and node == self.node:
+            return replace(self, host="", port=0)
+        return replace(self, name=b"")
 
     def to_wire(self) -> list[Any]:
         """Return it as plain data."""
-        return [self.host, self.port, self.secret]
+        return [self.node, self.secret, self.name, self.host, self.port]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> LinkAddress:
@@ -110,37 +137,58 @@ class LinkListener:
     and says nothing keeps no router or gateway out, whose handshake takes milliseconds.
     """
 
-    def __init__(self, host: str, serve: Serve, tls: ssl.SSLContext | None) -> None:
-        """``host`` is the address that the other side can reach.
+    def __init__(
+        self, node: str, host: str | None, serve: Serve, tls: ssl.SSLContext | None
+    ) -> None:
+        """``node`` is this node's id, ``host`` the address that other nodes can reach.
 
-        ``serve`` reads and writes a connection until it ends, and closes it. ``tls`` encrypts.
+        With ``None`` for a host nobody of another node may connect. ``serve`` reads and writes a
+        connection until it ends, and closes it. ``tls`` encrypts TCP.
         """
         self._host = host
         self._serve = serve
         self._tls = tls
-        self._secret = secrets.token_hex(32)
-        self._address: LinkAddress | None = None
-        self._accepting: asyncio.Task[None] | None = None
+        self._address = LinkAddress(node, secrets.token_hex(32))
+        self._has_others = not HAS_UNIX
+        """Whether any peer needs TCP."""
+        self._is_closed = False
+        self._accepting: list[asyncio.Task[None]] = []
         self._greeting: dict[asyncio.Task[None], None] = {}
         """The connections in their handshake, the oldest first."""
         self._connections: set[asyncio.Task[None]] = set()
 
-    def start(self) -> LinkAddress:
-        """Listen on a free port, unless it listens, and return the address for the other side.
+    def expect(self, node: str) -> None:
+        """Have a peer on a node: for one on another node, :meth:`start` listens by TCP from now on.
 
-        Needs a running event loop. Raises ``OSError`` where no port can be opened.
+        Opens nothing itself, so that it cannot fail.
         """
-        if self._address is None:
-            listener = _listen(self._host)
-            self._address = LinkAddress(self._host, listener.getsockname()[1], self._secret)
-            self._accepting = asyncio.create_task(self._accept(listener))
+        self._has_others |= node != self._address.node
+
+    def start(self) -> LinkAddress:
+        """Listen on what its peers need, unless it does or is closed, and return the address.
+
+        Needs a running event loop. Raises ``OSError`` where no socket can be opened.
+        """
+        if self._is_closed:
+            return self._address
+        if HAS_UNIX and not self._address.name:
+            self._address = replace(self._address, name=self._listen(None))
+        if self._has_others and self._host is not None and not self._address.port:
+            port = self._listen(self._host)[1]
+            self._address = replace(self._address, host=self._host, port=port)
         return self._address
 
     def close(self) -> None:
         """Stop listening; connections stay open that have ended their handshake."""
-        for task in (self._accepting, *self._greeting):
-            if task is not None:
-                task.cancel()
+        self._is_closed = True
+        for task in (*self._accepting, *self._greeting):
+            task.cancel()
+
+    def _listen(self, host: str | None) -> Any:
+        """Accept connections from now on; returns the name or the address of the socket."""
+        listener = listen_on(host)
+        self._accepting.append(asyncio.create_task(self._accept(listener)))
+        return listener.getsockname()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -174,7 +222,8 @@ class LinkListener:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 connection = await _accepted(sock, self._tls)
-                await _end_unless(_challenge(*connection, self._secret.encode()), connection)
+                secret = self._address.secret.encode()
+                await _end_unless(_challenge(*connection, secret), connection)
         except (OSError, EOFError, *MALFORMED):
             return
         self._greeting.pop(cast("asyncio.Task[None]", asyncio.current_task()), None)
@@ -184,43 +233,51 @@ class LinkListener:
 async def open_link(address: LinkAddress, tls: ssl.SSLContext | None) -> Connection:
     """Connect to the side that listens, and prove to each other that both have the secret.
 
-    Raises ``OSError``, within :data:`CONNECT_TIMEOUT_S`.
+    The address is as :meth:`LinkAddress.seen_from` this node: a Unix socket comes first. ``tls``
+    encrypts TCP. Raises ``OSError``, within :data:`CONNECT_TIMEOUT_S`.
     """
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            connection = await asyncio.open_connection(
-                address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
-            )
-            prepare_tcp(connection[1].get_extra_info("socket"))
+            connection = await _connected(address, tls)
             await _end_unless(_respond(*connection, address.secret.encode()), connection)
     except OSError:
         raise
     except (EOFError, *MALFORMED) as error:
-        where = f"{address.host}:{address.port}"
-        raise ConnectionError(f"the handshake with {where} failed ({error})") from None
+        raise ConnectionError(f"the handshake with {address} failed ({error})") from None
     return connection
 
 
-def _listen(host: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.bind((host, 0))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+async def _connected(address: LinkAddress, tls: ssl.SSLContext | None) -> Connection:
+    """Return the streams of a new connection, before its handshake but after that of TLS."""
+    if address.name:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            # By the loop's own socket: uvloop ends a name at its first zero byte.
+            await asyncio.get_running_loop().sock_connect(sock, address.name)
+            return await asyncio.open_unix_connection(sock=sock, limit=READ_BUFFER_BYTES)
+        except BaseException:
+            sock.close()
+            raise
+    if not address.port:
+        raise ConnectionRefusedError("it listens for its own node alone")
+    connection = await asyncio.open_connection(
+        address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
+    )
+    prepare_tcp(connection[1].get_extra_info("socket"))
+    return connection
 
 
 async def _accepted(sock: socket.socket, tls: ssl.SSLContext | None) -> Connection:
-    """Return the streams of an accepted connection, after the handshake of TLS."""
+    """Return the streams of an accepted connection, after the handshake of TLS, if it is TCP."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=READ_BUFFER_BYTES, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     try:
-        prepare_tcp(sock)
+        if leaves_host(sock):
+            prepare_tcp(sock)
+        else:
+            tls = None
         transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=tls)
     except BaseException:
         sock.close()

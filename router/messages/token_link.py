@@ -48,23 +48,33 @@ class LinkServer:
 
     def __init__(
         self,
+        node: str,
         host: str,
         on_tokens: OnTokens,
         on_alone: OnAlone,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """``host`` is the address that routers can reach; :meth:`start` opens a free port.
+        """``node`` is this node's id, ``host`` the address that routers of other nodes can reach.
 
         ``on_alone(request_id, is_alone)`` is called when a router begins or has ended a step of a
         request alone.
         """
         self._on_tokens = on_tokens
         self._on_alone = on_alone
-        self._listener = LinkListener(host, self._serve, tls)
+        self._listener = LinkListener(node, host, self._serve, tls)
         self._routes: dict[str, asyncio.StreamWriter] = {}
 
+    def expect(self, node: str) -> None:
+        """Have routers on a node; one on another node can connect after the next :meth:`start`.
+
+        Until a gateway knows of a router on a node that came later, requests reach that router by
+        Serve's calls alone. It logs that the gateway is not reached, and their tokens come with the
+        reply.
+        """
+        self._listener.expect(node)
+
     async def start(self) -> LinkAddress:
-        """Listen, unless it listens, and return the address for routers."""
+        """Listen, unless it listens, and return the address for routers, whatever their node."""
         return self._listener.start()
 
     def close(self) -> None:

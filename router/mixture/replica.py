@@ -119,15 +119,13 @@ class MixtureReplica:
         self._engine.start()
         logger.info("router of %s: a mixture of %d experts", model.id, len(mixture.spec.experts))
 
-    async def link(self, model: str) -> LinkAddress | None:
+    async def link(self, model: str, node: str) -> LinkAddress | None:
         """Return where the gateways of a model can connect, to call :meth:`predict` without Serve.
 
-        ``model`` is the key of the gateway's model. ``None`` where this router has another one,
-        and where Ray's own calls are encrypted and such a connection would not be.
+        ``model`` is the key of the gateway's model, ``node`` the id of its node; for a gateway on
+        another node this router listens by TCP from now on. ``None`` where it has another model.
         """
-        if self._server is None or model != self._model.key:
-            return None
-        return await self._server.start()
+        return await self._server.start(node) if model == self._model.key else None
 
     async def predict(self, wire: Mapping[str, Any]) -> dict[str, Any]:
         """Predict for all rows of a request.
@@ -212,8 +210,7 @@ class MixtureReplica:
         """Stop the engine after its current steps, then the watcher and the links."""
         self._engine.close()
         self._watcher.stop()
-        if self._server is not None:
-            self._server.close()
+        self._server.close()
 
 
 def _limits_of(config: RouterConfig) -> QueueLimits:

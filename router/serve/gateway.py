@@ -105,7 +105,8 @@ class GatewayReplica(GrpcMethods):
             charges.hear,
         )
         self._room = Room(limits, [model.id for model in models])
-        process = ProcessStatus(os.getpid(), ray.get_runtime_context().get_node_id())
+        node = ray.get_runtime_context().get_node_id()
+        process = ProcessStatus(os.getpid(), node)
         self.admin = Admin(controller, lambda: ProcessSamples("gateway", process, samples()))
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(language_models)
@@ -114,6 +115,7 @@ class GatewayReplica(GrpcMethods):
             id_: RouterCalls(
                 handle,
                 keys[id_],
+                node,
                 "predict" if id_ in mixtures else "generate",
                 context,
                 partial(metrics.router_call, id_),

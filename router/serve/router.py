@@ -69,9 +69,9 @@ class _Deployment(Generic[R]):
         """See :meth:`router.engine.replica.RouterReplica.stats`."""
         return await self._started().stats()
 
-    async def link(self, model: str) -> LinkAddress | None:
-        """Return where the gateways of a model can connect, to call this replica without Serve."""
-        return await self._started().link(model)
+    async def link(self, model: str, node: str) -> LinkAddress | None:
+        """Return where a model's gateways of a node can connect, to call this without Serve."""
+        return await self._started().link(model, node)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""

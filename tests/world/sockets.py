@@ -81,10 +81,11 @@ class Socket:
     @classmethod
     def _over(cls, end: End, family: int) -> Socket:
         made = cls(family)
-        made._take(end)
+        made.take(end)
         return made
 
-    def _take(self, end: End) -> None:
+    def take(self, end: End) -> None:
+        """Be one end of a connection."""
         self._end = end
         end.changed = self._changed
 
@@ -97,7 +98,7 @@ class Socket:
             Waiter(kernel()).wait(timeout_s)
             raise TimeoutError("the connection timed out")
         Waiter(kernel()).wait(took_s)
-        self._take(end)
+        self.take(end)
 
     def send(self, data: Any) -> int:
         return self._checked(self.end().send(bytes(data)), len(data))
@@ -183,7 +184,7 @@ class TlsSocket(Socket):
 
     def __init__(self, over: Socket) -> None:
         super().__init__(over.family)
-        self._take(over.end())
+        self.take(over.end())
         self._record = b""
 
     def recv_into(self, room: Any) -> int:

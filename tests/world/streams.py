@@ -141,6 +141,19 @@ class StreamLoop(Kernel):
         protocol = protocol_factory()
         return StreamTransport(self, sock.end(), protocol), protocol
 
+    async def sock_connect(self, sock: Socket, address: Any) -> None:  # type: ignore[override]
+        end, took_s = network().connect(address)
+        if took_s is None:
+            await self.create_future()  # until the caller's time is over
+        else:
+            await asyncio.sleep(took_s)
+        sock.take(end)
+
+    async def create_unix_connection(  # type: ignore[override]
+        self, protocol_factory: Factory, path: Any = None, *, sock: Socket, **_: Any
+    ) -> Any:
+        return await self.connect_accepted_socket(protocol_factory, sock)
+
     async def create_connection(  # type: ignore[override]
         self, protocol_factory: Factory, host: Any = None, port: Any = None, **_: Any
     ) -> Any:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 import torch
 
 from cluster.controller.controller import Controller
@@ -164,7 +165,10 @@ class Gateway:
             lambda: None,
             lambda uses: None,
         )
-        calls = RouterCalls(serve.handle("router"), model, "generate", None, lambda transport: None)
+        node = ray.get_runtime_context().get_node_id()
+        calls = RouterCalls(
+            serve.handle("router"), model, node, "generate", None, lambda transport: None
+        )
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)
 
 

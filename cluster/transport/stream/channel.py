@@ -9,6 +9,7 @@ as views of it, so that rows go from the socket to the expert's product without 
 from __future__ import annotations
 
 import logging
+import secrets
 import selectors
 import socket
 import ssl
@@ -35,7 +36,8 @@ _MOST_PIECES = 64
 """The most buffers of one system call."""
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
-_HAS_UNIX = hasattr(socket, "AF_UNIX")
+HAS_UNIX = hasattr(socket, "AF_UNIX")
+_BACKLOG = 128
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 logger = logging.getLogger("expertmesh.stream")
@@ -318,13 +320,35 @@ def _skip(pieces: deque[memoryview], count: int) -> None:
 
 def leaves_host(sock: socket.socket) -> bool:
     """Return whether a socket is one between hosts; a Unix socket stays on its host."""
-    return not _HAS_UNIX or sock.family != socket.AF_UNIX
+    return not HAS_UNIX or sock.family != socket.AF_UNIX
 
 
 def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
     """Return a channel over a plain or a TLS socket."""
     kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
     return kind(sock, max_message_bytes)
+
+
+def listen_on(host: str | None) -> socket.socket:
+    """Return a socket that listens at a free port of ``host``, or for this host alone.
+
+    For ``None`` it is a Unix socket with an abstract name, which leaves no file behind when the
+    process is killed. Raises ``OSError``.
+    """
+    where: bytes | tuple[str, int]
+    family, where = socket.AF_UNIX, b"\0expertmesh-" + secrets.token_hex(16).encode()
+    if host is not None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        where = (host, 0)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind(where)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def prepare_unix(sock: socket.socket) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
 from cluster.transport.stream.channel import (
+    HAS_UNIX,
     MAX_MESSAGE_BYTES,
     Channel,
     channel_over,
@@ -32,7 +33,6 @@ from cluster.transport.stream.handshake import (
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 WORKERS = 4
-_HAS_UNIX = hasattr(socket, "AF_UNIX")
 
 logger = logging.getLogger("expertmesh.stream")
 
@@ -111,7 +111,7 @@ class Connector:
     def _connect(self, actor_id: str, generation: int) -> Channel | None:
         # An actor of this host answers on its Unix socket. The name of another host's socket does
         # not exist here.
-        for network in (Network.UNIX, Network.TCP) if _HAS_UNIX else (Network.TCP,):
+        for network in (Network.UNIX, Network.TCP) if HAS_UNIX else (Network.TCP,):
             try:
                 offer = self._ask(actor_id, generation, network, CONNECT_TIMEOUT_S)
                 if offer is None:

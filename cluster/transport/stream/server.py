@@ -26,6 +26,7 @@ from cluster.transport.stream.channel import (
     Channel,
     Message,
     channel_over,
+    listen_on,
     prepare_tcp,
     prepare_unix,
 )
@@ -49,7 +50,6 @@ STALLED_S = 30.0
 """The longest time that a router may leave its answers unread."""
 LOOK_S = 1.0
 CLOSE_S = 5.0
-_BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
 
@@ -127,7 +127,8 @@ class StreamServer:
             if self._closing:
                 raise OSError("the actor serves no streams any more")
             if network not in self._listeners:
-                self._listeners[network] = listener = self._listen(network)
+                listener = listen_on(None if network is Network.UNIX else self._host)
+                self._listeners[network] = listener
                 self._selector.register(listener, selectors.EVENT_READ)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
@@ -147,19 +148,6 @@ class StreamServer:
                     listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         if self._thread is not None:
             self._thread.join(CLOSE_S)
-
-    def _listen(self, network: Network) -> socket.socket:
-        if network is Network.UNIX:
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # An abstract name leaves no file behind when the process is killed.
-            listener.bind(b"\0expertmesh-" + secrets.token_hex(16).encode())
-        else:
-            family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            listener.bind((self._host, 0))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-        return listener
 
     def _run(self) -> None:
         try:

@@ -16,7 +16,7 @@ from router.engine.replica import RouterReplica, _Request
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 
-HERE, THERE = LinkAddress("h", 1, ""), LinkAddress("h", 2, "")
+HERE, THERE = LinkAddress("n", "", b"a"), LinkAddress("n", "", b"b")
 
 
 class Links:
@@ -33,6 +33,7 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
     """A replica that has only its requests, by id: for which gateway, and whether streamed."""
     made, links = object.__new__(RouterReplica), Links()
     made._links = links  # type: ignore[assignment]
+    made._node = "n"
     made._is_deleted = False
     made._model = SimpleNamespace(identity="own", text_identity="text")  # type: ignore[assignment]
     made._requests = {

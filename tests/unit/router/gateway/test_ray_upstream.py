@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,9 +165,13 @@ class Router:
         self.wires: list[dict[str, Any]] = []
         self.spans: list[Span] = []
         self.by_serve: list[bool] = []
+        self.addresses: list[LinkAddress] = []
+
+    def on_node(self, hear: Callable[[str], None]) -> None:
+        self.tell_node = hear
 
     def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
-        assert LinkAddress.from_wire(wire["address"]).host == "127.0.0.1"
+        self.addresses.append(LinkAddress.from_wire(wire["address"]))
         self.wires.append(wire["request"])
         self.spans.append(span)
         self.by_serve.append(by_serve)
@@ -179,6 +184,10 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
     """Makes, in a running loop, an upstream with one router and without a controller."""
     monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
     monkeypatch.setattr(ray_upstream.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    context = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray_upstream.ray, "get_runtime_context", lambda: context)
+    nodes = [{"NodeID": "here", "Alive": True}, {"NodeID": "gone", "Alive": False}]
+    monkeypatch.setattr(ray_upstream.ray, "nodes", lambda: nodes)
 
     def make() -> tuple[RayUpstream, Router]:
         router = Router()
@@ -225,6 +234,36 @@ def test_a_call_knows_the_span_of_its_request(
         assert told.parent == serves.get_span_context()
         assert told.attributes["gen_ai.usage.output_tokens"] == 1
         assert [span.get_span_context() for span in router.spans] == [told.context]
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_routers_of_other_nodes_can_connect_once_there_is_one(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def told(gateway: RayUpstream, router: Router) -> LinkAddress:
+        events = gateway.generate(request(30))
+        await first_of(gateway, router, events, event(0, "length"))
+        await events.aclose()
+        router.calls.clear()
+        return router.addresses.pop()
+
+    async def run() -> None:
+        gateway, router = upstream()
+        alone = await told(gateway, router)
+        assert (alone.node, bool(alone.name), alone.port) == ("here", True, 0)
+        router.tell_node("here")
+        assert await told(gateway, router) == alone
+        router.tell_node("there")
+        both = await told(gateway, router)
+        assert (both.name, both.host, both.port > 0) == (alone.name, "127.0.0.1", True)
+        gateway._link.close()
+
+        two = [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": True}]
+        monkeypatch.setattr(ray_upstream.ray, "nodes", lambda: two)
+        gateway, router = upstream()
+        assert (await told(gateway, router)).port
         gateway._link.close()
 
     asyncio.run(run())

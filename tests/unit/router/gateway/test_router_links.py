@@ -16,24 +16,27 @@ from opentelemetry.trace import Span
 from router.engine.replica import RouterReplica
 from router.gateway import router_links as links_module
 from router.gateway.router_links import RouterCalls, RouterLinks
+from router.messages import call_link
 from router.messages.call_link import SILENT_S, CallServer, LinkBrokenError, Wire
 from router.messages.link import LinkAddress
 from router.mixture.replica import MixtureReplica
 from tests.span_keeper import SpanKeeper
+from tests.unit.router.messages.handshakes import by_tcp
 from tests.unit.router.messages.test_token_link import happens, run
 
 MODEL = "m@1"
+NODE, OTHER = "node", "other node"
 
 
 class Router:
     """A router behind a link: keeps what it is asked, and answers once it may."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, node: str = NODE) -> None:
         self.name = name
         self.asked = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.server = CallServer("127.0.0.1", self._predict, None)
+        self.server = CallServer(node, "127.0.0.1", self._predict, None)
 
     async def _predict(self, wire: Wire) -> Wire:
         self.asked += 1
@@ -51,8 +54,8 @@ class Serve:
         self.error: Exception | None = None
         self.num_asked = 0
 
-    def broadcast(self, method: str, model: str) -> Serve:
-        assert (method, model) == ("link", MODEL)
+    def broadcast(self, method: str, model: str, node: str) -> Serve:
+        assert (method, model, node) == ("link", MODEL, NODE)
         self.num_asked += 1
         return self
 
@@ -61,13 +64,13 @@ class Serve:
         assert return_exceptions
         if self.error is not None:
             raise self.error
-        return [await router.server.start() for router in self.routers] + self.answers
+        return [await router.server.start(NODE) for router in self.routers] + self.answers
 
 
 @asynccontextmanager
 async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[RouterLinks]:
     """Links that have found their routers."""
-    links = RouterLinks(serve, MODEL, None)  # type: ignore[arg-type]
+    links = RouterLinks(serve, MODEL, NODE, None)  # type: ignore[arg-type]
     assert links.call({}) is None
     await happens(lambda: links._asking is None)
     assert len(links._links) == (len(serve.routers) if count is None else count)
@@ -94,7 +97,7 @@ def always_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def refreshed(links: RouterLinks) -> None:
-    links._keep_fresh()
+    links.keep_fresh()
     await happens(lambda: links._asking is None)
 
 
@@ -240,7 +243,7 @@ def test_without_links_every_call_is_serves() -> None:
         serve = Serve()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        serve.answers = [None, LinkAddress("127.0.0.1", port, "secret")]
+        serve.answers = [None, by_tcp(port)]
         async with linked(serve, 0) as links:
             serve.error = RuntimeError("no replica runs")
             await refreshed(links)
@@ -266,7 +269,7 @@ def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke
     async def test() -> None:
         counted: list[str] = []
         handle = Handle(Router("a"))
-        calls = RouterCalls(handle, MODEL, "generate", None, counted.append)  # type: ignore[arg-type]
+        calls = RouterCalls(handle, MODEL, NODE, "generate", None, counted.append)  # type: ignore[arg-type]
         sampled = SpanKeeper().tracer.start_span("sampled")
         assert calls.call({}, trace.INVALID_SPAN) == "by Serve"  # nobody has told of links yet
         await happens(lambda: calls._links._asking is None)
@@ -282,15 +285,95 @@ def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke
     run(test)
 
 
+def test_the_nodes_of_routers_are_told_before_a_request_goes_over_a_link() -> None:
+    async def test() -> None:
+        handle, told = Handle(Router("a"), Router("b", OTHER)), list[str]()
+        calls = RouterCalls(handle, MODEL, NODE, "generate", None, lambda transport: None)  # type: ignore[arg-type]
+        linked_then: list[int] = []
+
+        def hear(node: str) -> None:
+            told.append(node)
+            linked_then.append(len(calls._links._links))
+
+        calls.on_node(hear)
+        sampled = SpanKeeper().tracer.start_span("sampled")
+        assert calls.call({}, sampled) == "by Serve"  # of traced requests they are told, too
+        await happens(lambda: calls._links._asking is None)
+        assert (told, linked_then) == ([NODE, OTHER], [0, 0])
+        kinds = [
+            link._writer.get_extra_info("socket").family for link in calls._links._links.values()
+        ]
+        assert sorted(kinds) == sorted([socket.AF_UNIX, socket.AF_INET])
+        for link in calls._links._links.values():
+            link.close()
+        for router in handle.routers:
+            router.server.close()
+
+    run(test)
+
+
+def test_a_router_that_is_not_found_is_logged_once_and_serve_carries_its_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING", "expertmesh.link")
+
+    async def test() -> None:
+        serve = Serve()
+        # Ray's node is the same, and the network namespace is not.
+        serve.answers = [LinkAddress(NODE, "secret", b"\0expertmesh-nowhere")]
+        async with linked(serve, 0) as links:
+            for _ in range(3):
+                await refreshed(links)
+                assert links.call({}) is None
+
+    run(test)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("no link to a router (unix, ")
+
+
+def test_a_router_without_a_way_for_this_node_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        serve, told = Serve(), list[str]()
+        serve.answers = [LinkAddress(OTHER, "secret")]  # where Ray's calls alone are encrypted
+        async with linked(serve, 0) as links:
+            links.on_node = told.append
+            await refreshed(links)
+            assert links.call({}) is None
+            assert told == [OTHER]
+
+    run(test)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("is_encrypted", "has_port"), [("0", True), ("1", False)])
+def test_only_within_a_node_links_are_offered_beside_rays_encrypted_calls(
+    monkeypatch: pytest.MonkeyPatch, is_encrypted: str, has_port: bool
+) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", is_encrypted)
+    monkeypatch.setattr(call_link.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    context = SimpleNamespace(get_node_id=lambda: NODE)
+    monkeypatch.setattr(call_link.ray, "get_runtime_context", lambda: context)
+
+    async def test() -> None:
+        server = call_link.call_server(Router("a")._predict, None)
+        assert (await server.start(NODE)).is_reachable
+        assert (await server.start(OTHER)).is_reachable == has_port
+        server.close()
+
+    run(test)
+
+
 @pytest.mark.parametrize("kind", [RouterReplica, MixtureReplica])
 def test_a_router_has_links_for_gateways_of_its_own_model_alone(kind: Any) -> None:
     async def test() -> None:
         server = Router("a").server
         router = SimpleNamespace(_server=server, _model=SimpleNamespace(key=MODEL))
-        assert await kind.link(router, "m@2") is None
-        assert await kind.link(router, MODEL) == await server.start()
-        router._server = None
-        assert await kind.link(router, MODEL) is None
+        assert await kind.link(router, "m@2", NODE) is None
+        here = await kind.link(router, MODEL, NODE)
+        assert (here.node, bool(here.name), here.port) == (NODE, True, 0)
+        there = await kind.link(router, MODEL, OTHER)
+        assert (there.node, there.name, bool(there.port)) == (NODE, b"", True)
+        assert await kind.link(router, MODEL, NODE) == here
         server.close()
 
     run(test)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import socket
 import struct
 from typing import Any
 
 import crc32c
 import msgpack
+
+from router.messages.link import LinkAddress
+
+
+def by_tcp(port: int, secret: str = "secret") -> LinkAddress:
+    """Return the address of a side that listens on loopback by TCP alone."""
+    return LinkAddress("node", secret, host="127.0.0.1", port=port)
 
 
 def framed(body: object) -> bytes:
@@ -17,6 +25,20 @@ def framed(body: object) -> bytes:
     packed = msgpack.packb(body)
     lengths = struct.pack(">II", len(packed), crc32c.crc32c(packed))
     return lengths + struct.pack(">I", crc32c.crc32c(lengths)) + packed
+
+
+async def connect(
+    address: LinkAddress,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect as a stranger does, that knows no more than where somebody listens."""
+    kind = socket.AF_UNIX if address.name else socket.AF_INET
+    sock = socket.socket(kind, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    where = address.name or (address.host, address.port)
+    await asyncio.get_running_loop().sock_connect(sock, where)
+    if address.name:
+        return await asyncio.open_unix_connection(sock=sock)
+    return await asyncio.open_connection(sock=sock)
 
 
 async def frame(reader: asyncio.StreamReader) -> Any:

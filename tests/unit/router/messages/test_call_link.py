@@ -17,10 +17,10 @@ import pytest
 from router.messages import call_link
 from router.messages import link as link_module
 from router.messages.call_link import CallLink, CallServer, LinkBrokenError
-from router.messages.link import LinkAddress, pack_frame
+from router.messages.link import pack_frame
 from router.messages.prediction import PredictionReply, PredictionRequest
 from tests.unit.certificates import new_authority
-from tests.unit.router.messages.handshakes import listens
+from tests.unit.router.messages.handshakes import by_tcp, listens
 from tests.unit.router.messages.test_token_link import LIMIT_S, flipped, happens, run
 
 
@@ -30,7 +30,7 @@ class Router:
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.replies: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.cancelled: list[str] = []
-        self.server = CallServer("127.0.0.1", self._predict, tls)
+        self.server = CallServer("node", "127.0.0.1", self._predict, tls)
 
     async def _predict(self, wire: Any) -> dict[str, Any]:
         name = wire["request_id"]
@@ -48,7 +48,7 @@ class Router:
 @asynccontextmanager
 async def linked() -> AsyncIterator[tuple[Router, CallLink]]:
     router = Router()
-    link = await CallLink.open(await router.server.start(), None)
+    link = await CallLink.open(await router.server.start("node"), None)
     try:
         yield router, link
     finally:
@@ -70,8 +70,8 @@ def test_a_request_and_its_reply_arrive_whole(num_rows: int) -> None:
             reply = PredictionReply({"y": -given.inputs["x"], "label": labels}, False, "i")
             return {"reply": reply.to_wire()}
 
-        server = CallServer("127.0.0.1", echo, None)
-        link = await CallLink.open(await server.start(), None)
+        server = CallServer("node", "127.0.0.1", echo, None)
+        link = await CallLink.open(await server.start("node"), None)
         told = await link.call(wire("a", num_rows))
         reply = PredictionReply.from_wire(told["reply"])
         expected = -np.arange(num_rows * 2, dtype="<f8").reshape(num_rows, 2)
@@ -196,7 +196,7 @@ def broken_by(sent: bytes, ends: bool) -> None:
             writer.close()
 
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
+        address = by_tcp(server.sockets[0].getsockname()[1])
         link = await CallLink.open(address, None)
         with pytest.raises(LinkBrokenError):
             await asyncio.wait_for(_answer_of(link), LIMIT_S)
@@ -233,7 +233,7 @@ def test_a_malformed_answer_ends_the_link(frame: bytes) -> None:
 def test_a_stranger_without_the_secret_is_not_served() -> None:
     async def test() -> None:
         async with linked() as (router, link):
-            address = await router.server.start()
+            address = await router.server.start("node")
             with pytest.raises(ConnectionError):
                 await CallLink.open(replace(address, secret="x" * 64), None)
             own = link.call(wire("a"))
@@ -248,7 +248,7 @@ def test_a_stranger_without_the_secret_is_not_served() -> None:
 def test_a_number_that_comes_twice_ends_its_link_and_no_other() -> None:
     async def test() -> None:
         async with linked() as (router, link):
-            other = await CallLink.open(await router.server.start(), None)
+            other = await CallLink.open(await router.server.start("node"), None)
             calls = [link.call(wire("a")), other.call(wire("b"))]
             await router.asked("a", "b")
             link._writer.write(pack_frame([0, wire("again")]))
@@ -295,7 +295,7 @@ def test_a_link_with_tls_serves_and_others_are_refused(
     async def test() -> None:
         ours, theirs = (new_authority(tmp_path / name) for name in ("ours", "theirs"))
         router = Router(ours.server)
-        address = await router.server.start()
+        address = await router.server.start("another node")
         link = await CallLink.open(address, ours.client)
         call = link.call(wire("a"))
         await router.asked("a")

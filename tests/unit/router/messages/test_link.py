@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,16 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import psutil
 import pytest
 import uvloop
 
 from router.messages import link as link_module
 from router.messages.link import LinkAddress, LinkListener, open_link
 from tests.unit.certificates import new_authority
-from tests.unit.router.messages.handshakes import calls, frame, framed, listens, proved
+from tests.unit.router.messages.handshakes import (
+    by_tcp,
+    calls,
+    connect,
+    frame,
+    framed,
+    listens,
+    proved,
+)
 from tests.unit.router.messages.test_token_link import LIMIT_S, happens, run
 
 SAID = b"said"
+SAME, OTHER = "node", "other node"
 
 
 class Echo:
@@ -27,7 +39,7 @@ class Echo:
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.served = 0
-        self.listener = LinkListener("127.0.0.1", self._serve, tls)
+        self.listener = LinkListener(SAME, "127.0.0.1", self._serve, tls)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.served += 1
@@ -37,18 +49,16 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo(tls: ssl.SSLContext | None = None) -> AsyncIterator[tuple[Echo, LinkAddress]]:
+async def echo(
+    tls: ssl.SSLContext | None = None, node: str = OTHER
+) -> AsyncIterator[tuple[Echo, LinkAddress]]:
+    """An echo, and its address as a peer of a node sees it."""
     made = Echo(tls)
+    made.listener.expect(node)
     try:
-        yield made, made.listener.start()
+        yield made, made.listener.start().seen_from(node)
     finally:
         made.listener.close()
-
-
-async def connect(
-    address: LinkAddress,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection(address.host, address.port)
 
 
 async def ends(reader: asyncio.StreamReader) -> bytes:
@@ -81,9 +91,10 @@ def on_uvloop(test: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.mark.parametrize("runs", [run, on_uvloop])
-def test_a_client_of_the_protocol_as_it_is_written_down_is_served(runs: Any) -> None:
+@pytest.mark.parametrize("node", [SAME, OTHER])
+def test_a_client_of_the_protocol_as_it_is_written_down_is_served(node: str, runs: Any) -> None:
     async def test() -> None:
-        async with echo() as (_, address):
+        async with echo(node=node) as (_, address):
             reader, writer = await connect(address)
             await calls(reader, writer, address.secret.encode())
             await answers(reader, writer)
@@ -107,9 +118,10 @@ def test_the_secret_never_travels_and_no_bytes_of_two_handshakes_are_alike() -> 
     run(test)
 
 
-def test_a_recorded_handshake_is_refused() -> None:
+@pytest.mark.parametrize("node", [SAME, OTHER])
+def test_a_recorded_handshake_is_refused(node: str) -> None:
     async def test() -> None:
-        async with echo() as (served, address):
+        async with echo(node=node) as (served, address):
             reader, writer = await connect(address)
             recorded, _ = await calls(reader, writer, address.secret.encode())
             await answers(reader, writer)
@@ -130,6 +142,7 @@ def _by_the_listeners_words(secret: bytes, nonce: bytes) -> object:
     return [NONCE, proved(secret, b"link listener", nonce, NONCE)]
 
 
+@pytest.mark.parametrize("node", [SAME, OTHER])
 @pytest.mark.parametrize(
     "hello",
     [
@@ -149,10 +162,10 @@ def _by_the_listeners_words(secret: bytes, nonce: bytes) -> object:
     ],
 )
 def test_a_wrong_or_missing_proof_ends_the_connection_without_effect(
-    hello: Callable[[bytes, bytes], object],
+    hello: Callable[[bytes, bytes], object], node: str
 ) -> None:
     async def test() -> None:
-        async with echo() as (served, address):
+        async with echo(node=node) as (served, address):
             reader, writer = await connect(address)
             [nonce] = await frame(reader)
             writer.write(framed(hello(address.secret.encode(), nonce)) + SAID)
@@ -165,14 +178,15 @@ def test_a_wrong_or_missing_proof_ends_the_connection_without_effect(
 
 
 @pytest.mark.parametrize("runs", [run, on_uvloop])
+@pytest.mark.parametrize("node", [SAME, OTHER])
 @pytest.mark.parametrize("begun", [b"", framed([NONCE, bytes(32)])[:-1]])
 def test_a_stranger_that_does_not_end_its_handshake_is_cut_off(
-    monkeypatch: pytest.MonkeyPatch, begun: bytes, runs: Any
+    monkeypatch: pytest.MonkeyPatch, begun: bytes, node: str, runs: Any
 ) -> None:
     monkeypatch.setattr(link_module, "HELLO_TIMEOUT_S", 0.05)
 
     async def test() -> None:
-        async with echo() as (served, address):
+        async with echo(node=node) as (served, address):
             reader, writer = await connect(address)
             writer.write(begun)
             await frame(reader)
@@ -208,9 +222,10 @@ def test_handshakes_that_do_not_end_are_few_and_keep_nobody_out(
     runs(test)
 
 
-def test_a_listener_that_is_closed_takes_nobody_and_lets_its_connections_go_on() -> None:
+@pytest.mark.parametrize("node", [SAME, OTHER])
+def test_a_listener_that_is_closed_takes_nobody_and_lets_its_connections_go_on(node: str) -> None:
     async def test() -> None:
-        async with echo() as (served, address):
+        async with echo(node=node) as (served, address):
             link = await open_link(address, None)
             greeting, writer = await connect(address)
             await frame(greeting)
@@ -218,8 +233,128 @@ def test_a_listener_that_is_closed_takes_nobody_and_lets_its_connections_go_on()
             await ends(greeting)
             with pytest.raises(ConnectionRefusedError):
                 await open_link(address, None)
+            served.listener.expect("a third node")
+            assert served.listener.start().seen_from(node) == address  # nothing is opened anew
             await answers(*link)
             writer.close()
+
+    run(test)
+
+
+def listening() -> list[tuple[str, int]]:
+    """Return the addresses at which this process listens by TCP."""
+    found = psutil.Process().net_connections("inet")
+    return sorted(one.laddr for one in found if one.status == psutil.CONN_LISTEN)
+
+
+def is_unix(writer: asyncio.StreamWriter) -> bool:
+    return bool(writer.get_extra_info("socket").family == socket.AF_UNIX)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+def test_within_a_node_links_are_unix_and_nothing_listens_by_tcp_before_another_node_is_known(
+    runs: Any,
+) -> None:
+    async def test() -> None:
+        before = listening()
+        async with echo(node=SAME) as (served, address):
+            reader, writer = await open_link(address, None)
+            assert is_unix(writer)
+            assert (str(address), address.port) == ("unix", 0)
+            await answers(reader, writer)
+            assert listening() == before
+            alone = served.listener.start().seen_from(OTHER)
+            assert not alone.is_reachable
+            with pytest.raises(ConnectionRefusedError, match="its own node alone"):
+                await open_link(alone, None)
+
+            served.listener.expect(OTHER)
+            assert listening() == before
+            there = served.listener.start().seen_from(OTHER)
+            assert listening() == sorted([*before, ("127.0.0.1", there.port)])
+            assert str(there) == f"127.0.0.1:{there.port}"
+            reader, writer = await open_link(there, None)
+            assert not is_unix(writer)
+            await answers(reader, writer)
+            assert served.listener.start().seen_from(SAME) == address  # and so no second link
+            assert served.listener.start().seen_from(OTHER) == there
+        await happens(lambda: listening() == before)
+
+    runs(test)
+
+
+def test_an_address_travels_as_plain_data_and_shows_no_secret() -> None:
+    address = LinkAddress(SAME, "top secret", b"\0name", "::1", 7)
+    assert LinkAddress.from_wire(msgpack.unpackb(msgpack.packb(address.to_wire()))) == address
+    assert "top secret" not in f"{address} {address!r}"
+
+
+@pytest.mark.parametrize("node", [SAME, OTHER])
+def test_a_wrong_secret_is_refused(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with echo(node=node) as (served, address):
+            with pytest.raises((ConnectionError, EOFError)):
+                await open_link(replace(address, secret="0" * 64), None)
+            assert served.served == 0
+            await answers(*await open_link(address, None))
+
+    run(test)
+
+
+@pytest.mark.parametrize("runs", [run, on_uvloop])
+def test_with_tls_the_unix_link_stays_plain_and_the_one_by_tcp_is_encrypted(
+    tmp_path: Path, runs: Any
+) -> None:
+    async def test() -> None:
+        ours = new_authority(tmp_path / "ours")
+        for node in (SAME, OTHER):
+            async with echo(ours.server, node) as (_, address):
+                reader, writer = await open_link(address, ours.client)
+                assert (writer.get_extra_info("ssl_object") is not None) == (node == OTHER)
+                await answers(reader, writer)
+                reader, writer = await connect(address)
+                if node == SAME:
+                    await calls(reader, writer, address.secret.encode())  # in plain bytes
+                    await answers(reader, writer)
+                else:
+                    writer.write(framed([NONCE, bytes(32)]))
+                    assert not (await ends(reader)).startswith(b"\0\0\0")  # an alert, no frame
+                    writer.close()
+
+    runs(test)
+
+
+def test_a_host_that_nobody_may_reach_has_no_port_for_other_nodes() -> None:
+    async def test() -> None:
+        before = listening()
+        listener = LinkListener(SAME, None, Echo()._serve, None)
+        listener.expect(OTHER)
+        assert not listener.start().seen_from(OTHER).is_reachable
+        assert listener.start().seen_from(SAME).is_reachable
+        assert listening() == before
+        listener.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("node", [SAME, OTHER])
+def test_without_unix_sockets_every_link_is_tcp(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "HAS_UNIX", False)
+
+    async def test() -> None:
+        async with echo(node=node) as (_, address):
+            reader, writer = await open_link(address, None)
+            assert not is_unix(writer)
+            await answers(reader, writer)
+
+    run(test)
+
+
+def test_a_unix_socket_of_another_network_namespace_is_not_found() -> None:
+    async def test() -> None:
+        async with echo(node=SAME) as (_, address):
+            with pytest.raises(ConnectionRefusedError):
+                await open_link(replace(address, name=b"\0expertmesh-nowhere"), None)
 
     run(test)
 
@@ -272,7 +407,7 @@ def test_an_impostor_that_listens_gets_neither_the_secret_nor_a_message(
             ended.set_result(None)
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "s" * 64)
+        address = by_tcp(server.sockets[0].getsockname()[1], "s" * 64)
         with pytest.raises((ConnectionError, TimeoutError)):
             await open_link(address, None)
         await asyncio.wait_for(ended, LIMIT_S)  # and no assertion in it has failed
@@ -289,7 +424,7 @@ def test_a_listener_that_proves_the_secret_is_taken() -> None:
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
+        address = by_tcp(server.sockets[0].getsockname()[1])
         await answers(*await open_link(address, None))
         with pytest.raises(ConnectionRefusedError):
             await open_link(replace(address, port=1), None)

@@ -31,7 +31,7 @@ from router.messages.request import (
     TokenLogprobs,
 )
 from router.messages.token_link import LinkClient, LinkServer
-from tests.unit.router.messages.handshakes import listens
+from tests.unit.router.messages.handshakes import by_tcp, connect, listens
 
 LIMIT_S = 20.0
 EVENT = TokenEvent(
@@ -46,7 +46,7 @@ class Gateway:
         self.received: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
         self.unwanted: set[str] = set()
         self.alone: list[tuple[str, bool]] = []
-        self.server = LinkServer("127.0.0.1", self._on_tokens, self._on_alone)
+        self.server = LinkServer("node", "127.0.0.1", self._on_tokens, self._on_alone)
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         self.received.put_nowait((request_id, event))
@@ -140,7 +140,7 @@ def test_a_step_alone_is_told_before_it_begins_in_order_with_tokens() -> None:
             assert await gateway.next() == ("r", EVENT)
             await happens(lambda: len(gateway.alone) == 2)
             assert gateway.alone == [("r", True), ("r", False)]
-            nobody = LinkAddress("127.0.0.1", 1, "")
+            nobody = by_tcp(1, "")
             assert not await router.client.send_alone(nobody, "r", True)
 
     run(test)
@@ -238,7 +238,7 @@ def flipped(data: bytes, index: int) -> bytes:
 def test_a_stranger_is_cut_off_and_disturbs_nobody(first: bytes) -> None:
     async def test() -> None:
         async with linked() as (gateway, address, [router]):
-            reader, writer = await asyncio.open_connection(address.host, address.port)
+            reader, writer = await connect(address)
             writer.write(first)
             writer.write_eof()
             with suppress(ConnectionError):
@@ -319,7 +319,7 @@ def test_a_gateway_that_is_gone_is_no_error() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-        router, gone = Router(), LinkAddress("127.0.0.1", port, "secret")
+        router, gone = Router(), by_tcp(port)
         router.client.connect(gone)
         router.client.send(gone, [("a", EVENT)])
         await happens(lambda: not router.client._unsent)
@@ -330,7 +330,7 @@ def test_a_gateway_that_is_gone_is_no_error() -> None:
     run(test)
 
 
-LOST = LinkAddress("192.0.2.1", 9, "secret")
+LOST = LinkAddress("node", "secret", host="192.0.2.1", port=9)
 
 
 class Network:
@@ -426,7 +426,7 @@ def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
             writer.transport.pause_reading()  # type: ignore[attr-defined]
 
         server = await asyncio.start_server(never_reads, "127.0.0.1", 0, limit=1024)
-        address = LinkAddress("127.0.0.1", server.sockets[0].getsockname()[1], "secret")
+        address = by_tcp(server.sockets[0].getsockname()[1])
         router = Router()
         await router.link(address)
         writer = router.client._links[address]
