@@ -236,6 +236,8 @@ class Network:
         if listener is None:
             raise ConnectionRefusedError("nobody listens there")
         if listener.process is not None and listener.process.pid in self.hidden:
+            if is_unix:
+                raise ConnectionRefusedError("that name is of another namespace")
             return self._end(process, address, is_unix), None
         own = self._end(process, address, is_unix)
         other = self._end(listener.process, address, is_unix)
@@ -304,7 +306,10 @@ class Network:
                     end.break_off(TimeoutError("the connection timed out"))
 
     def hide(self, process: Process) -> None:
-        """Break the connections of a process, and let nobody connect to it."""
+        """Break the connections of a process, and let nobody connect to it.
+
+        By TCP nobody answers; its Unix sockets are not found, as those of another namespace.
+        """
         self.hidden.add(process.pid)
         for end in list(self._ends):
             if end.process is process and end.peer is not None:

@@ -462,6 +462,43 @@ def test_nobody_listens_or_nobody_answers(machine: Machine) -> None:
     assert machine.run() == [(0.0, ConnectionRefusedError), (5.0, TimeoutError)]
 
 
+def test_a_unix_socket_reaches_its_own_host_alone_whatever_happens_to_links(
+    machine: Machine,
+) -> None:
+    name, got = b"\0name", []
+    with machine.kernel.within(machine.b):
+        server = Socket(socket.AF_UNIX)
+        server.bind(name)
+        server.listen()
+    serve_all(machine, server, got)
+    for link in machine.network.links.values():
+        link.is_cut, link.damage = True, 1.0
+
+    async def sends() -> None:
+        sock = Socket(socket.AF_UNIX)
+        try:
+            await machine.kernel.sock_connect(sock, name)
+        except OSError as error:
+            machine.say(type(error))
+            return
+        _, writer = await asyncio.open_unix_connection(sock=sock)  # type: ignore[arg-type]
+        writer.write(b"whole")
+        writer.close()
+
+    def begin(process: Process, at_s: float) -> None:
+        with machine.kernel.within(process):
+            machine.kernel.call_at(at_s, lambda: machine.kernel.create_task(sends()))
+
+    begin(machine.a, 1.0)
+    begin(machine.b, 2.0)
+    machine.kernel.call_at(3.0, machine.network.hide, machine.b)
+    begin(machine.b, 4.0)
+    said = machine.run()
+    assert [what for _, what in said] == [ConnectionRefusedError, "end", ConnectionRefusedError]
+    assert said[1][0] == pytest.approx(2.0, abs=0.001)
+    assert b"".join(got) == b"whole"
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_damage_changes_one_bit(machine: Machine, share: float) -> None:
     for link in machine.network.links.values():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -17,12 +18,14 @@ import pytest
 import torch
 
 from tests.world.clients import Answer, Plan
-from tests.world.kernel import Kernel, Thread
+from tests.world.kernel import Kernel, Thread, current_process, kernel
 from tests.world.locks import Condition, Event, Lock, SimpleQueue
 from tests.world.many import HASH_SEED, Found, all_of, found_of, judged, workers
 from tests.world.model import VOCAB, tokens_of
+from tests.world.network import Address, Listener, Network
 from tests.world.past_seeds import FOLDER, STORIES, scenario
 from tests.world.sockets import Selector, Socket
+from tests.world.weather import Event as Happening
 from tests.world.weather import Scenario, Setting, draw
 from tests.world.world import run
 
@@ -130,6 +133,38 @@ def test_a_calm_world_generates_what_the_plain_oracle_does(transport: str) -> No
     assert cancelled.is_cancelled
     assert 3 <= len(got) < 9
     assert got == right(cancelled)[: len(got)]
+
+
+def test_on_one_node_nobody_listens_by_tcp_until_a_router_is_on_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: dict[str, list[float]] = {}
+    listen = Network.listen
+
+    def listened(network: Network, address: str | None, name: Address | None) -> Listener:
+        made, process = listen(network, address, name), current_process()
+        if not isinstance(made.address, bytes):
+            assert process is not None
+            opened.setdefault(process.name, []).append(kernel().now_s)
+        return made
+
+    monkeypatch.setattr(Network, "listen", listened)
+    late = tuple(replace(plan, at_s=plan.at_s + 7.0) for plan in CALM[:5])
+    setting = Setting(num_nodes=1, transport="stream")
+    outcome = run(Scenario(1, setting, (*CALM[:5], *late)))
+    assert (outcome.breaches, opened) == ([], {})
+
+    moves = (Happening(4.0, "node added"), Happening(5.0, "dies", 0, role="router"))
+    outcome = run(Scenario(1, setting, (*CALM[:5], *late), moves))
+    assert outcome.breaches == []
+    assert len(outcome.hit) == 2
+    roles = {name.partition("/")[0] for name in opened}
+    assert {"gateway", "router"} <= roles, "each knows of the other's node"
+    assert min(at_s for times in opened.values() for at_s in times) > 5.0
+    for name, times in opened.items():
+        assert len(times) == 1, (name, times)
+    for answer in outcome.answers:
+        assert tokens(answer) == [right(answer)] * answer.plan.n
 
 
 def tokens(answer: Answer) -> list[tuple[int, ...]]:
