@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class TlsConfig(Section):
-    """Encrypts the streams between hosts and the links of gateways.
+    """Encrypts streams and links between hosts.
 
     Each key is a PEM file at the same path on every node. Ray's calls must have Ray's own TLS then:
     ``RAY_USE_TLS=1`` in the environment of all its processes. Changed files come into use with the
@@ -296,7 +296,7 @@ class ExpertsConfig(Section):
         "one Ray call each. `auto`: over streams, and by Ray calls while there is none.",
     )
     tls: TlsConfig | None = Field(
-        default=None, description="Encrypts the streams between hosts and the links of gateways."
+        default=None, description="Encrypts streams and links between hosts."
     )
     rebalance_period_s: float | None = Field(
         default=None,

@@ -64,8 +64,10 @@ class LinkAddress:
     port: int = 0
 
     def __str__(self) -> str:
-        """Return where a connection goes: ``unix``, or host and port."""
-        return "unix" if self.name else f"{self.host}:{self.port}"
+        """Return where a connection goes: ``unix``, or host and port; ``no socket`` for neither."""
+        if self.name:
+            return "unix"
+        return f"{self.host}:{self.port}" if self.port else "no socket"
 
     @property
     def is_reachable(self) -> bool:

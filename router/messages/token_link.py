@@ -139,7 +139,8 @@ class LinkClient:
         try:
             reader, writer = await open_link(address, self._tls)
         except OSError as error:
-            logger.warning("no link to a gateway (%r); its tokens come with the reply", error)
+            text = "no link to a gateway (%s, %r); its tokens come with the reply"
+            logger.warning(text, address, error)
             now_s = time.monotonic()
             latest = self._unreachable_until_s.items()
             self._unreachable_until_s = {a: until_s for a, until_s in latest if until_s > now_s}

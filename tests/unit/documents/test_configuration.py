@@ -26,7 +26,7 @@ def test_a_key_is_told_with_its_values_its_default_and_its_meaning() -> None:
     assert "| `threads` | integer, 1 to 256 | 1 | Compute threads of one router. |" in told
     assert "| `target_use` | number, above 0, at most 1 | 0.7 |" in "\n".join(told)
     assert "| `id` | text | required | The name that clients use. |" in told
-    meaning = "Encrypts the streams between hosts and the links of gateways."
+    meaning = "Encrypts streams and links between hosts."
     assert f"| `tls` | [section](#expertstls) |  | {meaning} |" in told
 
 

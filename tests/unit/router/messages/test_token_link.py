@@ -330,6 +330,41 @@ def test_a_gateway_that_is_gone_is_no_error() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["same node", "later node"])
+def test_a_gateway_without_a_socket_for_a_router_is_logged_once_and_reached_once_it_has_one(
+    caplog: pytest.LogCaptureFixture, is_late: bool
+) -> None:
+    caplog.set_level("WARNING", "expertmesh.link")
+
+    async def test() -> None:
+        gateway, router = Gateway(), Router()
+        alone = await gateway.server.start()
+        # The router is on a node that came later, or in another network namespace of the node.
+        seen = alone.seen_from("later") if is_late else replace(alone, name=b"\0expertmesh-gone")
+        for _ in range(5):
+            router.client.connect(seen)
+            router.client.send(seen, [("a", EVENT)])
+            await happens(lambda: not router.client._unsent)
+        assert not await router.client.send_alone(seen, "a", True)
+
+        gateway.server.expect("later")
+        address = await gateway.server.start()
+        way = address.seen_from("later") if is_late else address.seen_from("node")
+        router.client.connect(way)
+        router.client.send(way, [("b", EVENT)])
+        assert await gateway.next() == ("b", EVENT)
+        [writer] = router.client._links.values()
+        family = socket.AF_INET if is_late else socket.AF_UNIX
+        assert writer.get_extra_info("socket").family == family
+        router.client.close()
+        gateway.server.close()
+
+    run(test)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"no link to a gateway ({'no socket' if is_late else 'unix'}, ")
+    assert line.endswith("its tokens come with the reply")
+
+
 LOST = LinkAddress("node", "secret", host="192.0.2.1", port=9)
 
 
