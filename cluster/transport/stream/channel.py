@@ -336,8 +336,9 @@ def listen_on(host: str | None) -> socket.socket:
     process is killed. Raises ``OSError``.
     """
     where: bytes | tuple[str, int]
-    family, where = socket.AF_UNIX, b"\0expertmesh-" + secrets.token_hex(16).encode()
-    if host is not None:
+    if host is None:
+        family, where = socket.AF_UNIX, b"\0expertmesh-" + secrets.token_hex(16).encode()
+    else:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         where = (host, 0)
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import uvloop
 
+from cluster.transport.stream import channel
 from router.messages import link as link_module
 from router.messages.link import LinkAddress, LinkListener, open_link
 from tests.unit.certificates import new_authority
@@ -339,13 +340,14 @@ def test_a_host_that_nobody_may_reach_has_no_port_for_other_nodes() -> None:
 
 @pytest.mark.parametrize("node", [SAME, OTHER])
 def test_without_unix_sockets_every_link_is_tcp(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "HAS_UNIX", False)
+    for module in (link_module, channel):
+        monkeypatch.setattr(module, "HAS_UNIX", False)
 
     async def test() -> None:
+        monkeypatch.delattr(socket, "AF_UNIX")  # the event loop itself needed it
         async with echo(node=node) as (_, address):
-            reader, writer = await open_link(address, None)
-            assert not is_unix(writer)
-            await answers(reader, writer)
+            assert (address.name, bool(address.port)) == (b"", True)
+            await answers(*await open_link(address, None))
 
     run(test)
 
