@@ -32,6 +32,7 @@ from experts.compute.expert_device import ExpertDevice
 from router.config import CapacityConfig
 from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
+from router.engine.constraints import Grammars
 from router.engine.engine import Emission, Engine
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
@@ -154,6 +155,7 @@ class LocalCluster:
         device: torch.device = CPU,
         experts_device: torch.device = CPU,
         identity: str = "",
+        grammars: Grammars | None = None,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live.
 
@@ -206,6 +208,7 @@ class LocalCluster:
             self._on_emissions,
             is_exact=emulation is None,
             identity=identity,
+            grammars=grammars,
         )
         if threaded:
             self.engine.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UnavailableError
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
@@ -102,6 +102,8 @@ class Sampling:
     likeliest beside each. ``echo`` puts the prompt before the text, and with ``logprobs`` asks for
     as many ``prompt_logprobs``. With either, ``max_tokens`` may be 0. A choice has at least
     ``min_tokens``, ends after any of ``stop_token_ids``, and has none of ``bad_words``.
+    ``structured_outputs`` is the form of the answer as HTTP's field has it: one of ``json`` (a
+    schema), ``regex``, ``choice``, ``grammar`` and ``json_object``.
     """
 
     max_tokens: int | None = None
@@ -123,3 +125,4 @@ class Sampling:
     min_tokens: int | None = None
     stop_token_ids: Sequence[int] = ()
     bad_words: Sequence[str] = ()
+    structured_outputs: Mapping[str, Any] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -38,7 +40,21 @@ def sampling_message(sampling: Sampling) -> Any:
     """Return a sampling as a message; raises ``TypeError`` or ``ValueError`` for a bad value."""
     names = Sampling.__dataclass_fields__
     given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-    return inference_pb2.Sampling(**given)
+    form = given.pop("structured_outputs", None)
+    message = inference_pb2.Sampling(**given)
+    if form is not None:
+        message.structured_outputs.CopyFrom(_form_message(form))
+    return message
+
+
+def _form_message(form: Mapping[str, Any]) -> Any:
+    """Return the form of an answer as a message; raises as :func:`sampling_message` does."""
+    given = dict(form)
+    if "json" in given and not isinstance(given["json"], str):
+        given["json"] = json.dumps(given["json"])
+    if "choice" in given:
+        given["choice"] = inference_pb2.Texts(texts=given["choice"])
+    return inference_pb2.StructuredOutputs(**given)
 
 
 def typed_error(error: Any, address: str) -> ExpertMeshError:

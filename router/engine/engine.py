@@ -27,6 +27,8 @@ from cluster.errors import (
     NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
+from router.engine.constrained_rows import allowed_of, barred, begin_constraint
+from router.engine.constraints import Grammars
 from router.engine.isolation import Announce, Isolation
 from router.engine.prompt_scores import Scores, read_scores, score, score_events
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
@@ -80,8 +82,9 @@ class Engine:
         is_exact: bool = True,
         identity: str = "",
         announce: Announce = lambda request_id, is_alone: True,
+        grammars: Grammars | None = None,
     ) -> None:
-        """``emit`` is called on the engine's thread.
+        """``emit`` is called on the engine's thread. ``grammars`` are for requests that have one.
 
         ``announce`` tells the gateway of a request when it is computed alone.
 
@@ -100,6 +103,7 @@ class Engine:
         self._emit = emit
         self._is_exact = is_exact
         self._identity = identity
+        self._grammars = grammars
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
@@ -138,6 +142,7 @@ class Engine:
                     sequence.times.queued_at_s = time.monotonic()
                     sequence.trace = trace
                     sequence.rules = rules_of(request, self._eos_token_ids)
+                    begin_constraint(sequence, self._grammars)
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
 
@@ -199,6 +204,7 @@ class Engine:
         traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in works)
         trace = begin_step(traces, len(works), num_tokens)
+        self.tally.step(works, time.monotonic())
         try:
             self.step(works, trace)
         finally:
@@ -208,7 +214,6 @@ class Engine:
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled works, sample, and queue the tokens to be emitted."""
-        self._tally(works)
         packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
         try:
@@ -233,7 +238,10 @@ class Engine:
         )
         logits = decoder.logits(hidden_states, sample_rows)
         num = len(sampling.tensors)
-        tensors = sample(logits, SamplingTensors(*placed[:num]), sampling.logprob_sizes)
+        allowed = None
+        if any(sequence.constraint is not None for sequence in packed.sampled):
+            allowed = allowed_of(packed.sampled, decoder.to_device)
+        tensors = sample(logits, SamplingTensors(*placed[:num]), sampling.logprob_sizes, allowed)
         if not scored:
             return read(decoder.to_host(*tensors), sampling), []
         found = score(hidden_states, scored, placed[num:], decoder.logits, logits.shape[1])
@@ -246,14 +254,6 @@ class Engine:
         packed = pack(works, self._model.attention, self._most_pieces)
         self._compute(packed, context_of(packed))
 
-    def _tally(self, works: list[Work]) -> None:
-        now_s = time.monotonic()
-        self.tally.steps += 1
-        for work in works:
-            self.tally.step_tokens += work.end - work.start
-            if not work.sequence.times.scheduled_at_s:
-                self.tally.scheduled(work.sequence, now_s)
-
     def _advance(
         self,
         packed: StepInput,
@@ -263,20 +263,25 @@ class Engine:
     ) -> None:
         """Note what is computed, append the drawn tokens, and queue their events."""
         self._note_computed(packed.works, context.missing)
-        failed = {packed.works[index].sequence.request.request_id for index in context.not_finite}
+        failed: dict[str, ExpertMeshError | None] = {
+            packed.works[index].sequence.request.request_id: None for index in context.not_finite
+        }
+        """The requests that end, with their errors; their output is not finite where it is None."""
         if scores:
-            events, not_finite = score_events(packed.scored, scores, failed, self._identity)
+            events, not_finite = score_events(packed.scored, scores, failed.keys(), self._identity)
             self._outbox.extend(itertools.starmap(Emission, events))
-            failed |= not_finite
+            failed |= dict.fromkeys(not_finite)
         now_s = time.monotonic()
-        for sequence, token_id, logprobs in zip(
-            packed.sampled, drawn.token_ids, drawn.logprobs, strict=True
+        for row, (sequence, token_id, logprobs) in enumerate(
+            zip(packed.sampled, drawn.token_ids, drawn.logprobs, strict=True)
         ):
-            if sequence.awaited:  # parked: the token is drawn once its work is computed
+            if sequence.awaited or sequence.deferred:  # drawn once its work is computed again
                 continue
             request_id = sequence.request.request_id
-            if token_id is None:  # its logits are not finite
-                failed.add(request_id)
+            is_barred = row in drawn.barred and sequence.is_edited
+            failure = sequence.failure or (barred() if is_barred else None)
+            if failure is not None or token_id is None:
+                failed.setdefault(request_id, failure)
             if token_id is None or request_id in failed:
                 continue
             forced = sequence.next_forced
@@ -284,8 +289,8 @@ class Engine:
                 self._append(sequence, token_id, logprobs, now_s)
             else:
                 self._replay(sequence, forced, token_id)
-        for request_id in failed:
-            self._fail_not_finite(request_id)
+        for request_id, failure in failed.items():
+            self._fail_request(request_id, failure or _not_finite(request_id))
 
     def _note_computed(self, works: tuple[Work, ...], missing: StepMissing | None) -> None:
         """Count the works' tokens as computed; park the sequences that wait for experts."""
@@ -297,6 +302,8 @@ class Engine:
             if index in awaited:
                 # The work is computed again, and overwrites its keys and values.
                 work.sequence.awaited = awaited[index]
+                continue
+            if work.sequence.deferred:
                 continue
             work.sequence.num_computed = work.end
             work.sequence.deaths = None
@@ -310,7 +317,7 @@ class Engine:
 
         A sequence that asks for its prompt alone ends too, without the token.
         """
-        sequence.token_ids.append(token_id)
+        sequence.append(token_id)
         self.tally.token(sequence, now_s)
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:
@@ -333,7 +340,7 @@ class Engine:
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
         """Append a token that the client has already; only the end of its choice is emitted."""
         self.replayed["equal" if forced == sampled else "different"] += 1
-        sequence.token_ids.append(forced)
+        sequence.append(forced)
         reason = self._finish_reason(sequence, forced)
         if reason is not None:
             self._finish(sequence)
@@ -362,16 +369,11 @@ class Engine:
         parked = self._scheduler.parked()
         starved = {s.request.request_id: s for s in parked if s.request.deadline_s <= now_s}
         for request_id, sequence in starved.items():
-            self._fail_request(request_id, _unavailable(sequence))
+            self._fail_request(request_id, sequence.unavailable())
         error: ExpertMeshError = DeadlineExceededError("the request's deadline passed")
         if not self._layers.placed.is_placed():
             error = ExpertUnavailableError("no placement of the experts is known yet", "", 1.0)
         self._fail(lambda s: s.request.deadline_s <= now_s, error)
-
-    def _fail_not_finite(self, request_id: str) -> None:
-        logger.error("request %s: the model's output is not finite", request_id)
-        message = "the model's output for this request is not finite (NaN or infinity)"
-        self._fail_request(request_id, NotFiniteError(message))
 
     def _fail_request(self, request_id: str, error: ExpertMeshError) -> None:
         self._fail(lambda s: s.request.request_id == request_id, error)
@@ -389,11 +391,7 @@ class Engine:
             self._emit(emissions)
 
 
-def _unavailable(sequence: Sequence) -> ExpertUnavailableError:
-    layer_id, expert_id = min(sequence.awaited)
-    more = f" and {len(sequence.awaited) - 1} more" if len(sequence.awaited) > 1 else ""
-    return ExpertUnavailableError(
-        f"expert {expert_id} of layer {layer_id}{more} had no live copy until the deadline",
-        sequence.request.model,
-        1.0,
-    )
+def _not_finite(request_id: str) -> NotFiniteError:
+    """Return the error of a request whose output is not finite, and log it."""
+    logger.error("request %s: the model's output is not finite", request_id)
+    return NotFiniteError("the model's output for this request is not finite (NaN or infinity)")

@@ -12,10 +12,10 @@ import itertools
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
@@ -33,6 +33,7 @@ from router.config import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
+from router.engine.constraints import Grammars
 from router.engine.engine import Emission, Engine
 from router.engine.kernel_class import dense_class
 from router.engine.scheduler import Limits, Scheduler
@@ -48,6 +49,9 @@ from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.observability.tracing import RequestTrace
 from router.served import ServedModel
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 FINISH_CHECK_S = 0.05
 ANNOUNCE_TIMEOUT_S = 1.0
@@ -82,8 +86,12 @@ class RouterReplica:
         config: RouterConfig,
         experts: ExpertsConfig,
         controller: ControllerClient,
+        vocabulary_of: Callable[[ServedModel], LLTokenizer] | None = None,
     ) -> None:
-        """Load the dense part of the model and start the engine; needs a running event loop."""
+        """Load the dense part of the model and start the engine; needs a running event loop.
+
+        ``vocabulary_of`` loads a model's vocabulary, which requests with a grammar need.
+        """
         torch.set_num_threads(config.threads)
         self._loop = asyncio.get_running_loop()
         self._requests: dict[str, _Request] = {}
@@ -120,6 +128,9 @@ class RouterReplica:
         self._scheduler = Scheduler(
             _limits_of(config), dense.num_pages, dense.attention.page_size, dense.even_context
         )
+        self._grammars = None
+        if vocabulary_of is not None:
+            self._grammars = Grammars(partial(vocabulary_of, model), model.vocab_size)
         self._engine = Engine(
             dense,
             layers,
@@ -129,6 +140,7 @@ class RouterReplica:
             is_exact=not experts.emulated_pools,
             identity=model.identity,
             announce=self._announce,
+            grammars=self._grammars,
         )
         self._samples = RouterSamples(
             model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
@@ -287,6 +299,8 @@ class RouterReplica:
     def close(self) -> None:
         """Stop the engine after its current step, then the watcher and the links."""
         self._engine.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._watcher.stop()
         self._links.close()
         self._server.close()

@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import isfinite
-from typing import NamedTuple
+from math import inf, isfinite
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from router.engine.token_rules import Edits
 from router.messages.request import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from router.engine.constrained_rows import Allowed
 
 VALUES_AT_ONCE = 1 << 21
 """The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
@@ -75,10 +78,15 @@ class Drawn:
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs | None]
+    barred: frozenset[int] = frozenset()
+    """The rows of which every token is forbidden; they have no token either."""
 
 
 def sample(
-    logits: torch.Tensor, tensors: SamplingTensors, logprob_sizes: Sequence[tuple[int, int]]
+    logits: torch.Tensor,
+    tensors: SamplingTensors,
+    logprob_sizes: Sequence[tuple[int, int]],
+    allowed: Allowed | None = None,
 ) -> list[torch.Tensor]:
     """Draw one token per row of fp32 logits [R, V]; returns what :func:`read` takes.
 
@@ -86,7 +94,8 @@ def sample(
     ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
     and the ids of the likeliest, [A, N]. All tensors are on one device.
 
-    Edits of single logits come first. Logits are then divided by the temperature. Top-k, top-p and
+    Edits of single logits come first, and no token is drawn in a row of ``allowed`` but those that
+    it allows. Logits are then divided by the temperature. Top-k, top-p and
     min-p filter tokens, in this order. One uniform number per row picks from the remaining tokens,
     renormalised. Temperature 0 takes the first of the largest logits. Log probabilities are those
     of the unchanged logits; a device may add them in another order than a CPU, and choose others
@@ -94,8 +103,11 @@ def sample(
     """
     warm_rows, warm_params, logprob_rows, places, edits = tensors
     edited = _edited(logits, places, edits) if places.shape[1] else logits
+    if allowed is not None:
+        edited = edited.clone() if edited is logits else edited
+        edited[allowed.rows] = edited[allowed.rows].masked_fill(~allowed.tokens, -torch.inf)
     token_ids = _largest(edited)
-    sampled = [token_ids, edited.gather(1, token_ids)]
+    sampled = [token_ids, _checked(logits, edited, token_ids)]
     vocab = logits.shape[1]
     at_once = max(1, VALUES_AT_ONCE // vocab)
     if len(warm_rows):
@@ -123,7 +135,8 @@ def read(sampled: Sequence[torch.Tensor], sampling: Sampling) -> Drawn:
         for row, [logprob], top_logprobs, top_ids in zip(rows, *columns, strict=True):
             if token_ids[row] is not None:
                 logprobs[row] = TokenLogprobs(logprob, tuple(top_ids), tuple(top_logprobs))
-    return Drawn(token_ids, logprobs)
+    barred = frozenset(row for row, [x] in enumerate(largest) if x == -inf)
+    return Drawn(token_ids, logprobs, barred)
 
 
 def _edited(logits: torch.Tensor, places: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
@@ -134,6 +147,17 @@ def _edited(logits: torch.Tensor, places: torch.Tensor, edits: torch.Tensor) -> 
     copy = logits.clone()
     copy[rows, token_ids] = torch.where(sums > 0, sums / scale, sums * scale) + after
     return copy
+
+
+def _checked(logits: torch.Tensor, edited: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the largest logit of each row, fp32 [R, 1]; infinite where no token may be drawn.
+
+    A NaN counts as the largest, also one of a token that may not be drawn.
+    """
+    drawn = edited.gather(1, token_ids)
+    if edited is logits:
+        return drawn
+    return torch.where(drawn.isinf(), drawn, logits.gather(1, _largest(logits)))
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.errors import ExpertMeshError, ExpertUnavailableError
 from router.engine.token_rules import ChoiceRules
 from router.messages.request import GenerationRequest
 from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
 from router.observability.tracing import RequestTrace
+
+if TYPE_CHECKING:
+    from router.engine.constraints import Constraint
 
 ALONE_TOKENS = 8
 """New tokens of a suspect that are computed alone. A dead router may have lost so many of them on
@@ -47,7 +52,9 @@ class Sequence:
     waits for admission. ``arrival`` is its place in the order in which the router's sequences came.
     ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
     the tokens that are due, ``try_at_s`` (monotonic) is when they are computed alone for these.
-    ``rules`` edit the logits, where the request has rules for single tokens.
+    ``rules`` edit the logits, where the request has rules for single tokens. ``constraint`` knows
+    the tokens that its grammar allows. A ``deferred`` one is computed again, since its grammar took
+    long; ``failure`` is that of its grammar.
     """
 
     request: GenerationRequest
@@ -65,6 +72,9 @@ class Sequence:
     deaths: Deaths | None = None
     try_at_s: float | None = None
     rules: ChoiceRules | None = None
+    constraint: Constraint | None = None
+    deferred: bool = False
+    failure: ExpertMeshError | None = None
 
     @property
     def is_suspect(self) -> bool:
@@ -77,6 +87,11 @@ class Sequence:
     def num_generated(self) -> int:
         """The number of generated tokens, forced tokens included."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether its request has a say in which tokens may be drawn."""
+        return self.rules is not None or self.constraint is not None
 
     @property
     def generated(self) -> list[int]:
@@ -98,6 +113,22 @@ class Sequence:
         """The next generated token where the request forces it, else ``None``."""
         number = self.num_generated
         return self.forced[number] if number < len(self.forced) else None
+
+    def append(self, token_id: int) -> None:
+        """Append a token, drawn or forced."""
+        self.token_ids.append(token_id)
+        if self.constraint is not None:
+            self.constraint.read((token_id,), wants_next=self.next_forced is None)
+
+    def unavailable(self) -> ExpertUnavailableError:
+        """Return the error of a sequence that waited for experts until its deadline."""
+        layer_id, expert_id = min(self.awaited)
+        more = f" and {len(self.awaited) - 1} more" if len(self.awaited) > 1 else ""
+        return ExpertUnavailableError(
+            f"expert {expert_id} of layer {layer_id}{more} had no live copy until the deadline",
+            self.request.model,
+            1.0,
+        )
 
     def occupy(self, pages: list[int], page_size: int) -> None:
         """Take pages of ``page_size`` slots for all positions that the sequence can ever have."""

@@ -25,10 +25,10 @@ class GatewayModel:
 
 def load_models(models: tuple[ServedModel, ...]) -> dict[str, GatewayModel]:
     """Load the tokenizer of each model; returns them by id, in the given order."""
-    return {model.id: GatewayModel(model, _tokenizer(model)) for model in models}
+    return {model.id: GatewayModel(model, load_tokenizer(model)) for model in models}
 
 
-def _tokenizer(model: ServedModel) -> Tokenizer:
+def load_tokenizer(model: ServedModel) -> Tokenizer:
     """Load a model's tokenizer; raises :class:`CheckpointError` where its files are others.
 
     The identity of the weights does not cover them.

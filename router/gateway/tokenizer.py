@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 class Tokenizer:
@@ -48,6 +51,22 @@ class Tokenizer:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"the tokenizer's files cannot be used ({type(error).__name__}: {reason})", path
+            ) from None
+
+    def vocabulary(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+        """Return the tokens as grammars need them; takes some tenths of a second.
+
+        ``vocab_size`` is the model's. Raises :class:`CheckpointError` for a tokenizer without a
+        fast form.
+        """
+        from llguidance.hf import from_tokenizer
+
+        try:
+            num_tokens = max(vocab_size, len(self._tokenizer))
+            return from_tokenizer(self._tokenizer, num_tokens, list(eos_token_ids))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"its tokenizer cannot be used with grammars ({error})", "tokenizer"
             ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

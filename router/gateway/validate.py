@@ -16,6 +16,7 @@ from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
 from router.config import GatewayConfig
 from router.gateway import checks
+from router.gateway.grammar import check_grammar
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
 from router.gateway.token_rules import check_rules
@@ -37,10 +38,10 @@ class RawRequest:
     ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
     ``options`` hold only the fields that the client set: those of ``SamplingParams`` and of its
-    rules, ``stop`` and ``echo``; ``timeout_s``, ``on_expert_loss`` and ``priority``.
-    ``prompt_field`` and ``field_names`` are the client's names of fields, and ``sampling_prefix``
-    stands before the names of ``sampling``. ``streamed`` asks for the answer in pieces. ``resume``
-    has the tokens so far of each choice of a request that goes on.
+    rules, ``stop``, ``echo``, and the form of the answer; ``timeout_s``, ``on_expert_loss`` and
+    ``priority``. ``prompt_field`` and ``field_names`` are the client's names of fields, and
+    ``sampling_prefix`` stands before the names of ``sampling``. ``streamed`` asks for the answer in
+    pieces. ``resume`` has the tokens so far of each choice of a request that goes on.
     """
 
     model: object
@@ -224,6 +225,7 @@ class Validator:
             n=checks.integer(given.get("n", 1), path("n"), 1, max_choices),
             prompt_logprobs=self._check_prompt_logprobs(raw, vocab_size),
             rules=check_rules(given, path, model, max_tokens),
+            grammar=check_grammar(given, path, model.info.eos_token_ids),
         )
 
     def _check_logprobs(self, raw: RawRequest, name: str, vocab_size: int) -> int | None:

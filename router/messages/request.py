@@ -23,7 +23,8 @@ class SamplingParams:
     of (seed, i, position). ``logprobs`` is the number of likeliest tokens reported beside the
     sampled token, or ``None`` for no log probabilities at all. ``prompt_logprobs`` is the same for
     each token of the prompt but the first. A ``max_tokens`` of 0 computes the prompt alone.
-    ``rules`` are those for single tokens, or ``None`` where there are none.
+    ``rules`` are those for single tokens, or ``None`` where there are none. ``grammar`` is the one
+    that an answer fits, as llguidance writes it, or empty.
     """
 
     max_tokens: int
@@ -37,6 +38,7 @@ class SamplingParams:
     n: int = 1
     prompt_logprobs: int | None = None
     rules: TokenRules | None = None
+    grammar: str = ""
 
     def ends(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Return the tokens that end a choice of a model with these end-of-sequence tokens."""

@@ -361,6 +361,10 @@ class Decoder:
             for piece in pieces
         ]
 
+    def to_device(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return tensors of the host on the model's device, by one copy."""
+        return tensors if self._staging is None else self._staging.to_device(*tensors)
+
     def to_host(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return tensors of the model's device on the host, by one copy.
 

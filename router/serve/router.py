@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray import serve
@@ -122,10 +123,16 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
         return await self._started().predict(wire)
 
 
-def _router_replica() -> type[RouterReplica]:
+def _router_replica() -> Callable[..., RouterReplica]:
     from router.engine.replica import RouterReplica
+    from router.gateway.models import load_tokenizer
 
-    return RouterReplica
+    return partial(
+        RouterReplica,
+        vocabulary_of=lambda model: load_tokenizer(model).vocabulary(
+            model.vocab_size, model.eos_token_ids
+        ),
+    )
 
 
 def _mixture_replica() -> type[MixtureReplica]:

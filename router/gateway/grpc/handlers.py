@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
 from router.gateway import tokens
+from router.gateway.grammar import WHITESPACE_FIELDS
 from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
@@ -201,6 +202,8 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
     for name in _SAMPLING_LISTS:
         if values := getattr(given, name):
             sampling[name] = list(values)
+    if given.HasField("structured_outputs"):
+        sampling["structured_outputs"] = _structured_outputs(given.structured_outputs)
     if given.logit_bias:
         sampling["logit_bias"] = dict(given.logit_bias)
     return RawRequest(
@@ -227,6 +230,15 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
             for choice in request.resume
         ],
     )
+
+
+def _structured_outputs(given: Any) -> dict[str, object]:
+    """Return the form of an answer as HTTP's bodies have it."""
+    names = ("json", "regex", "grammar", "json_object", *WHITESPACE_FIELDS)
+    found = {name: getattr(given, name) for name in names if given.HasField(name)}
+    if given.HasField("choice"):
+        found["choice"] = list(given.choice.texts)
+    return found
 
 
 def _prompt(request: Any) -> tuple[object, str]:

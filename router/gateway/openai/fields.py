@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
+from router.gateway.grammar import GRAMMAR_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
 
 ANY = None
@@ -18,7 +19,7 @@ ANY = None
 
 SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
-    *RULE_FIELDS,
+    *RULE_FIELDS, *GRAMMAR_FIELDS,
 )  # fmt: skip
 OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority")
 _COMMON_FIELDS = frozenset(
@@ -57,7 +58,6 @@ CHAT = Fields(
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
         "verbosity": (),

@@ -1,0 +1,79 @@
+"""The rows of a step whose choices have a grammar: what it allows there.
+
+Dimension letters: G rows with a grammar, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cluster.errors import ExpertMeshError, InvalidRequestError
+from router.engine.constraints import Grammars
+from router.engine.sequence import Sequence as Choice
+from router.grammar_limits import FIELD
+
+MOST_WAIT_S = 0.02
+"""How long a step waits for its matchers. A choice whose matcher takes longer is computed again in
+the next step, so that it does not hold up the others."""
+
+
+class Allowed(NamedTuple):
+    """The tokens that grammars allow in some rows of a step."""
+
+    rows: torch.Tensor
+    """int64 [G]."""
+    tokens: torch.Tensor
+    """bool [G, V]."""
+
+
+def barred() -> InvalidRequestError:
+    """Return the error of a choice of which no token may come next."""
+    return InvalidRequestError(
+        "the grammar allows only tokens that bad_words, min_tokens or logit_bias forbid", FIELD
+    )
+
+
+def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
+    """Give a choice its constraint, where its request has a grammar."""
+    grammar = choice.request.sampling.grammar
+    if not grammar:
+        return
+    if grammars is None:
+        raise InvalidRequestError("this router has no vocabulary for grammars", FIELD)
+    choice.constraint = grammars.begin(grammar, choice.forced)
+
+
+ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
+"""Copies tensors of the host to the logits' device."""
+
+
+def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None:
+    """Return what grammars allow in the rows of a step, ``None`` where it is known of no row.
+
+    Waits :data:`MOST_WAIT_S` at most for all. Choices whose matcher takes longer are
+    ``deferred``; those whose grammar fails have its ``failure``.
+    """
+    until_s = time.monotonic() + MOST_WAIT_S
+    rows: list[int] = []
+    flags: list[np.ndarray] = []
+    for row, choice in enumerate(sampled):
+        choice.deferred = False
+        if choice.constraint is None or choice.next_forced is not None:
+            continue
+        try:
+            found = choice.constraint.allowed(until_s - time.monotonic())
+        except ExpertMeshError as error:
+            choice.failure = error
+            continue
+        choice.deferred = found is None
+        if found is not None:
+            rows.append(row)
+            flags.append(found)
+    if not rows:
+        return None
+    return Allowed(*to_device(torch.tensor(rows), torch.from_numpy(np.stack(flags))))

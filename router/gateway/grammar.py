@@ -1,0 +1,194 @@
+"""The check of the form that a client wants an answer in; a grammar for the router comes out.
+
+OpenAI's ``response_format`` and vLLM's ``structured_outputs``; llguidance reads both as grammars.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+from router.gateway.schemas import has_instance
+from router.grammar_limits import parser_limits
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+GRAMMAR_FIELDS = ("response_format", "structured_outputs")
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+"""The forms of ``structured_outputs``, of which one is given."""
+WHITESPACE_FIELDS = ("disable_any_whitespace", "whitespace_pattern")
+MAX_GRAMMAR_BYTES = 64 << 10
+MAX_CHOICES = 1024
+MAX_DEPTH = 100
+"""How deep a schema may be nested."""
+
+
+def check_grammar(
+    given: Mapping[str, object], path: Callable[[str], str], eos_token_ids: Sequence[int]
+) -> str:
+    """Return the grammar among a client's sampling fields, empty where there is none.
+
+    ``path`` gives the client's name of a field. Raises :class:`InvalidRequestError` for a form that
+    is unknown, too large or not supported, with the keyword at fault.
+    """
+    names = [name for name in GRAMMAR_FIELDS if name in given]
+    if len(names) > 1:
+        raise InvalidRequestError(f"cannot be given together with {path(names[0])}", path(names[1]))
+    if not names:
+        return ""
+    name, where = names[0], path(names[0])
+    grammar = _OF_FIELD[name](_mapping(given[name], where), where)
+    if grammar and not eos_token_ids:
+        raise InvalidRequestError("this model has no token that ends an answer", where)
+    if grammar and given.get("ignore_eos"):
+        raise InvalidRequestError("must be false where an answer has a form", path("ignore_eos"))
+    return grammar
+
+
+def _of_response_format(given: Mapping[str, Any], where: str) -> str:
+    kind = given.get("type")
+    if kind in ("text", "json_object"):
+        _check_names(given, ("type",), where)
+        return "" if kind == "text" else _of_schema({"type": "object"}, {}, where)
+    if kind != "json_schema":
+        allowed = "text, json_object or json_schema"
+        raise InvalidRequestError(checks.wrong(kind, allowed), f"{where}.type")
+    _check_names(given, ("type", "json_schema"), where)
+    inner = f"{where}.json_schema"
+    spec = _mapping(given.get("json_schema"), inner)
+    _check_names(spec, ("name", "description", "schema", "strict"), inner)
+    return _of_schema(spec.get("schema"), {}, f"{inner}.schema")
+
+
+def _of_structured_outputs(given: Mapping[str, Any], where: str) -> str:
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_names(given, (*KINDS, *WHITESPACE_FIELDS), where)
+    kinds = [kind for kind in KINDS if kind in given]
+    if len(kinds) != 1:
+        raise InvalidRequestError(f"must have one of {', '.join(KINDS)}", where)
+    [kind] = kinds
+    value, inner = given[kind], f"{where}.{kind}"
+    options = _whitespace(given, where)
+    if options and kind not in ("json", "json_object"):
+        raise InvalidRequestError("is allowed only with json or json_object", f"{where}.{kind}")
+    if kind == "json_object":
+        is_wanted = checks.boolean(value, inner)
+        return _of_schema({"type": "object"}, options, inner) if is_wanted else ""
+    if kind == "json":
+        return _of_schema(_parsed(value, inner), options, inner)
+    if kind == "choice":
+        return _checked(_of_choices(value, inner), inner)
+    text = checks.text(value, inner)
+    if not text:
+        raise InvalidRequestError("is empty", inner)
+    if kind == "regex":
+        from llguidance import LLMatcher
+
+        return _checked(LLMatcher.grammar_from_regex(text), inner)
+    return _checked(_of_grammar(text, inner), inner)
+
+
+_OF_FIELD: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
+    "response_format": _of_response_format,
+    "structured_outputs": _of_structured_outputs,
+}
+
+
+def _whitespace(given: Mapping[str, Any], where: str) -> JsonCompileOptions:
+    """Return llguidance's options of the whitespace between JSON's tokens."""
+    options: JsonCompileOptions = {}
+    if given.get("disable_any_whitespace") is not None:
+        name = "disable_any_whitespace"
+        options["whitespace_flexible"] = not checks.boolean(given[name], f"{where}.{name}")
+    if given.get("whitespace_pattern") is not None:
+        name = "whitespace_pattern"
+        options["whitespace_pattern"] = checks.text(given[name], f"{where}.{name}")
+    return options
+
+
+def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
+    from llguidance import LLMatcher
+
+    if not isinstance(schema, dict):
+        raise InvalidRequestError(checks.wrong(schema, "a JSON schema, a mapping"), where)
+    if "x-guidance" in schema:
+        raise InvalidRequestError("is not supported", f"{where}.x-guidance")
+    if not has_instance(schema, MAX_DEPTH):
+        raise InvalidRequestError(
+            f"has no finite instance, or is nested deeper than {MAX_DEPTH} levels", where
+        )
+    return _checked(LLMatcher.grammar_from_json_schema(schema, overrides=options), where)
+
+
+def _parsed(value: object, where: str) -> object:
+    """Return a schema that is given as JSON or as its text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InvalidRequestError("is not JSON", where) from None
+
+
+def _of_choices(value: object, where: str) -> str:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequestError(checks.wrong(value, "a list of at least one text"), where)
+    if len(value) > MAX_CHOICES:
+        raise InvalidRequestError(f"has {len(value)} texts; at most {MAX_CHOICES}", where)
+    texts = [checks.text(each, f"{where}[{place}]") for place, each in enumerate(value)]
+    if "" in texts:
+        raise InvalidRequestError("is empty", f"{where}[{texts.index('')}]")
+    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+
+
+def _of_grammar(text: str, where: str) -> str:
+    """Return a grammar of Lark or of GBNF (llama.cpp) as one of Lark."""
+    from llguidance import grammar_from
+
+    if len(text.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequestError(f"is larger than {MAX_GRAMMAR_BYTES} bytes", where)
+    try:
+        return grammar_from("grammar", text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(_line(str(error)), where) from None
+
+
+def _checked(grammar: str, where: str) -> str:
+    """Return a grammar that llguidance can follow, within its limits."""
+    if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequestError(f"is larger than {MAX_GRAMMAR_BYTES} bytes", where)
+    if reason := _fault_of(grammar):
+        raise InvalidRequestError(_line(reason), where)
+    return grammar
+
+
+@functools.lru_cache(maxsize=256)
+def _fault_of(grammar: str) -> str:
+    """Return why a grammar cannot be followed, empty where it can."""
+    from llguidance import LLMatcher
+
+    is_error, told = LLMatcher.validate_grammar_with_warnings(grammar, limits=parser_limits())
+    return (told[0] or "it is not supported") if is_error else ""
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(checks.wrong(value, "a mapping"), where)
+    return value
+
+
+def _check_names(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            raise InvalidRequestError(
+                f"unknown field; allowed: {', '.join(allowed)}", f"{where}.{name}"
+            )

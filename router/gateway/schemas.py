@@ -1,0 +1,104 @@
+"""Whether a JSON schema has a finite instance: one that refers to itself without end has none."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+
+def has_instance(schema: object, max_depth: int) -> bool:
+    """Return whether a schema may have a finite instance, found without values.
+
+    False for a schema that is nested, or refers to others, deeper than ``max_depth``. Only what
+    must be there counts: required properties, the least number of items, and alternatives.
+    Keywords that are not known here are taken for possible.
+    """
+    return _Search(schema, max_depth).may_end(schema, frozenset(), 0)
+
+
+class _Search:
+    def __init__(self, root: object, max_depth: int) -> None:
+        self._root = root
+        self._max_depth = max_depth
+        self._found: set[str] = set()
+        """The references that have an instance."""
+
+    def may_end(self, schema: object, under: frozenset[str], depth: int) -> bool:
+        """Return whether a schema has an instance without those it is ``under``."""
+        if not isinstance(schema, dict):
+            return schema is not False
+        if depth > self._max_depth:
+            return False
+
+        def ends(part: object) -> bool:
+            return self.may_end(part, under, depth + 1)
+
+        if not self._may_refer(schema.get("$ref"), under, depth):
+            return False
+        for name in ("anyOf", "oneOf"):
+            options = schema.get(name)
+            if isinstance(options, list) and options and not any(map(ends, options)):
+                return False
+        parts = schema.get("allOf")
+        if isinstance(parts, list) and not all(map(ends, parts)):
+            return False
+        return self._may_fit(schema, ends)
+
+    def _may_refer(self, reference: object, under: frozenset[str], depth: int) -> bool:
+        if not isinstance(reference, str) or reference in self._found:
+            return True
+        if reference in under:
+            return False
+        target = self._target(reference)
+        if target is None:  # llguidance says what is wrong with it
+            return True
+        is_possible = self.may_end(target, under | {reference}, depth + 1)
+        if is_possible:
+            self._found.add(reference)
+        return is_possible
+
+    def _may_fit(self, schema: dict[str, Any], ends: Any) -> bool:
+        """Return whether an object or an array fits, or anything that is neither."""
+        types = schema.get("type")
+        kinds = types if isinstance(types, list) else [types]
+        if any(kind not in ("object", "array", None) for kind in kinds):
+            return True
+        needs_object = kinds == ["object"] or (kinds == [None] and "properties" in schema)
+        if needs_object:
+            return self._object_may_fit(schema, ends)
+        if kinds == ["array"]:
+            return self._array_may_fit(schema, ends)
+        if None in kinds:
+            return True
+        return self._object_may_fit(schema, ends) or self._array_may_fit(schema, ends)
+
+    def _object_may_fit(self, schema: dict[str, Any], ends: Any) -> bool:
+        required, properties = schema.get("required"), schema.get("properties")
+        if not isinstance(required, list) or not isinstance(properties, dict):
+            return True
+        return all(ends(properties[name]) for name in required if name in properties)
+
+    def _array_may_fit(self, schema: dict[str, Any], ends: Any) -> bool:
+        least = schema.get("minItems", 0)
+        if not isinstance(least, int) or least <= 0:
+            return True
+        first = schema.get("prefixItems")
+        ahead = first[:least] if isinstance(first, list) else []
+        if not all(map(ends, ahead)):
+            return False
+        return len(ahead) >= least or ends(schema.get("items", True))
+
+    def _target(self, reference: str) -> object:
+        """Return what a reference within the schema stands for, ``None`` for any other."""
+        if not reference.startswith("#"):
+            return None
+        found: Any = self._root
+        for part in reference[1:].split("/")[1:]:
+            key = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, dict) and key in found:
+                found = found[key]
+            elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+                found = found[int(key)]
+            else:
+                return None
+        return found

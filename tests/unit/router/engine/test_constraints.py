@@ -1,0 +1,237 @@
+"""Choices that fit a grammar: whole, in a crowd, gone on with, and refused beside mates."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from llguidance import LLMatcher, LLParserLimits
+
+from cluster.errors import InvalidRequestError
+from router.engine import constrained_rows, constraints
+from router.engine.constraints import MAX_KEPT, Constraint, Grammars
+from router.gateway.tokenizer import Tokenizer
+from router.messages.request import Received, TokenEvent
+from router.messages.rules import TokenRules
+from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import prompt_of
+
+EOS, LENGTH = 0, 120
+PROMPT = prompt_of(10, 7)
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def of_schema(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+
+def of_regex(regex: str) -> str:
+    return LLMatcher.grammar_from_regex(regex)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(str(folder), (EOS,))
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tokenizer: Tokenizer) -> Iterator[LocalCluster]:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    made = LocalCluster(folder, grammars=grammars)
+    yield made
+    made.close()
+    grammars.close()
+
+
+def asked(name: str, grammar: str, **sampling: Any) -> Any:
+    given = {"ignore_eos": False, "grammar": grammar, **sampling}
+    return greedy_request(name, PROMPT, LENGTH, **given)
+
+
+def text_of(tokenizer: Tokenizer, event: TokenEvent) -> str:
+    return tokenizer.decode(event.token_ids)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_fits_its_schema(cluster: LocalCluster, tokenizer: Tokenizer, seed: int) -> None:
+    request = asked(f"json{seed}", of_schema(PERSON), temperature=float(seed), seed=seed)
+    [[event]] = cluster.generate(request)
+    assert event.finish_reason == "stop"
+    assert event.token_ids[-1] == EOS
+    jsonschema.validate(json.loads(text_of(tokenizer, event)), PERSON)
+
+
+def test_an_answer_fits_its_regex_and_one_of_its_texts(
+    cluster: LocalCluster, tokenizer: Tokenizer
+) -> None:
+    for seed in range(5):
+        dated = asked(f"r{seed}", of_regex("[0-9]{4}-[01][0-9]"), temperature=1.5, seed=seed)
+        [[event]] = cluster.generate(dated)
+        assert re.fullmatch("[0-9]{4}-[01][0-9]", text_of(tokenizer, event))
+        chosen = asked(f"c{seed}", 'start: "über" | "the 🚀" | "the"', temperature=2.0, seed=seed)
+        [[event]] = cluster.generate(chosen)
+        assert text_of(tokenizer, event) in ("über", "the 🚀", "the")
+
+
+def test_a_crowd_with_and_without_grammars_has_the_tokens_of_each_alone(
+    cluster: LocalCluster,
+) -> None:
+    grammars = ["", of_schema(PERSON), of_regex("(ab|cd)+e"), 'start: "the fox"']
+    requests = [
+        replace_tokens(asked(f"{number}-{seed}", grammar, temperature=1.0, seed=seed), 40)
+        for seed in range(3)
+        for number, grammar in enumerate(grammars)
+    ]
+    alone = [cluster.generate(replace(r, request_id=f"{r.request_id}-alone"))[0] for r in requests]
+    assert cluster.generate(*requests) == alone
+
+
+def replace_tokens(request: Any, max_tokens: int) -> Any:
+    return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_choice_goes_on_elsewhere_with_the_same_tokens(
+    cluster: LocalCluster, temperature: float
+) -> None:
+    request = asked(f"whole{temperature}", of_schema(PERSON), temperature=temperature, seed=9)
+    [[whole]] = cluster.generate(request)
+    for count in (0, 1, 5, len(whole.token_ids) - 1):
+        received = (Received(whole.token_ids[:count]),)
+        name = f"{request.request_id}-{count}"
+        [[rest]] = cluster.generate(replace(request, request_id=name, received=received))
+        assert rest.token_ids == whole.token_ids[count:]
+        assert rest.finish_reason == "stop"
+
+
+def test_tokens_that_do_not_fit_their_grammar_end_their_request_alone(
+    cluster: LocalCluster,
+) -> None:
+    good = asked("good", of_regex("[ab]{20}"))
+    bad = replace(asked("bad", of_regex("[ab]{20}")), received=(Received((7, 8)),))
+    for request in (good, bad):
+        cluster.engine.submit(request)
+    with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
+        cluster.result(bad)
+    [event] = cluster.result(good)
+    assert event.finish_reason == "stop"
+
+
+def test_a_grammar_that_takes_too_much_ends_its_request_alone(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = LLParserLimits(step_lexer_fuel=50, verbose_errors=False)
+    monkeypatch.setattr(constraints, "parser_limits", lambda: limits)
+    bad = asked("explodes", of_regex("([ab]*a[ab]{30}c)+"), temperature=1.0, seed=1)
+    good = replace_tokens(asked("beside", "", temperature=1.0, seed=1, ignore_eos=True), 30)
+    expected = cluster.generate(replace(good, request_id="before"))
+    cluster.engine.submit(bad)
+    assert cluster.generate(good) == expected
+    with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
+        cluster.result(bad)
+
+
+def test_rules_that_forbid_all_that_a_grammar_allows_are_an_error(
+    cluster: LocalCluster, tokenizer: Tokenizer
+) -> None:
+    [a] = tokenizer.encode("a")
+    request = asked("barred", of_regex("a"), rules=TokenRules(bad_words=((a,),)))
+    with pytest.raises(InvalidRequestError, match="forbid"):
+        cluster.generate(request)
+
+
+def test_without_a_vocabulary_a_grammar_is_refused(folder: Path) -> None:
+    cluster = LocalCluster(folder)
+    try:
+        with pytest.raises(InvalidRequestError, match="no vocabulary"):
+            cluster.generate(asked("r", of_regex("a")))
+    finally:
+        cluster.close()
+
+
+def test_a_slow_grammar_holds_up_nobody(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice is computed again until the grammar is done, and has the same tokens."""
+    request = asked("quick", of_regex("[ab]{6}"), temperature=1.0, seed=4)
+    expected = cluster.generate(request)
+    plain = replace_tokens(asked("plain", "", temperature=1.0, seed=4, ignore_eos=True), 60)
+    tokens = cluster.generate(plain)
+    release, first, begun = threading.Event(), Constraint._next, threading.Event()
+
+    def slow(constraint: Constraint) -> Any:
+        begun.set()
+        assert release.wait(30)
+        return first(constraint)
+
+    monkeypatch.setattr(Constraint, "_next", slow)
+    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
+    cluster.engine.submit(replace(request, request_id="slow"))
+    assert begun.wait(30)
+    assert cluster.generate(replace(plain, request_id="beside a slow one")) == tokens
+    release.set()
+    assert cluster.result(replace(request, request_id="slow")) == expected[0]
+
+
+def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    found = [grammars.begin(of_regex(f"a{{{n}}}b"), ()) for n in range(1, MAX_KEPT + 5)]
+    flags = [constraint.allowed(30) for constraint in found]
+    assert len(grammars._compiled) == MAX_KEPT
+    assert all(flag is not None and flag.any() for flag in flags)
+    grammars.close()
+
+
+def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer) -> None:
+    """Against a plain search over a small language. Of forced letters one spelling is allowed."""
+    words = ["the", "then", "other", "fox!"]
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    known = ((token_id, tokenizer.token_text(token_id)) for token_id in range(1, VOCAB_SIZE))
+    texts = {token_id: text for token_id, text in known if text}  # the model has more ids
+    whole: set[str] = set()
+
+    def fitting(so_far: str) -> set[int]:
+        found = {t for t, text in texts.items() if any(w.startswith(so_far + text) for w in words)}
+        return found | ({EOS} if so_far in words else set())
+
+    def search(ids: Sequence[int]) -> None:
+        constraint = grammars.begin("start: " + " | ".join(map(json.dumps, words)), ())
+        constraint.read(ids, wants_next=True)
+        flags = constraint.allowed(30)
+        assert flags is not None
+        so_far = "".join(texts[token_id] for token_id in ids)
+        allowed = set(flags.nonzero()[0].tolist())
+        assert allowed <= fitting(so_far)
+        assert (EOS in allowed) == (so_far in words)
+        if EOS in allowed:
+            whole.add(so_far)
+        for token_id in sorted(allowed - {EOS}):
+            search([*ids, token_id])
+
+    search([])
+    assert whole == set(words)
+    grammars.close()

@@ -1,0 +1,198 @@
+"""The form of an answer as clients ask for it: the same grammar on every surface, or a refusal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.errors import InvalidRequestError
+from router.client import Client, Sampling
+from router.gateway.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
+from router.gateway.schemas import has_instance
+from tests.unit import http_calls
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says
+from tests.unit.http_calls import HELLO, call, chat, completion, refusal
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+UPSTREAM = FakeUpstream(says(" was"))
+FORMS: dict[str, dict[str, Any]] = {
+    "json": {"json": SCHEMA},
+    "json as text": {"json": json.dumps(SCHEMA)},
+    "regex": {"regex": "[a-z]+"},
+    "choice": {"choice": ["a", 'b "quoted"', "🚀", "back\\slash\n"]},
+    "lark": {"grammar": 'start: "a" | "b"'},
+    "gbnf": {"grammar": 'root ::= "a" | "b"'},
+    "json_object": {"json_object": True},
+    "compact": {"json": SCHEMA, "disable_any_whitespace": True},
+    "spaced": {"json": SCHEMA, "whitespace_pattern": " ?"},
+}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with grpc_server(UPSTREAM) as address, Client(address) as connected:
+        yield connected
+
+
+def last_grammar() -> str:
+    return UPSTREAM.requests[-1].sampling.grammar
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_surface_brings_the_same_grammar(client: Client, name: str) -> None:
+    form = FORMS[name]
+    client.generate("in", Sampling(structured_outputs=form))
+    of_grpc = last_grammar()
+    assert of_grpc
+    for ask in (completion, chat):
+        assert ask(UPSTREAM, structured_outputs=form).status_code == 200
+        assert last_grammar() == of_grpc
+
+
+def test_openais_formats_are_schemas() -> None:
+    for format_, form in (
+        ({"type": "json_object"}, {"json_object": True}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}, {"json": SCHEMA}),
+    ):
+        assert chat(UPSTREAM, response_format=format_).status_code == 200
+        of_format = last_grammar()
+        assert completion(UPSTREAM, structured_outputs=form).status_code == 200
+        assert of_format == last_grammar() != ""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"response_format": {"type": "text"}},
+        {"structured_outputs": {"json_object": False}},
+        {"response_format": None, "structured_outputs": None},
+    ],
+)
+def test_what_asks_for_no_form_is_no_grammar(given: dict[str, Any]) -> None:
+    assert chat(UPSTREAM, **given).status_code == 200
+    assert last_grammar() == ""
+
+
+ENDLESS = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
+DEEP: dict[str, Any] = {}
+for _ in range(MAX_DEPTH + 2):
+    DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
+OF = "structured_outputs"
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({}, OF, "must have one of"),
+    ({"json": SCHEMA, "regex": "a"}, OF, "must have one of"),
+    ({"jason": SCHEMA}, f"{OF}.jason", "unknown field"),
+    ({"json": 5}, f"{OF}.json", "a JSON schema"),
+    ({"json": "{"}, f"{OF}.json", "is not JSON"),
+    ({"json": {"type": "foo"}}, f"{OF}.json", "Invalid type: foo"),
+    ({"json": {"not": {}}}, f"{OF}.json", '"not"'),
+    ({"json": {"type": "array", "uniqueItems": True}}, f"{OF}.json", "uniqueItems"),
+    ({"json": {"type": "string", "format": "nope"}}, f"{OF}.json", "nope"),
+    ({"json": {"$ref": "#/nowhere"}}, f"{OF}.json", "nowhere"),
+    ({"json": {"$ref": "http://127.0.0.1:1/x"}}, f"{OF}.json", "127.0.0.1"),
+    ({"json": {"$ref": "#"}}, f"{OF}.json", "no finite instance"),
+    ({"json": ENDLESS}, f"{OF}.json", "no finite instance"),
+    ({"json": DEEP}, f"{OF}.json", "deeper than"),
+    ({"json": {"x-guidance": {"lenient": True}}}, f"{OF}.json.x-guidance", "not supported"),
+    ({"json": {"enum": ["x" * MAX_GRAMMAR_BYTES]}}, f"{OF}.json", "is larger than"),
+    ({"regex": "a["}, f"{OF}.regex", "regex"),
+    ({"regex": "(?=a)b"}, f"{OF}.regex", "look-around"),
+    ({"regex": ""}, f"{OF}.regex", "is empty"),
+    ({"choice": []}, f"{OF}.choice", "at least one"),
+    ({"choice": ["a", ""]}, f"{OF}.choice[1]", "is empty"),
+    ({"choice": ["a"] * 1025}, f"{OF}.choice", "at most"),
+    ({"grammar": "start: nothing"}, f"{OF}.grammar", "nothing"),
+    ({"grammar": "root ::= ("}, f"{OF}.grammar", ""),
+    ({"regex": "a", "disable_any_whitespace": True}, f"{OF}.regex", "only with json"),
+]
+
+
+@pytest.mark.parametrize(("form", "field", "told"), BAD)
+def test_forms_are_refused_alike(
+    client: Client, form: dict[str, Any], field: str, told: str
+) -> None:
+    before = len(UPSTREAM.requests)
+    body = {"model": "tiny", "prompt": "in", "structured_outputs": form}
+    said = refusal(call(UPSTREAM, http_calls.COMPLETIONS, body), 400, field)
+    assert told in said
+    kinds = [kind for kind in form if kind in ("json", "regex", "choice", "grammar")]
+    if len(kinds) == 1 and form.get("json") != 5:  # gRPC has no place for the others
+        with pytest.raises(InvalidRequestError) as caught:
+            client.generate("in", Sampling(structured_outputs=form), model="tiny")
+        assert caught.value.field == f"sampling.{field}"
+        assert said == f"{field}: {caught.value.message}"
+    assert len(UPSTREAM.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_formats_are_refused_by_name(given: dict[str, Any], field: str) -> None:
+    body = {"model": "tiny", "messages": HELLO, **given}
+    refusal(call(UPSTREAM, http_calls.CHAT, body), 400, field)
+
+
+TREE = {
+    "$defs": {
+        "tree": {
+            "type": "object",
+            "properties": {"left": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}},
+            "required": ["left"],
+        }
+    },
+    "$ref": "#/$defs/tree",
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({}, True),
+        (True, True),
+        (False, False),
+        (TREE, True),
+        ({"properties": {"a": {"$ref": "#"}}}, True),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, False),
+        ({"type": "array", "items": {"$ref": "#"}}, True),
+        (ENDLESS, False),
+        ({"type": ["array", "null"], "items": {"$ref": "#"}, "minItems": 1}, True),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "minItems": 1}, True),
+        ({"type": "array", "prefixItems": [False], "minItems": 1}, False),
+        ({"allOf": [{}, {"$ref": "#"}]}, False),
+        ({"anyOf": [{"$ref": "#"}, {"type": "string"}]}, True),
+        ({"$ref": "#/$defs/a%25~1b", "$defs": {"a%/b": {"type": "null"}}}, True),
+        ({"$ref": "elsewhere"}, True),
+    ],
+)
+def test_a_schema_has_a_finite_instance_or_not(schema: Any, expected: bool) -> None:
+    assert has_instance(schema, MAX_DEPTH) is expected
+
+
+def test_the_search_for_an_instance_ends_soon() -> None:
+    """Each definition refers to the next one twice, so that a plain walk takes 2**40 steps."""
+    names = [f"d{n}" for n in range(40)]
+    definitions: dict[str, Any] = {
+        name: {"allOf": [{"$ref": f"#/$defs/{after}"}] * 2}
+        for name, after in itertools.pairwise(names)
+    }
+    definitions[names[-1]] = {"type": "null"}
+    assert has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, 2 * len(names) + 2)
