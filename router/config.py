@@ -165,8 +165,8 @@ class RouterConfig(Section):
         default=1_048_576,
         ge=1,
         description="The most that prompt tokens and `max_tokens` of all waiting choices add up "
-        "to, or the rows of all requests for a mixture. A request that waits alone, or of a "
-        "language model as the only one of its key's name, may have more.",
+        "to, or the rows of all requests for a mixture. A request that waits alone, or as "
+        "the only one of its key's name, may have more.",
     )
     cache_tokens: int | None = Field(
         default=None,

@@ -1,7 +1,7 @@
 """Admission: the sequences that wait for pages of the cache, and which of them is next.
 
 They wait in the order of their priority; those of equal priority by the turns of their tenants
-(:mod:`router.engine.tenants`), whose cost is the tokens that a sequence may ever have; those of one
+(:mod:`router.tenants`), whose cost is the tokens that a sequence may ever have; those of one
 tenant in the order of their arrival. Pages are the cost. A sequence that
 needs more pages than are free lets later ones pass, until they have taken as many pages as it needs
 itself; from then on all freed pages are kept for it. So neither a large sequence nor the small ones
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from router.engine.sequence import Sequence
-from router.engine.tenants import TenantTurns, Turn
 from router.model.page_pool import pages_needed
+from router.tenants import TenantTurns, Turn
 
 AGED_CACHES = 4
 

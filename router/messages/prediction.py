@@ -33,6 +33,8 @@ class PredictionRequest:
     deadline_s: float
     on_expert_loss: str = "strict"
     interface: str = ""
+    tenant: str = ""
+    """The name of the caller's keys; empty where there are no keys."""
 
     @property
     def num_rows(self) -> int:
@@ -53,6 +55,7 @@ class PredictionRequest:
             "time_left_s": self.remaining_s(),
             "on_expert_loss": self.on_expert_loss,
             "interface": self.interface,
+            "tenant": self.tenant,
         }
 
     @classmethod
@@ -66,6 +69,7 @@ class PredictionRequest:
             time.monotonic() + wire["time_left_s"],
             wire["on_expert_loss"],
             wire["interface"],
+            wire["tenant"],
         )
 
 

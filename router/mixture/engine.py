@@ -127,7 +127,7 @@ class MixtureEngine:
                 self._may_run = is_placed
                 self._expire(is_withdrawn)
                 self._queue.unpark(self._placed.have_all)
-                if is_placed and self._queue.ready:
+                if is_placed and self._queue.has_ready:
                     self._changed.notify_all()
             time.sleep(CHECK_S)
 
@@ -156,7 +156,7 @@ class MixtureEngine:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closing or (self._may_run and bool(self._queue.ready))
+                    lambda: self._closing or (self._may_run and self._queue.has_ready)
                 )
                 if self._closing:
                     return

@@ -1,14 +1,14 @@
 """The requests of a mixture's router: their works, and which works a lane computes next.
 
-A request is cut into works of at most as many rows as a step computes. Works wait in the order in
-which they came; a work that waits for an expert is parked beside them. All methods are called under
-the engine's lock.
+A request is cut into works of at most as many rows as a step computes. Works wait by the turns of
+their tenants (:mod:`router.tenants`), those of one tenant in the order in which they came; a work
+that waits for an expert is parked beside them. All methods are called under the engine's lock.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from cluster.errors import ExpertMeshError, OverloadedError
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
+from router.tenants import TenantTurns
 
 Outcome = PredictionReply | ExpertMeshError
 Outputs = dict[str, np.ndarray]
@@ -70,6 +71,76 @@ class QueueLimits:
     rows: int
 
 
+class _Ready:
+    """The works that a step may take, and which of them is next.
+
+    First come those that go on after they were parked: their tenants have paid for them. The others
+    come by the turns of their tenants. A work costs its rows, and at least what there is in a step
+    for each of the most requests that it takes. So a round is no more than a step.
+    """
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._turns = TenantTurns(limits.step_rows)
+        self._least_cost = -(-limits.step_rows // limits.step_requests)
+        self._going_on: deque[Work] = deque()
+        self._of_tenant: dict[str, deque[Work]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._going_on or self._of_tenant)
+
+    def works(self) -> list[Work]:
+        """Return all of them, by tenant; may be called on any thread."""
+        queues = [self._going_on, *list(self._of_tenant.values())]
+        return [work for queue in queues for work in list(queue)]
+
+    def add(self, tenant: str, works: Sequence[Work]) -> None:
+        """Let new works of a tenant wait."""
+        self._of_tenant.setdefault(tenant, deque()).extend(works)
+
+    def go_on(self, works: Sequence[Work]) -> None:
+        """Let works that were parked come before all others."""
+        self._going_on.extendleft(reversed(works))
+
+    def first(self) -> Work:
+        """Return the work that is next; there is one."""
+        return self._going_on[0] if self._going_on else self._of_tenant[self._next_tenant()][0]
+
+    def pop(self) -> Work:
+        """Return the work that is next, which waits no longer."""
+        if self._going_on:
+            return self._going_on.popleft()
+        tenant = self._next_tenant()
+        work = self._of_tenant[tenant].popleft()
+        self._turns.spend(tenant, self._cost(work))
+        self._forget_empty(tenant)
+        return work
+
+    def drop(self, job: Job) -> None:
+        """Let no work of a job wait any longer."""
+        tenant = job.request.tenant
+        self._going_on = deque(work for work in self._going_on if work.job is not job)
+        if tenant in self._of_tenant:
+            left = deque(work for work in self._of_tenant[tenant] if work.job is not job)
+            self._of_tenant[tenant] = left
+            self._forget_empty(tenant)
+
+    def _next_tenant(self) -> str:
+        if len(self._of_tenant) == 1:
+            self._turns.keep(self._of_tenant)
+            return next(iter(self._of_tenant))
+        turns = self._turns.turns({t: [self._cost(q[0])] for t, q in self._of_tenant.items()})
+        return min(turns, key=lambda tenant: turns[tenant][0])
+
+    def _cost(self, work: Work) -> int:
+        return max(work.num_rows, self._least_cost)
+
+    def _forget_empty(self, tenant: str) -> None:
+        if not self._of_tenant[tenant]:
+            del self._of_tenant[tenant]
+        if not self._of_tenant:
+            self._turns.keep(())
+
+
 class WorkQueue:
     """The jobs of one router, and their works that wait."""
 
@@ -77,25 +148,46 @@ class WorkQueue:
         """``rows_input`` is the input whose rows go to the experts."""
         self._limits = limits
         self._rows_input = rows_input
-        self.ready: deque[Work] = deque()
+        self._ready = _Ready(limits)
+        self._num_of_tenant: Counter[str] = Counter()
         self.parked: list[Work] = []
         self.jobs: dict[str, Job] = {}
         self.num_rows = 0
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether a step has something to compute."""
+        return bool(self._ready)
+
+    def ready(self) -> list[Work]:
+        """Return the works that wait for a step alone; may be called on any thread."""
+        return self._ready.works()
+
     def add(self, job: Job) -> None:
-        """Queue a request; raises :class:`OverloadedError` where the router is full."""
-        limits, num_rows = self._limits, job.request.num_rows
-        if len(self.jobs) >= limits.requests:
-            raise OverloadedError(f"the router holds {limits.requests} requests", "queue", 1.0)
-        if self.jobs and self.num_rows + num_rows > limits.rows:
-            raise OverloadedError(f"the router holds {self.num_rows} rows", "queue", 1.0)
-        step = limits.step_rows
+        """Queue a request.
+
+        Raises :class:`OverloadedError` where the router is full. The only request of a tenant may
+        exceed the limits, so that no other tenant fills the queue for it.
+        """
+        num_rows, tenant = job.request.num_rows, job.request.tenant
+        self._check_room(tenant, num_rows)
+        step = self._limits.step_rows
         begins = range(0, max(1, num_rows), step)  # a request without rows is one empty work
         works = [Work(job, begin, min(begin + step, num_rows)) for begin in begins]
         job.left = len(works)
         self.jobs[job.request.request_id] = job
         self.num_rows += num_rows
-        self.ready.extend(works)
+        self._num_of_tenant[tenant] += 1
+        self._ready.add(tenant, works)
+
+    def _check_room(self, tenant: str, num_rows: int) -> None:
+        limits = self._limits
+        if tenant not in self._num_of_tenant:
+            return
+        if len(self.jobs) >= limits.requests:
+            raise OverloadedError(f"the router holds {len(self.jobs)} requests", "queue", 1.0)
+        if self.num_rows + num_rows > limits.rows:
+            raise OverloadedError(f"the router holds {self.num_rows} rows", "queue", 1.0)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a request; its other works are dropped. A second end does nothing."""
@@ -104,8 +196,11 @@ class WorkQueue:
         job.has_ended = True
         del self.jobs[job.request.request_id]
         self.num_rows -= job.request.num_rows
+        self._num_of_tenant[job.request.tenant] -= 1
+        if not self._num_of_tenant[job.request.tenant]:
+            del self._num_of_tenant[job.request.tenant]
         if job.left:  # a job that is finished has no work here
-            self.ready = deque(work for work in self.ready if work.job is not job)
+            self._ready.drop(job)
             self.parked = [work for work in self.parked if work.job is not job]
         job.done(outcome)
 
@@ -116,13 +211,13 @@ class WorkQueue:
         """
         works: list[Work] = []
         left = self._limits.step_rows
-        while self.ready and len(works) < self._limits.step_requests:
-            work = self.ready[0]
+        while self._ready and len(works) < self._limits.step_requests:
+            work = self._ready.first()
             if works and (work.num_rows > left or self._shape(work) != self._shape(works[0])):
                 break
             if works and (work.is_suspect or works[0].is_suspect):
                 break
-            works.append(self.ready.popleft())
+            works.append(self._ready.pop())
             left -= work.num_rows
         return works
 
@@ -140,7 +235,7 @@ class WorkQueue:
         back = [work for work in self.parked if have_all(work.awaited)]
         if back:
             self.parked = [work for work in self.parked if work not in back]
-            self.ready.extendleft(reversed(back))
+            self._ready.go_on(back)
 
     def finish(self, work: Work, outputs: Outputs, is_exact: bool, identity: str) -> None:
         """Keep a work's outputs; the last work ends its request.

@@ -63,7 +63,7 @@ class MixtureSamples:
         """Return the current numbers."""
         labels, tally, queue = self._labels, self._tally, self._queue
         parked = {work.job for work in list(queue.parked)}
-        waiting = {work.job for work in list(queue.ready)}
+        waiting = {work.job for work in queue.ready()}
         samples: dict[str, list[Sample]] = {
             family.name: [(family.exported, labels, float(value))]
             for family, value in (

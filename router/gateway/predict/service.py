@@ -97,7 +97,7 @@ class PredictionService:
             self.metrics.prediction_started(model_id, num_rows)
             code: Code | None = None
             try:
-                reply = await self._reply(checked)
+                reply = await self._reply(checked.of(caller))
                 encoded = encode(reply)
             except asyncio.CancelledError:
                 code = Code.CANCELLED

@@ -9,7 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from router.gateway import checks
 from router.gateway.predict.tensors import RawTensor, checked_array
 from router.messages.prediction import PredictionRequest
 from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.security.keys import Caller
 from router.served import ServedMixture
 
 VERSION = "1"
@@ -56,6 +57,10 @@ class CheckedPrediction:
 
     request: PredictionRequest
     mixture: ServedMixture
+
+    def of(self, caller: Caller) -> CheckedPrediction:
+        """Return it as this caller's."""
+        return replace(self, request=replace(self.request, tenant=caller.name))
 
     def outputs(self) -> list[Output]:
         """Return the requested outputs, in the order in which the client named them."""

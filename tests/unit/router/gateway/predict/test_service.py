@@ -15,8 +15,8 @@ from router.gateway.predict.service import PredictionService
 from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.predict.validate import RawPrediction
-from router.messages.prediction import PredictionReply
-from router.security.keys import ANYBODY
+from router.messages.prediction import PredictionReply, PredictionRequest
+from router.security.keys import ANYBODY, Caller, Role
 from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 from tests.unit.router.gateway.predict.v2_calls import Infer, Tensor, grpc_message, tensor
 
@@ -63,6 +63,17 @@ def test_rows_outcomes_and_latency(service: PredictionService, upstream: FakePre
     ask(service, Infer("digits", [PIXELS], parameters={"on_expert_loss": "drop"}))
     assert counted(service, "inexact_rows_total", reason="drop", **DIGITS) == 5
     assert counted(service, "requests_in_flight", **DIGITS) == 0
+
+
+def test_a_router_is_told_the_name_of_the_caller_s_keys(
+    service: PredictionService, upstream: FakePredictions
+) -> None:
+    data = grpc_message(Infer("digits", [PIXELS])).SerializeToString()
+    alice = Caller("alice", frozenset({Role.INFERENCE}))
+    for caller in (alice, ANYBODY):
+        asyncio.run(PredictionHandlers(service).answer("ModelInfer", data, caller))
+    sent = [PredictionRequest.from_wire(request.to_wire()) for request in upstream.requests]
+    assert [request.tenant for request in sent] == ["alice", ""]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import deque
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from router.engine.tenants import TenantTurns
+from router.tenants import TenantTurns
 
 QUANTUM = 100
 
