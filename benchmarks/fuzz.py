@@ -4,7 +4,8 @@
         [--keep FOLDER] [--json FILE]
 
 Targets: frames, both ends of the streams and of both links, safetensors headers and indexes,
-configurations of each layout, GGUF files, tokenizers, HTTP bodies, gRPC messages and statuses.
+configurations of each layout, GGUF files, tokenizers, HTTP bodies, gRPC messages and statuses,
+and what callers say of themselves in headers and metadata.
 With the engine ``atheris`` (``pip install 'expertmesh[fuzz]'``) libFuzzer looks for inputs that
 reach new code; ``mutation`` needs nothing and mutates good inputs blindly. A finding is anything
 but the refusal that a part promises: another error, a wrong answer, more than ten seconds or 4 GB.
@@ -29,7 +30,7 @@ from benchmarks.common import machine, progress, show
 TARGETS = (
     "frame", "stranger", "router", "actor", "link", "call-link", "link-handshake", "header",
     "index", "config", "params", "gguf", "tokenizer", "http", "protobuf", "infer",
-    "infer-protobuf", "status",
+    "infer-protobuf", "status", "headers", "metadata",
 )  # fmt: skip
 """As in :mod:`benchmarks.fuzzing.targets`, which imports all that is fuzzed."""
 START_S = 120.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.fuzzing import files, links, predictions, requests, wires
+from benchmarks.fuzzing import callers, files, links, predictions, requests, wires
 from benchmarks.fuzzing.target import Target
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -26,4 +26,6 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "infer": predictions.http,
     "infer-protobuf": predictions.protobuf,
     "status": requests.status,
+    "headers": callers.http,
+    "metadata": callers.metadata,
 }
