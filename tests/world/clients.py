@@ -39,6 +39,8 @@ class Plan:
     cancel_after: int | None = None
     """The number of tokens after which the client cancels."""
     priority: int = 0
+    tenant: str = ""
+    """The name of the client's key; empty where there are no keys."""
 
 
 @dataclass
@@ -178,6 +180,7 @@ class Client:
             streamed=plan.is_streamed,
             received=received,
             priority=plan.priority,
+            tenant=plan.tenant,
         )
 
     async def _read(

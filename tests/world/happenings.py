@@ -304,6 +304,9 @@ class Happenings:
     def _long_prompts(self, event: Event) -> bool:
         return True
 
+    def _flood_of_a_name(self, event: Event) -> bool:
+        return True
+
     def _many_choices(self, event: Event) -> bool:
         """Look at the queues while they are long."""
         for number in range(LOOKS):

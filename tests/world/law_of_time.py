@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from tests.world.weather import Event
     from tests.world.world import World
 
-QUIET = {"long prompts", "gateway unreachable", "poison raises", "clock jumps", "node added"}
+QUIET = {
+    "long prompts", "flood of a name", "gateway unreachable", "poison raises", "clock jumps",
+    "node added",
+}  # fmt: skip
 """Events that make no other request wait."""
 SHORT_PROMPT = 8
 FIRST_S, LATE_SHARE = 3.0, 0.3

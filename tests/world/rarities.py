@@ -40,6 +40,14 @@ KINDS = (
 LONG_PROMPT, LONG_TOKENS = 180, 40
 NUM_LONG, NUM_SHORT = 4, 16
 LONG_S = 6.0
+FLOOD = "flood of a name"
+FLOOD_SHARE = 0.02
+"""The share of the other seeds in which one key's name floods the routers, and nothing else
+happens."""
+NUM_FLOOD, FLOOD_PROMPT, FLOOD_TOKENS = 48, 12, 20
+"""Requests at once of one name, about three caches of each of two routers."""
+NUM_QUIET, QUIET_S = 40, 2.0
+"""Requests of other names, and how soon after the flood."""
 NUM_BESIDE = 8
 """The requests that are computed beside a poisoned one."""
 POISON_TIMEOUT_S = 20.0
@@ -105,6 +113,30 @@ def draw_rarity(seed: int, make: type[Event], begin_s: float, calm_s: float) -> 
     return Rarity((event,), found, is_alone)
 
 
+def draw_flood(seed: int, make: type[Event], begin_s: float) -> Rarity | None:
+    """Draw a flood of one key's name; few seeds have one.
+
+    It is drawn apart, so that the rest of a seed stays as it is.
+    """
+    source = random.Random(f"flood-{seed}")
+    if source.random() >= FLOOD_SHARE:
+        return None
+    at_s = begin_s + source.uniform(2.0, 4.0)
+    flood = [
+        _request(source, at_s + 0.001 * i, FLOOD_PROMPT, FLOOD_TOKENS, 40.0)
+        for i in range(NUM_FLOOD)
+    ]
+    quiet = [
+        replace(
+            _request(source, at_s + source.uniform(0.1, QUIET_S), 3, 2, 20.0),
+            tenant=f"client {source.randrange(NUM_BESIDE)}",
+        )
+        for _ in range(NUM_QUIET)
+    ]
+    plans = (*(replace(plan, tenant="flood") for plan in flood), *quiet)
+    return Rarity((make(at_s, FLOOD),), plans, is_alone=True)
+
+
 def with_rarity(scenario: Scenario, rarity: Rarity) -> Scenario:
     """Return a scenario with a rarity, or with nothing else."""
     before = () if rarity.is_alone else scenario.events
@@ -115,11 +147,14 @@ def with_rarity(scenario: Scenario, rarity: Rarity) -> Scenario:
         setting = replace(setting, transport="auto", rebalance_period_s=None, autoscales=False)
     if rarity.events[0].kind == "streams over TLS":
         setting = replace(setting, tls=True, transport="stream")
+    plans = scenario.plans
+    if rarity.events[0].kind == FLOOD:
+        plans = tuple(replace(plan, tenant=f"client {plan.client}") for plan in plans)
     return replace(
         scenario,
         setting=setting,
         events=tuple(sorted((*before, *rarity.events), key=lambda event: event.at_s)),
-        plans=tuple(sorted((*scenario.plans, *rarity.plans), key=lambda plan: plan.at_s)),
+        plans=tuple(sorted((*plans, *rarity.plans), key=lambda plan: plan.at_s)),
     )
 
 

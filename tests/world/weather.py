@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tests.world.clients import Plan, plans
-from tests.world.rarities import draw_rarity, with_rarity
+from tests.world.rarities import draw_flood, draw_rarity, with_rarity
 
 BEGIN_S = 3.0
 """The deployment has had this long to start."""
@@ -150,7 +150,7 @@ def draw(seed: int) -> Scenario:
     if copies is not None:
         events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
-    rarity = draw_rarity(seed, Event, BEGIN_S, CALM_S)
+    rarity = draw_rarity(seed, Event, BEGIN_S, CALM_S) or draw_flood(seed, Event, BEGIN_S)
     return scenario if rarity is None else with_rarity(scenario, rarity)
 
 
