@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -376,11 +375,15 @@ def test_every_port_answers_as_the_rule_says(
         wait_until(lambda: is_announced(process, log), "serve run is ready", READY_S)
         walk = Walk(shown_by(tmp_path, pair, keys), stack)
         fronts = fronts_of(document, http, grpc_port, has_haproxy)
-        kinds = kinds_of(all_listeners(process, fronts), fronts, walk)
+        ports = listeners(process)
+        assert fronts.keys() <= ports.keys()
+        kinds = kinds_of(ports, fronts, walk)
         walk.connect(fronts)
         numbers = Counter(kinds.values())
-        many = (answered.RAY, answered.OTHERS)
-        assert all(number == 1 for port, number in numbers.items() if port not in many)
+        for number, port in kinds.items():
+            if port not in (answered.RAY, answered.OTHERS):
+                assert numbers[port] == 1, port.name
+                assert port.has_tls or all(map(is_own, ports[number])), port.name
         assert (answered.GATEWAY_HTTP in numbers) == has_haproxy
         found = refused_before_anything_is_computed(kinds, walk, asks_clients, http)
         for row, outcomes in asked(kinds, walk, asks_clients, [State.RIGHT, State.PLAIN]).items():
@@ -408,17 +411,6 @@ def fronts_of(
     given = serve_variables(document)
     fronts = {http: answered.HAPROXY_HTTP, grpc_port: answered.HAPROXY_GRPC, **operators}
     return fronts | {int(given[name]): port for name, port in names.items()}
-
-
-def all_listeners(
-    process: subprocess.Popen[bytes], fronts: Mapping[int, Port]
-) -> dict[int, set[str]]:
-    """Return the ports of Serve's processes and ours; those in plain text are on loopback."""
-    ports = listeners(process)
-    assert fronts.keys() <= ports.keys()
-    for number, port in fronts.items():
-        assert port.has_tls or all(is_own(host) for host in ports[number]), port.name
-    return ports
 
 
 def refused_before_anything_is_computed(

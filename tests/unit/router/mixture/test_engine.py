@@ -82,6 +82,7 @@ class Router:
         on_expert_loss: str = "strict",
         outputs: Sequence[str] | None = None,
         request_id: str = "",
+        tenant: str = "",
     ) -> Future[Outcome]:
         self.number += 1
         names = [output.name for output in self.mixture.spec.outputs]
@@ -93,6 +94,7 @@ class Router:
             tuple(names if outputs is None else outputs),
             time.monotonic() + timeout_s,
             on_expert_loss,
+            tenant=tenant,
         )
         self.engine.submit(request, future.set_result)
         return future
@@ -536,6 +538,20 @@ def test_nothing_runs_before_a_placement_and_the_error_says_so(tmp_path: Path) -
         waiting = router.submit(given(1, 0))
         router.view.publish(router.placement)
         assert isinstance(waiting.result(WAIT_S), PredictionReply)
+
+
+def test_a_flood_of_one_name_holds_up_another_for_one_step(tmp_path: Path) -> None:
+    limits = QueueLimits(step_requests=4, step_rows=8, requests=32, rows=4096)
+    ended: list[str] = []
+    with router_of(save_given(tmp_path), lanes=1, limits=limits, is_placed=False) as router:
+        waiting = []
+        for name in [*["flood"] * 20, "quiet", *["flood"] * 10]:
+            waiting.append(router.submit(given(8, 0), tenant=name))
+            waiting[-1].add_done_callback(lambda _, name=name: ended.append(name))  # type: ignore[misc]
+        router.view.publish(router.placement)
+        assert all(isinstance(one.result(WAIT_S), PredictionReply) for one in waiting)
+    assert ended.index("quiet") == 1
+    assert len(ended) == 31
 
 
 def test_a_replaced_mixture_ends_its_requests_with_a_hint(tmp_path: Path) -> None:
