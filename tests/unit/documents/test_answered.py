@@ -42,6 +42,8 @@ def test_every_method_and_path_is_asked_for() -> None:
                 group = rpcs[f"/{service.full_name}/{rpc.name}"]
                 assert group is (Group.ADMIN if service.name == "Admin" else Group.INFERENCE)
     paths = {call.path: call.group for call in http_calls()}
+    named = tuple(name.strip("`") for name in Group.PATHS.value.split(", "))
+    assert all(path.startswith(named) for path, group in paths.items() if group is Group.PATHS)
     assert {path for path, group in paths.items() if group is Group.PROBES} == OPEN_PATHS
     for path, group in paths.items():
         if group not in (Group.PROBES, Group.SERVE_PATHS):
