@@ -45,7 +45,7 @@ def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
         return
     if grammars is None:
         raise InvalidRequestError("this router has no vocabulary for grammars", FIELD)
-    choice.constraint = grammars.begin(grammar, choice.forced)
+    choice.constraint = grammars.begin(grammar)
 
 
 ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
@@ -63,7 +63,7 @@ def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None
     flags: list[np.ndarray] = []
     for row, choice in enumerate(sampled):
         choice.deferred = False
-        if choice.constraint is None or choice.next_forced is not None:
+        if choice.constraint is None:
             continue
         try:
             found = choice.constraint.allowed(until_s - time.monotonic())

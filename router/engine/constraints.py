@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from cluster.errors import InternalError, InvalidRequestError
+from cluster.errors import InvalidRequestError
 from router.grammar_limits import FIELD, parser_limits
 
 MAX_KEPT = 32
@@ -35,16 +35,11 @@ class Constraint:
         self._make = make
         self._vocab_size = vocab_size
         self._matcher: LLMatcher | None = None
-        self._answer: Future[np.ndarray] | None = None
-        self._reading: Future[None] | None = None
+        self._answer = pool.submit(self._next, ())
 
-    def read(self, token_ids: Sequence[int], wants_next: bool) -> None:
-        """Read the choice's next tokens; with ``wants_next``, find out which may follow."""
-        self._answer = None
-        if token_ids:
-            self._reading = self._pool.submit(self._consume, list(token_ids))
-        if wants_next:
-            self._answer = self._pool.submit(self._next)
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Read the choice's next tokens, and begin to find out which may follow."""
+        self._answer = self._pool.submit(self._next, tuple(token_ids))
 
     def allowed(self, timeout_s: float) -> np.ndarray | None:
         """Return a flag for each token, bool [V]; ``None`` where that is not known in time.
@@ -52,18 +47,15 @@ class Constraint:
         Raises :class:`InvalidRequestError` where no token may follow, or the tokens so far do not
         fit the grammar, or the grammar takes too much to follow.
         """
-        if self._answer is None:
-            raise InternalError("nobody has asked for the tokens that may follow")
         try:
             return self._answer.result(max(0.0, timeout_s))
         except TimeoutError:
             return None
 
-    def _consume(self, token_ids: list[int]) -> None:
-        self._started().consume_tokens(token_ids)  # an error shows in what may follow
-
-    def _next(self) -> np.ndarray:
+    def _next(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Read tokens, and return what may follow; runs on the pool's thread, in order."""
         matcher = self._started()
+        matcher.consume_tokens(list(token_ids))
         if not matcher.is_error():
             bits = allocate_token_bitmask(1, self._vocab_size)
             fill_next_token_bitmask(matcher, bits)
@@ -92,11 +84,9 @@ class Grammars:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
 
-    def begin(self, grammar: str, received: Sequence[int]) -> Constraint:
-        """Return the constraint of a choice that has these tokens; waits for nothing."""
-        constraint = Constraint(self._pool, lambda: self._matcher(grammar), self._vocab_size)
-        constraint.read((), wants_next=not received)
-        return constraint
+    def begin(self, grammar: str) -> Constraint:
+        """Return the constraint of a new choice; waits for nothing."""
+        return Constraint(self._pool, lambda: self._matcher(grammar), self._vocab_size)
 
     def close(self) -> None:
         """End the thread after its current work."""

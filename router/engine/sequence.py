@@ -118,7 +118,7 @@ class Sequence:
         """Append a token, drawn or forced."""
         self.token_ids.append(token_id)
         if self.constraint is not None:
-            self.constraint.read((token_id,), wants_next=self.next_forced is None)
+            self.constraint.read((token_id,))
 
     def unavailable(self) -> ExpertUnavailableError:
         """Return the error of a sequence that waited for experts until its deadline."""

@@ -22,6 +22,9 @@ GRAMMAR_FIELDS = ("response_format", "structured_outputs")
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 """The forms of ``structured_outputs``, of which one is given."""
 WHITESPACE_FIELDS = ("disable_any_whitespace", "whitespace_pattern")
+WHITESPACE = r" |\n {0,16}"
+"""Between JSON's tokens: nothing, a space, or a new line with its indentation. With any whitespace,
+as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CHOICES = 1024
 MAX_DEPTH = 100
@@ -100,11 +103,11 @@ _OF_FIELD: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
 
 
 def _whitespace(given: Mapping[str, Any], where: str) -> JsonCompileOptions:
-    """Return llguidance's options of the whitespace between JSON's tokens."""
+    """Return llguidance's options of the whitespace between JSON's tokens that a client wants."""
     options: JsonCompileOptions = {}
-    if given.get("disable_any_whitespace") is not None:
-        name = "disable_any_whitespace"
-        options["whitespace_flexible"] = not checks.boolean(given[name], f"{where}.{name}")
+    name = "disable_any_whitespace"
+    if given.get(name) is not None and checks.boolean(given[name], f"{where}.{name}"):
+        options["whitespace_flexible"] = False
     if given.get("whitespace_pattern") is not None:
         name = "whitespace_pattern"
         options["whitespace_pattern"] = checks.text(given[name], f"{where}.{name}")
@@ -122,6 +125,7 @@ def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
         raise InvalidRequestError(
             f"has no finite instance, or is nested deeper than {MAX_DEPTH} levels", where
         )
+    options = options or {"whitespace_pattern": WHITESPACE}
     return _checked(LLMatcher.grammar_from_json_schema(schema, overrides=options), where)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -36,6 +37,23 @@ from tests.fault.signals import HIT_S
 
 PROMPTS = faults.PROMPTS[:4]
 TWIN = "twin"
+OPTIONS: list[dict[str, Any]] = [
+    {"structured_outputs": {"regex": "([ab][cd]){200}"}, "ignore_eos": False},
+    {
+        "structured_outputs": {"regex": "([ab][cd]){200}"},
+        "ignore_eos": False,
+        "temperature": 1,
+        "seed": 5,
+    },
+    {
+        "repetition_penalty": 1.5,
+        "frequency_penalty": 0.5,
+        "bad_words": ["the"],
+        "temperature": 1,
+        "seed": 6,
+    },
+]
+"""What choices that go on must have too: grammars, and rules for single tokens."""
 BACK_S = 90.0
 ANSWER_S = 10.0
 
@@ -47,7 +65,9 @@ class HttpStream:
     token_ids: list[int] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
 
-    def read(self, url: str, prompt: list[int]) -> tuple[int, ...]:
+    def read(
+        self, url: str, prompt: list[int], options: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[int, ...]:
         """Read to the end; returns all tokens."""
         body = {
             "model": RANDOM,
@@ -57,6 +77,7 @@ class HttpStream:
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
+            **options,
         }
         with httpx.stream("POST", url, json=body, timeout=BACK_S) as response:
             assert response.status_code == 200
@@ -121,14 +142,19 @@ def router_that(is_meant: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedCluster) -> None:
+    asked: list[tuple[list[int], Mapping[str, Any]]] = [(prompt, {}) for prompt in PROMPTS]
+    asked += [(PROMPTS[0], options) for options in OPTIONS]
+    whole = f"{served.http_url}/v1/completions"
     expected = expected_tokens(served)
-    with twin_routers(served) as url, ThreadPoolExecutor(len(PROMPTS)) as pool:
+    expected += [HttpStream().read(whole, PROMPTS[0], options) for options in OPTIONS]
+    assert len(set(expected)) == len(expected)
+    with twin_routers(served) as url, ThreadPoolExecutor(len(asked)) as pool:
         told = twin_status()
         router_stats()  # the handle's first call is slow, and streams do not wait for it
-        streams = [HttpStream() for _ in PROMPTS]
+        streams = [HttpStream() for _ in asked]
         reading: list[Future[tuple[int, ...]]] = [
-            pool.submit(stream.read, url, prompt)
-            for stream, prompt in zip(streams, PROMPTS, strict=True)
+            pool.submit(stream.read, url, prompt, options)
+            for stream, (prompt, options) in zip(streams, asked, strict=True)
         ]
         wait_until(
             lambda: all(len(stream.token_ids) >= BEFORE for stream in streams), "all have begun"

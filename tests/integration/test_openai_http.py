@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 import torch
 
@@ -231,3 +233,55 @@ def test_operators_see_life_readiness_and_metrics(
     assert served.running() == 0
     assert served.metric("expertmesh_missing_experts") == {"expertmesh_missing_experts": 0}
     assert len(served.metric("expertmesh_actor_experts")) == len(served.actors())
+
+
+class Person(pydantic.BaseModel):
+    """What an answer is parsed into."""
+
+    age: int = pydantic.Field(ge=0, le=120)
+    kind: Literal["king", "prophet"]
+
+
+def test_openais_helper_parses_an_answer_of_a_form(api: openai.OpenAI) -> None:
+    for seed in range(3):
+        answer = api.chat.completions.parse(
+            model=TINY,
+            messages=HELLO,  # type: ignore[arg-type]
+            response_format=Person,
+            max_tokens=120,
+            seed=seed,
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+def test_an_answer_fits_vllms_structured_outputs(api: openai.OpenAI) -> None:
+    def text(form: dict[str, Any]) -> str:
+        answer = api.completions.create(
+            model=TINY,
+            prompt="In the beginning",
+            max_tokens=60,
+            seed=1,
+            extra_body={"structured_outputs": form},
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        return answer.choices[0].text
+
+    assert re.fullmatch(r"\d{4}-\d\d", text({"regex": r"\d{4}-\d\d"}))
+    assert text({"choice": ["heaven", "earth"]}) in ("heaven", "earth")
+    assert re.fullmatch("ab{1,9}c", text({"grammar": 'root ::= "a" "b"{1,9} "c"'}))
+    digits = {"type": "array", "items": {"enum": [1, 2, 3]}, "maxItems": 5}
+    options = {"disable_any_whitespace": True}
+    assert set(json.loads(text({"json": digits, **options}))) <= {1, 2, 3}
+
+
+def test_a_text_is_tokenised_as_its_request_counts_it(
+    api: openai.OpenAI, http: httpx.Client
+) -> None:
+    text = "In the beginning God created the heaven"
+    answer = api.completions.create(model=TINY, prompt=text, max_tokens=1)
+    found = http.post("/tokenize", json={"model": TINY, "prompt": text}).json()
+    assert answer.usage is not None
+    assert found["count"] == answer.usage.prompt_tokens
+    back = http.post("/detokenize", json={"model": TINY, "tokens": found["tokens"]}).json()
+    assert text in back["prompt"]

@@ -123,7 +123,9 @@ def test_a_choice_goes_on_elsewhere_with_the_same_tokens(
     for count in (0, 1, 5, len(whole.token_ids) - 1):
         received = (Received(whole.token_ids[:count]),)
         name = f"{request.request_id}-{count}"
+        before = cluster.engine.replayed.copy()
         [[rest]] = cluster.generate(replace(request, request_id=name, received=received))
+        assert cluster.engine.replayed - before == ({"equal": count} if count else {})
         assert rest.token_ids == whole.token_ids[count:]
         assert rest.finish_reason == "stop"
 
@@ -183,10 +185,10 @@ def test_a_slow_grammar_holds_up_nobody(
     tokens = cluster.generate(plain)
     release, first, begun = threading.Event(), Constraint._next, threading.Event()
 
-    def slow(constraint: Constraint) -> Any:
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
         begun.set()
         assert release.wait(30)
-        return first(constraint)
+        return first(constraint, token_ids)
 
     monkeypatch.setattr(Constraint, "_next", slow)
     monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
@@ -199,7 +201,7 @@ def test_a_slow_grammar_holds_up_nobody(
 
 def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    found = [grammars.begin(of_regex(f"a{{{n}}}b"), ()) for n in range(1, MAX_KEPT + 5)]
+    found = [grammars.begin(of_regex(f"a{{{n}}}b")) for n in range(1, MAX_KEPT + 5)]
     flags = [constraint.allowed(30) for constraint in found]
     assert len(grammars._compiled) == MAX_KEPT
     assert all(flag is not None and flag.any() for flag in flags)
@@ -219,8 +221,8 @@ def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer)
         return found | ({EOS} if so_far in words else set())
 
     def search(ids: Sequence[int]) -> None:
-        constraint = grammars.begin("start: " + " | ".join(map(json.dumps, words)), ())
-        constraint.read(ids, wants_next=True)
+        constraint = grammars.begin("start: " + " | ".join(map(json.dumps, words)))
+        constraint.read(ids)
         flags = constraint.allowed(30)
         assert flags is not None
         so_far = "".join(texts[token_id] for token_id in ids)
