@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import ray
 from opentelemetry.trace import Span
+from ray.exceptions import RayError
 
 from cluster.errors import (
     ExpertMeshError,
@@ -51,6 +52,8 @@ RESUMED_TIMES = 3
 OTHER_TEXT_S = 5.0
 """How long a router with this gateway's tokenizer is looked for; gateways and routers of a redeploy
 start at different times."""
+NODES_TIMEOUT_S = 10.0
+"""How long Ray may take to tell its nodes."""
 MESSAGES_PER_S = 500
 MAX_PAUSE_S = 0.1
 """From ``MESSAGES_PER_S`` messages of all streams on, a message carries several tokens.
@@ -104,11 +107,24 @@ class RayUpstream:
         self._budget = RetryBudget(RESEND_TOKENS)
         host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
         self._link = LinkServer(node, host, self._on_tokens, self._on_alone, tls)
-        for other in ray.nodes():
-            if other["Alive"]:
-                self._link.expect(other["NodeID"])
         for calls in routers.values():
             calls.on_node(self._link.expect)
+        self._looking = asyncio.create_task(self._look_for_nodes())
+
+    async def _look_for_nodes(self) -> None:
+        """Let routers of Ray's other nodes connect.
+
+        Where Ray's head does not answer, routers' answers to the gateway tell of them.
+        """
+        try:
+            async with asyncio.timeout(NODES_TIMEOUT_S):
+                nodes = await asyncio.to_thread(ray.nodes)
+        except (RayError, RuntimeError, TimeoutError) as error:
+            logger.warning("Ray does not tell its nodes (%s)", type(error).__name__)
+            return
+        for node in nodes:
+            if node["Alive"]:
+                self._link.expect(node["NodeID"])
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""

@@ -18,6 +18,8 @@ STORIES = {
     "an actor waited for its own relief for ever.",
     "seed-99": "A device yields NaN just after the actor's look at its answers; routers ask its "
     "twins from then on, so nobody tests it, and it stays.",
+    "seed-10233": "A gateway begins while it is cut off from Ray's head, which it asked for its nodes "
+    "first; it did not start, and neither did its deployment.",
     "seed-1400": "A broken actor is to be replaced while its controller is cut off from the "
     "ledger; its keeper ended with an error that nobody saw.",
     "seed-1693": "Other weights are deployed, and nobody asks for two seconds; then a new gateway "

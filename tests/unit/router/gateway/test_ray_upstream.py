@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from opentelemetry.trace import Span
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RaySystemError,
+)
 
 from cluster.errors import (
     InvalidRequestError,
@@ -263,6 +269,18 @@ def test_routers_of_other_nodes_can_connect_once_there_is_one(
         two = [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": True}]
         monkeypatch.setattr(ray_upstream.ray, "nodes", lambda: two)
         gateway, router = upstream()
+        await gateway._looking
+        assert (await told(gateway, router)).port
+        gateway._link.close()
+
+        def fail() -> None:
+            raise RaySystemError("Ray's head does not answer")
+
+        monkeypatch.setattr(ray_upstream.ray, "nodes", fail)
+        gateway, router = upstream()
+        await gateway._looking
+        assert (await told(gateway, router)).port == 0
+        router.tell_node("there")
         assert (await told(gateway, router)).port
         gateway._link.close()
 
