@@ -18,8 +18,6 @@ STORIES = {
     "an actor waited for its own relief for ever.",
     "seed-99": "A device yields NaN just after the actor's look at its answers; routers ask its "
     "twins from then on, so nobody tests it, and it stays.",
-    "seed-10233": "A gateway begins while it is cut off from Ray's head, which it asked for its nodes "
-    "first; it did not start, and neither did its deployment.",
     "seed-1400": "A broken actor is to be replaced while its controller is cut off from the "
     "ledger; its keeper ended with an error that nobody saw.",
     "seed-1693": "Other weights are deployed, and nobody asks for two seconds; then a new gateway "
@@ -50,6 +48,8 @@ STORIES = {
     "had just reported to the newer one, and the map had them nowhere.",
     "seed-9259": "An actor is to leave the fleet while the ledger cannot be written; nothing was "
     "rebalanced or scaled any more.",
+    "seed-10233": "A gateway begins while it is cut off from Ray's head, which it asked for its "
+    "nodes first; it did not start, and the earlier one stayed.",
 }
 """The story of each file of ``past/``, by its name without ``.json``."""
 
