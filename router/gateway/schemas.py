@@ -90,8 +90,8 @@ class _Search:
 
     def _target(self, reference: str) -> object:
         """Return what a reference within the schema stands for, ``None`` for any other."""
-        if not reference.startswith("#"):
-            return None
+        if reference != "#" and not reference.startswith("#/"):
+            return None  # of another document, or by an anchor
         found: Any = self._root
         for part in reference[1:].split("/")[1:]:
             key = unquote(part).replace("~1", "/").replace("~0", "~")

@@ -181,6 +181,8 @@ TREE = {
         ({"anyOf": [{"$ref": "#"}, {"type": "string"}]}, True),
         ({"$ref": "#/$defs/a%25~1b", "$defs": {"a%/b": {"type": "null"}}}, True),
         ({"$ref": "elsewhere"}, True),
+        ({"$ref": "#anchor", "$defs": {"a": {"$anchor": "anchor", "type": "null"}}}, True),
+        ({"$defs": {"a": False}, "$ref": "#/$defs/a"}, False),
     ],
 )
 def test_a_schema_has_a_finite_instance_or_not(schema: Any, expected: bool) -> None:
