@@ -75,7 +75,7 @@ class Suite:
                 closing = [i for i in allowed.tolist() if i in self._closers]
                 allowed = np.array(closing or allowed)
             token_ids.append(int(self._random.choice(allowed)))
-            constraint.read(token_ids[-1:])
+            constraint.read(token_ids[-1])
         return None
 
 

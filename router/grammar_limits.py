@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +11,22 @@ if TYPE_CHECKING:
 
 FIELD = "structured_outputs"
 """The field that an error of a grammar names where the client's own name is not known."""
+
+STACK_BYTES = 128 << 20
+"""The stack of a thread that compiles grammars. llguidance compiles rules and references by
+recursion, without a limit of their depth; one that overflows its stack ends the process. Grammars
+of the largest size need less than 16 MiB; memory that is not used is only reserved."""
+
+
+def grammar_pool() -> ThreadPoolExecutor:
+    """Return a pool of one thread, whose stack is large enough for every grammar."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        pool.submit(int).result()  # the thread starts at its first work
+    finally:
+        threading.stack_size(usual)
+    return pool
 
 
 def parser_limits() -> LLParserLimits:

@@ -113,7 +113,7 @@ def protobuf() -> Target:
 
     def request(data: bytes) -> None:
         with served.room.bodies.share() as share:
-            handlers._check(data, True, share)
+            asyncio.run(handlers._check(data, True, share))
 
     def run(data: bytes) -> None:
         for check in (partial(request, data), partial(parse_health_check, data)):

@@ -41,7 +41,7 @@ def barred() -> InvalidRequestError:
 def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
     """Give a choice its constraint, where its request has a grammar."""
     grammar = choice.request.sampling.grammar
-    if not grammar:
+    if not grammar or choice.wants_no_tokens:
         return
     if grammars is None:
         raise InvalidRequestError("this router has no vocabulary for grammars", FIELD)
@@ -56,17 +56,21 @@ def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None
     """Return what grammars allow in the rows of a step, ``None`` where it is known of no row.
 
     Waits :data:`MOST_WAIT_S` at most for all. Choices whose matcher takes longer are
-    ``deferred``; those whose grammar fails have its ``failure``.
+    ``deferred``, and are not waited for again beside others; those whose grammar fails have its
+    ``failure``.
     """
     until_s = time.monotonic() + MOST_WAIT_S
+    waits_again = all(choice.deferred for choice in sampled)
     rows: list[int] = []
     flags: list[np.ndarray] = []
     for row, choice in enumerate(sampled):
-        choice.deferred = False
+        was_deferred, choice.deferred = choice.deferred, False
         if choice.constraint is None:
             continue
         try:
-            found = choice.constraint.allowed(until_s - time.monotonic())
+            is_waited_for = waits_again or not was_deferred
+            wait_s = until_s - time.monotonic() if is_waited_for else 0.0
+            found = choice.constraint.allowed(wait_s)
         except ExpertMeshError as error:
             choice.failure = error
             continue

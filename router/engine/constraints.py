@@ -1,45 +1,65 @@
 """Constrained choices: the tokens that a grammar allows next, computed beside the engine's steps.
 
-A matcher (llguidance) reads a choice's tokens and tells which may follow. All matchers of a router
-run on a thread of their own, while the experts compute the choice's next step. A choice goes on
-elsewhere from its tokens: its matcher reads them again.
+A matcher (llguidance) reads a choice's tokens and tells which may follow. A router compiles
+grammars on one thread and follows them on another, while the experts compute the choices' next
+step. A choice goes on elsewhere from its tokens: its matcher reads them again.
 
 Dimension letters: V vocabulary size.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from cluster.errors import InvalidRequestError
-from router.grammar_limits import FIELD, parser_limits
+from cluster.errors import ExpertMeshError, InternalError, InvalidRequestError
+from router.grammar_limits import FIELD, grammar_pool, parser_limits
 
 MAX_KEPT = 32
 """The grammars that a router keeps compiled."""
+
+logger = logging.getLogger("expertmesh.engine")
+
+
+class _Vocabulary(NamedTuple):
+    """A model's tokens, as grammars need them."""
+
+    tokens: LLTokenizer
+    num_tokens: int
+    """How many tokens a matcher tells of: the tokenizer's or the model's, whichever are more."""
+    ends: list[int]
+    nameless: list[int]
+    """The other special tokens, which have no text in an answer."""
 
 
 class Constraint:
     """One choice's matcher, and the tokens that it allows next."""
 
-    def __init__(
-        self, pool: ThreadPoolExecutor, make: Callable[[], LLMatcher], vocab_size: int
-    ) -> None:
-        """``make`` returns a new matcher; called on the thread of ``pool``."""
-        self._pool = pool
-        self._make = make
-        self._vocab_size = vocab_size
+    def __init__(self, grammars: Grammars, grammar: str) -> None:
+        """Begin to compile the grammar, and to find out which tokens may come first."""
+        self._grammars = grammars
+        self._grammar = grammar
         self._matcher: LLMatcher | None = None
-        self._answer = pool.submit(self._next, ())
+        self._token_ids: list[int] = []
+        self._answer: Future[np.ndarray] = grammars.compiling.submit(self._next, ())
 
-    def read(self, token_ids: Sequence[int]) -> None:
-        """Read the choice's next tokens, and begin to find out which may follow."""
-        self._answer = self._pool.submit(self._next, tuple(token_ids))
+    def read(self, token_id: int) -> None:
+        """Read the choice's next token, and begin to find out which may follow.
+
+        The tokens that might follow the one before it are known by now.
+        """
+        self._answer = self._grammars.following.submit(self._next, (token_id,))
+
+    def close(self) -> None:
+        """Find out nothing more; the choice has ended."""
+        self._answer.cancel()
 
     def allowed(self, timeout_s: float) -> np.ndarray | None:
         """Return a flag for each token, bool [V]; ``None`` where that is not known in time.
@@ -48,57 +68,91 @@ class Constraint:
         fit the grammar, or the grammar takes too much to follow.
         """
         try:
-            return self._answer.result(max(0.0, timeout_s))
+            error = self._answer.exception(max(0.0, timeout_s))
         except TimeoutError:
             return None
+        except CancelledError:  # the router ends
+            raise InternalError("the grammar is not followed any more") from None
+        if error is None or isinstance(error, ExpertMeshError):
+            return self._answer.result()
+        # Also a panic of Rust, which is no Exception and would end the engine's thread.
+        logger.error("a grammar's matcher failed", exc_info=error)
+        raise InternalError(f"the grammar's matcher failed ({type(error).__name__})")
 
     def _next(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Read tokens, and return what may follow; runs on the pool's thread, in order."""
-        matcher = self._started()
-        matcher.consume_tokens(list(token_ids))
-        if not matcher.is_error():
-            bits = allocate_token_bitmask(1, self._vocab_size)
-            fill_next_token_bitmask(matcher, bits)
-        if matcher.is_error():
-            reason = matcher.get_error().partition("\n")[0][:200]
-            raise InvalidRequestError(f"the answer cannot go on by its grammar: {reason}", FIELD)
-        flags = np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._vocab_size]
+        """Read tokens, and return what may follow; each call ends before the next begins."""
+        self._token_ids += token_ids
+        if self._matcher is None:
+            self._matcher = self._grammars.matcher(self._grammar)
+        self._matcher.consume_tokens(list(token_ids))
+        vocabulary = self._grammars.vocabulary()
+        bits = allocate_token_bitmask(1, vocabulary.num_tokens)
+        if not _fill(self._matcher, bits):
+            # Matchers of one grammar share its lexer, which others may have filled to its limit.
+            self._matcher = self._grammars.matcher(self._grammar, is_compiled_again=True)
+            self._matcher.consume_tokens(self._token_ids)
+            if not _fill(self._matcher, bits):
+                reason = self._matcher.get_error().partition("\n")[0][:200]
+                told = f"the answer cannot go on by its grammar: {reason}"
+                raise InvalidRequestError(told, FIELD)
+        flags = np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
+        flags[vocabulary.nameless] = False
+        if not self._matcher.is_accepting():
+            flags[vocabulary.ends] = False  # one would stand for its name in the text
+        flags = flags[: self._grammars.vocab_size]
         if not flags.any():
             raise InvalidRequestError("the grammar allows no token of the model here", FIELD)
-        return flags.view(np.bool_)
+        return flags
 
-    def _started(self) -> LLMatcher:
-        if self._matcher is None:
-            self._matcher = self._make()
-        return self._matcher
+
+def _fill(matcher: LLMatcher, bits: np.ndarray) -> bool:
+    """Fill a mask of the tokens that may follow; returns whether the matcher is without error."""
+    if not matcher.is_error():
+        fill_next_token_bitmask(matcher, bits)
+    return not matcher.is_error()
 
 
 class Grammars:
-    """Makes the constraints of a router; its thread compiles grammars and runs all matchers."""
+    """Makes the constraints of a router, and has its threads and its compiled grammars."""
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
         """``load`` returns the model's vocabulary, when a request first needs it."""
+        self.vocab_size = vocab_size
+        self.compiling = grammar_pool()
+        self.following = grammar_pool()
         self._load = load
-        self._vocab_size = vocab_size
-        self._vocabulary: LLTokenizer | None = None
+        self._vocabulary: _Vocabulary | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
 
     def begin(self, grammar: str) -> Constraint:
         """Return the constraint of a new choice; waits for nothing."""
-        return Constraint(self._pool, lambda: self._matcher(grammar), self._vocab_size)
+        return Constraint(self, grammar)
 
     def close(self) -> None:
-        """End the thread after its current work."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the threads after their current work."""
+        for pool in (self.compiling, self.following):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _matcher(self, grammar: str) -> LLMatcher:
-        """Return a new matcher, a copy of the one that is kept compiled."""
+    def vocabulary(self) -> _Vocabulary:
+        """Return the model's vocabulary, loaded when it is first needed."""
+        if self._vocabulary is None:
+            tokens = self._load()
+            ends = list(tokens.eos_tokens)
+            special = filter(tokens.is_special_token, range(tokens.vocab_size))
+            num_tokens = max(self.vocab_size, tokens.vocab_size)
+            nameless = [token_id for token_id in special if token_id not in ends]
+            self._vocabulary = _Vocabulary(tokens, num_tokens, ends, nameless)
+        return self._vocabulary
+
+    def matcher(self, grammar: str, is_compiled_again: bool = False) -> LLMatcher:
+        """Return a new matcher, a copy of the one that is kept compiled.
+
+        One that is compiled again shares nothing with those before it.
+        """
         compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
-            if self._vocabulary is None:
-                self._vocabulary = self._load()
-            compiled = LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
+        if compiled is None or is_compiled_again:
+            tokens = self.vocabulary().tokens
+            compiled = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
         self._compiled[grammar] = compiled
         while len(self._compiled) > MAX_KEPT:
             self._compiled.popitem(last=False)

@@ -184,6 +184,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._pool.give_back(sequence.pages)
         sequence.pages = []
+        sequence.close()
 
     def use(self) -> float:
         """Return the used share of the cache or of the batch, whichever is larger.

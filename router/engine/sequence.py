@@ -118,7 +118,12 @@ class Sequence:
         """Append a token, drawn or forced."""
         self.token_ids.append(token_id)
         if self.constraint is not None:
-            self.constraint.read((token_id,))
+            self.constraint.read(token_id)
+
+    def close(self) -> None:
+        """Follow its grammar no further; it has ended."""
+        if self.constraint is not None:
+            self.constraint.close()
 
     def unavailable(self) -> ExpertUnavailableError:
         """Return the error of a sequence that waited for experts until its deadline."""

@@ -48,7 +48,9 @@ class ChoiceRules:
     def __init__(self, rules: TokenRules, prompt: Sequence[int], ends: Sequence[int]) -> None:
         """``ends`` are all tokens that end the choice."""
         self._rules = rules
-        self._prompt = frozenset(prompt) if rules.repetition_penalty != 1.0 else frozenset()
+        scaled = sorted(set(prompt)) if rules.repetition_penalty != 1.0 else []
+        self._prompt = {token_id: place for place, token_id in enumerate(scaled)}
+        self._prompt_ids = np.array(scaled, np.int64)
         self._bias = dict(rules.logit_bias)
         self._ends = ends
         self._counts: Counter[int] = Counter()
@@ -65,20 +67,30 @@ class ChoiceRules:
         rules, counts = self._rules, self._counts
         has_penalty = bool(rules.frequency_penalty or rules.presence_penalty)
         is_scaled = rules.repetition_penalty != 1.0
-        token_ids = list(
-            dict.fromkeys([*before, *self._prompt, *(counts if has_penalty or is_scaled else ())])
-        )
-        params = np.zeros((3, len(token_ids)), np.float32)
-        params[0] = [before.get(token_id, 0.0) for token_id in token_ids]
+        others = dict.fromkeys([*before, *(counts if has_penalty or is_scaled else ())])
+        params = np.zeros((3, len(others)), np.float32)
+        params[0] = [before.get(token_id, 0.0) for token_id in others]
         params[1] = [
             rules.repetition_penalty
             if is_scaled and (token_id in self._prompt or token_id in counts)
             else 1.0
-            for token_id in token_ids
+            for token_id in others
         ]
         if has_penalty:
-            params[2] = [self._penalty(counts[token_id]) for token_id in token_ids]
-        return Edits(np.array(token_ids, np.int64), params)
+            params[2] = [self._penalty(counts[token_id]) for token_id in others]
+        return self._with_prompt(list(others), params)
+
+    def _with_prompt(self, token_ids: list[int], params: np.ndarray) -> Edits:
+        """Return these edits and those of the prompt's other tokens, which may be many."""
+        ids = np.array(token_ids, np.int64)
+        if not self._prompt:
+            return Edits(ids, params)
+        is_left = np.ones(len(self._prompt), np.bool_)
+        is_left[[self._prompt[i] for i in token_ids if i in self._prompt]] = False
+        left = self._prompt_ids[is_left]
+        scaled = np.zeros((3, len(left)), np.float32)
+        scaled[1] = self._rules.repetition_penalty
+        return Edits(np.concatenate([ids, left]), np.concatenate([params, scaled], axis=1))
 
     def _penalty(self, count: int) -> float:
         """Return what a token's count adds to its logit."""

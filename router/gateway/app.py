@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
+from router.gateway.grammar import asks_form, checked
 from router.gateway.http_io import (
     EdgeMiddleware,
     SseResponse,
@@ -149,7 +151,8 @@ async def _body(request: Request, service: GenerationService) -> dict[str, Any]:
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
     with service.metrics.refusals("http"):
         body = await _body(request, service)
-        call = parse(body, service.validator, request.state.request_id)
+        check = partial(parse, body, service.validator, request.state.request_id)
+        call = await checked(asks_form(body), check)
     caller = request.state.caller
     if not call.streaming.is_on:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))

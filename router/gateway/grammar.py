@@ -5,15 +5,17 @@ OpenAI's ``response_format`` and vLLM's ``structured_outputs``; llguidance reads
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
+from router.gateway.form_costs import MAX_REPEATS, most_repeats, schema_fault
 from router.gateway.schemas import has_instance
-from router.grammar_limits import parser_limits
+from router.grammar_limits import grammar_pool, parser_limits
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -27,8 +29,19 @@ WHITESPACE = r" |\n {0,16}"
 as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CHOICES = 1024
+Checked = TypeVar("Checked")
 MAX_DEPTH = 100
 """How deep a schema may be nested."""
+
+
+def asks_form(given: Mapping[str, object]) -> bool:
+    """Return whether any field asks for a form, whose check may take long."""
+    return any(given.get(name) is not None for name in GRAMMAR_FIELDS)
+
+
+async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
+    """Return what a check returns; a slow one runs beside the event loop."""
+    return await asyncio.to_thread(check) if is_slow else check()
 
 
 def check_grammar(
@@ -92,6 +105,7 @@ def _of_structured_outputs(given: Mapping[str, Any], where: str) -> str:
     if kind == "regex":
         from llguidance import LLMatcher
 
+        _check_repeats(text, inner)
         return _checked(LLMatcher.grammar_from_regex(text), inner)
     return _checked(_of_grammar(text, inner), inner)
 
@@ -121,12 +135,19 @@ def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
         raise InvalidRequestError(checks.wrong(schema, "a JSON schema, a mapping"), where)
     if "x-guidance" in schema:
         raise InvalidRequestError("is not supported", f"{where}.x-guidance")
+    options = options or {"whitespace_pattern": WHITESPACE}
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair, a very large number
+        raise InvalidRequestError(_line(str(error)), where) from None
+    _check_size(grammar, where)
+    if fault := schema_fault(schema):
+        raise InvalidRequestError(fault, where)
     if not has_instance(schema, MAX_DEPTH):
         raise InvalidRequestError(
             f"has no finite instance, or is nested deeper than {MAX_DEPTH} levels", where
         )
-    options = options or {"whitespace_pattern": WHITESPACE}
-    return _checked(LLMatcher.grammar_from_json_schema(schema, overrides=options), where)
+    return _checked(grammar, where)
 
 
 def _parsed(value: object, where: str) -> object:
@@ -147,28 +168,40 @@ def _of_choices(value: object, where: str) -> str:
     texts = [checks.text(each, f"{where}[{place}]") for place, each in enumerate(value)]
     if "" in texts:
         raise InvalidRequestError("is empty", f"{where}[{texts.index('')}]")
-    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    quoted = (json.dumps(text, ensure_ascii=False) for text in texts)
+    return "start: " + " | ".join(quoted).replace("\x7f", "\\u007f")
 
 
 def _of_grammar(text: str, where: str) -> str:
     """Return a grammar of Lark or of GBNF (llama.cpp) as one of Lark."""
     from llguidance import grammar_from
 
-    if len(text.encode()) > MAX_GRAMMAR_BYTES:
-        raise InvalidRequestError(f"is larger than {MAX_GRAMMAR_BYTES} bytes", where)
+    _check_size(text, where)
+    _check_repeats(text, where)
+    if "%json" in text:  # llguidance's own; its schemas would not be looked at
+        raise InvalidRequestError("%json is not supported; use the form json", where)
     try:
         return grammar_from("grammar", text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(_line(str(error)), where) from None
 
 
+def _check_repeats(text: str, where: str) -> None:
+    if most_repeats(text) > MAX_REPEATS:
+        raise InvalidRequestError(f"repeats a part more than {MAX_REPEATS} times", where)
+
+
 def _checked(grammar: str, where: str) -> str:
     """Return a grammar that llguidance can follow, within its limits."""
-    if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
-        raise InvalidRequestError(f"is larger than {MAX_GRAMMAR_BYTES} bytes", where)
+    _check_size(grammar, where)
     if reason := _fault_of(grammar):
         raise InvalidRequestError(_line(reason), where)
     return grammar
+
+
+def _check_size(grammar: str, where: str) -> None:
+    if len(grammar.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequestError(f"is larger than {MAX_GRAMMAR_BYTES} bytes", where)
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,7 +209,11 @@ def _fault_of(grammar: str) -> str:
     """Return why a grammar cannot be followed, empty where it can."""
     from llguidance import LLMatcher
 
-    is_error, told = LLMatcher.validate_grammar_with_warnings(grammar, limits=parser_limits())
+    with grammar_pool() as pool:
+        checked = pool.submit(
+            LLMatcher.validate_grammar_with_warnings, grammar, limits=parser_limits()
+        )
+        is_error, told = checked.result()
     return (told[0] or "it is not supported") if is_error else ""
 
 

@@ -13,7 +13,7 @@ def has_instance(schema: object, max_depth: int) -> bool:
     must be there counts: required properties, the least number of items, and alternatives.
     Keywords that are not known here are taken for possible.
     """
-    return _Search(schema, max_depth).may_end(schema, frozenset(), 0)
+    return _Search(schema, max_depth).finds_one()
 
 
 class _Search:
@@ -22,18 +22,34 @@ class _Search:
         self._max_depth = max_depth
         self._found: set[str] = set()
         """The references that have an instance."""
+        self._failed_at: dict[str, int] = {}
+        """The least depth at which each other reference of this round was followed."""
 
-    def may_end(self, schema: object, under: frozenset[str], depth: int) -> bool:
-        """Return whether a schema has an instance without those it is ``under``."""
+    def finds_one(self) -> bool:
+        """Return whether the root has an instance: the least fixed point, found in rounds.
+
+        A round follows no reference twice at a depth, and takes one that it follows already for
+        one without an instance. So a round that finds no new reference is the last.
+        """
+        num_found = -1
+        while len(self._found) > num_found:
+            num_found = len(self._found)
+            self._failed_at.clear()
+            if self.may_end(self._root, 0):
+                return True
+        return False
+
+    def may_end(self, schema: object, depth: int) -> bool:
+        """Return whether a schema has an instance, as far as this round knows."""
         if not isinstance(schema, dict):
             return schema is not False
         if depth > self._max_depth:
             return False
 
         def ends(part: object) -> bool:
-            return self.may_end(part, under, depth + 1)
+            return self.may_end(part, depth + 1)
 
-        if not self._may_refer(schema.get("$ref"), under, depth):
+        if not self._may_refer(schema.get("$ref"), depth):
             return False
         for name in ("anyOf", "oneOf"):
             options = schema.get(name)
@@ -44,15 +60,16 @@ class _Search:
             return False
         return self._may_fit(schema, ends)
 
-    def _may_refer(self, reference: object, under: frozenset[str], depth: int) -> bool:
+    def _may_refer(self, reference: object, depth: int) -> bool:
         if not isinstance(reference, str) or reference in self._found:
             return True
-        if reference in under:
+        if depth >= self._failed_at.get(reference, depth + 1):
             return False
         target = self._target(reference)
         if target is None:  # llguidance says what is wrong with it
             return True
-        is_possible = self.may_end(target, under | {reference}, depth + 1)
+        self._failed_at[reference] = depth
+        is_possible = self.may_end(target, depth + 1)
         if is_possible:
             self._found.add(reference)
         return is_possible

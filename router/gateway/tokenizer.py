@@ -56,14 +56,16 @@ class Tokenizer:
     def vocabulary(self, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
         """Return the tokens as grammars need them; takes some tenths of a second.
 
-        ``vocab_size`` is the model's. Raises :class:`CheckpointError` for a tokenizer without a
-        fast form.
+        ``vocab_size`` is the model's. An end that the tokenizer does not have, beside others,
+        ends no answer of a form. Raises :class:`CheckpointError` for a tokenizer without a fast
+        form.
         """
         from llguidance.hf import from_tokenizer
 
         try:
             num_tokens = max(vocab_size, len(self._tokenizer))
-            return from_tokenizer(self._tokenizer, num_tokens, list(eos_token_ids))
+            known_ends = [end for end in eos_token_ids if end < len(self._tokenizer)]
+            return from_tokenizer(self._tokenizer, num_tokens, known_ends or list(eos_token_ids))
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"its tokenizer cannot be used with grammars ({error})", "tokenizer"

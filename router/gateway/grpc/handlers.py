@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message_factory import GetMessageClass
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
 from router.gateway import tokens
-from router.gateway.grammar import WHITESPACE_FIELDS
+from router.gateway.grammar import WHITESPACE_FIELDS, checked
 from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
@@ -71,7 +72,7 @@ class GrpcHandlers:
     async def generate(self, data: bytes, caller: Caller) -> Any:
         """Run a caller's ``GenerateRequest`` to its end and return one ``GenerateReply``."""
         with self.service.room.bodies.share() as share:
-            checked = self._check(data, False, share)
+            checked = await self._check(data, False, share)
             wholes = [Collected() for _ in range(checked.request.sampling.n)]
             usage: Usage | None = None
             async with aclosing(self._deltas(checked, caller)) as deltas:
@@ -88,7 +89,7 @@ class GrpcHandlers:
     async def generate_stream(self, data: bytes, caller: Caller) -> AsyncGenerator[Any, None]:
         """Run a caller's ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
         with self.service.room.bodies.share() as share:
-            checked = self._check(data, True, share)
+            checked = await self._check(data, True, share)
             async with aclosing(self._deltas(checked, caller)) as deltas:
                 async for delta in deltas:
                     yield _reply(delta.index, delta, checked, delta.usage)
@@ -166,7 +167,7 @@ class GrpcHandlers:
                 async for delta in deltas:
                     yield delta
 
-    def _check(self, data: bytes, streamed: bool, share: Share) -> CheckedRequest:
+    async def _check(self, data: bytes, streamed: bool, share: Share) -> CheckedRequest:
         """Return the checked request; gRPC keeps its bytes to the end, so ``share`` does too."""
         with self.service.metrics.refusals("grpc"):
             limit = self.service.limits.max_body_bytes
@@ -174,7 +175,8 @@ class GrpcHandlers:
                 raise TooLargeError(f"the message is over the limit of {limit} bytes")
             share.take(len(data))
             request = parsed(inference_pb2.GenerateRequest, data)
-            return self.service.validator.check(_raw_request(request, streamed))
+            check = partial(self.service.validator.check, _raw_request(request, streamed))
+            return await checked(request.sampling.HasField("structured_outputs"), check)
 
 
 def parse_health_check(data: bytes) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, cast
 
 import jsonschema
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InternalError, InvalidRequestError
 from router.engine import constrained_rows, constraints
+from router.engine.constrained_rows import allowed_of
 from router.engine.constraints import MAX_KEPT, Constraint, Grammars
+from router.engine.sequence import Sequence as Choice
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
@@ -199,12 +203,110 @@ def test_a_slow_grammar_holds_up_nobody(
     assert cluster.result(replace(request, request_id="slow")) == expected[0]
 
 
+def test_a_prompt_is_scored_once_however_long_its_grammar_takes(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = asked("scored", of_regex("[ab]{6}"), prompt_logprobs=2)
+    [[expected]] = cluster.generate(request)
+    first = Constraint._next
+
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+        time.sleep(0.02)
+        return first(constraint, token_ids)
+
+    monkeypatch.setattr(Constraint, "_next", slow)
+    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
+    [[event]] = cluster.generate(replace(request, request_id="scored and slow"))
+    assert len(event.prompt_logprobs) == len(PROMPT) - 1
+    assert event == expected
+
+
+def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.2)
+    waits_s: list[float] = []
+
+    class Late:
+        def allowed(self, timeout_s: float) -> None:
+            waits_s.append(timeout_s)
+
+    late = Choice(asked("late", of_regex("a")), 0, list(PROMPT), constraint=cast(Any, Late()))
+    plain = Choice(asked("plain", ""), 0, list(PROMPT))
+    for sampled in ([late, plain], [late, plain], [late]):
+        assert allowed_of(sampled, lambda *tensors: tensors) is None
+        assert late.deferred
+        assert not plain.deferred
+    assert [wait_s > 0.1 for wait_s in waits_s] == [True, False, True]
+
+
 def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     found = [grammars.begin(of_regex(f"a{{{n}}}b")) for n in range(1, MAX_KEPT + 5)]
     flags = [constraint.allowed(30) for constraint in found]
     assert len(grammars._compiled) == MAX_KEPT
     assert all(flag is not None and flag.any() for flag in flags)
+    grammars.close()
+
+
+def test_a_matcher_that_panics_ends_its_request_alone(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicError(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panics(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+        raise PanicError
+
+    monkeypatch.setattr(Constraint, "_next", panics)
+    with pytest.raises(InternalError, match="PanicError"):
+        cluster.generate(asked("panics", of_regex("[ab]{6}")))
+    monkeypatch.undo()
+    [[event]] = cluster.generate(asked("after a panic", of_regex("[ab]{6}")))
+    assert event.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("vocab_size", [200, 4 * VOCAB_SIZE])
+def test_a_model_may_have_fewer_or_more_tokens_than_its_tokenizer(
+    tokenizer: Tokenizer, vocab_size: int
+) -> None:
+    ends = (EOS, vocab_size - 1)
+    grammars = Grammars(lambda: tokenizer.vocabulary(vocab_size, ends), vocab_size)
+    flags = grammars.begin(of_regex("[ab]*")).allowed(30)
+    assert flags is not None
+    assert flags.shape == (vocab_size,)
+    assert flags[EOS]
+    texts = {tokenizer.token_text(i) for i in flags.nonzero()[0].tolist()} - {
+        tokenizer.token_text(end) for end in ends
+    }
+    assert {"a", "b"} <= texts
+    assert all(re.fullmatch("[ab]+", text) for text in texts)
+    grammars.close()
+
+
+def test_what_others_have_asked_of_a_grammar_fails_nobody(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of a matcher share a lexer, whose states are limited; each answer needs new ones."""
+    limits = LLParserLimits(max_lexer_states=3_000, verbose_errors=False)
+    monkeypatch.setattr(constraints, "parser_limits", lambda: limits)
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+
+    def walk(seed: int, grammars: Grammars) -> list[int]:
+        random, token_ids = Random(seed), list[int]()
+        constraint = grammars.begin(of_regex("([a-z ]*a[a-z ]{60}c)+"))
+        for _ in range(60):
+            flags = constraint.allowed(30)
+            assert flags is not None
+            token_id = random.choice([i for i in flags.nonzero()[0].tolist() if i != EOS])
+            constraint.read(token_id)
+            token_ids.append(token_id)
+        return token_ids
+
+    for seed in range(8):
+        of_its_own = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+        assert walk(seed, grammars) == walk(seed, of_its_own)
+        of_its_own.close()
     grammars.close()
 
 
@@ -222,8 +324,10 @@ def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer)
 
     def search(ids: Sequence[int]) -> None:
         constraint = grammars.begin("start: " + " | ".join(map(json.dumps, words)))
-        constraint.read(ids)
         flags = constraint.allowed(30)
+        for token_id in ids:
+            constraint.read(token_id)
+            flags = constraint.allowed(30)
         assert flags is not None
         so_far = "".join(texts[token_id] for token_id in ids)
         allowed = set(flags.nonzero()[0].tolist())
@@ -236,4 +340,31 @@ def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer)
 
     search([])
     assert whole == set(words)
+    grammars.close()
+
+
+def test_special_tokens_are_no_text_of_an_answer(tokenizer: Tokenizer) -> None:
+    """A grammar whose text has the name of one comes to no end in the middle."""
+    name = tokenizer.token_text(EOS)
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    constraint = grammars.begin(f"start: {json.dumps(f'x{name}y')}")
+    flags = constraint.allowed(30)
+    assert flags is not None
+    assert not flags[EOS]
+    constraint.read(int(flags.nonzero()[0][0]))
+    with pytest.raises(InvalidRequestError, match="allows no token"):
+        constraint.allowed(30)
+    grammars.close()
+
+
+def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    release = threading.Event()
+    grammars.compiling.submit(release.wait, 30)
+    ended, going = grammars.begin(of_regex("a")), grammars.begin(of_regex("b"))
+    ended.close()
+    release.set()
+    assert going.allowed(30) is not None
+    with pytest.raises(InternalError, match="not followed any more"):
+        ended.allowed(30)
     grammars.close()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
 
 from cluster.errors import InvalidRequestError
 from router.client import Client, Sampling
+from router.gateway.form_costs import most_repeats
 from router.gateway.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
 from router.gateway.schemas import has_instance
 from tests.unit import http_calls
@@ -99,9 +101,21 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"json": DEEP}, f"{OF}.json", "deeper than"),
     ({"json": {"x-guidance": {"lenient": True}}}, f"{OF}.json.x-guidance", "not supported"),
     ({"json": {"enum": ["x" * MAX_GRAMMAR_BYTES]}}, f"{OF}.json", "is larger than"),
+    ({"json": {"const": "\ud800"}}, f"{OF}.json", "not JSON serializable"),
+    ({"json": {"minimum": 10**400}}, f"{OF}.json", "not JSON serializable"),
     ({"regex": "a["}, f"{OF}.regex", "regex"),
     ({"regex": "(?=a)b"}, f"{OF}.regex", "look-around"),
     ({"regex": ""}, f"{OF}.regex", "is empty"),
+    ({"regex": "((a{1000}){1000})"}, f"{OF}.regex", "repeats a part"),
+    ({"json": {"pattern": "(a{1000}){1000}"}}, f"{OF}.json", "repeats a part"),
+    ({"json": {"type": "integer", "multipleOf": 300007}}, f"{OF}.json", "multipleOf"),
+    ({"json": {"allOf": [{"multipleOf": n} for n in (97, 101, 103)]}}, f"{OF}.json", "multipleOf"),
+    (
+        {"json": {"patternProperties": {f"a{n}.*": {} for n in range(33)}}},
+        f"{OF}.json",
+        "patternProperties",
+    ),
+    ({"grammar": 'start: %json {"$ref": "#"}'}, f"{OF}.grammar", "%json"),
     ({"choice": []}, f"{OF}.choice", "at least one"),
     ({"choice": ["a", ""]}, f"{OF}.choice[1]", "is empty"),
     ({"choice": ["a"] * 1025}, f"{OF}.choice", "at most"),
@@ -183,10 +197,32 @@ TREE = {
         ({"$ref": "elsewhere"}, True),
         ({"$ref": "#anchor", "$defs": {"a": {"$anchor": "anchor", "type": "null"}}}, True),
         ({"$defs": {"a": False}, "$ref": "#/$defs/a"}, False),
+        ({"items": {"$ref": "#anchor"}, "type": "array", "minItems": 1}, True),
     ],
 )
 def test_a_schema_has_a_finite_instance_or_not(schema: Any, expected: bool) -> None:
     assert has_instance(schema, MAX_DEPTH) is expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", 1),
+        ("abc", 1),
+        ("a{3}", 3),
+        ("a{3,}b{2,7}", 7),
+        ("(a{10}b){10}", 100),
+        ("((a{10}){10}c){10}", 1000),
+        ("(a{10}|b{20}){2}", 40),
+        ("[a{9}]{4}", 4),
+        (r"a\{9}", 1),
+        ("[]{9}]{2}", 2),
+        ("(ab)*{5}", 5),
+        ("{7", 1),
+    ],
+)
+def test_counts_within_counts_are_multiplied(pattern: str, expected: int) -> None:
+    assert most_repeats(pattern) == expected
 
 
 def test_the_search_for_an_instance_ends_soon() -> None:
@@ -198,3 +234,47 @@ def test_the_search_for_an_instance_ends_soon() -> None:
     }
     definitions[names[-1]] = {"type": "null"}
     assert has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, 2 * len(names) + 2)
+
+
+def test_the_search_among_alternatives_without_an_instance_ends_soon() -> None:
+    definitions: dict[str, Any] = {
+        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)
+    }
+    definitions["d40"] = {"$ref": "#/$defs/d40"}
+    assert not has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, MAX_DEPTH)
+
+
+def test_instances_are_those_of_a_plain_search() -> None:
+    """Against the definition: what has an instance is found from what has one already."""
+    random = Random(1)
+    for _ in range(300):
+        names = [f"d{n}" for n in range(random.randint(1, 6))]
+        parts = {name: random.choices([*names, "null"], k=random.randint(1, 3)) for name in names}
+        kinds = {name: random.choice(["anyOf", "allOf"]) for name in names}
+        known = {"null"}
+        for _ in names:
+            known |= {
+                name
+                for name in names
+                if (any if kinds[name] == "anyOf" else all)(part in known for part in parts[name])
+            }
+        definitions: dict[str, Any] = {
+            name: {kinds[name]: [{"$ref": f"#/$defs/{part}"} for part in parts[name]]}
+            for name in names
+        }
+        definitions["null"] = {"type": "null"}
+        for name in names:
+            schema = {"$ref": f"#/$defs/{name}", "$defs": definitions}
+            assert has_instance(schema, MAX_DEPTH) is (name in known)
+
+
+RULES = "start: a0\n" + "".join(f"a{n}: a{n + 1}\n" for n in range(4000)) + 'a4000: "x"\n'
+DEFINITIONS = {f"{n:x}": {"items": {"$ref": f"#/$defs/{n + 1:x}"}} for n in range(1500)}
+CHAIN = {"$ref": "#/$defs/0", "$defs": {**DEFINITIONS, f"{1500:x}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize("form", [{"grammar": RULES}, {"json": CHAIN}])
+def test_a_long_chain_of_rules_or_references_ends_no_process(form: dict[str, Any]) -> None:
+    """Its compilation needs more than the usual stack of 8 MiB."""
+    assert completion(UPSTREAM, structured_outputs=form).status_code == 200
+    assert last_grammar()
