@@ -90,6 +90,7 @@ def application(
         held_requests(config.router),
         None if config.experts.tls is None else config.experts.tls.files(),
         config.security,
+        config.router.prefix_cache,
     )
 
 

@@ -175,6 +175,13 @@ class RouterConfig(Section):
         "sequences of full length, but no more than 65,536 tokens or one sequence, whichever is "
         "more.",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Whether requests of a language model share the key/value cache of equal "
+        "beginnings of their tokens, within `cache_tokens`. It is off all the same where a token's "
+        "bits may depend on its batch: on accelerators, without native code, with "
+        "`expert_capacity`. The router's log says so.",
+    )
     expert_capacity: CapacityConfig | None = Field(
         default=None,
         description="Bounds the tokens of a step that one expert of a language model takes. "

@@ -34,6 +34,7 @@ from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
 from router.engine.constraints import Grammars
 from router.engine.engine import Emission, Engine
+from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
 from router.model.model import MoEModel
@@ -156,6 +157,7 @@ class LocalCluster:
         experts_device: torch.device = CPU,
         identity: str = "",
         grammars: Grammars | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """``elsewhere`` is a model's id with transport and placement, where its experts live.
 
@@ -196,7 +198,16 @@ class LocalCluster:
             self.checkpoint, TORCH_DTYPES[dtype], cache_tokens, self.layers, device
         )
         page_size = self.model.attention.page_size
-        self.scheduler = Scheduler(limits, self.model.num_pages, page_size, self.model.even_context)
+        is_shared = prefix_cache and not why_not_shared(
+            self.model.attention, self.layers.has_limit, ()
+        )
+        self.scheduler = Scheduler(
+            limits,
+            self.model.num_pages,
+            page_size,
+            self.model.even_context,
+            identity if is_shared else None,
+        )
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()
         eos = self.checkpoint.config["eos_token_id"]

@@ -80,6 +80,7 @@ class AsyncClient(AsyncAdminClient):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Reply]:
         """Return all choices of a prompt or of messages; see :meth:`router.client.Client.generate`.
 
@@ -87,7 +88,7 @@ class AsyncClient(AsyncAdminClient):
         """
         model = model or await self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
         with self._session.unknown_model_forgotten():
             while True:
@@ -108,6 +109,7 @@ class AsyncClient(AsyncAdminClient):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncGenerator[Reply, None]:
         """Yield pieces of all choices as they come; see :meth:`router.client.Client.stream`.
 
@@ -116,7 +118,7 @@ class AsyncClient(AsyncAdminClient):
         """
         model = model or await self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():

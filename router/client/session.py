@@ -188,6 +188,7 @@ class Session:
         timeout_s: float,
         on_expert_loss: str | None,
         priority: int,
+        cache_salt: str,
     ) -> Attempts:
         """Return the attempts of a new request, within the client's retry budget.
 
@@ -209,6 +210,8 @@ class Session:
                 request.on_expert_loss = on_expert_loss
             if priority:
                 request.priority = priority
+            if cache_salt:
+                request.cache_salt = cache_salt
             request.sampling.CopyFrom(sampling_message(sampling or Sampling()))
             if self._retry is not None and not request.sampling.HasField("seed"):
                 request.sampling.seed = secrets.randbits(63)

@@ -84,18 +84,20 @@ class Client(AdminClient):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
         Exactly one of the two is given. The model's chat template renders ``messages``, and the
         reply is the assistant's next message. An empty ``model`` is the first served model.
         ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the
-        deployment's. A request of a lower ``priority`` is handled earlier. Raises
+        deployment's. A request of a lower ``priority`` is handled earlier. With a ``cache_salt``
+        only requests of the same salt share the key/value cache of a prompt. Raises
         :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         model = model or self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
         with self._session.unknown_model_forgotten():
             while True:
@@ -116,6 +118,7 @@ class Client(AdminClient):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
         priority: int = 0,
+        cache_salt: str = "",
     ) -> Generator[Reply, None, None]:
         """Yield pieces of all choices as they come; leaving the loop cancels the request.
 
@@ -124,7 +127,7 @@ class Client(AdminClient):
         """
         model = model or self._first_model()
         attempts = self._session.attempts(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority
+            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():

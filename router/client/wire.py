@@ -91,7 +91,8 @@ def reply_of(message: Any) -> Reply:
         )
         for row in message.logprobs
     )
-    usage = Usage(message.usage.prompt_tokens, message.usage.completion_tokens)
+    given = message.usage
+    usage = Usage(given.prompt_tokens, given.completion_tokens, given.cached_tokens)
     return Reply(
         index=message.index,
         text=message.text,

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ from cluster.errors import (
     ExpertUnavailableError,
     ModelReplacedError,
     NotFiniteError,
+    PoisonedRequestError,
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
 from router.engine.constrained_rows import allowed_of, barred, begin_constraint
@@ -49,6 +50,8 @@ PARKED_S = 0.02
 """How long to wait for commands while all sequences are parked, and so how late the engine may
 notice a new placement."""
 CLOSE_S = 1.0
+_UNSOUND = NotFiniteError, PoisonedRequestError
+"""The errors of requests whose pages of the cache no other is to share."""
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -110,7 +113,11 @@ class Engine:
         self.inexact_rows: Counter[str] = Counter()
         self.tally = EngineTally()
         self._isolation = Isolation(
-            self._traced_step, self._compute_in_vain, self._fail_request, announce
+            self._traced_step,
+            self._compute_in_vain,
+            self._fail_request,
+            announce,
+            model.attention.page_size,
         )
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -329,6 +336,7 @@ class Engine:
                 end = TokenEvent(
                     sequence.index, (), (), "length", sequence.exact, 0, self._identity
                 )
+                end = replace(end, cached_tokens=sequence.num_cached)
                 self._outbox.append(Emission(sequence.request.request_id, end))
                 return
         rows = () if logprobs is None else (logprobs,)
@@ -337,6 +345,8 @@ class Engine:
         event = TokenEvent(
             sequence.index, (token_id,), rows, reason, sequence.exact, start, identity
         )
+        if start == len(sequence.forced):
+            event = replace(event, cached_tokens=sequence.num_cached)
         self._outbox.append(Emission(sequence.request.request_id, event))
 
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
@@ -350,7 +360,7 @@ class Engine:
             self._outbox.append(Emission(sequence.request.request_id, end))
 
     def _finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
-        self._scheduler.finish(sequence)
+        self._scheduler.finish(sequence, not isinstance(error, _UNSOUND))
         if sequence.trace is not None:
             sequence.trace.ended(
                 sequence.index, sequence.num_generated, sequence.times.phases_at_s(), error

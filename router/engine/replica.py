@@ -36,6 +36,7 @@ from router.control.readiness import is_its_turn
 from router.engine.constraints import Grammars
 from router.engine.engine import Emission, Engine
 from router.engine.kernel_class import dense_class
+from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
@@ -125,8 +126,13 @@ class RouterReplica:
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         self._device = device_of(config.device, config.num_gpus, "args.router.device")
         dense, self._kernel_class = _load_dense(model, config, layers, self._device)
+        is_shared = config.prefix_cache and _shares_prefixes(model, dense, layers, experts)
         self._scheduler = Scheduler(
-            _limits_of(config), dense.num_pages, dense.attention.page_size, dense.even_context
+            _limits_of(config),
+            dense.num_pages,
+            dense.attention.page_size,
+            dense.even_context,
+            model.identity if is_shared else None,
         )
         self._grammars = None
         if vocabulary_of is not None:
@@ -331,6 +337,17 @@ def _load_dense(
         "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
     )
     return dense, kernel_class
+
+
+def _shares_prefixes(
+    model: ServedModel, dense: MoEModel, layers: MoELayers[torch.Tensor], experts: ExpertsConfig
+) -> bool:
+    """Return whether pages of the cache can be shared; logs why not."""
+    gpu_pools = tuple(pool.name for pool in experts.all_pools() if pool.num_gpus)
+    reason = why_not_shared(dense.attention, layers.has_limit, gpu_pools)
+    if reason:
+        logger.info("router of %s: no prefix cache, since %s", model.id, reason)
+    return not reason
 
 
 def _limits_of(config: RouterConfig) -> Limits:

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 from cluster.errors import OverloadedError
 from router.engine.prefill import Prompt, divide, tenant_budgets
+from router.engine.prefixes import Prefixes
 from router.engine.sequence import Sequence, Work
 from router.engine.waiting import WaitingSequences
 from router.messages.request import GenerationRequest
-from router.model.page_pool import PagePool, pages_needed
+from router.model.page_pool import pages_needed
+from router.model.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,22 @@ class Scheduler:
     """Holds all sequences of a router replica; used by the engine's thread alone."""
 
     def __init__(
-        self, limits: Limits, num_pages: int, page_size: int, even_context: float = math.inf
+        self,
+        limits: Limits,
+        num_pages: int,
+        page_size: int,
+        even_context: float = math.inf,
+        shared_by: str | None = None,
     ) -> None:
         """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each.
 
-        ``even_context`` is that of :class:`router.model.model.MoEModel`.
+        ``even_context`` is that of :class:`router.model.model.MoEModel`. With ``shared_by``, the
+        model's identity, sequences share the pages of equal prefixes.
         """
         self._limits = limits
         self._even_context = even_context
-        self._pool = PagePool(num_pages, page_size)
+        self._pool = PrefixCache(num_pages, page_size)
+        self.prefixes = None if shared_by is None else Prefixes(self._pool, shared_by)
         self.num_pages = num_pages
         self.waiting = WaitingSequences(num_pages, page_size, limits.max_batch_tokens)
         self._arrivals = itertools.count()
@@ -103,6 +112,9 @@ class Scheduler:
 
         There are none while all running sequences are parked.
         """
+        if self.prefixes is not None:
+            for sequence in self.running:
+                self.prefixes.update(sequence)
         self._admit()
         ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
@@ -166,22 +178,32 @@ class Scheduler:
         # sequences may run than fit into a batch; the oldest are computed first.
         computed = [s for s in self.running if not s.awaited]
         num_ready = len(computed)
-        num_attainable = self._pool.num_free + sum(len(s.pages) for s in computed)
+        held = {page for sequence in self.parked() for page in sequence.pages}
+        num_attainable = self._pool.num_pages - len(held)
         while num_ready < self._limits.max_batch_size:
             sequence = self.waiting.next(self._pool.num_free, num_attainable)
             if sequence is None:
                 return
             needed = pages_needed(sequence.max_length, self._pool.page_size)
-            sequence.occupy(self._pool.take(needed), self._pool.page_size)
+            if self.prefixes is None:
+                sequence.occupy(self._pool.take(needed), self._pool.page_size)
+            else:
+                self.prefixes.occupy(sequence, needed)
             self.running.append(sequence)
             num_ready += 1
 
-    def finish(self, sequence: Sequence) -> None:
-        """Remove a sequence, running or waiting, and free its pages."""
+    def finish(self, sequence: Sequence, is_sound: bool = True) -> None:
+        """Remove a sequence, running or waiting, and free its pages.
+
+        Pages of one that is not sound are shared no more.
+        """
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        if self.prefixes is not None:
+            self.prefixes.release(sequence, is_sound)
+            return
         self._pool.give_back(sequence.pages)
         sequence.pages = []
         sequence.close()
@@ -197,5 +219,5 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
-        """The number of free cache pages."""
+        """The number of free cache pages, with those that are kept only to be shared."""
         return self._pool.num_free

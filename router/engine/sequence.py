@@ -55,6 +55,10 @@ class Sequence:
     ``rules`` edit the logits, where the request has rules for single tokens. ``constraint`` knows
     the tokens that its grammar allows. A ``deferred`` one is computed again, since its grammar took
     long; ``failure`` is that of its grammar.
+
+    ``prefix_keys`` are the key before the first token and those of the first pages; others' pages
+    can take the place of the first ``most_shared``. ``num_entered`` pages may be found by others.
+    ``num_cached`` tokens of the prompt were in others' pages (:mod:`router.engine.prefixes`).
     """
 
     request: GenerationRequest
@@ -75,6 +79,10 @@ class Sequence:
     constraint: Constraint | None = None
     deferred: bool = False
     failure: ExpertMeshError | None = None
+    prefix_keys: list[bytes] = field(default_factory=list)
+    most_shared: int = 0
+    num_entered: int = 0
+    num_cached: int = 0
 
     @property
     def is_suspect(self) -> bool:

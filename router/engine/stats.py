@@ -101,10 +101,13 @@ class RouterSamples:
     def __call__(self) -> Samples:
         """Return the current numbers."""
         labels, tally, dispatcher = self._labels, self._tally, self._dispatcher
+        prefixes = self._scheduler.prefixes
         samples: dict[str, list[Sample]] = {
             family.name: [(family.exported, labels, float(value))]
             for family, value in (
                 *self._gauges().items(),
+                (catalogue.PREFIX_QUERIES, 0 if prefixes is None else prefixes.looked_up_tokens),
+                (catalogue.PREFIX_HITS, 0 if prefixes is None else prefixes.hit_tokens),
                 (catalogue.STEPS, tally.steps),
                 (catalogue.STEP_TOKENS, tally.step_tokens),
             )

@@ -16,6 +16,7 @@ from typing import Any
 from opentelemetry.trace import Span
 from ray.serve.handle import DeploymentHandle
 
+from router.gateway.affinity import SentPrefixes, choose, no_keys
 from router.messages.call_link import CallLink, LinkCall, Wire
 from router.messages.link import LinkAddress
 from router.observability.tracing import as_current
@@ -26,6 +27,9 @@ ASK_TIMEOUT_S = 5.0
 STALE_S = 1.5
 """So long after all routers have told where they listen, a request goes over a link. Serve may be
 ending the routers of older links."""
+
+KeysOf = Callable[[Wire], list[bytes]]
+"""Returns the keys of the blocks of a request's prompt, by which a router is chosen."""
 
 logger = logging.getLogger("expertmesh.link")
 
@@ -46,12 +50,18 @@ class RouterLinks:
     """
 
     def __init__(
-        self, routers: DeploymentHandle, model: str, node: str, tls: ssl.SSLContext | None
+        self,
+        routers: DeploymentHandle,
+        model: str,
+        node: str,
+        tls: ssl.SSLContext | None,
+        keys_of: KeysOf = no_keys,
     ) -> None:
         """``routers`` is the handle of the model's deployment, ``model`` the model's key.
 
         ``node`` is the id of this gateway's node.
         """
+        self._keys_of = keys_of
         self._routers = routers
         self._model = model
         self._node = node
@@ -59,6 +69,7 @@ class RouterLinks:
         self.on_node: Callable[[str], None] = lambda node: None
         """Called with the node of each router that answers, before there is a link to it."""
         self._links: dict[LinkAddress, CallLink] = {}
+        self._sent: dict[LinkAddress, SentPrefixes] = {}
         self._unreached: dict[LinkAddress, None] = {}
         """The routers of which is logged that there is no link."""
         self._asked_at_s = -REFRESH_S
@@ -66,18 +77,33 @@ class RouterLinks:
         self._asking: asyncio.Task[None] | None = None
 
     def call(self, wire: Wire) -> LinkCall | None:
-        """Send a request to the router that owes this gateway the fewest answers.
+        """Send a request to a router that had its prefix, or to the one that owes the least.
 
-        A silent one comes last. Returns ``None`` where there is no link, and where it is not known
-        whether Serve still sends requests to the links' routers.
+        That is the fewest answers to this gateway. A silent one comes last. Returns ``None`` where
+        there is no link, and where it is not known whether Serve still sends requests to the links'
+        routers.
         """
         self.keep_fresh()
         if time.monotonic() - self._known_at_s > STALE_S:
             return None
-        links = [link for link in self._links.values() if link.is_open]
+        links = [(address, link) for address, link in self._links.items() if link.is_open]
         if not links:
             return None
-        return min(links, key=_load_of).call(wire)
+        return self._chosen(links, wire).call(wire)
+
+    def _chosen(self, links: list[tuple[LinkAddress, CallLink]], wire: Wire) -> CallLink:
+        """Return the link for a request; remembers its prompt where there are several."""
+        links.sort(key=lambda each: _load_of(each[1]))
+        keys = self._keys_of(wire) if len(links) > 1 else []
+        if not keys:
+            return links[0][1]
+        ready = [each for each in links if not each[1].is_silent()] or links
+        sent = [self._sent.setdefault(address, SentPrefixes()) for address, _ in ready]
+        place = choose(
+            [link.num_unanswered for _, link in ready], [prefixes.match(keys) for prefixes in sent]
+        )
+        sent[place].add(keys)
+        return ready[place][1]
 
     def keep_fresh(self) -> None:
         """Begin to ask the routers, unless they are asked or were just asked."""
@@ -93,6 +119,7 @@ class RouterLinks:
                 timeout_s=ASK_TIMEOUT_S, return_exceptions=True
             )
             self._links = {a: link for a, link in self._links.items() if link.is_open}
+            self._sent = {a: sent for a, sent in self._sent.items() if a in self._links}
             addresses = [answer for answer in answers if isinstance(answer, LinkAddress)]
             for address in addresses:
                 self.on_node(address.node)
@@ -136,14 +163,16 @@ class RouterCalls:
         method: str,
         tls: ssl.SSLContext | None,
         on_call: Callable[[str], None],
+        keys_of: KeysOf = no_keys,
     ) -> None:
         """``routers`` is the handle of the deployment of the model whose key is ``model``.
 
         ``node`` is the id of this gateway's node. ``method`` is called; ``on_call`` is told each
-        call's transport, ``link`` or ``serve``.
+        call's transport, ``link`` or ``serve``. By ``keys_of`` a request goes to a router that has
+        the beginning of its prompt.
         """
         self._method = getattr(routers, method)
-        self._links = RouterLinks(routers, model, node, tls)
+        self._links = RouterLinks(routers, model, node, tls, keys_of)
         self._on_call = on_call
 
     def on_node(self, hear: Callable[[str], None]) -> None:

@@ -252,6 +252,8 @@ class _Choices:
         request = checked.request
         self._prompt_tokens = len(request.prompt_token_ids)
         self._completion_tokens = 0
+        self._cached_tokens: dict[int, int] = {}
+        """What each choice found of the prompt in the cache of its first router."""
         self._going: dict[int, ChoiceText] = {}
         self._echoes: dict[int, str] = {}
         """The text before that of each choice of which nothing has come."""
@@ -296,6 +298,8 @@ class _Choices:
         if stopped:
             finish_reason = "stop"
         self._completion_tokens += used
+        if event.token_ids or finish_reason is not None:
+            self._cached_tokens.setdefault(event.index, event.cached_tokens)
         echo = self._echoes.pop(event.index, None)
         delta = Delta(
             index=event.index,
@@ -313,7 +317,9 @@ class _Choices:
             del self._going[event.index]
         if self._going:
             return delta
-        return replace(delta, usage=Usage(self._prompt_tokens, self._completion_tokens))
+        cached_tokens = min(self._cached_tokens.values())
+        usage = Usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
+        return replace(delta, usage=usage)
 
 
 def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:

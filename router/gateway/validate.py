@@ -26,6 +26,7 @@ from router.security.keys import Caller
 MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_SALT_CHARS = 256
 DEFAULT_MAX_TOKENS = 16
 PRIORITIES = -(2**63), 2**63 - 1
 """The lowest and the highest priority, as in vLLM; the lower a request's, the earlier it is."""
@@ -38,10 +39,10 @@ class RawRequest:
     ``prompt`` is a text or a sequence of token ids. With ``is_chat`` it is a list of messages,
     which the model's chat template renders, and the answer may fill the context. ``sampling`` and
     ``options`` hold only the fields that the client set: those of ``SamplingParams`` and of its
-    rules, ``stop``, ``echo``, and the form of the answer; ``timeout_s``, ``on_expert_loss`` and
-    ``priority``. ``prompt_field`` and ``field_names`` are the client's names of fields, and
-    ``sampling_prefix`` stands before the names of ``sampling``. ``streamed`` asks for the answer in
-    pieces. ``resume`` has the tokens so far of each choice of a request that goes on.
+    rules, ``stop``, ``echo``, and the form of the answer; ``timeout_s``, ``on_expert_loss``,
+    ``priority`` and ``cache_salt``. ``prompt_field`` and ``field_names`` are the client's names of
+    fields, and ``sampling_prefix`` stands before the names of ``sampling``. ``streamed`` asks for
+    the answer in pieces. ``resume`` has the tokens so far of each choice of a request that goes on.
     """
 
     model: object
@@ -167,6 +168,7 @@ class Validator:
             received=_check_resume(raw, model, sampling, len(prompt.token_ids)),
             text_identity=model.info.text_identity,
             priority=checks.integer(raw.options.get("priority", 0), "priority", *PRIORITIES),
+            cache_salt=_check_salt(raw),
         )
         echo = prompt.echo(model.tokenizer) if has_echo else ""
         checked = CheckedRequest(request, model, stops, echo)
@@ -299,6 +301,16 @@ def _check_resume(
                 f"resume[{index}].identity",
             )
     return tuple(raw.resume)
+
+
+def _check_salt(raw: RawRequest) -> str:
+    if "cache_salt" not in raw.options:
+        return ""
+    salt = checks.text(raw.options["cache_salt"], "cache_salt")
+    if not 1 <= len(salt) <= MAX_SALT_CHARS:
+        allowed = f"a text of 1 to {MAX_SALT_CHARS} characters"
+        raise InvalidRequestError(checks.wrong(salt, allowed), "cache_salt")
+    return salt
 
 
 def _check_stops(raw: RawRequest) -> tuple[str, ...]:

@@ -96,6 +96,8 @@ class GenerationRequest:
     priority: int = 0
     tenant: str = ""
     """The name of the caller's keys; empty where there are no keys."""
+    cache_salt: str = ""
+    """Requests share pages of the key/value cache only with those of the same salt."""
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""
@@ -175,10 +177,14 @@ class PromptLogprobs(TokenLogprobs):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of a whole request: its prompt once, and the output of all choices."""
+    """Token counts of a whole request: its prompt once, and the output of all choices.
+
+    ``cached_tokens`` of the prompt were computed for none of the choices, but found in the cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +198,9 @@ class TokenEvent:
 
     ``prompt_logprobs`` are those of prompt tokens, ``prompt_start`` of which came before these. All
     of them come before the choice's first token, or with it.
+
+    ``cached_tokens``, of the prompt, were found in the router's cache. The first event with tokens
+    that a router sends of a choice tells them.
     """
 
     index: int
@@ -203,6 +212,7 @@ class TokenEvent:
     identity: str = ""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     prompt_start: int = 0
+    cached_tokens: int = 0
 
     @property
     def is_first_token(self) -> bool:
@@ -221,9 +231,11 @@ class TokenEvent:
             self.start,
             self.identity,
         ]
-        if self.prompt_logprobs:
+        if self.prompt_logprobs or self.cached_tokens:
             rows = [[p.logprob, p.top_ids, p.top_logprobs, p.rank] for p in self.prompt_logprobs]
             wire += [rows, self.prompt_start]
+        if self.cached_tokens:
+            wire.append(self.cached_tokens)
         return wire
 
     @classmethod
@@ -235,7 +247,13 @@ class TokenEvent:
         if not prompt:
             return event
         of_prompt = tuple(PromptLogprobs(p[0], tuple(p[1]), tuple(p[2]), p[3]) for p in prompt[0])
-        return replace(event, prompt_logprobs=of_prompt, prompt_start=prompt[1])
+        cached_tokens = prompt[2] if len(prompt) > 2 else 0
+        return replace(
+            event,
+            prompt_logprobs=of_prompt,
+            prompt_start=prompt[1],
+            cached_tokens=cached_tokens,
+        )
 
 
 class Receipts:
@@ -340,4 +358,5 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         events[0].identity,
         tuple(row for event in events for row in event.prompt_logprobs),
         events[0].prompt_start,
+        max(event.cached_tokens for event in events),
     )

@@ -65,6 +65,9 @@ class Attention(Protocol):
 
     page_size: int
     """The slots of a page that it can read."""
+    is_independent: bool
+    """Whether all that a model computes with it for a token has the same bits, whatever else its
+    steps compute and wherever chunks end."""
 
     def view(self, spans: Sequence[Span], num_decode: int) -> Any:
         """Return a step's tensors on the host; the first ``num_decode`` spans have one token."""

@@ -103,6 +103,7 @@ class GatheredAttention:
     """See :class:`router.model.attention.Attention`; the oracle of the other implementations."""
 
     page_size = 16
+    is_independent = False
 
     def __init__(self, sliding_window: int | None, *, masks_all: bool = False) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens.

@@ -69,6 +69,7 @@ class VarlenAttention:
 
     page_size = 256
     """FlashAttention 2, which torch brings, takes multiples of it; its successors take any."""
+    is_independent = False
 
     def __init__(self, sliding_window: int | None) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens."""

@@ -139,6 +139,16 @@ INTER_TOKEN = _histogram(
     _MODEL,
     "Between two tokens of a sequence, as the router samples them.",
 )
+PREFIX_QUERIES = _counter(
+    "prefix_cache_queries",
+    _MODEL,
+    "Prompt tokens of admitted sequences, where a router shares the cache of equal prefixes.",
+)
+PREFIX_HITS = _counter(
+    "prefix_cache_hits",
+    _MODEL,
+    "Prompt tokens that were found in the cache, and not computed.",
+)
 STEPS = _counter("engine_steps", _MODEL, "Steps of the engine.")
 STEP_TOKENS = _counter(
     "engine_step_tokens", _MODEL, "Tokens that steps computed, prompts' and generated ones."

@@ -20,6 +20,7 @@ from cluster.reports import ProcessSamples, ProcessStatus, Samples
 from cluster.tls import TlsFiles
 from router.config import GatewayConfig
 from router.gateway.admin import Admin
+from router.gateway.affinity import keys_of_call, no_keys
 from router.gateway.app import create_app
 from router.gateway.browsers import BrowserRules
 from router.gateway.charges import Charges
@@ -73,6 +74,7 @@ class GatewayReplica(GrpcMethods):
         max_held: int,
         tls: TlsFiles | None,
         security: SecurityConfig,
+        shares_prefixes: bool,
     ) -> None:
         """Load the tokenizers and follow the controller; needs a running event loop.
 
@@ -82,7 +84,8 @@ class GatewayReplica(GrpcMethods):
         Serve puts handles in the place of ``controller`` and ``routers`` (by model id), which are
         bound deployments when the application is built. ``max_held`` is the number of choices
         that the routers of one language model hold, and of pieces of requests that those of a
-        mixture hold. ``models`` are both. ``tls`` encrypts links to routers.
+        mixture hold. ``models`` are both. ``tls`` encrypts links to routers. ``shares_prefixes``
+        says that routers keep prompts' beginnings, so that requests are to follow them.
         """
         setup_logging()
         metrics = Metrics()
@@ -119,6 +122,7 @@ class GatewayReplica(GrpcMethods):
                 "predict" if id_ in mixtures else "generate",
                 context,
                 partial(metrics.router_call, id_),
+                keys_of_call if shares_prefixes and id_ not in mixtures else no_keys,
             )
             for id_, handle in routers.items()
         }

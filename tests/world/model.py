@@ -175,6 +175,7 @@ class ExactAttention:
     """Takes the place of :class:`router.model.attention.Attention`; a view is the spans."""
 
     page_size = 4
+    is_independent = True
 
     def view(self, spans: Sequence[Span], num_decode: int) -> list[Span]:
         return list(spans)

@@ -32,6 +32,7 @@ from router.config import RouterConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
 from router.expert_config import ExpertsConfig, TlsConfig
+from router.gateway.affinity import keys_of_call
 from router.gateway.deployment import Deployment
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.router_links import RouterCalls
@@ -167,7 +168,13 @@ class Gateway:
         )
         node = ray.get_runtime_context().get_node_id()
         calls = RouterCalls(
-            serve.handle("router"), model, node, "generate", None, lambda transport: None
+            serve.handle("router"),
+            model,
+            node,
+            "generate",
+            None,
+            lambda transport: None,
+            keys_of_call,
         )
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)
 

@@ -215,7 +215,7 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
         sampling=sampling,
         options={
             name: getattr(request, name)
-            for name in ("timeout_s", "on_expert_loss", "priority")
+            for name in ("timeout_s", "on_expert_loss", "priority", "cache_salt")
             if request.HasField(name)
         },
         prompt_field=prompt_field,
@@ -289,6 +289,7 @@ def _usage(usage: Usage) -> Any:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
     )
 
 

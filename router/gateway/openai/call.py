@@ -169,11 +169,13 @@ class OpenAiCall(ABC):
         """Return a chunk with the usage of so many new tokens, where the client wants it."""
         if self.streaming.usage_so_far:
             prompts = (len(checked.request.prompt_token_ids) for checked in self.checked)
-            return {**chunk, "usage": usage_object([Usage(sum(prompts), num_tokens)])}
+            usage = usage_object([Usage(sum(prompts), num_tokens)])
+            del usage["prompt_tokens_details"]  # known at the end
+            return {**chunk, "usage": usage}
         return {**chunk, "usage": None} if self.streaming.usage_at_end else chunk
 
 
-def usage_object(usages: list[Usage]) -> dict[str, int]:
+def usage_object(usages: list[Usage]) -> dict[str, Any]:
     """Return OpenAI's usage object, summed over the prompts of a call."""
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
@@ -181,6 +183,7 @@ def usage_object(usages: list[Usage]) -> dict[str, int]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
 
 

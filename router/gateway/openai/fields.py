@@ -21,7 +21,7 @@ SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
     *RULE_FIELDS, *GRAMMAR_FIELDS,
 )  # fmt: skip
-OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority")
+OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority", "cache_salt")
 _COMMON_FIELDS = frozenset(
     {"model", "stream", "stream_options", "return_token_ids", *SAMPLING_FIELDS, *OPTION_FIELDS}
 )

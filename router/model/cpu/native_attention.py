@@ -48,6 +48,7 @@ class NativeAttention:
     """See :class:`router.model.attention.Attention`."""
 
     page_size = NATIVE_PAGE_SIZE
+    is_independent = True
 
     def __init__(self, sliding_window: int | None, kernel: str | None = None) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens.

@@ -130,6 +130,7 @@ class Spans:
     """An attention whose view is the spans, and the number of decodes."""
 
     page_size = 16
+    is_independent = True
 
     def view(self, spans: Sequence[Span], num_decode: int) -> Any:
         return list(spans), num_decode

@@ -33,6 +33,7 @@ def test_a_completion() -> None:
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     sampling = upstream.requests[0].sampling
     assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (9, 4, 0.5)

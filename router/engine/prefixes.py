@@ -1,0 +1,120 @@
+"""Which pages the sequences of a router share, and what they compute because of it.
+
+A sequence enters its full pages as it computes them, and takes others' pages in the place of its
+own: when it is admitted, and before each step, so that of requests that come together one computes
+what all begin with. At least its last token is computed, since its logits are wanted. So the page
+that a sequence writes is always its own, and no page is ever copied.
+
+Keys and values depend on the tokens so far and the weights alone, bit for bit, where
+:attr:`router.model.attention.Attention.is_independent` says so. Elsewhere nothing is shared.
+"""
+
+from __future__ import annotations
+
+from router.engine.sequence import Sequence
+from router.messages.prefixes import prefix_keys, prefix_root
+from router.model.attention import Attention
+from router.model.prefix_cache import PrefixCache
+
+
+def why_not_shared(attention: Attention, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
+    """Return why pages cannot be shared; empty where they can.
+
+    ``has_limit`` says that experts take a bounded number of a step's tokens. ``gpu_pools`` are the
+    pools whose actors compute on accelerators.
+    """
+    if not attention.is_independent:
+        return "its steps give other bits for other batches"
+    if has_limit:
+        return "with expert_capacity a token's experts depend on its batch"
+    if gpu_pools:
+        return f"products on the accelerators of {', '.join(gpu_pools)} depend on their batch"
+    return ""
+
+
+class Prefixes:
+    """Shares the pages of a :class:`PrefixCache` among sequences; for the engine's thread alone.
+
+    ``looked_up_tokens`` counts the prompt tokens of admitted sequences, ``hit_tokens`` those that
+    other sequences' pages had. Any thread may read them.
+    """
+
+    def __init__(self, cache: PrefixCache, identity: str) -> None:
+        """``identity`` is that of the model, without whose equal no page is found."""
+        self._cache = cache
+        self._identity = identity
+        self._page_size = cache.page_size
+        self.looked_up_tokens = 0
+        self.hit_tokens = 0
+
+    def occupy(self, sequence: Sequence, num_pages: int) -> None:
+        """Give a sequence that is admitted its pages, shared ones first."""
+        request = sequence.request
+        # The last forced token may end its choice, so it is appended by a step.
+        tokens = [*request.prompt_token_ids, *sequence.forced[:-1]]
+        most = len(tokens) - 1
+        received = request.prompt_logprobs_of(sequence.index)
+        if received < request.num_prompt_logprobs:
+            most = min(most, received)
+        root = prefix_root(self._identity, request.tenant, request.cache_salt)
+        most -= most % self._page_size
+        sequence.prefix_keys = [root, *prefix_keys(root, tokens[:most], self._page_size)]
+        sequence.most_shared = most // self._page_size
+        shared = self._cache.share(sequence.prefix_keys[1:])
+        own = self._cache.take(num_pages - len(shared))
+        sequence.occupy([*shared, *own], self._page_size)
+        self.looked_up_tokens += len(request.prompt_token_ids)
+        self._skip(sequence, len(shared))
+
+    def update(self, sequence: Sequence) -> None:
+        """Enter the pages that a sequence has filled; skip what others have computed meanwhile."""
+        num_full = sequence.num_computed // self._page_size
+        if num_full > sequence.num_entered:
+            self._enter(sequence, num_full)
+        if num_full < sequence.most_shared and not sequence.awaited and sequence.deaths is None:
+            self._take_over(sequence, num_full)
+
+    def release(self, sequence: Sequence, is_sound: bool) -> None:
+        """Take the pages of a sequence that ends; no page of one that is not sound is found."""
+        if not is_sound:
+            self._cache.forget(sequence.pages)
+        elif sequence.pages:
+            self._enter(sequence, sequence.num_computed // self._page_size)
+        self._cache.give_back(sequence.pages)
+        sequence.pages = []
+
+    def _enter(self, sequence: Sequence, num_full: int) -> None:
+        if not sequence.exact:
+            return
+        keys, size = sequence.prefix_keys, self._page_size
+        more = sequence.token_ids[(len(keys) - 1) * size : num_full * size]
+        keys += prefix_keys(keys[-1], more, size)
+        for index in range(sequence.num_entered, num_full):
+            self._cache.enter(sequence.pages[index], keys[index + 1])
+        sequence.num_entered = num_full
+
+    def _take_over(self, sequence: Sequence, first: int) -> None:
+        """Put known pages in the place of a sequence's own, from its page ``first`` on."""
+        keys = sequence.prefix_keys[1 + first : 1 + sequence.most_shared]
+        shared = self._cache.share(keys)
+        if not shared:
+            return
+        end = first + len(shared)
+        replaced = sequence.pages[first:end]
+        pages = [*sequence.pages[:first], *shared, *sequence.pages[end:]]
+        sequence.occupy(pages, self._page_size)
+        self._cache.give_back(replaced)
+        self._skip(sequence, end)
+
+    def _skip(self, sequence: Sequence, num_pages: int) -> None:
+        """Count the tokens of a sequence's first pages as computed."""
+        before, end = sequence.num_computed, num_pages * self._page_size
+        if end <= before:
+            return
+        num_prompt = len(sequence.request.prompt_token_ids)
+        while len(sequence.token_ids) <= end and sequence.next_forced is not None:
+            sequence.token_ids.append(sequence.next_forced)
+        sequence.num_computed = end
+        num_hit = min(end, num_prompt) - min(before, num_prompt)
+        sequence.num_cached += num_hit
+        self.hit_tokens += num_hit
