@@ -183,6 +183,7 @@ class Bench:
         from experts.remote import RemoteExpertActor
         from router.config import ExpertsConfig, RouterConfig
         from router.engine.engine import Engine
+        from router.engine.prefixes import why_not_shared
         from router.engine.scheduler import Limits, Scheduler
         from router.model.model import MoEModel
         from router.moe.combine import WeightedSums
@@ -236,11 +237,19 @@ class Bench:
         where = device or torch.device("cpu")
         model = MoEModel(checkpoint, dtype, CACHE_TOKENS, layers, where)
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
+        gpu_pools = ("benchmark",) if actor_gpus else ()
+        is_shared = not why_not_shared(model.attention, layers.has_limit, gpu_pools)
         self._collector = Collector()
         self._engine = TimedEngine(
             model,
             layers,
-            HeldScheduler(limits, model.num_pages, model.attention.page_size, model.even_context),
+            HeldScheduler(
+                limits,
+                model.num_pages,
+                model.attention.page_size,
+                model.even_context,
+                MODEL if is_shared else None,
+            ),
             frozenset(),
             self._collector,
         )
@@ -253,10 +262,16 @@ class Bench:
     def prefill(self, length: int, rounds: int) -> list[float]:
         """Return each round's seconds from a prompt of ``length`` tokens to its first new token."""
         prompt = long_prompt(length, self._sizes["vocab_size"])
-        self._generate([prompt], 1)
-        return [self._generate([prompt], 1) for _ in range(rounds)]
+        return [self.first_token_s(prompt, f"{length}/{i}") for i in range(rounds + 1)][1:]
 
-    def _generate(self, given: Sequence[Sequence[int]], tokens: int) -> float:
+    def first_token_s(self, prompt: Sequence[int], salt: str = "") -> float:
+        """Return the seconds from a prompt to its first new token.
+
+        Nothing of the prompt is found in the cache but what came with the same ``salt``.
+        """
+        return self._generate([prompt], 1, salt)
+
+    def _generate(self, given: Sequence[Sequence[int]], tokens: int, salt: str = "") -> float:
         from router.messages.request import GenerationRequest, SamplingParams
 
         self.actors.renew()
@@ -264,7 +279,14 @@ class Bench:
         self._cached_tokens = max(self._cached_tokens, num_tokens)
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
-            GenerationRequest(str(i), MODEL, tuple(ids), sampling, time.monotonic() + TIMEOUT_S)
+            GenerationRequest(
+                str(i),
+                MODEL,
+                tuple(ids),
+                sampling,
+                time.monotonic() + TIMEOUT_S,
+                cache_salt=salt,
+            )
             for i, ids in enumerate(given)
         ]
         self._collector.expect([request.request_id for request in requests])
