@@ -134,9 +134,10 @@ def test_the_client_names_a_priority() -> None:
 
     async def ask(address: str) -> None:
         async with AsyncClient(address) as client:
-            await client.generate("in", priority=-1)
+            await client.generate("in", priority=-1, cache_salt="s")
             assert [reply async for reply in client.stream("in", priority=3)]
 
     with grpc_server(upstream) as address:
         run(ask(address))
     assert [request.priority for request in upstream.requests] == [-1, 3]
+    assert [request.cache_salt for request in upstream.requests] == ["s", ""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -37,6 +37,26 @@ def test_a_completion() -> None:
     }
     sampling = upstream.requests[0].sampling
     assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (9, 4, 0.5)
+
+
+def found_of_prompts(request: GenerationRequest) -> Iterator[TokenEvent]:
+    """Choice i finds 16 (2 + i) tokens of the prompt; a later router's word does not count."""
+    for index in range(request.sampling.n):
+        yield TokenEvent(index, (5,), cached_tokens=16 * (2 + index))
+        yield TokenEvent(index, (6,), start=1, finish_reason="length", cached_tokens=1)
+
+
+@pytest.mark.parametrize(("n", "prompts", "cached"), [(1, 1, 32), (3, 1, 32), (2, 4, 128)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_what_no_choice_computed_of_each_prompt(
+    n: int, prompts: int, cached: int, stream: bool
+) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    upstream = FakeUpstream(found_of_prompts)
+    response = completion(upstream, n=n, prompt=["in the"] * prompts, cache_salt="s", **options)
+    usage = (events(response)[-1] if stream else response.json())["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
+    assert {request.cache_salt for request in upstream.requests} == {"s"}
 
 
 def test_a_streamed_completion_says_the_same() -> None:

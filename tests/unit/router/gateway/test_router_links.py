@@ -15,7 +15,8 @@ from opentelemetry.trace import Span
 
 from router.engine.replica import RouterReplica
 from router.gateway import router_links as links_module
-from router.gateway.router_links import RouterCalls, RouterLinks
+from router.gateway.affinity import no_keys
+from router.gateway.router_links import KeysOf, RouterCalls, RouterLinks
 from router.messages import call_link
 from router.messages.call_link import SILENT_S, CallServer, LinkBrokenError, Wire
 from router.messages.link import LinkAddress
@@ -68,9 +69,11 @@ class Serve:
 
 
 @asynccontextmanager
-async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[RouterLinks]:
+async def linked(
+    serve: Serve, count: int | None = None, keys_of: KeysOf = no_keys
+) -> AsyncIterator[RouterLinks]:
     """Links that have found their routers."""
-    links = RouterLinks(serve, MODEL, NODE, None)  # type: ignore[arg-type]
+    links = RouterLinks(serve, MODEL, NODE, None, keys_of)  # type: ignore[arg-type]
     assert links.call({}) is None
     await happens(lambda: links._asking is None)
     assert len(links._links) == (len(serve.routers) if count is None else count)
@@ -85,8 +88,8 @@ async def linked(serve: Serve, count: int | None = None) -> AsyncIterator[Router
             router.server.close()
 
 
-async def called(links: RouterLinks) -> Any:
-    call = links.call({})
+async def called(links: RouterLinks, wire: Wire | None = None) -> Any:
+    call = links.call(wire or {})
     assert call is not None
     return (await call)["reply"]
 
@@ -141,6 +144,31 @@ def test_a_silent_router_is_called_last() -> None:
             busy.may_answer.set()
             hung.may_answer.set()
             await asyncio.gather(*(call for call in calls if call is not None))
+
+    run(test)
+
+
+def test_a_prompt_goes_to_the_router_that_had_its_beginning_unless_that_is_busy() -> None:
+    async def test() -> None:
+        serve = Serve(*map(Router, "ab"))
+        async with linked(serve, keys_of=lambda wire: wire["keys"] if wire else []) as links:
+            first, second = {"keys": [b"1", b"11"]}, {"keys": [b"2", b"21"]}
+            assert [await called(links, wire) for wire in (first, second)] == ["a", "b"]
+            again = [first, first, second, {"keys": [b"1", b"12"]}, {"keys": [b"2"]}, first]
+            assert [await called(links, wire) for wire in again] == list("aababa")
+            busy = serve.routers[0]
+            busy.may_answer.clear()
+            waiting = [links.call(first) for _ in range(3)]
+            await happens(lambda: busy.asked == 8)
+            assert await called(links, first) == "b"
+            busy.may_answer.set()
+            await asyncio.gather(*(call for call in waiting if call is not None))
+            assert set(links._sent) == set(links._links)
+            serve.routers = serve.routers[1:]
+            await refreshed(links)
+            await refreshed(links)
+            assert set(links._sent) == set(links._links)
+            busy.server.close()
 
     run(test)
 

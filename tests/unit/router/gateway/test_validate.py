@@ -194,6 +194,18 @@ def test_bad_priorities(bad: Any) -> None:
     assert caught.value.field == "priority"
 
 
+@pytest.mark.parametrize("bad", ["", "x" * 257, 5, None, "\ud800"])
+def test_a_bad_cache_salt_is_refused(bad: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        check(options={"cache_salt": bad})
+    assert caught.value.field == "cache_salt"
+
+
+def test_a_cache_salt_goes_with_the_request() -> None:
+    assert check().request.cache_salt == ""
+    assert check(options={"cache_salt": "é" * 256}).request.cache_salt == "é" * 256
+
+
 def test_a_request_has_priority_0_where_it_names_none() -> None:
     assert check().request.priority == 0
     assert check(options={"priority": 2**63 - 1}).request.priority == 2**63 - 1

@@ -82,7 +82,7 @@ def grown(cluster: LocalCluster, *requests: GenerationRequest) -> dict[str, floa
 def test_a_router_counts_sequences_and_tokens(cluster: LocalCluster) -> None:
     sizes = [(3, 1), (20, 7), (100, 2)]  # the last prompt takes two steps
     requests = [
-        greedy_request(f"r{i}", range(2, 2 + length), count)
+        greedy_request(f"r{i}", range(2 + i, 2 + i + length), count)
         for i, (length, count) in enumerate(sizes)
     ]
     started_s = time.monotonic()
@@ -101,6 +101,16 @@ def test_a_router_counts_sequences_and_tokens(cluster: LocalCluster) -> None:
     assert told["moe_layer_seconds_count"] == layers * told["engine_steps_total"]
     assert told["num_requests_running"] == told["num_requests_waiting"] == 0
     assert told["kv_cache_usage_perc"] == 0
+
+
+def test_a_router_counts_what_it_found_of_prompts(cluster: LocalCluster) -> None:
+    prompt = range(40, 100)
+    first = grown(cluster, greedy_request("first", prompt, 2))
+    again = grown(cluster, greedy_request("again", prompt, 2, n=2))
+    queries, hits = "prefix_cache_queries_total", "prefix_cache_hits_total"
+    assert (first[queries], first[hits], first["engine_step_tokens_total"]) == (60, 0, 61)
+    assert (again[queries], again[hits], again["engine_step_tokens_total"]) == (120, 96, 26)
+    assert again["kv_cache_usage_perc"] == 0
 
 
 def test_tokens_that_came_with_a_request_are_not_counted_again(cluster: LocalCluster) -> None:

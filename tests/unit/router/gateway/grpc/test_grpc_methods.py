@@ -366,6 +366,21 @@ def test_the_client_names_a_priority(client: Client, upstream: FakeUpstream) -> 
         client.generate("in", priority=2**63)
 
 
+def test_the_client_names_a_salt_and_learns_what_was_found() -> None:
+    def script(request: GenerationRequest) -> Iterator[TokenEvent]:
+        yield TokenEvent(0, (5,), finish_reason="length", cached_tokens=48)
+
+    upstream = FakeUpstream(script)
+    with grpc_server(upstream) as address, Client(address) as client:
+        [reply] = client.generate("in", cache_salt="tenant 7")
+        assert reply.usage == Usage(len(tokenizer().encode("in")), 1, 48)
+        [*_, last] = client.stream("in")
+        assert last.usage == reply.usage
+        with pytest.raises(InvalidRequestError, match="cache_salt"):
+            client.generate("in", cache_salt="x" * 257)
+    assert [request.cache_salt for request in upstream.requests] == ["tenant 7", ""]
+
+
 def test_the_client_streams(client: Client) -> None:
     pieces = list(client.stream("in", Sampling(stop=["word"])))
     assert "".join(piece.text for piece in pieces) == " was the "

@@ -106,6 +106,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (COMPLETIONS, {"on_expert_loss": "guess"}, "on_expert_loss"),
         (COMPLETIONS, {"priority": 0.5}, "priority"),
         (CHAT, {"priority": "high"}, "priority"),
+        (CHAT, {"cache_salt": ""}, "cache_salt"),
         (CHAT, {"prompt": "x"}, "prompt"),
         (CHAT, {"tools": [{"type": "function"}]}, "tools"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
