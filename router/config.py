@@ -177,10 +177,8 @@ class RouterConfig(Section):
     )
     prefix_cache: bool = Field(
         default=True,
-        description="Whether requests of a language model share the key/value cache of equal "
-        "beginnings of their tokens, within `cache_tokens`. It is off all the same where a token's "
-        "bits may depend on its batch: on accelerators, without native code, with "
-        "`expert_capacity`. The router's log says so.",
+        description="Whether requests of a language model share the cache of what they begin with. "
+        "Never on accelerators, without native code, or with `expert_capacity`.",
     )
     expert_capacity: CapacityConfig | None = Field(
         default=None,

@@ -25,7 +25,6 @@ from cluster.errors import (
     ExpertUnavailableError,
     ModelReplacedError,
     NotFiniteError,
-    PoisonedRequestError,
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
 from router.engine.constrained_rows import allowed_of, barred, begin_constraint
@@ -50,8 +49,6 @@ PARKED_S = 0.02
 """How long to wait for commands while all sequences are parked, and so how late the engine may
 notice a new placement."""
 CLOSE_S = 1.0
-_UNSOUND = NotFiniteError, PoisonedRequestError
-"""The errors of requests whose pages of the cache no other is to share."""
 
 logger = logging.getLogger("expertmesh.engine")
 
@@ -113,11 +110,7 @@ class Engine:
         self.inexact_rows: Counter[str] = Counter()
         self.tally = EngineTally()
         self._isolation = Isolation(
-            self._traced_step,
-            self._compute_in_vain,
-            self._fail_request,
-            announce,
-            model.attention.page_size,
+            self._traced_step, self._compute_in_vain, self._fail_request, announce
         )
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -336,7 +329,6 @@ class Engine:
                 end = TokenEvent(
                     sequence.index, (), (), "length", sequence.exact, 0, self._identity
                 )
-                end = replace(end, cached_tokens=sequence.num_cached)
                 self._outbox.append(Emission(sequence.request.request_id, end))
                 return
         rows = () if logprobs is None else (logprobs,)
@@ -360,7 +352,7 @@ class Engine:
             self._outbox.append(Emission(sequence.request.request_id, end))
 
     def _finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
-        self._scheduler.finish(sequence, not isinstance(error, _UNSOUND))
+        self._scheduler.finish(sequence, error)
         if sequence.trace is not None:
             sequence.trace.ended(
                 sequence.index, sequence.num_generated, sequence.times.phases_at_s(), error

@@ -57,15 +57,11 @@ logger = logging.getLogger("expertmesh.engine")
 class Isolation:
     """Computes an engine's steps; ends requests whose own steps fail."""
 
-    def __init__(
-        self, step: Step, control: Step, fail: Fail, announce: Announce, page_size: int
-    ) -> None:
+    def __init__(self, step: Step, control: Step, fail: Fail, announce: Announce) -> None:
         """``step`` computes works and emits their tokens.
 
         ``control`` computes works without any effect. ``fail`` ends a request with an error.
-        ``page_size`` is that of the cache.
         """
-        self._page_size = page_size
         self._step = step
         self._control = control
         self._fail = fail
@@ -171,9 +167,7 @@ class Isolation:
         request = replace(
             sequence.request, deadline_s=time.monotonic() + CONTROL_S, on_expert_loss="drop"
         )
-        # The page of the next token to compute is shared with nobody.
-        first_slot = sequence.num_computed - sequence.num_computed % self._page_size
-        slots = sequence.slots[first_slot:]
+        slots = sequence.own_slots
         control = Sequence(request, 0, [CONTROL_TOKEN], pages=sequence.pages, slots=slots)
         try:
             self._control([Work(control, 0, 1)])

@@ -11,10 +11,14 @@ Keys and values depend on the tokens so far and the weights alone, bit for bit, 
 
 from __future__ import annotations
 
+from cluster.errors import ExpertMeshError, NotFiniteError, PoisonedRequestError
 from router.engine.sequence import Sequence
 from router.messages.prefixes import prefix_keys, prefix_root
 from router.model.attention import Attention
 from router.model.prefix_cache import PrefixCache
+
+_UNSOUND = NotFiniteError, PoisonedRequestError
+"""The errors of sequences whose keys and values are not to be trusted."""
 
 
 def why_not_shared(attention: Attention, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
@@ -74,9 +78,9 @@ class Prefixes:
         if num_full < sequence.most_shared and not sequence.awaited and sequence.deaths is None:
             self._take_over(sequence, num_full)
 
-    def release(self, sequence: Sequence, is_sound: bool) -> None:
-        """Take the pages of a sequence that ends; no page of one that is not sound is found."""
-        if not is_sound:
+    def release(self, sequence: Sequence, error: ExpertMeshError | None) -> None:
+        """Take the pages of a sequence that ends; after some errors none of them is found again."""
+        if isinstance(error, _UNSOUND):
             self._cache.forget(sequence.pages)
         elif sequence.pages:
             self._enter(sequence, sequence.num_computed // self._page_size)
@@ -112,8 +116,8 @@ class Prefixes:
         if end <= before:
             return
         num_prompt = len(sequence.request.prompt_token_ids)
-        while len(sequence.token_ids) <= end and sequence.next_forced is not None:
-            sequence.token_ids.append(sequence.next_forced)
+        while len(sequence.token_ids) <= end and (forced := sequence.next_forced) is not None:
+            sequence.append(forced)
         sequence.num_computed = end
         num_hit = min(end, num_prompt) - min(before, num_prompt)
         sequence.num_cached += num_hit

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
-from cluster.errors import OverloadedError
+from cluster.errors import ExpertMeshError, OverloadedError
 from router.engine.prefill import Prompt, divide, tenant_budgets
 from router.engine.prefixes import Prefixes
 from router.engine.sequence import Sequence, Work
@@ -192,17 +192,14 @@ class Scheduler:
             self.running.append(sequence)
             num_ready += 1
 
-    def finish(self, sequence: Sequence, is_sound: bool = True) -> None:
-        """Remove a sequence, running or waiting, and free its pages.
-
-        Pages of one that is not sound are shared no more.
-        """
+    def finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
+        """Remove a sequence, running or waiting, which may end with an error; free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         if self.prefixes is not None:
-            self.prefixes.release(sequence, is_sound)
+            self.prefixes.release(sequence, error)
             return
         self._pool.give_back(sequence.pages)
         sequence.pages = []

@@ -70,6 +70,7 @@ class Sequence:
     forced: tuple[int, ...] = ()
     pages: list[int] = field(default_factory=list)
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    page_size: int = 1
     times: Times = field(default_factory=Times)
     arrival: int = 0
     trace: RequestTrace | None = None
@@ -90,6 +91,11 @@ class Sequence:
         if self.request.alone and self.num_generated < len(self.forced) + ALONE_TOKENS:
             return True
         return self.deaths is not None and self.deaths.is_suspect
+
+    @property
+    def own_slots(self) -> np.ndarray:
+        """The slots from the page of the next token to compute on, which nobody shares."""
+        return self.slots[self.num_computed - self.num_computed % self.page_size :]
 
     @property
     def num_generated(self) -> int:
@@ -146,7 +152,7 @@ class Sequence:
     def occupy(self, pages: list[int], page_size: int) -> None:
         """Take pages of ``page_size`` slots for all positions that the sequence can ever have."""
         positions = np.arange(self.max_length)
-        self.pages = pages
+        self.pages, self.page_size = pages, page_size
         first_slots = np.asarray(pages, dtype=np.int64) * page_size
         self.slots = first_slots[positions // page_size] + positions % page_size
 

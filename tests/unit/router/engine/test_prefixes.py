@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.errors import CancelledRequestError, NotFiniteError, PoisonedRequestError
+from cluster.errors import (
+    CancelledRequestError,
+    ExpertMeshError,
+    NotFiniteError,
+    PoisonedRequestError,
+)
 from cluster.native.built import native
 from router.engine.isolation import Isolation
 from router.engine.prefixes import why_not_shared
@@ -222,7 +227,7 @@ def test_another_model_finds_nothing_even_in_the_same_cache() -> None:
     assert served(scheduler, "c") == 0
 
 
-def served(scheduler: Scheduler, name: str, **state: bool) -> int:
+def served(scheduler: Scheduler, name: str, **state: Any) -> int:
     """Compute a request's prompt without a model; returns what was found of it."""
     [sequence] = scheduler.add(greedy_request(name, [*COMMON, 5], 3))
     computed_without_a_model(scheduler, sequence, **state)
@@ -230,17 +235,23 @@ def served(scheduler: Scheduler, name: str, **state: bool) -> int:
 
 
 def computed_without_a_model(
-    scheduler: Scheduler, sequence: Sequence, exact: bool = True, is_sound: bool = True
+    scheduler: Scheduler,
+    sequence: Sequence,
+    exact: bool = True,
+    error: ExpertMeshError | None = None,
 ) -> None:
     for _ in range(2):
         [work] = scheduler.schedule()
         sequence.num_computed, sequence.exact = work.end, exact
         sequence.token_ids.append(7)
-    scheduler.finish(sequence, is_sound)
+    scheduler.finish(sequence, error)
 
 
-@pytest.mark.parametrize("state", [{"exact": False}, {"is_sound": False}])
-def test_pages_of_inexact_and_unsound_sequences_are_not_shared(state: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "state",
+    [{"exact": False}, {"error": NotFiniteError("")}, {"error": PoisonedRequestError("")}],
+)
+def test_pages_of_inexact_and_unsound_sequences_are_not_shared(state: dict[str, Any]) -> None:
     scheduler = Scheduler(LIMITS, 32, PAGE, shared_by="m")
     assert served(scheduler, "a", **state) == 0
     assert served(scheduler, "b") == 0
