@@ -48,6 +48,7 @@ if [ -n "$quick" ]; then
   run dispatch --calls 200
   run decode --prefill --transport auto ray --rounds 2 --passes 2 "${peers[@]}"
   run decode --size 445M --rounds 2 "${peers[@]}"
+  run prefix
   run load --rounds 1
   run identity --gigabytes 2
   run workshop --gigabytes 0.5
@@ -71,6 +72,7 @@ else
   run dispatch
   run decode --prefill --transport auto ray --rounds 2 --passes 4 "${peers[@]}"
   run decode --size 445M --rounds 2 --passes 4 "${peers[@]}"
+  run prefix --rounds 50
   run load
   run identity
   run workshop

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baseline import run_module
-from benchmarks.common import SIZES, machine, make_checkpoint, show
+from benchmarks.common import SIZES, machine, make_checkpoint, progress, show
 
 ACTORS = 2
 BUNDLED = Path(__file__).resolve().parents[1] / "deploy/models/mesh-tiny"
@@ -78,6 +78,17 @@ def summary(times_s: dict[str, list[float]]) -> dict[str, float]:
     return {**{f"{way}, ms": value for way, value in medians_ms.items()}, **ratios}
 
 
+def _measured(tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch, progress("prefix", 2) as begin:
+        for name, folder in (("mesh-tiny", BUNDLED), ("random", Path(scratch))):
+            begin(name)
+            if folder != BUNDLED:
+                make_checkpoint(folder)
+            results[name] = summary(measure(folder, tokens, rounds))
+    return results
+
+
 def main() -> int:
     """Measure and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -89,14 +100,7 @@ def main() -> int:
     if options.side is not None:
         print(json.dumps(run(options.side, options.tokens, options.rounds)))
         return 0
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch)
-        make_checkpoint(made)
-        folders = {"mesh-tiny": BUNDLED, "random": made}
-        results = {
-            name: summary(measure(folder, options.tokens, options.rounds))
-            for name, folder in folders.items()
-        }
+    results = _measured(options.tokens, options.rounds)
     result = {"machine": machine(), "tokens": options.tokens, "models": results}
     names = list(results["random"])
     rows = [
