@@ -49,7 +49,8 @@ class Sequence:
     ``awaited`` experts is parked: it keeps its pages, and no step computes it. ``forced`` are
     generated tokens that the request gives, since it goes on after a failure. ``pages`` and
     ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits for admission. ``page_size`` counts a page's slots. ``arrival`` is its place in the order in which the router's sequences came.
+    waits for admission. ``page_size`` counts a page's slots. ``arrival`` is its place in the order
+    in which the router's sequences came.
     ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
     the tokens that are due, ``try_at_s`` (monotonic) is when they are computed alone for these.
     ``rules`` edit the logits, where the request has rules for single tokens. ``constraint`` knows
