@@ -66,6 +66,28 @@ def test_a_priority_changes_no_token(api: openai.OpenAI) -> None:
     assert len(texts) == 1
 
 
+def test_a_prompt_that_came_before_is_found_and_gives_the_same_tokens(
+    api: openai.OpenAI, served: ServedCluster
+) -> None:
+    def asked(salt: str) -> tuple[list[int], int]:
+        answer = api.completions.create(
+            model=RANDOM,
+            prompt=prompt_of(50, 77),
+            max_tokens=9,
+            extra_body={**GREEDY, "return_token_ids": True, "cache_salt": salt},
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        assert cached is not None
+        return answer.choices[0].to_dict()["token_ids"], cached  # type: ignore[return-value]
+
+    tokens, cached = asked("first")
+    assert cached == 0
+    assert asked("first") == (tokens, 48)
+    assert asked("second") == (tokens, 0)
+
+
 def test_token_ids_in_and_token_ids_out(api: openai.OpenAI, served: ServedCluster) -> None:
     prompt = prompt_of(11, 4)
     answer = api.completions.create(

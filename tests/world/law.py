@@ -255,6 +255,7 @@ class Law:
         return {
             "requests": len(router._requests),
             "sequences": len(scheduler.sequences()),
+            # Of these, pages that are kept only to be shared are free.
             "pages": scheduler.num_pages - scheduler.num_free_pages,
             "waiting tokens": scheduler.waiting.num_tokens,
             "unsent bytes": unsent_bytes(router),
