@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -51,11 +52,9 @@ class Constraint:
         self._answer: Future[np.ndarray] = grammars.compiling.submit(self._next, ())
 
     def read(self, token_id: int) -> None:
-        """Read the choice's next token, and begin to find out which may follow.
-
-        The tokens that might follow the one before it are known by now.
-        """
-        self._answer = self._grammars.following.submit(self._next, (token_id,))
+        """Read the choice's next token, and find out which may follow, after all before it."""
+        before, self._answer = self._answer, Future()
+        before.add_done_callback(partial(self._follow, self._answer, token_id))
 
     def close(self) -> None:
         """Find out nothing more; the choice has ended."""
@@ -78,6 +77,21 @@ class Constraint:
         # Also a panic of Rust, which is no Exception and would end the engine's thread.
         logger.error("a grammar's matcher failed", exc_info=error)
         raise InternalError(f"the grammar's matcher failed ({type(error).__name__})")
+
+    def _follow(self, answer: Future[np.ndarray], token_id: int, before: object) -> None:
+        """Have a thread find an answer, once the one before it is there."""
+        try:
+            self._grammars.following.submit(self._answer_by, answer, token_id)
+        except RuntimeError:  # the router ends
+            answer.cancel()
+
+    def _answer_by(self, answer: Future[np.ndarray], token_id: int) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(self._next((token_id,)))
+        except BaseException as error:
+            answer.set_exception(error)
 
     def _next(self, token_ids: Sequence[int]) -> np.ndarray:
         """Read tokens, and return what may follow; each call ends before the next begins."""

@@ -198,12 +198,12 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        sequence.close()
         if self.prefixes is not None:
             self.prefixes.release(sequence, error)
             return
         self._pool.give_back(sequence.pages)
         sequence.pages = []
-        sequence.close()
 
     def use(self) -> float:
         """Return the used share of the cache or of the batch, whichever is larger.
