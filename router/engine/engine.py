@@ -305,8 +305,6 @@ class Engine:
                 continue
             # The last token of a deferred choice is computed again, the tokens before it are not.
             is_again = work.sequence.deferred and work.end == len(work.sequence.token_ids)
-            if is_again and work.end == work.start + 1:
-                continue
             work.sequence.num_computed = work.end - is_again
             work.sequence.deaths = None
             is_exact = self._is_exact and index not in inexact
