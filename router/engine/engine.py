@@ -179,6 +179,7 @@ class Engine:
             if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
+            self._scheduler.look(self._layers.placed.generations)
             works = self._scheduler.schedule() if self._layers.placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
             if works:

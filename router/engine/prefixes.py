@@ -11,6 +11,8 @@ Keys and values depend on the tokens so far and the weights alone, bit for bit, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cluster.errors import ExpertMeshError, NotFiniteError, PoisonedRequestError
 from router.engine.sequence import Sequence
 from router.messages.prefixes import prefix_keys, prefix_root
@@ -50,6 +52,22 @@ class Prefixes:
         self._page_size = cache.page_size
         self.looked_up_tokens = 0
         self.hit_tokens = 0
+        self._generations: Mapping[str, int] = {}
+        self._period = 0
+        """The number of times that all pages were forgotten."""
+
+    def look(self, generations: Mapping[str, int]) -> None:
+        """Forget all pages where an expert actor is gone or replaced: its device may have lied.
+
+        ``generations`` are those of the placement. Sequences that run enter no page any more, since
+        their pages follow from earlier ones.
+        """
+        before, self._generations = self._generations, generations
+        if generations is not before and any(
+            generations.get(actor_id) != number for actor_id, number in before.items()
+        ):
+            self._cache.forget_all()
+            self._period += 1
 
     def occupy(self, sequence: Sequence, num_pages: int) -> None:
         """Give a sequence that is admitted its pages, shared ones first."""
@@ -60,6 +78,7 @@ class Prefixes:
         received = request.prompt_logprobs_of(sequence.index)
         if received < request.num_prompt_logprobs:
             most = min(most, received)
+        sequence.prefix_period = self._period
         root = prefix_root(self._identity, request.tenant, request.cache_salt)
         most -= most % self._page_size
         sequence.prefix_keys = [root, *prefix_keys(root, tokens[:most], self._page_size)]
@@ -88,7 +107,7 @@ class Prefixes:
         sequence.pages = []
 
     def _enter(self, sequence: Sequence, num_full: int) -> None:
-        if not sequence.exact:
+        if not sequence.exact or sequence.prefix_period != self._period:
             return
         keys, size = sequence.prefix_keys, self._page_size
         more = sequence.token_ids[(len(keys) - 1) * size : num_full * size]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from cluster.errors import ExpertMeshError, OverloadedError
@@ -106,6 +106,11 @@ class Scheduler:
     def parked(self) -> list[Sequence]:
         """Return the running sequences that wait for experts."""
         return [sequence for sequence in self.running if sequence.awaited]
+
+    def look(self, generations: Mapping[str, int]) -> None:
+        """Notice expert actors that are gone or replaced; see :meth:`Prefixes.look`."""
+        if self.prefixes is not None:
+            self.prefixes.look(generations)
 
     def schedule(self) -> list[Work]:
         """Admit sequences that fit; return the next step's works: decodes, then prefill chunks.

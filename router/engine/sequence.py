@@ -58,7 +58,8 @@ class Sequence:
     long; ``failure`` is that of its grammar.
 
     ``prefix_keys`` are the key before the first token and those of the first pages; others' pages
-    can take the place of the first ``most_shared``. ``num_entered`` pages may be found by others.
+    can take the place of the first ``most_shared``. ``num_entered`` pages may be found by others;
+    none more from the next ``prefix_period`` of the cache on.
     ``num_cached`` tokens of the prompt were in others' pages (:mod:`router.engine.prefixes`).
     """
 
@@ -84,6 +85,7 @@ class Sequence:
     prefix_keys: list[bytes] = field(default_factory=list)
     most_shared: int = 0
     num_entered: int = 0
+    prefix_period: int = 0
     num_cached: int = 0
 
     @property

@@ -83,6 +83,12 @@ class PrefixCache:
             if key is not None:
                 del self._page_of[key]
 
+    def forget_all(self) -> None:
+        """Let no page be found any more; those with users stay theirs."""
+        self._pool.give_back(list(self._idle))
+        for known in (self._idle, self._key_of, self._page_of):
+            known.clear()
+
     def give_back(self, pages: Sequence[int]) -> None:
         """Return a user's pages.
 

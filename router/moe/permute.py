@@ -270,6 +270,12 @@ class PlacedModel:
         """Return whether the placement had the model and has it no longer: it was replaced."""
         return not self.is_placed() and self._model in self._view.models
 
+    @property
+    def generations(self) -> Mapping[str, int]:
+        """The generation of each expert actor in the placement."""
+        placement = self._view.placement
+        return {} if placement is None else placement.generations
+
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
         placement = self._view.placement

@@ -355,3 +355,42 @@ def test_nothing_is_shared_where_bits_are_not_promised() -> None:
     assert "other batches" in why_not_shared(GatheredAttention(None), False, ())
     assert "expert_capacity" in why_not_shared(NativeAttention(None), True, ())
     assert "gpus, more" in why_not_shared(NativeAttention(None), False, ("gpus", "more"))
+
+
+def test_after_an_actor_is_replaced_nothing_before_it_is_found(
+    open_cluster: Callable[..., LocalCluster],
+) -> None:
+    """Its device may have given wrong numbers, and all that follows from them is wrong."""
+    cluster = open_cluster()
+
+    def ask(name: str) -> int:
+        before = hits(cluster)
+        cluster.generate(greedy_request(name, [*COMMON, 5], 4))
+        return hits(cluster) - before
+
+    assert (ask("cold"), ask("hot")) == (0, len(COMMON))
+    placement = cluster.placement
+    cluster.view.publish(replace(placement, version=placement.version + 1))
+    assert ask("as hot") == len(COMMON)
+    replaced = {**placement.generations, "a0": 2}
+    newer = replace(placement, version=placement.version + 2, generations=replaced)
+    cluster.view.publish(newer)
+    assert (ask("cold again"), ask("hot again")) == (0, len(COMMON))
+
+
+@pytest.mark.parametrize("after", [{"a0": 2}, {}, {"a1": 1}])
+def test_a_sequence_that_runs_while_an_actor_goes_enters_no_page(
+    open_cluster: Callable[..., LocalCluster], after: dict[str, int]
+) -> None:
+    cluster = open_cluster(threaded=False)
+    prefixes = cluster.scheduler.prefixes
+    assert prefixes is not None
+    prefixes.look({"a0": 1})
+    [sequence] = cluster.scheduler.add(greedy_request("r", [*COMMON, 5], 4))
+    works = cluster.scheduler.schedule()
+    cluster.engine.step(works)
+    prefixes.look(after)
+    prefixes.update(sequence)
+    cluster.scheduler.finish(sequence)
+    assert num_idle(cluster) == 0
+    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
