@@ -179,7 +179,7 @@ def test_processes_stay_small_beside_their_weights(served: ServedCluster) -> Non
         beyond = psutil.Process(actor.pid).memory_info().rss - weights
         assert beyond <= 200 * MB, f"{actor.actor_id}: {beyond / MB:.0f} MB"
     for router in told.routers:
-        # Of them 20 for the vocabulary of grammars, once one was asked for, and up to 30 for pages of
-        # the cache: since sequences share them, all of them come into use.
+        # Of them 20 for the vocabulary of grammars, once one was asked for, and 30 for pages of the
+        # cache: since sequences share them, all of them come into use.
         rss = psutil.Process(router.pid).memory_info().rss
         assert rss <= 600 * MB, f"router: {rss / MB:.0f} MB"
