@@ -17,15 +17,19 @@ STACK_BYTES = 128 << 20
 recursion, without a limit of their depth; one that overflows its stack ends the process. Grammars
 of the largest size need less than 16 MiB; memory that is not used is only reserved."""
 
+_STARTING = threading.Lock()
+"""The size of stacks is the process's: two checks at once would take each other's."""
+
 
 def grammar_pool() -> ThreadPoolExecutor:
     """Return a pool of one thread, whose stack is large enough for every grammar."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-    usual = threading.stack_size(STACK_BYTES)
-    try:
-        pool.submit(int).result()  # the thread starts at its first work
-    finally:
-        threading.stack_size(usual)
+    with _STARTING:
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            pool.submit(int).result()  # the thread starts at its first work
+        finally:
+            threading.stack_size(usual)
     return pool
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
 import pytest
 
 from cluster.errors import InvalidRequestError
+from router import grammar_limits
 from router.client import Client, Sampling
 from router.gateway.form_costs import most_repeats
 from router.gateway.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
@@ -278,3 +282,24 @@ def test_a_long_chain_of_rules_or_references_ends_no_process(form: dict[str, Any
     """Its compilation needs more than the usual stack of 8 MiB."""
     assert completion(UPSTREAM, structured_outputs=form).status_code == 200
     assert last_grammar()
+
+
+def test_checks_at_once_start_threads_of_the_large_stack_and_leave_the_usual_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, sizes = threading.stack_size(), []
+    set_size = threading.stack_size
+
+    def noted(size: int) -> int:
+        before = set_size(size)
+        sizes.append(size)
+        time.sleep(0.001)  # a chance for another to come between
+        return before
+
+    monkeypatch.setattr(grammar_limits.threading, "stack_size", noted)
+    with ThreadPoolExecutor(16) as many:
+        pools = list(many.map(lambda _: grammar_limits.grammar_pool(), range(32)))
+    for pool in pools:
+        pool.shutdown()
+    assert sizes == [grammar_limits.STACK_BYTES, usual] * 32
+    assert set_size() == usual
