@@ -34,7 +34,7 @@ from tests.serve_run import (
 from tests.signal_at_start import STACKS
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
-SHORT = 300
+SHORT = 500
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 4, 8, 900
 RAYS = {
@@ -79,9 +79,10 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         is_reached_from_another_shell(file, log)
 
         short = StreamReader(client, "In the", greedy(SHORT), TINY)
+        short.wait_tokens(1)
         sampling = greedy(LENGTH, n=CHOICES)
         streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
-        for stream in (short, *streams):
+        for stream in streams:
             stream.wait_tokens(1)
         accepted = prompt_tokens(http_port)
         over_http = pool.submit(complete_over_http, http_port)
