@@ -17,6 +17,7 @@ from cluster.errors import ExpertMeshError
 from cluster.spec import ModelExperts, ModelSource
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
+from router.engine.constraints import Grammars
 from router.gateway.app import create_app
 from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
@@ -31,7 +32,7 @@ from router.messages.request import GenerationRequest, Receipts, TokenEvent
 from router.served import ServedModel
 from tests.local_cluster import MODEL, LocalCluster
 from tests.unit.gateway_fakes import FakeUpstream, admin, everybody
-from tests.unit.prediction_fakes import FakePredictions, prediction_service
+from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 
 
 async def aislice(
@@ -119,6 +120,12 @@ def model_of(folder: Path, cluster: LocalCluster) -> GatewayModel:
     return GatewayModel(info, Tokenizer.load(str(folder), eos))
 
 
+def grammars_of(folder: Path, vocab_size: int, eos: int) -> Grammars:
+    """The grammars of a router for the tokenizer of a folder."""
+    tokenizer = Tokenizer.load(str(folder), (eos,))
+    return Grammars(lambda: tokenizer.vocabulary(vocab_size, (eos,)), vocab_size)
+
+
 class LocalGateway(GrpcMethods):
     """The HTTP app and the gRPC methods over a cluster's engine."""
 
@@ -133,9 +140,11 @@ class LocalGateway(GrpcMethods):
         models = {MODEL: model_of(folder, cluster)}
         self.tokenizer = models[MODEL].tokenizer
         self.upstream = LocalUpstream(cluster, lost_after)
-        metrics, room = Metrics(), Room(limits, [*models])
+        metrics, room = Metrics(), Room(limits, [*models, *MIXTURES])
         charges = Charges(metrics)
-        service = GenerationService(models, limits, self.upstream, metrics, room, charges)
+        service = GenerationService(
+            models, limits, self.upstream, metrics, room, charges, tuple(MIXTURES)
+        )
         predictions = prediction_service(FakePredictions(), limits, metrics, room, ())
         controller = admin(self.upstream, metrics)
         self.access = everybody()

@@ -35,6 +35,7 @@ from router.gateway.openai import tokens
 from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.chat import parse_chat
 from router.gateway.openai.completions import parse_completion
+from router.gateway.openapi.document import OPENAPI_PATH, document
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_http import add_v2_routes
 from router.gateway.quotas import RATE_HEADERS
@@ -86,6 +87,7 @@ def create_app(
     _add_openai_routes(app, service)
     add_v2_routes(app, predictions)
     _add_operator_routes(app, service, admin)
+    _add_document(app, service, predictions)
     return app
 
 
@@ -142,6 +144,17 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
         measurements = await admin.measurements()
         text = expose(measurements, service.ready().loop_age_s)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_document(
+    app: FastAPI, service: GenerationService, predictions: PredictionService
+) -> None:
+    models = [model.id for model in service.models()]
+    described = document(models, predictions.validator.mixtures, service.limits)
+
+    @app.get(OPENAPI_PATH)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(described)
 
 
 async def _body(request: Request, service: GenerationService) -> dict[str, Any]:

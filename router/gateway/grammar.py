@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,15 @@ as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CHOICES = 1024
 Checked = TypeVar("Checked")
+_OF_JSON_SCHEMA: Mapping[str, Callable[[object, str], object]] = {
+    "name": checks.text,
+    "description": checks.text,
+    "strict": checks.boolean,
+}
+"""The checks of what changes no answer: every answer has the schema's form."""
+_OF_TREE = re.compile(r"^[ \t]*[?!]+(?=[a-z_]\w*\s*:(?!:))", re.MULTILINE)
+"""Lark's marks before a rule's name, which shape its trees and not the text; llguidance takes a
+grammar with one before ``start`` for GBNF."""
 MAX_DEPTH = 100
 """How deep a schema may be nested."""
 
@@ -78,6 +88,9 @@ def _of_response_format(given: Mapping[str, Any], where: str) -> str:
     inner = f"{where}.json_schema"
     spec = _mapping(given.get("json_schema"), inner)
     _check_names(spec, ("name", "description", "schema", "strict"), inner)
+    for name, check in _OF_JSON_SCHEMA.items():
+        if spec.get(name) is not None:
+            check(spec[name], f"{inner}.{name}")
     return _of_schema(spec.get("schema"), {}, f"{inner}.schema")
 
 
@@ -181,7 +194,7 @@ def _of_grammar(text: str, where: str) -> str:
     if "%json" in text:  # llguidance's own; its schemas would not be looked at
         raise InvalidRequestError("%json is not supported; use the form json", where)
     try:
-        return grammar_from("grammar", text)
+        return grammar_from("grammar", _OF_TREE.sub("", text))
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(_line(str(error)), where) from None
 

@@ -123,6 +123,8 @@ def _message(message: object, where: str) -> dict[str, str]:
     role = given.get("role")
     if role not in ROLES:
         raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
+    if "name" in given:
+        checks.text(given["name"], f"{where}.name")
     # Templates do not know OpenAI's newer name of a system message.
     known_role = "system" if role == "developer" else str(role)
     return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}

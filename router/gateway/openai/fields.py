@@ -5,11 +5,12 @@ Any other field is refused by name, so that no wish of a client is dropped silen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InvalidRequestError, shown
+from cluster.errors import InvalidRequestError, shown, shown_name
 from router.gateway import checks
 from router.gateway.grammar import GRAMMAR_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
@@ -27,12 +28,47 @@ _COMMON_FIELDS = frozenset(
 )
 _COMMON_HARMLESS: dict[str, tuple[object, ...] | None] = {
     "metadata": ANY,
+    "moderation": (),
     "prompt_cache_key": ANY,
+    "prompt_cache_options": ANY,
+    "prompt_cache_retention": ANY,
     "safety_identifier": ANY,
     "service_tier": ("auto", "default"),
     "store": (False,),
     "user": ANY,
 }
+_VLLM_HARMLESS: dict[str, tuple[object, ...] | None] = {
+    "allowed_token_ids": (),
+    "ec_transfer_params": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0, 1),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "request_id": (),
+    "return_mm_kwargs": ANY,
+    "return_token_offsets": ANY,
+    "return_tokens_as_token_ids": (False,),
+    "session_id": ANY,
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+"""vLLM's fields of both endpoints with the values that change nothing in vLLM either."""
+REPLACED = {
+    "guided_choice": "structured_outputs.choice",
+    "guided_decoding_backend": "",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+}
+"""Fields that vLLM took until 0.12, and what takes their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +81,36 @@ class Fields:
 
 COMPLETION = Fields(
     _COMMON_FIELDS | {"prompt", "logprobs", "echo", "prompt_logprobs"},
-    {**_COMMON_HARMLESS, "best_of": (1,), "suffix": ("",)},
+    {
+        **_COMMON_HARMLESS,
+        **_VLLM_HARMLESS,
+        "add_special_tokens": (True,),
+        "best_of": (1,),
+        "prompt_embeds": (),
+        "suffix": ("",),
+    },
 )
 CHAT = Fields(
     _COMMON_FIELDS | {"messages", "logprobs", "top_logprobs", "max_completion_tokens"},
     {
         **_COMMON_HARMLESS,
+        **_VLLM_HARMLESS,
+        "add_generation_prompt": (True,),
+        "add_special_tokens": (False,),
         "audio": (),
+        "chat_template": (),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
+        "return_prompt_text": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
         "verbosity": (),
@@ -76,15 +129,26 @@ def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
         if name in fields.supported:
             continue
         if name not in fields.harmless:
-            allowed = ", ".join(sorted(fields.supported))
-            raise InvalidRequestError(f"unknown field; allowed: {allowed}", name)
+            raise InvalidRequestError(_unknown(name, fields), shown_name(name))
         harmless = fields.harmless[name]
-        if harmless is not None and value not in harmless:
-            only = " or ".join(map(str, (*harmless, "null")))
+        # By type too: to Python, 0 is false and 1 is true.
+        if harmless is not None and not any(
+            type(value) is type(each) and value == each for each in harmless
+        ):
+            only = " or ".join(map(json.dumps, (*harmless, None)))
             raise InvalidRequestError(
                 f"given {shown(value)}, which is not supported; only {only}", name
             )
     return {name: value for name, value in given.items() if name in fields.supported}
+
+
+def _unknown(name: str, fields: Fields) -> str:
+    """Return why a field that is not known is refused, and what is allowed."""
+    allowed = f"allowed: {', '.join(sorted(fields.supported))}"
+    if name not in REPLACED:
+        return f"unknown field; {allowed}"
+    instead = f"give {REPLACED[name]}" if REPLACED[name] else "leave it out"
+    return f"removed in vLLM 0.12, {instead}; {allowed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +163,9 @@ class Streaming:
     usage_so_far: bool = False
 
 
-_USAGE_FIELDS = ("include_usage", "continuous_usage_stats")
+USAGE_FIELDS = ("include_usage", "continuous_usage_stats")
+STREAM_OPTIONS = (*USAGE_FIELDS, "include_obfuscation")
+"""Streams are not padded, so the last one changes nothing."""
 
 
 def streaming_of(given: Mapping[str, Any]) -> Streaming:
@@ -112,15 +178,15 @@ def streaming_of(given: Mapping[str, Any]) -> Streaming:
         raise InvalidRequestError("is allowed only with stream true", "stream_options")
     if not isinstance(options, dict):
         raise InvalidRequestError(checks.wrong(options, "a mapping"), "stream_options")
-    unknown = sorted(set(options) - {*_USAGE_FIELDS, "include_obfuscation"})
+    unknown = sorted(set(options) - {*STREAM_OPTIONS})
     if unknown:
-        allowed = ", ".join(_USAGE_FIELDS)
+        allowed = ", ".join(USAGE_FIELDS)
         raise InvalidRequestError(
             f"unknown field; allowed: {allowed}", f"stream_options.{unknown[0]}"
         )
-    at_end, so_far = (
+    at_end, so_far, _ = (
         options.get(name) is not None and checks.boolean(options[name], f"stream_options.{name}")
-        for name in _USAGE_FIELDS
+        for name in STREAM_OPTIONS
     )
     if so_far and not at_end:
         raise InvalidRequestError(

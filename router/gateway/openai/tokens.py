@@ -8,21 +8,24 @@ from router.gateway import checks, tokens
 from router.gateway.openai.fields import Fields, known_fields
 from router.gateway.validate import Validator
 
-_TOKENIZE = Fields(
+TOKENIZE = Fields(
     frozenset(
         {
             "model", "prompt", "messages", "add_special_tokens", "add_generation_prompt",
             "return_token_strs",
         }
     ),
-    {},
+    {
+        "chat_template": (), "continue_final_message": (False,), "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+    },
 )  # fmt: skip
-_DETOKENIZE = Fields(frozenset({"model", "tokens"}), {})
+DETOKENIZE = Fields(frozenset({"model", "tokens"}), {})
 
 
 def tokenize(body: dict[str, Any], validator: Validator) -> dict[str, Any]:
     """Answer ``/tokenize``; see :func:`router.gateway.tokens.tokenize`."""
-    given = known_fields(body, _TOKENIZE)
+    given = known_fields(body, TOKENIZE)
     has_texts = checks.boolean(given.pop("return_token_strs", False), "return_token_strs")
     found = tokens.tokenize(validator, given.pop("model", ""), **given)
     return {
@@ -35,7 +38,7 @@ def tokenize(body: dict[str, Any], validator: Validator) -> dict[str, Any]:
 
 def detokenize(body: dict[str, Any], validator: Validator) -> dict[str, Any]:
     """Answer ``/detokenize``; see :func:`router.gateway.tokens.detokenize`."""
-    given = known_fields(body, _DETOKENIZE)
+    given = known_fields(body, DETOKENIZE)
     return {
         "prompt": tokens.detokenize(validator, given.get("model", ""), given.get("tokens")),
     }

@@ -92,6 +92,11 @@ class PredictionValidator:
         self._limits = limits
         self._language_models = language_models
 
+    @property
+    def mixtures(self) -> list[str]:
+        """The ids of the served mixtures."""
+        return list(self._mixtures)
+
     def check_known(self, model_id: str, version: str) -> None:
         """Raise :class:`UnknownModelError` for a model or a version that is not served."""
         if model_id not in self._mixtures and model_id not in self._language_models:

@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "regex": {"regex": "[a-z]+"},
     "choice": {"choice": ["a", 'b "quoted"', "🚀", "back\\slash\n"]},
     "lark": {"grammar": 'start: "a" | "b"'},
+    "lark with marks": {"grammar": '\n  ?start: letter\n  !letter: "a" | "b"'},
     "gbnf": {"grammar": 'root ::= "a" | "b"'},
     "json_object": {"json_object": True},
     "compact": {"json": SCHEMA, "disable_any_whitespace": True},
@@ -155,6 +156,18 @@ def test_forms_are_refused_alike(
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
             "response_format.json_schema.schema",
+        ),
+        *(
+            (
+                {
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {"schema": SCHEMA, name: 5},
+                    }
+                },
+                f"response_format.json_schema.{name}",
+            )
+            for name in ("name", "description", "strict")
         ),
         ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
         (

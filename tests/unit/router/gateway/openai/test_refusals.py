@@ -101,6 +101,12 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
             {"stream": True, "stream_options": {"include_usage": 1}},
             "stream_options.include_usage",
         ),
+        (
+            COMPLETIONS,
+            {"stream": True, "stream_options": {"include_obfuscation": 1}},
+            "stream_options.include_obfuscation",
+        ),
+        (COMPLETIONS, {"": 1}, "''"),
         (COMPLETIONS, {"return_token_ids": "yes"}, "return_token_ids"),
         (COMPLETIONS, {"timeout_s": 0}, "timeout_s"),
         (COMPLETIONS, {"on_expert_loss": "guess"}, "on_expert_loss"),
@@ -117,6 +123,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         (CHAT, {"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "name": {}}]}, "messages[0].name"),
         (
             CHAT,
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},

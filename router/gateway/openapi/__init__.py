@@ -1,0 +1,1 @@
+"""The OpenAPI document of the gateway's HTTP port: what its routes take, and what they answer."""

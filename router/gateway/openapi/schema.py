@@ -1,0 +1,76 @@
+"""Small JSON schemas (draft 2020-12), of which the OpenAPI document is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Schema = dict[str, Any]
+
+ANYTHING: Schema = {}
+NULL: Schema = {"type": "null"}
+BOOLEAN: Schema = {"type": "boolean"}
+
+
+def text(least: int = 0, most: int | None = None, **more: object) -> Schema:
+    """Return the schema of a text of ``least`` to ``most`` characters."""
+    bounds = {"minLength": least} if least else {}
+    return {"type": "string", **bounds, **({} if most is None else {"maxLength": most}), **more}
+
+
+def integer(low: int, high: int | None = None) -> Schema:
+    """Return the schema of an integer from ``low`` to ``high``."""
+    return {"type": "integer", "minimum": low, **({} if high is None else {"maximum": high})}
+
+
+def number(low: float, high: float, above: bool = False) -> Schema:
+    """Return the schema of a number from ``low`` to ``high``; with ``above`` greater than it."""
+    return {"type": "number", "exclusiveMinimum" if above else "minimum": low, "maximum": high}
+
+
+def items(of: Schema, least: int = 0, most: int | None = None) -> Schema:
+    """Return the schema of a list of ``least`` to ``most`` entries."""
+    bounds = {"minItems": least} if least else {}
+    bounds |= {} if most is None else {"maxItems": most}
+    return {"type": "array", "items": of, **bounds}
+
+
+def one_of(*values: object) -> Schema:
+    """Return the schema of some values."""
+    return {"enum": list(values)}
+
+
+def either(*schemas: Schema) -> Schema:
+    """Return the schema of what fits one of several."""
+    return {"anyOf": list(schemas)}
+
+
+def record(
+    properties: Mapping[str, Schema], required: Sequence[str] = (), others: Schema | bool = False
+) -> Schema:
+    """Return the schema of an object; ``others`` is that of fields beside ``properties``."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": others,
+    }
+
+
+def answer(**properties: Schema) -> Schema:
+    """Return the schema of an object that has all of these fields, and no other."""
+    return record(properties, list(properties))
+
+
+def body(properties: Mapping[str, Schema], required: Sequence[str]) -> Schema:
+    """Return the schema of a request's fields, where ``null`` is a field that is not given."""
+    nullable = {
+        name: schema if name in required or not schema else either(schema, NULL)
+        for name, schema in properties.items()
+    }
+    return record(nullable, required, NULL)
+
+
+def ref(name: str) -> Schema:
+    """Return the reference to a schema of the document."""
+    return {"$ref": f"#/components/schemas/{name}"}

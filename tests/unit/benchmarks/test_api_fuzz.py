@@ -1,0 +1,83 @@
+"""For a moment, what ``benchmarks.api_fuzz`` does for minutes; and that it finds faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from benchmarks import api_fuzz
+from benchmarks.fuzzing import api
+from router.gateway.openai import call, tokens
+
+SEED = 1
+EXAMPLES = 15
+BOUNDED = ("/v1/chat/completions", "/tokenize")
+"""Routes whose bounds are asked for too; those of completions are nearly the same."""
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    with api.gateway() as found:
+        yield found
+
+
+def test_no_answer_of_any_route_is_other_than_described(app: FastAPI) -> None:
+    found = api.fuzz(app, SEED, EXAMPLES)
+    assert found.failures == {}
+    assert len(found.routes) == 19
+    never_well = [route for route in found.routes if not found.count(route, 200, 299)]
+    assert never_well == ["POST /v1/embeddings"]
+    for route in found.routes:
+        if route.startswith("POST"):
+            assert found.count(route, 400, 499), route
+
+
+@pytest.mark.parametrize("path", BOUNDED)
+def test_the_bounds_of_each_field_are_kept(app: FastAPI, path: str) -> None:
+    found = api.fuzz(app, SEED, 1, has_bounds=True, path=path)
+    assert found.failures == {}
+    assert found.total > 100
+
+
+def broken_usage(usages: Any) -> dict[str, Any]:
+    return {"prompt_tokens": 1}
+
+
+def broken_tokenize(body: Any, validator: Any) -> dict[str, Any]:
+    raise KeyError(sorted(body))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault", "path", "told"),
+    [
+        (call, "usage_object", broken_usage, "/v1/completions", "response_schema_conformance"),
+        (tokens, "tokenize", broken_tokenize, "/tokenize", "not_a_server_error"),
+    ],
+)
+def test_a_fault_is_found_and_told_with_the_request(
+    app: FastAPI,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: Any,
+    name: str,
+    fault: Any,
+    path: str,
+    told: str,
+) -> None:
+    monkeypatch.setattr(module, name, fault)
+    found = api.fuzz(app, SEED, 10, path=path)
+    assert any(f"POST {path}: {told}" in failure for failure in found.failures)
+    assert all(request.startswith("curl -X POST") for request in found.failures.values())
+    result = {
+        "minutes": 1, "requests": found.total, "rounds": 1, "seed": 1, "peak_mb": 1, "routes": {},
+        "failures": found.failures,
+    }  # fmt: skip
+    api_fuzz.report(result)
+    assert told in capsys.readouterr().out
+
+
+def test_the_same_seed_asks_the_same(app: FastAPI) -> None:
+    first, second = (api.fuzz(app, SEED, 10, path="/tokenize") for _ in range(2))
+    assert first.answers == second.answers
