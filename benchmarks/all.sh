@@ -65,6 +65,7 @@ if [ -n "$quick" ]; then
   run world --minutes 2
   run wires --count 2000
   run fuzz --minutes 0.1
+  run api_fuzz --minutes 1
   run soak --minutes 5
   run gray_soak --minutes 5
   run soak --minutes 5 --no-faults
@@ -89,6 +90,7 @@ else
   run world
   run wires
   run fuzz
+  run api_fuzz --minutes 60
   run soak
   run gray_soak
   run soak --minutes 60 --no-faults

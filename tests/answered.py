@@ -52,7 +52,7 @@ CERTIFICATES = (State.NO_CERTIFICATE, State.EXPIRED, State.STRANGER)
 class Group(Enum):
     """Methods and paths that are answered alike."""
 
-    PATHS = "`/v1`, `/v2`, `/tokenize`, `/detokenize`"
+    PATHS = "`/v1`, `/v2`, `/tokenize`, `/detokenize`, `/openapi.json`"
     METRICS = "`/metrics`"
     PROBES = "`/health`, `/ready`"
     NOWHERE = "any other path"

@@ -23,6 +23,7 @@ def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
         vocab_size=vocab_size,
         special_tokens=["<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = ["the quick brown fox jumps over the lazy dog and then the other things there"] * 4
     tokenizer.train_from_iterator(text, trainer)

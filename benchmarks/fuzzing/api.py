@@ -12,7 +12,7 @@ import math
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,11 @@ from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinish
 from router.config import GatewayConfig
 from router.gateway.openapi.document import OPENAPI_PATH
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
-from tests.local_cluster import MODEL, LocalCluster
+from tests.local_cluster import LocalCluster
 from tests.local_gateway import LocalGateway, grammars_of
 from tests.unit.prediction_fakes import MIXTURES
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -52,6 +52,7 @@ CHECKS = (
     "response_schema_conformance", "response_headers_conformance", "negative_data_rejection",
     "refusals_name_a_field", "streams_conform", "other_methods_are_refused", "ends_in_time",
 )  # fmt: skip
+MAX_TOKENS = 8
 _INFER = "/infer"
 _REQUIRED: Mapping[str, Sequence[str]] = {
     "/v1/completions": ("model", "prompt"),
@@ -119,9 +120,8 @@ def fuzz(
     always the same.
     """
     config = schemathesis.Config.from_dict(_config(seed, examples, has_bounds))
-    schema = schemathesis.openapi.from_asgi(OPENAPI_PATH, app, config=config)
-    if path is not None:
-        schema = schema.include(path=path)
+    whole = schemathesis.openapi.from_asgi(OPENAPI_PATH, app, config=config)
+    schema = whole if path is None else whole.include(path=path)
     found = Found()
     for event in from_schema(schema).execute():
         if isinstance(event, ScenarioFinished):
@@ -179,14 +179,12 @@ def before_call(context: Any, case: schemathesis.Case, kwargs: Mapping[str, Any]
     source = random.Random(json.dumps(case.body, sort_keys=True, default=str))
     path = case.operation.path
     if path.endswith(_INFER):
-        case.body = prediction(source, unquote(case.path_parameters["model"])) | _some(source, case.body)
+        name = {"id": case.body["id"]} if source.random() < 0.5 and "id" in case.body else {}
+        case.body = prediction(source, unquote(case.path_parameters["model"])) | name
     elif path in _REQUIRED:
         case.body = bounded(source, case.body, _REQUIRED[path])
-
-
-def _some(source: random.Random, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return some of the fields of a prediction that do not depend on its model."""
-    return {name: body[name] for name in ("id",) if name in body and source.random() < 0.5}
+        if path.startswith("/v1/") and case.body.get("max_completion_tokens") is None:
+            case.body["max_tokens"] = source.randint(1, MAX_TOKENS)
 
 
 def prediction(source: random.Random, model: str) -> dict[str, Any]:
@@ -217,7 +215,6 @@ def bounded(
     optional = sorted(set(body) - {*required, "prompt", "messages", "tokens"})
     kept = source.sample(optional, min(len(optional), source.randint(0, MAX_KEPT)))
     found = {name: value for name, value in body.items() if name in {*required, *kept}}
-    found |= {"max_tokens": 1 + found["max_tokens"] % 8} if found.get("max_tokens") else {}
     if "top_logprobs" in found:
         found["logprobs"] = True
     if found.get("stream_options") is not None:
@@ -281,7 +278,8 @@ def ends_in_time(
     if response.status_code != 504:
         return
     body = case.body if isinstance(case.body, dict) else {}
-    given = [body.get("timeout_s"), *(body.get("parameters") or {}).values()]
+    parameters: Any = body.get("parameters") or {}
+    given = [body.get("timeout_s"), *parameters.values()]
     assert any(isinstance(value, int | float) and value < SHORT_S for value in given), "is late"
 
 

@@ -146,9 +146,7 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_document(
-    app: FastAPI, service: GenerationService, predictions: PredictionService
-) -> None:
+def _add_document(app: FastAPI, service: GenerationService, predictions: PredictionService) -> None:
     models = [model.id for model in service.models()]
     described = document(models, predictions.validator.mixtures, service.limits)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import jsonschema
 from ray.util import list_named_actors
 
+from router.client import Sampling
 from tests.cluster_fixture import (
     RANDOM,
     ServedCluster,
@@ -19,8 +24,8 @@ from tests.cluster_fixture import (
 from tests.fault.signals import is_stopped, kill, let_go, named_pids, stopped
 
 __all__ = [
-    "actor_names", "expected_tokens", "is_stopped", "kill", "let_go", "named_pids",
-    "start_streams", "stopped", "wait_stalled",
+    "actor_names", "check_forms", "constrained_tokens", "expected_tokens", "is_stopped", "kill",
+    "let_go", "named_pids", "start_constrained", "start_streams", "stopped", "wait_stalled",
 ]  # fmt: skip
 
 STREAMS, LENGTH, BEFORE = 8, 200, 3
@@ -29,6 +34,20 @@ STALL_S = 0.5
 """A stream that has no token for so long is taken to wait for an expert."""
 
 PROMPTS = [prompt_of(5 + 5 * seed, 1000 + seed) for seed in range(STREAMS)]
+SHARED = prompt_of(160, 7)
+SHARED_PROMPTS = [[*SHARED, 2 + number] for number in range(4)]
+"""Prompts with one long beginning, whose pages of the cache they share."""
+WORDS = {
+    "type": "array",
+    "items": {"enum": ["ab", "cd", "ef"]},
+    "minItems": 30,
+    "maxItems": 30,
+}
+FORMS: list[dict[str, Any]] = [
+    {"json": WORDS, "disable_any_whitespace": True},
+    {"regex": "([ab][cd]){60}"},
+]
+"""Forms of long answers with a choice at many steps, which end before :data:`LENGTH`."""
 
 
 def actor_names(app: str) -> set[str]:
@@ -51,6 +70,35 @@ def start_streams(
     for stream in streams:
         stream.wait_tokens(BEFORE)
     return streams
+
+
+def constrained(seed: int, form: dict[str, Any]) -> Sampling:
+    """Return the sampling of an answer of a form, drawn by the seed."""
+    return Sampling(max_tokens=LENGTH, temperature=1.0, seed=seed, structured_outputs=form)
+
+
+def constrained_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
+    """Return the tokens of the answers of :data:`FORMS` while nothing disturbs them."""
+    samplings = [constrained(seed, form) for seed, form in enumerate(FORMS)]
+    return served.crowd(RANDOM, PROMPTS[: len(FORMS)], samplings)
+
+
+def start_constrained(served: ServedCluster) -> list[StreamReader]:
+    """Return streams of the same answers that have begun and are far from their end."""
+    streams = [
+        StreamReader(served.client, prompt, constrained(seed, form), RANDOM)
+        for seed, (prompt, form) in enumerate(zip(PROMPTS, FORMS, strict=False))
+    ]
+    for stream in streams:
+        stream.wait_tokens(BEFORE)
+    return streams
+
+
+def check_forms(streams: Sequence[StreamReader]) -> None:
+    """Check that whole answers have their forms."""
+    words, letters = ("".join(piece.text for piece in stream.pieces) for stream in streams)
+    jsonschema.validate(json.loads(words), WORDS)
+    assert re.fullmatch(FORMS[1]["regex"], letters)
 
 
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:

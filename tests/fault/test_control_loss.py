@@ -27,9 +27,12 @@ from tests.fault.faults import (
     LENGTH,
     PROMPTS,
     actor_names,
+    check_forms,
+    constrained_tokens,
     expected_tokens,
     kill,
     longest_gap_s,
+    start_constrained,
     start_streams,
 )
 from tests.quantise import CASES, make
@@ -53,13 +56,17 @@ ENDLESS = {
 
 def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCluster) -> None:
     told, before = served.status(), served.actors()
+    of_forms = constrained_tokens(served)
     streams = start_streams(served)
+    formed = start_constrained(served)
     kill(told, told.controller_pid)
-    assert not any(stream.ended for stream in streams)
+    assert not any(stream.ended for stream in (*streams, *formed))
     new = served.crowd(RANDOM, PROMPTS, [greedy(20)] * len(PROMPTS))
     expected = expected_tokens(served)
     assert new == [tokens[:20] for tokens in expected]
     assert [stream.result() for stream in streams] == expected
+    assert [stream.result() for stream in formed] == of_forms
+    check_forms(formed)
     after = wait_until(
         lambda: fresh if (fresh := served.status()).controller_pid != told.controller_pid else None,
         "another controller answers",

@@ -22,10 +22,13 @@ from tests.cluster_fixture import (
 from tests.fault.faults import (
     PROMPTS,
     actor_names,
+    check_forms,
+    constrained_tokens,
     expected_tokens,
     is_stopped,
     kill,
     let_go,
+    start_constrained,
     start_streams,
     stopped,
     wait_stalled,
@@ -56,10 +59,14 @@ def check_replaced(
 
 def test_streams_survive_a_killed_actor(served: ServedCluster) -> None:
     told, before = served.status(), served.actors()
+    of_forms = constrained_tokens(served)
     streams = start_streams(served)
+    formed = start_constrained(served)
     kill(told, before["expert-1"].pid)
-    assert not any(stream.ended for stream in streams)
+    assert not any(stream.ended for stream in (*streams, *formed))
     assert [stream.result() for stream in streams] == expected_tokens(served)
+    assert [stream.result() for stream in formed] == of_forms
+    check_forms(formed)
     served.wait_whole()
     check_replaced(before, served.actors(), ["expert-1"])
 

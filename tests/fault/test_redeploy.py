@@ -26,11 +26,13 @@ from tests.cluster_fixture import (
     transformers_tokens,
     wait_until,
 )
-from tests.fault.faults import PROMPTS
+from tests.fault.faults import PROMPTS, SHARED, SHARED_PROMPTS
 from tests.quantise import MIXTRAL, Quantised, make
 
 STREAMS, SHORT_WORKERS = 4, 2
 LONG, SHORT = 150, 6
+ASKED = [*PROMPTS, *SHARED_PROMPTS]
+"""What short requests ask: some share a beginning, so none may have the other model's keys."""
 BACK_S = 120.0
 READY_S = 30.0
 """How soon after its actors are ready the new model must answer."""
@@ -48,6 +50,8 @@ class ShortRequests:
     def __init__(
         self, served: ServedCluster, answers: Sequence[dict[tuple[int, ...], str]]
     ) -> None:
+        self.kept: dict[str, int] = {"old": 0, "new": 0}
+        """The most tokens of a prompt that a router of each model had kept."""
         self.named: list[tuple[float, str]] = []
         """The model of each answer, and when it came."""
         self.failures: list[ExpertMeshError] = []
@@ -59,10 +63,10 @@ class ShortRequests:
         for number in itertools.count(worker):
             if self._ended.is_set():
                 return
-            place = number % len(PROMPTS)
+            place = number % len(ASKED)
             try:
                 [reply] = self._served.client.generate(
-                    PROMPTS[place], greedy(SHORT), model=RANDOM, timeout_s=60
+                    ASKED[place], greedy(SHORT), model=RANDOM, timeout_s=60
                 )
             except ExpertMeshError as error:
                 self.failures.append(error)
@@ -73,6 +77,7 @@ class ShortRequests:
                 self.wrong.append(reply.token_ids)
             else:
                 self.named.append((time.monotonic(), name))
+                self.kept[name] = max(self.kept[name], reply.usage.cached_tokens)
 
     def count(self, name: str) -> int:
         return sum(named == name for _, named in self.named)
@@ -88,7 +93,7 @@ def asking(served: ServedCluster, old: Any, new: Any) -> Iterator[ShortRequests]
             transformers_tokens(old, prompt, SHORT): "old",
             transformers_tokens(new, prompt, SHORT): "new",
         }
-        for prompt in PROMPTS
+        for prompt in ASKED
     ]
     assert all(len(answer) == 2 for answer in answers)
     requests = ShortRequests(served, answers)
@@ -189,6 +194,8 @@ def test_with_memory_for_both_no_request_fails_and_none_is_mixed(
     assert requests.failures == []
     assert requests.wrong == []
     assert requests.count("old") > 0
+    # Pages of both models were found, and transformers, which keeps none, has the same tokens.
+    assert requests.kept == {"old": len(SHARED), "new": len(SHARED)}
     first_s = min(at_s for at_s, name in requests.named if name == "new")
     print(f"the new model answered {first_s - ready_s:.1f} s after its experts were there")
     assert first_s - ready_s < READY_S

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from cluster.reports import ActorStatus
 from tests.cluster_fixture import RANDOM, ServedCluster, greedy, wait_until
-from tests.fault.faults import PROMPTS, expected_tokens, kill
+from tests.fault.faults import PROMPTS, SHARED, SHARED_PROMPTS, expected_tokens, kill
 
 WORKERS, LENGTH = 3, 12
 REPLACED_S, BACK_S = 30.0, 45.0
@@ -19,18 +19,24 @@ REPLACED_S, BACK_S = 30.0, 45.0
 def steady_load(served: ServedCluster) -> Iterator[list[int]]:
     """Ask again and again while the block runs; every answer must come and be the right one.
 
-    Yields a list that grows by one entry with every answer.
+    Yields a list that grows with every answer, by the tokens of its prompt that the router had
+    kept. transformers, which keeps none, has the same tokens.
     """
-    expected = expected_tokens(served)
+    prompts = [*PROMPTS, *SHARED_PROMPTS]
+    expected = [
+        *(tokens[:LENGTH] for tokens in expected_tokens(served)),
+        *(served.expected(prompt, LENGTH) for prompt in SHARED_PROMPTS),
+    ]
     ended = threading.Event()
     answered: list[int] = []
 
     def ask(worker: int) -> None:
         while not ended.is_set():
-            for place in range(worker, len(PROMPTS), WORKERS):
-                [reply] = served.client.generate(PROMPTS[place], greedy(LENGTH), model=RANDOM)
-                assert reply.token_ids == expected[place][:LENGTH]
-                answered.append(place)
+            for place in range(worker, len(prompts), WORKERS):
+                [reply] = served.client.generate(prompts[place], greedy(LENGTH), model=RANDOM)
+                assert reply.token_ids == expected[place]
+                assert reply.usage is not None
+                answered.append(reply.usage.cached_tokens)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         workers = [pool.submit(ask, worker) for worker in range(WORKERS)]
@@ -69,7 +75,9 @@ def test_no_request_fails_while_every_actor_is_killed_in_turn(served: ServedClus
         for victim in told.actors:
             kill(told, victim.pid)
             assert wait_replaced(served, victim, REPLACED_S).experts == victim.experts
-            wait_answers(answered, WORKERS)
+            since = len(answered)
+            wait_answers(answered, len(PROMPTS) + len(SHARED_PROMPTS))
+            assert max(answered[since:]) == len(SHARED), "the shared beginning was not kept"
     after = served.wait_whole()
     assert not {a.pid for a in after.actors} & {a.pid for a in told.actors}
     assert (after.controller_pid, after.routers) == (told.controller_pid, told.routers)

@@ -85,7 +85,9 @@ def _of_predictions(models: Sequence[str], mixtures: Sequence[str]) -> dict[str,
         "/v2": {"get": _prediction("name, version and extensions", "Server")},
         "/v2/health/live": {"get": _prediction("the gateway's process lives", "Live")},
         "/v2/health/ready": {
-            "get": _prediction("every expert of every model has a live copy", "AllReady", "AllReady")
+            "get": _prediction(
+                "every expert of every model has a live copy", "AllReady", "AllReady"
+            )
         },
     }
     every = [*mixtures, *models]
@@ -94,11 +96,13 @@ def _of_predictions(models: Sequence[str], mixtures: Sequence[str]) -> dict[str,
         ("/v2/models/{model}/versions/{version}", [_in_path("version", [VERSION])]),
     ):
         known = {"parameters": [_in_path("model", mixtures), *versions]}
-        paths[base] = known | {"get": _prediction("inputs and outputs of a mixture", "ModelMetadata")}
+        paths[base] = known | {
+            "get": _prediction("inputs and outputs of a mixture", "ModelMetadata")
+        }
         paths[f"{base}/ready"] = {
             "parameters": [_in_path("model", every), *versions],
             "get": _prediction(
-                "every expert of the model has a live copy", "ModelReady", "ModelReady"
+                "all experts of the model have a live copy", "ModelReady", not_ready="ModelReady"
             ),
         }
         paths[f"{base}/infer"] = known | {"post": _inference()}

@@ -138,7 +138,10 @@ def refused(source: str, paths: Sequence[str], **fields: Any) -> list[Case]:
 
 EVERY = (COMPLETIONS, CHAT)
 LONG = {"max_tokens": 60}
-SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "car", "schema": CAR, "strict": True}}
+SCHEMA_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "car", "schema": CAR, "strict": True},
+}
 _ONLY_FORCED = {"logit_bias": {str(FORCED): 100}}
 _ONLY_EOS = {"logit_bias": {str(EOS): 100}}
 
@@ -192,7 +195,8 @@ _OF_OPENAI = [
     *refused(OPENAI, EVERY, store=True, service_tier="flex", moderation={"model": "omni"}),
     *passing(OPENAI, [CHAT], modalities=["text"], tools=[], tool_choice="none",
              parallel_tool_calls=True, functions=[], function_call="none"),
-    *refused(OPENAI, [CHAT], modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"},
+    *refused(OPENAI, [CHAT], modalities=["text", "audio"],
+             audio={"voice": "alloy", "format": "wav"},
              prediction={"type": "content", "content": "x"}, reasoning_effort="low",
              verbosity="low", web_search_options={}, tools=[TOOL], tool_choice="required",
              functions=[TOOL["function"]], function_call={"name": "get_weather"}),
@@ -212,7 +216,8 @@ _OF_VLLM = [
           {"structured_outputs": {"choice": ["positive", "negative"]}, **LONG},
           lambda answer, plain: texts(answer)[0] in ("positive", "negative")),
     *both("structured_outputs", VLLM_FORMS,
-          {"structured_outputs": {"regex": r"[a-z]{2,5}@[a-z]{2,5}\.com\n"}, "stop": ["\n"], **LONG},
+          {"structured_outputs": {"regex": r"[a-z]{2,5}@[a-z]{2,5}\.com\n"}, "stop": ["\n"],
+           **LONG},
           lambda answer, plain: texts(answer)[0].endswith(".com")),
     *both("structured_outputs", VLLM_FORMS, {"structured_outputs": {"json": CAR}, **LONG}, is_car),
     *both("structured_outputs", VLLM_FORMS, {"structured_outputs": {"grammar": SQL}, **LONG},
@@ -285,42 +290,41 @@ _OF_TOKENIZERS = [
 ]  # fmt: skip
 CASES = [*_OF_OPENAI, *_OF_VLLM, *_OF_TOKENIZERS]
 
-_VLLM_BOTH = """
-    model echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream
-    stream_options temperature top_p user use_beam_search top_k min_p repetition_penalty
-    watermarking length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
-    skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
-    allowed_token_ids prompt_logprobs logprob_token_ids bad_words add_special_tokens
-    response_format structured_outputs priority request_id session_id return_tokens_as_token_ids
-    return_token_ids routed_experts_prompt_start return_token_offsets return_mm_kwargs cache_salt
-    kv_transfer_params ec_transfer_params vllm_xargs repetition_detection thinking_token_budget
-    stream_interval
-""".split()
-_UNTIL_0_12 = """
-    guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
-    guided_whitespace_pattern structural_tag best_of
-""".split()
+_VLLM_BOTH = (
+    "model", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n",
+    "presence_penalty", "seed", "stop", "stream", "stream_options", "temperature", "top_p",
+    "user", "use_beam_search", "top_k", "min_p", "repetition_penalty", "watermarking",
+    "length_penalty", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
+    "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens",
+    "truncation_side", "allowed_token_ids", "prompt_logprobs", "logprob_token_ids", "bad_words",
+    "add_special_tokens", "response_format", "structured_outputs", "priority", "request_id",
+    "session_id", "return_tokens_as_token_ids", "return_token_ids", "routed_experts_prompt_start",
+    "return_token_offsets", "return_mm_kwargs", "cache_salt", "kv_transfer_params",
+    "ec_transfer_params", "vllm_xargs", "repetition_detection", "thinking_token_budget",
+    "stream_interval",
+)  # fmt: skip
+_UNTIL_0_12 = (
+    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
+    "guided_whitespace_pattern", "structural_tag", "best_of",
+)  # fmt: skip
 PUBLIC: Mapping[str, frozenset[str]] = {
-    COMPLETIONS: frozenset(
-        ["prompt", "suffix", "prompt_embeds", *_VLLM_BOTH, *_UNTIL_0_12]
-    ),
+    COMPLETIONS: frozenset({"prompt", "suffix", "prompt_embeds", *_VLLM_BOTH, *_UNTIL_0_12}),
     CHAT: frozenset(
-        """
-        messages top_logprobs max_completion_tokens tools tool_choice reasoning_effort
-        include_reasoning parallel_tool_calls add_generation_prompt continue_final_message
-        documents chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs
-        return_prompt_text
-        """.split()
-        + _VLLM_BOTH
-        + _UNTIL_0_12
+        {
+            "messages", "top_logprobs", "max_completion_tokens", "tools", "tool_choice",
+            "reasoning_effort", "include_reasoning", "parallel_tool_calls",
+            "add_generation_prompt", "continue_final_message", "documents", "chat_template",
+            "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs",
+            "return_prompt_text", *_VLLM_BOTH, *_UNTIL_0_12,
+        }
     ),
     TOKENIZE: frozenset(
-        """
-        model prompt add_special_tokens return_token_strs messages add_generation_prompt
-        continue_final_message chat_template chat_template_kwargs media_io_kwargs
-        mm_processor_kwargs tools
-        """.split()
+        {
+            "model", "prompt", "add_special_tokens", "return_token_strs", "messages",
+            "add_generation_prompt", "continue_final_message", "chat_template",
+            "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "tools",
+        }
     ),
-    DETOKENIZE: frozenset(["model", "tokens"]),
-}
+    DETOKENIZE: frozenset({"model", "tokens"}),
+}  # fmt: skip
 """vLLM's fields of each endpoint; OpenAI's are read off its package."""

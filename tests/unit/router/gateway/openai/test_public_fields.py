@@ -76,8 +76,10 @@ def test_a_public_example_passes_or_is_refused_by_name(
         error = response.json()["error"]
         name, _, _ = error["param"].replace("[", ".").partition(".")
         assert name == case.field
-        assert "allowed" in error["message"] or "only" in error["message"] or (
-            "must be" in error["message"]
+        assert (
+            "allowed" in error["message"]
+            or "only" in error["message"]
+            or ("must be" in error["message"])
         )
         return
     assert response.status_code == 200, response.text
