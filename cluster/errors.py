@@ -266,4 +266,4 @@ def shown(value: object) -> str:
 
 def shown_name(name: str) -> str:
     """Return a short, printable name unchanged, and any other name as :func:`shown` does."""
-    return name if name.isprintable() and 0 < len(name) <= _MAX_NAME_CHARS else shown(name)
+    return name if name.isprintable() and len(name) <= _MAX_NAME_CHARS else shown(name)

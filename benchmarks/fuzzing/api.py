@@ -27,6 +27,7 @@ from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinish
 
 from router.config import GatewayConfig
 from router.gateway.openapi.document import OPENAPI_PATH
+from router.protos.errors import MAX_FIELD_BYTES, clean
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster
 from tests.local_gateway import LocalGateway, grammars_of
@@ -54,6 +55,12 @@ CHECKS = (
 )  # fmt: skip
 MAX_TOKENS = 8
 _INFER = "/infer"
+_BODIES = {
+    "/v1/completions": "CompletionRequest",
+    "/v1/chat/completions": "ChatRequest",
+    "/tokenize": "TokenizeRequest",
+    "/detokenize": "DetokenizeRequest",
+}
 _REQUIRED: Mapping[str, Sequence[str]] = {
     "/v1/completions": ("model", "prompt"),
     "/v1/chat/completions": ("model", "messages"),
@@ -244,11 +251,17 @@ def refusals_name_a_field(
     if response.status_code != 400 or not isinstance(case.body, dict):
         return
     path = case.operation.path
-    if path.startswith("/v2") or path == "/v1/embeddings":
+    if path not in _BODIES:
         return
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error", error
-    assert error["param"], f"no field is named: {error}"
+    schema = case.operation.schema.raw_schema["components"]["schemas"]
+    described = schema[_BODIES[path]]["properties"]
+    names = [clean(name, MAX_FIELD_BYTES) or "''" for name in (*case.body, *described)]
+    param = error["param"] or ""
+    assert any(param == name or param.startswith((f"{name}.", f"{name}[")) for name in names), (
+        f"no field is named: {error}"
+    )
 
 
 @schemathesis.check

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import InvalidRequestError, shown, shown_name
+from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
 from router.gateway.grammar import GRAMMAR_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
@@ -129,7 +129,7 @@ def known_fields(body: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
         if name in fields.supported:
             continue
         if name not in fields.harmless:
-            raise InvalidRequestError(_unknown(name, fields), shown_name(name))
+            raise InvalidRequestError(_unknown(name, fields), name or shown(name))
         harmless = fields.harmless[name]
         # By type too: to Python, 0 is false and 1 is true.
         if harmless is not None and not any(

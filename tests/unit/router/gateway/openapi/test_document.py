@@ -15,6 +15,7 @@ from router.gateway.openai.fields import CHAT as CHAT_FIELDS
 from router.gateway.openai.fields import COMPLETION as COMPLETION_FIELDS
 from router.gateway.openai.fields import Fields
 from router.gateway.openai.tokens import DETOKENIZE, TOKENIZE
+from router.gateway.predict.validate import PARAMETERS
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, refusal
 
@@ -93,6 +94,22 @@ def test_a_prediction_has_the_fields_that_the_validation_takes(
     assert told.startswith(f"{field}nonsense: ")
     allowed = told.rpartition("allowed: ")[2].split(", ")
     assert {name for one in variants for name in one["properties"]} == set(allowed)
+
+
+def test_parameters_of_a_prediction_are_those_that_the_validation_takes(
+    document: dict[str, Any],
+) -> None:
+    given = document["components"]["schemas"]["InferRequest"]["properties"]["parameters"]
+    described = given["anyOf"][0]["properties"]
+    assert set(described) == {*PARAMETERS, "binary_data_output", "content_type"}
+    good = {"timeout_s": 5, "on_expert_loss": "drop", "binary_data_output": False}
+    for parameters in (good, {"timeout": 9_000_000, "content_type": "np"}):
+        body = {"inputs": [PIXELS], "parameters": parameters}
+        validator(document, "InferRequest").validate(body)
+        assert call(UPSTREAM, INFER, body).status_code == 200
+    wrong = {"inputs": [PIXELS], "parameters": {"content_type": "pd"}}
+    assert not validator(document, "InferRequest").is_valid(wrong)
+    assert call(UPSTREAM, INFER, wrong).status_code == 400
 
 
 @pytest.mark.parametrize(
