@@ -27,11 +27,11 @@ from benchmarks.fuzzing import api
 def run(minutes: float, seed: int, examples: int) -> dict[str, Any]:
     """Run rounds until the time is over; returns what ``--json`` writes."""
     found, rounds, end_s = api.Found(), 0, time.monotonic() + 60 * minutes
-    with progress("api_fuzz", None) as begin:
+    # One app for all rounds: schemathesis keeps each that it has seen.
+    with progress("api_fuzz", None) as begin, api.gateway() as app:
         while time.monotonic() < end_s:
             begin(f"{found.total:,} requests, {len(found.failures)} failures")
-            with api.gateway() as app:
-                found.add(api.fuzz(app, seed + rounds, examples, has_bounds=rounds == 0))
+            found.add(api.fuzz(app, seed + rounds, examples, has_bounds=rounds == 0))
             rounds += 1
     return {
         "benchmark": "api_fuzz",
