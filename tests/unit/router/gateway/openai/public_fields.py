@@ -1,7 +1,7 @@
 """Requests in the form of public examples: for each field of OpenAI and vLLM what it does here.
 
 The names are those of the request schemas: OpenAI's of its Python package 3.57.0, vLLM's of its
-``protocol.py`` as of 0.26 (its repository at 002032ee, the tokenizer's at 030ea52e), and those that
+``protocol.py`` (its repository at 002032ee, the tokenizer's at 030ea52e), and those that
 vLLM took until 0.12.
 """
 
