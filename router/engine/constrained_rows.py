@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertMeshError, InvalidRequestError
-from router.engine.constraints import Grammars
+from router.engine.constraints import Grammars, flags_of
 from router.engine.sequence import Sequence as Choice
 from router.grammar_limits import FIELD
 
@@ -62,7 +62,8 @@ def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None
     until_s = time.monotonic() + MOST_WAIT_S
     waits_again = all(choice.deferred for choice in sampled)
     rows: list[int] = []
-    flags: list[np.ndarray] = []
+    words: list[np.ndarray] = []
+    vocab_size = 0
     for row, choice in enumerate(sampled):
         was_deferred, choice.deferred = choice.deferred, False
         if choice.constraint is None:
@@ -77,7 +78,9 @@ def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None
         choice.deferred = found is None
         if found is not None:
             rows.append(row)
-            flags.append(found)
+            words.append(found)
+            vocab_size = choice.constraint.vocab_size
     if not rows:
         return None
-    return Allowed(*to_device(torch.tensor(rows), torch.from_numpy(np.stack(flags))))
+    flags = flags_of(np.stack(words), vocab_size)
+    return Allowed(*to_device(torch.tensor(rows), torch.from_numpy(flags)))

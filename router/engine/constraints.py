@@ -4,14 +4,15 @@ A matcher (llguidance) reads a choice's tokens and tells which may follow. A rou
 grammars on one thread and follows them on another, while the experts compute the choices' next
 step. A choice goes on elsewhere from its tokens: its matcher reads them again.
 
-Dimension letters: V vocabulary size.
+Dimension letters: V vocabulary size, W words of 32 bits with a bit for each token.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import NamedTuple
@@ -35,9 +36,10 @@ class _Vocabulary(NamedTuple):
     tokens: LLTokenizer
     num_tokens: int
     """How many tokens a matcher tells of: the tokenizer's or the model's, whichever are more."""
-    ends: list[int]
-    nameless: list[int]
-    """The other special tokens, which have no text in an answer."""
+    may_end: np.ndarray
+    """uint32 [W]: the model's tokens but special ones that are no ends: they have no text."""
+    may_not_end: np.ndarray
+    """uint32 [W]: as before, without ends, where one would stand for its name in the text."""
 
 
 class Constraint:
@@ -45,6 +47,7 @@ class Constraint:
 
     def __init__(self, grammars: Grammars, grammar: str) -> None:
         """Begin to compile the grammar, and to find out which tokens may come first."""
+        self.vocab_size = grammars.vocab_size
         self._grammars = grammars
         self._grammar = grammar
         self._matcher: LLMatcher | None = None
@@ -61,7 +64,7 @@ class Constraint:
         self._answer.cancel()
 
     def allowed(self, timeout_s: float) -> np.ndarray | None:
-        """Return a flag for each token, bool [V]; ``None`` where that is not known in time.
+        """Return a bit for each token, uint32 [W]; ``None`` where that is not known in time.
 
         Raises :class:`InvalidRequestError` where no token may follow, or the tokens so far do not
         fit the grammar, or the grammar takes too much to follow.
@@ -81,7 +84,7 @@ class Constraint:
     def _follow(self, answer: Future[np.ndarray], token_id: int, before: object) -> None:
         """Have a thread find an answer, once the one before it is there."""
         try:
-            self._grammars.following.submit(self._answer_by, answer, token_id)
+            self._grammars.follow(partial(self._answer_by, answer, token_id))
         except RuntimeError:  # the router ends
             answer.cancel()
 
@@ -109,14 +112,24 @@ class Constraint:
                 reason = self._matcher.get_error().partition("\n")[0][:200]
                 told = f"the answer cannot go on by its grammar: {reason}"
                 raise InvalidRequestError(told, FIELD)
-        flags = np.unpackbits(bits.view(np.uint8), bitorder="little").view(np.bool_)
-        flags[vocabulary.nameless] = False
-        if not self._matcher.is_accepting():
-            flags[vocabulary.ends] = False  # one would stand for its name in the text
-        flags = flags[: self._grammars.vocab_size]
-        if not flags.any():
+        words: np.ndarray = bits[0]
+        words &= vocabulary.may_end if self._matcher.is_accepting() else vocabulary.may_not_end
+        if not words.any():
             raise InvalidRequestError("the grammar allows no token of the model here", FIELD)
-        return flags
+        return words
+
+
+def flags_of(words: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return the bits of words [..., W] as flags, bool [..., V]."""
+    flags = np.unpackbits(words.view(np.uint8), axis=-1, count=vocab_size, bitorder="little")
+    return flags.view(np.bool_)
+
+
+def _words_of(token_ids: Collection[int], num_tokens: int) -> np.ndarray:
+    """Return a bit for each token, uint32 [W], which is set for these."""
+    flags = np.zeros(-(-num_tokens // 32) * 32, np.bool_)
+    flags[list(token_ids)] = True
+    return np.packbits(flags, bitorder="little").view(np.uint32)
 
 
 def _fill(matcher: LLMatcher, bits: np.ndarray) -> bool:
@@ -133,7 +146,9 @@ class Grammars:
         """``load`` returns the model's vocabulary, when a request first needs it."""
         self.vocab_size = vocab_size
         self.compiling = grammar_pool()
-        self.following = grammar_pool()
+        self._following = grammar_pool()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
         self._load = load
         self._vocabulary: _Vocabulary | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -142,20 +157,41 @@ class Grammars:
         """Return the constraint of a new choice; waits for nothing."""
         return Constraint(self, grammar)
 
+    def follow(self, work: Callable[[], None]) -> None:
+        """Have work done on a thread, after the works before it; it must not raise.
+
+        Raises ``RuntimeError`` where the threads have ended.
+        """
+        with self._lock:  # a thread takes all that waits: to begin it once a work is dear
+            self._waiting.append(work)
+            if len(self._waiting) == 1:
+                self._following.submit(self._do_all)
+
+    def _do_all(self) -> None:
+        while self._waiting:
+            self._waiting[0]()
+            with self._lock:
+                self._waiting.popleft()
+
     def close(self) -> None:
         """End the threads after their current work."""
-        for pool in (self.compiling, self.following):
+        for pool in (self.compiling, self._following):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def vocabulary(self) -> _Vocabulary:
         """Return the model's vocabulary, loaded when it is first needed."""
         if self._vocabulary is None:
             tokens = self._load()
-            ends = list(tokens.eos_tokens)
-            special = filter(tokens.is_special_token, range(tokens.vocab_size))
             num_tokens = max(self.vocab_size, tokens.vocab_size)
-            nameless = [token_id for token_id in special if token_id not in ends]
-            self._vocabulary = _Vocabulary(tokens, num_tokens, ends, nameless)
+            ends = set(tokens.eos_tokens)
+            special = set(filter(tokens.is_special_token, range(tokens.vocab_size)))
+            model = set(range(self.vocab_size))
+            self._vocabulary = _Vocabulary(
+                tokens,
+                num_tokens,
+                _words_of(model - (special - ends), num_tokens),
+                _words_of(model - special - ends, num_tokens),
+            )
         return self._vocabulary
 
     def matcher(self, grammar: str, is_compiled_again: bool = False) -> LLMatcher:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 
+_SLICES = ("[a-zA-Z0-9 ]{1,10}", "[a-z ]{1,10}")
+"""Tokens that a grammar often takes all of: it is asked once for all that fit one of these."""
+
+
 class Tokenizer:
     """Encodes prompts and decodes tokens; special tokens and ``eos_token_ids`` have no text."""
 
@@ -60,12 +64,15 @@ class Tokenizer:
         ends no answer of a form. Raises :class:`CheckpointError` for a tokenizer without a fast
         form.
         """
+        from llguidance import LLTokenizer
         from llguidance.hf import from_tokenizer
 
         try:
             num_tokens = max(vocab_size, len(self._tokenizer))
             known_ends = [end for end in eos_token_ids if end < len(self._tokenizer)]
-            return from_tokenizer(self._tokenizer, num_tokens, known_ends or list(eos_token_ids))
+            slices = [*LLTokenizer.general_slices(), *_SLICES]
+            ends = known_ends or list(eos_token_ids)
+            return from_tokenizer(self._tokenizer, num_tokens, ends, slices)
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"its tokenizer cannot be used with grammars ({error})", "tokenizer"

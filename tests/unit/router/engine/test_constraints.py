@@ -13,13 +13,14 @@ from random import Random
 from typing import Any, cast
 
 import jsonschema
+import numpy as np
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from cluster.errors import InternalError, InvalidRequestError
 from router.engine import constrained_rows, constraints
 from router.engine.constrained_rows import allowed_of
-from router.engine.constraints import MAX_KEPT, Constraint, Grammars
+from router.engine.constraints import MAX_KEPT, Constraint, Grammars, flags_of
 from router.engine.sequence import Sequence as Choice
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
@@ -69,6 +70,13 @@ def cluster(folder: Path, tokenizer: Tokenizer) -> Iterator[LocalCluster]:
     yield made
     made.close()
     grammars.close()
+
+
+def flags_after(constraint: Constraint) -> np.ndarray:
+    """Return what may come next, bool [V]."""
+    words = constraint.allowed(30)
+    assert words is not None
+    return flags_of(words, constraint.vocab_size)
 
 
 def asked(name: str, grammar: str, **sampling: Any) -> Any:
@@ -243,9 +251,9 @@ def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
 def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     found = [grammars.begin(of_regex(f"a{{{n}}}b")) for n in range(1, MAX_KEPT + 5)]
-    flags = [constraint.allowed(30) for constraint in found]
+    flags = [flags_after(constraint) for constraint in found]
     assert len(grammars._compiled) == MAX_KEPT
-    assert all(flag is not None and flag.any() for flag in flags)
+    assert all(flag.any() for flag in flags)
     grammars.close()
 
 
@@ -272,8 +280,7 @@ def test_a_model_may_have_fewer_or_more_tokens_than_its_tokenizer(
 ) -> None:
     ends = (EOS, vocab_size - 1)
     grammars = Grammars(lambda: tokenizer.vocabulary(vocab_size, ends), vocab_size)
-    flags = grammars.begin(of_regex("[ab]*")).allowed(30)
-    assert flags is not None
+    flags = flags_after(grammars.begin(of_regex("[ab]*")))
     assert flags.shape == (vocab_size,)
     assert flags[EOS]
     texts = {tokenizer.token_text(i) for i in flags.nonzero()[0].tolist()} - {
@@ -296,8 +303,7 @@ def test_what_others_have_asked_of_a_grammar_fails_nobody(
         random, token_ids = Random(seed), list[int]()
         constraint = grammars.begin(of_regex("([a-z ]*a[a-z ]{60}c)+"))
         for _ in range(60):
-            flags = constraint.allowed(30)
-            assert flags is not None
+            flags = flags_after(constraint)
             token_id = random.choice([i for i in flags.nonzero()[0].tolist() if i != EOS])
             constraint.read(token_id)
             token_ids.append(token_id)
@@ -324,11 +330,10 @@ def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer)
 
     def search(ids: Sequence[int]) -> None:
         constraint = grammars.begin("start: " + " | ".join(map(json.dumps, words)))
-        flags = constraint.allowed(30)
+        flags = flags_after(constraint)
         for token_id in ids:
             constraint.read(token_id)
-            flags = constraint.allowed(30)
-        assert flags is not None
+            flags = flags_after(constraint)
         so_far = "".join(texts[token_id] for token_id in ids)
         allowed = set(flags.nonzero()[0].tolist())
         assert allowed <= fitting(so_far)
@@ -348,12 +353,11 @@ def test_special_tokens_are_no_text_of_an_answer(tokenizer: Tokenizer) -> None:
     name = tokenizer.token_text(EOS)
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     constraint = grammars.begin(f"start: {json.dumps(f'x{name}y')}")
-    flags = constraint.allowed(30)
-    assert flags is not None
+    flags = flags_after(constraint)
     assert not flags[EOS]
     constraint.read(int(flags.nonzero()[0][0]))
     with pytest.raises(InvalidRequestError, match="allows no token"):
-        constraint.allowed(30)
+        flags_after(constraint)
     grammars.close()
 
 
@@ -364,7 +368,7 @@ def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) ->
     ended, going = grammars.begin(of_regex("a")), grammars.begin(of_regex("b"))
     ended.close()
     release.set()
-    assert going.allowed(30) is not None
+    assert flags_after(going).any()
     with pytest.raises(InternalError, match="not followed any more"):
-        ended.allowed(30)
+        flags_after(ended)
     grammars.close()
