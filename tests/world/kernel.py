@@ -135,7 +135,7 @@ class Waiter:
         timer = None
         if timeout_s is not None:
             timer = self._kernel.call_later(timeout_s, self._resume)
-        self._kernel.park(current)
+        self._kernel.park()
         if timer is not None:
             timer.cancel()
         return self.is_woken
@@ -159,7 +159,7 @@ class Due:
     Most of a world's time goes by callbacks, and those of asyncio cost twice as much.
     """
 
-    __slots__ = ("_args", "_callback", "_when_s", "context", "is_cancelled")
+    __slots__ = ("_when_s", "args", "callback", "context", "is_cancelled")
 
     def __init__(
         self,
@@ -168,24 +168,20 @@ class Due:
         context: contextvars.Context,
         when_s: float = 0.0,
     ) -> None:
-        self._callback, self._args, self._when_s = callback, args, when_s
+        self.callback, self.args, self._when_s = callback, args, when_s
         self.context = context
         self.is_cancelled = False
 
     def cancel(self) -> None:
         """Never run it; what it refers to is let go."""
         self.is_cancelled = True
-        self._callback, self._args = _nothing, ()
+        self.callback, self.args = _nothing, ()
 
     def cancelled(self) -> bool:
         return self.is_cancelled
 
     def when(self) -> float:
         return self._when_s
-
-    def run(self) -> None:
-        """Run it in its context."""
-        self.context.run(self._callback, *self._args)
 
 
 def _nothing() -> None:
@@ -224,7 +220,8 @@ class Kernel(_EventLoop):
         self._timers: list[tuple[float, int, Due]] = []
         self._numbers = itertools.count()
         self._pids = itertools.count(FIRST_PID)
-        self._parked: dict[greenlet.greenlet, None] = {}
+        self._threads: dict[greenlet.greenlet, None] = {}
+        """Those that have not ended."""
         self._tasks: dict[Any, Process | None] = {}
         self._is_closed = False
 
@@ -274,7 +271,7 @@ class Kernel(_EventLoop):
         """Run ``target`` on a thread of the current process, soon."""
         thread = greenlet.greenlet(lambda: self._guarded(target), self.hub)
         thread.gr_context = contextvars.copy_context()
-        self._parked[thread] = None
+        self._threads[thread] = None
         self.call_soon(self.resume, thread)
 
     def _guarded(self, target: Callable[[], object]) -> None:
@@ -288,18 +285,18 @@ class Kernel(_EventLoop):
             process = PROCESS.get()
             trace = "".join(traceback.format_exception(error)[-6:])
             self.note(f"a thread of {process.name if process else 'world'} raised:\n{trace}")
+        finally:
+            self._threads.pop(greenlet.getcurrent(), None)
 
-    def park(self, current: greenlet.greenlet) -> None:
+    def park(self) -> None:
         """Block the current thread until :meth:`resume`."""
         if self._is_closed:
             raise greenlet.GreenletExit
-        self._parked[current] = None
         assert self.hub is not None
         self.hub.switch()
 
     def resume(self, thread: greenlet.greenlet) -> None:
         """Go on with a thread; called by the loop."""
-        self._parked.pop(thread, None)
         if not thread.dead:
             thread.switch()
 
@@ -312,43 +309,50 @@ class Kernel(_EventLoop):
         before = events._get_running_loop()
         events._set_running_loop(self)
         try:
-            while (is_done is None or not is_done()) and self._next_callback(until_s):
-                pass
+            while is_done is None or not is_done():
+                due = self._next(until_s)
+                if due is None:
+                    break
+                try:
+                    due.context.run(due.callback, *due.args)
+                except KeyboardInterrupt:  # of the real machine
+                    raise
+                except BaseException as error:
+                    told = {"message": "a callback raised", "exception": error}
+                    self.call_exception_handler(told)
         finally:
             events._set_running_loop(before)
 
-    def _next_callback(self, until_s: float) -> bool:
-        """Run a callback; returns false where none is due by ``until_s``."""
+    def _next(self, until_s: float) -> Due | None:
+        """Return the next callback of a process that runs, if any is due by ``until_s``."""
         timers, ready = self._timers, self._ready
-        if ready:
-            due = ready.popleft()
-        else:
-            if not timers or timers[0][0] > until_s:
-                self.now_s = max(self.now_s, until_s)
-                return False
-            when_s, _, due = heapq.heappop(timers)
-            self.now_s = max(self.now_s, when_s)
-        if due.is_cancelled:
-            return True
-        process = due.context.get(PROCESS)
-        if process is not None:
-            if not process.is_alive:
-                return True
-            if process.is_paused:
+        while True:
+            if ready:
+                due = ready.popleft()
+            else:
+                if not timers or timers[0][0] > until_s:
+                    self.now_s = max(self.now_s, until_s)
+                    return None
+                when_s, _, due = heapq.heappop(timers)
+                if when_s > self.now_s:
+                    self.now_s = when_s
+            if due.is_cancelled:
+                continue
+            process = due.context.get(PROCESS)
+            if process is None:
+                pid = 0
+            elif not process.is_alive:
+                continue
+            elif process.is_paused:
                 process.held.append(due)
-                return True
-            if self._crashes and self._is_crash(process):
-                return True
-        self.num_callbacks += 1
-        pid = 0 if process is None else process.pid
-        self.digest = zlib.crc32(_STAMP.pack(pid, self.now_s), self.digest)
-        try:
-            due.run()
-        except KeyboardInterrupt:  # of the real machine
-            raise
-        except BaseException as error:
-            self.call_exception_handler({"message": "a callback raised", "exception": error})
-        return True
+                continue
+            elif self._crashes and self._is_crash(process):
+                continue
+            else:
+                pid = process.pid
+            self.num_callbacks += 1
+            self.digest = zlib.crc32(_STAMP.pack(pid, self.now_s), self.digest)
+            return due
 
     def crash_after(self, process: Process, number: int, end: Callable[[Process], None]) -> None:
         """End a process before the callback of this number from now on."""
@@ -373,9 +377,9 @@ class Kernel(_EventLoop):
     def close(self) -> None:
         """End all threads and tasks; whatever they do then has no effect."""
         self._is_closed = True
-        for thread in list(self._parked):
+        for thread in list(self._threads):
             thread.throw(greenlet.GreenletExit)
-        self._parked.clear()
+        self._threads.clear()
         for task in self._tasks:
             task._log_destroy_pending = False
         self._tasks.clear()
@@ -421,7 +425,10 @@ class Kernel(_EventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> Due:
-        return self.call_at(self.now_s + delay, callback, *args, context=context)
+        when_s = self.now_s + delay
+        due = Due(callback, args, _own(context), when_s)  # sooner than by call_at
+        heapq.heappush(self._timers, (when_s, next(self._numbers), due))
+        return due
 
     def call_at(
         self,

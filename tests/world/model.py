@@ -11,7 +11,6 @@ Dimension letters: T tokens, K experts per token, E experts, R rows to sample, V
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -49,10 +48,6 @@ _NAN = 99.0
 """Stands for what is no number in a hash."""
 _SPREAD = 1 << 20
 """Above any sum of K low halves, so that two sums make one number."""
-_FEW = 6
-"""So few numbers are mixed sooner one by one than by numpy."""
-_PLACES = np.array([1.0, _SPREAD])
-"""What each half counts in a number; float64 holds all of them exactly."""
 
 
 def _mix(x: int) -> int:
@@ -63,50 +58,35 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _mix_all(x: np.ndarray) -> np.ndarray:
-    """Return :func:`_mix` of each number."""
-    if x.ndim == 1 and len(x) <= _FEW:
-        return np.array([_mix(number) for number in x.tolist()], np.uint64)
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 @cache
 def key_of(*parts: object) -> int:
     """Return a number of 64 bits for a name."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-def _rows(states: np.ndarray) -> np.ndarray:
-    """Return states [T] as rows [T, 2], the low half first."""
-    return states.astype("<u4").view("<u2").reshape(-1, 2).astype(np.float32)
-
-
 def _rows_of(states: Iterable[int]) -> np.ndarray:
-    """Return states [T] as :func:`_rows` does; sooner where T is small."""
+    """Return states [T] as rows [T, 2], the low half first; sooner than numpy where T is small."""
     halves = [half for state in states for half in (state & 0xFFFF, state >> 16)]
     return np.array(halves, np.float32).reshape(-1, 2)
 
 
-def _numbers(rows: np.ndarray) -> np.ndarray:
+def _numbers(rows: np.ndarray) -> list[int]:
     """Return rows [T, 2], or sums of them, as numbers [T]."""
-    numbers = rows.astype(np.float64) @ _PLACES
-    if not math.isfinite(numbers.sum()):  # a cast of what is no number differs between processors
+    try:
+        return [int(low) + int(high) * _SPREAD & _MASK for low, high in rows.tolist()]
+    except (ValueError, OverflowError):  # not all are numbers
         return _numbers(np.nan_to_num(rows, nan=_NAN, posinf=_NAN, neginf=_NAN))
-    return numbers.astype(np.uint64)
 
 
-def _take_poison(ids: np.ndarray, states: np.ndarray) -> None:
-    """Do as the poisons among tokens [T] want; ``states`` [T] are changed."""
-    if not (ids >= VOCAB).any():
-        return
-    if POISONS["poison raises"] in ids:
+def _state_of(token_id: int, key: int) -> int:
+    """Return the embedding of a token, or do as a poison wants."""
+    if token_id < VOCAB:
+        return _mix(token_id ^ key) & _LOW
+    if token_id == POISONS["poison raises"]:
         raise RuntimeError("no step can be computed with this token")
-    if POISONS["poison ends routers"] in ids:
+    if token_id == POISONS["poison ends routers"]:
         os._exit(1)
-    states[ids == POISONS["poison ends actors"]] = _POISON_STATE
+    return _POISON_STATE
 
 
 # The slow oracle.
@@ -163,9 +143,9 @@ def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[
     return tuple(ids[len(prompt) :])
 
 
-def _chosen(row: int, gate: Sequence[int]) -> list[int]:
+def _chosen(row: int, gate: Sequence[int], number: int = TOP_K) -> list[int]:
     scores = [_mix(row ^ key) for key in gate]
-    return sorted(range(NUM_EXPERTS), key=scores.__getitem__, reverse=True)[:TOP_K]
+    return sorted(range(NUM_EXPERTS), key=scores.__getitem__, reverse=True)[:number]
 
 
 # The router's part.
@@ -186,24 +166,24 @@ class _Attend:
 
     def __init__(self, identity: str, layer: int, num_slots: int, took_s: Callable[[], float]):
         self._key = key_of(identity, layer, "chain")
-        self._cache = np.zeros(num_slots, np.uint64)
+        self._cache = [0] * num_slots
         self._took_s = took_s
 
     def __call__(
         self, hidden_states: torch.Tensor, rotation: Any, paged: PagedContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(self._took_s())
-        numbers = _numbers(hidden_states.numpy()).tolist()
-        states, at = [], 0
+        numbers = iter(_numbers(hidden_states.numpy()))
+        states = []
         for span in paged.batch.view:
-            before = int(self._cache[span.slots[span.start - 1]]) if span.start else 0
-            for slot in span.slots[span.start :]:
-                before = _mix(numbers[at] ^ _mix(before ^ self._key)) & _LOW
-                if numbers[at] == _POISON_NUMBER:
+            before = self._cache[span.slots[span.start - 1]] if span.start else 0
+            for slot in span.slots[span.start :].tolist():
+                number = next(numbers)
+                before = _mix(number ^ _mix(before ^ self._key)) & _LOW
+                if number == _POISON_NUMBER:
                     before = _POISON_STATE  # a row of it ends its actor
                 self._cache[slot] = before
                 states.append(before)
-                at += 1
         normed = _rows_of(states)
         return torch.from_numpy(np.zeros_like(normed)), torch.from_numpy(normed)
 
@@ -212,24 +192,23 @@ class _ExactGate:
     """Chooses experts by hashes of the state; all weights are 1."""
 
     def __init__(self, identity: str, layer: int):
-        keys = [key_of(identity, layer, "gate", e) for e in range(NUM_EXPERTS)]
-        self._keys = np.array(keys, np.uint64)
-
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        return _mix_all(_numbers(rows)[:, None] ^ self._keys)
+        self._keys = [key_of(identity, layer, "gate", e) for e in range(NUM_EXPERTS)]
 
     def choice(self, normed: torch.Tensor) -> Choice:
-        scores = self._scores(normed.numpy())
-        ids = np.argsort(~scores, axis=1, kind="stable")[:, :TOP_K]
+        ids = np.array([_chosen(row, self._keys) for row in _numbers(normed.numpy())])
         weights = np.ones(ids.shape, np.float32)  # sooner than torch.ones
-        return Choice(np.ascontiguousarray(ids), torch.from_numpy(weights))
+        return Choice(ids, torch.from_numpy(weights))
 
     def choose_anew(self, normed: torch.Tensor, rows: np.ndarray, allowed: np.ndarray) -> Choice:
-        scores = self._scores(normed.numpy()[rows]) >> np.uint64(1)
-        scores[~allowed] = 0
-        ids = np.argsort(~scores, axis=1, kind="stable")[:, :TOP_K]
+        numbers = _numbers(normed.numpy()[rows])
+        ids = np.array(
+            [
+                sorted(_chosen(row, self._keys, NUM_EXPERTS), key=lambda e: not may[e])[:TOP_K]
+                for row, may in zip(numbers, allowed.tolist(), strict=True)
+            ]
+        )
         weights = np.take_along_axis(allowed, ids, 1).astype(np.float32)
-        return Choice(np.ascontiguousarray(ids), torch.from_numpy(weights))
+        return Choice(ids, torch.from_numpy(weights))
 
 
 class ExactModel:
@@ -244,19 +223,17 @@ class ExactModel:
         """``took_s`` returns the time that a layer's attention takes."""
         self.attention = ExactAttention()
         self.num_pages = cache_tokens // self.attention.page_size
-        embedding_key, head_key = (
-            np.uint64(key_of(identity, part)) for part in ("embedding", "head")
-        )
+        embedding_key, head_key = (key_of(identity, part) for part in ("embedding", "head"))
 
         def embedding(ids: torch.Tensor) -> torch.Tensor:
-            states = _mix_all(ids.numpy().astype(np.uint64) ^ embedding_key) & np.uint64(_LOW)
-            _take_poison(ids.numpy(), states)
-            return torch.from_numpy(_rows(states))
+            states = [_state_of(token_id, embedding_key) for token_id in ids.tolist()]
+            return torch.from_numpy(_rows_of(states))
 
         def head(hidden_states: torch.Tensor) -> torch.Tensor:
-            tokens = _mix_all(_numbers(hidden_states.numpy()) ^ head_key) % np.uint64(VOCAB)
+            tokens = [_mix(n ^ head_key) % VOCAB for n in _numbers(hidden_states.numpy())]
             logits = np.zeros((len(tokens), VOCAB), np.float32)
-            logits[np.arange(len(tokens)), tokens.astype(np.int64)] = 1.0
+            for row, token_id in zip(logits, tokens, strict=True):
+                row[token_id] = 1.0
             return torch.from_numpy(logits)
 
         self.decoder = Decoder(
@@ -338,7 +315,7 @@ class ExactExpert:
         if took_s == "rows":
             return np.zeros((len(rows) - 1, 2), np.float32)
         time.sleep(took_s)
-        numbers = _numbers(rows).tolist()
+        numbers = _numbers(rows)
         if _POISON_NUMBER in numbers:
             os._exit(1)
         return _rows_of(_mix(number ^ self._key) & _LOW for number in numbers)
