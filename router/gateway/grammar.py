@@ -150,8 +150,9 @@ def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
         raise InvalidRequestError("is not supported", f"{where}.x-guidance")
     options = options or {"whitespace_pattern": WHITESPACE}
     try:
+        checks.text(json.dumps(schema, ensure_ascii=False), where)
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
-    except (ValueError, RecursionError) as error:  # half of a surrogate pair, a very large number
+    except (ValueError, RecursionError) as error:  # a very large number, a very deep schema
         raise InvalidRequestError(_line(str(error)), where) from None
     _check_size(grammar, where)
     if fault := schema_fault(schema):

@@ -48,7 +48,7 @@ def check_prompt(
         if not text:
             raise InvalidRequestError("is empty; at least one token is needed", where)
         check_length(text, where, model)
-        ids = tuple(model.tokenizer.encode(text, add_special_tokens=not is_chat))
+        ids = tuple(model.tokenizer.encode(text, not is_chat, where))
         if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
             raise InvalidRequestError(
                 f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",

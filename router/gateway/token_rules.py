@@ -93,7 +93,7 @@ def _check_bad_words(given: object, where: str, model: GatewayModel) -> tuple[tu
             raise InvalidRequestError(checks.wrong(word, allowed), path)
         bare = str(word).strip()
         for text in (bare, f" {bare}"):
-            ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
+            ids = tuple(model.tokenizer.encode(text, add_special_tokens=False, where=path))
             if not ids or max(ids) >= model.info.vocab_size:
                 raise InvalidRequestError("has no tokens of the model", path)
             found[ids] = None

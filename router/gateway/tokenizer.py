@@ -78,10 +78,13 @@ class Tokenizer:
                 f"its tokenizer cannot be used with grammars ({error})", "tokenizer"
             ) from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, where: str = "prompt"
+    ) -> list[int]:
         """Return the ids of ``text``, with or without the tokenizer's begin-of-sequence token.
 
-        Raises :class:`InvalidRequestError` for a text that the tokenizer fails on.
+        Raises :class:`InvalidRequestError` for the field ``where``, whose text the tokenizer fails
+        on.
         """
         try:
             ids = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
@@ -91,7 +94,7 @@ class Tokenizer:
                 raise
             reason = type(error).__name__
             raise InvalidRequestError(
-                f"the model's tokenizer fails on this text ({reason})", "prompt"
+                f"the model's tokenizer fails on this text ({reason})", where
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -48,7 +48,7 @@ def tokenize(
     checked = checks.text(text, where)
     check_length(checked, where, model)
     is_special = _flag(add_special_tokens, messages is None, "add_special_tokens")
-    ids = tuple(model.tokenizer.encode(checked, add_special_tokens=is_special))
+    ids = tuple(model.tokenizer.encode(checked, is_special, where))
     texts = tuple(map(model.tokenizer.token_text, ids))
     return Tokens(ids, texts, model.info.max_model_len)
 

@@ -72,6 +72,17 @@ def test_what_changes_nothing_is_no_rule(given: dict[str, Any]) -> None:
     assert rules_of(upstream) is None
 
 
+def test_a_word_that_the_tokenizer_fails_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    found = tokenizer()
+    monkeypatch.setattr(found, "_tokenizer", fails)
+    model = replace(served(), tokenizer=found)
+    with pytest.raises(InvalidRequestError, match=r"bad_words\[0\].*the model's tokenizer fails"):
+        check_rules({"bad_words": ["word"]}, str, model, 5)
+
+
 def test_no_stop_string_ends_an_answer_before_its_least_number_of_tokens() -> None:
     text = " was the was the"
     ids = tokenizer().encode(text)
