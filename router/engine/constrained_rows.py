@@ -40,12 +40,12 @@ def barred() -> InvalidRequestError:
 
 def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
     """Give a choice its constraint, where its request has a grammar."""
-    grammar = choice.request.sampling.grammar
-    if not grammar or choice.wants_no_tokens:
+    sampling = choice.request.sampling
+    if not sampling.grammar or choice.wants_no_tokens:
         return
     if grammars is None:
         raise InvalidRequestError("this router has no vocabulary for grammars", FIELD)
-    choice.constraint = grammars.begin(grammar)
+    choice.constraint = grammars.begin(sampling.grammar, sampling.grammar_marks)
 
 
 ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]

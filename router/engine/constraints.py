@@ -45,11 +45,16 @@ class _Vocabulary(NamedTuple):
 class Constraint:
     """One choice's matcher, and the tokens that it allows next."""
 
-    def __init__(self, grammars: Grammars, grammar: str) -> None:
-        """Begin to compile the grammar, and to find out which tokens may come first."""
+    def __init__(self, grammars: Grammars, grammar: str, marks: Sequence[int] = ()) -> None:
+        """Begin to compile the grammar, and to find out which tokens may come first.
+
+        ``marks`` are the special tokens that may come where the grammar has them.
+        """
         self.vocab_size = grammars.vocab_size
         self._grammars = grammars
         self._grammar = grammar
+        self._marks = [token_id for token_id in marks if token_id < grammars.vocab_size]
+        self._mark_words: np.ndarray | None = None
         self._matcher: LLMatcher | None = None
         self._token_ids: list[int] = []
         self._answer: Future[np.ndarray] = grammars.compiling.submit(self._next, ())
@@ -113,7 +118,12 @@ class Constraint:
                 told = f"the answer cannot go on by its grammar: {reason}"
                 raise InvalidRequestError(told, FIELD)
         words: np.ndarray = bits[0]
-        words &= vocabulary.may_end if self._matcher.is_accepting() else vocabulary.may_not_end
+        allowed = vocabulary.may_end if self._matcher.is_accepting() else vocabulary.may_not_end
+        if self._marks:
+            if self._mark_words is None:
+                self._mark_words = _words_of(self._marks, vocabulary.num_tokens)
+            allowed = allowed | self._mark_words
+        words &= allowed
         if not words.any():
             raise InvalidRequestError("the grammar allows no token of the model here", FIELD)
         return words
@@ -153,9 +163,12 @@ class Grammars:
         self._vocabulary: _Vocabulary | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
-    def begin(self, grammar: str) -> Constraint:
-        """Return the constraint of a new choice; waits for nothing."""
-        return Constraint(self, grammar)
+    def begin(self, grammar: str, marks: Sequence[int] = ()) -> Constraint:
+        """Return the constraint of a new choice; waits for nothing.
+
+        ``marks`` are the special tokens that the grammar may ask for.
+        """
+        return Constraint(self, grammar, marks)
 
     def follow(self, work: Callable[[], None]) -> None:
         """Have work done on a thread, after the works before it; it must not raise.

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from router.gateway.tokenizer import Tokenizer
 
@@ -58,6 +58,29 @@ class Detokenizer:
         self._emitted_chars = len(self._tokenizer.decode(self._window))
 
 
+class MarkedDetokenizer(Detokenizer):
+    """A detokenizer whose text has some of the special tokens, by the text in ``shown``."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, context_ids: Sequence[int], shown: Mapping[int, str]
+    ) -> None:
+        super().__init__(tokenizer, context_ids)
+        self._shown = shown
+
+    def push(self, *token_ids: int) -> str:
+        """Take more tokens and return the new text, which may be empty."""
+        if self._shown.keys().isdisjoint(token_ids):
+            return super().push(*token_ids)
+        pieces: list[str] = []
+        for token_id in token_ids:
+            if token_id in self._shown:
+                pieces += [self.flush(), self._shown[token_id]]
+                self._advance()
+            else:
+                pieces.append(super().push(token_id))
+        return "".join(pieces)
+
+
 class StopMatcher:
     """Passes text up to the first stop string, however the text is cut into pieces.
 
@@ -105,9 +128,17 @@ class ChoiceText:
         stops: Sequence[str],
         context_ids: Sequence[int] = (),
         min_tokens: int = 0,
+        shown: Mapping[int, str] | None = None,
     ) -> None:
-        """No stop string is looked for in the text of the first ``min_tokens`` tokens."""
-        self._detokenizer = Detokenizer(tokenizer, context_ids)
+        """No stop string is looked for in the text of the first ``min_tokens`` tokens.
+
+        ``shown`` are the special tokens that are in the text, with what they are there.
+        """
+        self._detokenizer = (
+            MarkedDetokenizer(tokenizer, context_ids, shown)
+            if shown
+            else Detokenizer(tokenizer, context_ids)
+        )
         self._matcher = StopMatcher(stops)
         self._num_free = min_tokens
 

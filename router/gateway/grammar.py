@@ -45,8 +45,8 @@ MAX_DEPTH = 100
 
 
 def asks_form(given: Mapping[str, object]) -> bool:
-    """Return whether any field asks for a form, whose check may take long."""
-    return any(given.get(name) is not None for name in GRAMMAR_FIELDS)
+    """Return whether any field asks for a form, or has schemas, whose check may take long."""
+    return any(given.get(name) is not None for name in (*GRAMMAR_FIELDS, "tools"))
 
 
 async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
@@ -73,6 +73,19 @@ def check_grammar(
         raise InvalidRequestError("this model has no token that ends an answer", where)
     if grammar and given.get("ignore_eos"):
         raise InvalidRequestError("must be false where an answer has a form", path("ignore_eos"))
+    return grammar
+
+
+def check_schema(schema: object, where: str) -> str:
+    """Return the grammar of a JSON schema; refuses one as :func:`check_grammar` does."""
+    return _of_schema(schema, {}, where)
+
+
+def check_whole(grammar: str, where: str) -> str:
+    """Return a grammar that llguidance can follow, within its limits."""
+    _check_size(grammar, where)
+    if reason := _fault_of(grammar):
+        raise InvalidRequestError(_line(reason), where)
     return grammar
 
 
@@ -111,7 +124,7 @@ def _of_structured_outputs(given: Mapping[str, Any], where: str) -> str:
     if kind == "json":
         return _of_schema(_parsed(value, inner), options, inner)
     if kind == "choice":
-        return _checked(_of_choices(value, inner), inner)
+        return check_whole(_of_choices(value, inner), inner)
     text = checks.text(value, inner)
     if not text:
         raise InvalidRequestError("is empty", inner)
@@ -119,8 +132,8 @@ def _of_structured_outputs(given: Mapping[str, Any], where: str) -> str:
         from llguidance import LLMatcher
 
         _check_repeats(text, inner)
-        return _checked(LLMatcher.grammar_from_regex(text), inner)
-    return _checked(_of_grammar(text, inner), inner)
+        return check_whole(LLMatcher.grammar_from_regex(text), inner)
+    return check_whole(_of_grammar(text, inner), inner)
 
 
 _OF_FIELD: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
@@ -161,7 +174,7 @@ def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
         raise InvalidRequestError(
             f"has no finite instance, or is nested deeper than {MAX_DEPTH} levels", where
         )
-    return _checked(grammar, where)
+    return check_whole(grammar, where)
 
 
 def _parsed(value: object, where: str) -> object:
@@ -203,14 +216,6 @@ def _of_grammar(text: str, where: str) -> str:
 def _check_repeats(text: str, where: str) -> None:
     if most_repeats(text) > MAX_REPEATS:
         raise InvalidRequestError(f"repeats a part more than {MAX_REPEATS} times", where)
-
-
-def _checked(grammar: str, where: str) -> str:
-    """Return a grammar that llguidance can follow, within its limits."""
-    _check_size(grammar, where)
-    if reason := _fault_of(grammar):
-        raise InvalidRequestError(_line(reason), where)
-    return grammar
 
 
 def _check_size(grammar: str, where: str) -> None:

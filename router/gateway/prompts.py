@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import countOf
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -14,8 +14,15 @@ from cluster.errors import InvalidRequestError
 from router.gateway import checks
 from router.gateway.models import GatewayModel
 from router.gateway.tokenizer import Tokenizer
+from router.gateway.tools.messages import check_calls, check_id
+from router.gateway.tools.request import ChatRequest
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_FIELDS_OF_ROLE = {
+    "assistant": ("tool_calls", "reasoning_content", "parsed"),
+    "tool": ("tool_call_id",),
+}
+"""The fields beside role, content and name. ``parsed`` is of OpenAI's own client, and not sent."""
 MAX_MESSAGES = 4096
 
 
@@ -32,23 +39,30 @@ class Prompt:
 
 
 def check_prompt(
-    prompt: object, where: str, is_chat: bool, model: GatewayModel, least_new: int = 1
+    prompt: object,
+    where: str,
+    chat: ChatRequest | None,
+    model: GatewayModel,
+    least_new: int = 1,
 ) -> Prompt:
-    """Check an input, and tokenise it where it is no ids; the chat template renders messages.
+    """Check an input, and tokenise it where it is no ids.
+
+    With ``chat`` it is a list of messages, which the chat template renders.
 
     Raises :class:`InvalidRequestError` for the field ``where``, also for an input that leaves no
     room for ``least_new`` new tokens.
     """
     context = model.info.max_model_len
     given_text: str | None = None
-    if is_chat:
-        prompt = model.tokenizer.chat_prompt(check_messages(prompt, where))
+    if chat is not None:
+        messages = check_messages(prompt, where)
+        prompt = model.tokenizer.chat_prompt(messages, True, chat.tools, chat.options)
     if isinstance(prompt, str):
         given_text = text = checks.text(prompt, where)
         if not text:
             raise InvalidRequestError("is empty; at least one token is needed", where)
         check_length(text, where, model)
-        ids = tuple(model.tokenizer.encode(text, not is_chat, where))
+        ids = tuple(model.tokenizer.encode(text, chat is None, where))
         if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
             raise InvalidRequestError(
                 f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",
@@ -97,37 +111,57 @@ def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
     return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
 
 
-def check_messages(given: object, where: str) -> list[dict[str, str]]:
+def check_messages(given: object, where: str) -> list[dict[str, Any]]:
     """Return the messages for a chat template, ``{"role": …, "content": …}`` each.
 
-    A content may be OpenAI's list of text parts, which are joined. Raises
+    A content may be OpenAI's list of text parts, which are joined. An assistant's message may have
+    ``tool_calls`` and ``reasoning_content``, and no content beside calls; a message of a tool has
+    ``tool_call_id``, and the name of the function where an earlier message has the call. Raises
     :class:`InvalidRequestError` with the place of the message and its part.
     """
     if not isinstance(given, list) or not given:
         raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
     if len(given) > MAX_MESSAGES:
         raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
-    return [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
+    messages = [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool" and message["tool_call_id"] in names:
+            message["name"] = names[message["tool_call_id"]]
+    return messages
 
 
-def _message(message: object, where: str) -> dict[str, str]:
+def _message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         allowed = "a mapping with role and content"
         raise InvalidRequestError(checks.wrong_kind(message, allowed), where)
     given = {name: value for name, value in message.items() if value is not None}
-    unknown = [name for name in given if name not in ("role", "content", "name")]
-    if unknown:
-        raise InvalidRequestError(
-            "is not supported; allowed: role, content, name", f"{where}.{unknown[0]}"
-        )
     role = given.get("role")
     if role not in ROLES:
         raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
+    allowed_names = ("role", "content", "name", *_FIELDS_OF_ROLE.get(str(role), ()))
+    unknown = [name for name in given if name not in allowed_names]
+    if unknown:
+        raise InvalidRequestError(
+            f"is not supported; allowed: {', '.join(allowed_names)}", f"{where}.{unknown[0]}"
+        )
     if "name" in given:
         checks.text(given["name"], f"{where}.name")
     # Templates do not know OpenAI's newer name of a system message.
     known_role = "system" if role == "developer" else str(role)
-    return {"role": known_role, "content": _content(given.get("content"), f"{where}.content")}
+    checked: dict[str, Any] = {"role": known_role, "content": None}
+    if "content" in given or "tool_calls" not in given:
+        checked["content"] = _content(given.get("content"), f"{where}.content")
+    if "tool_calls" in given:
+        checked["tool_calls"] = check_calls(given["tool_calls"], f"{where}.tool_calls")
+    if "reasoning_content" in given:
+        inner = f"{where}.reasoning_content"
+        checked["reasoning_content"] = checks.text(given["reasoning_content"], inner)
+    if role == "tool":
+        checked["tool_call_id"] = check_id(given.get("tool_call_id"), f"{where}.tool_call_id")
+    return checked
 
 
 def _content(content: object, where: str) -> str:

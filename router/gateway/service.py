@@ -18,6 +18,8 @@ from router.gateway.errors import public_error
 from router.gateway.limits import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
+from router.gateway.tools.answer import ChoiceParser
+from router.gateway.tools.parts import CallPart
 from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import (
     GenerationRequest,
@@ -39,11 +41,12 @@ Logprobs = TypeVar("Logprobs", bound=TokenLogprobs)
 class Delta:
     """A new piece of one choice.
 
-    ``text`` may lag behind ``token_ids``. A ``finish_reason`` (``stop`` or ``length``) ends the
-    choice. ``usage`` is set on the last delta of the request, ``identity``, the model's, on the
-    first of a choice. ``prompt_logprobs`` are those of prompt tokens but the first, in order;
-    ``prompt_start`` of them came before. ``opens`` is true on the first delta that a client has of
-    a choice.
+    ``text`` may lag behind ``token_ids``. Where a request's answer is parsed, it is the content
+    alone; ``reasoning`` and ``calls`` have the rest. A ``finish_reason`` (``stop``, ``length`` or
+    ``tool_calls``) ends the choice. ``usage`` is set on the last delta of the request,
+    ``identity``, the model's, on the first of a choice. ``prompt_logprobs`` are those of prompt
+    tokens but the first, in order; ``prompt_start`` of them came before. ``opens`` is true on the
+    first delta that a client has of a choice.
     """
 
     index: int
@@ -57,6 +60,8 @@ class Delta:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     prompt_start: int = 0
     opens: bool = False
+    reasoning: str = ""
+    calls: tuple[CallPart, ...] = ()
 
 
 @dataclass(slots=True)
@@ -72,6 +77,9 @@ class Collected:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     prompt_start: int = 0
     opens: bool = False
+    reasoning: str = ""
+    calls: list[CallPart] = field(default_factory=list)
+    """Whole calls, of which each is one part."""
 
     def add(self, delta: Delta) -> None:
         """Append one delta."""
@@ -85,6 +93,14 @@ class Collected:
             self.prompt_start = delta.prompt_start
         self.prompt_logprobs += delta.prompt_logprobs
         self.opens = self.opens or delta.opens
+        self.reasoning += delta.reasoning
+        for part in delta.calls:
+            if part.index == len(self.calls):
+                self.calls.append(part)
+            else:
+                before = self.calls[part.index]
+                arguments = before.arguments + part.arguments
+                self.calls[part.index] = replace(before, arguments=arguments)
 
 
 def prompt_rows(
@@ -255,6 +271,8 @@ class _Choices:
         self._cached_tokens: dict[int, int] = {}
         """What each choice found of the prompt in the cache of its first router."""
         self._going: dict[int, ChoiceText] = {}
+        self._parsers: dict[int, ChoiceParser] = {}
+        """Those of the choices, where the answer is parsed."""
         self._echoes: dict[int, str] = {}
         """The text before that of each choice of which nothing has come."""
         self._n = request.sampling.n
@@ -273,7 +291,10 @@ class _Choices:
             checked.stops,
             request.prompt_token_ids,
             0 if rules is None else rules.min_tokens,
+            None if checked.answer is None else checked.answer.shown,
         )
+        if checked.answer is not None:
+            self._parsers[index] = checked.answer.begin()
         _, _, stopped = choice.push(received.token_ids)
         if stopped:
             raise InvalidRequestError(
@@ -313,13 +334,27 @@ class _Choices:
             prompt_start=event.prompt_start,
             opens=echo is not None,
         )
-        if finish_reason is not None:
+        if self._parsers:
+            delta = _parsed(delta, self._parsers[event.index])
+        if delta.finish_reason is not None:
             del self._going[event.index]
         if self._going:
             return delta
         cached_tokens = min(self._cached_tokens.values())
         usage = Usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
         return replace(delta, usage=usage)
+
+
+def _parsed(delta: Delta, parser: ChoiceParser) -> Delta:
+    """Return a delta with its text taken apart."""
+    parsed = parser.push(delta.text, delta.finish_reason is not None)
+    return replace(
+        delta,
+        text=parsed.content,
+        reasoning=parsed.reasoning,
+        calls=tuple(parsed.calls),
+        finish_reason=parser.finish_reason(delta.finish_reason),
+    )
 
 
 def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, InvalidRequestError
+from router.gateway.tools.formats import ChatFormat, format_of
+from router.gateway.tools.template import ChatTemplate
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -24,6 +26,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}
+        self._eos_ids = frozenset(eos_token_ids)
         self.skipped_ids = frozenset(special | set(tokenizer.all_special_ids) | set(eos_token_ids))
         self._is_byte_level = _is_byte_level(tokenizer)
         # No token has more bytes than this, so a prompt's bytes bound its tokens from below.
@@ -34,6 +37,23 @@ class Tokenizer:
         """The token that stands for an empty context: that of a beginning, else that of an end."""
         ids = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         return next((token_id for token_id in ids if token_id is not None), None)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return ChatTemplate(self._template_source(), self._rendered)
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model writes reasoning and tool calls."""
+        added = self._tokenizer.added_tokens_decoder
+        return format_of(
+            self._template_source(),
+            {str(token.content): token_id for token_id, token in added.items()},
+            self.skipped_ids,
+            self._eos_ids,
+            getattr(self._tokenizer, "response_template", None),
+        )
 
     @classmethod
     def load(cls, path: str, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
@@ -134,20 +154,37 @@ class Tokenizer:
         """Return one token as text; a part of a character becomes �."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def chat_prompt(self, messages: list[dict[str, str]], is_opened: bool = True) -> str:
-        """Return the prompt that the model's chat template makes of ``messages``.
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        is_opened: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt of messages; see :meth:`ChatTemplate.prompt`."""
+        return self.template.prompt(messages, is_opened, tools, options)
 
-        ``is_opened`` adds the beginning of the assistant's next message.
+    def _template_source(self) -> str:
+        """Return the chat template that is rendered for tools, empty where there is none."""
+        if not self._tokenizer.chat_template:
+            return ""
+        return str(self._tokenizer.get_chat_template(tools=[]))
 
-        Raises :class:`InvalidRequestError` when there is no template or it refuses the messages.
-        """
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        is_opened: bool,
+        tools: list[dict[str, Any]] | None,
+        options: Mapping[str, Any],
+    ) -> str:
+        """Return what the chat template makes of ``messages``; see :class:`ChatTemplate`."""
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt", "messages")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=is_opened
+                messages, tools=tools, tokenize=False, add_generation_prompt=is_opened, **options
             )
         except Exception as error:  # a template is a program
             # A template refuses by raise_exception, with a text for the client.

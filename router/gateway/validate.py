@@ -20,6 +20,8 @@ from router.gateway.grammar import check_grammar
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
 from router.gateway.token_rules import check_rules
+from router.gateway.tools.answer import AnswerFormat
+from router.gateway.tools.request import check_chat
 from router.messages.request import GenerationRequest, Received, SamplingParams
 from router.security.keys import Caller
 
@@ -42,7 +44,9 @@ class RawRequest:
     rules, ``stop``, ``echo``, and the form of the answer; ``timeout_s``, ``on_expert_loss``,
     ``priority`` and ``cache_salt``. ``prompt_field`` and ``field_names`` are the client's names of
     fields, and ``sampling_prefix`` stands before the names of ``sampling``. ``streamed`` asks for
-    the answer in pieces. ``resume`` has the tokens so far of each choice of a request that goes on.
+    the answer in pieces. ``chat`` has the fields of tools and of the template's options; where it
+    is not ``None``, the answer's calls and reasoning are parsed. ``resume`` has the tokens so far
+    of each choice of a request that goes on.
     """
 
     model: object
@@ -54,6 +58,7 @@ class RawRequest:
     sampling_prefix: str = ""
     field_names: Mapping[str, str] = field(default_factory=dict)
     streamed: bool = False
+    chat: Mapping[str, object] | None = None
     resume: Sequence[Received] = ()
 
     def path(self, name: str) -> str:
@@ -75,13 +80,15 @@ class RawRequest:
 class CheckedRequest:
     """A request for a router, with the model and stop strings that its gateway needs.
 
-    ``echo`` is the text to put before that of each choice.
+    ``echo`` is the text to put before that of each choice. ``answer`` is how its text is parsed;
+    ``None`` where all of it is content.
     """
 
     request: GenerationRequest
     model: GatewayModel
     stops: tuple[str, ...]
     echo: str = ""
+    answer: AnswerFormat | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -153,8 +160,14 @@ class Validator:
         stops = _check_stops(raw)
         timeout_s = self._check_timeout(raw)
         least_new = 0 if raw.wants_no_tokens else 1
-        prompt = check_prompt(raw.prompt, raw.prompt_field, raw.is_chat, model, least_new)
+        chat = check_chat(raw.chat or {}, raw.sampling, model) if raw.is_chat else None
+        prompt = check_prompt(raw.prompt, raw.prompt_field, chat, model, least_new)
         sampling = self._check_sampling(raw, model, len(prompt.token_ids))
+        answer = None
+        if chat is not None and raw.chat is not None:
+            text = prompt.text or ""
+            answer = chat.answer(model, text, bool(sampling.grammar), not raw.streamed)
+            sampling = chat.constrained(sampling, model, text)
         has_echo = checks.boolean(raw.sampling.get("echo", False), raw.path("echo"))
         request = GenerationRequest(
             request_id=uuid.uuid4().hex,
@@ -171,7 +184,7 @@ class Validator:
             cache_salt=_check_salt(raw),
         )
         echo = prompt.echo(model.tokenizer) if has_echo else ""
-        checked = CheckedRequest(request, model, stops, echo)
+        checked = CheckedRequest(request, model, stops, echo, answer)
         self.check_together([checked], raw.path("max_tokens"))
         return checked
 

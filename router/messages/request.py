@@ -24,7 +24,8 @@ class SamplingParams:
     sampled token, or ``None`` for no log probabilities at all. ``prompt_logprobs`` is the same for
     each token of the prompt but the first. A ``max_tokens`` of 0 computes the prompt alone.
     ``rules`` are those for single tokens, or ``None`` where there are none. ``grammar`` is the one
-    that an answer fits, as llguidance writes it, or empty.
+    that an answer fits, as llguidance writes it, or empty. ``grammar_marks`` are the special tokens
+    that it may ask for; no other is in an answer that has a grammar.
     """
 
     max_tokens: int
@@ -39,6 +40,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     rules: TokenRules | None = None
     grammar: str = ""
+    grammar_marks: tuple[int, ...] = ()
 
     def ends(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Return the tokens that end a choice of a model with these end-of-sequence tokens."""
@@ -134,10 +136,9 @@ class GenerationRequest:
         """Rebuild a request from :meth:`to_wire`."""
         fields = dict(wire)
         deadline_s = time.monotonic() + fields.pop("time_left_s")
-        rules = wire["sampling"]["rules"]
-        sampling = SamplingParams(
-            **{**wire["sampling"], "rules": rules and TokenRules.from_wire(rules)}
-        )
+        rules, marks = wire["sampling"]["rules"], wire["sampling"]["grammar_marks"]
+        own = {"rules": rules and TokenRules.from_wire(rules), "grammar_marks": tuple(marks)}
+        sampling = SamplingParams(**{**wire["sampling"], **own})
         ids = tuple(wire["prompt_token_ids"])
         received = tuple(
             Received(**{**choice, "token_ids": tuple(choice["token_ids"])})

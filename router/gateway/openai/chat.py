@@ -15,6 +15,8 @@ from router.gateway.openai.fields import (
     streaming_of,
 )
 from router.gateway.service import Collected, Delta
+from router.gateway.tools.parts import CallPart
+from router.gateway.tools.request import CHAT_FIELDS, call_id
 from router.gateway.validate import RawRequest, Validator
 
 
@@ -42,6 +44,7 @@ def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> C
         sampling=sampling,
         options={name: given[name] for name in OPTION_FIELDS if name in given},
         is_chat=True,
+        chat={name: given[name] for name in CHAT_FIELDS if name in given},
         prompt_field="messages",
         field_names=field_names,
         streamed=streaming.is_on,
@@ -73,13 +76,37 @@ class ChatCall(OpenAiCall):
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice."""
-        text = {"content": delta.text} if delta.text else {}
+        text: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.reasoning:
+            text["reasoning_content"] = delta.reasoning
+        if delta.calls:
+            text["tool_calls"] = [self._call_part(index, part) for part in delta.calls]
         return self.choice_object(index, {"delta": text}, delta)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return one whole choice."""
-        message = {"role": "assistant", "content": whole.text}
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text}
+        if whole.reasoning:
+            message["reasoning_content"] = whole.reasoning
+        if whole.calls:
+            message["tool_calls"] = [self._call(index, part) for part in whole.calls]
+        if not whole.text and (whole.calls or whole.reasoning):
+            message["content"] = None
         return self.choice_object(index, {"message": message}, whole)
+
+    def _call(self, index: int, part: CallPart) -> dict[str, Any]:
+        """Return a call, or the first part of one."""
+        is_short = self.tokenizer.chat_format.calls == "mistral"
+        return {
+            "id": call_id(self.request_id, index, part.index, is_short),
+            "type": "function",
+            "function": {"name": part.name, "arguments": part.arguments},
+        }
+
+    def _call_part(self, index: int, part: CallPart) -> dict[str, Any]:
+        if part.name:
+            return {"index": part.index, **self._call(index, part)}
+        return {"index": part.index, "function": {"arguments": part.arguments}}
 
     def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
         """Return each token with its alternatives."""

@@ -14,6 +14,7 @@ from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
 from router.gateway.grammar import GRAMMAR_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
+from router.gateway.tools.request import CHAT_FIELDS
 
 ANY = None
 """In a table of harmless values: every value is harmless, since the field changes no output."""
@@ -91,7 +92,8 @@ COMPLETION = Fields(
     },
 )
 CHAT = Fields(
-    _COMMON_FIELDS | {"messages", "logprobs", "top_logprobs", "max_completion_tokens"},
+    _COMMON_FIELDS
+    | {"messages", "logprobs", "top_logprobs", "max_completion_tokens", *CHAT_FIELDS},
     {
         **_COMMON_HARMLESS,
         **_VLLM_HARMLESS,
@@ -107,12 +109,8 @@ CHAT = Fields(
         "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
-        "reasoning_effort": (),
         "return_prompt_text": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     },

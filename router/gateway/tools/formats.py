@@ -1,0 +1,129 @@
+"""How a model writes reasoning and tool calls, told by its chat template and its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from router.gateway.tools import harmony, thinking
+from router.gateway.tools.calls import Calls
+from router.gateway.tools.harmony import HarmonyParser
+from router.gateway.tools.marked import CallMarks, MarkedParser
+from router.gateway.tools.parts import PlainText, TextParser
+from router.gateway.tools.response_template import ResponseTemplateParser
+from router.gateway.tools.thinking import ThinkingParser
+
+CallKind = Literal["", "tool_call", "mistral", "deepseek_v3", "deepseek_v3_1", "harmony"]
+_DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+_DEEPSEEK_CALL = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+SEPARATOR = "<｜tool▁sep｜>"
+_NAME = r"(?P<name>[^\s<｜]{1,64})"
+MARKS: Mapping[str, CallMarks] = {
+    "tool_call": CallMarks("<tool_call>", "</tool_call>"),
+    "mistral": CallMarks("[TOOL_CALLS]", tail=""),
+    "deepseek_v3": CallMarks(
+        *_DEEPSEEK_CALL,
+        around=_DEEPSEEK,
+        head=rf"\s*function\s*{SEPARATOR}\s*{_NAME}\s*(?:```json)?\s*",
+        tail=r"\s{0,16}(?:```)?\s{0,16}",
+    ),
+    "deepseek_v3_1": CallMarks(
+        *_DEEPSEEK_CALL, around=_DEEPSEEK, head=rf"\s*{_NAME}\s*{SEPARATOR}\s*"
+    ),
+}
+"""The formats between marks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """A model's format. ``calls`` is empty where it has none, and ``reason`` says why.
+
+    ``special`` are the marks that are special tokens, by their text. ``response_template`` is the
+    checkpoint's own, or ``None``; it takes the place of the parsers here.
+    """
+
+    calls: CallKind = ""
+    thinks: bool = False
+    special: Mapping[str, int] = field(default_factory=dict)
+    response_template: Mapping[str, Any] | None = None
+    reason: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a text without calls is content alone."""
+        return not (self.thinks or self.calls == "harmony" or self.response_template is not None)
+
+    def is_opened(self, prompt: str) -> bool:
+        """Return whether a prompt opens the reasoning of the answer."""
+        return self.thinks and prompt.rstrip().endswith(thinking.OPENS)
+
+    def parser(
+        self, prompt: str, calls: Calls, tools: Sequence[dict[str, Any]] | None
+    ) -> TextParser:
+        """Return the parser of one choice after ``prompt``; without ``tools`` none is called."""
+        if self.response_template is not None:
+            return ResponseTemplateParser(
+                self.response_template, prompt, calls, tools or (), self.special
+            )
+        if self.calls == "harmony":
+            return HarmonyParser(calls)
+        marks = MARKS.get(self.calls)
+        parser: TextParser = PlainText()
+        if tools is not None and marks is not None:
+            parser = MarkedParser(marks, calls, self.special)
+        return ThinkingParser(parser, self.is_opened(prompt)) if self.thinks else parser
+
+
+def format_of(
+    template: str,
+    added_ids: Mapping[str, int],
+    special_ids: Collection[int],
+    eos_ids: Collection[int],
+    response_template: Mapping[str, Any] | None = None,
+) -> ChatFormat:
+    """Return the format that a chat template shows.
+
+    ``added_ids`` are the tokens that a tokenizer has beside its ordinary ones, and ``special_ids``
+    those that have no text in an answer.
+    """
+    thinks = thinking.OPENS in template or thinking.CLOSES in template
+    kind, reason = _calls_of(template, added_ids)
+    if kind == "harmony":
+        thinks = False
+    wanted = _marks_of(kind) + ((thinking.OPENS, thinking.CLOSES) if thinks else ())
+    if response_template is not None:
+        wanted = tuple(added_ids)
+    special = {
+        mark: added_ids[mark]
+        for mark in wanted
+        if added_ids.get(mark) in special_ids and added_ids[mark] not in eos_ids
+    }
+    return ChatFormat(kind, thinks, special, response_template, reason)
+
+
+def _marks_of(kind: CallKind) -> tuple[str, ...]:
+    if kind == "harmony":
+        return harmony.MARKS
+    marks = MARKS.get(kind)
+    if marks is None:
+        return ()
+    separator = (SEPARATOR,) if marks.around else ()
+    return tuple(filter(None, (marks.opens, marks.closes, *marks.around, *separator)))
+
+
+def _calls_of(template: str, added_ids: Mapping[str, int]) -> tuple[CallKind, str]:
+    """Return how a template writes calls, or why that cannot be told."""
+    if harmony.CHANNEL in template and all(mark in added_ids for mark in harmony.MARKS):
+        return "harmony", ""
+    if _DEEPSEEK_CALL[0] in template:
+        return ("deepseek_v3" if "```json" in template else "deepseek_v3_1"), ""
+    if "[TOOL_CALLS]" in template:
+        if "[ARGS]" in template:
+            return "", "its template writes calls with [ARGS], which is not known here"
+        return "mistral", ""
+    if "<tool_call>" in template:
+        if "<function=" in template or "<arg_key>" in template:
+            return "", "its template writes calls as XML, which is not known here"
+        return "tool_call", ""
+    return "", "its chat template writes no tool calls of a known format"

@@ -1,0 +1,106 @@
+"""A chat request's tools and options: checked, and what follows for prompt, grammar and answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway.grammar import check_whole
+from router.gateway.models import GatewayModel
+from router.gateway.tools.answer import AnswerFormat
+from router.gateway.tools.definitions import TOOL_FIELDS, ToolUse, check_tool_use
+from router.gateway.tools.grammars import grammar_of
+from router.gateway.tools.template import OPTION_FIELDS
+from router.messages.request import SamplingParams
+
+CHAT_FIELDS = (*TOOL_FIELDS, *OPTION_FIELDS)
+"""The fields of a chat request that are no sampling parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """The checked tools of a request, and the options of its template."""
+
+    use: ToolUse | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools for the template."""
+        return None if self.use is None else self.use.given
+
+    def constrained(
+        self, sampling: SamplingParams, model: GatewayModel, prompt: str
+    ) -> SamplingParams:
+        """Return the sampling with the grammar of calls beside that of ``response_format``.
+
+        Raises :class:`InvalidRequestError` for tools whose grammar is too large together.
+        """
+        if self.use is None or not (self.use.is_constrained or sampling.grammar):
+            return sampling
+        format_ = model.tokenizer.chat_format
+        grammar = check_whole(grammar_of(format_, self.use, prompt, sampling.grammar), "tools")
+        marks = tuple(sorted(format_.special.values()))
+        return replace(sampling, grammar=grammar, grammar_marks=marks)
+
+    def answer(
+        self, model: GatewayModel, prompt: str, has_form: bool, is_held: bool
+    ) -> AnswerFormat | None:
+        """Return how the answer is to be parsed, ``None`` where all of it is content."""
+        format_ = model.tokenizer.chat_format
+        if self.use is None and (format_.is_plain or has_form):
+            return None
+        return AnswerFormat(format_, prompt, self.use, is_held)
+
+
+def check_chat(
+    given: Mapping[str, object], sampling: Mapping[str, object], model: GatewayModel
+) -> ChatRequest:
+    """Check a client's tools and options of the template.
+
+    Raises :class:`InvalidRequestError` with the place of the part at fault, and for a model that
+    cannot show tools, or whose format of calls is not known.
+    """
+    template = model.tokenizer.template
+    if given.get("tools"):
+        if not template.shows_tools:
+            raise InvalidRequestError("this model's chat template shows no tools", "tools")
+        format_ = model.tokenizer.chat_format
+        if not format_.calls and format_.response_template is None:
+            raise InvalidRequestError(f"{model.info.id}: {format_.reason}", "tools")
+    use = check_tool_use(given)
+    if use is not None:
+        _check_constrained(use, sampling, model)
+    return ChatRequest(use, template.check_options(given))
+
+
+def _check_constrained(use: ToolUse, sampling: Mapping[str, object], model: GatewayModel) -> None:
+    if "structured_outputs" in sampling:
+        raise InvalidRequestError(
+            "cannot be given together with tools; response_format can", "structured_outputs"
+        )
+    if not (use.is_constrained or "response_format" in sampling):
+        return
+    where = "tool_choice" if use.is_required else "tools"
+    if not model.tokenizer.chat_format.calls:
+        raise InvalidRequestError(
+            "asks for a grammar of calls, which is not known for this model's response template; "
+            "only tool_choice auto with tools that are not strict",
+            where,
+        )
+    if not model.info.eos_token_ids:
+        raise InvalidRequestError("this model has no token that ends an answer", where)
+    if sampling.get("ignore_eos"):
+        raise InvalidRequestError("must be false where a grammar makes sure of calls", "ignore_eos")
+
+
+def call_id(request_id: str, choice: int, index: int, is_short: bool) -> str:
+    """Return the id of a call, the same for the same place in the same request.
+
+    Mistral's templates want nine letters and digits.
+    """
+    digest = hashlib.sha256(f"{request_id}/{choice}/{index}".encode()).hexdigest()
+    return digest[:9] if is_short else f"call_{digest[:24]}"

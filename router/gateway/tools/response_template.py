@@ -1,0 +1,119 @@
+"""Parses answers by a checkpoint's own response template, with transformers' parser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from router.gateway.tools.calls import Calls
+from router.gateway.tools.marks import Blanks
+from router.gateway.tools.parts import Parsed
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+PIECES = 32
+"""transformers' parser copies all text so far for each piece, so pieces grow with the text: each
+has at least this part of it."""
+
+
+class ResponseTemplateParser:
+    """Passes on content and reasoning as they come, and each call once it is whole.
+
+    ``prefix`` is the prompt, which may open a part of the answer. ``tools`` give arguments their
+    types. From where the template does not fit the text, and calls of unknown tools are content.
+    Marks that are ``hidden`` are not shown there.
+    """
+
+    def __init__(
+        self,
+        template: Mapping[str, Any],
+        prefix: str,
+        calls: Calls,
+        tools: Sequence[dict[str, Any]] = (),
+        hidden: Collection[str] = (),
+    ) -> None:
+        from transformers.utils.chat_parsing import ResponseParser
+
+        self._parser = ResponseParser(dict(template), prefix=prefix, tools=list(tools))
+        self._calls = calls
+        self._hidden = tuple(hidden)
+        self._pending: list[str] = []
+        self._num_pending = 0
+        self._num_fed = 0
+        self._is_broken = False
+        self._region: list[str] = []
+        """The text of a part whose value is known at its end."""
+        self._blanks = Blanks()
+        self._is_begun = False
+        self._take(self._parser.initial_events)
+
+    def push(self, text: str) -> Parsed:
+        """See :class:`router.gateway.tools.parts.TextParser`."""
+        self._pending.append(text)
+        self._num_pending += len(text)
+        if self._num_pending * PIECES < self._num_fed:
+            return Parsed()
+        return self._feed(is_last=False)
+
+    def flush(self) -> Parsed:
+        """See :class:`router.gateway.tools.parts.TextParser`."""
+        return self._feed(is_last=True)
+
+    def _feed(self, is_last: bool) -> Parsed:
+        text, self._pending, self._num_pending = "".join(self._pending), [], 0
+        self._num_fed += len(text)
+        if self._is_broken:
+            return Parsed(self._unmarked(text))
+        try:
+            events = self._parser.feed(text)
+            if is_last:
+                events += self._parser.finalize()[1]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._is_broken = True
+            return Parsed(self._unmarked("".join([*self._region, text])))
+        return self._take(events)
+
+    def _take(self, events: list[dict[str, Any]]) -> Parsed:
+        parsed = Parsed()
+        for event in events:
+            field, kind = event["field"], event["type"]
+            if kind == "region_open":
+                self._region, self._blanks, self._is_begun = [], Blanks(), False
+            elif kind == "region_chunk" and event["dirty"]:
+                self._region.append(event["text"])
+            elif kind == "region_chunk":
+                text = event["text"] if self._is_begun else event["text"].lstrip()
+                self._is_begun = self._is_begun or bool(text)
+                self._show(field, self._blanks.push(text), parsed)
+            elif field == "tool_calls":
+                self._add_calls(event["value"], parsed)
+                self._region = []
+            elif self._region:  # a value that OpenAI's messages have no place for
+                self._show(field, "".join(self._region), parsed)
+                self._region = []
+        return parsed
+
+    def _show(self, field: str, text: str, parsed: Parsed) -> None:
+        if field in REASONING_FIELDS:
+            parsed.reasoning += text
+        else:
+            parsed.content += text
+
+    def _add_calls(self, value: Any, parsed: Parsed) -> None:
+        for entry in value if isinstance(value, list) else [value]:
+            function = entry.get("function") if isinstance(entry, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            arguments = function.get("arguments", {}) if isinstance(function, dict) else None
+            if not self._calls.knows(name) or not isinstance(arguments, dict):
+                parsed.content += self._unmarked("".join(self._region))
+                return
+            if not self._calls.is_full:
+                written = json.dumps(arguments, ensure_ascii=False)
+                parsed.calls.append(replace(self._calls.begin(str(name)), arguments=written))
+                self._calls.num_valid += 1
+
+    def _unmarked(self, text: str) -> str:
+        for mark in self._hidden:
+            text = text.replace(mark, "")
+        return text

@@ -1,0 +1,195 @@
+"""What a chat template can show: tools, calls, and the options that it reads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway import checks
+from router.gateway.tools.messages import Message, names_of_calls, with_contents, with_texts
+
+MAX_OPTIONS = 16
+MAX_OPTION_CHARS = 256
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+OPTION_FIELDS = ("chat_template_kwargs", "reasoning_effort")
+_RESERVED = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+        "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "raise_exception", "strftime_now", "namespace", "range", "dict", "loop",
+    }
+)  # fmt: skip
+"""Names in templates that are no options of a client."""
+_PROBE_ID = "probe0001"  # of Mistral's form
+_PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
+    },
+}
+_PROBE: list[Message] = [
+    {"role": "user", "content": "probe"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": _PROBE_ID,
+                "type": "function",
+                "function": {"name": "probe_call", "arguments": {"probe_key": "probe_value"}},
+            }
+        ],
+    },
+    {"role": "tool", "content": "probe_result", "tool_call_id": _PROBE_ID, "name": "probe_call"},
+]
+Render = Callable[[list[Message], bool, "list[dict[str, Any]] | None", Mapping[str, Any]], str]
+"""Renders messages; whether the assistant's next message is opened, tools, and options."""
+Shape = Callable[[Sequence[Message]], list[Message]]
+
+
+class ChatTemplate:
+    """A model's chat template. It is found out once, by rendering, how it wants calls."""
+
+    def __init__(self, source: str, render: Render) -> None:
+        """``render`` raises :class:`InvalidRequestError` where the template refuses messages."""
+        self.source = source
+        self._render = render
+        self._names = _names_in(source)
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the prompt shows tools."""
+        if "tools" not in self._names:
+            return False
+        return "probe_tool" in self._tried(_PROBE[:1], [_PROBE_TOOL])
+
+    @functools.cached_property
+    def _shape(self) -> Shape | None:
+        """How messages with calls are to be given, ``None`` where the template shows no calls."""
+        tools = [_PROBE_TOOL] if self.shows_tools else None
+        for shape in _SHAPES:
+            text = self._tried(shape(_PROBE), tools)
+            if all(part in text for part in ("probe_call", '"probe_key"', "probe_result")):
+                return shape
+        return None
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        is_opened: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt of checked messages.
+
+        ``is_opened`` adds the beginning of the assistant's next message. Raises
+        :class:`InvalidRequestError` where the template refuses messages, or does not show calls.
+        """
+        ready = [self._with_reasoning(message) for message in messages]
+        if not any("tool_calls" in message or message["role"] == "tool" for message in ready):
+            return self._render(ready, is_opened, tools, options or {})
+        if self._shape is None:
+            place = next(
+                place
+                for place, message in enumerate(ready)
+                if "tool_calls" in message or message["role"] == "tool"
+            )
+            raise InvalidRequestError(
+                "this model's chat template shows no tool calls and results", f"messages[{place}]"
+            )
+        text = self._render(self._shape(ready), is_opened, tools, options or {})
+        for name, where in names_of_calls(ready).items():
+            if name not in text:
+                raise InvalidRequestError("this model's chat template leaves it out", where)
+        return text
+
+    def check_options(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """Return the options among a client's fields.
+
+        Raises :class:`InvalidRequestError` for an option that the template does not read.
+        """
+        options: dict[str, Any] = {}
+        if "reasoning_effort" in given:
+            effort = given["reasoning_effort"]
+            if effort not in EFFORTS:
+                allowed = f"one of {', '.join(EFFORTS)}"
+                raise InvalidRequestError(checks.wrong(effort, allowed), "reasoning_effort")
+            if "reasoning_effort" not in self._names:
+                raise InvalidRequestError(
+                    "is not read by this model's chat template", "reasoning_effort"
+                )
+            options["reasoning_effort"] = effort
+        where = "chat_template_kwargs"
+        given_options = given.get(where, {})
+        if not isinstance(given_options, Mapping) or len(given_options) > MAX_OPTIONS:
+            allowed = f"a mapping of at most {MAX_OPTIONS} options"
+            raise InvalidRequestError(checks.wrong(given_options, allowed), where)
+        for name, value in given_options.items():
+            if name in _RESERVED or name.endswith("_token") or name not in self._names:
+                raise InvalidRequestError(
+                    "is no option that this model's chat template reads", f"{where}.{name[:64]}"
+                )
+            options[name] = _option(value, f"{where}.{name}")
+        return options
+
+    def _with_reasoning(self, message: Message) -> Message:
+        """Return a message with its reasoning under the name by which the template reads it."""
+        if "reasoning_content" not in message or "reasoning_content" in self._names:
+            return message
+        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+        is_read = "thinking" in self._names
+        return {**rest, "thinking": message["reasoning_content"]} if is_read else rest
+
+    def _tried(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """Return a prompt, empty where the template refuses it."""
+        try:
+            return self._render(messages, True, tools, {})
+        except InvalidRequestError:
+            return ""
+
+
+def _as_mappings(messages: Sequence[Message], empty: str | None) -> list[Message]:
+    return with_contents(messages, empty)
+
+
+def _as_texts(messages: Sequence[Message], empty: str | None) -> list[Message]:
+    return with_contents(with_texts(messages), empty)
+
+
+_SHAPES: tuple[Shape, ...] = tuple(
+    functools.partial(shape, empty=empty)
+    for shape in (_as_mappings, _as_texts)
+    for empty in ("", None)
+)
+"""How templates want messages with calls, most of them the first."""
+
+
+def _option(value: object, where: str) -> object:
+    if isinstance(value, str):
+        if len(checks.text(value, where)) > MAX_OPTION_CHARS:
+            raise InvalidRequestError(f"has more than {MAX_OPTION_CHARS} characters", where)
+        return value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return (
+            value
+            if isinstance(value, int) and abs(value) < 2**31
+            else checks.number(value, where, -(2.0**31), 2.0**31)
+        )
+    raise InvalidRequestError(checks.wrong(value, "a text, a number, true, false or null"), where)
+
+
+def _names_in(source: str) -> frozenset[str]:
+    """Return all names in a template: variables, and attributes too."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        return frozenset(value for _, kind, value in Environment().lex(source) if kind == "name")
+    except TemplateSyntaxError:
+        return frozenset()

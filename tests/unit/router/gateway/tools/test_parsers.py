@@ -1,0 +1,284 @@
+"""Answers in the families' published formats, however the stream cuts them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.gateway.tools.definitions import ToolUse
+from router.gateway.tools.formats import ChatFormat
+from tests.unit.router.gateway.tools.answers import (
+    GPT_OSS,
+    MISTRAL,
+    QWEN,
+    SMOL,
+    TOOLS,
+    USE,
+    V3,
+    V3_1,
+    Whole,
+    parsed,
+)
+
+PARIS = '{"city": "Paris"}'
+OSLO = '{"city": "Oslo", "days": 2}'
+CALL = ("get_weather", PARIS)
+QWEN_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+V3_CALL = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{PARIS}\n```<｜tool▁call▁end｜>"
+V3_1_CALL = f"<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{PARIS}<｜tool▁call▁end｜>"
+HARMONY_CALL = (
+    f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS}<|call|>"
+)
+THOUGHT = "<|channel|>analysis<|message|>Need weather.<|end|><|start|>assistant"
+CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
+    "qwen": (QWEN, QWEN_CALL, Whole("", "", [CALL])),
+    "qwen, text and thought": (
+        QWEN,
+        f"<think>\nLet me see.\n</think>\n\nI look.\n{QWEN_CALL}",
+        Whole("I look.", "Let me see.", [CALL]),
+    ),
+    "qwen, two": (
+        QWEN,
+        f'{QWEN_CALL}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>',
+        Whole("", "", [CALL, ("now", "{}")]),
+    ),
+    "qwen, text behind": (QWEN, f"{QWEN_CALL} and so on", Whole(" and so on", "", [CALL])),
+    "qwen, other order": (
+        QWEN,
+        f'<tool_call>{{"arguments": {PARIS}, "name": "get_weather"}}</tool_call>',
+        Whole("", "", [CALL]),
+    ),
+    "qwen, parameters": (
+        QWEN,
+        f'<tool_call>\n{{"name": "get_weather", "parameters": {PARIS}}}\n</tool_call>',
+        Whole("", "", [CALL]),
+    ),
+    "qwen, arguments as a text": (
+        QWEN,
+        f'<tool_call>{{"name": "get_weather", "arguments": {json.dumps(PARIS)}}}</tool_call>',
+        Whole("", "", [CALL]),
+    ),
+    "qwen, marks in a string": (
+        QWEN,
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "</tool_call>\\"}<think>"}}\n'
+        "</tool_call>",
+        Whole("", "", [("get_weather", '{"city": "</tool_call>\\"}<think>"}')]),
+    ),
+    "qwen, nested": (
+        QWEN,
+        '<tool_call>{"name": "now", "arguments": {"a": [{"b": {"c": "}]"}}, []]}}</tool_call>',
+        Whole("", "", [("now", '{"a": [{"b": {"c": "}]"}}, []]}')]),
+    ),
+    "qwen, no call at all": (QWEN, "It is <b>fine</b>. <tool", Whole("It is <b>fine</b>. <tool")),
+    "qwen, unknown tool": (
+        QWEN,
+        '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call> x',
+        Whole('<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call> x'),
+    ),
+    "qwen, empty marks": (
+        QWEN,
+        f"<tool_call></tool_call>{QWEN_CALL}",
+        Whole("<tool_call></tool_call>", "", [CALL]),
+    ),
+    "qwen, a mark alone": (QWEN, "see <tool_call>\n", Whole("see <tool_call>\n")),
+    "smollm2, a list": (
+        SMOL,
+        f'<tool_call>[{{"name": "get_weather", "arguments": {PARIS}}}, '
+        f'{{"name": "get_weather", "arguments": {OSLO}}}]</tool_call>',
+        Whole("", "", [CALL, ("get_weather", OSLO)]),
+    ),
+    "smollm2, an empty list": (SMOL, "<tool_call>[]</tool_call>", Whole()),
+    "smollm2, no thought": (SMOL, "<think>x</think>y", Whole("<think>x</think>y")),
+    "mixtral": (
+        MISTRAL,
+        f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}, '
+        f'{{"name": "now", "arguments": {{}}}}]',
+        Whole("", "", [CALL, ("now", "{}")]),
+    ),
+    "mixtral, text before": (
+        MISTRAL,
+        f'I look.[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}]',
+        Whole("I look.", "", [CALL]),
+    ),
+    "mixtral, not valid": (
+        MISTRAL,
+        '[TOOL_CALLS] [{"name": "rm", "arguments": {}}] sorry',
+        Whole(' [{"name": "rm", "arguments": {}}] sorry'),
+    ),
+    "deepseek-v3": (
+        V3,
+        f"<｜tool▁calls▁begin｜>{V3_CALL}\n{V3_CALL}<｜tool▁calls▁end｜>",
+        Whole("", "", [CALL, CALL]),
+    ),
+    "deepseek-r1": (
+        V3,
+        f"<think>\nHm.\n</think>\n\nSo:<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>",
+        Whole("So:", "Hm.", [CALL]),
+    ),
+    "deepseek-v3, unknown tool": (
+        V3,
+        V3_CALL.replace("get_weather", "rm"),
+        Whole(f"functionrm\n```json\n{PARIS}\n```"),
+    ),
+    "deepseek-v3.1": (
+        V3_1,
+        f"<｜tool▁calls▁begin｜>{V3_1_CALL}{V3_1_CALL}<｜tool▁calls▁end｜>",
+        Whole("", "", [CALL, CALL]),
+    ),
+    "gpt-oss": (GPT_OSS, f"{THOUGHT}{HARMONY_CALL}", Whole("", "Need weather.", [CALL])),
+    "gpt-oss, recipient first": (
+        GPT_OSS,
+        f"{THOUGHT} to=functions.get_weather<|channel|>commentary json<|message|>{PARIS}<|call|>",
+        Whole("", "Need weather.", [CALL]),
+    ),
+    "gpt-oss, answer": (
+        GPT_OSS,
+        f"{THOUGHT}<|channel|>final<|message|>It is fine.\n<|return|>",
+        Whole("It is fine.\n", "Need weather."),
+    ),
+    "gpt-oss, preamble": (
+        GPT_OSS,
+        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+        f"{HARMONY_CALL}<|start|>assistant{HARMONY_CALL}",
+        Whole("I look.", "", [CALL, CALL]),
+    ),
+    "gpt-oss, unknown tool": (
+        GPT_OSS,
+        HARMONY_CALL.replace("get_weather", "rm"),
+        Whole(PARIS),
+    ),
+    "gpt-oss, no channels": (GPT_OSS, "It is fine.", Whole("It is fine.")),
+    "gpt-oss, two thoughts": (
+        GPT_OSS,
+        f"{THOUGHT}{THOUGHT}<|channel|>final<|message|>Yes",
+        Whole("Yes", "Need weather.\nNeed weather."),
+    ),
+}
+
+
+def cuts(text: str) -> Iterator[list[str]]:
+    """The text as a whole, in characters, and in two at every place."""
+    yield [text]
+    yield list(text)
+    yield from ([text[:place], text[place:]] for place in range(1, len(text)))
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_published_formats_at_every_cut(name: str, is_held: bool) -> None:
+    format_, text, expected = CASES[name]
+    expected.finish_reason = "tool_calls" if expected.calls else "stop"
+    for pieces in cuts(text):
+        assert parsed(format_, pieces, is_held) == expected, pieces
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2].calls])
+def test_arguments_come_in_pieces_after_the_name(name: str) -> None:
+    from router.gateway.tools.answer import AnswerFormat
+
+    format_, text, expected = CASES[name]
+    parser = AnswerFormat(format_, "", USE, False).begin()
+    parts = [part for char in text for part in parser.push(char, False).calls]
+    assert [part.name for part in parts if part.name] == [name for name, _ in expected.calls]
+    if name not in ("qwen, other order", "qwen, arguments as a text"):
+        assert not any(part.name and part.arguments for part in parts)
+        assert len(parts) == sum(1 + len(arguments) for _, arguments in expected.calls)
+
+
+BROKEN = {
+    "a bracket": '<tool_call>\n{"name": "get_weather", "arguments": {"city": ]}}\n</tool_call> x',
+    "a constant": '<tool_call>{"name": "now", "arguments": {"a": NaN}}</tool_call>',
+    "a comma": '<tool_call>{"name": "now", "arguments": {"a": 1,}}</tool_call>',
+    "a line": '<tool_call>{"name": "get_weather", "arguments": {"city": "a\nb"}}</tool_call>',
+    "an end": '<tool_call>{"name": "get_weather", "arguments": {"city": "Par',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_json_stays_content_of_a_whole_answer(name: str) -> None:
+    for pieces in cuts(BROKEN[name]):
+        assert parsed(QWEN, pieces, is_held=True) == Whole(BROKEN[name], finish_reason="stop")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_streamed_call_that_breaks_off_is_no_end_by_calls(name: str) -> None:
+    wholes = [parsed(QWEN, pieces) for pieces in cuts(BROKEN[name])]
+    assert all(whole == wholes[0] for whole in wholes)
+    assert wholes[0].finish_reason == "stop"
+    assert len(wholes[0].calls) == 1
+
+
+def test_a_good_call_after_a_broken_one() -> None:
+    for name in ("a bracket", "a comma", "a line"):
+        for pieces in cuts(BROKEN[name] + QWEN_CALL):
+            whole = parsed(QWEN, pieces, is_held=True)
+            assert (whole.content, whole.calls) == (BROKEN[name], [CALL])
+
+
+def test_reasoning_that_the_prompt_opens() -> None:
+    for pieces in cuts("Let me see.\n</think>\n\nIt is </think> fine."):
+        whole = parsed(QWEN, pieces, prompt="<|im_start|>assistant\n<think>\n")
+        assert whole == Whole("It is </think> fine.", "Let me see.", finish_reason="stop")
+    closed = parsed(QWEN, ["<b>"], prompt="<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert closed.content == "<b>"
+    open_end = parsed(QWEN, ["Let me", " see </thi"], prompt="<think>\n", reason="length")
+    assert open_end == Whole("", "Let me see </thi", finish_reason="length")
+
+
+def test_without_tools_calls_are_text() -> None:
+    whole = parsed(QWEN, [f"<think>a</think>{QWEN_CALL}"], use=None)
+    assert whole == Whole(QWEN_CALL, "a", finish_reason="stop")
+
+
+def test_at_most_one_call_where_they_are_not_parallel() -> None:
+    use = ToolUse(TOOLS, TOOLS, is_parallel=False)
+    for format_, text in ((QWEN, f"{QWEN_CALL}\n{QWEN_CALL} x"), CASES["mixtral"][:2]):
+        for is_held in (False, True):
+            for pieces in cuts(text):
+                whole = parsed(format_, pieces, is_held, use)
+                assert whole == Whole("", "", [CALL], "tool_calls"), pieces
+
+
+@pytest.mark.parametrize("format_", [QWEN, MISTRAL, V3, V3_1, GPT_OSS])
+@pytest.mark.parametrize("is_held", [False, True])
+def test_the_time_is_linear(format_: ChatFormat, is_held: bool) -> None:
+    opens = {"mistral": "[TOOL_CALLS]", "tool_call": "<tool_call>", "harmony": "<|channel|>"}
+    mark = opens.get(format_.calls, "<｜tool▁call▁begin｜>")
+    for text in (mark, "{", '{"name": "now", "arguments": {"a": "', " ", "\n", "<", "[", '"'):
+        for lead in ("", mark, mark + '[{"name": "now", "arguments": {"a": ['):
+            begun_s = time.perf_counter()
+            parsed(format_, [lead, *[text] * 8000], is_held)
+            assert time.perf_counter() - begun_s < 1.5, (text, lead)
+
+
+PARTS = st.sampled_from(
+    [
+        "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "\n", " ", "{", "}",
+        "[", "]", ",", '"', "\\", QWEN_CALL, V3_CALL, V3_1_CALL, HARMONY_CALL, THOUGHT, "x",
+        '{"name": "now", "arguments": {', "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
+        "<|channel|>", "<|message|>", "<|end|>", "final", "é🙂",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(PARTS, max_size=12),
+    st.sampled_from([QWEN, MISTRAL, V3, V3_1, GPT_OSS]),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_no_cut_changes_anything(parts, format_, is_held, random) -> None:  # type: ignore[no-untyped-def]
+    text = "".join(parts)
+    places = sorted(random.choices(range(len(text) + 1), k=6))
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+    whole = parsed(format_, [text], is_held)
+    assert parsed(format_, pieces, is_held) == whole
+    assert parsed(format_, list(text), is_held) == whole
+    for _, arguments in whole.calls if is_held else ():
+        assert isinstance(json.loads(arguments), dict)
