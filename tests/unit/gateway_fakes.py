@@ -7,7 +7,7 @@ import asyncio
 import functools
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -323,13 +323,14 @@ def services(
     limits: GatewayConfig | None = None,
     predictions: FakePredictions | None = None,
     clock: Callable[[], float] | None = None,
+    models: Mapping[str, GatewayModel] | None = None,
 ) -> tuple[GenerationService, PredictionService]:
-    """The services over ``tiny``, ``bare`` without a chat template, and mixtures.
+    """The services over ``tiny``, ``bare`` without a chat template, and mixtures; or over others.
 
     ``clock`` is that of the quotas.
     """
     limits = limits or GatewayConfig()
-    both = {"tiny": served(), "bare": served("bare", None)}
+    both = models or {"tiny": served(), "bare": served("bare", None)}
     metrics, room = Metrics(), Room(limits, [*both, *MIXTURES])
     charges = Charges(metrics, clock)
     generation = GenerationService(both, limits, upstream, metrics, room, charges, tuple(MIXTURES))
@@ -355,9 +356,10 @@ def http_app(
     browsers: BrowserRules = FROM_ANYWHERE,
     access: Access | None = None,
     clock: Callable[[], float] | None = None,
+    models: Mapping[str, GatewayModel] | None = None,
 ) -> FastAPI:
     """The HTTP app over :func:`services`, by default for everybody."""
-    generation, predicting = services(upstream, limits, predictions, clock)
+    generation, predicting = services(upstream, limits, predictions, clock, models)
     operators = admin(upstream, generation.metrics)
     return create_app(generation, predicting, operators, access or everybody(), browsers=browsers)
 

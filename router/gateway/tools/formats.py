@@ -39,13 +39,15 @@ MARKS: Mapping[str, CallMarks] = {
 class ChatFormat:
     """A model's format. ``calls`` is empty where it has none, and ``reason`` says why.
 
-    ``special`` are the marks that are special tokens, by their text. ``response_template`` is the
-    checkpoint's own, or ``None``; it takes the place of the parsers here.
+    ``special`` are the marks that are special tokens, by their text, and ``tokens`` all marks that
+    are tokens of their own. ``response_template`` is the checkpoint's own, or ``None``; it takes
+    the place of the parsers here.
     """
 
     calls: CallKind = ""
     thinks: bool = False
     special: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
     response_template: Mapping[str, Any] | None = None
     reason: str = ""
 
@@ -91,15 +93,16 @@ def format_of(
     kind, reason = _calls_of(template, added_ids)
     if kind == "harmony":
         thinks = False
-    wanted = _marks_of(kind) + ((thinking.OPENS, thinking.CLOSES) if thinks else ())
-    if response_template is not None:
-        wanted = tuple(added_ids)
+    marks = _marks_of(kind) + ((thinking.OPENS, thinking.CLOSES) if thinks else ())
+    tokens = {mark: added_ids[mark] for mark in marks if mark in added_ids}
+    tokens = {mark: token_id for mark, token_id in tokens.items() if token_id not in eos_ids}
+    seen = tokens if response_template is None else added_ids
     special = {
-        mark: added_ids[mark]
-        for mark in wanted
-        if added_ids.get(mark) in special_ids and added_ids[mark] not in eos_ids
+        mark: token_id
+        for mark, token_id in seen.items()
+        if token_id in special_ids and token_id not in eos_ids
     }
-    return ChatFormat(kind, thinks, special, response_template, reason)
+    return ChatFormat(kind, thinks, special, tokens, response_template, reason)
 
 
 def _marks_of(kind: CallKind) -> tuple[str, ...]:

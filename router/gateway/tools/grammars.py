@@ -19,7 +19,7 @@ def grammar_of(format_: ChatFormat, use: ToolUse, prompt: str, form: str) -> str
     ``form`` is the grammar of an answer without calls, or empty for any text. Reasoning may come
     before all else, and does where the prompt opens it.
     """
-    rules = _Rules(format_.special)
+    rules = _Rules(format_.tokens)
     if format_.calls == "harmony":
         start = _channels(rules, use, bool(form))
     else:
@@ -33,31 +33,43 @@ def grammar_of(format_: ChatFormat, use: ToolUse, prompt: str, form: str) -> str
 
 
 class _Rules:
-    """The rules of a grammar; those in capitals are texts."""
+    """The rules of a grammar; those in capitals are texts.
 
-    def __init__(self, special: Mapping[str, int]) -> None:
-        self._special = special
-        self.lines = [r"TEXT: /(.|\n)+/", r"BLANKS: /[ \n]{0,4}/"]
+    A mark that is a token of its own is that token, which a text cannot have. A text is not to
+    spell it either, since parsers see text alone.
+    """
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+        self.lines = [r"BLANKS: /[ \n]{0,4}/"]
 
     def has(self, mark: str) -> bool:
-        """Return whether a mark is a special token."""
-        return mark in self._special
+        """Return whether a mark is a token of its own."""
+        return mark in self._tokens
 
     def mark(self, mark: str) -> str:
-        """Return a mark: a special token, or a text."""
-        return f"<[{self._special[mark]}]>" if mark in self._special else _quoted(mark)
+        """Return a mark: a token, or a text."""
+        return f"<[{self._tokens[mark]}]>" if mark in self._tokens else _quoted(mark)
 
     def add(self, name: str, body: str) -> str:
         """Add a rule; returns its name without its options."""
         self.lines.append(f"{name}: {body}")
         return name.partition("[")[0]
 
+    def text_without(self, name: str, *marks: str) -> str:
+        """Add a rule for any text that does not spell a mark; returns its name."""
+        spelled = "|".join(map(_escaped, marks))
+        return self.add(name, rf"/(.|\n)+/ & ~/(.|\n)*({spelled})(.|\n)*/")
+
     def up_to(self, name: str, mark: str) -> str:
         """Add a rule for any text up to a mark, and the mark; returns its name."""
         if self.has(mark):
-            return self.add(name, f"TEXT? {self.mark(mark)}")
-        pattern = re.escape(mark).replace("/", r"\/")
-        return self.add(f"{name}[lazy]", rf"/(.|\n)*{pattern}/")
+            return self.add(name, f"{self.text_without(name.upper(), mark)}? {self.mark(mark)}")
+        return self.add(f"{name}[lazy]", rf"/(.|\n)*{_escaped(mark)}/")
+
+
+def _escaped(mark: str) -> str:
+    return re.escape(mark).replace("/", r"\/")
 
 
 def _thought(rules: _Rules, is_opened: bool) -> str:
@@ -79,9 +91,11 @@ def _between_marks(rules: _Rules, kind: str, use: ToolUse, has_form: bool, thoug
     if has_form:
         return f"{thought} ({calls} | @form)"
     if rules.has(first):
-        return f"{thought} TEXT? ({calls} TEXT?)?"
+        text = rules.text_without("TEXT", first, marks.opens)
+        return f"{thought} {text}? ({calls} {text}?)?"
     # The text before a call is that of reasoning too.
     lead = rules.up_to("lead", first)
+    rules.add("TEXT", r"/(.|\n)+/")
     return f"({lead} {rest}){'*' if use.is_parallel else '?'} TEXT?"
 
 
@@ -119,7 +133,8 @@ def _body(rules: _Rules, kind: str, number: int, tool: Tool) -> str:
 def _channels(rules: _Rules, use: ToolUse, has_form: bool) -> str:
     """Return the messages of gpt-oss: reasoning, and then one call or the answer."""
     channel, message = rules.mark(harmony.CHANNEL), rules.mark(harmony.MESSAGE)
-    rest = rules.up_to("analysis_rest", harmony.END)
+    text = rules.text_without("TEXT", *harmony.MARKS)
+    rest = f"{text}? {rules.mark(harmony.END)}"
     opens = f'{channel} "analysis" {message}'
     analysis = rules.add("analysis", f'{opens} {rest} {rules.mark(harmony.START)} "assistant"')
     calls = [
@@ -131,8 +146,8 @@ def _channels(rules: _Rules, use: ToolUse, has_form: bool) -> str:
         for number, tool in enumerate(use.callable)
     ]
     if not use.is_required:
-        text = "@form" if has_form else "TEXT?"
-        calls.append(rules.add("final", f'{channel} "final" {message} {text}'))
+        answer = "@form" if has_form else f"{text}?"
+        calls.append(rules.add("final", f'{channel} "final" {message} {answer}'))
     return f"{analysis}? ({' | '.join(calls)})"
 
 

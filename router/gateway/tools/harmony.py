@@ -26,8 +26,7 @@ class HarmonyParser:
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._ends = MarkFinder((END, CALL, RETURN, START, CHANNEL))
-        self._hidden = MarkFinder(MARKS)
+        self._marks = MarkFinder(MARKS)
         self._state = self._in_header
         self._held = ""
         self._is_reasoning = False
@@ -83,9 +82,9 @@ class HarmonyParser:
         return begin + len(MESSAGE)
 
     def _in_message(self, text: str, place: int, parsed: Parsed) -> int:
-        begin, end = self._ends.find(text, place)
+        begin, end = self._marks.find(text, place)
         self._show(text[place:begin], parsed)
-        if end == begin:
+        if end == begin or text[begin:end] in (MESSAGE, CONSTRAIN):
             return end
         self._state = self._in_header
         return begin if text[begin:end] in (START, CHANNEL) else end
@@ -111,7 +110,7 @@ class HarmonyParser:
         place = 0
         kept: list[str] = []
         while place < len(text):
-            begin, end = self._hidden.find(text, place)
+            begin, end = self._marks.find(text, place)
             kept.append(text[place : begin if end > begin else len(text)])
             place = end if end > begin else len(text)
         shown = "".join(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 from cluster.errors import InvalidRequestError
@@ -35,7 +36,8 @@ def _call(entry: object, where: str) -> Message:
     check_names(call, ("id", "type", "function", "index"), where)
     check_kind(call.get("type", "function"), f"{where}.type")
     function = mapping(call.get("function"), f"{where}.function")
-    check_names(function, ("name", "arguments"), f"{where}.function")
+    # OpenAI's own client sends back what it has made of the arguments.
+    check_names(function, ("name", "arguments", "parsed_arguments"), f"{where}.function")
     name = check_name(function.get("name"), f"{where}.function.name")
     text = checks.text(function.get("arguments", ""), f"{where}.function.arguments")
     return {
@@ -88,12 +90,29 @@ def with_texts(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def with_contents(messages: Sequence[Message], empty: str | None) -> list[Message]:
-    """Return messages in which the content beside calls, where there is none, is ``empty``."""
+class Empty(Enum):
+    """What stands for the content beside calls where there is none."""
+
+    TEXT = ""
+    ABSENT = "absent"
+    NONE = "none"
+
+
+def with_contents(messages: Sequence[Message], empty: Empty) -> list[Message]:
+    """Return messages in which the missing content beside calls is as ``empty`` says."""
     return [
-        {**message, "content": message["content"] or empty} if "tool_calls" in message else message
+        _with_empty(message, empty)
+        if "tool_calls" in message and not message["content"]
+        else message
         for message in messages
     ]
+
+
+def _with_empty(message: Message, empty: Empty) -> Message:
+    rest = {name: value for name, value in message.items() if name != "content"}
+    if empty is Empty.ABSENT:
+        return rest
+    return {**rest, "content": None if empty is Empty.NONE else ""}
 
 
 def _text(call: Message) -> str:

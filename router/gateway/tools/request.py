@@ -43,7 +43,7 @@ class ChatRequest:
             return sampling
         format_ = model.tokenizer.chat_format
         grammar = check_whole(grammar_of(format_, self.use, prompt, sampling.grammar), "tools")
-        marks = tuple(sorted(format_.special.values()))
+        marks = tuple(sorted(format_.tokens.values()))
         return replace(sampling, grammar=grammar, grammar_marks=marks)
 
     def answer(

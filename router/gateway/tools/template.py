@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.tools.messages import Message, names_of_calls, with_contents, with_texts
+from router.gateway.tools.messages import Empty, Message, names_of_calls, with_contents, with_texts
 
 MAX_OPTIONS = 16
 MAX_OPTION_CHARS = 256
@@ -19,6 +19,7 @@ _RESERVED = frozenset(
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
         "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length",
         "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "sanitize_control_tokens",
         "raise_exception", "strftime_now", "namespace", "range", "dict", "loop",
     }
 )  # fmt: skip
@@ -90,7 +91,7 @@ class ChatTemplate:
         ``is_opened`` adds the beginning of the assistant's next message. Raises
         :class:`InvalidRequestError` where the template refuses messages, or does not show calls.
         """
-        ready = [self._with_reasoning(message) for message in messages]
+        ready = list(messages)
         if not any("tool_calls" in message or message["role"] == "tool" for message in ready):
             return self._render(ready, is_opened, tools, options or {})
         if self._shape is None:
@@ -137,14 +138,6 @@ class ChatTemplate:
             options[name] = _option(value, f"{where}.{name}")
         return options
 
-    def _with_reasoning(self, message: Message) -> Message:
-        """Return a message with its reasoning under the name by which the template reads it."""
-        if "reasoning_content" not in message or "reasoning_content" in self._names:
-            return message
-        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
-        is_read = "thinking" in self._names
-        return {**rest, "thinking": message["reasoning_content"]} if is_read else rest
-
     def _tried(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         """Return a prompt, empty where the template refuses it."""
         try:
@@ -153,18 +146,14 @@ class ChatTemplate:
             return ""
 
 
-def _as_mappings(messages: Sequence[Message], empty: str | None) -> list[Message]:
-    return with_contents(messages, empty)
-
-
-def _as_texts(messages: Sequence[Message], empty: str | None) -> list[Message]:
-    return with_contents(with_texts(messages), empty)
+def _shaped(messages: Sequence[Message], has_texts: bool, empty: Empty) -> list[Message]:
+    return with_contents(with_texts(messages) if has_texts else messages, empty)
 
 
 _SHAPES: tuple[Shape, ...] = tuple(
-    functools.partial(shape, empty=empty)
-    for shape in (_as_mappings, _as_texts)
-    for empty in ("", None)
+    functools.partial(_shaped, has_texts=has_texts, empty=empty)
+    for has_texts in (False, True)
+    for empty in (Empty.TEXT, Empty.ABSENT, Empty.NONE)
 )
 """How templates want messages with calls, most of them the first."""
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.gateway.tools.answer import AnswerFormat
 from router.gateway.tools.definitions import ToolUse
 from router.gateway.tools.formats import ChatFormat
 from tests.unit.router.gateway.tools.answers import (
@@ -179,8 +180,6 @@ def test_published_formats_at_every_cut(name: str, is_held: bool) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2].calls])
 def test_arguments_come_in_pieces_after_the_name(name: str) -> None:
-    from router.gateway.tools.answer import AnswerFormat
-
     format_, text, expected = CASES[name]
     parser = AnswerFormat(format_, "", USE, False).begin()
     parts = [part for char in text for part in parser.push(char, False).calls]
@@ -244,16 +243,17 @@ def test_at_most_one_call_where_they_are_not_parallel() -> None:
                 assert whole == Whole("", "", [CALL], "tool_calls"), pieces
 
 
-@pytest.mark.parametrize("format_", [QWEN, MISTRAL, V3, V3_1, GPT_OSS])
-@pytest.mark.parametrize("is_held", [False, True])
+@pytest.mark.parametrize(
+    ("format_", "is_held"), [(QWEN, False), (MISTRAL, True), (V3, True), (GPT_OSS, False)]
+)
 def test_the_time_is_linear(format_: ChatFormat, is_held: bool) -> None:
     opens = {"mistral": "[TOOL_CALLS]", "tool_call": "<tool_call>", "harmony": "<|channel|>"}
     mark = opens.get(format_.calls, "<｜tool▁call▁begin｜>")
     for text in (mark, "{", '{"name": "now", "arguments": {"a": "', " ", "\n", "<", "[", '"'):
         for lead in ("", mark, mark + '[{"name": "now", "arguments": {"a": ['):
-            begun_s = time.perf_counter()
-            parsed(format_, [lead, *[text] * 8000], is_held)
-            assert time.perf_counter() - begun_s < 1.5, (text, lead)
+            begun_s = time.process_time()
+            parsed(format_, [lead, *[text] * 4000], is_held)
+            assert time.process_time() - begun_s < 1, (text, lead)
 
 
 PARTS = st.sampled_from(

@@ -1,0 +1,159 @@
+"""Grammars of calls: what they allow parses into valid calls, in each family's format."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from router.gateway.tools.definitions import ToolUse
+from router.gateway.tools.grammars import grammar_of
+from router.grammar_limits import parser_limits
+from tests.unit.gateway_fakes import FakeUpstream
+from tests.unit.router.gateway.tools.answers import parsed, tool
+from tests.unit.router.gateway.tools.chat_models import EOS, SPECIAL, model, says
+from tests.unit.router.gateway.tools.test_parsers import CASES
+from tests.unit.router.gateway.tools.test_refusals import TOOL, post
+
+PLACE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 6},
+        "days": {"type": "array", "items": {"enum": [1, 2]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+FLAG: dict[str, Any] = {
+    "type": "object",
+    "properties": {"on": {"$ref": "#/$defs/flag"}},
+    "required": ["on"],
+    "additionalProperties": False,
+    "$defs": {"flag": {"type": "boolean"}},
+}
+TOOLS = (tool("get_weather", PLACE, True), tool("get", FLAG))
+SCHEMAS = {"get_weather": PLACE, "get": FLAG}
+NAMES = [name for name in SPECIAL if name != "plain"]
+FORM = json.dumps({"grammars": [{"name": "json_schema", "json_schema": FLAG}]})
+
+
+def vocabulary(name: str) -> LLTokenizer:
+    return model(name).tokenizer.vocabulary(320, (EOS,))
+
+
+def written(name: str, use: ToolUse, prompt: str, form: str, seed: int, most: int = 2000) -> str:
+    """A text that a model with random logits writes under a grammar; it ends where it can."""
+    tokens, chance = vocabulary(name), random.Random(seed)
+    chat_format = model(name).tokenizer.chat_format
+    grammar = grammar_of(chat_format, use, prompt, form)
+    matcher = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
+    assert not matcher.is_error(), matcher.get_error()
+    special = set(chat_format.tokens.values())
+    bits = allocate_token_bitmask(1, tokens.vocab_size)
+    ids: list[int] = []
+    while len(ids) < most:
+        fill_next_token_bitmask(matcher, bits)
+        allowed = [i for i in range(tokens.vocab_size) if bits[0, i // 32] >> (i % 32) & 1]
+        known = [i for i in allowed if i in special or not tokens.is_special_token(i)]
+        if matcher.is_accepting() and (not known or chance.random() < 0.3):
+            return model(name).tokenizer.whole_text(ids)
+        # Marks come rarely among all tokens.
+        marks = [i for i in known if i in special]
+        ids.append(chance.choice(marks if marks and chance.random() < 0.2 else known))
+        assert matcher.consume_token(ids[-1])
+    raise AssertionError("the answer has no end")
+
+
+def checked_calls(name: str, text: str, use: ToolUse, prompt: str) -> list[tuple[str, str]]:
+    whole = parsed(model(name).tokenizer.chat_format, [text], True, use, prompt)
+    for called, arguments in whole.calls:
+        jsonschema.validate(json.loads(arguments), SCHEMAS[called])
+    return whole.calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_required_calls_are_always_valid(name: str) -> None:
+    for seed in range(6):
+        use = ToolUse(TOOLS, TOOLS[seed % 2 :], True, seed % 3 != 0)
+        calls = checked_calls(name, written(name, use, "", "", seed), use, "")
+        assert calls
+        assert seed % 2 == 0 or {called for called, _ in calls} == {"get"}
+        assert seed % 3 or len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen", "deepseek-v3"])
+def test_reasoning_that_the_prompt_opens_comes_first(name: str) -> None:
+    use = ToolUse(TOOLS, TOOLS, True)
+    grammar = grammar_of(model(name).tokenizer.chat_format, use, "<think>\n", "")
+    case = CASES["qwen" if name == "qwen" else "deepseek-v3"][1].replace(
+        '"Paris"}', '"P","days":[1]}'
+    )
+    for text, fits in ((f"Hm.\n</think>\n\n{case}", True), (case, False)):
+        matcher = LLMatcher(vocabulary(name), grammar, log_level=0)
+        ids = model(name).tokenizer.encode(text, add_special_tokens=False)
+        assert (all(map(matcher.consume_token, ids)) and matcher.is_accepting()) == fits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_tools_allow_any_text_and_valid_calls_alone(name: str) -> None:
+    use = ToolUse(TOOLS, TOOLS)
+    chat_format = model(name).tokenizer.chat_format
+    grammar = grammar_of(chat_format, use, "", "")
+    bad = {key: case[1] for key, case in CASES.items() if case[0].calls == chat_format.calls}
+    text = '<|channel|>final<|message|>It is "{[ fine.' if name == "gpt-oss" else 'It is "{[ fine.'
+    good = bad[name if name in bad else "mixtral"].replace('"Paris"}', '"P","days":[1]}')
+    good = good.split(', {"name": "now"')[0] + "]" if name == "mixtral" else good
+    for asked, fits in ((text, True), (good, True), (bad[name], False)):
+        matcher = LLMatcher(vocabulary(name), grammar, log_level=0)
+        asked = asked.removesuffix("<|call|>")  # an end of the published model
+        ids = model(name).tokenizer.encode(asked, add_special_tokens=False)
+        assert (all(map(matcher.consume_token, ids)) and matcher.is_accepting()) == fits, asked
+    for seed in range(3):
+        checked_calls(name, written(name, use, "", "", seed), use, "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_a_response_format_an_answer_is_calls_or_of_the_form(name: str) -> None:
+    use = ToolUse(TOOLS, TOOLS)
+    kinds = set()
+    for seed in range(12):
+        text = written(name, use, "", FORM, seed)
+        whole = parsed(model(name).tokenizer.chat_format, [text], True, use)
+        kinds.add(bool(whole.calls))
+        if not whole.calls:
+            jsonschema.validate(json.loads(whole.content), FLAG)
+    assert kinds == {True, False}
+
+
+def test_when_a_grammar_is_sent() -> None:
+    def sampling(name: str = "qwen", **body: Any) -> Any:
+        upstream = FakeUpstream(says(name, "x"))
+        assert post(name, upstream, **body).status_code == 200
+        return upstream.requests[-1].sampling
+
+    strict = [{"type": "function", "function": {**TOOL["function"], "strict": True}}]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    other = {"type": "function", "function": {"name": "now"}}
+    allowed = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [{"type": "function", **named}]},
+    }
+    assert sampling(tools=[TOOL]).grammar == ""
+    assert sampling(tools=[TOOL], tool_choice="none", response_format=None).grammar == ""
+    for body in (
+        {"tools": strict},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL, other], "tool_choice": named},
+        {"tools": [TOOL, other], "tool_choice": allowed},
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+    ):
+        sent = sampling(**body)
+        assert "get_weather" in sent.grammar
+        assert "now" not in sent.grammar
+    marks = sampling("mixtral", tools=strict).grammar_marks
+    assert marks == (model("mixtral").tokenizer.encode("[TOOL_CALLS]", False)[0],)

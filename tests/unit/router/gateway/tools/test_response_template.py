@@ -1,0 +1,94 @@
+"""Answers parsed by a checkpoint's response template, as transformers parses the whole."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+from transformers.utils.chat_parsing import parse_response
+
+from router.gateway.tools.calls import Calls
+from router.gateway.tools.response_template import ResponseTemplateParser
+from tests.unit.gateway_fakes import FakeUpstream
+from tests.unit.router.gateway.tools.answers import TOOLS as CHECKED
+from tests.unit.router.gateway.tools.answers import Whole
+from tests.unit.router.gateway.tools.chat_models import ask, model_in, save_tokenizer, says
+from tests.unit.router.gateway.tools.test_openai_tools import ASKED, TOOLS
+from tests.unit.router.gateway.tools.test_parsers import PARIS, QWEN_CALL, cuts
+
+TEMPLATE: dict[str, Any] = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "content": {"close": "<|im_end|>"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+TEXT = f"<think>\nHm.\n</think>\n\nI look.\n{QWEN_CALL}{QWEN_CALL}"
+PREFIX = "<|im_start|>assistant\n"
+
+
+def whole_of(pieces: list[str], prefix: str = PREFIX) -> Whole:
+    calls = Calls(["get_weather"])
+    parser = ResponseTemplateParser(TEMPLATE, prefix, calls, [tool.given for tool in CHECKED])
+    whole = Whole()
+    for part in [*(parser.push(piece) for piece in pieces), parser.flush()]:
+        whole.content += part.content
+        whole.reasoning += part.reasoning
+        whole.calls += [(call.name, call.arguments) for call in part.calls]
+    return whole
+
+
+def test_pieces_are_what_transformers_makes_of_the_whole() -> None:
+    expected = parse_response(TEXT, TEMPLATE, prefix=PREFIX)
+    for pieces in cuts(TEXT):
+        whole = whole_of(pieces)
+        assert whole.content == expected["content"]
+        assert whole.reasoning == expected["reasoning_content"]
+        names = [(call["function"]["name"], PARIS) for call in expected["tool_calls"]]
+        assert whole.calls == names
+
+
+def test_the_prompt_may_open_a_part() -> None:
+    assert whole_of(["Hm.</think>Yes"], f"{PREFIX}<think>") == Whole("Yes", "Hm.")
+
+
+def test_what_does_not_fit_stays_content() -> None:
+    assert "{broken" in whole_of(["So <tool_call>{broken</tool_call> on"]).content
+    unknown = QWEN_CALL.replace("get_weather", "rm")
+    whole = whole_of([unknown])
+    assert '"name": "rm"' in whole.content
+    assert whole.calls == []
+
+
+def test_the_time_of_long_answers_is_linear() -> None:
+    begun_s = time.process_time()
+    whole = whole_of(["<think>", *["word "] * 20_000, "</think>", *["< x"] * 20_000])
+    assert len(whole.content) + len(whole.reasoning) > 150_000
+    assert time.process_time() - begun_s < 5
+
+
+def test_a_checkpoints_own_template_comes_first() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), "qwen", TEMPLATE)
+        served = model_in(folder, "qwen")
+    assert served.tokenizer.chat_format.response_template == TEMPLATE
+
+    async def asking(client: openai.AsyncOpenAI) -> Any:
+        return await client.chat.completions.create(model="qwen", messages=ASKED, tools=TOOLS)
+
+    [choice] = ask(FakeUpstream(says("qwen", f"{TEXT}<|im_end|>")), asking, served).choices
+    assert choice.message.content == "I look."
+    assert choice.message.reasoning_content == "Hm."
+    assert [call.function.arguments for call in choice.message.tool_calls] == [PARIS, PARIS]
+    assert choice.finish_reason == "tool_calls"
