@@ -15,7 +15,10 @@ VOCAB_SIZE = 320
 
 
 def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """Save a byte-level BPE tokenizer with an end-of-sequence token (id 0)."""
+    """Save a byte-level BPE tokenizer with an end-of-sequence token (id 0).
+
+    Its chat template shows the names of tools, and that calls are as Qwen's.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,6 +32,7 @@ def save_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     tokenizer.train_from_iterator(text, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }} <tool_call>\n{% endfor %}"
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     )
     fast.save_pretrained(folder)

@@ -12,10 +12,10 @@ import numpy as np
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
+from router.gateway.chat_request import ChatRequest
 from router.gateway.models import GatewayModel
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.tools.messages import check_calls, check_id
-from router.gateway.tools.request import ChatRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS_OF_ROLE = {

@@ -16,12 +16,12 @@ from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
 from router.config import GatewayConfig
 from router.gateway import checks
+from router.gateway.chat_request import check_chat
 from router.gateway.grammar import check_grammar
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
 from router.gateway.token_rules import check_rules
 from router.gateway.tools.answer import AnswerFormat
-from router.gateway.tools.request import check_chat
 from router.messages.request import GenerationRequest, Received, SamplingParams
 from router.security.keys import Caller
 

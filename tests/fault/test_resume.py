@@ -54,16 +54,36 @@ OPTIONS: list[dict[str, Any]] = [
     },
 ]
 """What choices that go on must have too: grammars, and rules for single tokens."""
+PAIRS = {"type": "string", "pattern": "^([ab][cd]){300}$"}
+CALLING: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "the quick brown fox"}],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "jump",
+                "parameters": {"type": "object", "properties": {"a": PAIRS}, "required": ["a"]},
+            },
+        }
+    ],
+    "tool_choice": "required",
+    "ignore_eos": False,
+    "temperature": 1,
+    "seed": 7,
+}
+"""A chat request whose answer is a tool call, longer than it may become."""
 BACK_S = 90.0
 ANSWER_S = 10.0
 
 
 @dataclass
 class HttpStream:
-    """One stream of completions over HTTP: its tokens so far."""
+    """One stream of completions over HTTP, or of chat: its tokens so far."""
 
     token_ids: list[int] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
+    arguments: str = ""
+    """Those of its tool call."""
 
     def read(
         self, url: str, prompt: list[int], options: Mapping[str, Any] = MappingProxyType({})
@@ -79,6 +99,9 @@ class HttpStream:
             "return_token_ids": True,
             **options,
         }
+        if "messages" in body:
+            del body["prompt"]
+            url = url.replace("/completions", "/chat/completions")
         with httpx.stream("POST", url, json=body, timeout=BACK_S) as response:
             assert response.status_code == 200
             for line in response.iter_lines():
@@ -89,7 +112,9 @@ class HttpStream:
     def _take(self, chunk: dict[str, Any]) -> None:
         assert "error" not in chunk, chunk
         for choice in chunk["choices"]:
-            self.token_ids += choice["token_ids"]
+            self.token_ids += choice.get("token_ids", ())  # a chat's first chunk has none
+            for call in choice.get("delta", {}).get("tool_calls", ()):
+                self.arguments += call["function"]["arguments"]
             if choice["finish_reason"] is not None:
                 self.finish_reasons.append(choice["finish_reason"])
 
@@ -143,10 +168,12 @@ def router_that(is_meant: str) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedCluster) -> None:
     asked: list[tuple[list[int], Mapping[str, Any]]] = [(prompt, {}) for prompt in PROMPTS]
-    asked += [(PROMPTS[0], options) for options in OPTIONS]
+    asked += [(PROMPTS[0], options) for options in (*OPTIONS, CALLING)]
     whole = f"{served.http_url}/v1/completions"
     expected = expected_tokens(served)
     expected += [HttpStream().read(whole, PROMPTS[0], options) for options in OPTIONS]
+    expected.append((undisturbed := HttpStream()).read(whole, PROMPTS[0], CALLING))
+    assert undisturbed.arguments
     assert len(set(expected)) == len(expected)
     with twin_routers(served) as url, ThreadPoolExecutor(len(asked)) as pool:
         told = twin_status()
@@ -163,6 +190,7 @@ def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedClu
         assert not any(one.done() for one in reading)
         kill(told, victim["pid"])
         assert [one.result(BACK_S) for one in reading] == expected
+        assert streams[-1].arguments == undisturbed.arguments
         assert [stream.finish_reasons for stream in streams] == [["length"]] * len(streams)
         # The fault hit: what the dead one had sent was forced at another.
         survivor = router_that("replayed")

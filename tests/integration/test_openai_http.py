@@ -277,6 +277,21 @@ def test_openais_helper_parses_an_answer_of_a_form(api: openai.OpenAI) -> None:
         assert isinstance(answer.choices[0].message.parsed, Person)
 
 
+def test_openais_helpers_read_tool_calls(api: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(Person)]
+    asked: dict[str, Any] = {
+        "model": RANDOM, "messages": HELLO, "tools": tools, "tool_choice": "required",
+        "parallel_tool_calls": False, "max_tokens": 200, "seed": 1,
+    }  # fmt: skip
+    [choice] = api.chat.completions.parse(**asked).choices
+    [call] = choice.message.tool_calls or []
+    assert choice.finish_reason == "tool_calls"
+    assert isinstance(call.function.parsed_arguments, Person)
+    with api.chat.completions.stream(**asked) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+    assert [event.parsed_arguments for event in done] == [call.function.parsed_arguments]
+
+
 def test_an_answer_fits_vllms_structured_outputs(api: openai.OpenAI) -> None:
     def text(form: dict[str, Any]) -> str:
         answer = api.completions.create(

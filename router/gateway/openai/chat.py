@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
+from router.gateway.chat_request import CHAT_FIELDS, call_id
 from router.gateway.openai.call import OpenAiCall
 from router.gateway.openai.fields import (
     CHAT,
@@ -16,7 +17,6 @@ from router.gateway.openai.fields import (
 )
 from router.gateway.service import Collected, Delta
 from router.gateway.tools.parts import CallPart
-from router.gateway.tools.request import CHAT_FIELDS, call_id
 from router.gateway.validate import RawRequest, Validator
 
 

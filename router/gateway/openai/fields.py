@@ -12,9 +12,9 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
+from router.gateway.chat_request import CHAT_FIELDS
 from router.gateway.grammar import GRAMMAR_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
-from router.gateway.tools.request import CHAT_FIELDS
 
 ANY = None
 """In a table of harmless values: every value is harmless, since the field changes no output."""

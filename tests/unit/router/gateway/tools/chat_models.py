@@ -46,7 +46,7 @@ Return <tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- if enable_thinking is defined and enable_thinking == 'always' %}{{ '<think>\\n' }}{% endif %}{% endif %}
-"""
+"""  # noqa: E501
 MISTRAL = """
 {%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
 {%- for m in messages %}
@@ -68,7 +68,7 @@ V3 = """
 {%- elif m['role'] == 'assistant' %}{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] }}
 {%- else %}{{ '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}
-"""
+"""  # noqa: E501
 V3_1 = """
 {%- if tools %}{{ tools | tojson }}{% endif %}
 {%- for m in messages %}
@@ -79,7 +79,7 @@ V3_1 = """
 {%- elif m['role'] == 'assistant' %}{{ '<｜Assistant｜></think>' + m['content'] }}
 {%- else %}{{ '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{% endif %}
-"""
+"""  # noqa: E501
 GPT_OSS = """
 {%- if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}
 {{- '<|start|>system<|message|>Reasoning: ' + reasoning_effort + '<|end|>' }}
@@ -93,7 +93,7 @@ GPT_OSS = """
 {%- elif m.role == 'tool' %}{{ '<|start|>functions.' + m.name + ' to=assistant<|channel|>commentary<|message|>' + m.content + '<|end|>' }}
 {%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}
-"""
+"""  # noqa: E501
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 SPECIAL = {
     "qwen": (

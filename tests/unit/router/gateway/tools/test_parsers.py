@@ -30,7 +30,10 @@ PARIS = '{"city": "Paris"}'
 OSLO = '{"city": "Oslo", "days": 2}'
 CALL = ("get_weather", PARIS)
 QWEN_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
-V3_CALL = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{PARIS}\n```<｜tool▁call▁end｜>"
+V3_CALL = (
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+    f"```json\n{PARIS}\n```<｜tool▁call▁end｜>"
+)
 V3_1_CALL = f"<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{PARIS}<｜tool▁call▁end｜>"
 HARMONY_CALL = (
     f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS}<|call|>"
