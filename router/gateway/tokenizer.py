@@ -68,6 +68,7 @@ class Tokenizer:
             loaded = AutoTokenizer.from_pretrained(
                 path, config=_config(path), trust_remote_code=False, local_files_only=True
             )
+            _check_response_template(loaded)
             return cls(loaded, eos_token_ids)
         except BaseException as error:
             if not _is_failure(error):
@@ -233,6 +234,14 @@ def _config(path: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception:  # huggingface_hub's errors of validation have no common class
         return PreTrainedConfig.from_pretrained(path, local_files_only=True)
+
+
+def _check_response_template(tokenizer: Any) -> None:
+    """Raise ``ValueError`` for a response template that transformers cannot parse by."""
+    from transformers.utils.chat_parsing import ResponseParser
+
+    if getattr(tokenizer, "response_template", None) is not None:
+        ResponseParser(tokenizer.response_template, prefix="")
 
 
 def _is_failure(error: BaseException) -> bool:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 from transformers.utils.chat_parsing import parse_response
 
+from cluster.errors import CheckpointError
 from router.gateway.tools.calls import Calls
 from router.gateway.tools.response_template import ResponseTemplateParser
 from tests.unit.gateway_fakes import FakeUpstream
@@ -76,6 +78,12 @@ def test_the_time_of_long_answers_is_linear() -> None:
     whole = whole_of(["<think>", *["word "] * 20_000, "</think>", *["< x"] * 20_000])
     assert len(whole.content) + len(whole.reasoning) > 150_000
     assert time.process_time() - begun_s < 5
+
+
+def test_a_template_that_is_wrong_is_refused_at_loading(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "qwen", {"fields": {"content": {"close": "<|im_end|>"}}})
+    with pytest.raises(CheckpointError, match="start_anchor"):
+        model_in(str(tmp_path), "qwen")
 
 
 def test_a_checkpoints_own_template_comes_first() -> None:
