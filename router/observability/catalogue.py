@@ -68,7 +68,7 @@ IN_FLIGHT = _gauge(
 SUCCESS = _counter(
     "request_success",
     "model_name finished_reason replica",
-    "Choices finished, by why: stop or length.",
+    "Choices finished, by why: stop, length or tool_calls.",
 )
 PROMPT_TOKENS = _counter("prompt_tokens", _MODEL, "Prompt tokens of accepted requests.")
 GENERATION_TOKENS = _counter("generation_tokens", _MODEL, "Tokens sent to clients.")

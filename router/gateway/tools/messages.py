@@ -12,6 +12,8 @@ from router.gateway import checks
 from router.gateway.tools.definitions import check_kind, check_name, check_names, mapping
 
 MAX_CALLS = 128
+MAX_NAMES = 128
+"""The most functions that a conversation has calls of; a prompt is searched for each."""
 MAX_ID_CHARS = 256
 Message = dict[str, Any]
 
@@ -60,6 +62,7 @@ def check_id(value: object, where: str) -> str:
 def _arguments(text: str) -> object:
     try:
         value = json.loads(text or "{}")
+        json.dumps(value)  # some templates want it as a text again
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text

@@ -95,6 +95,7 @@ class ResponseTemplateParser:
         return parsed
 
     def _show(self, field: str, text: str, parsed: Parsed) -> None:
+        text = self._unmarked(text)
         if field in REASONING_FIELDS:
             parsed.reasoning += text
         else:

@@ -8,7 +8,14 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.tools.messages import Empty, Message, names_of_calls, with_contents, with_texts
+from router.gateway.tools.messages import (
+    MAX_NAMES,
+    Empty,
+    Message,
+    names_of_calls,
+    with_contents,
+    with_texts,
+)
 
 MAX_OPTIONS = 16
 MAX_OPTION_CHARS = 256
@@ -103,8 +110,13 @@ class ChatTemplate:
             raise InvalidRequestError(
                 "this model's chat template shows no tool calls and results", f"messages[{place}]"
             )
+        names = names_of_calls(ready)
+        if len(names) > MAX_NAMES:
+            raise InvalidRequestError(
+                f"call {len(names)} functions; at most {MAX_NAMES}", "messages"
+            )
         text = self._render(self._shape(ready), is_opened, tools, options or {})
-        for name, where in names_of_calls(ready).items():
+        for name, where in names.items():
             if name not in text:
                 raise InvalidRequestError("this model's chat template leaves it out", where)
         return text

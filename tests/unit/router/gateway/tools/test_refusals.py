@@ -193,6 +193,31 @@ def test_a_call_that_a_template_leaves_out_is_refused() -> None:
     assert "leaves it out" in message
 
 
+def test_a_conversation_that_calls_very_many_functions_is_refused_at_once() -> None:
+    calls = [
+        {**CALL, "function": {"name": f"f{i}_{j}", "arguments": "{}"}}
+        for i in range(80)
+        for j in range(128)
+    ]
+    messages: list[Any] = [USER]
+    messages += [
+        {"role": "assistant", "tool_calls": calls[place : place + 128]}
+        for place in range(0, len(calls), 128)
+    ]
+    begun_s = time.process_time()
+    assert "10240 functions" in refusal(post(messages=messages), 400, "messages")
+    assert time.process_time() - begun_s < 3
+
+
+@pytest.mark.parametrize("depth", [500, 990, 5000, 100_000])
+def test_deep_arguments_end_in_an_answer(depth: int) -> None:
+    text = '{"a":' * depth + "1" + "}" * depth
+    for name in ("qwen", "deepseek-v3"):
+        call = {**CALL, "function": {"name": "get_weather", "arguments": text}}
+        messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+        assert post(name, messages=messages).status_code in (200, 400)
+
+
 def test_a_templates_own_refusal_is_told() -> None:
     long_id = {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": "call_1"}]}]}
     assert "ids have length 9" in refusal(post("mixtral", **long_id), 400, "messages")
