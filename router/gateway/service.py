@@ -19,7 +19,7 @@ from router.gateway.limits import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.tools.answer import ChoiceParser
-from router.gateway.tools.parts import CallPart
+from router.gateway.tools.parts import CallPart, Parsed
 from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import (
     GenerationRequest,
@@ -42,7 +42,7 @@ class Delta:
     """A new piece of one choice.
 
     ``text`` may lag behind ``token_ids``. Where a request's answer is parsed, it is the content
-    alone; ``reasoning`` and ``calls`` have the rest. A ``finish_reason`` (``stop``, ``length`` or
+    alone, and ``parsed`` has reasoning and calls too. A ``finish_reason`` (``stop``, ``length`` or
     ``tool_calls``) ends the choice. ``usage`` is set on the last delta of the request,
     ``identity``, the model's, on the first of a choice. ``prompt_logprobs`` are those of prompt
     tokens but the first, in order; ``prompt_start`` of them came before. ``opens`` is true on the
@@ -60,8 +60,7 @@ class Delta:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     prompt_start: int = 0
     opens: bool = False
-    reasoning: str = ""
-    calls: tuple[CallPart, ...] = ()
+    parsed: Parsed | None = None
 
 
 @dataclass(slots=True)
@@ -93,8 +92,12 @@ class Collected:
             self.prompt_start = delta.prompt_start
         self.prompt_logprobs += delta.prompt_logprobs
         self.opens = self.opens or delta.opens
-        self.reasoning += delta.reasoning
-        for part in delta.calls:
+        if delta.parsed is not None:
+            self._add(delta.parsed)
+
+    def _add(self, parsed: Parsed) -> None:
+        self.reasoning += parsed.reasoning
+        for part in parsed.calls:
             if part.index == len(self.calls):
                 self.calls.append(part)
             else:
@@ -351,8 +354,7 @@ def _parsed(delta: Delta, parser: ChoiceParser) -> Delta:
     return replace(
         delta,
         text=parsed.content,
-        reasoning=parsed.reasoning,
-        calls=tuple(parsed.calls),
+        parsed=parsed,
         finish_reason=parser.finish_reason(delta.finish_reason),
     )
 

@@ -163,7 +163,8 @@ class OpenAiCall(ABC):
 
     def _is_worth_sending(self, delta: Delta) -> bool:
         wants_tokens = self.return_token_ids or self.wants_logprobs
-        has_text = delta.text or delta.reasoning or delta.calls
+        parsed = delta.parsed
+        has_text = delta.text or (parsed is not None and (parsed.reasoning or parsed.calls))
         return bool(has_text or delta.finish_reason or wants_tokens or not delta.exact)
 
     def _finish(self, chunk: dict[str, Any], num_tokens: int) -> dict[str, Any]:

@@ -77,10 +77,10 @@ class ChatCall(OpenAiCall):
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice."""
         text: dict[str, Any] = {"content": delta.text} if delta.text else {}
-        if delta.reasoning:
-            text["reasoning_content"] = delta.reasoning
-        if delta.calls:
-            text["tool_calls"] = [self._call_part(index, part) for part in delta.calls]
+        if delta.parsed is not None and delta.parsed.reasoning:
+            text["reasoning_content"] = delta.parsed.reasoning
+        if delta.parsed is not None and delta.parsed.calls:
+            text["tool_calls"] = [self._call_part(index, part) for part in delta.parsed.calls]
         return self.choice_object(index, {"delta": text}, delta)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
