@@ -21,7 +21,7 @@ from router.gateway.openapi.schema import (
 _COUNT = integer(0)
 _IDS = items(_COUNT)
 _NUMBER: Schema = {"type": "number"}
-_FINISHED = one_of("stop", "length", None)
+_FINISHED = one_of("stop", "length", "tool_calls", None)
 _EXTRAS: Mapping[str, Schema] = {"exact": BOOLEAN, "token_ids": _IDS}
 """What choices have beside OpenAI's fields: in a stream where it is known, and where it is asked
 for."""
@@ -67,8 +67,22 @@ _PROMPT: Mapping[str, Schema] = {
         either({"type": "object", "additionalProperties": _PROMPT_LOGPROB}, NULL)
     ),
 }
-_MESSAGE = answer(role=one_of("assistant"), content=text())
-_DELTA = record({"role": one_of("assistant"), "content": text()})
+_CALLED = {"id": text(1), "type": one_of("function")}
+_CALL = answer(**_CALLED, function=answer(name=text(1), arguments=text()))
+_CALL_PART = record(
+    {
+        **_CALLED,
+        "index": integer(0),
+        "function": record({"name": text(1), "arguments": text()}, ["arguments"]),
+    },
+    ["index", "function"],
+)
+_ROLE, _REASONING = {"role": one_of("assistant")}, {"reasoning_content": text()}
+_MESSAGE = record(
+    {**_ROLE, "content": either(text(), NULL), **_REASONING, "tool_calls": items(_CALL, 1)},
+    ["role", "content"],
+)
+_DELTA = record({**_ROLE, "content": text(), **_REASONING, "tool_calls": items(_CALL_PART, 1)})
 _COMPLETION_CHOICE = _choice(_COMPLETION_LOGPROBS, _PROMPT, text=text())
 _MODEL = answer(
     id=text(1),

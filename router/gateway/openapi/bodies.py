@@ -30,6 +30,9 @@ from router.gateway.openapi.schema import (
     text,
 )
 from router.gateway.prompts import MAX_MESSAGES, ROLES
+from router.gateway.tools.definitions import MAX_TOOLS
+from router.gateway.tools.messages import MAX_CALLS, MAX_ID_CHARS
+from router.gateway.tools.template import EFFORTS, MAX_OPTION_CHARS, MAX_OPTIONS
 
 _SEEDS = integer(-(2**63), 2**63 - 1)
 _IDS = items(integer(0))
@@ -57,10 +60,67 @@ _FORMS: Mapping[str, Schema] = {
     "json_object": BOOLEAN,
 }
 _PART = record({"type": one_of("text"), "text": text()}, ["type", "text"])
-MESSAGE = body(
-    {"role": one_of(*ROLES), "content": either(text(), items(_PART)), "name": text()},
-    ["role", "content"],
+_NAME = text(1, 64, pattern="^[a-zA-Z0-9_-]+$")
+_CALL = body(
+    {
+        "id": text(1, MAX_ID_CHARS),
+        "type": one_of("function"),
+        "function": record(
+            {"name": _NAME, "arguments": text(), "parsed_arguments": ANYTHING}, ["name"]
+        ),
+        "index": ANYTHING,
+    },
+    ["id", "function"],
 )
+_CONTENT = either(text(), items(_PART))
+_WITHOUT_CALLS = [role for role in ROLES if role not in ("assistant", "tool")]
+MESSAGE: Schema = either(
+    body(
+        {"role": one_of(*_WITHOUT_CALLS), "content": _CONTENT, "name": text()}, ["role", "content"]
+    ),
+    body(
+        {
+            "role": one_of("assistant"),
+            "content": _CONTENT,
+            "name": text(),
+            "tool_calls": items(_CALL, 1, MAX_CALLS),
+            "reasoning_content": text(),
+            "parsed": ANYTHING,
+        },
+        ["role"],
+    ),
+    body(
+        {
+            "role": one_of("tool"),
+            "content": _CONTENT,
+            "name": text(),
+            "tool_call_id": text(1, MAX_ID_CHARS),
+        },
+        ["role", "content", "tool_call_id"],
+    ),
+)
+_FUNCTION = body(
+    {"name": _NAME, "description": text(), "parameters": {"type": "object"}, "strict": BOOLEAN},
+    ["name"],
+)
+_TOOL = record({"type": one_of("function"), "function": _FUNCTION}, ["type", "function"])
+_NAMED = record(
+    {"type": one_of("function"), "function": record({"name": _NAME}, ["name"])},
+    ["type", "function"],
+)
+_ALLOWED = record(
+    {"mode": one_of("auto", "required"), "tools": items(_NAMED, 1, MAX_TOOLS)}, ["mode", "tools"]
+)
+_CHOICE = either(
+    one_of("none", "auto", "required"),
+    _NAMED,
+    record({"type": one_of("allowed_tools"), "allowed_tools": _ALLOWED}, ["type", "allowed_tools"]),
+)
+_TEMPLATE_OPTIONS: Schema = {
+    "type": "object",
+    "additionalProperties": either(text(0, MAX_OPTION_CHARS), BOOLEAN, NULL, {"type": "number"}),
+    "maxProperties": MAX_OPTIONS,
+}
 
 
 def completion(models: Sequence[str], limits: GatewayConfig) -> Schema:
@@ -82,6 +142,11 @@ def chat(models: Sequence[str], limits: GatewayConfig) -> Schema:
         "logprobs": BOOLEAN,
         "top_logprobs": integer(0, limits.max_logprobs),
         "max_completion_tokens": integer(1),
+        "tools": items(_TOOL, 0, MAX_TOOLS),
+        "tool_choice": _CHOICE,
+        "parallel_tool_calls": BOOLEAN,
+        "chat_template_kwargs": _TEMPLATE_OPTIONS,
+        "reasoning_effort": one_of(*EFFORTS),
     }
     common = _common(models, limits) | {"max_tokens": integer(1)}
     return _body(CHAT, common | own, ["model", "messages"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from router.gateway.tools.calls import MAX_HEAD_CHARS, Call, Calls
-from router.gateway.tools.marks import MarkFinder
+from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
@@ -34,6 +34,8 @@ class HarmonyParser:
         self._num_shown = {False: 0, True: 0}
         """The messages of content, and of reasoning, of which something was passed on."""
         self._is_begun = False
+        self._blanks = Blanks()
+        """The white space at the beginning of a message; one without other text shows none."""
 
     def push(self, text: str) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
@@ -63,6 +65,7 @@ class HarmonyParser:
         if begin < 0 and len(text) - place < MAX_HEAD_CHARS:
             return place
         self._is_begun, self._is_reasoning = False, False
+        self._blanks.take()
         self._state = self._in_message
         if begin < 0:
             # A mark that begins no header is left out, like every other.
@@ -73,6 +76,7 @@ class HarmonyParser:
         before = header.partition(CHANNEL)[0]
         self._show(before[_lead_end(before) :], parsed)
         self._is_begun = False
+        self._blanks.take()
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
         if recipient is not None and self._calls.knows(recipient[1]):
             self._call = Call(self._calls, recipient[1])
@@ -99,6 +103,7 @@ class HarmonyParser:
             place = call.push(text, place, parsed)
         if call.is_done or call.is_broken or not call.is_begun:
             self._call, self._is_begun = None, False
+            self._blanks.take()
             is_valid = call.is_done and call.close(parsed)
             if not is_valid and not call.is_passed_on:
                 self._show(call.text, parsed)
@@ -117,8 +122,10 @@ class HarmonyParser:
         if not shown or self._calls.is_full:
             return
         if not self._is_begun:
-            if not shown.strip() and not self._is_reasoning:
+            if not shown.strip():
+                self._blanks.push(shown)
                 return
+            shown = self._blanks.take() + shown
             self._is_begun = True
             self._num_shown[self._is_reasoning] += 1
             shown = "\n" + shown if self._num_shown[self._is_reasoning] > 1 else shown

@@ -134,7 +134,7 @@ class ChatTemplate:
                 raise InvalidRequestError(checks.wrong(effort, allowed), "reasoning_effort")
             if "reasoning_effort" not in self._names:
                 raise InvalidRequestError(
-                    "is not read by this model's chat template", "reasoning_effort"
+                    "is allowed only where the model's chat template reads it", "reasoning_effort"
                 )
             options["reasoning_effort"] = effort
         where = "chat_template_kwargs"
@@ -145,7 +145,8 @@ class ChatTemplate:
         for name, value in given_options.items():
             if name in _RESERVED or name.endswith("_token") or name not in self._names:
                 raise InvalidRequestError(
-                    "is no option that this model's chat template reads", f"{where}.{name[:64]}"
+                    "is allowed only where the model's chat template reads it",
+                    f"{where}.{name[:64]}",
                 )
             options[name] = _option(value, f"{where}.{name}")
         return options

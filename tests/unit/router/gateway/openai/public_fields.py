@@ -193,12 +193,14 @@ _OF_OPENAI = [
              service_tier="auto", safety_identifier="b1c2", prompt_cache_key="docs",
              prompt_cache_retention="24h", prompt_cache_options={"ttl": "30m"}),
     *refused(OPENAI, EVERY, store=True, service_tier="flex", moderation={"model": "omni"}),
+    Case(CHAT, "tools", OPENAI, {"tools": [TOOL]}),
+    Case(CHAT, "tool_choice", OPENAI, {"tools": [TOOL], "tool_choice": "none"}, same),
     *passing(OPENAI, [CHAT], modalities=["text"], tools=[], tool_choice="none",
              parallel_tool_calls=True, functions=[], function_call="none"),
     *refused(OPENAI, [CHAT], modalities=["text", "audio"],
              audio={"voice": "alloy", "format": "wav"},
              prediction={"type": "content", "content": "x"}, reasoning_effort="low",
-             verbosity="low", web_search_options={}, tools=[TOOL], tool_choice="required",
+             verbosity="low", web_search_options={}, tool_choice="required",
              functions=[TOOL["function"]], function_call={"name": "get_weather"}),
 ]  # fmt: skip
 _OF_VLLM = [

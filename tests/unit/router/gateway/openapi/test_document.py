@@ -17,7 +17,10 @@ from router.gateway.openai.fields import Fields
 from router.gateway.openai.tokens import DETOKENIZE, TOKENIZE
 from router.gateway.predict.validate import PARAMETERS
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
-from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, refusal
+from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, events, refusal
+from tests.unit.router.gateway.tools.chat_models import says as says_of
+from tests.unit.router.gateway.tools.test_parsers import QWEN_CALL
+from tests.unit.router.gateway.tools.test_refusals import CALL, TOOL, USER, post
 
 UPSTREAM = FakeUpstream(says(" was"))
 BODIES = {
@@ -164,3 +167,27 @@ def test_every_schema_is_one_and_every_reference_is_there(document: dict[str, An
     references = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(document)))
     assert len(references) > 20
     assert {pair for pair in references if pair[1] not in components[pair[0]]} == set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_fit_their_schemas(document: dict[str, Any], stream: bool) -> None:
+    tools = [TOOL, {"type": "function", "function": {"name": "now", "strict": False}}]
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    result = {"role": "tool", "tool_call_id": CALL["id"], "content": "fine"}
+    asked: dict[str, Any] = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result],
+        "tools": tools,
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+        "chat_template_kwargs": {"enable_thinking": False},
+        "stream": stream,
+    }
+    check = validator(document, "ChatRequest")
+    told = [e.json_path for e in check.iter_errors({"model": "tiny", **asked})]
+    assert told == []
+    text = f"<think>a</think>b{QWEN_CALL.replace('get_weather', 'now')}"
+    response = post("qwen", FakeUpstream(says_of("qwen", text)), **asked)
+    assert response.status_code == 200
+    answers = events(response)[:-1] if stream else [response.json()]
+    for each in answers:
+        validator(document, "ChatChunk" if stream else "Chat").validate(each)
+    assert any("tool_calls" in json.dumps(each) for each in answers)
