@@ -88,6 +88,11 @@ class ServedModel(_Served):
         return len(self.source.experts.layers)
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers of the model that have experts, ascending."""
+        return self.source.experts.layers
+
+    @property
     def num_experts(self) -> int:
         """The number of experts of a layer."""
         return self.source.experts.num_experts

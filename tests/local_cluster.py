@@ -33,7 +33,8 @@ from router.config import CapacityConfig
 from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
 from router.engine.constraints import Grammars
-from router.engine.engine import Emission, Engine
+from router.engine.emission import Emission
+from router.engine.engine import Engine
 from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events

@@ -112,15 +112,22 @@ static void weigh(const Spec *s, const uint8_t *allowed, const float *scores, co
     }
 }
 
-/* The choice of one token by its logits [E]; `room` takes E + G values. */
-static void choose_experts(const Spec *s, const uint8_t *allowed, float *logits, float *room,
-                           int64_t *ids_room, int64_t *ids, float *weights) {
+/* The choice of one token by its logits [E]; `room` takes E + G values. With `forced` ids [K] of 0
+ * or more these are the choice, whatever their scores. */
+static void choose_experts(const Spec *s, const uint8_t *allowed, const int64_t *forced,
+                           float *logits, float *room, int64_t *ids_room, int64_t *ids,
+                           float *weights) {
     float *choice = room;
     for (Py_ssize_t e = 0; allowed && !s->is_of_all && e < s->num_experts; e++)
         if (!allowed[e]) logits[e] = -INFINITY;
     if (s->score == SOFTMAX) soften(logits, s->num_experts);
     for (Py_ssize_t e = 0; s->score == SIGMOID && e < s->num_experts; e++)
         logits[e] = sigmoid(logits[e]);
+    if (forced && *forced >= 0) {
+        memcpy(ids, forced, s->num_chosen * sizeof *ids);
+        weigh(s, allowed, logits, ids, weights);
+        return;
+    }
     for (Py_ssize_t e = 0; e < s->num_experts; e++) {
         choice[e] = s->correction ? logits[e] + s->correction[e] : logits[e];
         if (allowed && !allowed[e]) choice[e] = s->lowest;
@@ -129,6 +136,15 @@ static void choose_experts(const Spec *s, const uint8_t *allowed, float *logits,
         keep_best_groups(s, allowed, choice, room + s->num_experts, ids_room);
     choose(choice, s->num_experts, s->num_chosen, ids);
     weigh(s, allowed, logits, ids, weights);
+}
+
+/* Whether each row of K ids is of experts, or begins with a negative one, and so is free. */
+static int are_experts(const Spec *s, const int64_t *ids, Py_ssize_t num_rows) {
+    for (Py_ssize_t i = 0; i < num_rows * s->num_chosen; i++) {
+        int is_free = ids[i - i % s->num_chosen] < 0;
+        if (!is_free && (ids[i] < 0 || ids[i] >= s->num_experts)) return 0;
+    }
+    return 1;
 }
 
 static int is_spec(const Spec *s) {
@@ -144,14 +160,15 @@ static int is_spec(const Spec *s) {
  * [T, K] int64 out, weights [T, K] out, (H, E, K, format of the gate's weights, of the rows, of the
  * experts' weights, whether there is a bias, score, whether a weight is of all experts, whether it
  * is divided by the sum, by the sum of absolute values, G, best groups, best of a group), (scaling,
- * lowest), most threads, kernel or None) */
+ * lowest), most threads, kernel or None, forced ids [T, K] int64 or None) */
 FUNCTION(choose) {
     Buffers buffers = {.count = 0};
     Py_buffer *rows, *packed, *correction = NULL, *allowed = NULL, *ids, *weights;
+    Py_buffer *forced = NULL;
     Py_ssize_t hidden;
     int format, row_format, weight_format, has_bias, score;
     Spec s = {0};
-    if (!are_given(given, 10)) return NULL;
+    if (!are_given(given, 11)) return NULL;
     if (!PyTuple_CheckExact(args[6]) || !PyTuple_CheckExact(args[7])) {
         PyErr_SetString(PyExc_TypeError, "sizes must be tuples");
         return NULL;
@@ -172,6 +189,7 @@ FUNCTION(choose) {
     if (args[3] != Py_None && !(allowed = take(&buffers, args[3], 0))) return NULL;
     if (!(ids = take(&buffers, args[4], 1))) return NULL;
     if (!(weights = take(&buffers, args[5], 1))) return NULL;
+    if (args[10] != Py_None && !(forced = take(&buffers, args[10], 0))) return NULL;
     s.score = (Score)score;
     Matrix matrix;
     if (!take_matrix(packed, hidden, s.num_experts, format, has_bias, &matrix)) {
@@ -188,6 +206,8 @@ FUNCTION(choose) {
         weights->len % weight_bytes ||
         (allowed && (allowed->len / s.num_experts != num_rows || allowed->len % s.num_experts)))
         return refuse(&buffers, "there must be whole rows, and a choice for each");
+    if (forced && (forced->len != ids->len || !are_experts(&s, forced->buf, num_rows)))
+        return refuse(&buffers, "forced ids must be of the layer's experts, K for each row");
     s.correction = correction ? correction->buf : NULL;
     Py_ssize_t values = (num_rows + 1) * s.num_experts + s.num_groups + s.num_chosen;
     float *logits = PyMem_RawMalloc(values * sizeof *logits);
@@ -201,6 +221,7 @@ FUNCTION(choose) {
         float *room = logits + num_rows * s.num_experts;
         float *chosen = room + s.num_experts + s.num_groups;
         choose_experts(&s, allowed ? (const uint8_t *)allowed->buf + t * s.num_experts : NULL,
+                       forced ? (const int64_t *)forced->buf + t * s.num_chosen : NULL,
                        logits + t * s.num_experts, room, ids_room,
                        (int64_t *)ids->buf + t * s.num_chosen, chosen);
         for (Py_ssize_t i = 0; i < s.num_chosen; i++) {

@@ -103,6 +103,9 @@ class Attempts(RequestAttempts):
         choice.inexact |= not message.exact
         choice.identity = message.identity or choice.identity
         choice.prompt_logprobs += sum(row.HasField("logprob") for row in message.prompt_logprobs)
+        # With tokens the number of rows follows from theirs.
+        rows = [] if message.token_ids else list(message.routed_experts.shape[:1])
+        choice.routed_experts += sum(rows)
         if self._retries is not None:
             self._retries.progressed()
         return reply_of(message)

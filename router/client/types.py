@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UnavailableError
@@ -11,6 +11,7 @@ from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import ArrayLike
 
 
 class UnreachableError(UnavailableError):
@@ -34,6 +35,9 @@ class Reply:
     token. ``usage`` is set on the first choice of :meth:`Client.generate` and on the last piece of
     a stream. ``prompt_logprobs``, where they were asked for, are those of the prompt's tokens,
     ``None`` for the first; in a stream they come in pieces, before the choice's first token.
+    ``routed_experts``, where they were asked for, are the experts of the prompt's tokens and of all
+    generated ones but the last, ids [tokens, MoE layers, K]; in a stream, of the tokens that were
+    computed since the piece before.
     """
 
     index: int
@@ -44,11 +48,12 @@ class Reply:
     exact: bool
     usage: Usage | None
     prompt_logprobs: tuple[PromptLogprobs | None, ...] = ()
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The description of a served model."""
+    """The description of a served model; ``moe_layers`` have experts."""
 
     id: str
     family: str
@@ -58,6 +63,7 @@ class ModelInfo:
     vocab_size: int
     max_model_len: int
     dtype: str
+    moe_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,9 @@ class Sampling:
     as many ``prompt_logprobs``. With either, ``max_tokens`` may be 0. A choice has at least
     ``min_tokens``, ends after any of ``stop_token_ids``, and has none of ``bad_words``.
     ``structured_outputs`` is the form of the answer as HTTP's field has it: one of ``json`` (a
-    schema), ``regex``, ``choice``, ``grammar`` and ``json_object``.
+    schema), ``regex``, ``choice``, ``grammar`` and ``json_object``. ``return_routed_experts`` asks
+    for the experts of each token. ``routed_experts`` are integers [tokens, MoE layers, K], the
+    experts of the prompt's tokens and of as many later ones as there are rows.
     """
 
     max_tokens: int | None = None
@@ -126,3 +134,5 @@ class Sampling:
     stop_token_ids: Sequence[int] = ()
     bad_words: Sequence[str] = ()
     structured_outputs: Mapping[str, Any] | None = None
+    return_routed_experts: bool | None = None
+    routed_experts: ArrayLike | None = field(default=None, compare=False)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from cluster.errors import ExpertMeshError, UnknownModelError
 from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
+from router.messages.routed import LITTLE_ENDIAN
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, error_from_grpc, is_from_server
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHANNEL_OPTIONS = [
@@ -40,8 +45,10 @@ def sampling_message(sampling: Sampling) -> Any:
     """Return a sampling as a message; raises ``TypeError`` or ``ValueError`` for a bad value."""
     names = Sampling.__dataclass_fields__
     given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-    form = given.pop("structured_outputs", None)
+    form, rows = given.pop("structured_outputs", None), given.pop("routed_experts", None)
     message = inference_pb2.Sampling(**given)
+    if rows is not None:
+        message.routed_experts.CopyFrom(_rows_message(rows))
     if form is not None:
         message.structured_outputs.CopyFrom(_form_message(form))
     return message
@@ -55,6 +62,28 @@ def _form_message(form: Mapping[str, Any]) -> Any:
     if "choice" in given:
         given["choice"] = inference_pb2.Texts(texts=given["choice"])
     return inference_pb2.StructuredOutputs(**given)
+
+
+def _rows_message(rows: ArrayLike) -> Any:
+    """Return experts of tokens as a message; raises as :func:`sampling_message` does."""
+    import numpy as np
+
+    ids = np.asarray(rows)
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise ValueError("routed_experts must be integers [tokens, MoE layers, experts per token]")
+    if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.uint16).max:
+        raise ValueError("routed_experts must be ids of experts")
+    name = "uint8" if ids.max(initial=0) <= np.iinfo(np.uint8).max else "uint16"
+    data = ids.astype(LITTLE_ENDIAN[name]).tobytes()
+    return inference_pb2.RoutedExperts(data=data, dtype=name, shape=ids.shape)
+
+
+def _rows_of(message: Any) -> np.ndarray:
+    """Return the experts of tokens in a ``RoutedExperts``."""
+    import numpy as np
+
+    rows = np.frombuffer(message.data, LITTLE_ENDIAN[message.dtype])
+    return rows.astype(message.dtype).reshape(tuple(message.shape))
 
 
 def typed_error(error: Any, address: str) -> ExpertMeshError:
@@ -102,6 +131,9 @@ def reply_of(message: Any) -> Reply:
         exact=message.exact,
         usage=usage if message.HasField("usage") else None,
         prompt_logprobs=tuple(map(_prompt_logprobs, message.prompt_logprobs)),
+        routed_experts=_rows_of(message.routed_experts)
+        if message.HasField("routed_experts")
+        else None,
     )
 
 
@@ -136,5 +168,8 @@ def text_of(answer: Any) -> str:
 
 def models_of(answer: Any) -> list[ModelInfo]:
     """Return the models of a ``GetModelInfoReply``."""
-    names = ModelInfo.__dataclass_fields__
-    return [ModelInfo(**{name: getattr(model, name) for name in names}) for model in answer.models]
+    names = [name for name in ModelInfo.__dataclass_fields__ if name != "moe_layers"]
+    return [
+        ModelInfo(**{name: getattr(m, name) for name in names}, moe_layers=tuple(m.moe_layers))
+        for m in answer.models
+    ]

@@ -10,11 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
 
 from router.engine.prompt_scores import ScoredRows, scored_rows
+from router.engine.routed_rows import step_routed
 from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import Sequence, Work
 from router.model.attention import Attention, PagedBatch, Span
@@ -24,6 +26,7 @@ from router.observability.tracing import StepTrace
 
 LEAST_PIECE_TOKENS = 128
 """The fewest tokens of a piece of a step. Products of fewer rows cost more a row."""
+_ROUTED = attrgetter("routed")
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
 _NO_EDITS = torch.empty(2, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.float32)
@@ -84,6 +87,7 @@ def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext
         trace=trace,
         known_deaths=known_deaths,
         is_of_suspect=any(deaths is not None and deaths.is_suspect for deaths in known_deaths),
+        routed=step_routed(packed.works) if any(map(_ROUTED, requests)) else None,
     )
 
 

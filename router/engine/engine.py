@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -29,8 +29,10 @@ from cluster.errors import (
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
 from router.engine.constrained_rows import allowed_of, barred, begin_constraint
 from router.engine.constraints import Grammars
+from router.engine.emission import Emission, Emit
 from router.engine.isolation import Announce, Isolation
 from router.engine.prompt_scores import Scores, read_scores, score, score_events
+from router.engine.routed_rows import with_rows
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
@@ -53,15 +55,6 @@ CLOSE_S = 1.0
 logger = logging.getLogger("expertmesh.engine")
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
-    """A step's outcome for one request: tokens of a choice, or the error that ended the request."""
-
-    request_id: str
-    outcome: TokenEvent | ExpertMeshError
-
-
-Emit = Callable[[list[Emission]], None]
 Command = Callable[[], None]
 
 
@@ -292,6 +285,8 @@ class Engine:
                 self._replay(sequence, forced, token_id)
         for request_id, failure in failed.items():
             self._fail_request(request_id, failure or _not_finite(request_id))
+        if context.routed is not None:
+            self._outbox = with_rows(self._outbox, packed.works, context.routed, self._identity)
 
     def _note_computed(self, works: tuple[Work, ...], missing: StepMissing | None) -> None:
         """Count the works' tokens as computed; park the sequences that wait for experts."""

@@ -21,6 +21,8 @@ from router.model.prefix_cache import PrefixCache
 
 _UNSOUND = NotFiniteError, PoisonedRequestError
 """The errors of sequences whose keys and values are not to be trusted."""
+_NO_PERIOD = -1
+"""The period of a sequence that never enters a page."""
 
 
 def why_not_shared(attention: Attention, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
@@ -79,6 +81,10 @@ class Prefixes:
         if received < request.num_prompt_logprobs:
             most = min(most, received)
         sequence.prefix_period = self._period
+        if request.routed is not None:
+            most = min(most, request.num_routed_of(sequence.index))
+            if request.routed.forced:  # its keys and values follow from these too
+                most, sequence.prefix_period = 0, _NO_PERIOD
         root = prefix_root(self._identity, request.tenant, request.cache_salt)
         most -= most % self._page_size
         sequence.prefix_keys = [root, *prefix_keys(root, tokens[:most], self._page_size)]

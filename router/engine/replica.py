@@ -34,7 +34,8 @@ from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
 from router.engine.constraints import Grammars
-from router.engine.engine import Emission, Engine
+from router.engine.emission import Emission
+from router.engine.engine import Engine
 from router.engine.kernel_class import dense_class
 from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
@@ -42,6 +43,7 @@ from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
+from router.messages.routed import dtype_of
 from router.messages.token_link import LinkClient
 from router.model.model import MoEModel
 from router.moe.capacity import CapacityLimit
@@ -202,8 +204,12 @@ class RouterReplica:
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
 
     def _has_other_text(self, request: GenerationRequest) -> bool:
-        """Return whether another tokenizer than this model's has made the request's ids."""
-        return request.text_identity not in ("", self._model.text_identity)
+        """Return whether another model's tokenizer has made the request's ids, or named experts."""
+        model, routed = self._model, request.routed
+        shape = model.num_layers, model.num_experts_per_tok, dtype_of(model.num_experts)
+        if routed is not None and (*routed.shape, routed.dtype) != shape:
+            return True
+        return request.text_identity not in ("", model.text_identity)
 
     def _has_own_tokens(self, request: GenerationRequest) -> bool:
         """Return whether the tokens that have come are this model's."""

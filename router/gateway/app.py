@@ -39,6 +39,7 @@ from router.gateway.openapi.document import OPENAPI_PATH, document
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_http import add_v2_routes
 from router.gateway.quotas import RATE_HEADERS
+from router.gateway.routed import asks_forced
 from router.gateway.service import Delta, GenerationService
 from router.gateway.validate import Validator
 from router.observability.exposition import expose
@@ -163,7 +164,7 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     with service.metrics.refusals("http"):
         body = await _body(request, service)
         check = partial(parse, body, service.validator, request.state.request_id)
-        call = await checked(asks_form(body), check)
+        call = await checked(asks_form(body) or asks_forced(body), check)
     caller = request.state.caller
     if not call.streaming.is_on:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))

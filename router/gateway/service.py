@@ -46,7 +46,8 @@ class Delta:
     ``tool_calls``) ends the choice. ``usage`` is set on the last delta of the request,
     ``identity``, the model's, on the first of a choice. ``prompt_logprobs`` are those of prompt
     tokens but the first, in order; ``prompt_start`` of them came before. ``opens`` is true on the
-    first delta that a client has of a choice.
+    first delta that a client has of a choice. ``routed`` are packed rows of the
+    experts of its next tokens.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Delta:
     prompt_start: int = 0
     opens: bool = False
     parsed: Parsed | None = None
+    routed: bytes = b""
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ class Collected:
     reasoning: str = ""
     calls: list[CallPart] = field(default_factory=list)
     """Whole calls, of which each is one part."""
+    routed: bytearray = field(default_factory=bytearray)
 
     def add(self, delta: Delta) -> None:
         """Append one delta."""
@@ -92,6 +95,7 @@ class Collected:
             self.prompt_start = delta.prompt_start
         self.prompt_logprobs += delta.prompt_logprobs
         self.opens = self.opens or delta.opens
+        self.routed += delta.routed
         if delta.parsed is not None:
             self._add(delta.parsed)
 
@@ -273,6 +277,7 @@ class _Choices:
         self._completion_tokens = 0
         self._cached_tokens: dict[int, int] = {}
         """What each choice found of the prompt in the cache of its first router."""
+        self._row_bytes = 0 if request.routed is None else request.routed.row_bytes
         self._going: dict[int, ChoiceText] = {}
         self._parsers: dict[int, ChoiceParser] = {}
         """Those of the choices, where the answer is parsed."""
@@ -336,6 +341,7 @@ class _Choices:
             prompt_logprobs=_finite(event.prompt_logprobs),
             prompt_start=event.prompt_start,
             opens=echo is not None,
+            routed=self._routed_of(event, used),
         )
         if self._parsers:
             delta = _parsed(delta, self._parsers[event.index])
@@ -346,6 +352,13 @@ class _Choices:
         cached_tokens = min(self._cached_tokens.values())
         usage = Usage(self._prompt_tokens, self._completion_tokens, cached_tokens)
         return replace(delta, usage=usage)
+
+    def _routed_of(self, event: TokenEvent, used: int) -> bytes:
+        """Return the rows of an event of whose tokens so many are used: none of the last's."""
+        if not event.routed or used == len(event.token_ids):
+            return event.routed
+        end = self._prompt_tokens + event.start + used - 1
+        return event.routed[: max(end - event.routed_start, 0) * self._row_bytes]
 
 
 def _parsed(delta: Delta, parser: ChoiceParser) -> Delta:

@@ -20,9 +20,11 @@ from router.gateway.chat_request import check_chat
 from router.gateway.grammar import check_grammar
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_prompt
+from router.gateway.routed import check_contract, check_routed
 from router.gateway.token_rules import check_rules
 from router.gateway.tools.answer import AnswerFormat
 from router.messages.request import GenerationRequest, Received, SamplingParams
+from router.messages.routed import RoutedExperts
 from router.security.keys import Caller
 
 MAX_TEMPERATURE = 100.0
@@ -32,6 +34,8 @@ MAX_SALT_CHARS = 256
 DEFAULT_MAX_TOKENS = 16
 PRIORITIES = -(2**63), 2**63 - 1
 """The lowest and the highest priority, as in vLLM; the lower a request's, the earlier it is."""
+TOKEN_BYTES = 32
+"""Rows of experts count towards the memory of a request as so many bytes a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,10 @@ class RawRequest:
 
     @property
     def least_new(self) -> int:
-        """The fewest tokens that it may ask for: none where the answer has the prompt."""
-        return 0 if self.sampling.get("echo") or "prompt_logprobs" in self.sampling else 1
+        """The fewest tokens that it may ask for: none where the answer is about the prompt."""
+        given = self.sampling
+        of_prompt = given.get("echo") or given.get("return_routed_experts")
+        return 0 if of_prompt or "prompt_logprobs" in given else 1
 
     @property
     def wants_no_tokens(self) -> bool:
@@ -102,7 +108,17 @@ class CheckedRequest:
         sampling = self.request.sampling
         output = sampling.max_tokens * (1 + (sampling.logprobs or 0))
         of_prompt = 0 if sampling.prompt_logprobs is None else 1 + sampling.prompt_logprobs
-        return sampling.n * (len(self.request.prompt_token_ids) * (1 + of_prompt) + output)
+        prompt_len = len(self.request.prompt_token_ids)
+        total = sampling.n * (prompt_len * (1 + of_prompt) + output)
+        return total + -(-self._routed_bytes(prompt_len + sampling.max_tokens) // TOKEN_BYTES)
+
+    def _routed_bytes(self, length: int) -> int:
+        """Return the size of all rows of experts, of choices of at most so many tokens."""
+        routed = self.request.routed
+        if routed is None:
+            return 0
+        returned = self.request.sampling.n * length * routed.row_bytes if routed.returned else 0
+        return returned + len(routed.forced)
 
     def of(self, caller: Caller) -> CheckedRequest:
         """Return it as this caller's, no more urgent than the caller's keys allow."""
@@ -162,12 +178,14 @@ class Validator:
         least_new = 0 if raw.wants_no_tokens else 1
         chat = check_chat(raw.chat or {}, raw.sampling, model) if raw.is_chat else None
         prompt = check_prompt(raw.prompt, raw.prompt_field, chat, model, least_new)
-        sampling = self._check_sampling(raw, model, len(prompt.token_ids))
+        length = len(prompt.token_ids)
+        sampling = self._check_sampling(raw, model, length)
         answer = None
         if chat is not None and raw.chat is not None:
             text = prompt.text or ""
             answer = chat.answer(model, text, bool(sampling.grammar), not raw.streamed)
             sampling = chat.constrained(sampling, model, text)
+        routed = check_routed(raw.sampling, raw.path, model.info, length, sampling.max_tokens)
         has_echo = checks.boolean(raw.sampling.get("echo", False), raw.path("echo"))
         request = GenerationRequest(
             request_id=uuid.uuid4().hex,
@@ -175,13 +193,14 @@ class Validator:
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             deadline_s=time.monotonic() + timeout_s,
-            on_expert_loss=self._check_on_expert_loss(raw),
+            on_expert_loss=self._check_on_expert_loss(raw, routed),
             # The gateway must see tokens early, so that a stop string ends its choice in time.
             streamed=raw.streamed or bool(stops),
-            received=_check_resume(raw, model, sampling, len(prompt.token_ids)),
+            received=_check_resume(raw, model, sampling, length, routed),
             text_identity=model.info.text_identity,
             priority=checks.integer(raw.options.get("priority", 0), "priority", *PRIORITIES),
             cache_salt=_check_salt(raw),
+            routed=routed,
         )
         echo = prompt.echo(model.tokenizer) if has_echo else ""
         checked = CheckedRequest(request, model, stops, echo, answer)
@@ -197,8 +216,8 @@ class Validator:
         limit = max(self._limits.max_request_tokens, checked[0].model.info.max_model_len)
         if total > limit:
             raise InvalidRequestError(
-                f"prompts and max_tokens of all choices, and log probabilities, come to {total} "
-                f"tokens; at most {limit}",
+                "prompts and max_tokens of all choices, log probabilities and experts of tokens, "
+                f"come to {total} tokens; at most {limit}",
                 where,
             )
 
@@ -208,13 +227,14 @@ class Validator:
         limit = self._limits.max_timeout_s
         return checks.number(raw.options["timeout_s"], "timeout_s", 0.0, limit, above=True)
 
-    def _check_on_expert_loss(self, raw: RawRequest) -> str:
+    def _check_on_expert_loss(self, raw: RawRequest, routed: RoutedExperts | None) -> str:
         value = raw.options.get("on_expert_loss", self._limits.on_expert_loss)
         if value not in ON_EXPERT_LOSS:
             raise InvalidRequestError(
                 checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"), "on_expert_loss"
             )
-        return str(value)
+        check_contract(raw.options.get("on_expert_loss"), routed)
+        return "strict" if routed is not None and routed.forced else str(value)
 
     def _check_sampling(
         self, raw: RawRequest, model: GatewayModel, prompt_len: int
@@ -277,7 +297,11 @@ def _check_max_tokens(raw: RawRequest, model: GatewayModel, prompt_len: int) -> 
 
 
 def _check_resume(
-    raw: RawRequest, model: GatewayModel, sampling: SamplingParams, prompt_len: int
+    raw: RawRequest,
+    model: GatewayModel,
+    sampling: SamplingParams,
+    prompt_len: int,
+    routed: RoutedExperts | None,
 ) -> tuple[Received, ...]:
     if not raw.resume:
         return ()
@@ -307,6 +331,9 @@ def _check_resume(
         most = 0 if sampling.prompt_logprobs is None else prompt_len - 1
         where = f"resume[{index}].prompt_logprobs"
         checks.integer(received.num_prompt_logprobs, where, 0, most)
+        most = prompt_len if routed is not None and routed.returned else 0
+        where = f"resume[{index}].routed_experts"
+        checks.integer(received.num_routed, where, 0, most)
         if received.is_begun and not received.identity:
             raise InvalidRequestError(
                 "is missing; tokens are gone on from only by the model that gave them, whose "

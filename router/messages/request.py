@@ -11,6 +11,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from router.messages.routed import RoutedExperts, rows_after
 from router.messages.rules import TokenRules
 
 
@@ -64,11 +65,13 @@ class Received:
     """That of the model that gave the tokens; no other model goes on from them."""
     num_prompt_logprobs: int = 0
     """The prompt tokens whose log probabilities have come; all of them before the first token."""
+    num_routed: int = 0
+    """The rows of routed experts that have come; with tokens, they have come for all but one."""
 
     @property
     def is_begun(self) -> bool:
         """Whether anything of the choice has come."""
-        return bool(self.token_ids or self.num_prompt_logprobs)
+        return bool(self.token_ids or self.num_prompt_logprobs or self.num_routed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ class GenerationRequest:
     """The name of the caller's keys; empty where there are no keys."""
     cache_salt: str = ""
     """Requests share pages of the key/value cache only with those of the same salt."""
+    routed: RoutedExperts | None = None
+    """What it asks of its tokens' experts; ``None`` where that is nothing."""
 
     def received_of(self, index: int) -> Received:
         """Return the tokens that have come of choice ``index``."""
@@ -117,6 +122,13 @@ class GenerationRequest:
             return self.num_prompt_logprobs
         return received.num_prompt_logprobs
 
+    def num_routed_of(self, index: int) -> int:
+        """Return how many rows of routed experts have come of choice ``index``."""
+        received = self.received_of(index)
+        if not received.token_ids:
+            return received.num_routed
+        return len(self.prompt_token_ids) + len(received.token_ids) - 1
+
     def remaining_s(self) -> float:
         """Return the seconds left until the deadline; negative when it has passed."""
         return self.deadline_s - time.monotonic()
@@ -128,6 +140,7 @@ class GenerationRequest:
         wire["sampling"] = _fields_of(self.sampling)
         if self.sampling.rules is not None:
             wire["sampling"]["rules"] = self.sampling.rules.to_wire()
+        wire["routed"] = self.routed and self.routed.to_wire()
         wire["received"] = [_fields_of(choice) for choice in self.received]
         return {**wire, "time_left_s": self.remaining_s()}
 
@@ -144,7 +157,9 @@ class GenerationRequest:
             Received(**{**choice, "token_ids": tuple(choice["token_ids"])})
             for choice in wire["received"]
         )
+        routed = wire["routed"] and RoutedExperts.from_wire(wire["routed"])
         fields |= {"sampling": sampling, "prompt_token_ids": ids, "received": received}
+        fields["routed"] = routed
         return cls(**fields, deadline_s=deadline_s)
 
 
@@ -202,6 +217,9 @@ class TokenEvent:
 
     ``cached_tokens``, of the prompt, were found in the router's cache. The first event with tokens
     that a router sends of a choice tells them.
+
+    ``routed`` are packed rows of the experts of the choice's next tokens, ``routed_start`` of which
+    came before these (:mod:`router.messages.routed`). Tokens come with all rows but their last's.
     """
 
     index: int
@@ -214,11 +232,14 @@ class TokenEvent:
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     prompt_start: int = 0
     cached_tokens: int = 0
+    routed: bytes = b""
+    routed_start: int = 0
 
     @property
     def is_first_token(self) -> bool:
         """Whether no token of the choice came before, and this is not of the prompt."""
-        return self.start == 0 and not self.prompt_logprobs
+        is_of_prompt = self.prompt_logprobs or (self.routed and not self.token_ids)
+        return self.start == 0 and not is_of_prompt
 
     def to_wire(self) -> list[Any]:
         """Return the event as a msgpack-able list."""
@@ -232,11 +253,13 @@ class TokenEvent:
             self.start,
             self.identity,
         ]
-        if self.prompt_logprobs or self.cached_tokens:
+        if self.prompt_logprobs or self.cached_tokens or self.routed:
             rows = [[p.logprob, p.top_ids, p.top_logprobs, p.rank] for p in self.prompt_logprobs]
             wire += [rows, self.prompt_start]
-        if self.cached_tokens:
+        if self.cached_tokens or self.routed:
             wire.append(self.cached_tokens)
+        if self.routed:
+            wire += [self.routed, self.routed_start]
         return wire
 
     @classmethod
@@ -249,11 +272,14 @@ class TokenEvent:
             return event
         of_prompt = tuple(PromptLogprobs(p[0], tuple(p[1]), tuple(p[2]), p[3]) for p in prompt[0])
         cached_tokens = prompt[2] if len(prompt) > 2 else 0
+        routed, routed_start = prompt[3:] or (b"", 0)
         return replace(
             event,
             prompt_logprobs=of_prompt,
             prompt_start=prompt[1],
             cached_tokens=cached_tokens,
+            routed=routed,
+            routed_start=routed_start,
         )
 
 
@@ -266,6 +292,8 @@ class Receipts:
         self._token_ids = [list(choice.token_ids) for choice in choices]
         self._num_prompt = request.num_prompt_logprobs
         self._of_prompt = [request.prompt_logprobs_of(index) for index in range(len(choices))]
+        self._row_bytes = 1 if request.routed is None else request.routed.row_bytes
+        self._num_routed = [request.num_routed_of(index) for index in range(len(choices))]
         self._finished = [choice.finished for choice in choices]
         self._exact = [choice.exact for choice in choices]
         self._identity = [choice.identity for choice in choices]
@@ -278,12 +306,16 @@ class Receipts:
         """
         passed_on = self._token_ids[event.index]
         skip = len(passed_on) - event.start
-        if self._finished[event.index] or skip < 0:
+        num_routed = self._num_routed[event.index]
+        routed = rows_after(event.routed, event.routed_start, num_routed, self._row_bytes)
+        if self._finished[event.index] or skip < 0 or routed is None:
             return None
+        if event.routed:
+            event = replace(event, routed=routed, routed_start=num_routed)
         token_ids = event.token_ids[skip:]
         if event.prompt_logprobs or self._of_prompt[event.index] < self._num_prompt:
             return self._take_prompt(event, token_ids)
-        if not token_ids and event.finish_reason is None:
+        if not (token_ids or event.routed) and event.finish_reason is None:
             return None
         return self._pass_on(event, token_ids)
 
@@ -294,7 +326,7 @@ class Receipts:
         rows = event.prompt_logprobs[max(skip, 0) :]
         has_more = bool(token_ids) or event.finish_reason is not None
         lacks_some = has_more and passed_on + len(rows) < self._num_prompt
-        if (rows and skip < 0) or lacks_some or not (rows or has_more):
+        if (rows and skip < 0) or lacks_some or not (rows or has_more or event.routed):
             return None
         self._of_prompt[event.index] += len(rows)
         return self._pass_on(
@@ -306,6 +338,7 @@ class Receipts:
         passed_on = self._token_ids[event.index]
         skip = len(passed_on) - event.start
         passed_on.extend(token_ids)
+        self._num_routed[event.index] += len(event.routed) // self._row_bytes
         self._finished[event.index] = event.finish_reason is not None
         self._exact[event.index] &= event.exact
         self._identity[event.index] = event.identity or self._identity[event.index]
@@ -313,12 +346,12 @@ class Receipts:
         return replace(event, token_ids=token_ids, logprobs=logprobs, start=event.start + skip)
 
     def has_any(self) -> bool:
-        """Return whether a token, or a log probability of the prompt, has been passed on."""
-        return any(self._token_ids) or any(self._of_prompt)
+        """Return whether a token, or anything of the prompt, has been passed on."""
+        return any(self._token_ids) or any(self._of_prompt) or any(self._num_routed)
 
     def progress(self) -> int:
-        """Return how many tokens and log probabilities of the prompt have been passed on."""
-        return sum(map(len, self._token_ids)) + sum(self._of_prompt)
+        """Return how many tokens, log probabilities of the prompt and rows were passed on."""
+        return sum(map(len, self._token_ids)) + sum(self._of_prompt) + sum(self._num_routed)
 
     def all_finished(self) -> bool:
         """Return whether no choice needs more tokens."""
@@ -329,12 +362,13 @@ class Receipts:
 
         ``stopped`` are choices that need no more tokens.
         """
-        parts = self._token_ids, self._finished, self._exact, self._identity, self._of_prompt
+        parts = (
+            self._token_ids, self._finished, self._exact, self._identity, self._of_prompt,
+            self._num_routed,
+        )  # fmt: skip
         return tuple(
-            Received(tuple(token_ids), finished or index in stopped, exact, identity, num_prompt)
-            for index, (token_ids, finished, exact, identity, num_prompt) in enumerate(
-                zip(*parts, strict=True)
-            )
+            Received(tuple(token_ids), finished or index in stopped, *others)
+            for index, (token_ids, finished, *others) in enumerate(zip(*parts, strict=True))
         )
 
 
@@ -360,4 +394,6 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         tuple(row for event in events for row in event.prompt_logprobs),
         events[0].prompt_start,
         max(event.cached_tokens for event in events),
+        b"".join(event.routed for event in events),
+        next((event.routed_start for event in events if event.routed), 0),
     )

@@ -29,7 +29,7 @@ from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext
 from router.model.staged_batch import batch_to_device
 from router.moe import device_rows
-from router.moe.gate import Choice, ChooseAmong, Gate
+from router.moe.gate import Choice, ChooseAmong, ForcedGate, Gate
 from router.moe.layer import StepContext
 
 MOST_PIECES = 2
@@ -177,7 +177,7 @@ class MixtureFeedForward:
     def __init__(
         self,
         layer_id: int,
-        gate: Gate,
+        gate: Gate | ForcedGate,
         experts: ExpertLayers,
         shared_expert: Map | None,
         staging: Staging | None,
@@ -191,6 +191,11 @@ class MixtureFeedForward:
         self._experts = experts
         self._shared_expert = shared_expert
         self._staging = staging
+
+    def with_gate(self, wrap: Callable[[Any], ForcedGate]) -> MixtureFeedForward:
+        """Return the same half with another gate, which ``wrap`` makes of its own."""
+        parts = self._experts, self._shared_expert, self._staging
+        return MixtureFeedForward(self._layer_id, wrap(self._gate), *parts)
 
     def begin(
         self, normed: torch.Tensor, context: StepContext, tokens: slice
@@ -270,16 +275,19 @@ class Decoder:
         attention: Attention,
         has_window: Sequence[bool],
         staging: Staging | None,
+        routed_layers: Sequence[DecoderLayer] = (),
     ) -> None:
         """``embedding`` maps ids [S] to hidden states, ``head`` hidden states to logits.
 
         ``rotary_embedding`` maps hidden states, of which it takes the dtype, and positions [1, S].
         ``has_window`` is true for each layer with a sliding window. ``staging`` is set where the
-        model is on a device.
+        model is on a device. ``routed_layers`` take the place of ``layers`` in steps of which
+        requests ask for, or force, the experts of tokens (:mod:`router.model.routed`).
         """
         self._embedding = embedding
         self._rotary_embedding = rotary_embedding
         self._layers = layers
+        self._routed_layers = routed_layers
         self._norm = norm
         self._head = head
         self._cache = cache
@@ -332,8 +340,9 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the hidden states [S, H] after the last layer."""
         runs = self._runs(hidden_states, rotation, pieces)
+        layers = self._layers if context.routed is None else self._routed_layers
         try:
-            for layer in self._layers:
+            for layer in layers:
                 for run in runs:
                     run.finish()
                     run.begin(layer, context)

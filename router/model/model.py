@@ -42,6 +42,7 @@ from router.model.parts import (
     take_gates,
     take_native,
 )
+from router.model.routed import routed_layers
 from router.moe.layer import MoELayers
 
 _REPLACING = threading.Lock()
@@ -172,16 +173,18 @@ class MoEModel:
         if staging is None:
             halves, rotate = take_native(model, getattr(config, "hidden_act", ""))
         self.is_native = bool(halves)
+        decoder_layers = layers_of(base, halves, layers, staging)
         self.decoder = Decoder(
             embedding_of(base),
             rotate,
-            layers_of(base, halves, layers, staging),
+            decoder_layers,
             norm_of(base),
             head_of(model),
             make_cache(self.attention, family, config, self.num_pages, dtype, device),
             self.attention,
             layers_with_window(config),
             staging,
+            routed_layers(decoder_layers),
         )
         give_back_freed()
 

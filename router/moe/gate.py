@@ -46,28 +46,37 @@ class Gate:
         self._lowest = -1.0 if correction is None else float(correction.cpu().min()) - 1.0
 
     def choose(
-        self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+        forced: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids, int64, and weights of the K best experts of each of the hidden states [T, H].
 
         With ``allowed``, bool [T, E], the K best of the allowed experts are chosen (GShard,
         Lepikhin et al. 2020, section 2.2), and weights are normalised over them. Where a row is
         allowed fewer than K experts, other ids fill it, with a weight of 0.
+
+        ``forced`` ids, int64 [T, K], take the place of the best experts, with the weights that
+        these would have for the same scores; rows of -1 choose freely.
         """
         scores = self._scores(hidden_states, allowed)
         choice_scores = self._choice_scores(scores, allowed)
         values, ids = choice_scores.topk(self._top_k, -1, True, self._spec.sorts)
         # What was chosen by are the scores themselves, unless a mask or a correction changed them.
-        are_scores = allowed is None and self._correction is None
+        are_scores = allowed is None and self._correction is None and forced is None
+        if forced is not None:
+            ids = torch.where(forced < 0, ids, forced)
         weights = self._weights(values if are_scores else scores.gather(1, ids))
         if allowed is not None:
             # Last, because a row without an allowed expert divides by 0 before.
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
         return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
 
-    def choice(self, hidden_states: torch.Tensor) -> Choice:
+    def choice(self, hidden_states: torch.Tensor, forced: np.ndarray | None = None) -> Choice:
         """Return the choice of :meth:`choose` for hidden states [T, H] of the host."""
-        ids, weights = self.choose(hidden_states)
+        given = None if forced is None else torch.from_numpy(forced)
+        ids, weights = self.choose(hidden_states, forced=given)
         return Choice(to_ids(ids), weights)
 
     def choose_anew(
@@ -140,6 +149,30 @@ class Gate:
             total = scores.sum(-1, keepdim=True)
             scores = scores / (total + _LEAST_SUM if spec.score == "sigmoid" else total)
         return scores if spec.scaling_factor == 1.0 else scores * spec.scaling_factor
+
+
+class ForcedGate:
+    """A layer's gate for tokens of which some go to experts that their requests name."""
+
+    def __init__(self, gate: Gate, forced: np.ndarray) -> None:
+        """``forced`` are ids, int64 [T, K], or rows of -1 for tokens that choose freely."""
+        self._gate = gate
+        self._forced = forced
+
+    def choose(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`Gate.choose`."""
+        forced = torch.from_numpy(self._forced).to(hidden_states.device)
+        return self._gate.choose(hidden_states, forced=forced)
+
+    def choice(self, hidden_states: torch.Tensor) -> Choice:
+        """See :meth:`Gate.choice`."""
+        return self._gate.choice(hidden_states, self._forced)
+
+    def choose_anew(
+        self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray
+    ) -> Choice:
+        """See :meth:`Gate.choose_anew`; the ``allowed`` experts stand for what is forced."""
+        return self._gate.choose_anew(hidden_states, rows, allowed)
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import ALL_TOKENS, StepMissing
 from router.moe.pending import AwayError, PendingLayer
+from router.moe.routed import StepRouted
 from router.observability.tracing import StepTrace, traceparent
 
 Result = TypeVar("Result")
@@ -63,7 +64,8 @@ class StepContext:
     ``trace`` is set where the step is traced. ``needs_an_expert`` is set where a token without any
     expert has no result. ``known_deaths`` [W] are the deaths of expert actors with rows of the
     works in earlier steps; without it none are counted. ``is_of_suspect`` is set where a work is
-    computed alone for them.
+    computed alone for them. ``routed`` is set where requests ask for the experts of tokens, or
+    force them.
 
     The layers set four results. ``missing`` is set once an expert was missing or had no room.
     ``deaths`` is set once an actor died.
@@ -78,6 +80,7 @@ class StepContext:
     needs_an_expert: bool = False
     known_deaths: Sequence[Deaths | None] | None = None
     is_of_suspect: bool = False
+    routed: StepRouted | None = None
     deaths: StepDeaths | None = None
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)

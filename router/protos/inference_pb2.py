@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1drouter/protos/inference.proto\x12\rexpertmesh.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xb1\x06\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\x03H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x03H\x08\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x03H\t\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0c \x01(\x08H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\x0b\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\r\x88\x01\x01\x12:\n\nlogit_bias\x18\x10 \x03(\x0b\x32&.expertmesh.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x11 \x01(\x03H\x0e\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x12 \x03(\x03\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12<\n\x12structured_outputs\x18\x14 \x01(\x0b\x32 .expertmesh.v1.StructuredOutputs\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokens\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"\x86\x02\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.TextsH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12#\n\x16\x64isable_any_whitespace\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12whitespace_pattern\x18\x07 \x01(\tH\x02\x88\x01\x01\x42\x06\n\x04kindB\x19\n\x17_disable_any_whitespaceB\x15\n\x13_whitespace_pattern\"p\n\rResumedChoice\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x0f\n\x07inexact\x18\x03 \x01(\x08\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x03\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x95\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12(\n\x08messages\x18\x08 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0eon_expert_loss\x18\x06 \x01(\tH\x02\x88\x01\x01\x12,\n\x06resume\x18\x07 \x03(\x0b\x32\x1c.expertmesh.v1.ResumedChoice\x12\x15\n\x08priority\x18\t \x01(\x03H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\n \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05inputB\x0c\n\n_timeout_sB\x11\n\x0f_on_expert_lossB\x0b\n\t_priorityB\r\n\x0b_cache_salt\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"h\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12&\n\x03top\x18\x04 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\"\x88\x01\n\rPromptLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\x03\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprobB\n\n\x08_logprob\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x03\x12\x15\n\rcached_tokens\x18\x04 \x01(\x03\"\xb7\x02\n\rGenerateReply\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x33\n\rother_choices\x18\x08 \x03(\x0b\x32\x1c.expertmesh.v1.GenerateReply\x12\x10\n\x08identity\x18\t \x01(\t\x12\x35\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1c.expertmesh.v1.PromptLogprob\"\xe0\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\x08messages\x18\x03 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\t\n\x07_promptB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_prompt\"I\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x03\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa7\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x04 \x01(\x03\x12\x1b\n\x13num_experts_per_tok\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x15\n\rmax_model_len\x18\x07 \x01(\x03\x12\r\n\x05\x64type\x18\x08 \x01(\t\"=\n\x11GetModelInfoReply\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.ModelInfo2\x97\x03\n\tInference\x12H\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateReply\x12P\n\x0eGenerateStream\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateReply0\x01\x12T\n\x0cGetModelInfo\x12\".expertmesh.v1.GetModelInfoRequest\x1a .expertmesh.v1.GetModelInfoReply\x12H\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1c.expertmesh.v1.TokenizeReply\x12N\n\nDetokenize\x12 .expertmesh.v1.DetokenizeRequest\x1a\x1e.expertmesh.v1.DetokenizeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1drouter/protos/inference.proto\x12\rexpertmesh.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\xa5\x07\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\x03H\x07\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\x03H\x08\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0b \x01(\x03H\t\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x0c \x01(\x08H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\x0b\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\r\x88\x01\x01\x12:\n\nlogit_bias\x18\x10 \x03(\x0b\x32&.expertmesh.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x11 \x01(\x03H\x0e\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x12 \x03(\x03\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12<\n\x12structured_outputs\x18\x14 \x01(\x0b\x32 .expertmesh.v1.StructuredOutputs\x12\"\n\x15return_routed_experts\x18\x17 \x01(\x08H\x0f\x88\x01\x01\x12\x34\n\x0erouted_experts\x18\x18 \x01(\x0b\x32\x1c.expertmesh.v1.RoutedExperts\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x12\n\x10_prompt_logprobsB\x07\n\x05_echoB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x18\n\x16_return_routed_experts\";\n\rRoutedExperts\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x16\n\x05Texts\x12\r\n\x05texts\x18\x01 \x03(\t\"\x86\x02\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.TextsH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12#\n\x16\x64isable_any_whitespace\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12whitespace_pattern\x18\x07 \x01(\tH\x02\x88\x01\x01\x42\x06\n\x04kindB\x19\n\x17_disable_any_whitespaceB\x15\n\x13_whitespace_pattern\"\x88\x01\n\rResumedChoice\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\x12\x0f\n\x07inexact\x18\x03 \x01(\x08\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x03\x12\x16\n\x0erouted_experts\x18\x06 \x01(\x03\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x95\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x33\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12(\n\x08messages\x18\x08 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0eon_expert_loss\x18\x06 \x01(\tH\x02\x88\x01\x01\x12,\n\x06resume\x18\x07 \x03(\x0b\x32\x1c.expertmesh.v1.ResumedChoice\x12\x15\n\x08priority\x18\t \x01(\x03H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\n \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05inputB\x0c\n\n_timeout_sB\x11\n\x0f_on_expert_lossB\x0b\n\t_priorityB\r\n\x0b_cache_salt\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"h\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12&\n\x03top\x18\x04 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\"\x88\x01\n\rPromptLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\x03\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprobB\n\n\x08_logprob\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x03\x12\x15\n\rcached_tokens\x18\x04 \x01(\x03\"\xed\x02\n\rGenerateReply\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12#\n\x05usage\x18\x06 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x33\n\rother_choices\x18\x08 \x03(\x0b\x32\x1c.expertmesh.v1.GenerateReply\x12\x10\n\x08identity\x18\t \x01(\t\x12\x35\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1c.expertmesh.v1.PromptLogprob\x12\x34\n\x0erouted_experts\x18\r \x01(\x0b\x32\x1c.expertmesh.v1.RoutedExperts\"\xe0\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\x08messages\x18\x03 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x02\x88\x01\x01\x42\t\n\x07_promptB\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_prompt\"I\n\rTokenizeReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x03\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x03\"\x1f\n\x0f\x44\x65tokenizeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xbb\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\x03\x12\x13\n\x0bnum_experts\x18\x04 \x01(\x03\x12\x1b\n\x13num_experts_per_tok\x18\x05 \x01(\x03\x12\x12\n\nvocab_size\x18\x06 \x01(\x03\x12\x15\n\rmax_model_len\x18\x07 \x01(\x03\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x12\n\nmoe_layers\x18\t \x03(\x03\"=\n\x11GetModelInfoReply\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.ModelInfo2\x97\x03\n\tInference\x12H\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateReply\x12P\n\x0eGenerateStream\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateReply0\x01\x12T\n\x0cGetModelInfo\x12\".expertmesh.v1.GetModelInfoRequest\x1a .expertmesh.v1.GetModelInfoReply\x12H\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1c.expertmesh.v1.TokenizeReply\x12N\n\nDetokenize\x12 .expertmesh.v1.DetokenizeRequest\x1a\x1e.expertmesh.v1.DetokenizeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,43 +36,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=48
   _globals['_TOKENIDS']._serialized_end=71
   _globals['_SAMPLING']._serialized_start=74
-  _globals['_SAMPLING']._serialized_end=891
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=629
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=677
-  _globals['_TEXTS']._serialized_start=893
-  _globals['_TEXTS']._serialized_end=915
-  _globals['_STRUCTUREDOUTPUTS']._serialized_start=918
-  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1180
-  _globals['_RESUMEDCHOICE']._serialized_start=1182
-  _globals['_RESUMEDCHOICE']._serialized_end=1294
-  _globals['_MESSAGE']._serialized_start=1296
-  _globals['_MESSAGE']._serialized_end=1336
-  _globals['_GENERATEREQUEST']._serialized_start=1339
-  _globals['_GENERATEREQUEST']._serialized_end=1744
-  _globals['_TOPLOGPROB']._serialized_start=1746
-  _globals['_TOPLOGPROB']._serialized_end=1808
-  _globals['_TOKENLOGPROB']._serialized_start=1810
-  _globals['_TOKENLOGPROB']._serialized_end=1914
-  _globals['_PROMPTLOGPROB']._serialized_start=1917
-  _globals['_PROMPTLOGPROB']._serialized_end=2053
-  _globals['_USAGE']._serialized_start=2055
-  _globals['_USAGE']._serialized_end=2157
-  _globals['_GENERATEREPLY']._serialized_start=2160
-  _globals['_GENERATEREPLY']._serialized_end=2471
-  _globals['_TOKENIZEREQUEST']._serialized_start=2474
-  _globals['_TOKENIZEREQUEST']._serialized_end=2698
-  _globals['_TOKENIZEREPLY']._serialized_start=2700
-  _globals['_TOKENIZEREPLY']._serialized_end=2773
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2775
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2828
-  _globals['_DETOKENIZEREPLY']._serialized_start=2830
-  _globals['_DETOKENIZEREPLY']._serialized_end=2861
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2863
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2899
-  _globals['_MODELINFO']._serialized_start=2902
-  _globals['_MODELINFO']._serialized_end=3069
-  _globals['_GETMODELINFOREPLY']._serialized_start=3071
-  _globals['_GETMODELINFOREPLY']._serialized_end=3132
-  _globals['_INFERENCE']._serialized_start=3135
-  _globals['_INFERENCE']._serialized_end=3542
+  _globals['_SAMPLING']._serialized_end=1007
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=719
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=767
+  _globals['_ROUTEDEXPERTS']._serialized_start=1009
+  _globals['_ROUTEDEXPERTS']._serialized_end=1068
+  _globals['_TEXTS']._serialized_start=1070
+  _globals['_TEXTS']._serialized_end=1092
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=1095
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1357
+  _globals['_RESUMEDCHOICE']._serialized_start=1360
+  _globals['_RESUMEDCHOICE']._serialized_end=1496
+  _globals['_MESSAGE']._serialized_start=1498
+  _globals['_MESSAGE']._serialized_end=1538
+  _globals['_GENERATEREQUEST']._serialized_start=1541
+  _globals['_GENERATEREQUEST']._serialized_end=1946
+  _globals['_TOPLOGPROB']._serialized_start=1948
+  _globals['_TOPLOGPROB']._serialized_end=2010
+  _globals['_TOKENLOGPROB']._serialized_start=2012
+  _globals['_TOKENLOGPROB']._serialized_end=2116
+  _globals['_PROMPTLOGPROB']._serialized_start=2119
+  _globals['_PROMPTLOGPROB']._serialized_end=2255
+  _globals['_USAGE']._serialized_start=2257
+  _globals['_USAGE']._serialized_end=2359
+  _globals['_GENERATEREPLY']._serialized_start=2362
+  _globals['_GENERATEREPLY']._serialized_end=2727
+  _globals['_TOKENIZEREQUEST']._serialized_start=2730
+  _globals['_TOKENIZEREQUEST']._serialized_end=2954
+  _globals['_TOKENIZEREPLY']._serialized_start=2956
+  _globals['_TOKENIZEREPLY']._serialized_end=3029
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3031
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3084
+  _globals['_DETOKENIZEREPLY']._serialized_start=3086
+  _globals['_DETOKENIZEREPLY']._serialized_end=3117
+  _globals['_GETMODELINFOREQUEST']._serialized_start=3119
+  _globals['_GETMODELINFOREQUEST']._serialized_end=3155
+  _globals['_MODELINFO']._serialized_start=3158
+  _globals['_MODELINFO']._serialized_end=3345
+  _globals['_GETMODELINFOREPLY']._serialized_start=3347
+  _globals['_GETMODELINFOREPLY']._serialized_end=3408
+  _globals['_INFERENCE']._serialized_start=3411
+  _globals['_INFERENCE']._serialized_end=3818
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,7 @@ from router.gateway import tokens
 from router.gateway.grammar import WHITESPACE_FIELDS, checked
 from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
+from router.gateway.routed import rows_shape
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest, RawRequest
@@ -57,7 +58,7 @@ LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
 _SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
     "prompt_logprobs", "echo", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "min_tokens",
+    "min_tokens", "return_routed_experts",
 )  # fmt: skip
 _SAMPLING_LISTS = ("stop", "stop_token_ids", "bad_words")
 
@@ -176,7 +177,8 @@ class GrpcHandlers:
             share.take(len(data))
             request = parsed(inference_pb2.GenerateRequest, data)
             check = partial(self.service.validator.check, _raw_request(request, streamed))
-            return await checked(request.sampling.HasField("structured_outputs"), check)
+            slow = map(request.sampling.HasField, ("structured_outputs", "routed_experts"))
+            return await checked(any(slow), check)
 
 
 def parse_health_check(data: bytes) -> str:
@@ -206,6 +208,11 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
             sampling[name] = list(values)
     if given.HasField("structured_outputs"):
         sampling["structured_outputs"] = _structured_outputs(given.structured_outputs)
+    if given.HasField("routed_experts"):
+        rows = given.routed_experts
+        sampling["routed_experts"] = {
+            "data": rows.data, "dtype": rows.dtype, "shape": list(rows.shape)
+        }  # fmt: skip
     if given.logit_bias:
         sampling["logit_bias"] = dict(given.logit_bias)
     return RawRequest(
@@ -228,6 +235,7 @@ def _raw_request(request: Any, streamed: bool) -> RawRequest:
                 not choice.inexact,
                 choice.identity,
                 choice.prompt_logprobs,
+                choice.routed_experts,
             )
             for choice in request.resume
         ],
@@ -281,6 +289,10 @@ def _reply(
         if row is not None:
             one.logprob, one.rank = row.logprob, row.rank
             one.top.extend(_top(row, tokenizer))
+    if part.routed and (routed := checked.request.routed) is not None:
+        rows = reply.routed_experts
+        rows.data, rows.dtype = bytes(part.routed), routed.dtype
+        rows.shape.extend(rows_shape(routed, part.routed))
     return reply
 
 

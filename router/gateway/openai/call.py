@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from router.gateway.openai.fields import Streaming
+from router.gateway.routed import rows_object
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
@@ -85,6 +86,8 @@ class OpenAiCall(ABC):
         }
         if self.return_token_ids:
             choice["token_ids"] = list(part.token_ids)
+        if part.routed and (routed := self.request_of(index).routed) is not None:
+            choice["routed_experts"] = rows_object(routed, part.routed)
         return choice
 
     def request_of(self, index: int) -> GenerationRequest:
@@ -162,10 +165,10 @@ class OpenAiCall(ABC):
             yield {**self.envelope([], streamed=True), "usage": usage_object(usages)}
 
     def _is_worth_sending(self, delta: Delta) -> bool:
-        wants_tokens = self.return_token_ids or self.wants_logprobs
+        has_more = self.return_token_ids or self.wants_logprobs or delta.routed
         parsed = delta.parsed
         has_text = delta.text or (parsed is not None and (parsed.reasoning or parsed.calls))
-        return bool(has_text or delta.finish_reason or wants_tokens or not delta.exact)
+        return bool(has_text or delta.finish_reason or has_more or not delta.exact)
 
     def _finish(self, chunk: dict[str, Any], num_tokens: int) -> dict[str, Any]:
         """Return a chunk with the usage of so many new tokens, where the client wants it."""

@@ -32,7 +32,10 @@ def parse_completion(body: dict[str, Any], validator: Validator, request_id: str
     if streaming.is_on and "prompt_logprobs" in given:
         raise InvalidRequestError("is not allowed with stream true, as in vLLM", "prompt_logprobs")
     checked: list[CheckedRequest] = []
-    for prompt, where in _prompts(given.get("prompt")):
+    prompts = _prompts(given.get("prompt"))
+    if len(prompts) > 1 and "routed_experts" in given:
+        raise InvalidRequestError("is allowed only with one prompt", "routed_experts")
+    for prompt, where in prompts:
         raw = RawRequest(
             model=given.get("model", ""),
             prompt=prompt,

@@ -14,6 +14,7 @@ from cluster.errors import InvalidRequestError, shown
 from router.gateway import checks
 from router.gateway.chat_request import CHAT_FIELDS
 from router.gateway.grammar import GRAMMAR_FIELDS
+from router.gateway.routed import ROUTED_FIELDS
 from router.gateway.token_rules import RULE_FIELDS
 
 ANY = None
@@ -21,7 +22,7 @@ ANY = None
 
 SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed", "ignore_eos",
-    *RULE_FIELDS, *GRAMMAR_FIELDS,
+    *RULE_FIELDS, *GRAMMAR_FIELDS, *ROUTED_FIELDS,
 )  # fmt: skip
 OPTION_FIELDS = ("timeout_s", "on_expert_loss", "priority", "cache_salt")
 _COMMON_FIELDS = frozenset(

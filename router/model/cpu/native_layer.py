@@ -197,14 +197,26 @@ class NativeGate(Gate):
         self._correction_bytes = None if self._correction is None else to_bytes(self._correction)
 
     def choose(
-        self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+        forced: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`router.moe.gate.Gate.choose`."""
-        choice = self.choice(hidden_states, allowed)
+        ids = None if forced is None else forced.numpy()
+        choice = self.choice(hidden_states, ids, allowed)
         return torch.from_numpy(choice.ids), choice.weights
 
-    def choice(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None) -> Choice:
-        """See :meth:`router.moe.gate.Gate.choice`; ``allowed`` as in :meth:`choose`."""
+    def choice(
+        self,
+        hidden_states: torch.Tensor,
+        forced: np.ndarray | None = None,
+        allowed: torch.Tensor | None = None,
+    ) -> Choice:
+        """See :meth:`router.moe.gate.Gate.choice`; ``allowed`` as in :meth:`choose`.
+
+        Raises ``ValueError`` for a forced id that the layer does not have.
+        """
         assert native is not None
         dtype = hidden_states.dtype
         if dtype not in self._numbers:
@@ -223,6 +235,7 @@ class NativeGate(Gate):
             self._factors,
             torch.get_num_threads(),
             None,
+            forced,
         )
         return Choice(ids, weights)
 

@@ -11,7 +11,7 @@ import msgpack
 import pytest
 
 from cluster.errors import CancelledRequestError, UnavailableError
-from router.engine.engine import Emission
+from router.engine.emission import Emission
 from router.engine.replica import RouterReplica, _Request
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent

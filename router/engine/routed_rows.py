@@ -1,0 +1,88 @@
+"""The experts of tokens in a step: those that requests force, and the rows of those that ask.
+
+Dimension letters: S tokens of the step, L MoE layers, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from router.engine.emission import Emission
+from router.engine.sequence import Work
+from router.messages.request import TokenEvent
+from router.messages.routed import LITTLE_ENDIAN
+from router.moe.routed import StepRouted
+
+
+def step_routed(works: Sequence[Work]) -> StepRouted | None:
+    """Return the record of a step's experts, ``None`` where no request asks for any.
+
+    All requests that ask are of one model, so of one shape.
+    """
+    asked = [routed for work in works if (routed := work.sequence.request.routed) is not None]
+    if not asked:
+        return None
+    num_tokens = sum(work.end - work.start for work in works)
+    shape, dtype = asked[0].shape, asked[0].dtype
+    has_forced = any(routed.forced for routed in asked)
+    forced = _forced(works, num_tokens, shape) if has_forced else None
+    return StepRouted(num_tokens, *shape, dtype, forced)
+
+
+def _forced(works: Sequence[Work], num_tokens: int, shape: tuple[int, int]) -> np.ndarray:
+    """Return the forced ids int64 [L, S, K] of a step, -1 for tokens that choose freely."""
+    num_layers, top_k = shape
+    forced = np.full((num_layers, num_tokens, top_k), -1, np.int64)
+    first = 0
+    for work in works:
+        routed = work.sequence.request.routed
+        if routed is not None and routed.forced:
+            rows = np.frombuffer(routed.forced, LITTLE_ENDIAN[routed.dtype]).reshape(-1, *shape)
+            some = rows[work.start : work.end]
+            forced[:, first : first + len(some)] = some.swapaxes(0, 1)
+        first += work.end - work.start
+    return forced
+
+
+def with_rows(
+    emissions: Iterable[Emission], works: Iterable[Work], routed: StepRouted, identity: str
+) -> list[Emission]:
+    """Return a step's emissions with the rows of the works' computed tokens.
+
+    Rows come with the last event of their choice, or in one of their own before its first token.
+    Rows that a resumed request has are not sent again. A parked sequence has none: its work is
+    computed again. ``identity`` is the model's.
+    """
+    found = list(emissions)
+    failed, place_of = set(), {}
+    for place, emission in enumerate(found):
+        if isinstance(emission.outcome, TokenEvent):
+            place_of[emission.request_id, emission.outcome.index] = place
+        else:
+            failed.add(emission.request_id)
+    first = 0
+    for work in works:
+        sequence, request = work.sequence, work.sequence.request
+        row = first - work.start  # that of the sequence's token 0, had the step all
+        first += work.end - work.start
+        start = max(work.start, request.num_routed_of(sequence.index))
+        end = min(work.end, sequence.num_computed)
+        asks = request.routed is not None and request.routed.returned
+        if not asks or start >= end or sequence.awaited or request.request_id in failed:
+            continue
+        place = place_of.get((request.request_id, sequence.index), len(found))
+        if place == len(found):
+            event = TokenEvent(sequence.index, (), exact=sequence.exact, identity=identity)
+            found.append(Emission(request.request_id, event))
+        found[place] = _with(found[place], routed.packed(row + start, row + end), start)
+    return found
+
+
+def _with(emission: Emission, rows: bytes, start: int) -> Emission:
+    """Return an event's emission with rows, the first of which is the choice's row ``start``."""
+    if not isinstance(emission.outcome, TokenEvent):
+        return emission
+    return replace(emission, outcome=replace(emission.outcome, routed=rows, routed_start=start))
