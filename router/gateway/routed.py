@@ -63,7 +63,7 @@ def _check_rows(
         allowed = f"an object with {', '.join(_PARTS)}"
         raise InvalidRequestError(checks.wrong(given, allowed), where)
     dtype, shown_shape = given["dtype"], given["shape"]
-    if dtype not in LITTLE_ENDIAN:
+    if not isinstance(dtype, str) or dtype not in LITTLE_ENDIAN:
         raise InvalidRequestError(
             checks.wrong(dtype, f"one of {', '.join(LITTLE_ENDIAN)}"), f"{where}.dtype"
         )
@@ -74,7 +74,7 @@ def _check_rows(
         rows = f"{least}" if least == most else f"{least} to {most}"
         allowed = f"[{rows}, {shape[0]}, {shape[1]}]: tokens, MoE layers, experts per token"
         raise InvalidRequestError(checks.wrong(shown_shape, allowed), f"{where}.shape")
-    packed = np.dtype(LITTLE_ENDIAN[str(dtype)])
+    packed = np.dtype(LITTLE_ENDIAN[dtype])
     num_bytes = numbers[0] * shape[0] * shape[1] * packed.itemsize
     data = _check_data(given["data"], f"{where}.data", num_bytes)
     return np.frombuffer(data, packed).reshape(numbers)

@@ -125,6 +125,8 @@ class GenerationRequest:
     def num_routed_of(self, index: int) -> int:
         """Return how many rows of routed experts have come of choice ``index``."""
         received = self.received_of(index)
+        if self.routed is None or not self.routed.returned:
+            return 0
         if not received.token_ids:
             return received.num_routed
         return len(self.prompt_token_ids) + len(received.token_ids) - 1

@@ -9,6 +9,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,6 +106,29 @@ def test_a_token_alone_has_the_choice_of_the_token_in_a_crowd(
             assert torch.equal(alone[1][0], weights[row])
 
 
+@pytest.mark.parametrize("is_native", [False, *[True for _ in BUILT]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_the_best_experts_forced_have_the_bits_of_the_free_choice(
+    name: str, dtype: torch.dtype, is_native: bool
+) -> None:
+    native_gate, torch_gate, rows = gates(name, dtype, 4)
+    gate: Gate = native_gate if is_native else torch_gate
+    ids, weights = gate.choose(rows)
+    same_ids, same_weights = gate.choose(rows, forced=ids)
+    assert torch.equal(same_ids, ids)
+    assert torch.equal(same_weights, weights)
+    some = ids.clone()
+    some[::3] = torch.arange(NUM_EXPERTS).flip(0)[:TOP_K]
+    some[1::3] = -1
+    mixed_ids, mixed_weights = gate.choose(rows, forced=some)
+    free = torch.arange(len(rows)) % 3 != 0
+    assert torch.equal(mixed_ids[::3], some[::3])
+    assert torch.equal(mixed_ids[free], ids[free])
+    assert torch.equal(mixed_weights[free], weights[free])
+    assert not torch.equal(mixed_weights[::3], weights[::3])
+
+
 @pytest.mark.parametrize("native", BUILT)
 def test_of_equal_scores_the_lower_id_comes_first(native: ModuleType) -> None:
     gate = NativeGate(GateSpec(renormalises=True), 3, torch.zeros(8, 4), None)
@@ -151,6 +175,9 @@ WRONG: dict[str, dict[str, Any]] = {
     "more best groups than groups": {"numbers": (*NUMBERS[:11], 2, 3, 1)},
     "more of a group than it has": {"numbers": (*NUMBERS[:11], 2, 1, 3)},
     "no thread": {"threads": 0},
+    "a forced id too few": {"forced": bytes(24)},
+    "a forced id beyond the experts": {"forced": np.array([0, 1, 4, 0], np.int64)},
+    "a negative id beside a forced one": {"forced": np.array([0, -1, 0, 1], np.int64)},
 }
 
 
@@ -166,6 +193,7 @@ def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> 
         "weights": 16,
         "numbers": NUMBERS,
         "threads": 1,
+        "forced": None,
         **(WRONG[wrong] if wrong else {}),
     }
     arguments = (
@@ -179,6 +207,7 @@ def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> 
         (1.0, -1.0),
         call["threads"],
         None,
+        call["forced"],
     )
     if wrong is None:
         native.choose(*arguments)

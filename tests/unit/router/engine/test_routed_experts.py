@@ -1,0 +1,287 @@
+"""The experts of tokens: as transformers chooses them, forced, in a crowd, after failures."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.native.built import native
+from router.config import CapacityConfig
+from router.engine.scheduler import Limits
+from router.messages.request import GenerationRequest, Received, TokenEvent
+from router.messages.routed import RoutedExperts, dtype_of
+from tests.checkpoints import save_mixtral
+from tests.emulated_device import emulated_device
+from tests.family_checkpoints import SAVERS
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.routed_oracle import WEIGHTS, logits_under, used_by
+from tests.unit.router.engine.test_engine import prompt_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, **SAVERS}
+LENGTH, COUNT = 37, 5
+PROMPT = prompt_of(LENGTH, 7)
+CHUNKED = Limits(4, 16, 16)
+"""The prompt takes three steps."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(folder, limits=CHUNKED)
+    yield cluster
+    cluster.close()
+
+
+def shape_of(cluster: LocalCluster) -> tuple[int, int]:
+    shape = cluster.checkpoint.shape
+    return len(shape.layers), shape.num_experts_per_tok
+
+
+def asked(
+    cluster: LocalCluster,
+    name: str,
+    count: int = COUNT,
+    prompt: list[int] | None = None,
+    forced: np.ndarray | None = None,
+    returned: bool = True,
+    **sampling: Any,
+) -> GenerationRequest:
+    request = greedy_request(name, prompt or PROMPT, count, logprobs=3, **sampling)
+    dtype = dtype_of(cluster.checkpoint.shape.num_experts)
+    rows = b"" if forced is None else forced.astype(dtype).tobytes()
+    return replace(request, routed=RoutedExperts(shape_of(cluster), dtype, returned, rows))
+
+
+def rows_of(cluster: LocalCluster, event: TokenEvent) -> np.ndarray:
+    dtype = dtype_of(cluster.checkpoint.shape.num_experts)
+    return np.frombuffer(event.routed, dtype).reshape(-1, *shape_of(cluster))
+
+
+def other_rows(cluster: LocalCluster, num_tokens: int) -> np.ndarray:
+    """Return experts that no gate would choose: drawn ones."""
+    generator = np.random.default_rng(3)
+    num_layers, top_k = shape_of(cluster)
+    drawn = generator.random((num_tokens, num_layers, cluster.checkpoint.shape.num_experts))
+    return drawn.argsort(axis=2)[:, :, :top_k]
+
+
+def without_rows(event: TokenEvent) -> TokenEvent:
+    return replace(event, routed=b"", routed_start=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_they_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    model = FAMILIES[family](tmp_path)
+    cluster = LocalCluster(tmp_path, limits=CHUNKED)
+    [[event]] = cluster.generate(asked(cluster, "r"))
+    cluster.close()
+    rows = rows_of(cluster, event)
+    expected = used_by(model, [*PROMPT, *event.token_ids[:-1]])
+    assert rows.shape == expected.shape == (LENGTH + COUNT - 1, *shape_of(cluster))
+    assert np.array_equal(np.sort(rows, axis=2), expected.sort(dim=2).values.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_experts_forced_change_no_bit(tmp_path: Path, family: str, dtype: str) -> None:
+    FAMILIES[family](tmp_path)
+    cluster = LocalCluster(tmp_path, limits=CHUNKED, dtype=dtype)
+    plain = replace(asked(cluster, "plain", prompt_logprobs=2), routed=None)
+    [[expected]] = cluster.generate(plain)
+    [[free]] = cluster.generate(asked(cluster, "free", prompt_logprobs=2))
+    rows = rows_of(cluster, free)
+    [[forced]] = cluster.generate(asked(cluster, "forced", forced=rows, prompt_logprobs=2))
+    begun = asked(cluster, "begun", forced=rows[: LENGTH + 2], prompt_logprobs=2)
+    [[later]] = cluster.generate(begun)
+    cluster.close()
+    assert without_rows(free) == expected
+    assert forced == later == free
+
+
+@pytest.mark.parametrize("family", WEIGHTS)
+def test_other_experts_forced_give_what_follows_from_them(tmp_path: Path, family: str) -> None:
+    """Reinforcement learning's use: the log probabilities of given tokens under given experts."""
+    model = FAMILIES[family](tmp_path)
+    cluster = LocalCluster(tmp_path, limits=CHUNKED)
+    rows = other_rows(cluster, LENGTH)
+    [[event]] = cluster.generate(asked(cluster, "r", 0, forced=rows, prompt_logprobs=0))
+    cluster.close()
+    logprobs = logits_under(model, family, PROMPT, torch.from_numpy(rows)).log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1)).squeeze(1)
+    assert [row.logprob for row in event.prompt_logprobs] == pytest.approx(
+        expected.tolist(), abs=1e-4
+    )
+    assert np.array_equal(rows_of(cluster, event), rows)
+
+
+@pytest.mark.skipif(native is None, reason="bits are promised in native code alone")
+def test_forced_experts_change_no_bit_of_others_in_a_step(folder: Path) -> None:
+    crowded = LocalCluster(folder, limits=Limits(32, 32, 64), dtype="bfloat16")
+    free = [
+        replace(asked(crowded, f"f{i}", prompt=prompt_of(9 + i, i)), routed=None) for i in (1, 2)
+    ]
+    watched = asked(crowded, "w", prompt=prompt_of(20, 4))
+    forced = [
+        asked(crowded, f"x{i}", prompt=prompt_of(11 * i, i), forced=other_rows(crowded, 11 * i + 2))
+        for i in (1, 2)
+    ]
+    alone = [crowded.generate(request)[0] for request in (*free, watched, *forced)]
+    together = [replace(r, request_id=f"{r.request_id}/2") for r in (*free, watched, *forced)]
+    assert crowded.generate(*together) == alone
+    crowded.close()
+
+
+def test_pieces_of_a_step_and_chunks_have_the_same_rows(
+    folder: Path, cluster: LocalCluster
+) -> None:
+    whole = LocalCluster(folder, limits=Limits(4, 512, 16))  # 250 tokens are two pieces of a step
+    prompt = prompt_of(256 - COUNT, 5)
+    [[event]] = whole.generate(asked(whole, "r", prompt=prompt))
+    [[in_chunks]] = cluster.generate(asked(cluster, "r", prompt=prompt))
+    whole.close()
+    assert (event.routed, event.token_ids) == (in_chunks.routed, in_chunks.token_ids)
+
+
+def test_each_choice_has_its_rows(cluster: LocalCluster) -> None:
+    request = asked(cluster, "r", n=3)
+    sampling = replace(request.sampling, temperature=1.0, seed=5)
+    events = cluster.generate(replace(request, sampling=sampling))[0]
+    assert len({event.token_ids for event in events}) == 3
+    rows = [rows_of(cluster, event) for event in events]
+    assert len({part[LENGTH:].tobytes() for part in rows}) == 3
+    assert len({part[:LENGTH].tobytes() for part in rows}) == 1
+    forced = asked(cluster, "f", n=3, forced=rows[1])
+    again = cluster.generate(replace(forced, sampling=sampling))[0]
+    assert again[1] == events[1]
+
+
+def test_a_prompt_alone_has_a_row_for_each_token(cluster: LocalCluster) -> None:
+    [[event]] = cluster.generate(asked(cluster, "r", 0))
+    [[longer]] = cluster.generate(asked(cluster, "l"))
+    assert (event.token_ids, event.finish_reason) == ((), "length")
+    assert len(rows_of(cluster, event)) == LENGTH
+    assert longer.routed.startswith(event.routed)
+
+
+@pytest.mark.parametrize("num_tokens", range(COUNT))
+@pytest.mark.parametrize("num_rows", [0, 7, LENGTH])
+def test_a_resumed_request_gets_what_it_lacks(
+    cluster: LocalCluster, num_tokens: int, num_rows: int
+) -> None:
+    [[whole]] = cluster.generate(asked(cluster, "whole"))
+    received = Received(whole.token_ids[:num_tokens], num_routed=num_rows)
+    request = replace(asked(cluster, "resumed"), received=(received,))
+    [[rest]] = cluster.generate(request)
+    start = LENGTH + num_tokens - 1 if num_tokens else num_rows
+    assert rest.token_ids == whole.token_ids[num_tokens:]
+    row_bytes = request.routed.row_bytes if request.routed else 0
+    assert rest.routed == whole.routed[start * row_bytes :]
+    assert rest.routed_start == (start if rest.routed else 0)
+
+
+@pytest.mark.skipif(native is None, reason="pages are shared in native code alone")
+def test_shared_pages_hide_no_row_and_forced_ones_are_not_shared(folder: Path) -> None:
+    cluster = LocalCluster(folder, limits=CHUNKED, identity="one")
+    bare = LocalCluster(folder, limits=CHUNKED, prefix_cache=False, identity="one")
+    rows = other_rows(cluster, LENGTH + 3)
+    kinds: list[dict[str, Any]] = [
+        {"returned": True},
+        {"forced": rows},
+        {"forced": rows, "returned": False, "prompt_logprobs": 1},
+        {"forced": rows[::-1].copy()},
+    ]
+    requests = [asked(cluster, f"r{i}", **kind) for i, kind in enumerate(kinds)]
+    plain = replace(asked(cluster, "plain"), routed=None)
+    order = [requests[1], plain, *requests, plain, requests[0]]
+    numbered = [replace(r, request_id=f"{i}") for i, r in enumerate(order)]
+    expected = [bare.generate(request)[0] for request in numbered]
+    found = [cluster.generate(request)[0] for request in numbered]
+    cluster.close()
+    bare.close()
+    cached = [event.cached_tokens for [event] in found]
+    assert [[replace(event, cached_tokens=0)] for [event] in found] == expected
+    assert cached == [0, 0, 0, 0, 0, 0, 32, 0]
+
+
+def test_rows_say_what_took_the_place_of_a_missing_expert(cluster: LocalCluster) -> None:
+    [[whole]] = cluster.generate(asked(cluster, "whole"))
+    before = rows_of(cluster, whole)
+    layer = cluster.checkpoint.shape.layers[0]
+    expert = int(before[3, 0, 0])
+    cluster.lose([(layer, expert)])
+    found = {}
+    for contract in ("next_expert", "drop"):
+        request = replace(asked(cluster, contract), on_expert_loss=contract)
+        [[event]] = cluster.generate(request)
+        assert not event.exact
+        found[contract] = rows_of(cluster, event)[:LENGTH, 0]
+        assert expert not in found[contract]
+    lost = (before[:LENGTH, 0] == expert).any(axis=1)
+    num_experts = cluster.checkpoint.shape.num_experts
+    assert (found["next_expert"] < num_experts).all()
+    for contract, rows in found.items():
+        assert np.array_equal(rows[~lost], before[:LENGTH, 0][~lost]), contract
+    assert ((found["drop"] == 255).sum(axis=1) == lost).all()
+    kept = np.sort(np.where(found["drop"] == 255, expert, found["drop"]), axis=1)
+    assert np.array_equal(kept, np.sort(before[:LENGTH, 0], axis=1))
+
+
+def test_a_forced_expert_that_is_missing_is_waited_for(cluster: LocalCluster) -> None:
+    rows = other_rows(cluster, LENGTH)
+    rows[:16, 1] = [0, 1]
+    rows[20, 1] = [7, 5]
+    [[expected]] = cluster.generate(asked(cluster, "before", forced=rows))
+    cluster.lose([(cluster.checkpoint.shape.layers[1], 7)])
+    cluster.engine.submit(asked(cluster, "waits", forced=rows))
+    cluster.wait("waits", bool)  # the rows of the first chunk
+    while not cluster.scheduler.parked():
+        time.sleep(0.001)
+    cluster.lose([])
+    assert cluster.result(asked(cluster, "waits")) == [expected]
+
+
+def test_rows_say_where_an_expert_without_room_sent_its_tokens(folder: Path) -> None:
+    capacity = CapacityConfig(tokens=6)
+    cluster = LocalCluster(folder, limits=CHUNKED, capacity=capacity)
+    [[event]] = cluster.generate(asked(cluster, "r"))
+    cluster.close()
+    rows = rows_of(cluster, event)[:16]  # the first step
+    assert not event.exact
+    for layer, expert in itertools.product(range(rows.shape[1]), range(8)):
+        assert (rows[:, layer] == expert).sum() <= 6
+
+
+def test_a_router_on_a_device_has_the_rows_of_the_host(folder: Path, cluster: LocalCluster) -> None:
+    [[expected]] = cluster.generate(asked(cluster, "r"))
+    rows = other_rows(cluster, LENGTH)
+    [[other]] = cluster.generate(asked(cluster, "f", forced=rows))
+    with emulated_device() as device:
+        there = LocalCluster(folder, limits=CHUNKED, device=device.device)
+        [[event]] = there.generate(asked(there, "r"))
+        [[forced]] = there.generate(asked(there, "f", forced=rows))
+        there.close()
+    assert (event.token_ids, event.routed) == (expected.token_ids, expected.routed)
+    assert (forced.token_ids, forced.routed) == (other.token_ids, other.routed)
+
+
+def test_steps_of_others_run_the_layers_that_record_nothing(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.model.decoder, "_routed_layers", None)
+    [[event]] = cluster.generate(replace(asked(cluster, "plain"), routed=None))
+    assert len(event.token_ids) == COUNT
