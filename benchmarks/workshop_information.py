@@ -34,7 +34,7 @@ def kind_of(text: str) -> str:
     White space with a line end is a line end. The other kinds are those of ``expertmesh train``,
     whose punctuation is code where all of its characters are :data:`CODE_CHARACTERS`.
     """
-    from router.workshop.evaluation import token_kind
+    from router.workshop.kinds import token_kind
 
     bare = text.strip()
     if not bare:

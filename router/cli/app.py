@@ -25,6 +25,7 @@ from router.cli.config import check, config
 from router.cli.convert import convert
 from router.cli.doctor import doctor
 from router.cli.evaluate import evaluate
+from router.cli.explain import explain
 from router.cli.fit import fit
 from router.cli.generate import generate
 from router.cli.keys import keys
@@ -87,7 +88,7 @@ def _options(
     ctx.with_resource(variables({name: file for name, file in given.items() if file is not None}))
 
 
-_SERVING = (serve, generate, chat, predict, status, load, placement, usage)
+_SERVING = (serve, generate, chat, explain, predict, status, load, placement, usage)
 _CHANGING = (rebalance, scale, drain, copies)
 _MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):

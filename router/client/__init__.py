@@ -16,6 +16,7 @@ from router.client.types import (
     Reply,
     Sampling,
     TensorInfo,
+    Token,
     UnreachableError,
 )
 from router.messages.request import PromptLogprobs, Usage
@@ -35,6 +36,7 @@ __all__ = [
     "Reply",
     "Sampling",
     "TensorInfo",
+    "Token",
     "UnreachableError",
     "Usage",
 ]

@@ -28,6 +28,7 @@ from router.client.types import (
     Prediction,
     Reply,
     Sampling,
+    Token,
     UnreachableError,
 )
 from router.client.wire import CHANNEL_OPTIONS, first_model
@@ -182,6 +183,11 @@ class AsyncClient(AsyncAdminClient):
         """Return the text of token ids; see :meth:`router.client.Client.detokenize`."""
         model = model or await self._first_model()
         return await self._ask(self._session.detokenize(token_ids, model))
+
+    async def tokens(self, token_ids: Sequence[int], model: str = "") -> tuple[Token, ...]:
+        """Return the single tokens of ids; see :meth:`router.client.Client.tokens`."""
+        model = model or await self._first_model()
+        return await self._ask(self._session.tokens(token_ids, model))
 
     async def _ask(self, call: Call[Answer]) -> Answer:
         return call.read(await self._call(call.start(), call.address))

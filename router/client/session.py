@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.client.access import admin_address_of, key_metadata
 from router.client.attempts import Attempts, RequestAttempts
-from router.client.types import Message, MixtureInfo, ModelInfo, Sampling
+from router.client.types import Message, MixtureInfo, ModelInfo, Sampling, Token
 from router.client.wire import (
     models_of,
     sampling_message,
     text_of,
     token_ids_of,
+    tokens_of,
     typed_error,
     was_connected,
 )
@@ -125,12 +126,21 @@ class Session:
 
     def detokenize(self, token_ids: Sequence[int], model: str) -> Call[str]:
         """Return the call for the text of tokens; raises as :meth:`attempts` does."""
+        return self._detokenize(token_ids, model, text_of)
+
+    def tokens(self, token_ids: Sequence[int], model: str) -> Call[tuple[Token, ...]]:
+        """Return the call for the single tokens of ids; raises as :meth:`attempts` does."""
+        return self._detokenize(token_ids, model, partial(tokens_of, token_ids))
+
+    def _detokenize(
+        self, token_ids: Sequence[int], model: str, read: Callable[[Any], Answer]
+    ) -> Call[Answer]:
         try:
             request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"cannot be sent: {error}") from None
         method = self._keyed(self._inference.Detokenize)
-        return Call(method, request, INFO_TIMEOUT_S, text_of, self._address)
+        return Call(method, request, INFO_TIMEOUT_S, read, self._address)
 
     def administer(
         self, name: str, request: Any, timeout_s: float, read: Callable[[Any], Answer]

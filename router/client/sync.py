@@ -24,7 +24,7 @@ from router.client.session import (
     Session,
 )
 from router.client.tls import ClientTls, channel_opener
-from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling
+from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling, Token
 from router.client.wire import CHANNEL_OPTIONS, first_model
 from router.retry import RetryPolicy
 
@@ -194,6 +194,10 @@ class Client(AdminClient):
     def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
         """Return the text of token ids, special ones by their names; raises as :meth:`tokenize`."""
         return self._ask(self._session.detokenize(token_ids, model or self._first_model()))
+
+    def tokens(self, token_ids: Sequence[int], model: str = "") -> tuple[Token, ...]:
+        """Return the single tokens of ids, with their texts; raises as :meth:`tokenize`."""
+        return self._ask(self._session.tokens(token_ids, model or self._first_model()))
 
     def _ask(self, call: Call[Answer]) -> Answer:
         return call.read(self._call(call.start, call.address))

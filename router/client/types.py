@@ -52,6 +52,15 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a model: its id, and its text; a ``special`` one is no text, and has a name."""
+
+    id: int
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The description of a served model; ``moe_layers`` have experts."""
 

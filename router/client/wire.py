@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from cluster.errors import ExpertMeshError, UnknownModelError
-from router.client.types import ModelInfo, Reply, Sampling, UnreachableError
+from router.client.types import ModelInfo, Reply, Sampling, Token, UnreachableError
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 from router.messages.routed import LITTLE_ENDIAN
 from router.protos import inference_pb2
@@ -164,6 +164,11 @@ def token_ids_of(answer: Any) -> tuple[int, ...]:
 def text_of(answer: Any) -> str:
     """Return the text of a ``DetokenizeReply``."""
     return str(answer.text)
+
+
+def tokens_of(token_ids: Sequence[int], answer: Any) -> tuple[Token, ...]:
+    """Return the tokens of a ``DetokenizeReply`` for these ids."""
+    return tuple(map(Token, token_ids, answer.tokens, answer.special))
 
 
 def models_of(answer: Any) -> list[ModelInfo]:

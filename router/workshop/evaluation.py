@@ -17,17 +17,10 @@ from torch import nn
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from router.workshop.corpus import windows
+from router.workshop.kinds import KINDS, token_kind
 from router.workshop.settings import TrainingError
 
 EVALUATION_BATCH = 16
-KINDS = (
-    "punctuation",
-    "numbers",
-    "capitals",
-    "words",
-    "parts of words",
-    "line ends and spaces",
-)
 _NO_KIND = len(KINDS)
 
 
@@ -49,23 +42,6 @@ def unigram_nats(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) ->
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     log_probabilities = (counts / counts.sum()).log()
     return -log_probabilities[heldout].sum().item()
-
-
-def token_kind(text: str) -> str:
-    """Return the kind of a token, one of KINDS, by its text and the space before it.
-
-    A word begins after a space. Any other token with letters is a part of a word.
-    """
-    bare = text.strip()
-    if not bare:
-        return "line ends and spaces"
-    if any(map(str.isdigit, bare)):
-        return "numbers"
-    if not any(map(str.isalpha, bare)):
-        return "punctuation"
-    if bare[0].isupper():
-        return "capitals"
-    return "words" if text[0].isspace() else "parts of words"
 
 
 def kinds_of_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> torch.Tensor:

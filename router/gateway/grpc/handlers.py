@@ -123,10 +123,14 @@ class GrpcHandlers:
     async def detokenize(self, data: bytes) -> Any:
         """Return the text of a ``DetokenizeRequest``."""
         request = parsed(inference_pb2.DetokenizeRequest, data)
-        text = tokens.detokenize(
-            self.service.validator, request.model, list(request.token_ids), "token_ids"
+        ids = list(request.token_ids)
+        text = tokens.detokenize(self.service.validator, request.model, ids, "token_ids")
+        tokenizer = self.service.validator.model(request.model).tokenizer
+        return inference_pb2.DetokenizeReply(
+            text=text,
+            tokens=map(tokenizer.token_text, ids),
+            special=[token_id in tokenizer.skipped_ids for token_id in ids],
         )
-        return inference_pb2.DetokenizeReply(text=text)
 
     async def administer(self, method: str, data: bytes) -> Any:
         """Answer a method of the Admin service, from its request to its reply."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from router.workshop.evaluation import KINDS
 from router.workshop.folder import CARD_FILE
+from router.workshop.kinds import KINDS
 from router.workshop.picture import PICTURE_FILE
 from router.workshop.report import RECORD_FILE, Record, model_card
 from router.workshop.settings import load_config

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from router.workshop.evaluation import (
-    KINDS,
     expert_shares,
     kind_shares,
     perplexity,
     score,
     source_shares,
-    token_kind,
     unigram_nats,
 )
+from router.workshop.kinds import KINDS, token_kind
 from router.workshop.settings import TrainingError
 
 L, V = 6, 20
