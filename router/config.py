@@ -256,8 +256,8 @@ class GatewayConfig(Section):
         ge=1,
         description="The most that prompt tokens and `max_tokens` of all choices of all prompts of "
         "one request add up to. With `logprobs: k` an output token counts 1 + k times, and with "
-        "`prompt_logprobs: k` a prompt token 2 + k times. One choice "
-        "without log probabilities that fits the model's context is always taken.",
+        "`prompt_logprobs: k` a prompt token 2 + k times; 32 bytes of `routed_experts` count as a "
+        "token. One choice without any of these that fits the model's context is always taken.",
     )
     reader_timeout_s: float = Field(
         default=30.0,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.style import Style
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from router.cli.common import (
@@ -176,14 +176,16 @@ def _kinds_table(explained: Explained, place: int) -> Table:
     from router.cli.explained import ALL_KINDS
 
     shown = sorted(explained.most_used(place, SHOWN_EXPERTS))
-    shares = explained.kind_shares[place]
-    table = Table("% of kind", "tokens", *map(str, shown), "others")
+    others = [expert for expert in range(explained.info.num_experts) if expert not in shown]
+    shares = 100 * explained.kind_shares[place]
+    table = Table(Column("% of kind", no_wrap=True), "tokens", *map(str, shown))
+    if others:
+        table.add_column("others")
     for number, kind in enumerate(ALL_KINDS):
         num_tokens = explained.kinds.count(kind)
         if num_tokens:
-            own = [shares[number, expert] for expert in shown]
-            others = shares[number].sum() - sum(own)
-            cells = [f"{100 * share:.0f}" for share in (*own, others)]
+            cells = [f"{shares[number, expert]:.0f}" for expert in shown]
+            cells += [f"{shares[number, others].sum():.0f}"] if others else []
             table.add_row(kind, str(num_tokens), *cells)
     return table
 

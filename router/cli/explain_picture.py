@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,15 @@ def draw(explained: Explained, path: Path) -> None:
     heat = shares.imshow(
         100 * explained.shares, aspect="auto", cmap="Greys", vmin=0, interpolation="none"
     )
-    shares.set_title(f"shares of all {explained.info.num_experts_per_tok}", fontsize=10)
+    per_token = explained.info.num_experts_per_tok
+    shares.set_title(f"shares of all {per_token} experts of a token", fontsize=10)
     shares.set_xlabel("expert", fontsize=8)
     label = f"%; even is {100 / num_experts:.1f}"
     figure.colorbar(heat, ax=shares, label=label, fraction=0.06, pad=0.02)
-    figure.savefig(path, dpi=_DPI, metadata=_metadata(path))
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        figure.savefig(path, dpi=_DPI, metadata=_metadata(path))
 
 
 def _metadata(path: Path) -> dict[str, None]:

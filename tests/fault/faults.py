@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
+import numpy as np
 from ray.util import list_named_actors
 
 from router.client import Sampling
@@ -24,8 +25,9 @@ from tests.cluster_fixture import (
 from tests.fault.signals import is_stopped, kill, let_go, named_pids, stopped
 
 __all__ = [
-    "actor_names", "check_forms", "constrained_tokens", "expected_tokens", "is_stopped", "kill",
-    "let_go", "named_pids", "start_constrained", "start_streams", "stopped", "wait_stalled",
+    "actor_names", "check_forms", "constrained_tokens", "drawn_experts", "expected_tokens",
+    "is_stopped", "kill", "let_go", "named_pids", "start_constrained", "start_streams", "stopped",
+    "wait_stalled",
 ]  # fmt: skip
 
 STREAMS, LENGTH, BEFORE = 8, 200, 3
@@ -104,6 +106,14 @@ def check_forms(streams: Sequence[StreamReader]) -> None:
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
     """Return what transformers makes of :data:`PROMPTS` with the random model."""
     return [served.expected(prompt, LENGTH) for prompt in PROMPTS]
+
+
+def drawn_experts(served: ServedCluster, num_tokens: int) -> np.ndarray:
+    """Return experts [tokens, MoE layers, K] that no gate of the random model would choose."""
+    [info] = served.client.model_info(RANDOM)
+    sizes = num_tokens, len(info.moe_layers), info.num_experts
+    order = np.random.default_rng(5).random(sizes).argsort(axis=2)
+    return order[:, :, : info.num_experts_per_tok].astype(np.uint8)
 
 
 def longest_gap_s(streams: Sequence[StreamReader]) -> float:

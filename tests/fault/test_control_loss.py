@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from ray import serve
 
@@ -29,6 +30,7 @@ from tests.fault.faults import (
     actor_names,
     check_forms,
     constrained_tokens,
+    drawn_experts,
     expected_tokens,
     kill,
     longest_gap_s,
@@ -82,10 +84,18 @@ def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCl
 @pytest.mark.timeout(180)
 def test_an_actor_that_dies_with_the_controller_is_back_soon(served: ServedCluster) -> None:
     told, before = served.status(), served.actors()
+    rows = drawn_experts(served, len(PROMPTS[0]) + LENGTH - 1)
+    replay = greedy(LENGTH, routed_experts=rows, return_routed_experts=True)
+    [undisturbed] = served.client.generate(PROMPTS[0], replay, model=RANDOM)
     streams = start_streams(served)
+    replayed = StreamReader(served.client, PROMPTS[0], replay, RANDOM, 60)
+    replayed.wait_tokens(1)
     kill(told, told.controller_pid, before["expert-1"].pid)
-    assert not any(stream.ended for stream in streams)
+    assert not any(stream.ended for stream in (*streams, replayed))
     assert [stream.result() for stream in streams] == expected_tokens(served)
+    assert replayed.result() == undisturbed.token_ids
+    parts = [p.routed_experts for p in replayed.pieces if p.routed_experts is not None]
+    assert np.array_equal(np.concatenate(parts), rows)
     print(f"longest gap without controller and actor: {longest_gap_s(streams):.1f} s")
     assert longest_gap_s(streams) <= BOTH_BACK_S
     after = served.wait_whole()

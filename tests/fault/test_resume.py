@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -51,9 +52,10 @@ OPTIONS: list[dict[str, Any]] = [
         "bad_words": ["the"],
         "temperature": 1,
         "seed": 6,
+        "return_routed_experts": True,
     },
 ]
-"""What choices that go on must have too: grammars, and rules for single tokens."""
+"""What choices that go on must have too: grammars, rules for single tokens, their experts."""
 PAIRS = {"type": "string", "pattern": "^([ab][cd]){300}$"}
 CALLING: dict[str, Any] = {
     "messages": [{"role": "user", "content": "the quick brown fox"}],
@@ -78,9 +80,10 @@ ANSWER_S = 10.0
 
 @dataclass
 class HttpStream:
-    """One stream of completions over HTTP, or of chat: its tokens so far."""
+    """One stream of completions over HTTP, or of chat: its tokens and their experts so far."""
 
     token_ids: list[int] = field(default_factory=list)
+    rows: bytes = b""
     finish_reasons: list[str] = field(default_factory=list)
     arguments: str = ""
     """Those of its tool call."""
@@ -115,6 +118,7 @@ class HttpStream:
             self.token_ids += choice.get("token_ids", ())  # a chat's first chunk has none
             for call in choice.get("delta", {}).get("tool_calls", ()):
                 self.arguments += call["function"]["arguments"]
+            self.rows += base64.b64decode(choice.get("routed_experts", {}).get("data", ""))
             if choice["finish_reason"] is not None:
                 self.finish_reasons.append(choice["finish_reason"])
 
@@ -133,6 +137,14 @@ def twin_routers(served: ServedCluster) -> Iterator[str]:
         yield f"{served.http_url}/{TWIN}/v1/completions"
     finally:
         serve.delete(TWIN)
+
+
+def replayed(served: ServedCluster) -> dict[str, Any]:
+    """Return options that force experts on the first prompt and the first half of its answer."""
+    rows = faults.drawn_experts(served, len(PROMPTS[0]) + LENGTH // 2)
+    data = base64.b64encode(rows.tobytes()).decode()
+    given = {"data": data, "dtype": "uint8", "shape": list(rows.shape)}
+    return {"routed_experts": given, "return_routed_experts": True}
 
 
 def expected_tokens(served: ServedCluster) -> list[tuple[int, ...]]:
@@ -168,12 +180,16 @@ def router_that(is_meant: str) -> dict[str, Any]:
 @pytest.mark.timeout(300)
 def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedCluster) -> None:
     asked: list[tuple[list[int], Mapping[str, Any]]] = [(prompt, {}) for prompt in PROMPTS]
-    asked += [(PROMPTS[0], options) for options in (*OPTIONS, CALLING)]
+    every = [CALLING, *OPTIONS, replayed(served)]
+    asked += [(PROMPTS[0], options) for options in every]
     whole = f"{served.http_url}/v1/completions"
     expected = expected_tokens(served)
-    expected += [HttpStream().read(whole, PROMPTS[0], options) for options in OPTIONS]
-    expected.append((undisturbed := HttpStream()).read(whole, PROMPTS[0], CALLING))
-    assert undisturbed.arguments
+    undisturbed = [HttpStream() for _ in every]
+    expected += [
+        stream.read(whole, PROMPTS[0], options)
+        for stream, options in zip(undisturbed, every, strict=True)
+    ]
+    assert undisturbed[0].arguments
     assert len(set(expected)) == len(expected)
     with twin_routers(served) as url, ThreadPoolExecutor(len(asked)) as pool:
         told = twin_status()
@@ -190,8 +206,11 @@ def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedClu
         assert not any(one.done() for one in reading)
         kill(told, victim["pid"])
         assert [one.result(BACK_S) for one in reading] == expected
-        assert streams[-1].arguments == undisturbed.arguments
+        assert streams[len(PROMPTS)].arguments == undisturbed[0].arguments
         assert [stream.finish_reasons for stream in streams] == [["length"]] * len(streams)
+        rows = [stream.rows for stream in undisturbed]
+        assert [stream.rows for stream in streams[len(PROMPTS) :]] == rows
+        assert len({b"", *rows[-2:]}) == 3
         # The fault hit: what the dead one had sent was forced at another.
         survivor = router_that("replayed")
         assert survivor["pid"] != victim["pid"]

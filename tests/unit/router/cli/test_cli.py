@@ -398,6 +398,7 @@ COMMANDS = [
     "check",
     "plan",
     "doctor",
+    "explain",
     "fit",
     "config new",
     "config schema",

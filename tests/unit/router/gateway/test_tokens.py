@@ -36,7 +36,7 @@ def plain() -> Tokenizer:
     return tokenizer()
 
 
-def test_a_text_is_tokenised_and_back(plain: Tokenizer) -> None:
+def test_a_text_is_tokenised_and_back(plain: Tokenizer, address: str) -> None:
     ids = plain.encode(TEXT)
     answer = call(UPSTREAM, "/tokenize", {"model": "tiny", "prompt": TEXT}).json()
     expected = {"count": len(ids), "max_model_len": CONTEXT, "tokens": ids, "token_strs": None}
@@ -44,6 +44,12 @@ def test_a_text_is_tokenised_and_back(plain: Tokenizer) -> None:
     named = {"model": "tiny", "prompt": TEXT, "return_token_strs": True}
     texts = call(UPSTREAM, "/tokenize", named).json()["token_strs"]
     assert texts == [plain.token_text(token_id) for token_id in ids]
+    with Client(address) as client:
+        single = client.tokens([0, *ids])
+    assert [token.id for token in single] == [0, *ids]
+    assert [token.text for token in single[1:]] == [plain.token_text(i) for i in ids]
+    assert [token.special for token in single] == [True, *[False for _ in ids]]
+    assert single[0].text == "<s>"
     back = call(UPSTREAM, "/detokenize", {"model": "tiny", "tokens": ids})
     assert back.json() == {"prompt": TEXT}
     assert call(UPSTREAM, "/detokenize", {"model": "tiny", "tokens": []}).json() == {"prompt": ""}
