@@ -197,6 +197,8 @@ class Bench:
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
         self._cached_tokens = 0
+        self.routed: Any = None
+        """What requests ask of their tokens' experts."""
         actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
         shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
@@ -286,6 +288,7 @@ class Bench:
                 sampling,
                 time.monotonic() + TIMEOUT_S,
                 cache_salt=salt,
+                **({} if self.routed is None else {"routed": self.routed}),
             )
             for i, ids in enumerate(given)
         ]

@@ -206,9 +206,10 @@ class RouterReplica:
     def _has_other_text(self, request: GenerationRequest) -> bool:
         """Return whether another model's tokenizer has made the request's ids, or named experts."""
         model, routed = self._model, request.routed
-        shape = model.num_layers, model.num_experts_per_tok, dtype_of(model.num_experts)
-        if routed is not None and (*routed.shape, routed.dtype) != shape:
-            return True
+        if routed is not None:
+            shape = model.num_layers, model.num_experts_per_tok
+            if (routed.shape, routed.dtype) != (shape, dtype_of(model.num_experts)):
+                return True
         return request.text_identity not in ("", model.text_identity)
 
     def _has_own_tokens(self, request: GenerationRequest) -> bool:

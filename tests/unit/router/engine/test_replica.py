@@ -15,6 +15,7 @@ from router.engine.emission import Emission
 from router.engine.replica import RouterReplica, _Request
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
+from router.messages.routed import RoutedExperts
 
 HERE, THERE = LinkAddress("n", "", b"a"), LinkAddress("n", "", b"b")
 
@@ -35,7 +36,9 @@ def replica(**streamed: tuple[LinkAddress, bool]) -> tuple[Any, Links]:
     made._links = links  # type: ignore[assignment]
     made._node = "n"
     made._is_deleted = False
-    made._model = SimpleNamespace(identity="own", text_identity="text")  # type: ignore[assignment]
+    made._model = SimpleNamespace(  # type: ignore[assignment]
+        identity="own", text_identity="text", num_layers=3, num_experts_per_tok=2, num_experts=8
+    )
     made._requests = {
         request_id: _Request(
             request_id, address, flag, asyncio.get_running_loop().create_future(), 1
@@ -173,20 +176,24 @@ def test_a_replica_that_ends_waits_for_its_requests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("received", "text_identity", "serves"),
+    ("received", "text_identity", "serves", "routed"),
     [
-        ((), "", True),
-        ((), "text", True),
-        ((), "other", False),
-        ((Received((), identity="other"),), "text", True),
-        ((Received((5,), identity="own"), Received()), "text", True),
-        ((Received((5,), identity="other"),), "text", False),
-        ((Received((5,), identity="own"), Received((5,), identity="other")), "text", False),
-        ((Received((5,)),), "text", False),
+        ((), "text", True, RoutedExperts((3, 2), "uint8")),
+        ((), "text", False, RoutedExperts((4, 2), "uint8")),
+        ((), "text", False, RoutedExperts((3, 1), "uint8")),
+        ((), "text", False, RoutedExperts((3, 2), "uint16")),
+        ((), "", True, None),
+        ((), "text", True, None),
+        ((), "other", False, None),
+        ((Received((), identity="other"),), "text", True, None),
+        ((Received((5,), identity="own"), Received()), "text", True, None),
+        ((Received((5,), identity="other"),), "text", False, None),
+        ((Received((5,), identity="own"), Received((5,), identity="other")), "text", False, None),
+        ((Received((5,)),), "text", False, None),
     ],
 )
 def test_a_request_of_another_model_is_refused_and_nothing_is_started(
-    received: tuple[Received, ...], text_identity: str, serves: bool
+    received: tuple[Received, ...], text_identity: str, serves: bool, routed: RoutedExperts | None
 ) -> None:
     async def run() -> None:
         made, links = replica()
@@ -195,8 +202,9 @@ def test_a_request_of_another_model_is_refused_and_nothing_is_started(
         links.connect = lambda address: asyncio.sleep(0)  # type: ignore[attr-defined]
         sampling = SamplingParams(max_tokens=2, n=max(1, len(received)))
         asked = GenerationRequest(
-            "r#0", "m", (1,), sampling, 0.0, received=received, text_identity=text_identity
-        )
+            "r#0", "m", (1,), sampling, 0.0, received=received, text_identity=text_identity,
+            routed=routed,
+        )  # fmt: skip
         call = asyncio.ensure_future(made.generate(wire_of(asked)))
         for _ in range(5):
             await asyncio.sleep(0)
