@@ -197,8 +197,8 @@ class Bench:
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
         self._cached_tokens = 0
-        self.routed: Any = None
-        """What requests ask of their tokens' experts."""
+        self.routed: Sequence[Any] = ()
+        """What the requests of a round ask of their tokens' experts, where they ask for any."""
         actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
         shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
@@ -288,7 +288,7 @@ class Bench:
                 sampling,
                 time.monotonic() + TIMEOUT_S,
                 cache_salt=salt,
-                **({} if self.routed is None else {"routed": self.routed}),
+                **({"routed": self.routed[i]} if self.routed else {}),
             )
             for i, ids in enumerate(given)
         ]

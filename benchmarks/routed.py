@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def run(folder: Path, streams: int, tokens: int, rounds: int) -> dict[str, list[
         ray.shutdown()
 
 
-def _ways(folder: Path, streams: int, tokens: int) -> dict[str, Any]:
-    """Return what the requests of each way ask of their tokens' experts."""
+def _ways(folder: Path, streams: int, tokens: int) -> dict[str, Sequence[Any]]:
+    """Return what the requests of each way ask of their tokens' experts, by stream."""
     import numpy as np
 
     from experts.checkpoint.checkpoint import open_checkpoint
@@ -73,12 +74,15 @@ def _ways(folder: Path, streams: int, tokens: int) -> dict[str, Any]:
     dtype = dtype_of(shape.num_experts)
     longest = max(map(len, prompts(streams, SIZES["vocab_size"])))
     sizes = longest + tokens, len(shape.layers), shape.num_experts
-    drawn = np.random.default_rng(1).random(sizes).argsort(axis=2)[:, :, : asked[1]]
-    rows = drawn.astype(LITTLE_ENDIAN[dtype]).tobytes()
+    forced = []
+    for seed in range(streams):
+        drawn = np.random.default_rng(seed).random(sizes).argsort(axis=2)[:, :, : asked[1]]
+        rows = drawn.astype(LITTLE_ENDIAN[dtype]).tobytes()
+        forced.append(RoutedExperts(asked, shape.num_experts, False, rows))
     return {
-        "plain": None,
-        "asked": RoutedExperts(asked, dtype, True),
-        "forced": RoutedExperts(asked, dtype, False, rows),
+        "plain": (),
+        "asked": [RoutedExperts(asked, shape.num_experts, True)] * streams,
+        "forced": forced,
     }
 
 

@@ -43,7 +43,6 @@ from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
 from router.messages.request import GenerationRequest, TokenEvent, merge_events
-from router.messages.routed import dtype_of
 from router.messages.token_link import LinkClient
 from router.model.model import MoEModel
 from router.moe.capacity import CapacityLimit
@@ -208,7 +207,7 @@ class RouterReplica:
         model, routed = self._model, request.routed
         if routed is not None:
             shape = model.num_layers, model.num_experts_per_tok
-            if (routed.shape, routed.dtype) != (shape, dtype_of(model.num_experts)):
+            if (routed.shape, routed.num_experts) != (shape, model.num_experts):
                 return True
         return request.text_identity not in ("", model.text_identity)
 

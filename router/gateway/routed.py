@@ -43,16 +43,16 @@ def check_routed(
         return None
     name = "return_routed_experts"
     returned = checks.boolean(given.get(name, False), path(name))
-    shape, dtype = (model.num_layers, model.num_experts_per_tok), dtype_of(model.num_experts)
+    shape, num_experts = (model.num_layers, model.num_experts_per_tok), model.num_experts
     forced = b""
     if "routed_experts" in given:
         # The last token that is generated is never computed.
         lengths = prompt_len, max(prompt_len, prompt_len + max_tokens - 1)
         where = path("routed_experts")
         rows = _check_rows(given["routed_experts"], where, shape, lengths)
-        _check_ids(rows, f"{where}.data", model.num_experts)
-        forced = rows.astype(LITTLE_ENDIAN[dtype]).tobytes()
-    return RoutedExperts(shape, dtype, returned, forced) if returned or forced else None
+        _check_ids(rows, f"{where}.data", num_experts)
+        forced = rows.astype(LITTLE_ENDIAN[dtype_of(num_experts)]).tobytes()
+    return RoutedExperts(shape, num_experts, returned, forced) if returned or forced else None
 
 
 def _check_rows(

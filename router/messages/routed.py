@@ -27,14 +27,19 @@ def dtype_of(num_experts: int) -> str:
 class RoutedExperts:
     """What a request asks of its tokens' experts; ``router/gateway/routed.py`` has checked it.
 
-    ``shape`` is (L, K), ``dtype`` that of :func:`dtype_of`. With ``returned``, rows come with the
-    tokens. ``forced`` are packed rows for the request's first tokens, which go to these experts.
+    ``shape`` is (L, K); a layer has ``num_experts``. With ``returned``, rows come with the tokens.
+    ``forced`` are packed rows for the request's first tokens, which go to these experts.
     """
 
     shape: tuple[int, int]
-    dtype: str
+    num_experts: int
     returned: bool = False
     forced: bytes = b""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its rows."""
+        return dtype_of(self.num_experts)
 
     @property
     def row_bytes(self) -> int:
@@ -44,13 +49,13 @@ class RoutedExperts:
 
     def to_wire(self) -> list[Any]:
         """Return it as a msgpack-able list."""
-        return [self.shape, self.dtype, self.returned, self.forced]
+        return [self.shape, self.num_experts, self.returned, self.forced]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> RoutedExperts:
         """Rebuild it from :meth:`to_wire`."""
-        shape, dtype, returned, forced = wire
-        return cls(tuple(shape), dtype, returned, forced)
+        shape, num_experts, returned, forced = wire
+        return cls(tuple(shape), num_experts, returned, forced)
 
 
 def rows_after(rows: bytes, start: int, passed_on: int, row_bytes: int) -> bytes | None:

@@ -1,8 +1,10 @@
-"""Copies follow the load while streams run: nothing fails, and no token changes."""
+"""Copies follow the load while streams run: nothing fails, no token and no expert changes."""
 
 from __future__ import annotations
 
 import time
+
+import numpy as np
 
 from tests.cluster_fixture import (
     LAYERS,
@@ -21,9 +23,9 @@ def test_rebalancing_again_and_again_under_streams_changes_no_token(served: Serv
     prompts = [prompt_of(4 + i, seed=70 + i) for i in range(STREAMS)]
     expected = [served.expected(prompt, TOKENS) for prompt in prompts]
     before = {actor_id: actor.pid for actor_id, actor in served.actors().items()}
-    streams = [
-        StreamReader(served.client, prompt, greedy(TOKENS), model=RANDOM) for prompt in prompts
-    ]
+    sampling = greedy(TOKENS, return_routed_experts=True)
+    [undisturbed] = served.client.generate(prompts[0], sampling, model=RANDOM)
+    streams = [StreamReader(served.client, prompt, sampling, model=RANDOM) for prompt in prompts]
     outcomes, moved = [], 0
     for stream in streams:
         while not stream.ended:
@@ -34,6 +36,8 @@ def test_rebalancing_again_and_again_under_streams_changes_no_token(served: Serv
             while not stream.ended and time.monotonic() - began_s < BETWEEN_S:
                 stream.wait_change(0.1)
     assert [stream.result() for stream in streams] == expected
+    parts = [p.routed_experts for p in streams[0].pieces if p.routed_experts is not None]
+    assert np.array_equal(np.concatenate(parts), undisturbed.routed_experts)
     assert set(outcomes) <= {"committed", "balanced"}
     assert outcomes.count("committed") >= 1
     assert moved >= 1

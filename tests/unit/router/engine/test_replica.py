@@ -178,10 +178,10 @@ def test_a_replica_that_ends_waits_for_its_requests() -> None:
 @pytest.mark.parametrize(
     ("received", "text_identity", "serves", "routed"),
     [
-        ((), "text", True, RoutedExperts((3, 2), "uint8")),
-        ((), "text", False, RoutedExperts((4, 2), "uint8")),
-        ((), "text", False, RoutedExperts((3, 1), "uint8")),
-        ((), "text", False, RoutedExperts((3, 2), "uint16")),
+        ((), "text", True, RoutedExperts((3, 2), 8)),
+        ((), "text", False, RoutedExperts((4, 2), 8)),
+        ((), "text", False, RoutedExperts((3, 1), 8)),
+        ((), "text", False, RoutedExperts((3, 2), 9)),
         ((), "", True, None),
         ((), "text", True, None),
         ((), "other", False, None),

@@ -62,9 +62,9 @@ def asked(
     **sampling: Any,
 ) -> GenerationRequest:
     request = greedy_request(name, prompt or PROMPT, count, logprobs=3, **sampling)
-    dtype = dtype_of(cluster.checkpoint.shape.num_experts)
-    rows = b"" if forced is None else forced.astype(dtype).tobytes()
-    return replace(request, routed=RoutedExperts(shape_of(cluster), dtype, returned, rows))
+    num_experts = cluster.checkpoint.shape.num_experts
+    rows = b"" if forced is None else forced.astype(dtype_of(num_experts)).tobytes()
+    return replace(request, routed=RoutedExperts(shape_of(cluster), num_experts, returned, rows))
 
 
 def rows_of(cluster: LocalCluster, event: TokenEvent) -> np.ndarray:

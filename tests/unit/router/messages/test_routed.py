@@ -19,7 +19,7 @@ from router.messages.request import (
 from router.messages.routed import RoutedExperts, dtype_of, rows_after
 from tests.local_cluster import greedy_request
 
-ROUTED = RoutedExperts((2, 2), "uint16", True)
+ROUTED = RoutedExperts((2, 2), 300, True)
 PROMPT, COUNT = range(7), 3
 SIZE = ROUTED.row_bytes
 ROWS = bytes(range(SIZE * (len(PROMPT) + COUNT - 1)))
@@ -57,7 +57,7 @@ def test_an_event_and_a_request_are_the_same_after_their_way() -> None:
 @pytest.mark.parametrize(("num_experts", "dtype"), [(8, "uint8"), (255, "uint8"), (256, "uint16")])
 def test_the_largest_number_of_the_dtype_is_no_expert(num_experts: int, dtype: str) -> None:
     assert dtype_of(num_experts) == dtype
-    assert RoutedExperts((3, 2), dtype).row_bytes == 6 * (1 + (dtype == "uint16"))
+    assert RoutedExperts((3, 2), num_experts).row_bytes == 6 * (1 + (dtype == "uint16"))
 
 
 @given(st.lists(st.sampled_from([*PIECES, part(1, 4), part(0, 6), WHOLE]), max_size=12))
