@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from router.gateway.openapi.bodies import ROUTED_EXPERTS
 from router.gateway.openapi.schema import (
     BOOLEAN,
     NULL,
@@ -22,7 +23,11 @@ _COUNT = integer(0)
 _IDS = items(_COUNT)
 _NUMBER: Schema = {"type": "number"}
 _FINISHED = one_of("stop", "length", "tool_calls", None)
-_EXTRAS: Mapping[str, Schema] = {"exact": BOOLEAN, "token_ids": _IDS}
+_EXTRAS: Mapping[str, Schema] = {
+    "exact": BOOLEAN,
+    "token_ids": _IDS,
+    "routed_experts": ROUTED_EXPERTS,
+}
 """What choices have beside OpenAI's fields: in a stream where it is known, and where it is asked
 for."""
 _PROMPT_LOGPROB = answer(logprob=_NUMBER, rank=integer(1), decoded_token=text())

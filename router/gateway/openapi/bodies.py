@@ -19,6 +19,7 @@ from router.gateway.openapi.schema import (
     BOOLEAN,
     NULL,
     Schema,
+    answer,
     body,
     either,
     integer,
@@ -33,6 +34,7 @@ from router.gateway.prompts import MAX_MESSAGES, ROLES
 from router.gateway.tools.definitions import MAX_TOOLS
 from router.gateway.tools.messages import MAX_CALLS, MAX_ID_CHARS
 from router.gateway.tools.template import EFFORTS, MAX_OPTION_CHARS, MAX_OPTIONS
+from router.messages.routed import LITTLE_ENDIAN
 
 _SEEDS = integer(-(2**63), 2**63 - 1)
 _IDS = items(integer(0))
@@ -59,6 +61,11 @@ _FORMS: Mapping[str, Schema] = {
     "grammar": text(1),
     "json_object": BOOLEAN,
 }
+ROUTED_EXPERTS = answer(
+    data=text(0, contentEncoding="base64"),
+    dtype=one_of(*LITTLE_ENDIAN),
+    shape=items(integer(1), 3, 3),
+)
 _PART = record({"type": one_of("text"), "text": text()}, ["type", "text"])
 _NAME = text(1, 64, pattern="^[a-zA-Z0-9_-]+$")
 _CALL = body(
@@ -147,9 +154,9 @@ def chat(models: Sequence[str], limits: GatewayConfig) -> Schema:
         "parallel_tool_calls": BOOLEAN,
         "chat_template_kwargs": _TEMPLATE_OPTIONS,
         "reasoning_effort": one_of(*EFFORTS),
+        "max_completion_tokens": integer(0),
     }
-    common = _common(models, limits) | {"max_tokens": integer(1)}
-    return _body(CHAT, common | own, ["model", "messages"])
+    return _body(CHAT, _common(models, limits) | own, ["model", "messages"])
 
 
 def tokenize(models: Sequence[str], limits: GatewayConfig) -> Schema:
@@ -195,6 +202,8 @@ def _common(models: Sequence[str], limits: GatewayConfig) -> dict[str, Schema]:
         "stream": BOOLEAN,
         "stream_options": _OPTIONS,
         "return_token_ids": BOOLEAN,
+        "return_routed_experts": BOOLEAN,
+        "routed_experts": ROUTED_EXPERTS,
         "max_tokens": integer(0),
         "temperature": number(0, validate.MAX_TEMPERATURE),
         "top_p": number(0, 1, above=True),

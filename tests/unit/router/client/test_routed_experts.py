@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from cluster.errors import InvalidRequestError
 from router.client import Client, Message, Reply, Sampling, wire
 from router.config import GatewayConfig
 from router.engine.scheduler import Limits
+from router.gateway.openapi.bodies import ROUTED_EXPERTS
 from router.retry import RetryPolicy
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster
@@ -87,6 +89,8 @@ def test_those_of_http_and_of_both_clients_are_equal(
     assert reply.routed_experts is not None
     assert (reply.routed_experts.shape, reply.routed_experts.dtype) == (SHAPE, np.uint8)
     assert np.array_equal(unpacked(choice["routed_experts"]), reply.routed_experts)
+    for rows in (choice["routed_experts"], packed(GOOD)):
+        jsonschema.validate(rows, ROUTED_EXPERTS)
     [plain] = gateway.post(**BODY | {"return_routed_experts": False}).json()["choices"]
     assert "routed_experts" not in plain
     assert plain["text"] == choice["text"] == reply.text
