@@ -37,7 +37,8 @@ from router.engine.emission import Emission
 from router.engine.engine import Engine
 from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
-from router.messages.request import GenerationRequest, SamplingParams, TokenEvent, merge_events
+from router.messages.receipts import merge_events
+from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from router.model.model import MoEModel
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import WeightedSums

@@ -28,7 +28,8 @@ from router.gateway.models import GatewayModel
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
 from router.gateway.tokenizer import Tokenizer
-from router.messages.request import GenerationRequest, Receipts, TokenEvent
+from router.messages.receipts import Receipts
+from router.messages.request import GenerationRequest, TokenEvent
 from router.served import ServedModel
 from tests.local_cluster import MODEL, LocalCluster
 from tests.unit.gateway_fakes import FakeUpstream, admin, everybody

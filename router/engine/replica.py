@@ -42,7 +42,8 @@ from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
-from router.messages.request import GenerationRequest, TokenEvent, merge_events
+from router.messages.receipts import merge_events
+from router.messages.request import GenerationRequest, TokenEvent
 from router.messages.token_link import LinkClient
 from router.model.model import MoEModel
 from router.moe.capacity import CapacityLimit

@@ -42,7 +42,8 @@ from router.gateway.resend import (
     resend_delay_s,
 )
 from router.gateway.router_links import RouterCalls
-from router.messages.request import GenerationRequest, Receipts, TokenEvent, merge_events
+from router.messages.receipts import Receipts, merge_events
+from router.messages.request import GenerationRequest, TokenEvent
 from router.messages.token_link import LinkServer
 from router.observability.tracing import gateway_span
 from router.retry import Retries, RetryBudget

@@ -28,7 +28,8 @@ from opentelemetry.trace import (
 from cluster.errors import ExpertMeshError
 from experts.tracing import wall_ns
 from router.messages.prediction import PredictionRequest
-from router.messages.request import GenerationRequest, Receipts
+from router.messages.receipts import Receipts
+from router.messages.request import GenerationRequest
 
 STEPS_IN_DETAIL = 4
 """The number of a request's steps with spans for their layers; all steps would make thousands."""

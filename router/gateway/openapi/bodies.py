@@ -148,13 +148,12 @@ def chat(models: Sequence[str], limits: GatewayConfig) -> Schema:
         "messages": items(ref("Message"), 1, MAX_MESSAGES),
         "logprobs": BOOLEAN,
         "top_logprobs": integer(0, limits.max_logprobs),
-        "max_completion_tokens": integer(1),
+        "max_completion_tokens": integer(0),
         "tools": items(_TOOL, 0, MAX_TOOLS),
         "tool_choice": _CHOICE,
         "parallel_tool_calls": BOOLEAN,
         "chat_template_kwargs": _TEMPLATE_OPTIONS,
         "reasoning_effort": one_of(*EFFORTS),
-        "max_completion_tokens": integer(0),
     }
     return _body(CHAT, _common(models, limits) | own, ["model", "messages"])
 

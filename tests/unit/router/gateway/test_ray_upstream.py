@@ -38,6 +38,7 @@ from router.gateway.inbox import Inbox
 from router.gateway.ray_upstream import RESUMED_TIMES, RayUpstream
 from router.messages.call_link import LinkBrokenError
 from router.messages.link import LinkAddress
+from router.messages.receipts import merge_events
 from router.messages.request import (
     GenerationRequest,
     PromptLogprobs,
@@ -45,7 +46,6 @@ from router.messages.request import (
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
-    merge_events,
 )
 from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy

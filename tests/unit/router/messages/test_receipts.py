@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.messages.request import (
-    GenerationRequest,
-    PromptLogprobs,
-    Receipts,
-    Received,
-    TokenEvent,
-    merge_events,
-)
+from router.messages.receipts import Receipts, merge_events
+from router.messages.request import GenerationRequest, PromptLogprobs, Received, TokenEvent
 from tests.local_cluster import greedy_request
 
 ROWS = tuple(PromptLogprobs(-float(i), (i,), (-0.5,), i + 1) for i in range(6))

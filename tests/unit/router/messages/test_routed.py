@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.messages.request import (
-    GenerationRequest,
-    Receipts,
-    Received,
-    TokenEvent,
-    merge_events,
-)
+from router.messages.receipts import Receipts, merge_events
+from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of, rows_after
 from tests.local_cluster import greedy_request
 

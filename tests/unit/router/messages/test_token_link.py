@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from router.messages import link as link_module
 from router.messages import token_link
 from router.messages.link import LinkAddress
+from router.messages.receipts import Receipts
 from router.messages.request import (
     GenerationRequest,
     PromptLogprobs,
-    Receipts,
     Received,
     SamplingParams,
     TokenEvent,

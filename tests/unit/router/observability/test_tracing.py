@@ -21,7 +21,8 @@ from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
 from experts.tracing import EXPORTER_VARIABLE, open_spans
 from router.engine.sequence import Sequence
-from router.messages.request import GenerationRequest, Receipts, SamplingParams, TokenEvent
+from router.messages.receipts import Receipts
+from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from router.observability.tracing import (
     STEPS_IN_DETAIL,
     RequestTrace,
