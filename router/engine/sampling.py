@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 VALUES_AT_ONCE = 1 << 21
 """The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
 a device needs for it, some 60 bytes each; no token depends on it."""
+SORTED_AT_FIRST = 512
+"""How many of a row's weights a CPU sorts at first; top-p seldom keeps more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,9 @@ def sample(
     Edits of single logits come first, and no token is drawn in a row of ``allowed`` but those that
     it allows. Logits are then divided by the temperature. Top-k, top-p and
     min-p filter tokens, in this order. One uniform number per row picks from the remaining tokens,
-    renormalised. Temperature 0 takes the first of the largest logits. Log probabilities are those
-    of the unchanged logits; a device may add them in another order than a CPU, and choose others
-    among equally likely tokens.
+    in the order of the vocabulary, by their shares. Temperature 0 takes the first of the largest
+    logits. Log probabilities are those of the unchanged logits; a device may add them in another
+    order than a CPU, and choose others among equally likely tokens.
     """
     warm_rows, warm_params, logprob_rows, places, edits = tensors
     edited = _edited(logits, places, edits) if places.shape[1] else logits
@@ -176,23 +178,97 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    temperature, top_k, top_p, min_p, uniform = params.unsqueeze(2)  # [W, 1] each
+    temperature, *filters = params.unsqueeze(2)  # [W, 1] each
     # The largest logit is subtracted first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    weights = ordered.softmax(dim=-1) if logits.is_cpu else _whole_weights(ordered)  # [W, V]
-    weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0)
-    before = weights.cumsum(dim=-1) - weights
-    total = weights.sum(dim=-1, keepdim=True)
-    # top-p keeps the smallest set of tokens whose share reaches top_p.
-    weights.masked_fill_(before >= top_p * total, 0)
-    weights.masked_fill_(weights < min_p * weights[:, :1], 0)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature)
+    return _draw_on_cpu(scaled, *filters) if logits.is_cpu else _draw_on_device(scaled, *filters)
+
+
+def _draw_on_cpu(
+    scaled: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    weights = scaled.softmax(dim=-1)  # [W, V]
+    _filter_few(weights, top_k, top_p)
+    if min_p.any():
+        _filter_by_min_p(weights, min_p)
     cumulative = weights.cumsum(dim=-1)
-    picked = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    # A rounding error at the very end must not pick a token that was filtered out. The first
-    # token always stays, also where a tiny temperature or top-p underflows to 0.
-    last = ((weights > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return order.gather(1, torch.minimum(picked, last))
+    total = cumulative[:, -1:].contiguous()
+    picked = torch.searchsorted(cumulative, uniform * total, right=True)
+    # A rounding error at the very end must not pick a token that was filtered out.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(picked, last).clamp_(max=weights.shape[1] - 1)  # of NaN nothing is found
+
+
+def _draw_on_device(
+    scaled: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Do as :func:`_draw_on_cpu`, and read nothing: all rows are sorted, and searched by sums."""
+    weights = _whole_weights(scaled)  # [W, V]
+    _filter(weights, weights.sort(dim=-1, descending=True).values, top_k, top_p)
+    _filter_by_min_p(weights, min_p)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    picked = (cumulative <= uniform * total).sum(dim=-1, keepdim=True)
+    return torch.minimum(picked, (cumulative < total).sum(dim=-1, keepdim=True))
+
+
+def _filter_by_min_p(weights: torch.Tensor, min_p: torch.Tensor) -> None:
+    """Filter weights [W, V] by min-p, in place."""
+    weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+
+
+def _filter_few(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> None:
+    """Filter on a CPU by top-k and top-p, in place; few rows need all of their weights sorted."""
+    vocab = weights.shape[1]
+    [rows] = ((top_k < vocab) | (top_p < 1)).squeeze(1).nonzero(as_tuple=True)
+    for num_sorted in (min(SORTED_AT_FIRST, vocab), vocab):
+        if not len(rows):
+            return
+        those, k, p = weights[rows], top_k[rows], top_p[rows]
+        ordered = (
+            those.topk(num_sorted).values
+            if num_sorted < vocab
+            else those.sort(dim=-1, descending=True).values
+        )
+        num_kept = _filter(those, ordered, k, p)
+        is_known = ((k <= num_sorted) | ((k >= vocab) & (num_kept < num_sorted))).squeeze(1)
+        if num_sorted == vocab:
+            is_known.fill_(True)
+        weights[rows[is_known]] = those[is_known]
+        rows = rows[~is_known]
+
+
+def _filter(
+    weights: torch.Tensor, ordered: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Filter weights [W, V] by top-k and top-p, in place; returns how many are kept, [W, 1].
+
+    ``ordered`` [W, M] are the M largest of each row, in descending order. Of equal weights the
+    first tokens are kept. The likeliest token always stays, also where top-p underflows to 0.
+    """
+    ranks = torch.arange(ordered.shape[1], device=weights.device)
+    of_top_k = ordered.masked_fill(ranks >= top_k, 0)
+    reached = of_top_k.cumsum(dim=-1)
+    total = torch.where(top_k >= weights.shape[1], weights.cumsum(dim=-1)[:, -1:], reached[:, -1:])
+    # top-p keeps the smallest set of tokens whose share reaches top_p.
+    is_kept = (ranks < top_k) & (reached - of_top_k < top_p * total)
+    num_kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    least = ordered.gather(1, num_kept - 1)
+    weights.masked_fill_(weights < least, 0)
+    num_over = (weights > 0).sum(dim=-1, keepdim=True) - num_kept
+    if not weights.is_cpu or (num_over > 0).any():  # some are equal to the last that is kept
+        is_least = weights == least
+        num_least = is_least.sum(dim=-1, keepdim=True) - num_over
+        weights.masked_fill_(is_least & (is_least.cumsum(dim=-1) > num_least), 0)
+    return num_kept
 
 
 def _whole_weights(scaled: torch.Tensor) -> torch.Tensor:

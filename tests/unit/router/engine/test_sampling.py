@@ -283,6 +283,33 @@ def test_rows_that_are_sampled_some_at_a_time_get_the_same_tokens(
     assert sample(logits, draws) == at_once
 
 
+def test_the_filters_leave_the_same_however_many_are_sorted_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With many equal logits, so that the first of them have to be found."""
+    source = torch.Generator().manual_seed(5)
+    logits = torch.randint(-12, 12, (300, 40), generator=source) / 8
+    filters = [(k, p) for k in (0, 2, 3, 17, 30, 39, 40) for p in (0.2, 0.3, 0.95, 0.99, 1.0)]
+    of_rows = itertools.islice(itertools.cycle(filters), 300)
+    draws = [draw_of(i, seed=8, top_k=k, top_p=p) for i, (k, p) in enumerate(of_rows)]
+    token_ids = sample(logits, draws).token_ids
+    for row, draw, token_id in zip(logits.tolist(), draws, token_ids, strict=True):
+        assert token_id in oracle(row, draw.params)
+    for num_sorted in (1, 2, 16, 39):
+        monkeypatch.setattr(sampling, "SORTED_AT_FIRST", num_sorted)
+        assert sample(logits, draws).token_ids == token_ids
+
+
+def test_a_token_is_picked_in_the_order_of_the_vocabulary() -> None:
+    """By hand: shares 0.125, 0.5 and 0.375 end at 0.125, 0.625 and 1."""
+    logits = torch.tensor([[math.log(share) for share in (0.125, 0.5, 0.375)]])
+    for position in range(64):
+        draw = draw_of(position, seed=3)
+        [uniform] = sampling_of([draw]).tensors.warm_params[4].tolist()
+        expected = (uniform >= 0.125) + (uniform >= 0.625)
+        assert token_ids_of(logits, [draw]) == [expected]
+
+
 def test_a_draw_can_be_made_again() -> None:
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     draws = [draw_of(position=i, seed=2**63 - 1) for i in range(50)]
