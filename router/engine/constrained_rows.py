@@ -1,4 +1,4 @@
-"""The rows of a step whose choices have a grammar: what it allows there.
+"""The rows of a step whose choices have a grammar: what it forbids there.
 
 Dimension letters: G rows with a grammar, V vocabulary size.
 """
@@ -22,8 +22,8 @@ MOST_WAIT_S = 0.02
 the next step, so that it does not hold up the others."""
 
 
-class Allowed(NamedTuple):
-    """The tokens that grammars allow in some rows of a step."""
+class Forbidden(NamedTuple):
+    """The tokens that grammars forbid in some rows of a step."""
 
     rows: torch.Tensor
     """int64 [G]."""
@@ -52,8 +52,8 @@ ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
 """Copies tensors of the host to the logits' device."""
 
 
-def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None:
-    """Return what grammars allow in the rows of a step, ``None`` where it is known of no row.
+def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | None:
+    """Return what grammars forbid in the rows of a step, ``None`` where it is known of no row.
 
     Waits :data:`MOST_WAIT_S` at most for all. Choices whose matcher takes longer are
     ``deferred``, and are not waited for again beside others; those whose grammar fails have its
@@ -82,5 +82,5 @@ def allowed_of(sampled: Sequence[Choice], to_device: ToDevice) -> Allowed | None
             vocab_size = choice.constraint.vocab_size
     if not rows:
         return None
-    flags = flags_of(np.stack(words), vocab_size)
-    return Allowed(*to_device(torch.tensor(rows), torch.from_numpy(flags)))
+    flags = flags_of(~np.stack(words), vocab_size)
+    return Forbidden(*to_device(torch.tensor(rows), torch.from_numpy(flags)))

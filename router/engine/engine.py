@@ -27,7 +27,7 @@ from cluster.errors import (
     NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
-from router.engine.constrained_rows import allowed_of, barred, begin_constraint
+from router.engine.constrained_rows import barred, begin_constraint, forbidden_of
 from router.engine.constraints import Grammars
 from router.engine.emission import Emission, Emit
 from router.engine.isolation import Announce, Isolation
@@ -232,10 +232,10 @@ class Engine:
         )
         logits = decoder.logits(hidden_states, sample_rows)
         num = len(sampling.tensors)
-        allowed = None
+        forbidden = None
         if any(sequence.constraint is not None for sequence in packed.sampled):
-            allowed = allowed_of(packed.sampled, decoder.to_device)
-        tensors = sample(logits, SamplingTensors(*placed[:num]), sampling.logprob_sizes, allowed)
+            forbidden = forbidden_of(packed.sampled, decoder.to_device)
+        tensors = sample(logits, SamplingTensors(*placed[:num]), sampling.logprob_sizes, forbidden)
         if not scored:
             return read(decoder.to_host(*tensors), sampling), []
         found = score(hidden_states, scored, placed[num:], decoder.logits, logits.shape[1])

@@ -26,7 +26,7 @@ from router.engine.token_rules import Edits
 from router.messages.request import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
-    from router.engine.constrained_rows import Allowed
+    from router.engine.constrained_rows import Forbidden
 
 VALUES_AT_ONCE = 1 << 21
 """The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
@@ -88,7 +88,7 @@ def sample(
     logits: torch.Tensor,
     tensors: SamplingTensors,
     logprob_sizes: Sequence[tuple[int, int]],
-    allowed: Allowed | None = None,
+    forbidden: Forbidden | None = None,
 ) -> list[torch.Tensor]:
     """Draw one token per row of fp32 logits [R, V]; returns what :func:`read` takes.
 
@@ -96,18 +96,17 @@ def sample(
     ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
     and the ids of the likeliest, [A, N]. All tensors are on one device.
 
-    Edits of single logits come first, and no token is drawn in a row of ``allowed`` but those that
-    it allows. Logits are then divided by the temperature. Top-k, top-p and
-    min-p filter tokens, in this order. One uniform number per row picks from the remaining tokens,
-    in the order of the vocabulary, by their shares. Temperature 0 takes the first of the largest
-    logits. Log probabilities are those of the unchanged logits; a device may add them in another
-    order than a CPU, and choose others among equally likely tokens.
+    Edits of single logits come first, and no token is drawn that is ``forbidden`` in its row.
+    Logits are then divided by the temperature. Top-k, top-p and min-p filter tokens, in this order.
+    One uniform number per row picks from the remaining tokens, in the order of the vocabulary, by
+    their shares. Temperature 0 takes the first of the largest logits. Log probabilities are those
+    of the unchanged logits; a device may add them in another order than a CPU, and choose others
+    among equally likely tokens.
     """
     warm_rows, warm_params, logprob_rows, places, edits = tensors
     edited = _edited(logits, places, edits) if places.shape[1] else logits
-    if allowed is not None:
-        edited = edited.clone() if edited is logits else edited
-        edited[allowed.rows] = edited[allowed.rows].masked_fill(~allowed.tokens, -torch.inf)
+    if forbidden is not None:
+        edited = _without(edited, forbidden)
     token_ids = _largest(edited)
     sampled = [token_ids, _checked(logits, edited, token_ids)]
     vocab = logits.shape[1]
@@ -149,6 +148,13 @@ def _edited(logits: torch.Tensor, places: torch.Tensor, edits: torch.Tensor) -> 
     copy = logits.clone()
     copy[rows, token_ids] = torch.where(sums > 0, sums / scale, sums * scale) + after
     return copy
+
+
+def _without(logits: torch.Tensor, forbidden: Forbidden) -> torch.Tensor:
+    """Return a copy of the logits in which forbidden tokens cannot be drawn."""
+    rows, tokens = forbidden
+    masked = _select(logits, rows).masked_fill(tokens, -torch.inf)
+    return masked if len(rows) == len(logits) else logits.index_copy(0, rows, masked)
 
 
 def _checked(logits: torch.Tensor, edited: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from cluster.errors import InternalError, InvalidRequestError
 from router.engine import constrained_rows, constraints
-from router.engine.constrained_rows import allowed_of
+from router.engine.constrained_rows import forbidden_of
 from router.engine.constraints import MAX_KEPT, Constraint, Grammars, flags_of
 from router.engine.sequence import Sequence as Choice
 from router.gateway.tokenizer import Tokenizer
@@ -242,7 +242,7 @@ def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
     late = Choice(asked("late", of_regex("a")), 0, list(PROMPT), constraint=cast(Any, Late()))
     plain = Choice(asked("plain", ""), 0, list(PROMPT))
     for sampled in ([late, plain], [late, plain], [late]):
-        assert allowed_of(sampled, lambda *tensors: tensors) is None
+        assert forbidden_of(sampled, lambda *tensors: tensors) is None
         assert late.deferred
         assert not plain.deferred
     assert [wait_s > 0.1 for wait_s in waits_s] == [True, False, True]
