@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +168,7 @@ class Call:
                 return
             self._head += piece
             found = None if self._name else _HEAD.match(self._head)
-            name = json.loads(found[1]) if found else self._name
+            name = _text_of(found[1]) if found else self._name
             if not self._calls.knows(name):
                 return
             part = self._calls.begin(name)
@@ -195,15 +195,33 @@ class Call:
         if isinstance(arguments, str):
             if not isinstance(json.loads(arguments, parse_constant=_refuse), dict):
                 raise ValueError("has no object of arguments")
-            return name, arguments
+            return name, without_halves(arguments)
         if not isinstance(arguments, dict):
             raise ValueError("has no object of arguments")
-        return name, json.dumps(arguments, ensure_ascii=False)
+        return name, written(arguments)
 
     def _known(self, name: object) -> str:
         if not isinstance(name, str) or not self._calls.knows(name):
             raise ValueError("names no known tool")
         return name
+
+
+def written(arguments: Mapping[str, Any]) -> str:
+    """Return arguments as JSON; raises ``ValueError`` for numbers that JSON cannot write."""
+    return without_halves(json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
+def without_halves(text: str) -> str:
+    """Return a JSON text in which halves of surrogate pairs, no Unicode, are escapes again."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _text_of(quoted: str) -> str:
+    """Return a JSON string's text, empty where it is no JSON: the call's end tells that too."""
+    try:
+        return str(json.loads(quoted))
+    except ValueError:
+        return ""
 
 
 def _refuse(constant: str) -> None:

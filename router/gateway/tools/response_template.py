@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from router.gateway.tools.calls import Calls
+from router.gateway.tools.calls import Calls, written
 from router.gateway.tools.marks import Blanks
 from router.gateway.tools.parts import Parsed
 
@@ -106,13 +105,22 @@ class ResponseTemplateParser:
             function = entry.get("function") if isinstance(entry, dict) else None
             name = function.get("name") if isinstance(function, dict) else None
             arguments = function.get("arguments", {}) if isinstance(function, dict) else None
-            if not self._calls.knows(name) or not isinstance(arguments, dict):
+            text = self._written(name, arguments)
+            if text is None:
                 parsed.content += self._unmarked("".join(self._region))
                 return
             if not self._calls.is_full:
-                written = json.dumps(arguments, ensure_ascii=False)
-                parsed.calls.append(replace(self._calls.begin(str(name)), arguments=written))
+                parsed.calls.append(replace(self._calls.begin(str(name)), arguments=text))
                 self._calls.num_valid += 1
+
+    def _written(self, name: object, arguments: object) -> str | None:
+        """Return a call's arguments as JSON, ``None`` where it is no valid call."""
+        if not self._calls.knows(name) or not isinstance(arguments, dict):
+            return None
+        try:
+            return written(arguments)
+        except (ValueError, TypeError):  # a number that JSON cannot write
+            return None
 
     def _unmarked(self, text: str) -> str:
         for mark in self._hidden:

@@ -237,6 +237,28 @@ def test_without_tools_calls_are_text() -> None:
     assert whole == Whole(QWEN_CALL, "a", finish_reason="stop")
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_name_that_is_no_json_stays_content(is_held: bool) -> None:
+    text = r'<tool_call>{"name": "\q", "arguments": {}}</tool_call>'
+    for pieces in cuts(text):
+        assert parsed(QWEN, pieces, is_held) == Whole(text, finish_reason="stop")
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_arguments_are_json_and_unicode_however_they_were_written(is_held: bool) -> None:
+    half = r'{"city": "\ud800"}'
+    as_text = json.dumps(half).replace(r"\\", "\\")  # the escape is one of the text around it
+    for call in (
+        f'{{"name": "get_weather", "arguments": {half}}}',
+        f'{{"arguments": {half}, "name": "get_weather"}}',
+        f'{{"name": "get_weather", "arguments": {as_text}}}',
+    ):
+        for pieces in cuts(f"<tool_call>{call}</tool_call>"):
+            assert parsed(QWEN, pieces, is_held).calls == [("get_weather", half)]
+    text = '<tool_call>{"arguments": {"days": 1e999}, "name": "get_weather"}</tool_call>'
+    assert parsed(QWEN, [text], is_held) == Whole(text, finish_reason="stop")
+
+
 def test_at_most_one_call_where_they_are_not_parallel() -> None:
     use = ToolUse(TOOLS, TOOLS, is_parallel=False)
     for format_, text in ((QWEN, f"{QWEN_CALL}\n{QWEN_CALL} x"), CASES["mixtral"][:2]):
@@ -263,7 +285,7 @@ PARTS = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "\n", " ", "{", "}",
         "[", "]", ",", '"', "\\", QWEN_CALL, V3_CALL, V3_1_CALL, HARMONY_CALL, THOUGHT, "x",
-        '{"name": "now", "arguments": {', "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
+        '{"name": "now", "arguments": {', r'{"name": "\q", "arguments": {', "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
         "<|channel|>", "<|message|>", "<|end|>", "final", "é🙂",
     ]
 )  # fmt: skip

@@ -73,6 +73,15 @@ def test_what_does_not_fit_stays_content() -> None:
     assert whole.calls == []
 
 
+def test_arguments_are_json_and_unicode() -> None:
+    half = QWEN_CALL.replace("Paris", r"\ud800")
+    assert whole_of([half]).calls == [("get_weather", r'{"city": "\ud800"}')]
+    infinite = QWEN_CALL.replace('"Paris"', "1e999")
+    whole = whole_of([infinite])
+    assert "1e999" in whole.content
+    assert whole.calls == []
+
+
 def test_the_time_of_long_answers_is_linear() -> None:
     begun_s = time.process_time()
     whole = whole_of(["<think>", *["word "] * 20_000, "</think>", *["< x"] * 20_000])
