@@ -77,9 +77,11 @@ class Constraint:
         try:
             error = self._answer.exception(max(0.0, timeout_s))
         except TimeoutError:
+            if self._grammars.is_closed:
+                raise _not_followed() from None
             return None
         except CancelledError:  # the router ends
-            raise InternalError("the grammar is not followed any more") from None
+            raise _not_followed() from None
         if error is None or isinstance(error, ExpertMeshError):
             return self._answer.result()
         # Also a panic of Rust, which is no Exception and would end the engine's thread.
@@ -129,6 +131,10 @@ class Constraint:
         return words
 
 
+def _not_followed() -> InternalError:
+    return InternalError("the grammar is not followed any more")
+
+
 def flags_of(words: np.ndarray, vocab_size: int) -> np.ndarray:
     """Return the bits of words [..., W] as flags, bool [..., V]."""
     flags = np.unpackbits(words.view(np.uint8), axis=-1, count=vocab_size, bitorder="little")
@@ -155,6 +161,7 @@ class Grammars:
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
         """``load`` returns the model's vocabulary, when a request first needs it."""
         self.vocab_size = vocab_size
+        self.is_closed = False
         self.compiling = grammar_pool()
         self._following = grammar_pool()
         self._waiting: deque[Callable[[], None]] = deque()
@@ -176,18 +183,22 @@ class Grammars:
         Raises ``RuntimeError`` where the threads have ended.
         """
         with self._lock:  # a thread takes all that waits: to begin it once a work is dear
+            if self.is_closed:
+                raise RuntimeError("the threads have ended")
             self._waiting.append(work)
             if len(self._waiting) == 1:
                 self._following.submit(self._do_all)
 
     def _do_all(self) -> None:
-        while self._waiting:
+        while self._waiting and not self.is_closed:
             self._waiting[0]()
             with self._lock:
                 self._waiting.popleft()
 
     def close(self) -> None:
-        """End the threads after their current work."""
+        """End the threads after their current work; what waits is not done."""
+        with self._lock:
+            self.is_closed = True
         for pool in (self.compiling, self._following):
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -38,6 +38,7 @@ from router.gateway.openai.completions import parse_completion
 from router.gateway.openapi.document import OPENAPI_PATH, document
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_http import add_v2_routes
+from router.gateway.prompts import has_calls
 from router.gateway.quotas import RATE_HEADERS
 from router.gateway.routed import asks_forced
 from router.gateway.service import Delta, GenerationService
@@ -114,7 +115,9 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
-        return JSONResponse(tokens.tokenize(await _body(request, service), service.validator))
+        body = await _body(request, service)
+        check = partial(tokens.tokenize, body, service.validator)
+        return JSONResponse(await checked(has_calls(body), check))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
@@ -164,7 +167,8 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     with service.metrics.refusals("http"):
         body = await _body(request, service)
         check = partial(parse, body, service.validator, request.state.request_id)
-        call = await checked(asks_form(body) or asks_forced(body), check)
+        is_slow = asks_form(body) or asks_forced(body) or has_calls(body)
+        call = await checked(is_slow, check)
     caller = request.state.caller
     if not call.streaming.is_on:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))

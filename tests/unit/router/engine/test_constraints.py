@@ -372,3 +372,28 @@ def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) ->
     with pytest.raises(InternalError, match="not followed any more"):
         flags_after(ended)
     grammars.close()
+
+
+def test_what_waits_when_the_threads_end_is_not_waited_for(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    first, second = grammars.begin(of_regex("a{9}")), grammars.begin(of_regex("a{9}"))
+    token_id = int(flags_after(first).nonzero()[0][0])
+    flags_after(second)
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        release.wait(30)
+
+    grammars.follow(hold)
+    assert is_held.wait(30)
+    for constraint in (first, second, first, second):
+        constraint.read(token_id)
+    grammars.close()
+    second.read(token_id)
+    release.set()
+    for constraint in (first, second):
+        with pytest.raises(InternalError, match="not followed any more"):
+            constraint.allowed(0.1)
+    with pytest.raises(RuntimeError):
+        grammars.follow(lambda: None)

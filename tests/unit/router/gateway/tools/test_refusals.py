@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from typing import Any
 
 import httpx
 import pytest
 
+from router.gateway.tokenizer import Tokenizer
 from tests.unit.gateway_fakes import FakeUpstream, http_app
 from tests.unit.http_calls import CHAT, refusal
 from tests.unit.router.gateway.tools.answers import WEATHER
@@ -26,8 +28,10 @@ CALL: dict[str, Any] = {
 }
 
 
-def post(name: str = "qwen", upstream: FakeUpstream | None = None, **body: Any) -> httpx.Response:
-    """The answer to one chat request."""
+def post(
+    name: str = "qwen", upstream: FakeUpstream | None = None, path: str = CHAT, **body: Any
+) -> httpx.Response:
+    """The answer to one request."""
     import asyncio
 
     app = http_app(
@@ -37,7 +41,7 @@ def post(name: str = "qwen", upstream: FakeUpstream | None = None, **body: Any) 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(CHAT, json={"model": name, "messages": [USER], **body})
+            return await client.post(path, json={"model": name, "messages": [USER], **body})
 
     return asyncio.run(send())
 
@@ -221,3 +225,23 @@ def test_deep_arguments_end_in_an_answer(depth: int) -> None:
 def test_a_templates_own_refusal_is_told() -> None:
     long_id = {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": "call_1"}]}]}
     assert "ids have length 9" in refusal(post("mixtral", **long_id), 400, "messages")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_conversations_with_calls_are_rendered_beside_the_event_loop(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body has room for many thousands of calls, which take seconds."""
+    threads: list[int] = []
+    rendered = Tokenizer.chat_prompt
+
+    def noted(*given: Any) -> str:
+        threads.append(threading.get_ident())
+        return rendered(*given)
+
+    monkeypatch.setattr(Tokenizer, "chat_prompt", noted)
+    with_calls = [USER, {"role": "assistant", "tool_calls": [CALL]}, USER]
+    for messages in ([USER], with_calls):
+        assert post(path=path, messages=messages).status_code == 200
+    plain, of_calls = threads
+    assert plain == threading.get_ident() != of_calls
