@@ -75,7 +75,8 @@ class MarkedDetokenizer(Detokenizer):
         for token_id in token_ids:
             if token_id in self._shown:
                 pieces += [self.flush(), self._shown[token_id]]
-                self._advance()
+                if len(self._window) > self._window_ids_emitted:  # else there would be no context
+                    self._advance()
             else:
                 pieces.append(super().push(token_id))
         return "".join(pieces)

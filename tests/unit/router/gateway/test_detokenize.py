@@ -150,6 +150,15 @@ def test_text_that_goes_on_keeps_its_first_space(sentencepiece: Tokenizer) -> No
     assert "".join(pieces(Detokenizer(sentencepiece, [0, 2]), [3, 4, 3])) == " words word"
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_text_after_shown_marks_keeps_its_first_space(sentencepiece: Tokenizer, size: int) -> None:
+    """A special token, such as Mixtral's before its calls, is no context for the decoder."""
+    ids = [3, EOS, 3, 4, EOS, EOS, 2, EOS]
+    choice = ChoiceText(sentencepiece, (), [0, 2], shown={EOS: "[M]"})
+    parts = [choice.push(ids[place : place + size])[0] for place in range(0, len(ids), size)]
+    assert "".join([*parts, choice.flush()[0]]) == " word[M] words[M][M] the[M]"
+
+
 def test_byte_fallback_characters_come_whole(sentencepiece: Tokenizer) -> None:
     ids = [2, *(5 + byte for byte in "é🦊".encode()), 3]
     parts = pieces(Detokenizer(sentencepiece, [0]), ids)
