@@ -194,8 +194,8 @@ class Validator:
             sampling=sampling,
             deadline_s=time.monotonic() + timeout_s,
             on_expert_loss=self._check_on_expert_loss(raw, routed),
-            # The gateway must see tokens early, so that a stop string ends its choice in time.
-            streamed=raw.streamed or bool(stops),
+            # The gateway must see tokens early where their text may end a choice.
+            streamed=raw.streamed or bool(stops) or (answer is not None and answer.may_end_early),
             received=_check_resume(raw, model, sampling, length, routed),
             text_identity=model.info.text_identity,
             priority=checks.integer(raw.options.get("priority", 0), "priority", *PRIORITIES),

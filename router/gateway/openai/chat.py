@@ -98,7 +98,8 @@ class ChatCall(OpenAiCall):
         """Return a call, or the first part of one."""
         is_short = self.tokenizer.chat_format.calls == "mistral"
         return {
-            "id": call_id(self.request_id, index, part.index, is_short),
+            # The id of the call is the client's own, who may give many the same.
+            "id": call_id(self.request_of(index).request_id, index, part.index, is_short),
             "type": "function",
             "function": {"name": part.name, "arguments": part.arguments},
         }

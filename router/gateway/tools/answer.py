@@ -28,6 +28,11 @@ class AnswerFormat:
         """The special tokens that the parser must see, with their text."""
         return {token_id: mark for mark, token_id in self.format.special.items()}
 
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a call may end a choice, however the model would go on."""
+        return self.use is not None and not self.use.is_parallel
+
     def begin(self) -> ChoiceParser:
         """Return the parser of one choice."""
         return ChoiceParser(self)
@@ -39,7 +44,7 @@ class ChoiceParser:
     def __init__(self, answer: AnswerFormat) -> None:
         use = answer.use
         names = () if use is None else tuple(tool.name for tool in use.callable)
-        most = None if use is None or use.is_parallel else 1
+        most = 1 if answer.may_end_early else None
         self._calls = Calls(names, answer.is_held, most)
         given = None if use is None else use.given
         self._parser = answer.format.parser(answer.prompt, self._calls, given)

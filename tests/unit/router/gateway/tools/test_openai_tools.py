@@ -161,6 +161,40 @@ def test_one_call_ends_the_choice_where_calls_are_not_parallel() -> None:
     assert len(upstream.stopped) == 1
 
 
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_a_whole_answer_of_one_call_is_stopped_after_it(is_parallel: bool) -> None:
+    """Its tokens must come early, or the model would go on to its own end."""
+    upstream = FakeUpstream(says("qwen", f"{QWEN_CALL}\n{QWEN_CALL}"))
+
+    async def asking(client: openai.AsyncOpenAI) -> Any:
+        return await client.chat.completions.create(
+            model="qwen", messages=ASKED, tools=TOOLS, parallel_tool_calls=is_parallel
+        )
+
+    whole = ask(upstream, asking)
+    assert upstream.requests[-1].streamed == (not is_parallel)
+    assert len(upstream.stopped) == (not is_parallel)
+    num_tokens = len(chat_models.model("qwen").tokenizer.encode(QWEN_CALL, False))
+    assert (whole.usage.completion_tokens < num_tokens + 3) == (not is_parallel)
+
+
+def test_calls_have_ids_of_their_own_whatever_id_a_client_gives_its_requests() -> None:
+    upstream = FakeUpstream(says("qwen", QWEN_CALL))
+
+    async def asking(client: openai.AsyncOpenAI) -> Any:
+        answers = [
+            await client.chat.completions.create(
+                model="qwen", messages=ASKED, tools=TOOLS,
+                extra_headers={"X-Request-Id": "conversation-7"},
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        return [answer.choices[0].message.tool_calls[0].id for answer in answers]
+
+    first, second = ask(upstream, asking)
+    assert first != second
+
+
 def test_none_leaves_tools_out() -> None:
     upstream = FakeUpstream(says("gpt-oss", f"{THOUGHT}{HARMONY_CALL}"))
 
