@@ -11,6 +11,9 @@ from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
 
 MAX_TAIL_CHARS = 64
+_ARGUMENTS = re.compile(r"\{")
+_CALL_OR_LIST = re.compile(r"\{|\[(?=\s*[{\]])|(?=[^\s\[{])|(?=\[\s*[^\s{\]])")
+"""A bracket that no call follows is no list: a mark may begin there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class MarkedParser:
         self._hidden = MarkFinder(sorted(hidden))
         self._finder = MarkFinder([*dict.fromkeys((marks.opens, *marks.around, *hidden))])
         self._head = re.compile(marks.head)
-        self._json_begins = re.compile(r"\{" if marks.has_named_head else r"[\[{]|(?=[^\s\[{])")
+        self._json_begins = _ARGUMENTS if marks.has_named_head else _CALL_OR_LIST
         self._ends = re.compile(marks.tail + re.escape(marks.closes))
         self._blanks = Blanks()
         self._state = self._in_text
@@ -169,12 +172,14 @@ class MarkedParser:
         if char == "{":
             self._begin()
             return place
-        self._lead += char
         if char == "]":
             self._lead, self._state = "", self._in_tail
-        elif not (char.isspace() or char == ",") or len(self._lead) > MAX_HEAD_CHARS:
+            return place + 1
+        if not (char.isspace() or char == ",") or len(self._lead) > MAX_HEAD_CHARS:
             lead, self._lead, self._state = self._lead, "", self._in_text
             self._content(lead, parsed)
+            return place
+        self._lead += char
         return place + 1
 
     def _in_tail(self, text: str, place: int, parsed: Parsed) -> int:

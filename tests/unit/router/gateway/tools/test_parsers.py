@@ -39,6 +39,7 @@ HARMONY_CALL = (
     f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS}<|call|>"
 )
 THOUGHT = "<|channel|>analysis<|message|>Need weather.<|end|><|start|>assistant"
+PARIS_CALL = f'{{"name": "get_weather", "arguments": {PARIS}}}'
 CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
     "qwen": (QWEN, QWEN_CALL, Whole("", "", [CALL])),
     "qwen, text and thought": (
@@ -114,6 +115,17 @@ CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
         '[TOOL_CALLS] [{"name": "rm", "arguments": {}}] sorry',
         Whole(' [{"name": "rm", "arguments": {}}] sorry'),
     ),
+    "mixtral, mark twice": (
+        MISTRAL,
+        f"[TOOL_CALLS][TOOL_CALLS] [{PARIS_CALL}]",
+        Whole("", "", [CALL]),
+    ),
+    "mixtral, mark within a list": (
+        MISTRAL,
+        f"[TOOL_CALLS] [{PARIS_CALL}, [TOOL_CALLS] [{PARIS_CALL}]",
+        Whole(",", "", [CALL, CALL]),
+    ),
+    "mixtral, begun list": (MISTRAL, "So [TOOL_CALLS] [", Whole("So  [")),
     "deepseek-v3": (
         V3,
         f"<｜tool▁calls▁begin｜>{V3_CALL}\n{V3_CALL}<｜tool▁calls▁end｜>",
