@@ -297,7 +297,8 @@ PARTS = st.sampled_from(
     [
         "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "\n", " ", "{", "}",
         "[", "]", ",", '"', "\\", QWEN_CALL, V3_CALL, V3_1_CALL, HARMONY_CALL, THOUGHT, "x",
-        '{"name": "now", "arguments": {', r'{"name": "\q", "arguments": {', "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
+        '{"name": "now", "arguments": {', r'{"name": "\q", "arguments": {',
+        "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
         "<|channel|>", "<|message|>", "<|end|>", "final", "é🙂",
     ]
 )  # fmt: skip
