@@ -134,10 +134,7 @@ def check_messages(given: object, where: str) -> list[dict[str, Any]]:
 
 
 def has_calls(given: Mapping[str, object]) -> bool:
-    """Return whether a body's messages have tool calls, whose check may take long.
-
-    A call costs some 40 µs, and a body has room for many thousands.
-    """
+    """Return whether a body's messages have tool calls, of which it has room for thousands."""
     messages = given.get("messages")
     return isinstance(messages, list) and any(
         isinstance(message, dict) and message.get("tool_calls") for message in messages
