@@ -43,8 +43,8 @@ from tests import answered
 from tests.answered import CERTIFICATES, ROLES, Group, Outcome, Port, State
 from tests.client_tls import Pair
 from tests.cluster_fixture import TINY, wait_until
-from tests.integration.test_keys import Keys, bearer
 from tests.long.test_client_tls import HOST, deployment, is_announced, is_own, listeners
+from tests.long.test_keys import Keys, bearer
 from tests.serve_run import READY_S, serve_run
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 

@@ -25,7 +25,7 @@ from router.protos import inference_pb2
 from router.serve.options import HAPROXY
 from tests.client_tls import Pair, shown_number
 from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
-from tests.integration.test_keys import OURS
+from tests.long.test_keys import OURS
 from tests.serve_run import READY_S, copy_with_ports, serve_run
 
 STREAMS, LENGTH = 16, 400
