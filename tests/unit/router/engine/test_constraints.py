@@ -364,7 +364,7 @@ def test_special_tokens_are_no_text_of_an_answer(tokenizer: Tokenizer) -> None:
 def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     release = threading.Event()
-    grammars.compiling.submit(release.wait, 30)
+    grammars._compiling.submit(release.wait, 30)
     ended, going = grammars.begin(of_regex("a")), grammars.begin(of_regex("b"))
     ended.close()
     release.set()
@@ -385,7 +385,7 @@ def test_what_waits_when_the_threads_end_is_not_waited_for(tokenizer: Tokenizer)
         is_held.set()
         release.wait(30)
 
-    grammars.follow(hold)
+    grammars._following.submit(hold)
     assert is_held.wait(30)
     for constraint in (first, second, first, second):
         constraint.read(token_id)
@@ -395,5 +395,74 @@ def test_what_waits_when_the_threads_end_is_not_waited_for(tokenizer: Tokenizer)
     for constraint in (first, second):
         with pytest.raises(InternalError, match="not followed any more"):
             constraint.allowed(0.1)
-    with pytest.raises(RuntimeError):
-        grammars.follow(lambda: None)
+
+
+def test_tokens_read_meanwhile_are_read_in_their_order_and_answered_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice's answers come neither twice nor from two threads, and are those of its tokens."""
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    letters = [tokenizer.encode(letter)[0] for letter in "abcabc"]
+    begun, release, first = threading.Event(), threading.Event(), Constraint._next
+    calls: list[list[int]] = []
+
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+        calls.append(list(token_ids))
+        begun.set()
+        assert release.wait(30)
+        return first(constraint, token_ids)
+
+    constraint = grammars.begin(of_regex("(abc)+d"))
+    flags_after(constraint)
+    monkeypatch.setattr(Constraint, "_next", slow)
+    for token_id in letters[:1]:
+        constraint.read(token_id)
+    assert begun.wait(30)
+    for token_id in letters[1:]:
+        constraint.read(token_id)
+        assert constraint.allowed(0.0) is None
+    release.set()
+    allowed = set(flags_after(constraint).nonzero()[0].tolist())
+    assert calls == [letters[:1], letters[1:]]
+    whole = grammars.begin(of_regex("(abc)+d"))
+    for token_id in letters:
+        whole.read(token_id)
+        flags = flags_after(whole)
+    assert allowed == set(flags.nonzero()[0].tolist())
+    assert {tokenizer.token_text(token_id)[0] for token_id in allowed} == {"a", "d"}
+    grammars.close()
+
+
+def test_what_is_known_is_told_before_a_slow_matcher_of_the_same_step(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    monkeypatch.setattr(constraints, "TOGETHER_S", 0.0)
+    choices = [grammars.begin(of_regex("a{9}")) for _ in range(3)]
+    token_id = int(flags_after(choices[0]).nonzero()[0][0])
+    for constraint in choices:
+        flags_after(constraint)
+    is_held, together, release = threading.Event(), threading.Event(), threading.Event()
+    first = Constraint._next
+
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+        if constraint is choices[-1]:
+            assert release.wait(30)
+        return first(constraint, token_ids)
+
+    def hold() -> None:
+        is_held.set()
+        together.wait(30)
+
+    monkeypatch.setattr(Constraint, "_next", slow)
+    grammars._following.submit(hold)
+    assert is_held.wait(30)
+    for constraint in choices:
+        constraint.read(token_id)
+    together.set()
+    for constraint in choices[:-1]:
+        flags_after(constraint)
+    assert choices[-1].allowed(0.0) is None
+    release.set()
+    assert flags_after(choices[-1]).any()
+    grammars.close()
