@@ -20,6 +20,7 @@ from itertools import chain
 from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from router.engine.token_rules import Edits
@@ -184,51 +185,35 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    temperature, *filters = params.unsqueeze(2)  # [W, 1] each
+    """Draw from logits [W, V] by ``warm_params``; returns int64 [W, 1].
+
+    On a device nothing is read, so all rows are sorted, and searched by sums.
+    """
+    temperature, top_k, top_p, min_p, uniform = params.unsqueeze(2)  # [W, 1] each
     # The largest logit is subtracted first, so that a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature)
-    return _draw_on_cpu(scaled, *filters) if logits.is_cpu else _draw_on_device(scaled, *filters)
-
-
-def _draw_on_cpu(
-    scaled: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    uniform: torch.Tensor,
-) -> torch.Tensor:
-    weights = scaled.softmax(dim=-1)  # [W, V]
-    _filter_few(weights, top_k, top_p)
-    if min_p.any():
-        _filter_by_min_p(weights, min_p)
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:].contiguous()
-    picked = torch.searchsorted(cumulative, uniform * total, right=True)
+    if logits.is_cpu:
+        weights = torch.softmax(scaled, dim=-1, out=scaled)  # fresh memory takes longer than this
+        _filter_few(weights, top_k, top_p)
+    else:
+        weights = _whole_weights(scaled)
+        ordered = weights.sort(dim=-1, descending=True).values
+        _cut(weights, *_least_kept(weights, ordered, top_k, top_p))
+    if not logits.is_cpu or min_p.any():
+        weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+    cumulative = weights.cumsum_(dim=-1)
+    total = cumulative[:, -1:].clone()
+    picked = _num_below(cumulative, uniform * total, or_equal=True)
     # A rounding error at the very end must not pick a token that was filtered out.
-    last = torch.searchsorted(cumulative, total)
+    last = _num_below(cumulative, total, or_equal=False)
     return torch.minimum(picked, last).clamp_(max=weights.shape[1] - 1)  # of NaN nothing is found
 
 
-def _draw_on_device(
-    scaled: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    uniform: torch.Tensor,
-) -> torch.Tensor:
-    """Do as :func:`_draw_on_cpu`, and read nothing: all rows are sorted, and searched by sums."""
-    weights = _whole_weights(scaled)  # [W, V]
-    _filter(weights, weights.sort(dim=-1, descending=True).values, top_k, top_p)
-    _filter_by_min_p(weights, min_p)
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    picked = (cumulative <= uniform * total).sum(dim=-1, keepdim=True)
-    return torch.minimum(picked, (cumulative < total).sum(dim=-1, keepdim=True))
-
-
-def _filter_by_min_p(weights: torch.Tensor, min_p: torch.Tensor) -> None:
-    """Filter weights [W, V] by min-p, in place."""
-    weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+def _num_below(ascending: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> torch.Tensor:
+    """Return how many of each row's values, [W, V] in ascending order, are below its bound."""
+    if ascending.is_cpu:
+        return torch.searchsorted(ascending, bound, right=or_equal)
+    return (ascending <= bound if or_equal else ascending < bound).sum(dim=-1, keepdim=True)
 
 
 def _filter_few(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> None:
@@ -238,27 +223,34 @@ def _filter_few(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor)
     for num_sorted in (min(SORTED_AT_FIRST, vocab), vocab):
         if not len(rows):
             return
-        those, k, p = weights[rows], top_k[rows], top_p[rows]
-        ordered = (
-            those.topk(num_sorted).values
-            if num_sorted < vocab
-            else those.sort(dim=-1, descending=True).values
-        )
-        num_kept = _filter(those, ordered, k, p)
+        those, k, p = (_select(tensor, rows) for tensor in (weights, top_k, top_p))
+        least, num_kept = _least_kept(those, _descending(those, num_sorted), k, p)
         is_known = ((k <= num_sorted) | ((k >= vocab) & (num_kept < num_sorted))).squeeze(1)
         if num_sorted == vocab:
             is_known.fill_(True)
-        weights[rows[is_known]] = those[is_known]
+        [known] = is_known.nonzero(as_tuple=True)
+        cut = _select(those, known)
+        _cut(cut, _select(least, known), _select(num_kept, known))
+        if cut is not weights:
+            weights[rows[known]] = cut
         rows = rows[~is_known]
 
 
-def _filter(
-    weights: torch.Tensor, ordered: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """Filter weights [W, V] by top-k and top-p, in place; returns how many are kept, [W, 1].
+def _descending(weights: torch.Tensor, num: int) -> torch.Tensor:
+    """Return the largest weights of each row, [W, num]; numpy sorts faster than torch."""
+    values = weights.numpy()
+    if num < values.shape[1]:
+        values = np.partition(values, -num, axis=-1)[:, -num:]
+    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
 
-    ``ordered`` [W, M] are the M largest of each row, in descending order. Of equal weights the
-    first tokens are kept. The likeliest token always stays, also where top-p underflows to 0.
+
+def _least_kept(
+    weights: torch.Tensor, ordered: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least weight that top-k and top-p keep, and how many they keep, [W, 1] each.
+
+    ``ordered`` [W, M] are the M largest of each row of weights [W, V], in descending order. The
+    likeliest token always stays, also where top-p underflows to 0.
     """
     ranks = torch.arange(ordered.shape[1], device=weights.device)
     of_top_k = ordered.masked_fill(ranks >= top_k, 0)
@@ -267,14 +259,20 @@ def _filter(
     # top-p keeps the smallest set of tokens whose share reaches top_p.
     is_kept = (ranks < top_k) & (reached - of_top_k < top_p * total)
     num_kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
-    least = ordered.gather(1, num_kept - 1)
+    return ordered.gather(1, num_kept - 1), num_kept
+
+
+def _cut(weights: torch.Tensor, least: torch.Tensor, num_kept: torch.Tensor) -> None:
+    """Make 0 of all weights [W, V] but the ``num_kept`` largest, of which one is ``least``.
+
+    Of equal weights the first tokens are kept.
+    """
     weights.masked_fill_(weights < least, 0)
     num_over = (weights > 0).sum(dim=-1, keepdim=True) - num_kept
     if not weights.is_cpu or (num_over > 0).any():  # some are equal to the last that is kept
         is_least = weights == least
         num_least = is_least.sum(dim=-1, keepdim=True) - num_over
         weights.masked_fill_(is_least & (is_least.cumsum(dim=-1) > num_least), 0)
-    return num_kept
 
 
 def _whole_weights(scaled: torch.Tensor) -> torch.Tensor:
