@@ -49,6 +49,7 @@ if [ -n "$quick" ]; then
   run decode --prefill --transport auto ray --rounds 2 --passes 2 "${peers[@]}"
   run decode --size 445M --rounds 2 "${peers[@]}"
   run prefix
+  run sampling
   run load --rounds 1
   run identity --gigabytes 2
   run workshop --gigabytes 0.5
@@ -74,6 +75,7 @@ else
   run decode --prefill --transport auto ray --rounds 2 --passes 4 "${peers[@]}"
   run decode --size 445M --rounds 2 --passes 4 "${peers[@]}"
   run prefix --rounds 50
+  run sampling
   run load
   run identity
   run workshop
