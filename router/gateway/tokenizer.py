@@ -180,45 +180,25 @@ class Tokenizer:
     ) -> str:
         """Return what the chat template makes of ``messages``; see :class:`ChatTemplate`."""
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         if not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template; send a prompt", "messages")
         try:
-            if any(message.get("content", "") is None for message in messages):
-                text = self._rendered_as_given(messages, is_opened, tools, options)
-            else:
-                text = self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=is_opened,
-                    **options,
-                )
+            # apply_chat_template would leave out contents that are none.
+            [text], _ = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=self._tokenizer.get_chat_template(tools=tools),
+                add_generation_prompt=is_opened,
+                **{**self._tokenizer.special_tokens_map, **options},
+            )
         except Exception as error:  # a template is a program
             # A template refuses by raise_exception, with a text for the client.
             reason = f": {error}" if isinstance(error, TemplateError) else ""
             raise InvalidRequestError(
                 f"the model's chat template refuses the messages{reason}", "messages"
             ) from None
-        return str(text)
-
-    def _rendered_as_given(
-        self,
-        messages: list[dict[str, Any]],
-        is_opened: bool,
-        tools: list[dict[str, Any]] | None,
-        options: Mapping[str, Any],
-    ) -> str:
-        """Render messages with contents that are none, which ``apply_chat_template`` leaves out."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        [text], _ = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=self._tokenizer.get_chat_template(tools=tools),
-            add_generation_prompt=is_opened,
-            **{**self._tokenizer.special_tokens_map, **options},
-        )
         return str(text)
 
 

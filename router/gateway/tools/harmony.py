@@ -7,6 +7,7 @@ import re
 from router.gateway.tools.calls import MAX_HEAD_CHARS, Call, Calls
 from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
+from router.gateway.tools.states import States
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 END, CALL, RETURN, CONSTRAIN = "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
@@ -27,8 +28,7 @@ class HarmonyParser:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._marks = MarkFinder(MARKS)
-        self._state = self._in_header
-        self._held = ""
+        self._states = States(self._in_header)
         self._is_reasoning = False
         self._call: Call | None = None
         self._num_shown = {False: 0, True: 0}
@@ -39,21 +39,12 @@ class HarmonyParser:
 
     def push(self, text: str) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
-        parsed = Parsed()
-        text, place = self._held + text, 0
-        while place < len(text):
-            state = self._state
-            after = state(text, place, parsed)
-            if after == place and state == self._state:
-                break  # more text is needed
-            place = after
-        self._held = text[place:]
-        return parsed
+        return self._states.push(text)
 
     def flush(self) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
         parsed = Parsed()
-        held, self._held = self._held, ""
+        held = self._states.take()
         if self._call is not None and not self._call.is_passed_on:
             held = self._call.text + held
         if self._call is None or not self._call.is_passed_on:
@@ -66,7 +57,7 @@ class HarmonyParser:
             return place
         self._is_begun, self._is_reasoning = False, False
         self._blanks.take()
-        self._state = self._in_message
+        self._states.now = self._in_message
         if begin < 0:
             # A mark that begins no header is left out, like every other.
             return next(
@@ -80,7 +71,7 @@ class HarmonyParser:
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
         if recipient is not None and self._calls.knows(recipient[1]):
             self._call = Call(self._calls, recipient[1])
-            self._state = self._in_call
+            self._states.now = self._in_call
         elif channel is not None:
             self._is_reasoning = channel[1] == "analysis"
         return begin + len(MESSAGE)
@@ -90,7 +81,7 @@ class HarmonyParser:
         self._show(text[place:begin], parsed)
         if end == begin or text[begin:end] in (MESSAGE, CONSTRAIN):
             return end
-        self._state = self._in_header
+        self._states.now = self._in_header
         return begin if text[begin:end] in (START, CHANNEL) else end
 
     def _in_call(self, text: str, place: int, parsed: Parsed) -> int:
@@ -107,7 +98,7 @@ class HarmonyParser:
             is_valid = call.is_done and call.close(parsed)
             if not is_valid and not call.is_passed_on:
                 self._show(call.text, parsed)
-            self._state = self._in_message
+            self._states.now = self._in_message
         return place
 
     def _show(self, text: str, parsed: Parsed) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from router.gateway.tools.calls import MAX_HEAD_CHARS, Call, Calls
 from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
+from router.gateway.tools.states import States
 
 MAX_TAIL_CHARS = 64
 _ARGUMENTS = re.compile(r"\{")
@@ -53,8 +54,7 @@ class MarkedParser:
         self._json_begins = _ARGUMENTS if marks.has_named_head else _CALL_OR_LIST
         self._ends = re.compile(marks.tail + re.escape(marks.closes))
         self._blanks = Blanks()
-        self._state = self._in_text
-        self._held = ""
+        self._states = States(self._in_text)
         self._lead = ""
         """The text of the region before its JSON."""
         self._call: Call | None = None
@@ -63,27 +63,18 @@ class MarkedParser:
 
     def push(self, text: str) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
-        parsed = Parsed()
-        text, place = self._held + text, 0
-        while place < len(text):
-            state = self._state
-            after = state(text, place, parsed)
-            if after == place and state == self._state:
-                break  # more text is needed
-            place = after
-        self._held = text[place:]
-        return parsed
+        return self._states.push(text)
 
     def flush(self) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
         parsed = Parsed()
-        held, self._held = self._held, ""
+        held = self._states.take()
         if self._call is not None and not self._call.is_passed_on:
             self._content(self._lead + self._call.text, parsed)
-        elif self._state == self._in_head:
+        elif self._states.now == self._in_head:
             self._content(self._lead + held, parsed)
-        elif self._state == self._in_text or (
-            self._state == self._in_tail and not self._may_be_tail(held)
+        elif self._states.now == self._in_text or (
+            self._states.now == self._in_tail and not self._may_be_tail(held)
         ):
             self._content(held, parsed)
         if not self._follows_call:
@@ -112,7 +103,7 @@ class MarkedParser:
         begin, end = self._finder.find(text, place)
         self._content(text[place:begin], parsed)
         if text[begin:end] == self._marks.opens:
-            self._lead, self._state = self._marks.opens, self._in_head
+            self._lead, self._states.now = self._marks.opens, self._in_head
         return end
 
     def _in_head(self, text: str, place: int, parsed: Parsed) -> int:
@@ -127,14 +118,14 @@ class MarkedParser:
         if found is not None and found[0] and not is_closed:
             head = self._head.fullmatch(text, place, found.start())
         if head is None or found is None:
-            self._state = self._in_text
+            self._states.now = self._in_text
             self._content(self._lead, parsed)
             return place
         self._lead += text[place : found.start()]
         self._is_list = found[0] == "["
         if self._is_list:
             self._lead += "["
-            self._state = self._in_list
+            self._states.now = self._in_list
             return found.end()
         name = head["name"].strip() if self._marks.has_named_head else ""
         self._begin(name)
@@ -142,7 +133,7 @@ class MarkedParser:
 
     def _begin(self, name: str = "") -> None:
         self._call = Call(self._calls, name)
-        self._state = self._in_json
+        self._states.now = self._in_json
 
     def _in_json(self, text: str, place: int, parsed: Parsed) -> int:
         call = self._call
@@ -160,7 +151,7 @@ class MarkedParser:
                 self._content(self._lead + call.text, parsed)
             self._lead = ""
             following = self._in_list if self._is_list else self._in_tail
-            self._state = following if is_valid else self._in_text
+            self._states.now = following if is_valid else self._in_text
         return place
 
     def _after_call(self) -> None:
@@ -173,10 +164,10 @@ class MarkedParser:
             self._begin()
             return place
         if char == "]":
-            self._lead, self._state = "", self._in_tail
+            self._lead, self._states.now = "", self._in_tail
             return place + 1
         if not (char.isspace() or char == ",") or len(self._lead) > MAX_HEAD_CHARS:
-            lead, self._lead, self._state = self._lead, "", self._in_text
+            lead, self._lead, self._states.now = self._lead, "", self._in_text
             self._content(lead, parsed)
             return place
         self._lead += char
@@ -186,7 +177,7 @@ class MarkedParser:
         found = self._ends.match(text, place)
         if found is None and self._may_be_tail(text[place : place + MAX_TAIL_CHARS]):
             return place
-        self._state = self._in_text
+        self._states.now = self._in_text
         return place if found is None else found.end()
 
     def _may_be_tail(self, text: str) -> bool:
