@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from router.gateway.tools.parts import CallPart, Parsed
@@ -103,6 +103,14 @@ class Calls:
         self.num_begun += 1
         return CallPart(self.num_begun - 1, name, "")
 
+    def add(self, index: int | None, name: str, arguments: str, parsed: Parsed) -> None:
+        """Count a valid call, and pass it on where it has no ``index``, as none of it was."""
+        if self.is_full:
+            return
+        if index is None:
+            parsed.calls.append(replace(self.begin(name), arguments=arguments))
+        self.num_valid += 1
+
 
 class Call:
     """One call: ``{"name": …, "arguments": {…}}``, or of a given ``name`` the arguments alone."""
@@ -154,12 +162,9 @@ class Call:
         """Return whether the call, which is done, is one of a known tool, and JSON."""
         try:
             name, arguments = self._parts(self.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
-        if not self._calls.is_full:
-            if self._index is None:
-                parsed.calls.append(replace(self._calls.begin(name), arguments=arguments))
-            self._calls.num_valid += 1
+        self._calls.add(self._index, name, arguments, parsed)
         return True
 
     def _pass_on(self, piece: str, parsed: Parsed) -> None:
@@ -181,24 +186,28 @@ class Call:
             parsed.calls.append(CallPart(self._index, "", piece[:end]))
 
     def _parts(self, text: str) -> tuple[str, str]:
-        """Return name and arguments; raises ``ValueError`` where there are none."""
-        value: Any = json.loads(text, parse_constant=_refuse)
+        """Return name and arguments; raises ``ValueError`` where there are none.
+
+        Arguments are the model's own text, as a stream passes it on: keys that come twice and
+        numbers of any size stay what they are. Of members of the call that come twice the first
+        holds, since a stream has passed that on.
+        """
         if self._name:
+            _DECODER.decode(text)
             return self._known(self._name), text
-        if not isinstance(value, dict):
-            raise ValueError("is no object")
-        name = self._known(value.get("name"))
-        arguments = value.get("arguments", value.get("parameters", {}))
-        if found := _HEAD.match(text):  # as the model wrote them
-            span = JsonSpan()
-            return name, text[found.end() : span.push(text, found.end())]
-        if isinstance(arguments, str):
-            if not isinstance(json.loads(arguments, parse_constant=_refuse), dict):
+        members = _members(text)
+        name = self._known(members["name"].value if "name" in members else None)
+        places = [members[key] for key in members if key in ("arguments", "parameters")]
+        if not places:
+            return name, "{}"
+        arguments = places[0]
+        if isinstance(arguments.value, str):
+            if not isinstance(_DECODER.decode(arguments.value), dict):
                 raise ValueError("has no object of arguments")
-            return name, without_halves(arguments)
-        if not isinstance(arguments, dict):
+            return name, without_halves(arguments.value)
+        if not isinstance(arguments.value, dict):
             raise ValueError("has no object of arguments")
-        return name, written(arguments)
+        return name, text[arguments.begin : arguments.end]
 
     def _known(self, name: object) -> str:
         if not isinstance(name, str) or not self._calls.knows(name):
@@ -226,3 +235,57 @@ def _text_of(quoted: str) -> str:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """The value of a member of a JSON object, and its places in the text."""
+
+    value: Any
+    begin: int
+    end: int
+
+
+def _unread(_: str) -> None:
+    """Stand for a number: Python has a bound for the digits of one, and JSON has none."""
+
+
+_DECODER = json.JSONDecoder(parse_int=_unread, parse_float=_unread, parse_constant=_refuse)
+_BLANKS = re.compile(r"[ \t\n\r]*")
+
+
+def _members(text: str) -> dict[str, _Member]:
+    """Return the members of a text that is a JSON object; of those of one name the first.
+
+    Raises ``ValueError`` where it is none.
+    """
+    members: dict[str, _Member] = {}
+    place, is_more = _after(text, 0, "{"), True
+    if text[place : place + 1] == "}":
+        place, is_more = place + 1, False
+    while is_more:
+        key, place = _DECODER.raw_decode(text, place)
+        if not isinstance(key, str):
+            raise ValueError("has a key that is no text")
+        begin = _after(text, place, ":")
+        value, end = _DECODER.raw_decode(text, begin)
+        members.setdefault(key, _Member(value, begin, end))
+        place = _blank_end(text, end)
+        is_more = text[place : place + 1] == ","
+        place = _after(text, place, "," if is_more else "}")
+    if place != len(text):
+        raise ValueError("has text after it")
+    return members
+
+
+def _after(text: str, place: int, sign: str) -> int:
+    """Return the place after white space, a sign that must come, and more white space."""
+    place = _blank_end(text, place)
+    if not text.startswith(sign, place):
+        raise ValueError(f"has no {sign} at {place}")
+    return _blank_end(text, place + 1)
+
+
+def _blank_end(text: str, place: int) -> int:
+    found = _BLANKS.match(text, place)
+    return place if found is None else found.end()

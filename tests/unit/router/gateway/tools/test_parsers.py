@@ -267,8 +267,51 @@ def test_arguments_are_json_and_unicode_however_they_were_written(is_held: bool)
     ):
         for pieces in cuts(f"<tool_call>{call}</tool_call>"):
             assert parsed(QWEN, pieces, is_held).calls == [("get_weather", half)]
-    text = '<tool_call>{"arguments": {"days": 1e999}, "name": "get_weather"}</tool_call>'
-    assert parsed(QWEN, [text], is_held) == Whole(text, finish_reason="stop")
+
+TWICE = '{"city": "a", "city": "b", "days": 1, "days": 1e999}'
+HUGE = f'{{"days": {"9" * 5000}}}'
+
+
+@pytest.mark.parametrize("arguments", [TWICE, HUGE])
+def test_arguments_are_the_models_own_text_in_whole_answers_and_streams(arguments: str) -> None:
+    """Keys that come twice, and numbers that Python refuses to read, are JSON."""
+    in_order = f'{{"name": "get_weather", "arguments": {arguments}}}'
+    for format_, text in (
+        (QWEN, f"<tool_call>{in_order}</tool_call>"),
+        (QWEN, f'<tool_call>{{"arguments": {arguments}, "name": "get_weather"}}</tool_call>'),
+        (QWEN, f'<tool_call>{in_order[:-1]}, "x": {HUGE}}}</tool_call>'),
+        (MISTRAL, f"[TOOL_CALLS] [{in_order}]"),
+        (V3_1, V3_1_CALL.replace(PARIS, arguments)),
+        (GPT_OSS, HARMONY_CALL.replace(PARIS, arguments)),
+    ):
+        whole = parsed(format_, [text], is_held=True)
+        assert whole == Whole("", "", [("get_weather", arguments)], "tool_calls")
+        assert parsed(format_, [text], is_held=False) == whole
+        assert parsed(format_, list(text), is_held=False) == whole
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ('"name": "now", "arguments": {"a": 1}, "name": "get_weather"', ("now", '{"a": 1}')),
+        ('"name": "now", "arguments": {"a": 1}, "arguments": {}', ("now", '{"a": 1}')),
+        ('"name": "now", "parameters": {"a": 1}, "arguments": {}', ("now", '{"a": 1}')),
+        ('"name": "rm", "name": "now", "arguments": {}', None),
+        ('"name": 5, "arguments": {}', None),
+        ('5: 5, "name": "now", "arguments": {}', None),
+        ('"name": "now",, "arguments": {}', None),
+        ('"name": "now", "arguments": "' + "[" * 100_000 + '"', None),
+    ],
+)
+def test_of_members_that_come_twice_the_first_holds(
+    members: str, expected: tuple[str, str] | None
+) -> None:
+    """A stream has passed it on before the second comes."""
+    text = f"<tool_call>{{{members}}}</tool_call>"
+    whole = parsed(QWEN, [text], is_held=True)
+    assert whole.calls == ([] if expected is None else [expected])
+    assert whole.content == (text if expected is None else "")
+    assert parsed(QWEN, [text], is_held=False) == whole
 
 
 def test_at_most_one_call_where_they_are_not_parallel() -> None:
