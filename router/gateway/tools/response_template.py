@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from router.gateway.tools.calls import Calls, written
 from router.gateway.tools.marks import Blanks
 from router.gateway.tools.parts import Parsed
 
+CALLS_FIELD = "tool_calls"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 PIECES = 32
 """transformers' parser copies all text so far for each piece, so pieces grow with the text: each
@@ -20,8 +20,8 @@ class ResponseTemplateParser:
     """Passes on content and reasoning as they come, and each call once it is whole.
 
     ``prefix`` is the prompt, which may open a part of the answer. ``tools`` give arguments their
-    types. From where the template does not fit the text, and calls of unknown tools are content.
-    Marks that are ``hidden`` are not shown there.
+    types. From where the template does not fit the text, and calls of unknown tools are content,
+    marks and white space around them included. Marks that are ``hidden`` are not shown there.
     """
 
     def __init__(
@@ -32,9 +32,10 @@ class ResponseTemplateParser:
         tools: Sequence[dict[str, Any]] = (),
         hidden: Collection[str] = (),
     ) -> None:
-        from transformers.utils.chat_parsing import ResponseParser
+        # Imported here, since the command line and the client must not load transformers.
+        from router.gateway.tools.placed_parser import PlacedParser
 
-        self._parser = ResponseParser(dict(template), prefix=prefix, tools=list(tools))
+        self._parser = PlacedParser(dict(template), prefix=prefix, tools=list(tools))
         self._calls = calls
         self._hidden = tuple(hidden)
         self._pending: list[str] = []
@@ -45,6 +46,9 @@ class ResponseTemplateParser:
         """The text of a part whose value is known at its end."""
         self._blanks = Blanks()
         self._is_begun = False
+        self._in_reasoning = False
+        self._follows_source = False
+        """Whether the last call was none, and is content with the white space around it."""
         self._take(self._parser.initial_events)
 
     def push(self, text: str) -> Parsed:
@@ -57,20 +61,26 @@ class ResponseTemplateParser:
 
     def flush(self) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
-        return self._feed(is_last=True)
+        parsed = self._feed(is_last=True)
+        if self._follows_source and not self._in_reasoning:
+            parsed.content += self._blanks.take()
+        return parsed
 
     def _feed(self, is_last: bool) -> Parsed:
         text, self._pending, self._num_pending = "".join(self._pending), [], 0
         self._num_fed += len(text)
         if self._is_broken:
             return Parsed(self._unmarked(text))
+        events: list[dict[str, Any]] = []
         try:
-            events = self._parser.feed(text)
+            self._parser.feed_into(events, text)
             if is_last:
-                events += self._parser.finalize()[1]
+                self._parser.finish_into(events)
         except (ValueError, TypeError, KeyError, RecursionError):
             self._is_broken = True
-            return Parsed(self._unmarked("".join([*self._region, text])))
+            parsed = self._take(events)
+            self._show_source(self._parser.unsettled, parsed)
+            return parsed
         return self._take(events)
 
     def _take(self, events: list[dict[str, Any]]) -> Parsed:
@@ -78,20 +88,31 @@ class ResponseTemplateParser:
         for event in events:
             field, kind = event["field"], event["type"]
             if kind == "region_open":
-                self._region, self._blanks, self._is_begun = [], Blanks(), False
+                self._open(field)
             elif kind == "region_chunk" and event["dirty"]:
                 self._region.append(event["text"])
             elif kind == "region_chunk":
                 text = event["text"] if self._is_begun else event["text"].lstrip()
                 self._is_begun = self._is_begun or bool(text)
                 self._show(field, self._blanks.push(text), parsed)
-            elif field == "tool_calls":
-                self._add_calls(event["value"], parsed)
+            elif field == CALLS_FIELD:
+                self._add_calls(event["value"], event["source"], parsed)
                 self._region = []
             elif self._region:  # a value that OpenAI's messages have no place for
                 self._show(field, "".join(self._region), parsed)
                 self._region = []
         return parsed
+
+    def _open(self, field: str) -> None:
+        self._region = []
+        if self._in_reasoning or not (field == CALLS_FIELD or self._follows_source):
+            self._blanks, self._is_begun = Blanks(), False
+        self._in_reasoning = field in REASONING_FIELDS
+
+    def _show_source(self, source: str, parsed: Parsed) -> None:
+        """Pass on as content what is no call, and the white space before it."""
+        parsed.content += self._blanks.take() + self._unmarked(source)
+        self._is_begun = self._follows_source = True
 
     def _show(self, field: str, text: str, parsed: Parsed) -> None:
         text = self._unmarked(text)
@@ -100,18 +121,21 @@ class ResponseTemplateParser:
         else:
             parsed.content += text
 
-    def _add_calls(self, value: Any, parsed: Parsed) -> None:
+    def _add_calls(self, value: Any, source: str, parsed: Parsed) -> None:
+        found: list[tuple[str, str]] = []
         for entry in value if isinstance(value, list) else [value]:
             function = entry.get("function") if isinstance(entry, dict) else None
             name = function.get("name") if isinstance(function, dict) else None
             arguments = function.get("arguments", {}) if isinstance(function, dict) else None
             text = self._written(name, arguments)
             if text is None:
-                parsed.content += self._unmarked("".join(self._region))
+                self._show_source(source, parsed)
                 return
-            if not self._calls.is_full:
-                parsed.calls.append(replace(self._calls.begin(str(name)), arguments=text))
-                self._calls.num_valid += 1
+            found.append((str(name), text))
+        self._blanks.take()
+        self._follows_source = self._is_begun = False
+        for known, text in found:
+            self._calls.add(None, known, text, parsed)
 
     def _written(self, name: object, arguments: object) -> str | None:
         """Return a call's arguments as JSON, ``None`` where it is no valid call."""

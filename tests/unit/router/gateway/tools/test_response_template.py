@@ -65,12 +65,36 @@ def test_the_prompt_may_open_a_part() -> None:
     assert whole_of(["Hm.</think>Yes"], f"{PREFIX}<think>") == Whole("Yes", "Hm.")
 
 
-def test_what_does_not_fit_stays_content() -> None:
-    assert "{broken" in whole_of(["So <tool_call>{broken</tool_call> on"]).content
-    unknown = QWEN_CALL.replace("get_weather", "rm")
-    whole = whole_of([unknown])
-    assert '"name": "rm"' in whole.content
-    assert whole.calls == []
+BROKEN = "<tool_call>\n{broken\n</tool_call>"
+UNKNOWN = QWEN_CALL.replace("get_weather", "rm")
+CUT_SHORT = QWEN_CALL[:-20]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"So \n{BROKEN}", Whole(f"So \n{BROKEN}")),
+        (f"{BROKEN} on\n{QWEN_CALL}\n", Whole(f"{BROKEN} on\n{QWEN_CALL}\n")),
+        (f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n", Whole(f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n")),
+        (f"So {CUT_SHORT}", Whole(f"So {CUT_SHORT}")),
+        (f"<think>\nHm.\n</think>\n\nSo {BROKEN}", Whole(f"So {BROKEN}", "Hm.")),
+        (f"So:\n{UNKNOWN}\n{QWEN_CALL}\n", Whole(f"So:\n{UNKNOWN}", "", [("get_weather", PARIS)])),
+        (
+            f"<think>Hm. </think>{QWEN_CALL}\n{BROKEN}",
+            Whole(BROKEN, "Hm.", [("get_weather", PARIS)]),
+        ),
+    ],
+)
+def test_what_is_no_call_stays_content_with_its_marks_at_every_cut(
+    text: str, expected: Whole
+) -> None:
+    for pieces in cuts(text):
+        assert whole_of(pieces) == expected, pieces
+
+
+def test_a_mark_in_the_prompt_is_not_shown() -> None:
+    for pieces in cuts("{broken</tool_call> on"):
+        assert whole_of(pieces, f"{PREFIX}<tool_call>") == Whole("{broken</tool_call> on")
 
 
 def test_arguments_are_json_and_unicode() -> None:
