@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _RESERVED = frozenset(
     }
 )  # fmt: skip
 """Names in templates that are no options of a client."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""transformers' marks of what an assistant writes, which Jinja does not know."""
 _PROBE_ID = "probe0001"  # of Mistral's form
 _PROBE_TOOL: dict[str, Any] = {
     "type": "function",
@@ -82,7 +85,8 @@ class ChatTemplate:
         tools = [_PROBE_TOOL] if self.shows_tools else None
         for shape in _SHAPES:
             text = self._tried(shape(_PROBE), tools)
-            if all(part in text for part in ("probe_call", '"probe_key"', "probe_result")):
+            has_key = any(part in text for part in ('"probe_key"', "<parameter=probe_key>"))
+            if has_key and "probe_call" in text and "probe_result" in text:
                 return shape
         return None
 
@@ -188,10 +192,13 @@ def _option(value: object, where: str) -> object:
 
 
 def _names_in(source: str) -> frozenset[str]:
-    """Return all names in a template: variables, and attributes too."""
+    """Return the names that a template reads of what it is given: no variables of its own."""
     from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
 
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - renders nothing
+    plain = _GENERATION.sub("", source)
     try:
-        return frozenset(value for _, kind, value in Environment().lex(source) if kind == "name")
+        return frozenset(find_undeclared_variables(environment.parse(plain)))
     except TemplateSyntaxError:
         return frozenset()

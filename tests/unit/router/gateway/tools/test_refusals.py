@@ -119,6 +119,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"thinking_mode": True}}, "chat_template_kwargs.thinking_mode"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages"),
+    *(
+        ({"chat_template_kwargs": {name: 1}}, f"chat_template_kwargs.{name}")
+        for name in ("m", "call", "function", "tojson", "length")
+    ),
     ({"chat_template_kwargs": {"enable_thinking": []}}, "chat_template_kwargs.enable_thinking"),
     (
         {"chat_template_kwargs": {"enable_thinking": "x" * 300}},

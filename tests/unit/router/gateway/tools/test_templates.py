@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import InvalidRequestError
+from router.gateway.tools.template import ChatTemplate
 from tests.unit.gateway_fakes import FakeUpstream
 from tests.unit.router.gateway.tools.chat_models import model, says
 from tests.unit.router.gateway.tools.test_refusals import CALL, TOOL, USER, post
@@ -76,6 +78,32 @@ def test_options_reach_the_template() -> None:
     assert prompt_of("deepseek-v3.1", chat_template_kwargs={"thinking": True}).endswith("<think>")
     assert "Reasoning: high" in prompt_of("gpt-oss", reasoning_effort="high")
     assert "Reasoning: medium" in prompt_of("gpt-oss")
+
+
+OWN_NAMES = """
+{%- macro shown(part, mark) %}{{ mark ~ part.text ~ style }}{% endmacro %}
+{%- set date = date | default('today') %}{% set count = 0 %}
+{%- if lang is not defined %}{% set lang = 'en' %}{% endif %}
+{%- for role, m in messages if role != 'x' %}{% if m.skipped %}{% continue %}{% endif %}
+{%- generation -%}{{ shown(m, bos_token) ~ lang ~ count }}{% endgeneration %}{% endfor %}{{ date }}
+"""
+"""A template with variables of its own, transformers' marks of an assistant's text, a loop's."""
+
+
+@pytest.mark.parametrize("name", ["style", "date", "lang"])
+def test_what_a_template_reads_of_its_input_is_an_option(name: str) -> None:
+    template = ChatTemplate(OWN_NAMES, lambda *_: "")
+    assert template.check_options({"chat_template_kwargs": {name: "x"}}) == {name: "x"}
+
+
+@pytest.mark.parametrize(
+    "name", ["part", "mark", "m", "role", "count", "shown", "text", "skipped", "messages", "loop"]
+)
+def test_a_templates_own_variables_are_no_options(name: str) -> None:
+    template = ChatTemplate(OWN_NAMES, lambda *_: "")
+    with pytest.raises(InvalidRequestError) as refused:
+        template.check_options({"chat_template_kwargs": {name: "x"}})
+    assert refused.value.field == f"chat_template_kwargs.{name}"
 
 
 def test_reasoning_that_the_prompt_opens_is_told_apart() -> None:
