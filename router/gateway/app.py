@@ -117,7 +117,7 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     async def tokenize(request: Request) -> JSONResponse:
         body = await _body(request, service)
         check = partial(tokens.tokenize, body, service.validator)
-        return JSONResponse(await checked(has_calls(body), check))
+        return JSONResponse(await checked(asks_form(body) or has_calls(body), check))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:

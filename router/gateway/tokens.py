@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
+from router.gateway.chat_request import check_chat
 from router.gateway.models import GatewayModel
 from router.gateway.prompts import check_ids, check_length, check_messages
 from router.gateway.validate import Validator
@@ -27,13 +29,15 @@ def tokenize(
     messages: object = None,
     add_special_tokens: object = None,
     add_generation_prompt: object = None,
+    chat: Mapping[str, object] | None = None,
 ) -> Tokens:
     """Return the tokens of a prompt, or of messages as the model's chat template renders them.
 
     ``add_special_tokens`` is by default true for a prompt and false for messages, whose template
-    has them; ``add_generation_prompt`` is for messages and by default true. There may be more
-    tokens than the context has, but no longer text than a context of the longest tokens. Raises
-    :class:`InvalidRequestError` and :class:`UnknownModelError`.
+    has them; ``add_generation_prompt`` is for messages and by default true. ``chat`` are fields of a
+    chat request that change its prompt, tools and options of the template, and are checked as
+    those are. There may be more tokens than the context has, but no longer text than a context of
+    the longest tokens. Raises :class:`InvalidRequestError` and :class:`UnknownModelError`.
     """
     model = validator.model(model_id)
     if (prompt is None) == (messages is None):
@@ -42,9 +46,16 @@ def tokenize(
     if messages is not None:
         where = "messages"
         is_opened = _flag(add_generation_prompt, True, "add_generation_prompt")
-        text = model.tokenizer.chat_prompt(check_messages(messages, where), is_opened)
-    elif add_generation_prompt is not None:
-        raise InvalidRequestError("is allowed only with messages", "add_generation_prompt")
+        asked = check_chat(chat or {}, {}, model)
+        checked_messages = check_messages(messages, where)
+        text = model.tokenizer.chat_prompt(
+            checked_messages, is_opened, asked.tools, asked.options
+        )
+    else:
+        of_messages = {"add_generation_prompt": add_generation_prompt, **(chat or {})}
+        for name, value in of_messages.items():
+            if value is not None:
+                raise InvalidRequestError("is allowed only with messages", name)
     checked = checks.text(text, where)
     check_length(checked, where, model)
     is_special = _flag(add_special_tokens, messages is None, "add_special_tokens")

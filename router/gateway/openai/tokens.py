@@ -8,11 +8,12 @@ from router.gateway import checks, tokens
 from router.gateway.openai.fields import Fields, known_fields
 from router.gateway.validate import Validator
 
+_OF_CHAT = ("tools", "chat_template_kwargs")
 TOKENIZE = Fields(
     frozenset(
         {
             "model", "prompt", "messages", "add_special_tokens", "add_generation_prompt",
-            "return_token_strs",
+            "return_token_strs", *_OF_CHAT,
         }
     ),
     {
@@ -27,7 +28,8 @@ def tokenize(body: dict[str, Any], validator: Validator) -> dict[str, Any]:
     """Answer ``/tokenize``; see :func:`router.gateway.tokens.tokenize`."""
     given = known_fields(body, TOKENIZE)
     has_texts = checks.boolean(given.pop("return_token_strs", False), "return_token_strs")
-    found = tokens.tokenize(validator, given.pop("model", ""), **given)
+    chat = {name: given.pop(name) for name in _OF_CHAT if name in given}
+    found = tokens.tokenize(validator, given.pop("model", ""), **given, chat=chat)
     return {
         "count": len(found.token_ids),
         "max_model_len": found.max_model_len,

@@ -111,6 +111,7 @@ _FUNCTION = body(
     ["name"],
 )
 _TOOL = record({"type": one_of("function"), "function": _FUNCTION}, ["type", "function"])
+_TOOLS = items(_TOOL, 0, MAX_TOOLS)
 _NAMED = record(
     {"type": one_of("function"), "function": record({"name": _NAME}, ["name"])},
     ["type", "function"],
@@ -149,7 +150,7 @@ def chat(models: Sequence[str], limits: GatewayConfig) -> Schema:
         "logprobs": BOOLEAN,
         "top_logprobs": integer(0, limits.max_logprobs),
         "max_completion_tokens": integer(0),
-        "tools": items(_TOOL, 0, MAX_TOOLS),
+        "tools": _TOOLS,
         "tool_choice": _CHOICE,
         "parallel_tool_calls": BOOLEAN,
         "chat_template_kwargs": _TEMPLATE_OPTIONS,
@@ -167,6 +168,8 @@ def tokenize(models: Sequence[str], limits: GatewayConfig) -> Schema:
         "add_special_tokens": BOOLEAN,
         "add_generation_prompt": BOOLEAN,
         "return_token_strs": BOOLEAN,
+        "tools": _TOOLS,
+        "chat_template_kwargs": _TEMPLATE_OPTIONS,
     }
     return _body(TOKENIZE, properties, ["model"])
 

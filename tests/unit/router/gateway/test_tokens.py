@@ -86,6 +86,8 @@ def test_a_text_over_the_context_is_counted() -> None:
         ("/tokenize", {"prompt": "x" * 1_000_000}, "prompt"),
         ("/tokenize", {"prompt": "in", "add_special_tokens": 1}, "add_special_tokens"),
         ("/tokenize", {"prompt": "in", "add_generation_prompt": True}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "in", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "in", "chat_template_kwargs": {}}, "chat_template_kwargs"),
         ("/tokenize", {"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
         ("/tokenize", {"prompt": "in", "chat_template": "x"}, "chat_template"),
         ("/detokenize", {}, "tokens"),

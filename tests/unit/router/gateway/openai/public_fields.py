@@ -270,18 +270,20 @@ _OF_TOKENIZERS = [
     Case(TOKENIZE, "return_token_strs", VLLM, {"prompt": PROMPT, "return_token_strs": True},
          lambda answer, plain: "".join(answer["token_strs"]) == PROMPT),
     Case(TOKENIZE, "messages", VLLM, {"messages": HELLO}),
+    Case(TOKENIZE, "tools", VLLM, {"messages": HELLO, "tools": [TOOL]}),
     Case(TOKENIZE, "add_generation_prompt", VLLM,
          {"messages": HELLO, "add_generation_prompt": True}),
     *(
         Case(TOKENIZE, name, VLLM, {"messages": HELLO, name: value})
         for name, value in {
             "continue_final_message": False, "media_io_kwargs": {}, "mm_processor_kwargs": {},
+            "tools": [], "chat_template_kwargs": {},
         }.items()
     ),
     *(
         Case(TOKENIZE, name, VLLM, {"messages": HELLO, name: value}, is_refused=True)
         for name, value in {
-            "continue_final_message": True, "chat_template": "{{ messages }}", "tools": [TOOL],
+            "continue_final_message": True, "chat_template": "{{ messages }}",
             "chat_template_kwargs": {"a": 1}, "media_io_kwargs": {"video": {}},
             "mm_processor_kwargs": {"num_crops": 4},
         }.items()

@@ -163,8 +163,16 @@ def test_the_place_at_fault_is_named(body: dict[str, Any], param: str) -> None:
     assert upstream.requests == []
 
 
+@pytest.mark.parametrize(
+    ("body", "param"), [pair for pair in BAD if {*pair[0]} <= {"tools", "chat_template_kwargs"}]
+)
+def test_tokenize_refuses_the_same_by_the_same_name(body: dict[str, Any], param: str) -> None:
+    refusal(post("qwen", path="/tokenize", **body), 400, param)
+
+
 def test_tools_that_a_model_cannot_show_are_refused() -> None:
-    assert "shows no tools" in refusal(post("plain", tools=[TOOL]), 400, "tools")
+    for path in (CHAT, "/tokenize"):
+        assert "shows no tools" in refusal(post("plain", path=path, tools=[TOOL]), 400, "tools")
     body = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
     assert "shows no tool calls" in refusal(post("plain", **body), 400, "messages[1]")
     assert post("plain", tools=[], tool_choice="none").status_code == 200

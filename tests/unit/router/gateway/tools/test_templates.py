@@ -80,6 +80,27 @@ def test_options_reach_the_template() -> None:
     assert "Reasoning: medium" in prompt_of("gpt-oss")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in EXPECTED),
+        ("qwen", {"enable_thinking": False}),
+        ("deepseek-v3.1", {"thinking": True}),
+        ("gpt-oss", {"reasoning_effort": "high"}),
+    ],
+)
+def test_tokenize_counts_the_tokens_of_the_chat_request(name: str, options: dict[str, Any]) -> None:
+    body = {"messages": TURN, "tools": [TOOL], "chat_template_kwargs": options}
+    answer = post(name, path="/tokenize", **body)
+    assert answer.status_code == 200, answer.text
+    upstream = FakeUpstream(says(name, "x"))
+    told = post(name, upstream, **body).json()
+    assert answer.json()["count"] == told["usage"]["prompt_tokens"]
+    assert tuple(answer.json()["tokens"]) == tuple(upstream.requests[-1].prompt_token_ids)
+    plain = post(name, path="/tokenize", messages=TURN).json()
+    assert plain["count"] < answer.json()["count"]
+
+
 OWN_NAMES = """
 {%- macro shown(part, mark) %}{{ mark ~ part.text ~ style }}{% endmacro %}
 {%- set date = date | default('today') %}{% set count = 0 %}
