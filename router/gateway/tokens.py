@@ -34,8 +34,8 @@ def tokenize(
     """Return the tokens of a prompt, or of messages as the model's chat template renders them.
 
     ``add_special_tokens`` is by default true for a prompt and false for messages, whose template
-    has them; ``add_generation_prompt`` is for messages and by default true. ``chat`` are fields of a
-    chat request that change its prompt, tools and options of the template, and are checked as
+    has them; ``add_generation_prompt`` is for messages and by default true. ``chat`` are fields of
+    a chat request that change its prompt, tools and options of the template, and are checked as
     those are. There may be more tokens than the context has, but no longer text than a context of
     the longest tokens. Raises :class:`InvalidRequestError` and :class:`UnknownModelError`.
     """
@@ -48,9 +48,7 @@ def tokenize(
         is_opened = _flag(add_generation_prompt, True, "add_generation_prompt")
         asked = check_chat(chat or {}, {}, model)
         checked_messages = check_messages(messages, where)
-        text = model.tokenizer.chat_prompt(
-            checked_messages, is_opened, asked.tools, asked.options
-        )
+        text = model.tokenizer.chat_prompt(checked_messages, is_opened, asked.tools, asked.options)
     else:
         of_messages = {"add_generation_prompt": add_generation_prompt, **(chat or {})}
         for name, value in of_messages.items():

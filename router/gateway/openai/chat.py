@@ -96,7 +96,7 @@ class ChatCall(OpenAiCall):
 
     def _call(self, index: int, part: CallPart) -> dict[str, Any]:
         """Return a call, or the first part of one."""
-        is_short = self.tokenizer.chat_format.calls == "mistral"
+        is_short = self.tokenizer.chat_format.has_short_ids
         return {
             # The id of the call is the client's own, who may give many the same.
             "id": call_id(self.request_of(index).request_id, index, part.index, is_short),

@@ -35,6 +35,11 @@ class JsonSpan:
         self.is_broken = False
         """Whether no JSON goes on so."""
 
+    @property
+    def is_in_string(self) -> bool:
+        """Whether a string is open."""
+        return self._in_string and not self.is_broken
+
     def push(self, text: str, place: int) -> int:
         """Follow a text from ``place`` on; returns the place after the last character taken."""
         while place < len(text) and not self.is_done and not self.is_broken:
@@ -193,7 +198,7 @@ class Call:
         holds, since a stream has passed that on.
         """
         if self._name:
-            _DECODER.decode(text)
+            DECODER.decode(text)
             return self._known(self._name), text
         members = _members(text)
         name = self._known(members["name"].value if "name" in members else None)
@@ -202,7 +207,7 @@ class Call:
             return name, "{}"
         arguments = places[0]
         if isinstance(arguments.value, str):
-            if not isinstance(_DECODER.decode(arguments.value), dict):
+            if not isinstance(DECODER.decode(arguments.value), dict):
                 raise ValueError("has no object of arguments")
             return name, without_halves(arguments.value)
         if not isinstance(arguments.value, dict):
@@ -246,11 +251,13 @@ class _Member:
     end: int
 
 
-def _unread(_: str) -> None:
-    """Stand for a number: Python has a bound for the digits of one, and JSON has none."""
+def _some_integer(_: str) -> int:
+    """Stand for an integer: Python has a bound for the digits of one, and JSON has none."""
+    return 0
 
 
-_DECODER = json.JSONDecoder(parse_int=_unread, parse_float=_unread, parse_constant=_refuse)
+DECODER = json.JSONDecoder(parse_int=_some_integer, parse_constant=_refuse)
+"""Reads JSON, and of its numbers the kinds alone. Raises ``ValueError`` for what is no JSON."""
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
@@ -264,11 +271,11 @@ def _members(text: str) -> dict[str, _Member]:
     if text[place : place + 1] == "}":
         place, is_more = place + 1, False
     while is_more:
-        key, place = _DECODER.raw_decode(text, place)
+        key, place = DECODER.raw_decode(text, place)
         if not isinstance(key, str):
             raise ValueError("has a key that is no text")
         begin = _after(text, place, ":")
-        value, end = _DECODER.raw_decode(text, begin)
+        value, end = DECODER.raw_decode(text, begin)
         members.setdefault(key, _Member(value, begin, end))
         place = _blank_end(text, end)
         is_more = text[place : place + 1] == ","

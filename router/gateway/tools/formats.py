@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,23 +14,45 @@ from router.gateway.tools.marked import CallMarks, MarkedParser
 from router.gateway.tools.parts import PlainText, TextParser
 from router.gateway.tools.response_template import ResponseTemplateParser
 from router.gateway.tools.thinking import ThinkingParser
+from router.gateway.tools.xml_call import FUNCTION
 
-CallKind = Literal["", "tool_call", "mistral", "deepseek_v3", "deepseek_v3_1", "harmony"]
+CallKind = Literal[
+    "", "tool_call", "qwen3_coder", "mistral", "mistral_v11", "mistral_v13", "deepseek_v3",
+    "deepseek_v3_1", "harmony",
+]  # fmt: skip
 _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_CALL = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
 SEPARATOR = "<｜tool▁sep｜>"
+CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
 _NAME = r"(?P<name>[^\s<｜]{1,64})"
+_MISTRAL_NAME = r"(?P<name>[^\s\[\]]{1,64})"
+_MISTRAL_ID = r"(?:\[CALL_ID\]\s*[^\s\[\]]{1,64}\s*)?"
+_MISTRAL_V11 = CallMarks(
+    "[TOOL_CALLS]",
+    head=rf"\s*{_MISTRAL_NAME}\s*{_MISTRAL_ID}\[ARGS\]\s*",
+    tail="",
+    within=(CALL_ID, ARGS),
+)
+_WITH_ID = re.compile(r"\[CALL_ID\][^%\n]{0,64}\[ARGS\]")
+"""In a template that writes the id of a call before its arguments: Mistral's version 11."""
 MARKS: Mapping[str, CallMarks] = {
     "tool_call": CallMarks("<tool_call>", "</tool_call>"),
+    "qwen3_coder": CallMarks("<tool_call>", "</tool_call>", is_xml=True),
     "mistral": CallMarks("[TOOL_CALLS]", tail=""),
+    "mistral_v11": _MISTRAL_V11,
+    "mistral_v13": _MISTRAL_V11,
     "deepseek_v3": CallMarks(
         *_DEEPSEEK_CALL,
         around=_DEEPSEEK,
         head=rf"\s*function\s*{SEPARATOR}\s*{_NAME}\s*(?:```json)?\s*",
         tail=r"\s{0,16}(?:```)?\s{0,16}",
+        within=(SEPARATOR,),
     ),
     "deepseek_v3_1": CallMarks(
-        *_DEEPSEEK_CALL, around=_DEEPSEEK, head=rf"\s*{_NAME}\s*{SEPARATOR}\s*"
+        *_DEEPSEEK_CALL,
+        around=_DEEPSEEK,
+        head=rf"\s*{_NAME}\s*{SEPARATOR}\s*",
+        within=(SEPARATOR,),
     ),
 }
 """The formats between marks."""
@@ -56,6 +79,11 @@ class ChatFormat:
         """Whether a text without calls is content alone."""
         return not (self.thinks or self.calls == "harmony" or self.response_template is not None)
 
+    @property
+    def has_short_ids(self) -> bool:
+        """Whether ids of calls have nine letters and digits, as Mistral's templates want."""
+        return self.calls.startswith("mistral")
+
     def is_opened(self, prompt: str) -> bool:
         """Return whether a prompt opens the reasoning of the answer."""
         return self.thinks and prompt.rstrip().endswith(thinking.OPENS)
@@ -73,7 +101,9 @@ class ChatFormat:
         marks = MARKS.get(self.calls)
         parser: TextParser = PlainText()
         if tools is not None and marks is not None:
-            parser = MarkedParser(marks, calls, self.special)
+            functions = [tool["function"] for tool in tools]
+            schemas = {each["name"]: each["parameters"] for each in functions}
+            parser = MarkedParser(marks, calls, self.special, schemas)
         return ThinkingParser(parser, self.is_opened(prompt)) if self.thinks else parser
 
 
@@ -111,8 +141,7 @@ def _marks_of(kind: CallKind) -> tuple[str, ...]:
     marks = MARKS.get(kind)
     if marks is None:
         return ()
-    separator = (SEPARATOR,) if marks.around else ()
-    return tuple(filter(None, (marks.opens, marks.closes, *marks.around, *separator)))
+    return tuple(filter(None, (marks.opens, marks.closes, *marks.around, *marks.within)))
 
 
 def _calls_of(template: str, added_ids: Mapping[str, int]) -> tuple[CallKind, str]:
@@ -122,11 +151,11 @@ def _calls_of(template: str, added_ids: Mapping[str, int]) -> tuple[CallKind, st
     if _DEEPSEEK_CALL[0] in template:
         return ("deepseek_v3" if "```json" in template else "deepseek_v3_1"), ""
     if "[TOOL_CALLS]" in template:
-        if "[ARGS]" in template:
-            return "", "its template writes calls with [ARGS], which is not known here"
+        if ARGS in template:
+            return ("mistral_v11" if _WITH_ID.search(template) else "mistral_v13"), ""
         return "mistral", ""
     if "<tool_call>" in template:
-        if "<function=" in template or "<arg_key>" in template:
-            return "", "its template writes calls as XML, which is not known here"
-        return "tool_call", ""
+        if "<arg_key>" in template:
+            return "", "its template writes calls with <arg_key>, which is not known here"
+        return ("qwen3_coder" if FUNCTION in template else "tool_call"), ""
     return "", "its chat template writes no tool calls of a known format"

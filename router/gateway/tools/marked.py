@@ -1,18 +1,22 @@
-"""Parses calls between marks, as Qwen, Mistral, DeepSeek and SmolLM2 write them."""
+"""Parses calls between marks: those of Qwen, Mistral, DeepSeek and SmolLM2."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from router.gateway.tools.calls import MAX_HEAD_CHARS, Call, Calls
 from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
 from router.gateway.tools.states import States
+from router.gateway.tools.xml_call import XmlCall
 
 MAX_TAIL_CHARS = 64
 _ARGUMENTS = re.compile(r"\{")
+_XML = re.compile(r"<|(?=[^\s<])")
 _CALL_OR_LIST = re.compile(r"\{|\[(?=\s*[{\]])|(?=[^\s\[{])|(?=\[\s*[^\s{\]])")
 """A bracket that no call follows is no list: a mark may begin there."""
 
@@ -23,7 +27,8 @@ class CallMarks:
 
     With a group ``name`` in ``head``, a regular expression, the JSON is the arguments. Without one
     it is an object with ``name`` and ``arguments``, or a list of such objects. ``closes`` may be
-    empty, and then so is ``tail``. ``around`` stand before the first call and after the last.
+    empty, and then so is ``tail``. ``around`` stand before the first call and after the last,
+    ``within`` in the head. With ``is_xml`` there is an :class:`XmlCall` in place of JSON.
     """
 
     opens: str
@@ -31,33 +36,49 @@ class CallMarks:
     around: tuple[str, ...] = ()
     head: str = r"\s*"
     tail: str = r"\s{0,32}"
+    within: tuple[str, ...] = ()
+    is_xml: bool = False
 
     @property
     def has_named_head(self) -> bool:
         """Whether the name stands before the JSON."""
         return "(?P<name>" in self.head
 
+    @property
+    def begins(self) -> re.Pattern[str]:
+        """Finds where a call begins after its head, or that none does."""
+        if self.is_xml:
+            return _XML
+        return _ARGUMENTS if self.has_named_head else _CALL_OR_LIST
+
 
 class MarkedParser:
     """Parses one choice's text; what is no valid call stays content.
 
     ``hidden`` are marks that are special tokens, which content does not show. A call that breaks
-    off after it was passed on ends there, and what follows is content.
+    off after it was passed on ends there, and what follows is content. ``schemas`` are the
+    parameters of tools by their names.
     """
 
-    def __init__(self, marks: CallMarks, calls: Calls, hidden: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        marks: CallMarks,
+        calls: Calls,
+        hidden: Collection[str] = (),
+        schemas: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
         self._marks = marks
         self._calls = calls
         self._hidden = MarkFinder(sorted(hidden))
         self._finder = MarkFinder([*dict.fromkeys((marks.opens, *marks.around, *hidden))])
         self._head = re.compile(marks.head)
-        self._json_begins = _ARGUMENTS if marks.has_named_head else _CALL_OR_LIST
+        self._schemas = schemas
         self._ends = re.compile(marks.tail + re.escape(marks.closes))
         self._blanks = Blanks()
         self._states = States(self._in_text)
         self._lead = ""
-        """The text of the region before its JSON."""
-        self._call: Call | None = None
+        """The text of the region before its call."""
+        self._call: Call | XmlCall | None = None
         self._is_list = False
         self._follows_call = False
 
@@ -70,7 +91,7 @@ class MarkedParser:
         parsed = Parsed()
         held = self._states.take()
         if self._call is not None and not self._call.is_passed_on:
-            self._content(self._lead + self._call.text, parsed)
+            self._content(self._lead + self._call.text + held, parsed)
         elif self._states.now == self._in_head:
             self._content(self._lead + held, parsed)
         elif self._states.now == self._in_text or (
@@ -107,7 +128,7 @@ class MarkedParser:
         return end
 
     def _in_head(self, text: str, place: int, parsed: Parsed) -> int:
-        found = self._json_begins.search(text, place, place + MAX_HEAD_CHARS)
+        found = self._marks.begins.search(text, place, place + MAX_HEAD_CHARS)
         closes = self._marks.closes
         is_closed = closes != "" and 0 <= text.find(closes, place) < (
             len(text) if found is None else found.start()
@@ -132,10 +153,11 @@ class MarkedParser:
         return found.start()
 
     def _begin(self, name: str = "") -> None:
-        self._call = Call(self._calls, name)
-        self._states.now = self._in_json
+        is_xml = self._marks.is_xml
+        self._call = XmlCall(self._calls, self._schemas) if is_xml else Call(self._calls, name)
+        self._states.now = self._in_call
 
-    def _in_json(self, text: str, place: int, parsed: Parsed) -> int:
+    def _in_call(self, text: str, place: int, parsed: Parsed) -> int:
         call = self._call
         if call is None:
             return place

@@ -21,15 +21,19 @@ class States:
     def push(self, text: str) -> Parsed:
         """Let states take of more text what they can; returns the parts that they have found."""
         parsed = Parsed()
-        text, place = self._held + text, 0
+        text = self._held + text
+        self._held = text[self.run(text, 0, parsed) :]
+        return parsed
+
+    def run(self, text: str, place: int, parsed: Parsed) -> int:
+        """Let states take of a text from a place on what they can; returns the place after it."""
         while place < len(text):
             state = self.now
             after = state(text, place, parsed)
             if after == place and state == self.now:
                 break
             place = after
-        self._held = text[place:]
-        return parsed
+        return place
 
     def take(self) -> str:
         """Return the text that no state has taken, and keep none."""

@@ -196,7 +196,7 @@ def _names_in(source: str) -> frozenset[str]:
     from jinja2 import Environment, TemplateSyntaxError
     from jinja2.meta import find_undeclared_variables
 
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - renders nothing
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     plain = _GENERATION.sub("", source)
     try:
         return frozenset(find_undeclared_variables(environment.parse(plain)))

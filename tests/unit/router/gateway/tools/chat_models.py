@@ -25,7 +25,7 @@ from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent
 from router.served import ServedModel
 from tests.unit.gateway_fakes import FakeUpstream, Script, http_app
-from tests.unit.router.gateway.tools.answers import DEEPSEEK, HARMONY
+from tests.unit.router.gateway.tools.answers import DEEPSEEK, HARMONY, LATER
 
 EOS = 0
 CONTEXT = 65_536
@@ -58,6 +58,36 @@ MISTRAL = """
 {%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}
 {%- else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}
 """
+MISTRAL_V11 = """
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% if tools and m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}{{ '[INST]' + m.content + '[/INST]' }}
+{%- elif m.role == 'assistant' %}{{ m.content }}
+{%- for call in m.tool_calls or [] %}
+{%- if call.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}
+{%- set arguments = call.function.arguments %}{% if arguments is not string %}{% set arguments = arguments | tojson %}{% endif %}
+{{- '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + arguments }}{% endfor %}</s>
+{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.tool_call_id + '[TOOL_CONTENT]' + m.content + '[/TOOL_RESULTS]' }}
+{%- endif %}{% endfor %}
+"""  # noqa: E501
+MISTRAL_V13 = MISTRAL_V11.replace("'[CALL_ID]' + call.id + ", "")
+CODER = """
+{%- macro shown(value) %}{{ value | tojson if value is mapping or (value is sequence and value is not string) else value | string }}{% endmacro %}
+{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n<tools>' }}
+{%- for tool in tools %}{% set function = tool.function %}{{ '\\n<function>\\n<name>' + function.name + '</name>\\n<parameters>' }}
+{%- for name, fields in (function.parameters.properties or {}) | items %}{{ '\\n<name>' + name + '</name><type>' + fields.type | string + '</type>' }}{% endfor %}
+{{- '\\n</parameters>\\n</function>' }}{% endfor %}
+</tools>
+<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n</function>\n</tool_call><|im_end|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response>\\n<|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') }}
+{%- for call in m.tool_calls or [] %}{{ '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+{%- for name, value in call.function.arguments | items %}{{ '<parameter=' + name + '>\\n' + shown(value) + '\\n</parameter>\\n' }}{% endfor %}
+{{- '</function>\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""  # noqa: E501
 V3 = """
 {%- if tools %}{{ tools | tojson }}{% endif %}
 {%- for m in messages %}
@@ -101,7 +131,10 @@ SPECIAL = {
         ("<|im_start|>", "<|im_end|>"),
         ("<tool_call>", "</tool_call>", "<think>", "</think>"),
     ),
+    "qwen3-coder": (CODER, ("<|im_start|>", "<|im_end|>"), ("<tool_call>", "</tool_call>")),
     "mixtral": (MISTRAL, ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]"), ()),
+    "mistral-v11": (MISTRAL_V11, LATER, ()),
+    "mistral-v13": (MISTRAL_V13, LATER, ()),
     "deepseek-v3": (V3, DEEPSEEK, ("<think>", "</think>")),
     "deepseek-v3.1": (V3_1, DEEPSEEK, ("<think>", "</think>")),
     "gpt-oss": (GPT_OSS, HARMONY, ()),

@@ -15,6 +15,7 @@ from router.gateway.tools.definitions import ToolUse
 from router.gateway.tools.grammars import grammar_of
 from router.grammar_limits import parser_limits
 from tests.unit.gateway_fakes import FakeUpstream
+from tests.unit.http_calls import refusal
 from tests.unit.router.gateway.tools.answers import parsed, tool
 from tests.unit.router.gateway.tools.chat_models import EOS, SPECIAL, model, says
 from tests.unit.router.gateway.tools.test_parsers import CASES
@@ -106,9 +107,11 @@ def test_strict_tools_allow_any_text_and_valid_calls_alone(name: str) -> None:
     grammar = grammar_of(chat_format, use, "", "")
     bad = {key: case[1] for key, case in CASES.items() if case[0].calls == chat_format.calls}
     text = '<|channel|>final<|message|>It is "{[ fine.' if name == "gpt-oss" else 'It is "{[ fine.'
-    good = bad[name if name in bad else "mixtral"].replace('"Paris"}', '"P","days":[1]}')
+    case = bad[name.replace("qwen3-coder", "coder")]
+    good = case.replace('"Paris"}', '"P","days":[1]}').partition("[TOOL_CALLS]now")[0]
+    good = good.replace("\nParis\n<", "\nP\n</parameter>\n<parameter=days>\n[1]\n<")
     good = good.split(', {"name": "now"')[0] + "]" if name == "mixtral" else good
-    for asked, fits in ((text, True), (good, True), (bad[name], False)):
+    for asked, fits in ((text, True), (good, True), (case, False)):
         matcher = LLMatcher(vocabulary(name), grammar, log_level=0)
         asked = asked.removesuffix("<|call|>")  # an end of the published model
         ids = model(name).tokenizer.encode(asked, add_special_tokens=False)
@@ -128,6 +131,107 @@ def test_with_a_response_format_an_answer_is_calls_or_of_the_form(name: str) -> 
         if not whole.calls:
             jsonschema.validate(json.loads(whole.content), FLAG)
     assert kinds == {True, False}
+
+
+DATE = {"type": "string", "format": "date"}
+SHORT = {"type": "string", "maxLength": 3}
+PLAIN_VALUES: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "sized": {"type": "string", "minLength": 2, "maxLength": 4},
+        "matched": {"type": "string", "pattern": "^[ab]{2,3}/?$"},
+        "within": {"type": "string", "pattern": "x|yz", "maxLength": 5},
+        "maybe": {"type": ["string", "null"], "maxLength": 3, "description": "a note"},
+        "either": {"anyOf": [SHORT, {"type": "integer", "minimum": 10, "maximum": 99}]},
+        "listed": {"enum": ["x", 1, "1", None, "null", "a\nb"]},
+        "flag": {"$ref": "#/$defs/flag"},
+        "texts": {"type": "array", "items": {"enum": ["</parameter>", "]"]}, "maxItems": 2},
+        "only_true": {"oneOf": [{"const": True}, SHORT]},
+        "mixed": {"type": ["string", "array", "boolean"], "maxLength": 2, "maxItems": 1,
+                  "items": {"type": "boolean"}},
+    },
+    "required": ["sized", "listed", "mixed"],
+    "additionalProperties": False,
+    "$defs": {"flag": {"type": "boolean"}},
+}  # fmt: skip
+
+
+def test_values_between_marks_fit_their_schemas() -> None:
+    tools = (tool("note", PLAIN_VALUES, True),)
+    use = ToolUse(tools, tools, True)
+    seen: set[str] = set()
+    for seed in range(8):
+        text = written("qwen3-coder", use, "", "", seed, 4000)
+        whole = parsed(model("qwen3-coder").tokenizer.chat_format, [text], True, use)
+        assert whole.calls
+        for _, arguments in whole.calls:
+            jsonschema.validate(json.loads(arguments), PLAIN_VALUES)
+            seen |= json.loads(arguments).keys()
+    assert seen == PLAIN_VALUES["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("sized", ["ab", "1234", "null", "\n\n"], ["a", "abcde", ""]),
+        ("matched", ["ab", "bbb/"], ["a", "abc", "aab//"]),
+        ("within", ["x", "ayzb", "/x"], ["y", "xxxxxx"]),
+        ("maybe", ["abc", "null", "", "5", "[a"], ["abcd"]),
+        ("either", ["abc", "12", "a1", ""], ["9", "100", "-a", "1a"]),
+        ("listed", ["x", "1", "null", "a\nb"], ["2", "y"]),
+        ("flag", ["true", "false"], ["True", "yes", ""]),
+        ("texts", ["[]", '["</parameter>", "]"]'], ['["a"]', "x"]),
+        ("only_true", ["true", "abc"], ["false", "False", "None", "abcd"]),
+        ("mixed", ["true", "false", "[true]", "[]", "a", "ab"], ["[", "[1]", "abc", "TRUE"]),
+    ],
+)
+def test_values_between_marks_that_a_grammar_takes(
+    name: str, good: list[str], bad: list[str]
+) -> None:
+    parameters = {**PLAIN_VALUES, "required": [name]}
+    tools = (tool("note", parameters, True),)
+    use = ToolUse(tools, tools, True)
+    chat_format = model("qwen3-coder").tokenizer.chat_format
+    grammar = grammar_of(chat_format, use, "", "")
+    for value in [*good, *bad]:
+        body = f"<function=note>\n<parameter={name}>\n{value}\n</parameter>\n</function>"
+        text = f"<tool_call>\n{body}\n</tool_call>"
+        matcher = LLMatcher(vocabulary("qwen3-coder"), grammar, log_level=0)
+        ids = model("qwen3-coder").tokenizer.encode(text, add_special_tokens=False)
+        fits = all(map(matcher.consume_token, ids)) and matcher.is_accepting()
+        assert fits == (value in good), (value, matcher.get_error())
+        if fits:
+            [(_, arguments)] = parsed(chat_format, [text], True, use).calls
+            jsonschema.validate(json.loads(arguments), parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [
+        ({"properties": {"a": DATE}}, ".properties.a.format"),
+        ({"properties": {"a": {"type": "string", "pattern": "^a|b"}}}, ".properties.a.pattern"),
+        ({"properties": {"a": {"allOf": [SHORT]}}}, ".properties.a.allOf"),
+        (
+            {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/d"}]}}, "$defs": {"d": DATE}},
+            ".properties.a.anyOf[0].format",
+        ),
+        ({"properties": {"a": {"enum": ["</parameter>"]}}}, ".properties.a.enum"),
+        ({"properties": {"a>": SHORT}}, ".properties.a>"),
+        ({"required": ["a"]}, ".required"),
+        ({"anyOf": [{"required": ["a"]}, {}]}, ".anyOf"),
+        ({"patternProperties": {"a": SHORT}}, ".patternProperties"),
+    ],
+)
+def test_what_values_between_marks_cannot_be_held_to_is_named(
+    parameters: dict[str, Any], place: str
+) -> None:
+    function = {"name": "do", "parameters": {"type": "object", **parameters}}
+    tools = [TOOL, {"type": "function", "function": function}]
+    upstream = FakeUpstream(says("qwen3-coder", "x"))
+    where = f"tools[1].function.parameters{place}"
+    refusal(post("qwen3-coder", upstream, tools=tools, tool_choice="required"), 400, where)
+    assert upstream.requests == []
+    assert post("qwen3-coder", upstream, tools=tools).status_code == 200
 
 
 def test_when_a_grammar_is_sent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +15,11 @@ from router.gateway.tools.answer import AnswerFormat
 from router.gateway.tools.definitions import ToolUse
 from router.gateway.tools.formats import ChatFormat
 from tests.unit.router.gateway.tools.answers import (
+    CODER,
     GPT_OSS,
     MISTRAL,
+    MISTRAL_V11,
+    MISTRAL_V13,
     QWEN,
     SMOL,
     TOOLS,
@@ -24,6 +28,7 @@ from tests.unit.router.gateway.tools.answers import (
     V3_1,
     Whole,
     parsed,
+    tool,
 )
 
 PARIS = '{"city": "Paris"}'
@@ -40,6 +45,11 @@ HARMONY_CALL = (
 )
 THOUGHT = "<|channel|>analysis<|message|>Need weather.<|end|><|start|>assistant"
 PARIS_CALL = f'{{"name": "get_weather", "arguments": {PARIS}}}'
+CODER_CALL = (
+    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+LATER_CALL = f"[TOOL_CALLS]get_weather[ARGS]{PARIS}"
 CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
     "qwen": (QWEN, QWEN_CALL, Whole("", "", [CALL])),
     "qwen, text and thought": (
@@ -126,6 +136,74 @@ CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
         Whole(",", "", [CALL, CALL]),
     ),
     "mixtral, begun list": (MISTRAL, "So [TOOL_CALLS] [", Whole("So  [")),
+    "mistral-v11": (
+        MISTRAL_V11,
+        f"[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
+        f"[TOOL_CALLS]now[CALL_ID]abcDEF124[ARGS]{{}}",
+        Whole("", "", [CALL, ("now", "{}")]),
+    ),
+    "mistral-v13": (
+        MISTRAL_V13,
+        f"{LATER_CALL}[TOOL_CALLS]now[ARGS]{{}}",
+        Whole("", "", [CALL, ("now", "{}")]),
+    ),
+    "mistral-v13, text before": (MISTRAL_V13, f"I look.{LATER_CALL}", Whole("I look.", "", [CALL])),
+    "mistral-v13, unknown tool": (
+        MISTRAL_V13,
+        f"So [TOOL_CALLS]rm[ARGS]{PARIS} sorry",
+        Whole(f"So rm{PARIS} sorry"),
+    ),
+    "mistral-v13, mark twice": (MISTRAL_V13, f"[TOOL_CALLS]{LATER_CALL}", Whole("", "", [CALL])),
+    "mistral-v13, no arguments": (MISTRAL_V13, "[TOOL_CALLS]now[ARGS]", Whole("now")),
+    "coder": (CODER, CODER_CALL, Whole("", "", [CALL])),
+    "coder, text before, and two": (
+        CODER,
+        f"I look.\n\n{CODER_CALL}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        Whole("I look.", "", [CALL, ("now", "{}")]),
+    ),
+    "coder, on one line": (
+        CODER,
+        "<tool_call><function=get_weather><parameter=city>Paris</parameter>"
+        "<parameter=days>2</parameter></function></tool_call>",
+        Whole("", "", [("get_weather", '{"city": "Paris", "days": 2}')]),
+    ),
+    "coder, lines and quotes": (
+        CODER,
+        '<tool_call>\n<function=get_weather>\n<parameter=city>\n\na "b"\n\\ </param> é🙂\n\n'
+        "</parameter>\n</function>\n</tool_call> and so on",
+        Whole(
+            " and so on",
+            "",
+            [("get_weather", '{"city": "\\na \\"b\\"\\n\\\\ </param> é🙂\\n"}')],
+        ),
+    ),
+    "coder, an empty text": (
+        CODER,
+        CODER_CALL.replace("\nParis\n", "\n\n"),
+        Whole("", "", [("get_weather", '{"city": ""}')]),
+    ),
+    "coder, an unknown parameter": (
+        CODER,
+        CODER_CALL.replace("=city", "=town"),
+        Whole("", "", [("get_weather", '{"town": "Paris"}')]),
+    ),
+    "coder, of no type that is allowed": (
+        CODER,
+        CODER_CALL.replace("=city", "=days"),
+        Whole("", "", [("get_weather", '{"days": "Paris"}')]),
+    ),
+    "coder, unknown tool": (
+        CODER,
+        CODER_CALL.replace("get_weather", "rm") + " x",
+        Whole(CODER_CALL.replace("get_weather", "rm") + " x"),
+    ),
+    "coder, JSON between the marks": (CODER, QWEN_CALL, Whole(QWEN_CALL)),
+    "coder, empty marks": (
+        CODER,
+        f"<tool_call></tool_call>{CODER_CALL}",
+        Whole("<tool_call></tool_call>", "", [CALL]),
+    ),
+    "coder, marks alone": (CODER, "<tool_call>\n<function=", Whole("<tool_call>\n<function=")),
     "deepseek-v3": (
         V3,
         f"<｜tool▁calls▁begin｜>{V3_CALL}\n{V3_CALL}<｜tool▁calls▁end｜>",
@@ -201,7 +279,101 @@ def test_arguments_come_in_pieces_after_the_name(name: str) -> None:
     assert [part.name for part in parts if part.name] == [name for name, _ in expected.calls]
     if name not in ("qwen, other order", "qwen, arguments as a text"):
         assert not any(part.name and part.arguments for part in parts)
-        assert len(parts) == sum(1 + len(arguments) for _, arguments in expected.calls)
+        if format_ != CODER:
+            assert len(parts) == sum(1 + len(arguments) for _, arguments in expected.calls)
+
+
+def test_a_text_between_marks_comes_as_it_is_written() -> None:
+    parser = AnswerFormat(CODER, "", USE, False).begin()
+    parts = [part for char in CODER_CALL for part in parser.push(char, False).calls]
+    assert [part.arguments for part in parts] == ["", "{", '"city": ', '"', *"Paris", '"', "}"]
+
+
+VALUES: list[tuple[dict[str, Any], str, str]] = [
+    ({"type": "string"}, "5", '"5"'),
+    ({"type": "string"}, "null", '"null"'),
+    ({}, "5", '"5"'),
+    ({"type": "integer"}, "5", "5"),
+    ({"type": "integer"}, " 12 ", "12"),
+    ({"type": "integer"}, "9" * 5000, "9" * 5000),
+    ({"type": "integer"}, "5.0", "5.0"),
+    ({"type": "integer"}, "5.5", '"5.5"'),
+    ({"type": "integer"}, "five", '"five"'),
+    ({"type": "number"}, "5", "5"),
+    ({"type": "number"}, "NaN", '"NaN"'),
+    ({"type": "boolean"}, "true", "true"),
+    ({"type": "boolean"}, "False", "false"),
+    ({"type": "boolean"}, "no", '"no"'),
+    ({"type": ["string", "null"]}, "null", "null"),
+    ({"type": ["string", "null"]}, "None", "null"),
+    ({"type": ["string", "null"]}, "nothing", '"nothing"'),
+    ({"type": ["string", "null"]}, "[a", '"[a"'),
+    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "7", "7"),
+    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, '"7"', '"\\"7\\""'),
+    ({"$ref": "#/$defs/flag"}, "true", "true"),
+    ({"enum": [1, "a"]}, "1", "1"),
+    ({"enum": [1, "a"]}, "a", '"a"'),
+    (
+        {"type": "array"},
+        '[1, "a</parameter>\\"b", {"c": []}]',
+        '[1, "a</parameter>\\"b", {"c": []}]',
+    ),
+    ({"type": "array"}, '["a', '"[\\"a"'),
+    ({"type": "array"}, "[" * 100_000, f'"{"[" * 100_000}"'),
+    ({"type": "object"}, '{\n  "a": 1,\n  "a": 2\n}', '{\n  "a": 1,\n  "a": 2\n}'),
+    ({"type": "object"}, "{'a': 1}", "\"{'a': 1}\""),
+]
+"""A parameter's schema, its value as a model writes it, and as JSON."""
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"), VALUES, ids=[f"{v[0]} {v[1][:9]!r}" for v in VALUES]
+)
+def test_values_between_marks_have_the_types_of_the_schema(
+    schema: dict[str, Any], value: str, expected: str
+) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": schema},
+        "$defs": {"flag": {"type": "boolean"}},
+    }
+    tools = (tool("do", parameters),)
+    body = f"<function=do>\n<parameter=a>\n{value}\n</parameter>\n</function>"
+    text = f"<tool_call>\n{body}\n</tool_call>"
+    for pieces in cuts(text) if len(text) < 1000 else [[text], list(text)]:
+        for is_held in (False, True):
+            whole = parsed(CODER, pieces, is_held, ToolUse(tools, tools))
+            assert whole == Whole("", "", [("do", f'{{"a": {expected}}}')], "tool_calls")
+            json.loads(expected, parse_int=str)
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["", "<parameter=city>\nPar", "<parameter=days>\n1", "<parameter=city>\nParis\n</parameter>\n"],
+)
+def test_a_call_between_marks_that_is_cut_short(end: str) -> None:
+    text = f"So\n<tool_call>\n<function=get_weather>\n{end}"
+    for pieces in cuts(text):
+        whole = parsed(CODER, pieces, is_held=True, reason="length")
+        assert whole == Whole(text, finish_reason="length")
+        streamed = parsed(CODER, pieces, reason="length")
+        assert (streamed.content, streamed.finish_reason) == ("So", "length")
+        [(name, arguments)] = streamed.calls
+        assert name == "get_weather"
+        assert '{"city": "Paris"'.startswith(arguments) or arguments == '{"days": '
+
+
+@pytest.mark.parametrize(
+    "broken", ["x", "</tool_call>", "<parameter=>", "<function=now>", "</param>"]
+)
+def test_a_call_between_marks_that_breaks_off(broken: str) -> None:
+    text = f"<tool_call>\n<function=get_weather>\n{broken} {CODER_CALL}"
+    for pieces in cuts(text):
+        whole = parsed(CODER, pieces, is_held=True)
+        assert (whole.content, whole.calls) == (text.removesuffix(CODER_CALL).rstrip(), [CALL])
+        streamed = parsed(CODER, pieces)
+        assert streamed.calls == [("get_weather", "{"), CALL]
+        assert streamed.finish_reason == "stop"
 
 
 BROKEN = {
@@ -268,6 +440,7 @@ def test_arguments_are_json_and_unicode_however_they_were_written(is_held: bool)
         for pieces in cuts(f"<tool_call>{call}</tool_call>"):
             assert parsed(QWEN, pieces, is_held).calls == [("get_weather", half)]
 
+
 TWICE = '{"city": "a", "city": "b", "days": 1, "days": 1e999}'
 HUGE = f'{{"days": {"9" * 5000}}}'
 
@@ -324,13 +497,18 @@ def test_at_most_one_call_where_they_are_not_parallel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format_", "is_held"), [(QWEN, False), (MISTRAL, True), (V3, True), (GPT_OSS, False)]
+    ("format_", "is_held"),
+    [(QWEN, False), (MISTRAL, True), (V3, True), (GPT_OSS, False), (CODER, False)],
 )
 def test_the_time_is_linear(format_: ChatFormat, is_held: bool) -> None:
-    opens = {"mistral": "[TOOL_CALLS]", "tool_call": "<tool_call>", "harmony": "<|channel|>"}
+    opens = {"mistral": "[TOOL_CALLS]", "harmony": "<|channel|>"}
+    opens |= {"tool_call": "<tool_call>", "qwen3_coder": "<tool_call>\n<function=get_weather>"}
     mark = opens.get(format_.calls, "<｜tool▁call▁begin｜>")
     for text in (mark, "{", '{"name": "now", "arguments": {"a": "', " ", "\n", "<", "[", '"'):
-        for lead in ("", mark, mark + '[{"name": "now", "arguments": {"a": ['):
+        leads = ("", mark, mark + '[{"name": "now", "arguments": {"a": [')
+        if format_ == CODER:
+            leads += tuple(f"{mark}<parameter={key}>" for key in ("city", "days"))
+        for lead in leads:
             begun_s = time.process_time()
             parsed(format_, [lead, *[text] * 4000], is_held)
             assert time.process_time() - begun_s < 1, (text, lead)
@@ -341,6 +519,8 @@ PARTS = st.sampled_from(
         "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<think>", "</think>", "\n", " ", "{", "}",
         "[", "]", ",", '"', "\\", QWEN_CALL, V3_CALL, V3_1_CALL, HARMONY_CALL, THOUGHT, "x",
         '{"name": "now", "arguments": {', r'{"name": "\q", "arguments": {',
+        "<function=get_weather>", "<function=now>", "<parameter=city>", "<parameter=days>",
+        "</parameter>", "</function>", CODER_CALL, "[ARGS]", "[CALL_ID]", "now", LATER_CALL,
         "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "```",
         "<|channel|>", "<|message|>", "<|end|>", "final", "é🙂",
     ]
@@ -350,7 +530,7 @@ PARTS = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(PARTS, max_size=12),
-    st.sampled_from([QWEN, MISTRAL, V3, V3_1, GPT_OSS]),
+    st.sampled_from([QWEN, MISTRAL, MISTRAL_V11, CODER, V3, V3_1, GPT_OSS]),
     st.booleans(),
     st.randoms(use_true_random=False),
 )

@@ -39,7 +39,7 @@ class Stop(BaseModel):
 TOOLS = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Stop)]
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen", "qwen3-coder"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("tools")
     save_mixtral(path, max_position_embeddings=2048)

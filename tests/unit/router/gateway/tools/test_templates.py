@@ -30,6 +30,22 @@ EXPECTED = {
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]</s>',
         "[TOOL_RESULTS] fine[/TOOL_RESULTS]",
     ),
+    "qwen3-coder": (
+        "<name>get_weather</name>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "</function>\n</tool_call><|im_end|>",
+        "<tool_response>\nfine\n</tool_response>",
+    ),
+    "mistral-v11": (
+        "[AVAILABLE_TOOLS][",
+        '[TOOL_CALLS]get_weather[CALL_ID]call00001[ARGS]{"city": "Paris"}</s>',
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
+    ),
+    "mistral-v13": (
+        "[AVAILABLE_TOOLS][",
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}</s>',
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
+    ),
     "deepseek-v3": (
         '"name": "get_weather", "parameters":',
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"

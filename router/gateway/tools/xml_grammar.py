@@ -1,0 +1,189 @@
+"""Grammars of Qwen3-Coder's calls: a schema's values as plain text between marks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway.form_costs import MAX_REPEATS
+from router.gateway.tools.definitions import Tool
+from router.gateway.tools.rules import Rules, escaped, json_rule, quoted
+from router.gateway.tools.xml_call import FUNCTION, FUNCTION_ENDS, PARAMETER, VALUE_ENDS
+from router.gateway.tools.xml_values import (
+    MAX_REFERENCES,
+    TEXT,
+    json_of,
+    kind_of,
+    kinds_of,
+    referenced,
+)
+
+_ENDS = f"\n{VALUE_ENDS}"
+_ANY = r"(.|\n)*"
+_NO_MARK_WITHIN = rf"~/{_ANY}{escaped(VALUE_ENDS)}(.|\n)+/"
+_CONSTANT = "|".join(
+    "".join(f"[{letter}{letter.upper()}]" for letter in word)
+    for word in ("true", "false", "null", "none")
+)
+_NUMBERS_AND_BRACKETS = frozenset({"number", "integer", "array", "object"})
+_KINDS = _NUMBERS_AND_BRACKETS | {"string", "boolean", "null"}
+_WIDER = {"integer": "number"}
+_WORDS = {"boolean": ("true", "false"), "null": ("null",)}
+_NOTES = frozenset(
+    {
+        "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default",
+        "examples", "deprecated", "readOnly", "writeOnly",
+    }
+)  # fmt: skip
+"""Keywords that hold a value to nothing."""
+_OF_TOOL = frozenset({"type", "properties", "required", "additionalProperties"})
+_OF_OTHER_KINDS = frozenset(
+    {
+        "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "items",
+        "prefixItems", "minItems", "maxItems", "uniqueItems", "properties", "required",
+        "additionalProperties", "patternProperties", "minProperties", "maxProperties",
+    }
+)  # fmt: skip
+_OF_TEXT = frozenset({"type", "minLength", "maxLength", "pattern"})
+
+
+def xml_body(rules: Rules, number: int, tool: Tool, where: str) -> str:
+    """Return the grammar of a call of a tool, without the marks around it.
+
+    Parameters come in the order of the schema. Raises :class:`InvalidRequestError` with the place
+    of a keyword to which plain text between marks cannot be held.
+    """
+    schema = tool.parameters
+    _check_keywords(schema, _NOTES | _OF_TOOL, where)
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    for name in required:
+        if name not in properties:
+            _refuse(f"names {name}, which is none of the properties", f"{where}.required")
+    body = [quoted(f"\n{FUNCTION}{tool.name}>\n")]
+    for place, (key, value) in enumerate(properties.items()):
+        if value is False:
+            continue
+        inner = f"{where}.properties.{key}"
+        if not re.fullmatch(r"[^<>\n]{1,256}", key):
+            _refuse("is no name that can stand between marks", inner)
+        values = _Values(rules, f"{number}_{place}", schema, kinds_of(value, schema))
+        alternatives = " | ".join(values.of(value, inner))
+        opens = quoted(f"{PARAMETER}{key}>\n")
+        rule = rules.add(f"parameter_{number}_{place}", f'{opens} ({alternatives}) "\\n"')
+        body.append(rule if key in required else f"{rule}?")
+    return " ".join([*body, quoted(f"{FUNCTION_ENDS}\n")])
+
+
+class _Values:
+    """The alternatives of one parameter's value, each up to the mark behind it.
+
+    ``kinds`` are those of the whole schema: what reads as another kind is no text.
+    """
+
+    def __init__(
+        self, rules: Rules, name: str, root: Mapping[str, Any], kinds: frozenset[str]
+    ) -> None:
+        self._rules = rules
+        self._name = name
+        self._root = root
+        self._kinds = kinds
+        self._num_texts = 0
+
+    def of(self, schema: Any, where: str, depth: int = 0) -> list[str]:
+        """Return the alternatives of a schema."""
+        if not isinstance(schema, Mapping):
+            schema = {}
+        if self._kinds.isdisjoint(TEXT):
+            return [self._json(schema)]
+        if "$ref" in schema and depth <= MAX_REFERENCES:
+            _check_keywords(schema, _NOTES | {"$ref"}, where)
+            return self.of(referenced(schema, self._root), where, depth + 1)
+        for name in ("enum", "const"):
+            if name in schema:
+                _check_keywords(schema, _NOTES | {name, "type"}, where)
+                return self._listed(schema, f"{where}.{name}")
+        for name in ("anyOf", "oneOf"):  # of which llguidance takes those of disjoint branches
+            if name in schema:
+                _check_keywords(schema, _NOTES | {name}, where)
+                branches = enumerate(schema[name])
+                inner = [
+                    self.of(each, f"{where}.{name}[{place}]", depth + 1) for place, each in branches
+                ]
+                return [alternative for found in inner for alternative in found]
+        return self._typed(schema, where)
+
+    def _typed(self, schema: Mapping[str, Any], where: str) -> list[str]:
+        kinds = kinds_of(schema, self._root)
+        words = [word for kind in _WORDS if kind in kinds for word in _WORDS[kind]]
+        found = [quoted(f"{word}{_ENDS}") for word in words]
+        if others := sorted(kinds & _NUMBERS_AND_BRACKETS):
+            found.append(self._json({**schema, "type": others}))
+        if not kinds.isdisjoint(TEXT):
+            _check_keywords(schema, _NOTES | _OF_TEXT | _OF_OTHER_KINDS, where)
+            found.append(self._text(schema, where))
+        return found
+
+    def _json(self, schema: Mapping[str, Any]) -> str:
+        shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
+        return f"{json_rule({**shared, **schema})} {quoted(_ENDS)}"
+
+    def _listed(self, schema: Mapping[str, Any], where: str) -> list[str]:
+        """Return alternatives of values, of which each must read as itself."""
+        given = schema.get("type", [*_KINDS])
+        allowed = {given} if isinstance(given, str) else {*given}
+        found = []
+        for value in schema.get("enum", [schema.get("const")]):
+            text = value if isinstance(value, str) else json.dumps(value)
+            kind = kind_of(value)
+            is_read = VALUE_ENDS not in text and bool(allowed & {kind, _WIDER.get(kind, kind)})
+            if is_read and json.loads(json_of(text, self._kinds)) == value:
+                found.append(quoted(f"{text}{_ENDS}"))
+        if not found:
+            _refuse("has no value that can stand between marks", where)
+        return found
+
+    def _text(self, schema: Mapping[str, Any], where: str) -> str:
+        """Add a rule for a text up to its mark; returns its name."""
+        ends = rf"\n{escaped(VALUE_ENDS)}"
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        for name, bound in (("minLength", least), ("maxLength", most or 0)):
+            if bound > MAX_REPEATS:
+                reason = f"given {bound}; at most {MAX_REPEATS} where calls are XML"
+                _refuse(reason, f"{where}.{name}")
+        parts = [rf"/(.|\n){{{least},{most}}}{ends}/", _NO_MARK_WITHIN]
+        if "pattern" in schema:
+            parts.append(f"/{_whole(schema['pattern'], f'{where}.pattern')}{ends}/")
+        if self._kinds & _NUMBERS_AND_BRACKETS:
+            parts.append(rf"~/[ \t\n]*[-0-9\[\{{]{_ANY}/")
+        if self._kinds != TEXT:
+            parts.append(rf"~/[ \t\n]*({_CONSTANT})[ \t\n]*{ends}/")
+        self._num_texts += 1
+        return self._rules.add(f"TEXT_{self._name}_{self._num_texts}", " & ".join(parts))
+
+
+def _whole(pattern: str, where: str) -> str:
+    """Return a schema's pattern, which a text has anywhere, as one of the whole text."""
+    bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern)
+    begin, end = bare.startswith("^"), bare.endswith("$")
+    inner = bare.removeprefix("^").removesuffix("$")
+    flat, before = inner, ""
+    while flat != before:
+        flat, before = re.sub(r"\([^()]*\)", "x", flat), flat
+    if "^" in inner or "$" in inner or ("|" in flat and (begin or end)):
+        _refuse("has ^ or $ within it, which is not supported where calls are XML", where)
+    core = pattern[int(begin) : len(pattern) - int(end)].replace("\n", r"\n")
+    core = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", core)
+    return f"{'' if begin else _ANY}({core}){'' if end else _ANY}"
+
+
+def _check_keywords(schema: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+    for name in schema:
+        if name not in known:
+            _refuse("is not supported where calls are XML and have a grammar", f"{where}.{name}")
+
+
+def _refuse(reason: str, where: str) -> None:
+    raise InvalidRequestError(reason, where)

@@ -1,0 +1,78 @@
+"""The kinds of values that a schema allows, and the JSON of values written as plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from router.gateway.tools.calls import DECODER
+
+MAX_REFERENCES = 16
+TEXT = frozenset({"string"})
+_CONSTANTS = {"true": "boolean", "false": "boolean", "null": "null", "none": "null"}
+"""Constants, which may have capitals: templates show those of earlier calls in Python's form."""
+
+
+def kinds_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """Return JSON schema's names of the types that a schema allows, ``string`` where it tells none.
+
+    ``root`` is the schema that references are within.
+    """
+    if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
+        return TEXT
+    if "$ref" in schema:
+        return kinds_of(referenced(schema, root), root, depth + 1)
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return frozenset(kind_of(value) for value in values)
+    if "type" in schema:
+        given = schema["type"]
+        return frozenset([given] if isinstance(given, str) else given)
+    branches = [each for name in ("anyOf", "oneOf", "allOf") for each in schema.get(name, ())]
+    return frozenset[str]().union(*(kinds_of(each, root, depth + 1) for each in branches)) or TEXT
+
+
+def referenced(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
+    """Return what a schema refers to within ``root``, ``None`` where it is not there."""
+    found: Any = root
+    for part in str(schema["$ref"]).removeprefix("#").split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def kind_of(value: object) -> str:
+    """Return JSON schema's name of a value's type."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return "integer"
+    names = ((float, "number"), (str, "string"), (list, "array"))
+    return next((name for each, name in names if isinstance(value, each)), "object")
+
+
+def json_of(text: str, kinds: frozenset[str]) -> str:
+    """Return the JSON of a value of some of the ``kinds``.
+
+    What is JSON of another kind than a text stays as the model wrote it. What is of no kind that is
+    allowed becomes a text, as a call may have arguments that its schema does not allow.
+    """
+    plain = text.strip()
+    constant = plain.lower()
+    if constant in _CONSTANTS:
+        is_allowed = _CONSTANTS[constant] in kinds
+        return constant.replace("none", "null") if is_allowed else as_text(text)
+    try:
+        kind = kind_of(DECODER.decode(plain))
+    except (ValueError, RecursionError):
+        return as_text(text)
+    is_allowed = kind in kinds or (kind == "integer" and "number" in kinds)
+    return plain if is_allowed and kind != "string" else as_text(text)
+
+
+def as_text(text: str) -> str:
+    """Return a text as JSON."""
+    return json.dumps(text, ensure_ascii=False)
