@@ -33,7 +33,7 @@ _MISTRAL_V11 = CallMarks(
     tail="",
     within=(CALL_ID, ARGS),
 )
-_WITH_ID = re.compile(r"\[CALL_ID\][^%\n]{0,64}\[ARGS\]")
+_WITH_ID = re.compile(r"\[CALL_ID\](?:(?!\[(?:CALL_ID|TOOL_\w+)\]).){0,256}\[ARGS\]", re.DOTALL)
 """In a template that writes the id of a call before its arguments: Mistral's version 11."""
 MARKS: Mapping[str, CallMarks] = {
     "tool_call": CallMarks("<tool_call>", "</tool_call>"),

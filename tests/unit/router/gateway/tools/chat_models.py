@@ -141,6 +141,12 @@ SPECIAL = {
     "plain": (PLAIN, (), ()),
 }
 """The template of each model, its special marks, and others that are tokens of their own."""
+KINDS = {
+    "qwen": "tool_call", "qwen3-coder": "qwen3_coder", "mixtral": "mistral",
+    "mistral-v11": "mistral_v11", "mistral-v13": "mistral_v13", "deepseek-v3": "deepseek_v3",
+    "deepseek-v3.1": "deepseek_v3_1", "gpt-oss": "harmony", "plain": "",
+}  # fmt: skip
+"""How each model writes calls."""
 TEXT = ['{"name": "get_weather", "arguments": {"city": "Paris"}}', "in the beginning was the word"]
 
 

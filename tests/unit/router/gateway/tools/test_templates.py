@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from cluster.errors import InvalidRequestError
+from router.gateway.tools.formats import format_of
 from router.gateway.tools.template import ChatTemplate
 from tests.unit.gateway_fakes import FakeUpstream
+from tests.unit.router.gateway.tools import chat_models
+from tests.unit.router.gateway.tools.answers import HARMONY
 from tests.unit.router.gateway.tools.chat_models import model, says
 from tests.unit.router.gateway.tools.test_refusals import CALL, TOOL, USER, post
 
@@ -115,6 +118,32 @@ def test_tokenize_counts_the_tokens_of_the_chat_request(name: str, options: dict
     assert tuple(answer.json()["tokens"]) == tuple(upstream.requests[-1].prompt_token_ids)
     plain = post(name, path="/tokenize", messages=TURN).json()
     assert plain["count"] < answer.json()["count"]
+
+
+OVER_LINES = """
+{{- '[TOOL_CALLS]' + call.function.name }}
+{%- if call.id is not defined %}{{ raise_exception('no id') }}{% endif %}
+{{- '[CALL_ID]' + call.id }}
+{{- '[ARGS]' + call.function.arguments | tojson }}
+"""
+AT_RESULTS = (
+    "{{ '[TOOL_RESULTS][CALL_ID]' + id }}{{ '[TOOL_CALLS]' + name }}{{ '[ARGS]' + arguments }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "calls"),
+    [
+        *((chat_models.SPECIAL[name][0], kind) for name, kind in chat_models.KINDS.items()),
+        (OVER_LINES, "mistral_v11"),
+        (AT_RESULTS, "mistral_v13"),
+        ("<tool_call>{{ name }}<arg_key>{{ key }}</arg_key>", ""),
+    ],
+)
+def test_a_template_tells_how_calls_are_written(template: str, calls: str) -> None:
+    found = format_of(template, dict.fromkeys(HARMONY, 5), (), ())
+    assert found.calls == calls
+    assert bool(found.reason) == (calls == "")
 
 
 OWN_NAMES = """
