@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers.utils.chat_parsing import ResponseParser
+
+_OVERRIDDEN = ("_consume_prefix", "_open_explicit", "_accumulate", "_close_current")
+if missing := [name for name in (*_OVERRIDDEN, "_process") if not hasattr(ResponseParser, name)]:
+    # Without them the positions would be wrong, and nobody would see it.
+    raise ImportError(
+        f"transformers {transformers.__version__} parses answers in another way: its"
+        f" ResponseParser has no {', '.join(missing)}; response templates need another version"
+    )
 
 
 class PlacedParser(ResponseParser):  # type: ignore[misc, no-any-unimported]
