@@ -14,18 +14,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ORDER = ("world", "unit", "integration", "fault", "long")
 """The worlds come before anything has started a thread, since they replace the clock."""
+LAST = ("found_beside", "other_weights", "mixtures")
+"""Fixtures whose tests come last in their folder: seeds run beside the other worlds. A cluster goes
+on serving mixtures, whose deployment also brings its own weights back."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that break the cluster after those that look at a fresh one.
-
-    Those of mixtures come last in their folder, since the cluster goes on serving these.
-    """
+    """Run the tests that break the cluster after those that look at a fresh one."""
     places = {folder: place for place, folder in enumerate(ORDER)}
 
-    def place_of(item: pytest.Item) -> tuple[int, bool]:
+    def place_of(item: pytest.Item) -> tuple[int, int]:
         place = places.get(item.path.parent.name, places["unit"])
-        return place, "mixtures" in getattr(item, "fixturenames", ())
+        used = getattr(item, "fixturenames", ())
+        return place, next((rank for rank, name in enumerate(LAST, 1) if name in used), 0)
 
     items.sort(key=place_of)
 
@@ -46,6 +47,7 @@ def served_session(
 
 @pytest.fixture
 def served(served_session: ServedCluster) -> ServedCluster:
-    """Give the cluster once it is whole."""
+    """Give the cluster once it is whole, with what its arguments say."""
+    served_session.restore()
     served_session.wait_whole()
     return served_session

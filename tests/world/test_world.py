@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from tests.world.clients import Answer, Plan
+from tests.world.conftest import PROCESSES, SEEDS
 from tests.world.kernel import Kernel, Thread, current_process, kernel
 from tests.world.locks import Condition, Event, Lock, SimpleQueue
-from tests.world.many import HASH_SEED, Found, all_of, found_of, judged, workers
+from tests.world.many import HASH_SEED, Found, all_of, found_of, judged
 from tests.world.model import VOCAB, tokens_of
 from tests.world.network import Address, Listener, Network
 from tests.world.past_seeds import FOLDER, STORIES, scenario
@@ -30,8 +31,6 @@ from tests.world.weather import Scenario, Setting, draw
 from tests.world.world import run
 
 ROOT = Path(__file__).parents[2]
-SEEDS = range(200)
-PROCESSES = 2
 MOST_S = 120.0
 """What all seeds may take on two cores."""
 TELL = """
@@ -41,19 +40,19 @@ from tests.world.many import prepare
 from tests.world.weather import draw
 from tests.world.world import run
 prepare()
+told = []
 for seed in map(int, sys.argv[1:]):
     outcome = run(draw(seed))
+    answers = [[c.token_ids for c in a.choices] + [a.error, a.ended_at_s] for a in outcome.answers]
+    told.append([outcome.trace, outcome.digest, outcome.num_callbacks, answers])
 assert not ray.is_initialized()
-answers = [[c.token_ids for c in a.choices] + [a.error, a.ended_at_s] for a in outcome.answers]
-told = [outcome.trace, outcome.digest, outcome.num_callbacks, answers]
-print(json.dumps(told, indent=1))
+print(json.dumps(told))
 """
 
 
 @pytest.mark.timeout(900)  # for a machine that does other work; the seeds' own limit is MOST_S
-def test_seeds_break_no_law() -> None:
-    with workers(PROCESSES) as pool:
-        found = list(all_of(pool, PROCESSES, iter(SEEDS), perf_counter() + 800.0))
+def test_seeds_break_no_law(found_beside: list[Found]) -> None:
+    found = found_beside
     assert {one.seed: one.breaches for one in found if one.breaches} == {}
     assert sorted(one.seed for one in found) == list(SEEDS)
     assert sum(len(one.hit) for one in found) > 2 * len(SEEDS), "the weather is too fine"
@@ -78,25 +77,31 @@ OTHER_MACHINE = {
 """Objects lie elsewhere, and numpy and torch compute as on the oldest processor they run on."""
 
 
-def told(*seeds: int, **settings: str) -> bytes:
-    """Return all that a fresh process tells of the last of these seeds, which it runs in turn."""
-    done = subprocess.run(
+def telling(*seeds: int, **settings: str) -> subprocess.Popen[bytes]:
+    """Begin a fresh process that runs these seeds in turn."""
+    return subprocess.Popen(
         [sys.executable, "-P", "-c", TELL, *map(str, seeds)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": HASH_SEED, **settings},
-        capture_output=True,
-        timeout=300,
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+
+
+def told(process: subprocess.Popen[bytes]) -> list[str]:
+    """Return all that the process tells of each of its seeds."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+    return [json.dumps(one) for one in json.loads(output)]
 
 
 @pytest.mark.timeout(600)
 def test_a_seed_is_the_same_world_on_every_machine_whatever_ran_before() -> None:
-    first, second = told(7), told(5, 7, **OTHER_MACHINE)
+    with telling(7) as alone, telling(5, 7, **OTHER_MACHINE) as after_another:
+        [first] = told(alone)
+        other, second = told(after_another)
     assert first == second
-    assert first.count(b"\n") > 100
-    assert first != told(5)
+    assert first.count(",") > 100
+    assert first != other
 
 
 def test_a_seed_draws_the_same_scenario_and_others_draw_others() -> None:
