@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ DEVICES, DEVICE_SHARE = 8, 0.25
 """Emulated devices of a cluster, and the share of one that a router or an actor asks for."""
 SETTLED_S = 1.5
 """Longer than from one heartbeat of an actor to the next."""
+TLS = ssl.create_default_context()
+"""What httpx would make for each request, even one without TLS: it reads all authorities."""
 
 T = TypeVar("T")
 
@@ -189,6 +192,8 @@ class ServedCluster:
     spans_folder: Path
     oracle: MixtralForCausalLM
     client: Client
+    changed: threading.Event = field(default_factory=threading.Event)
+    """Set by a test that leaves something else deployed than ``args`` says."""
     _expected: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
 
     def expected(self, prompt: Sequence[int], count: int) -> tuple[int, ...]:
@@ -197,6 +202,15 @@ class ServedCluster:
         if key not in self._expected:
             self._expected[key] = transformers_tokens(self.oracle, prompt, count)
         return self._expected[key]
+
+    def restore(self) -> None:
+        """Deploy ``args`` again where a test has left something else.
+
+        Only the next test that needs them pays for this: mixtures deploy them themselves.
+        """
+        if self.changed.is_set():
+            deploy(self.args)
+            self.changed.clear()
 
     def status(self) -> ClusterStatus:
         """Ask the controller."""
@@ -226,7 +240,7 @@ class ServedCluster:
             and len(told.routers) == len(told.models) * self.args["router"]["replicas"]
             and len(told.gateways) == 1
             and all(is_alive(pid) for pid in pids)
-            and httpx.get(f"{self.http_url}/ready").status_code == 200
+            and httpx.get(f"{self.http_url}/ready", verify=TLS).status_code == 200
         )
 
     def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> ClusterStatus:
@@ -248,7 +262,7 @@ class ServedCluster:
 
     def metric(self, name: str) -> dict[str, float]:
         """Return the samples of one metric by their labels."""
-        text = httpx.get(f"{self.http_url}/metrics").text
+        text = httpx.get(f"{self.http_url}/metrics", verify=TLS).text
         lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
@@ -296,6 +310,15 @@ class Shape:
         return {"num_gpus": DEVICE_SHARE} if self.on_device else {}
 
 
+def deploy(args: dict[str, Any]) -> None:
+    """Deploy the application with these arguments; returns once Serve says that it runs."""
+    from ray import serve
+
+    from router.app import build
+
+    serve.run(build(args), name=APP, route_prefix="/")
+
+
 @contextmanager
 def _running_ray(variables: Mapping[str, str], options: Mapping[str, Any]) -> Iterator[None]:
     """Start Ray on this machine, whose processes have these variables; ends it."""
@@ -323,8 +346,6 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
     """Start Ray, Serve and the application; ends all of them."""
     from ray import serve
 
-    from router.app import build
-
     # Quantised, so that whatever is tested of a deployment holds for it; the other model is not.
     made = make(MIXTRAL, folder)
     spans_folder = folder.with_name(f"{folder.name}-spans")
@@ -345,7 +366,7 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
     }
     with _running_ray({FOLDER_VARIABLE: str(spans_folder)}, shape.ray_options()):
         serve.start(**serve_options(http_port, grpc_port), tracing_config=TRACING)
-        serve.run(build(args), name=APP, route_prefix="/")
+        deploy(args)
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"
         # Without retries, so that a test sees what the server lets through.

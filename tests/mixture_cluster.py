@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from ray import serve
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
-from router.app import build
 from router.client import Client
-from tests.cluster_fixture import APP, ServedCluster, wait_until
+from tests.cluster_fixture import ServedCluster, deploy, wait_until
 from tests.mixture_guide import MODEL as PIECES
 from tests.mixture_guide import fit_by_guide
 from tests.mixtures import (
@@ -32,7 +30,7 @@ from tests.mixtures import (
     save_unlike,
 )
 
-CLIENTS, MOST_ROWS = 8, 40
+CLIENTS, MOST_ROWS = 4, 40
 RTOL = 1e-12
 REPLACED_S = 60.0
 UNLIKE, GIVEN, TREE, SEQUENCES, FITTED = "unlike", "given", "tree", "sequences", "fitted"
@@ -77,7 +75,8 @@ def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
     models = [{"id": name, "path": str(path)} for name, path in folders.items()]
     args = {**cluster.args, "models": [*cluster.args["models"], *models]}
     served = replace(cluster, args=args)
-    serve.run(build(args), name=APP, route_prefix="/")
+    deploy(args)
+    cluster.changed.clear()
     served.wait_whole()
     local = {name: LocalMixture(open_mixture(path)) for name, path in folders.items()}
     yield Mixtures(served, folders, local)

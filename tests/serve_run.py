@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document
 from router.client import Client
-from tests.cluster_fixture import TINY, greedy, wait_until
+from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
 READY_S = 90.0
 ASK_S = 60.0
@@ -169,6 +169,6 @@ def wait_ready(process: subprocess.Popen[bytes], log: Path, http_port: int) -> N
 
     def ready() -> bool:
         assert process.poll() is None, log.read_text()
-        return httpx.get(f"http://127.0.0.1:{http_port}/ready").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{http_port}/ready", verify=TLS).status_code == 200
 
     wait_until(ready, "serve run is ready", READY_S)

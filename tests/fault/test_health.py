@@ -10,7 +10,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.cluster_fixture import ServedCluster, wait_until
+from tests.cluster_fixture import TLS, ServedCluster, wait_until
 from tests.fault.faults import kill, let_go, stopped
 
 FALLS_S, BACK_S = 5.0, 45.0
@@ -44,7 +44,7 @@ class Health:
 
     def ready(self) -> httpx.Response:
         """Ask ``/ready``."""
-        return httpx.get(f"{self._url}/ready")
+        return httpx.get(f"{self._url}/ready", verify=TLS)
 
     def alive(self) -> bool:
         """Ask ``/health``, which tells of the gateway's own life only."""
