@@ -22,6 +22,7 @@ from tests.readme import (
     run_documents,
     serving,
 )
+from tests.serve_run import serve_cli
 
 README = ROOT / "README.md"
 GONE_S = 20.0
@@ -49,6 +50,8 @@ def test_the_commands_for_another_shell_work_as_written(place: Place) -> None:
     text = README.read_text(encoding="utf-8")
     [block] = [b for b in blocks(text) if b.text.startswith("export RAY_AUTH_MODE=token ")]
     assert re.findall(r"^serve (\w+)", block.text, re.MULTILINE) == ["deploy", "status", "shutdown"]
+    with pytest.raises(AssertionError, match="Authentication required"):
+        serve_cli("status", **place.variables)  # the token is on
     output = place.run(["bash", "-ec"], block.text)
     assert "Sent deploy request successfully" in output
     assert "status: RUNNING" in output
