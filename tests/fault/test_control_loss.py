@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -13,6 +16,7 @@ from ray import serve
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.quantization import MXFP4
 from router.app import build
+from router.client import Reply
 from tests.cluster_fixture import (
     APP,
     RANDOM,
@@ -21,6 +25,7 @@ from tests.cluster_fixture import (
     StreamReader,
     greedy,
     is_alive,
+    prompt_of,
     transformers_tokens,
     wait_until,
 )
@@ -43,6 +48,8 @@ BACK_S = 40.0
 BOTH_BACK_S = 10.0
 """For Serve to notice, a controller to start, and then an actor."""
 GONE_S = 10.0
+SCORED = [prompt_of(length, length) for length in (40, 97, 130)]
+SCORED_LENGTH = 120
 THROWAWAY = "throwaway"
 ENDLESS = {
     "model": THROWAWAY,
@@ -103,20 +110,56 @@ def test_an_actor_that_dies_with_the_controller_is_back_soon(served: ServedClust
     assert served.actors()["expert-1"].generation > before["expert-1"].generation
 
 
+@dataclass
+class Scored:
+    """Answers with the log probabilities of their prompts, in pieces and whole."""
+
+    streams: list[StreamReader]
+    answers: list[Future[list[Reply]]]
+    expected: list[Reply]
+
+    def check(self) -> None:
+        """Check that they have come as without a fault."""
+        for stream, answer, whole in zip(self.streams, self.answers, self.expected, strict=True):
+            assert stream.result(BACK_S) == whole.token_ids
+            rows = [row for piece in stream.pieces for row in piece.prompt_logprobs]
+            assert tuple(rows) == whole.prompt_logprobs
+            assert answer.result(BACK_S) == [whole]
+
+
+def start_scored(served: ServedCluster, pool: ThreadPoolExecutor) -> Scored:
+    """Ask for the same answers as without a fault; streams have begun, and nothing has ended."""
+    asked = greedy(SCORED_LENGTH, prompt_logprobs=2, logprobs=1)
+    generate = partial(served.client.generate, sampling=asked, model=RANDOM, timeout_s=60)
+    expected = [generate(prompt)[0] for prompt in SCORED]
+    streams = [StreamReader(served.client, p, asked, RANDOM, 60) for p in SCORED]
+    answers = [pool.submit(generate, prompt) for prompt in SCORED]
+    for stream in streams:
+        stream.wait_tokens(1)
+    return Scored(streams, answers, expected)
+
+
 @pytest.mark.timeout(180)
-def test_streams_survive_the_loss_of_every_router(served: ServedCluster) -> None:
+def test_streams_and_log_probabilities_of_prompts_survive_the_loss_of_every_router(
+    served: ServedCluster,
+) -> None:
     tiny = served.crowd(TINY, PROMPTS[:2], [greedy(LENGTH)] * 2)
     told, before = served.status(), served.actors()
     pids = [router.pid for router in told.routers]
     sampling = greedy(LENGTH)
-    tiny_streams = [StreamReader(served.client, p, sampling, TINY, 60) for p in PROMPTS[:2]]
-    streams = start_streams(served)
-    for stream in tiny_streams:
-        stream.wait_tokens(1)
-    kill(told, *pids)
-    assert not any(stream.ended for stream in (*streams, *tiny_streams))
-    assert [stream.result() for stream in streams] == expected_tokens(served)
-    assert [stream.result() for stream in tiny_streams] == tiny
+    expected = expected_tokens(served)
+    with ThreadPoolExecutor(len(SCORED)) as pool:
+        scored = start_scored(served, pool)
+        tiny_streams = [StreamReader(served.client, p, sampling, TINY, 60) for p in PROMPTS[:2]]
+        streams = start_streams(served)
+        for stream in tiny_streams:
+            stream.wait_tokens(1)
+        kill(told, *pids)
+        assert not any(stream.ended for stream in (*streams, *tiny_streams, *scored.streams))
+        assert not any(answer.done() for answer in scored.answers)
+        assert [stream.result() for stream in streams] == expected
+        assert [stream.result() for stream in tiny_streams] == tiny
+        scored.check()
     after = served.wait_whole()
     assert not {router.pid for router in after.routers} & set(pids)
     assert after.controller_pid == told.controller_pid

@@ -233,13 +233,12 @@ def test_a_killed_router_and_a_killed_gateway_fail_nothing_with_the_clients_retr
 
         workers = [pool.submit(ask, worker) for worker in range(4)]
         try:
-            kill(told, router)
-            served.wait_whole()
-            kill(served.status(), served.status().gateways[0].pid)
-            served.wait_whole()
+            kill(told, router, told.gateways[0].pid)
+            after = served.wait_whole()
         finally:
             ended.set()
         assert all(worker.result() > 4 for worker in workers)
+    assert not {router, told.gateways[0].pid} & {p.pid for p in (*after.routers, *after.gateways)}
 
 
 def _routers_of(mixtures: Mixtures, model: str) -> set[int]:
