@@ -433,11 +433,11 @@ HEAVY = {
 IMPORTS = """
 import importlib, json, os, sys
 
-heavy, found = json.loads(sys.argv[1]), {}
+heavy, begun = json.loads(sys.argv[1]), {}
 for module in sorted(heavy, key=lambda module: "ray" not in heavy[module]):
     if "ray" not in heavy[module]:
         import ray.serve
-    reader, writer = os.pipe()
+    begun[module], writer = os.pipe()
     if os.fork() == 0:
         try:
             importlib.import_module(module)
@@ -448,11 +448,12 @@ for module in sorted(heavy, key=lambda module: "ray" not in heavy[module]):
         finally:
             os._exit(0)
     os.close(writer)
-    os.wait()
-    found[module] = os.read(reader, 10_000).decode()
-print(json.dumps(found))
+print(json.dumps({module: os.read(reader, 10_000).decode() for module, reader in begun.items()}))
 """
-"""Imports each module in a copy of a process that has Ray at most, and tells what came with it."""
+"""Imports each module in a copy of a process that has Ray at most, and tells what came with it.
+
+The copies run beside each other.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,9 @@ for number, kill in enumerate(KILLS):  # each in a process that has imported all
 """
 
 
+Begun = tuple[subprocess.Popen[bytes], Path]
+
+
 class Given(NamedTuple):
     """A source, a text and a dense source."""
 
@@ -114,8 +117,10 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """The files of runs that nothing ended, by command."""
+def whole(
+    begun: Begun, given: Given, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, bytes]]:
+    """The files of runs that nothing ended, by command; they run beside those that are killed."""
     place = tmp_path_factory.mktemp("whole")
     for command in COMMANDS:
         run(command, given, place / command / "out")
@@ -123,18 +128,26 @@ def whole(given: Given, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 
 
 @pytest.fixture(scope="module")
-def killed(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each of :data:`KILLS` has left, in a folder by its number."""
+def begun(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
+    """The process that runs :data:`KILLS`, each in a folder by its number, and their folder."""
     place = tmp_path_factory.mktemp("killed")
     for number in range(len(KILLS)):
         (place / str(number)).mkdir()
-    subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-P", "-c", KILLED, *map(str, given), str(place)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=100,
-        check=True,
     )
+    yield process, place
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def killed(begun: Begun) -> Path:
+    """A folder with what each of :data:`KILLS` has left."""
+    process, place = begun
+    assert process.wait(100) == 0
     return place
 
 
