@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ORDER = ("world", "unit", "integration", "fault", "long")
 """The worlds come before anything has started a thread, since they replace the clock."""
 LAST = ("found_beside", "other_weights", "mixtures")
-"""Fixtures whose tests come last in their folder: seeds run beside the other worlds. A cluster goes
+"""Fixtures whose tests come last: seeds run beside the other worlds and the units. A cluster goes
 on serving mixtures, whose deployment also brings its own weights back."""
 
 
@@ -24,8 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {folder: place for place, folder in enumerate(ORDER)}
 
     def place_of(item: pytest.Item) -> tuple[int, int]:
-        place = places.get(item.path.parent.name, places["unit"])
         used = getattr(item, "fixturenames", ())
+        folder = "unit" if "found_beside" in used else item.path.parent.name
+        place = places.get(folder, places["unit"])
         return place, next((rank for rank, name in enumerate(LAST, 1) if name in used), 0)
 
     items.sort(key=place_of)

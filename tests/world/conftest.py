@@ -1,6 +1,6 @@
 """A world's product logs much, and its end leaves generators that nobody goes on with.
 
-The seeds run beside the other worlds: these have one core, and no time of theirs is the machine's.
+The seeds run beside the other worlds and the units, which have one core, and yield to them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def begun(
 
 @pytest.fixture
 def found_beside(begun: Begun) -> list[Found]:
-    """What came of each of :data:`SEEDS`; the test that asks is the last of the worlds."""
+    """What came of each of :data:`SEEDS`; the test that asks comes after the units."""
     process, file = begun
     process.join()
     assert process.exitcode == 0

@@ -139,8 +139,9 @@ def found_of(seed: int) -> Found:
 def write_found(file: Path, seeds: range, processes: int, limit_s: float) -> None:
     """Run seeds and write what came of each; what a process of its own does, beside others.
 
-    It ends with its parent, and begins no seed after ``limit_s``.
+    It ends with its parent, yields to it, and begins no seed after ``limit_s``.
     """
+    os.nice(10)
     threading.Thread(target=_end_with_parent, args=(os._exit,), daemon=True).start()
     with workers(processes) as pool:
         found = list(all_of(pool, processes, iter(seeds), perf_counter() + limit_s))
