@@ -13,7 +13,6 @@ from router.gateway.tools.definitions import Tool
 from router.gateway.tools.rules import Rules, escaped, json_rule, quoted
 from router.gateway.tools.xml_call import FUNCTION, FUNCTION_ENDS, PARAMETER, VALUE_ENDS
 from router.gateway.tools.xml_values import (
-    MAX_REFERENCES,
     TEXT,
     json_of,
     kind_of,
@@ -21,7 +20,10 @@ from router.gateway.tools.xml_values import (
     referenced,
 )
 
+MAX_PARTS = 256
+"""The most schemas that a parameter's schema is made of, each counted for every reference to it."""
 _ENDS = f"\n{VALUE_ENDS}"
+_TO_WHOLE = '"$ref": "#"'
 _ANY = r"(.|\n)*"
 _NO_MARK_WITHIN = rf"~/{_ANY}{escaped(VALUE_ENDS)}(.|\n)+/"
 _CONSTANT = "|".join(
@@ -69,7 +71,7 @@ def xml_body(rules: Rules, number: int, tool: Tool, where: str) -> str:
         inner = f"{where}.properties.{key}"
         if not re.fullmatch(r"[^<>\n]{1,256}", key):
             _refuse("is no name that can stand between marks", inner)
-        values = _Values(rules, f"{number}_{place}", schema, kinds_of(value, schema))
+        values = _Values(rules, f"{number}_{place}", schema, kinds_of(value, schema), inner)
         alternatives = " | ".join(values.of(value, inner))
         opens = quoted(f"{PARAMETER}{key}>\n")
         rule = rules.add(f"parameter_{number}_{place}", f'{opens} ({alternatives}) "\\n"')
@@ -84,23 +86,29 @@ class _Values:
     """
 
     def __init__(
-        self, rules: Rules, name: str, root: Mapping[str, Any], kinds: frozenset[str]
+        self, rules: Rules, name: str, root: Mapping[str, Any], kinds: frozenset[str], where: str
     ) -> None:
         self._rules = rules
         self._name = name
+        self._where = where
         self._root = root
         self._kinds = kinds
         self._num_texts = 0
+        self._num_parts = 0
 
-    def of(self, schema: Any, where: str, depth: int = 0) -> list[str]:
+    def of(self, schema: Any, where: str) -> list[str]:
         """Return the alternatives of a schema."""
+        self._num_parts += 1
+        if self._num_parts > MAX_PARTS:
+            reason = f"refers to itself, or to over {MAX_PARTS} schemas, where calls are XML"
+            _refuse(reason, self._where)
         if not isinstance(schema, Mapping):
             schema = {}
         if self._kinds.isdisjoint(TEXT):
             return [self._json(schema)]
-        if "$ref" in schema and depth <= MAX_REFERENCES:
+        if "$ref" in schema:
             _check_keywords(schema, _NOTES | {"$ref"}, where)
-            return self.of(referenced(schema, self._root), where, depth + 1)
+            return self.of(referenced(schema, self._root), where)
         for name in ("enum", "const"):
             if name in schema:
                 _check_keywords(schema, _NOTES | {name, "type"}, where)
@@ -109,9 +117,7 @@ class _Values:
             if name in schema:
                 _check_keywords(schema, _NOTES | {name}, where)
                 branches = enumerate(schema[name])
-                inner = [
-                    self.of(each, f"{where}.{name}[{place}]", depth + 1) for place, each in branches
-                ]
+                inner = [self.of(each, f"{where}.{name}[{place}]") for place, each in branches]
                 return [alternative for found in inner for alternative in found]
         return self._typed(schema, where)
 
@@ -128,7 +134,10 @@ class _Values:
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
-        return f"{json_rule({**shared, **schema})} {quoted(_ENDS)}"
+        rule = json_rule({**shared, **schema})
+        if _TO_WHOLE in rule:  # which is not in the rule
+            _refuse('refers to "#", which is not supported where calls are XML', self._where)
+        return f"{rule} {quoted(_ENDS)}"
 
     def _listed(self, schema: Mapping[str, Any], where: str) -> list[str]:
         """Return alternatives of values, of which each must read as itself."""

@@ -8,29 +8,44 @@ from typing import Any
 
 from router.gateway.tools.calls import DECODER
 
-MAX_REFERENCES = 16
 TEXT = frozenset({"string"})
 _CONSTANTS = {"true": "boolean", "false": "boolean", "null": "null", "none": "null"}
 """Constants, which may have capitals: templates show those of earlier calls in Python's form."""
 
 
-def kinds_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+def kinds_of(schema: object, root: Mapping[str, Any]) -> frozenset[str]:
     """Return JSON schema's names of the types that a schema allows, ``string`` where it tells none.
 
-    ``root`` is the schema that references are within.
+    ``root`` is the schema that references are within. Each part is read once, however many
+    references lead to it.
     """
-    if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
-        return TEXT
+    kinds: set[str] = set()
+    left, seen = [schema], set[int]()
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        named, branches = _named_kinds(part, root)
+        kinds |= named
+        left += branches
+    return frozenset(kinds) or TEXT  # of a reference to itself there is none
+
+
+def _named_kinds(schema: object, root: Mapping[str, Any]) -> tuple[frozenset[str], list[object]]:
+    """Return the types that a schema names itself, and the schemas that it leaves them to."""
+    if not isinstance(schema, Mapping):
+        return TEXT, []
     if "$ref" in schema:
-        return kinds_of(referenced(schema, root), root, depth + 1)
+        return frozenset(), [referenced(schema, root)]
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
-        return frozenset(kind_of(value) for value in values)
+        return frozenset(kind_of(value) for value in values), []
     if "type" in schema:
         given = schema["type"]
-        return frozenset([given] if isinstance(given, str) else given)
+        return frozenset([given] if isinstance(given, str) else given), []
     branches = [each for name in ("anyOf", "oneOf", "allOf") for each in schema.get(name, ())]
-    return frozenset[str]().union(*(kinds_of(each, root, depth + 1) for each in branches)) or TEXT
+    return (frozenset(), branches) if branches else (TEXT, [])
 
 
 def referenced(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:

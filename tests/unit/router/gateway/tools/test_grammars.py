@@ -205,6 +205,12 @@ def test_values_between_marks_that_a_grammar_takes(
             jsonschema.validate(json.loads(arguments), parameters)
 
 
+TWELVE = {f"d{step}": {"anyOf": [{"$ref": f"#/$defs/d{step + 1}"}] * 12} for step in range(8)}
+LADDER = {"$defs": {**TWELVE, "d": {"$ref": "#/$defs/d0"}, "d8": SHORT}}
+"""Of 12 to the power of 8 alternatives."""
+CIRCLE = {"$defs": {"d": {"anyOf": [SHORT, *[{"$ref": "#/$defs/d"}] * 30]}}}
+
+
 @pytest.mark.parametrize(
     ("parameters", "place"),
     [
@@ -217,6 +223,9 @@ def test_values_between_marks_that_a_grammar_takes(
         ),
         ({"properties": {"a": {"enum": ["</parameter>"]}}}, ".properties.a.enum"),
         ({"properties": {"a>": SHORT}}, ".properties.a>"),
+        ({"properties": {"a": {"$ref": "#/$defs/d"}}, **LADDER}, ".properties.a"),
+        ({"properties": {"a": {"$ref": "#/$defs/d"}}, **CIRCLE}, ".properties.a"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, ".properties.a"),
         ({"required": ["a"]}, ".required"),
         ({"anyOf": [{"required": ["a"]}, {}]}, ".anyOf"),
         ({"patternProperties": {"a": SHORT}}, ".patternProperties"),

@@ -496,6 +496,22 @@ def test_at_most_one_call_where_they_are_not_parallel() -> None:
                 assert whole == Whole("", "", [CALL], "tool_calls"), pieces
 
 
+@pytest.mark.parametrize("last", [{"type": "integer"}, {"$ref": "#/$defs/d0"}])
+def test_types_behind_many_references_are_found_at_once(last: dict[str, Any]) -> None:
+    """By way of each reference there are 30 to the power of 9 schemas, or no end of them."""
+    steps = {f"d{step}": {"anyOf": [{"$ref": f"#/$defs/d{step + 1}"}] * 30} for step in range(9)}
+    schema = {
+        "properties": {"a": {"anyOf": [{"$ref": "#/$defs/d0"}, {"type": "null"}]}},
+        "$defs": {**steps, "d9": last},
+    }
+    tools = (tool("do", schema),)
+    call = "<function=do>\n<parameter=a>\n5\n</parameter>\n</function>"
+    begun_s = time.process_time()
+    whole = parsed(CODER, [f"<tool_call>{call}</tool_call>"], use=ToolUse(tools, tools))
+    assert whole.calls == [("do", '{"a": 5}' if "type" in last else '{"a": "5"}')]
+    assert time.process_time() - begun_s < 1
+
+
 @pytest.mark.parametrize(
     ("format_", "is_held"),
     [(QWEN, False), (MISTRAL, True), (V3, True), (GPT_OSS, False), (CODER, False)],
