@@ -47,3 +47,29 @@ class Blanks:
         """Return the white space that is kept, and keep none."""
         kept, self._kept = "".join(self._kept), []
         return kept
+
+
+class Unmarked:
+    """Leaves marks out of a text that comes in pieces."""
+
+    def __init__(self, marks: Sequence[str]) -> None:
+        """No mark may begin another."""
+        self._marks = MarkFinder(marks)
+        self._kept = ""
+
+    def push(self, text: str) -> str:
+        """Return the text without marks, but for its end where that may begin one."""
+        text, place = self._kept + text, 0
+        shown: list[str] = []
+        is_mark = True
+        while is_mark:
+            begin, end = self._marks.find(text, place)
+            shown.append(text[place:begin])
+            place, is_mark = end, end > begin
+        self._kept = text[place:]
+        return "".join(shown)
+
+    def take(self) -> str:
+        """Return the end that is kept, and keep none."""
+        kept, self._kept = self._kept, ""
+        return kept

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from transformers.utils.chat_parsing import ResponseParser
+from transformers.utils.chat_parsing.content_parsers import STREAMABLE_PARSERS
 
 _OVERRIDDEN = ("_consume_prefix", "_open_explicit", "_accumulate", "_close_current")
 if missing := [name for name in (*_OVERRIDDEN, "_process") if not hasattr(ResponseParser, name)]:
@@ -52,7 +53,8 @@ class PlacedParser(ResponseParser):  # type: ignore[misc, no-any-unimported]
         self._prompt_end = len(self._buffer)
 
     def _open_explicit(self, events: list[dict[str, Any]], field: Any, m: Any) -> None:
-        self._begun_at, self._taken_to, self._is_dirty = m.start(), m.end(), False
+        self._begun_at, self._taken_to = m.start(), m.end()
+        self._is_dirty = field.content not in STREAMABLE_PARSERS
         super()._open_explicit(events, field, m)
 
     def _accumulate(self, events: list[dict[str, Any]], text: str) -> None:

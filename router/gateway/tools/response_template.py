@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from router.gateway.tools.calls import Calls, written
-from router.gateway.tools.marks import Blanks
+from router.gateway.tools.marks import Blanks, Unmarked
 from router.gateway.tools.parts import Parsed
 
 CALLS_FIELD = "tool_calls"
@@ -37,7 +37,7 @@ class ResponseTemplateParser:
 
         self._parser = PlacedParser(dict(template), prefix=prefix, tools=list(tools))
         self._calls = calls
-        self._hidden = tuple(hidden)
+        self._hidden = Unmarked(sorted(hidden))
         self._pending: list[str] = []
         self._num_pending = 0
         self._num_fed = 0
@@ -62,6 +62,7 @@ class ResponseTemplateParser:
     def flush(self) -> Parsed:
         """See :class:`router.gateway.tools.parts.TextParser`."""
         parsed = self._feed(is_last=True)
+        parsed.content += self._hidden.take()
         if self._follows_source and not self._in_reasoning:
             parsed.content += self._blanks.take()
         return parsed
@@ -70,15 +71,15 @@ class ResponseTemplateParser:
         text, self._pending, self._num_pending = "".join(self._pending), [], 0
         self._num_fed += len(text)
         if self._is_broken:
-            return Parsed(self._unmarked(text))
+            return Parsed(self._hidden.push(text))
         events: list[dict[str, Any]] = []
         try:
             self._parser.feed_into(events, text)
             if is_last:
                 self._parser.finish_into(events)
         except (ValueError, TypeError, KeyError, RecursionError):
-            self._is_broken = True
             parsed = self._take(events)
+            self._is_broken = True
             self._show_source(self._parser.unsettled, parsed)
             return parsed
         return self._take(events)
@@ -92,15 +93,15 @@ class ResponseTemplateParser:
             elif kind == "region_chunk" and event["dirty"]:
                 self._region.append(event["text"])
             elif kind == "region_chunk":
-                text = event["text"] if self._is_begun else event["text"].lstrip()
-                self._is_begun = self._is_begun or bool(text)
-                self._show(field, self._blanks.push(text), parsed)
+                self._stream(field, self._hidden.push(event["text"]), parsed)
             elif field == CALLS_FIELD:
                 self._add_calls(event["value"], event["source"], parsed)
                 self._region = []
             elif self._region:  # a value that OpenAI's messages have no place for
-                self._show(field, "".join(self._region), parsed)
+                self._show(field, self._unmarked("".join(self._region)), parsed)
                 self._region = []
+            else:
+                self._stream(field, self._hidden.take(), parsed)
         return parsed
 
     def _open(self, field: str) -> None:
@@ -109,13 +110,20 @@ class ResponseTemplateParser:
             self._blanks, self._is_begun = Blanks(), False
         self._in_reasoning = field in REASONING_FIELDS
 
+    def _stream(self, field: str, text: str, parsed: Parsed) -> None:
+        """Pass on text, without the white space around that of its part."""
+        text = text if self._is_begun else text.lstrip()
+        self._is_begun = self._is_begun or bool(text)
+        self._show(field, self._blanks.push(text), parsed)
+
     def _show_source(self, source: str, parsed: Parsed) -> None:
         """Pass on as content what is no call, and the white space before it."""
-        parsed.content += self._blanks.take() + self._unmarked(source)
+        # Where the template does not fit, what follows goes on with the same text.
+        shown = self._hidden.push(source) if self._is_broken else self._unmarked(source)
+        parsed.content += self._blanks.take() + shown
         self._is_begun = self._follows_source = True
 
     def _show(self, field: str, text: str, parsed: Parsed) -> None:
-        text = self._unmarked(text)
         if field in REASONING_FIELDS:
             parsed.reasoning += text
         else:
@@ -147,6 +155,4 @@ class ResponseTemplateParser:
             return None
 
     def _unmarked(self, text: str) -> str:
-        for mark in self._hidden:
-            text = text.replace(mark, "")
-        return text
+        return self._hidden.push(text) + self._hidden.take()

@@ -40,9 +40,10 @@ TEXT = f"<think>\nHm.\n</think>\n\nI look.\n{QWEN_CALL}{QWEN_CALL}"
 PREFIX = "<|im_start|>assistant\n"
 
 
-def whole_of(pieces: list[str], prefix: str = PREFIX) -> Whole:
+def whole_of(pieces: list[str], prefix: str = PREFIX, hidden: tuple[str, ...] = ()) -> Whole:
     calls = Calls(["get_weather"])
-    parser = ResponseTemplateParser(TEMPLATE, prefix, calls, [tool.given for tool in CHECKED])
+    tools = [tool.given for tool in CHECKED]
+    parser = ResponseTemplateParser(TEMPLATE, prefix, calls, tools, hidden)
     whole = Whole()
     for part in [*(parser.push(piece) for piece in pieces), parser.flush()]:
         whole.content += part.content
@@ -77,6 +78,8 @@ CUT_SHORT = QWEN_CALL[:-20]
         (f"{BROKEN} on\n{QWEN_CALL}\n", Whole(f"{BROKEN} on\n{QWEN_CALL}\n")),
         (f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n", Whole(f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n")),
         (f"So {CUT_SHORT}", Whole(f"So {CUT_SHORT}")),
+        ("So <tool_call>", Whole("So <tool_call>")),
+        ("So <tool_call></tool_call> on", Whole("So <tool_call></tool_call> on")),
         (f"<think>\nHm.\n</think>\n\nSo {BROKEN}", Whole(f"So {BROKEN}", "Hm.")),
         (f"So:\n{UNKNOWN}\n{QWEN_CALL}\n", Whole(f"So:\n{UNKNOWN}", "", [("get_weather", PARIS)])),
         (
@@ -90,6 +93,20 @@ def test_what_is_no_call_stays_content_with_its_marks_at_every_cut(
 ) -> None:
     for pieces in cuts(text):
         assert whole_of(pieces) == expected, pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think><|x|> Hm<|x|>.<|x</think><|x|>So<|x|>", Whole("So", "Hm.<|x")),
+        ("So<|<|x|>", Whole("So<|")),
+        (f"So{BROKEN}<|x|> on<|x", Whole(f"So{BROKEN} on<|x")),
+        (f"{UNKNOWN}<|x|>on", Whole(f"{UNKNOWN}on")),
+    ],
+)
+def test_marks_that_are_hidden_are_shown_at_no_cut(text: str, expected: Whole) -> None:
+    for pieces in cuts(text):
+        assert whole_of(pieces, hidden=("<|x|>",)) == expected, pieces
 
 
 def test_a_mark_in_the_prompt_is_not_shown() -> None:
