@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,13 +26,25 @@ _STARTING = threading.Lock()
 def grammar_pool() -> ThreadPoolExecutor:
     """Return a pool of one thread, whose stack is large enough for every grammar."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    with _large_stack():
+        pool.submit(int).result()  # the thread starts at its first work
+    return pool
+
+
+def start_grammar_thread(target: Callable[[], None]) -> None:
+    """Start a thread with such a stack, which does not hold up the end of the process."""
+    with _large_stack():
+        threading.Thread(target=target, name="grammars", daemon=True).start()
+
+
+@contextmanager
+def _large_stack() -> Iterator[None]:
     with _STARTING:
         usual = threading.stack_size(STACK_BYTES)
         try:
-            pool.submit(int).result()  # the thread starts at its first work
+            yield
         finally:
             threading.stack_size(usual)
-    return pool
 
 
 def parser_limits() -> LLParserLimits:

@@ -6,7 +6,8 @@ experts have other bits: native sums have an order of their own. Each function h
 is what others call: :mod:`router.moe.permute`, :mod:`router.moe.combine`,
 :mod:`router.model.cpu.native_attention`, :mod:`router.model.cpu.native_layer`,
 :mod:`router.model.cpu.native_modules`, :mod:`experts.compute.native_ffn`,
-:mod:`cluster.wire.tensors`, :mod:`cluster.transport.stream.channel`.
+:mod:`router.engine.sampling`, :mod:`cluster.wire.tensors`,
+:mod:`cluster.transport.stream.channel`.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ FUNCTION(attention_inputs);
 FUNCTION(attention_outputs);
 FUNCTION(attention_half);
 FUNCTION(choose);
+FUNCTION(forbid);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
 

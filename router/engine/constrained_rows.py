@@ -1,6 +1,6 @@
 """The rows of a step whose choices have a grammar: what it forbids there.
 
-Dimension letters: G rows with a grammar, V vocabulary size.
+Dimension letters: G rows with a grammar, W words of 32 bits with a bit for each token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertMeshError, InvalidRequestError
-from router.engine.constraints import Grammars, flags_of
+from router.engine.constraints import Grammars
 from router.engine.sequence import Sequence as Choice
 from router.grammar_limits import FIELD
 
@@ -27,8 +27,8 @@ class Forbidden(NamedTuple):
 
     rows: torch.Tensor
     """int64 [G]."""
-    tokens: torch.Tensor
-    """bool [G, V]."""
+    words: torch.Tensor
+    """int32 [G, W]: a bit for each token, 0 for one that is forbidden."""
 
 
 def barred() -> InvalidRequestError:
@@ -63,7 +63,6 @@ def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | 
     waits_again = all(choice.deferred for choice in sampled)
     rows: list[int] = []
     words: list[np.ndarray] = []
-    vocab_size = 0
     for row, choice in enumerate(sampled):
         was_deferred, choice.deferred = choice.deferred, False
         if choice.constraint is None:
@@ -79,8 +78,7 @@ def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | 
         if found is not None:
             rows.append(row)
             words.append(found)
-            vocab_size = choice.constraint.vocab_size
     if not rows:
         return None
-    flags = flags_of(~np.stack(words), vocab_size)
-    return Forbidden(*to_device(torch.tensor(rows), torch.from_numpy(flags)))
+    allowed = np.concatenate(words).view(np.int32).reshape(len(rows), -1)
+    return Forbidden(*to_device(torch.from_numpy(np.array(rows)), torch.from_numpy(allowed)))

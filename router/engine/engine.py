@@ -285,6 +285,8 @@ class Engine:
                 self._replay(sequence, forced, token_id)
         for request_id, failure in failed.items():
             self._fail_request(request_id, failure or _not_finite(request_id))
+        if self._grammars is not None:
+            self._grammars.follow()
         if context.routed is not None:
             self._outbox = with_rows(self._outbox, packed.works, context.routed, self._identity)
 

@@ -9,7 +9,8 @@ neither on the row's place in the batch nor on the other rows, so a request that
 gets the same tokens.
 
 Dimension letters: R rows, V vocabulary size, W rows with a temperature above 0, N likeliest tokens
-reported, A rows that have them reported, E logits that are edited.
+reported, A rows that have them reported, E logits that are edited, G rows with a grammar, C words
+of 32 bits with a bit for each token.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from cluster.native.built import native
 from router.engine.token_rules import Edits
 from router.messages.request import SamplingParams, TokenLogprobs
 
@@ -34,6 +36,8 @@ VALUES_AT_ONCE = 1 << 21
 a device needs for it, some 60 bytes each; no token depends on it."""
 SORTED_AT_FIRST = 512
 """How many of a row's weights a CPU sorts at first; top-p seldom keeps more."""
+_MINUS_INF_BITS = -(1 << 23)
+"""fp32's -inf, read as int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def sample(
     if forbidden is not None:
         edited = _without(edited, forbidden)
     token_ids = _largest(edited)
-    sampled = [token_ids, _checked(logits, edited, token_ids)]
+    sampled = [token_ids, edited.gather(1, token_ids)]  # NaN where any logit is NaN or infinite
     vocab = logits.shape[1]
     at_once = max(1, VALUES_AT_ONCE // vocab)
     if len(warm_rows):
@@ -152,21 +156,21 @@ def _edited(logits: torch.Tensor, places: torch.Tensor, edits: torch.Tensor) -> 
 
 
 def _without(logits: torch.Tensor, forbidden: Forbidden) -> torch.Tensor:
-    """Return a copy of the logits in which forbidden tokens cannot be drawn."""
-    rows, tokens = forbidden
-    masked = _select(logits, rows).masked_fill(tokens, -torch.inf)
+    """Return a copy of the logits in which forbidden tokens cannot be drawn; NaN stays NaN."""
+    rows, words = forbidden
+    masked = _where_allowed(_select(logits, rows).contiguous(), words)
     return masked if len(rows) == len(logits) else logits.index_copy(0, rows, masked)
 
 
-def _checked(logits: torch.Tensor, edited: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Return the largest logit of each row, fp32 [R, 1]; infinite where no token may be drawn.
-
-    A NaN counts as the largest, also one of a token that may not be drawn.
-    """
-    drawn = edited.gather(1, token_ids)
-    if edited is logits:
-        return drawn
-    return torch.where(drawn.isinf(), drawn, logits.gather(1, _largest(logits)))
+def _where_allowed(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return logits [G, V], and -inf where a token's bit in ``words`` int32 [G, C] is 0."""
+    if native is not None and logits.is_cpu:
+        masked = torch.empty_like(logits)
+        native.forbid(words.numpy(), len(words), logits.numpy(), masked.numpy())
+        return masked
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = (words.unsqueeze(2) >> places).bitwise_and_(1).flatten(1)[:, : logits.shape[1]]
+    return logits + bits.sub(1).bitwise_and_(_MINUS_INF_BITS).view(torch.float32)
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -374,7 +374,9 @@ def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) ->
     grammars.close()
 
 
-def test_what_waits_when_the_threads_end_is_not_waited_for(tokenizer: Tokenizer) -> None:
+def test_what_waits_when_the_threads_end_is_not_waited_for(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     first, second = grammars.begin(of_regex("a{9}")), grammars.begin(of_regex("a{9}"))
     token_id = int(flags_after(first).nonzero()[0][0])
@@ -385,7 +387,9 @@ def test_what_waits_when_the_threads_end_is_not_waited_for(tokenizer: Tokenizer)
         is_held.set()
         release.wait(30)
 
-    grammars._following.submit(hold)
+    monkeypatch.setattr(grammars, "_answer", lambda _: hold())
+    first.read(token_id)
+    grammars.follow()
     assert is_held.wait(30)
     for constraint in (first, second, first, second):
         constraint.read(token_id)
@@ -415,8 +419,9 @@ def test_tokens_read_meanwhile_are_read_in_their_order_and_answered_once(
     constraint = grammars.begin(of_regex("(abc)+d"))
     flags_after(constraint)
     monkeypatch.setattr(Constraint, "_next", slow)
-    for token_id in letters[:1]:
-        constraint.read(token_id)
+    constraint.is_slow = True
+    constraint.read(letters[0])
+    grammars.follow()
     assert begun.wait(30)
     for token_id in letters[1:]:
         constraint.read(token_id)
@@ -437,32 +442,102 @@ def test_what_is_known_is_told_before_a_slow_matcher_of_the_same_step(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    monkeypatch.setattr(constraints, "TOGETHER_S", 0.0)
     choices = [grammars.begin(of_regex("a{9}")) for _ in range(3)]
     token_id = int(flags_after(choices[0]).nonzero()[0][0])
     for constraint in choices:
         flags_after(constraint)
-    is_held, together, release = threading.Event(), threading.Event(), threading.Event()
-    first = Constraint._next
+    release, first = threading.Event(), Constraint._next
 
     def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
-        if constraint is choices[-1]:
-            assert release.wait(30)
+        assert release.wait(30)
         return first(constraint, token_ids)
 
-    def hold() -> None:
-        is_held.set()
-        together.wait(30)
-
     monkeypatch.setattr(Constraint, "_next", slow)
-    grammars._following.submit(hold)
-    assert is_held.wait(30)
     for constraint in choices:
+        constraint.is_slow = constraint is choices[0]
         constraint.read(token_id)
-    together.set()
-    for constraint in choices[:-1]:
+    for constraint in choices[1:]:
         flags_after(constraint)
-    assert choices[-1].allowed(0.0) is None
+    assert choices[0].allowed(0.0) is None
     release.set()
-    assert flags_after(choices[-1]).any()
+    assert flags_after(choices[0]).any()
+    grammars.close()
+
+
+GRAMMARS = ("[ab]{12}", "(ab|cd)+e", "[a-z ]{3,40}", "the (quick|slow) fox")
+
+
+def walked(grammars: Grammars, num: int) -> list[list[list[int]]]:
+    """Return the allowed tokens of choices that are followed side by side, by step."""
+    choices = [grammars.begin(of_regex(GRAMMARS[i % len(GRAMMARS)])) for i in range(num)]
+    random, found = Random(0), []
+    for _ in range(8):
+        allowed = [flags_after(choice).nonzero()[0].tolist() for choice in choices]
+        found.append(allowed)
+        for choice, ids in zip(choices, allowed, strict=True):
+            choice.read(random.choice([i for i in ids if i != EOS] or ids))
+        grammars.follow()
+    return found
+
+
+def masks_of(tokenizer: Tokenizer, num: int) -> list[list[list[int]]]:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    try:
+        return walked(grammars, num)
+    finally:
+        grammars.close()
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 70])
+def test_choices_that_are_followed_together_have_the_answers_of_each_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, num: int
+) -> None:
+    together = masks_of(tokenizer, num)
+    monkeypatch.setattr(constraints, "QUICK_S", -1.0)
+    assert masks_of(tokenizer, num) == together
+
+
+def test_choices_go_on_alone_after_a_call_that_panicked_or_was_slow(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, first = masks_of(tokenizer, 5), constraints._words_together
+    calls = list[int]()
+
+    class PanicError(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panics(executor: Any, matchers: Any, token_ids: Any, num_tokens: int) -> Any:
+        calls.append(len(matchers))
+        if len(calls) % 2:
+            first(executor, matchers[:2], token_ids[:2], num_tokens)  # which have read theirs
+            raise PanicError
+        return first(executor, matchers, token_ids, num_tokens)
+
+    monkeypatch.setattr(constraints, "_words_together", panics)
+    monkeypatch.setattr(constraints, "QUICK_S", 1.0)
+    assert masks_of(tokenizer, 5) == together
+    assert len(calls) > 2
+    calls.clear()
+    monkeypatch.setattr(constraints, "QUICK_S", 0.0)
+    assert masks_of(tokenizer, 5) == together
+    assert calls == []  # the first answer, alone, was not quick
+
+
+def test_a_choice_in_error_leaves_its_company_alone(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    choices = [grammars.begin(of_regex("[ab]{6}")) for _ in range(3)]
+    token_id = int(flags_after(choices[0]).nonzero()[0][0])
+    expected = grammars.begin(of_regex("[ab]{6}"))
+    expected.read(token_id)
+    [other] = tokenizer.encode("x")
+    for choice in choices:
+        flags_after(choice)
+        choice.is_slow = False
+    for choice, read in zip(choices, (token_id, other, token_id), strict=True):
+        choice.read(read)
+    grammars.follow()
+    for choice in (choices[0], choices[2]):
+        np.testing.assert_array_equal(flags_after(choice), flags_after(expected))
+    with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
+        flags_after(choices[1])
     grammars.close()

@@ -376,3 +376,47 @@ def test_the_logits_are_left_alone() -> None:
     before = logits.clone()
     sample(logits, [draw_of(top_k=1, logprobs=2), draw_of(temperature=0.0)])
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 200, 4096])
+def test_what_is_forbidden_is_minus_infinite_and_all_else_stays(
+    monkeypatch: pytest.MonkeyPatch, vocab_size: int, is_native: bool
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(sampling, "native", None)
+    generator = torch.Generator().manual_seed(vocab_size)
+    for num_rows in (1, 2, 5):
+        logits = torch.randn(num_rows, vocab_size, generator=generator)
+        logits[0, 0] = torch.nan
+        allowed = torch.rand(num_rows, vocab_size, generator=generator) < 0.5
+        num_words = -(-vocab_size // 32) + 1  # the last has no token
+        words = [
+            [
+                sum(int(of_row[i]) << i % 32 for i in range(32 * w, min(32 * w + 32, vocab_size)))
+                for w in range(num_words)
+            ]
+            for of_row in allowed.tolist()
+        ]
+        given = torch.tensor(words).to(torch.uint32).view(torch.int32)
+        before = logits.clone()
+        found = sampling._where_allowed(logits, given)
+        torch.testing.assert_close(logits, before, equal_nan=True, rtol=0, atol=0)
+        expected = torch.where(allowed, logits, -torch.inf)
+        expected[0, 0] = torch.nan  # also where it is forbidden
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_native_code_refuses_what_has_not_as_many_rows_or_too_few_words() -> None:
+    if sampling.native is None:
+        raise AssertionError("the native code is built where tests run")
+    forbid, words, logits = sampling.native.forbid, bytes(8), bytes(8 * 33)
+    for some, num_rows in ((words, 3), (words, 0), (words, -1), (b"", 2)):
+        with pytest.raises(ValueError, match="words"):
+            forbid(some, num_rows, logits, bytearray(len(logits)))
+    with pytest.raises(ValueError, match="bit for each"):
+        forbid(words, 2, logits, bytearray(len(logits)))  # 33 logits and 32 bits
+    with pytest.raises(ValueError, match="rows"):
+        forbid(words, 1, logits[:128], bytearray(124))
+    with pytest.raises(OverflowError):
+        forbid(words, 1 << 70, logits, bytearray(len(logits)))
