@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -541,3 +543,45 @@ def test_a_choice_in_error_leaves_its_company_alone(tokenizer: Tokenizer) -> Non
     with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
         flags_after(choices[1])
     grammars.close()
+
+
+FOLLOW = """
+import sys, threading
+import numpy as np
+from llguidance import LLMatcher
+from router.gateway.grammar import check_grammar
+from router.gateway.tokenizer import Tokenizer
+from router.grammar_limits import parser_limits
+
+tokens = Tokenizer.load(sys.argv[1], (0,)).vocabulary(int(sys.argv[2]), (0,))
+names = "\\n".join(f'T{i}: "a" T{i + 1}? | "b" T{i + 1}' for i in range(1_500))
+lark = f'start: T0\\n{names}\\nT1500: "c"\\n'
+grammar = check_grammar({"structured_outputs": {"grammar": lark}}, str, (0,))
+matcher = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
+
+def follow():
+    for step in range(40):
+        words = np.zeros(-(-tokens.vocab_size // 32), np.uint32)
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        assert not matcher.is_error(), matcher.get_error()
+        [allowed] = np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()
+        matcher.consume_token(int(allowed[-1]))
+    print("followed")
+
+threading.stack_size(256 << 10)
+thread = threading.Thread(target=follow)
+thread.start()
+thread.join()
+"""
+
+
+def test_to_follow_a_deep_grammar_takes_little_of_a_stack(folder: Path) -> None:
+    """llguidance's executor has a stack of 2 MiB; a thread that overflows ends its process."""
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW, str(folder), str(VOCAB_SIZE)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == "followed\n", done.stderr
