@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
 # A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# To look for garbage among all that is imported takes as long as the imports.
+gc.disable()
 
 ORDER = ("world", "unit", "integration", "fault", "long")
 """The worlds come before anything has started a thread, since they replace the clock."""
@@ -52,3 +55,9 @@ def served(served_session: ServedCluster) -> ServedCluster:
     served_session.restore()
     served_session.wait_whole()
     return served_session
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage collected from now on, except for what lives to the end: tests and modules."""
+    gc.freeze()
+    gc.enable()
