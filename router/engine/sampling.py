@@ -97,7 +97,7 @@ def sample(
 ) -> list[torch.Tensor]:
     """Draw one token per row of fp32 logits [R, V]; returns what :func:`read` takes.
 
-    That is ids int64 [R, 1] and the rows' largest logits, fp32 [R, 1]. For some of
+    That is ids int64 [R, 1] and the rows' largest logits after edits, fp32 [R, 1]. For some of
     ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
     and the ids of the likeliest, [A, N]. All tensors are on one device.
 
@@ -113,7 +113,8 @@ def sample(
     if forbidden is not None:
         edited = _without(edited, forbidden)
     token_ids = _largest(edited)
-    sampled = [token_ids, edited.gather(1, token_ids)]  # NaN where any logit is NaN or infinite
+    # An edit leaves a NaN, and an infinite logit is one or stays so: both are the largest.
+    sampled = [token_ids, edited.gather(1, token_ids)]
     vocab = logits.shape[1]
     at_once = max(1, VALUES_AT_ONCE // vocab)
     if len(warm_rows):

@@ -33,7 +33,7 @@ from tests.serve_run import (
 from tests.signal_at_start import STACKS
 
 SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
-SHORT = 200
+SHORT = 500
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 2, 4, 900
 """All choices fit into one batch, and none of them ends before it is told to."""
