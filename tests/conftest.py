@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Iterator
+from pathlib import PurePath
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
@@ -17,9 +20,11 @@ gc.disable()
 
 ORDER = ("world", "unit", "integration", "fault", "long")
 """The worlds come before anything has started a thread, since they replace the clock."""
-LAST = ("found_beside", "other_weights", "mixtures")
-"""Fixtures whose tests come last: seeds run beside the other worlds and the units. A cluster goes
-on serving mixtures, whose deployment also brings its own weights back."""
+LAST = ("other_weights", "mixtures")
+"""Fixtures whose tests come last. A cluster goes on serving mixtures, whose deployment also brings
+its own weights back."""
+ALONE = ("integration", "fault", "long")
+"""The tests that have a cluster: it is one worker's, and these come when no other work is left."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,11 +33,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place_of(item: pytest.Item) -> tuple[int, int]:
         used = getattr(item, "fixturenames", ())
-        folder = "unit" if "found_beside" in used else item.path.parent.name
-        place = places.get(folder, places["unit"])
+        place = places.get(item.path.parent.name, places["unit"])
         return place, next((rank for rank, name in enumerate(LAST, 1) if name in used), 0)
 
     items.sort(key=place_of)
+
+
+class _ByFile(LoadScopeScheduling):
+    """Give each worker the tests of a file at a time, in the order of collection."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return the name of what one worker runs: a file, or all that has a cluster."""
+        file = PurePath(nodeid.partition("::")[0])
+        return "cluster" if file.parent.name in ALONE else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
+    """Share the tests out, with ``-n``, so that at first two workers run what needs no cluster."""
+    config.option.loadscopereorder = False
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ ASK_TIMEOUT_S = 5.0
 STALE_S = 1.5
 """So long after all routers have told where they listen, a request goes over a link. Serve may be
 ending the routers of older links."""
+PATIENCE = 10
+"""After so many failures in a row a warning says so. Routers that start cannot be asked yet."""
 
 KeysOf = Callable[[Wire], list[bytes]]
 """Returns the keys of the blocks of a request's prompt, by which a router is chosen."""
@@ -75,6 +77,8 @@ class RouterLinks:
         self._asked_at_s = -REFRESH_S
         self._known_at_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
+        self._num_failures = 0
+        """How often in a row the routers could not be asked."""
 
     def call(self, wire: Wire) -> LinkCall | None:
         """Send a request to a router that had its prefix, or to the one that owes the least.
@@ -127,8 +131,12 @@ class RouterLinks:
             if not any(isinstance(answer, BaseException) for answer in answers):
                 self._leave_others(addresses)
                 self._known_at_s = asked_at_s
+            self._num_failures = 0
         except Exception as error:
-            logger.warning("the routers cannot be asked for links (%s)", type(error).__name__)
+            self._num_failures += 1
+            if self._num_failures == PATIENCE:
+                name = type(error).__name__
+                logger.warning("the routers cannot be asked for links (%s)", name)
         finally:
             self._asking = None
 

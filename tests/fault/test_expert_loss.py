@@ -36,8 +36,8 @@ from tests.fault.faults import (
 
 IMPATIENT_S = 0.3
 """Shorter than a recovery: a new process has to import torch and load its experts."""
-ANSWER_S = 4.0
-BEGUN_S = 2.0
+ANSWER_S = 10.0
+BEGUN_S = 5.0
 REPLACED_S = 30.0
 
 

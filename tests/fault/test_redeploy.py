@@ -36,7 +36,7 @@ PROMPTS = faults.PROMPTS[:4]
 ASKED = [*PROMPTS, *SHARED_PROMPTS]
 """What short requests ask: some share a beginning, so none may have the other model's keys."""
 BACK_S = 120.0
-READY_S = 30.0
+READY_S = 90.0
 """How soon after its actors are ready the new model must answer."""
 
 

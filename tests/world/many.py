@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
 import multiprocessing
 import os
@@ -20,8 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from time import perf_counter, process_time
 from typing import Any
 
@@ -134,23 +132,6 @@ def found_of(seed: int) -> Found:
     from tests.world.weather import draw
 
     return judged(draw(seed))
-
-
-def write_found(file: Path, seeds: range, processes: int, limit_s: float) -> None:
-    """Run seeds and write what came of each; what a process of its own does, beside others.
-
-    It ends with its parent, yields to it, and begins no seed after ``limit_s``.
-    """
-    os.nice(10)
-    threading.Thread(target=_end_with_parent, args=(os._exit,), daemon=True).start()
-    with workers(processes) as pool:
-        found = list(all_of(pool, processes, iter(seeds), perf_counter() + limit_s))
-    file.write_text(json.dumps([asdict(one) for one in found]), encoding="utf-8")
-
-
-def read_found(file: Path) -> list[Found]:
-    """Return what :func:`write_found` has written; its tuples are lists."""
-    return [Found(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
 
 
 @contextlib.contextmanager

@@ -359,6 +359,30 @@ def test_a_router_that_is_not_found_is_logged_once_and_serve_carries_its_request
     assert line.startswith("no link to a router (unix, ")
 
 
+def test_routers_that_cannot_be_asked_for_long_are_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING", "expertmesh.link")
+
+    async def test() -> None:
+        serve = Serve()
+        async with linked(serve, 0) as links:
+            for _ in range(2):
+                serve.error = TimeoutError()
+                for _ in range(links_module.PATIENCE - 1):
+                    await refreshed(links)
+                assert not caplog.records
+                for _ in range(links_module.PATIENCE):
+                    await refreshed(links)
+                [record] = caplog.records
+                assert record.getMessage().startswith("the routers cannot be asked")
+                caplog.clear()
+                serve.error = None
+                await refreshed(links)
+
+    run(test)
+
+
 def test_a_router_without_a_way_for_this_node_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         serve, told = Serve(), list[str]()

@@ -1,0 +1,25 @@
+"""Worlds of many seeds break no law."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import pytest
+
+from tests.world.many import all_of, workers
+
+SEEDS = range(200)
+PROCESSES = 2
+LIMIT_S = 800.0
+MOST_S = 120.0
+"""What all seeds may take on two cores."""
+
+
+@pytest.mark.timeout(900)  # for a machine that does other work; the seeds' own limit is MOST_S
+def test_seeds_break_no_law() -> None:
+    with workers(PROCESSES) as pool:
+        found = list(all_of(pool, PROCESSES, iter(SEEDS), perf_counter() + LIMIT_S))
+    assert {one.seed: one.breaches for one in found if one.breaches} == {}
+    assert sorted(one.seed for one in found) == list(SEEDS)
+    assert sum(len(one.hit) for one in found) > 2 * len(SEEDS), "the weather is too fine"
+    assert sum(one.cpu_s for one in found) < PROCESSES * MOST_S
