@@ -161,6 +161,7 @@ def assert_ended_with(log: Path, lines: list[str]) -> None:
 def complete_over_http(http_port: int) -> httpx.Response:
     """Ask for more than can be answered in time, without a stream."""
     body = {"model": TINY, "prompt": "In the", "max_tokens": LENGTH, "n": CHOICES}
+    body["ignore_eos"] = True
     url = f"http://127.0.0.1:{http_port}/v1/completions"
     return httpx.post(url, json=body, timeout=READY_S)
 
