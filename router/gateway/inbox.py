@@ -43,15 +43,18 @@ class Inbox:
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
         """Wait; returns all events so far, and the reply or ``None`` while there is none.
 
-        The service above bounds the wait by the request's deadline. Later events are held back for
-        ``pause_s``, so that the next call returns them together.
+        The service above bounds the wait by the request's deadline. Later events are held back to
+        the next multiple of ``pause_s``, so that the next call returns them together. The readers
+        of all requests are woken at the same time: the loop, the sockets and the clients then have
+        one burst of work, and the engine's processes are disturbed once.
         """
         await self._changed.wait()
         self._changed.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._due_at_s = self._loop.time() + pause_s
+        now_s = self._loop.time()
+        self._due_at_s = (now_s // pause_s + 1) * pause_s if pause_s > 0 else now_s
         events, self._events = self._events, []
         return events, self._reply
 
