@@ -1,9 +1,39 @@
-"""Whether a JSON schema has a finite instance: one that refers to itself without end has none."""
+"""What references in a JSON schema stand for, and whether it has a finite instance.
+
+A schema that refers to itself without end has none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
+
+_MAX_DIGITS = 9
+"""Of a place in a list; Python refuses to read very many."""
+
+
+def target(reference: object, root: object) -> Any:
+    """Return what a reference within ``root`` stands for, ``None`` for any other."""
+    if not isinstance(reference, str) or reference[:1] not in ("", "#"):
+        return None  # of another document
+    first, *parts = unquote(reference[1:]).split("/")
+    if first:
+        return None  # by an anchor
+    found: Any = root
+    for part in parts:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and _is_place(key) and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found
+
+
+def _is_place(key: str) -> bool:
+    return key.isdecimal() and len(key) <= _MAX_DIGITS
 
 
 def has_instance(schema: object, max_depth: int) -> bool:
@@ -65,11 +95,11 @@ class _Search:
             return True
         if depth >= self._failed_at.get(reference, depth + 1):
             return False
-        target = self._target(reference)
-        if target is None:  # llguidance says what is wrong with it
+        found = target(reference, self._root)
+        if found is None:  # llguidance says what is wrong with it
             return True
         self._failed_at[reference] = depth
-        is_possible = self.may_end(target, depth + 1)
+        is_possible = self.may_end(found, depth + 1)
         if is_possible:
             self._found.add(reference)
         return is_possible
@@ -104,18 +134,3 @@ class _Search:
         if not all(map(ends, ahead)):
             return False
         return len(ahead) >= least or ends(schema.get("items", True))
-
-    def _target(self, reference: str) -> object:
-        """Return what a reference within the schema stands for, ``None`` for any other."""
-        if reference != "#" and not reference.startswith("#/"):
-            return None  # of another document, or by an anchor
-        found: Any = self._root
-        for part in reference[1:].split("/")[1:]:
-            key = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, dict) and key in found:
-                found = found[key]
-            elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
-                found = found[int(key)]
-            else:
-                return None
-        return found

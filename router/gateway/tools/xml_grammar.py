@@ -7,18 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, shown
 from router.gateway.form_costs import MAX_REPEATS
+from router.gateway.schemas import target
 from router.gateway.tools.definitions import Tool
 from router.gateway.tools.rules import Rules, escaped, json_rule, quoted
 from router.gateway.tools.xml_call import FUNCTION, FUNCTION_ENDS, PARAMETER, VALUE_ENDS
-from router.gateway.tools.xml_values import (
-    TEXT,
-    json_of,
-    kind_of,
-    kinds_of,
-    referenced,
-)
+from router.gateway.tools.xml_values import TEXT, json_of, kind_of, kinds_of
 
 MAX_PARTS = 256
 """The most schemas that a parameter's schema is made of, each counted for every reference to it."""
@@ -108,7 +103,7 @@ class _Values:
             return [self._json(schema)]
         if "$ref" in schema:
             _check_keywords(schema, _NOTES | {"$ref"}, where)
-            return self.of(referenced(schema, self._root), where)
+            return self._referred(schema["$ref"], where)
         for name in ("enum", "const"):
             if name in schema:
                 _check_keywords(schema, _NOTES | {name, "type"}, where)
@@ -120,6 +115,13 @@ class _Values:
                 inner = [self.of(each, f"{where}.{name}[{place}]") for place, each in branches]
                 return [alternative for found in inner for alternative in found]
         return self._typed(schema, where)
+
+    def _referred(self, reference: object, where: str) -> list[str]:
+        found = target(reference, self._root)
+        if found is None:  # an anchor, which llguidance knows
+            reason = f"refers to {shown(reference)}, which is not found where calls are XML"
+            _refuse(reason, f"{where}.$ref")
+        return self.of(found, where)
 
     def _typed(self, schema: Mapping[str, Any], where: str) -> list[str]:
         kinds = kinds_of(schema, self._root)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from router.gateway.schemas import target
 from router.gateway.tools.calls import DECODER
 
 TEXT = frozenset({"string"})
@@ -37,7 +38,7 @@ def _named_kinds(schema: object, root: Mapping[str, Any]) -> tuple[frozenset[str
     if not isinstance(schema, Mapping):
         return TEXT, []
     if "$ref" in schema:
-        return frozenset(), [referenced(schema, root)]
+        return frozenset(), [target(schema["$ref"], root)]
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return frozenset(kind_of(value) for value in values), []
@@ -46,15 +47,6 @@ def _named_kinds(schema: object, root: Mapping[str, Any]) -> tuple[frozenset[str
         return frozenset([given] if isinstance(given, str) else given), []
     branches = [each for name in ("anyOf", "oneOf", "allOf") for each in schema.get(name, ())]
     return (frozenset(), branches) if branches else (TEXT, [])
-
-
-def referenced(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
-    """Return what a schema refers to within ``root``, ``None`` where it is not there."""
-    found: Any = root
-    for part in str(schema["$ref"]).removeprefix("#").split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
 
 
 def kind_of(value: object) -> str:

@@ -205,6 +205,48 @@ def test_values_between_marks_that_a_grammar_takes(
             jsonschema.validate(json.loads(arguments), parameters)
 
 
+REFERENCES = [
+    "#/$defs/x%20y", "#/$defs/%C3%A9", "#/$defs/a~1b", "#/$defs/a%7E1b", "#/$defs/l/anyOf/0",
+    "#/%24defs%2Fl/anyOf/0",
+]  # fmt: skip
+INTEGER = {"type": "integer"}
+REFERRED = {"x y": INTEGER, "é": INTEGER, "a/b": INTEGER, "l": {"anyOf": [INTEGER, SHORT]}}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_values_between_marks_are_held_to_references_however_they_are_written(
+    reference: str,
+) -> None:
+    number = {"$ref": reference}
+    for schema in (number, {"anyOf": [number, {"const": "t"}]}):
+        parameters = {"type": "object", "properties": {"a": schema}, "$defs": REFERRED}
+        tools = (tool("do", {**parameters, "required": ["a"]}, True),)
+        use = ToolUse(tools, tools, True)
+        chat_format = model("qwen3-coder").tokenizer.chat_format
+        grammar = grammar_of(chat_format, use, "", "")
+        for value, meant in (("5", 5), ("x", "x"), ("t", "t")):
+            body = f"<function=do>\n<parameter=a>\n{value}\n</parameter>\n</function>"
+            text = f"<tool_call>\n{body}\n</tool_call>"
+            matcher = LLMatcher(vocabulary("qwen3-coder"), grammar, log_level=0)
+            ids = model("qwen3-coder").tokenizer.encode(text, add_special_tokens=False)
+            fits = all(map(matcher.consume_token, ids)) and matcher.is_accepting()
+            assert fits == jsonschema.Draft202012Validator(parameters).is_valid({"a": meant})
+            [(_, arguments)] = parsed(chat_format, [text], True, use).calls
+            assert json.loads(arguments) == {"a": meant}
+
+
+def test_a_reference_that_is_not_found_between_marks_is_named() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#anchor"}},
+        "$defs": {"d": {"$anchor": "anchor", "type": "integer"}},
+    }
+    function = {"name": "do", "strict": True, "parameters": parameters}
+    answer = post("qwen3-coder", tools=[{"type": "function", "function": function}])
+    where = "tools[0].function.parameters.properties.a.$ref"
+    assert "'#anchor', which is not found" in refusal(answer, 400, where)
+
+
 TWELVE = {f"d{step}": {"anyOf": [{"$ref": f"#/$defs/d{step + 1}"}] * 12} for step in range(8)}
 LADDER = {"$defs": {**TWELVE, "d": {"$ref": "#/$defs/d0"}, "d8": SHORT}}
 """Of 12 to the power of 8 alternatives."""
