@@ -17,6 +17,8 @@ from router.gateway.tools.xml_values import TEXT, json_of, kind_of, kinds_of
 
 MAX_PARTS = 256
 """The most schemas that a parameter's schema is made of, each counted for every reference to it."""
+_MAX_NESTED = 250
+"""How deep groups of a pattern are followed; llguidance takes none that are as deep."""
 _ENDS = f"\n{VALUE_ENDS}"
 _TO_WHOLE = '"$ref": "#"'
 _ANY = r"(.|\n)*"
@@ -180,9 +182,11 @@ def _whole(pattern: str, where: str) -> str:
     bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern)
     begin, end = bare.startswith("^"), bare.endswith("$")
     inner = bare.removeprefix("^").removesuffix("$")
-    flat, before = inner, ""
-    while flat != before:
-        flat, before = re.sub(r"\([^()]*\)", "x", flat), flat
+    flat = inner
+    for _ in range(_MAX_NESTED):
+        flat, num_found = re.subn(r"\([^()]*\)", "x", flat)
+        if not num_found:
+            break
     if "^" in inner or "$" in inner or ("|" in flat and (begin or end)):
         _refuse("has ^ or $ within it, which is not supported where calls are XML", where)
     core = pattern[int(begin) : len(pattern) - int(end)].replace("\n", r"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import jsonschema
@@ -11,6 +12,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from cluster.errors import InvalidRequestError
+from router.gateway.grammar import check_whole
 from router.gateway.tools.definitions import ToolUse
 from router.gateway.tools.grammars import grammar_of
 from router.grammar_limits import parser_limits
@@ -245,6 +248,23 @@ def test_a_reference_that_is_not_found_between_marks_is_named() -> None:
     answer = post("qwen3-coder", tools=[{"type": "function", "function": function}])
     where = "tools[0].function.parameters.properties.a.$ref"
     assert "'#anchor', which is not found" in refusal(answer, 400, where)
+
+
+@pytest.mark.parametrize("around", ["{}", "^{}$"])
+def test_a_pattern_of_many_groups_within_each_other_is_read_or_refused_at_once(around: str) -> None:
+    def checked(depth: int) -> str:
+        pattern = around.format("(" * depth + "a|b" + ")" * depth)
+        schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}}
+        tools = (tool("do", schema, True),)
+        chat_format = model("qwen3-coder").tokenizer.chat_format
+        return check_whole(grammar_of(chat_format, ToolUse(tools, tools, True), "", ""), "tools")
+
+    assert checked(247)
+    begun_s = time.process_time()
+    for depth in (248, 249, 250, 251, 30_000):
+        with pytest.raises(InvalidRequestError):
+            checked(depth)
+    assert time.process_time() - begun_s < 1
 
 
 TWELVE = {f"d{step}": {"anyOf": [{"$ref": f"#/$defs/d{step + 1}"}] * 12} for step in range(8)}
