@@ -177,7 +177,9 @@ class Call:
             if len(self._head) > MAX_HEAD_CHARS:
                 return
             self._head += piece
-            found = None if self._name else _HEAD.match(self._head)
+            # The bracket behind a head is matched too. Of a longer text no more is, as the head of
+            # one that comes in small pieces grows no longer.
+            found = None if self._name else _HEAD.match(self._head, 0, MAX_HEAD_CHARS + 1)
             name = _text_of(found[1]) if found else self._name
             if not self._calls.knows(name):
                 return

@@ -487,6 +487,18 @@ def test_of_members_that_come_twice_the_first_holds(
     assert parsed(QWEN, [text], is_held=False) == whole
 
 
+def test_a_stream_shows_a_call_early_by_the_length_of_what_stands_before_its_arguments() -> None:
+    opens, rest, arguments = "<tool_call>", '"name": "now", "arguments": ', '{"a": 1'
+    for length, is_shown in ((1023, True), (1024, True), (1025, False), (2000, False)):
+        text = f"{opens}{{{' ' * (length - 1 - len(rest))}{rest}{arguments}"
+        shown = Whole("", "", [("now", arguments)], "length")
+        expected = shown if is_shown else Whole(text, finish_reason="length")
+        for pieces in ([text], list(text), [text[:900], text[900:]], [text[:-7], text[-7:]]):
+            assert parsed(QWEN, pieces, reason="length") == expected
+            whole = parsed(QWEN, [*pieces, "}}</tool_call>"])
+            assert whole == Whole("", "", [("now", f"{arguments}}}")], "tool_calls")
+
+
 def test_at_most_one_call_where_they_are_not_parallel() -> None:
     use = ToolUse(TOOLS, TOOLS, is_parallel=False)
     for format_, text in ((QWEN, f"{QWEN_CALL}\n{QWEN_CALL} x"), CASES["mixtral"][:2]):
