@@ -13,6 +13,7 @@ from router.gateway.tools.marks import Blanks, MarkFinder
 from router.gateway.tools.parts import Parsed
 from router.gateway.tools.states import States
 from router.gateway.tools.xml_call import XmlCall
+from router.gateway.tools.xml_values import ParameterKinds
 
 MAX_TAIL_CHARS = 64
 _ARGUMENTS = re.compile(r"\{")
@@ -72,7 +73,7 @@ class MarkedParser:
         self._hidden = MarkFinder(sorted(hidden))
         self._finder = MarkFinder([*dict.fromkeys((marks.opens, *marks.around, *hidden))])
         self._head = re.compile(marks.head)
-        self._schemas = schemas
+        self._kinds = ParameterKinds(schemas)
         self._ends = re.compile(marks.tail + re.escape(marks.closes))
         self._blanks = Blanks()
         self._states = States(self._in_text)
@@ -154,7 +155,7 @@ class MarkedParser:
 
     def _begin(self, name: str = "") -> None:
         is_xml = self._marks.is_xml
-        self._call = XmlCall(self._calls, self._schemas) if is_xml else Call(self._calls, name)
+        self._call = XmlCall(self._calls, self._kinds) if is_xml else Call(self._calls, name)
         self._states.now = self._in_call
 
     def _in_call(self, text: str, place: int, parsed: Parsed) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from router.gateway.tools.calls import MAX_HEAD_CHARS, Calls, JsonSpan
 from router.gateway.tools.marks import MarkFinder
 from router.gateway.tools.parts import CallPart, Parsed
 from router.gateway.tools.states import States
-from router.gateway.tools.xml_values import TEXT, as_text, json_of, kinds_of
+from router.gateway.tools.xml_values import TEXT, ParameterKinds, as_text, json_of
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
 FUNCTION_ENDS, VALUE_ENDS = "</function>", "</parameter>"
@@ -23,14 +21,14 @@ _NEXT = re.compile(r"\s{0,512}(?:<parameter=(?P<key>[^<>\n]{1,256})>|(?P<end></f
 class XmlCall:
     """One call: ``<function=NAME>``, ``<parameter=KEY>VALUE</parameter>`` each, ``</function>``.
 
-    Its arguments become JSON, typed by the tool's schema in ``schemas``. One new line at each end
+    Its arguments become JSON, of the ``kinds`` that its tool allows. One new line at each end
     of a value is left out. A value that can be a text alone is passed on as it comes, any other
     when it is whole. A value ends at the first mark that is not within the strings of its JSON.
     """
 
-    def __init__(self, calls: Calls, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, calls: Calls, kinds: ParameterKinds) -> None:
         self._calls = calls
-        self._schemas = schemas
+        self._kinds_of = kinds.of
         self._states = States(self._in_name)
         self._name = ""
         self._index: int | None = None
@@ -98,9 +96,7 @@ class XmlCall:
         comma = ", " if self._num_parameters else ""
         self._num_parameters += 1
         self._write(f"{comma}{as_text(found['key'])}: ", parsed)
-        schema = self._schemas.get(self._name, {})
-        properties = schema.get("properties", {})
-        self._kinds = kinds_of(properties.get(found["key"]), schema)
+        self._kinds = self._kinds_of(self._name, found["key"])
         self._states.now = self._before_text if self._kinds == TEXT else self._in_value
         return found.end()
 

@@ -33,6 +33,24 @@ def kinds_of(schema: object, root: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(kinds) or TEXT  # of a reference to itself there is none
 
 
+class ParameterKinds:
+    """The kinds of the parameters of tools, found once for each: a schema may be large."""
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self._schemas = schemas
+        self._found: dict[tuple[str, str], frozenset[str]] = {}
+
+    def of(self, tool: str, key: str) -> frozenset[str]:
+        """Return the kinds of a parameter, those of a text where it is unknown."""
+        schema = self._schemas.get(tool, {})
+        properties = schema.get("properties", {})
+        if key not in properties:  # not kept: a model may write any number of them
+            return TEXT
+        if (tool, key) not in self._found:
+            self._found[tool, key] = kinds_of(properties[key], schema)
+        return self._found[tool, key]
+
+
 def _named_kinds(schema: object, root: Mapping[str, Any]) -> tuple[frozenset[str], list[object]]:
     """Return the types that a schema names itself, and the schemas that it leaves them to."""
     if not isinstance(schema, Mapping):

@@ -508,6 +508,32 @@ def test_at_most_one_call_where_they_are_not_parallel() -> None:
                 assert whole == Whole("", "", [CALL], "tool_calls"), pieces
 
 
+class Noted(list[Any]):
+    """A list that notes how often it is gone through."""
+
+    num_times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.num_times += 1
+        return super().__iter__()
+
+
+def test_the_schema_of_a_parameter_that_comes_often_is_gone_through_once() -> None:
+    values = Noted([1, 2, "a"])
+    tools = (
+        tool("do", {"properties": {"a": {"enum": values}, "b": {"type": "integer"}}}),
+        tool("other", {"properties": {"a": {"type": "string"}}}),
+    )
+    call = (
+        "<tool_call><function={}>" + "<parameter={}>1</parameter>" * 3 + "</function></tool_call>"
+    )
+    text = call.format("do", "a", "b", "a") * 3 + call.format("other", "a", "b", "c")
+    whole = parsed(CODER, [text], use=ToolUse(tools, tools))
+    numbers, texts = '{"a": 1, "b": 1, "a": 1}', '{"a": "1", "b": "1", "c": "1"}'
+    assert whole.calls == [*[("do", numbers)] * 3, ("other", texts)]
+    assert values.num_times == 1
+
+
 @pytest.mark.parametrize("last", [{"type": "integer"}, {"$ref": "#/$defs/d0"}])
 def test_types_behind_many_references_are_found_at_once(last: dict[str, Any]) -> None:
     """By way of each reference there are 30 to the power of 9 schemas, or no end of them."""
