@@ -1,7 +1,7 @@
 """Bounds of forms whose compilation takes long, which llguidance's own limits do not bound.
 
-A repetition of a repetition, numbers that are multiples of others, and patterns of names that
-overlap make automata whose size is the product of their parts.
+A repetition of a repetition, numbers that are multiples of others, patterns of names that overlap,
+and patterns that one text is to fit make automata whose size is the product of their parts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
+
+from router.gateway.schema_patterns import meet_too_many, own_patterns
 
 MAX_REPEATS = 100_000
 """The most repetitions of one part of a pattern, those around it counted in."""
@@ -17,46 +20,41 @@ MAX_MULTIPLE = 10_000
 """The largest common multiple of all integers in ``multipleOf``."""
 MAX_PATTERNS = 32
 """The most patterns of names in one object."""
-_QUANTIFIER = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
+MAX_TOGETHER = 8
+"""The most patterns that one text is to fit together: each may double the size of an automaton."""
+_QUANTIFIER = re.compile(r"\s*\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 def most_repeats(pattern: str) -> int:
     """Return how often a part of a pattern is repeated at most, by counts within counts.
 
-    ``*`` and ``+`` count once: they go back to where they began.
+    ``*`` and ``+`` count once: they go back to where they began. White space before a count is left
+    out, as a pattern may ask for.
     """
-    most, around, place = 1, [1], 0
+    around, last, place = [1], 1, 0
     while place < len(pattern):
         char = pattern[place]
-        found = _QUANTIFIER.match(pattern, place)
-        if char == "\\":
-            place += 2
-            continue
-        if char == "[":
-            place = _class_end(pattern, place)
-            around[-1] = max(around[-1], 1)
-            continue
-        if char == "(":
-            around.append(1)
-        elif char == ")" and len(around) > 1:
-            inner = around.pop()
-            count, place = _count_at(pattern, place + 1)
-            around[-1] = max(around[-1], inner * count)
-            most = max(most, around[-1])
-            continue
-        elif found:
-            around[-1] = max(around[-1], int(found[2] or found[1]))
+        if found := _QUANTIFIER.match(pattern, place):
+            last *= count_of(found[2] or found[1])
             place = found.end()
-            most = max(most, *around)
-            continue
-        place += 1
-    return most
+        elif char == "\\":
+            last, place = 1, place + 2
+        elif char == "[":
+            last, place = 1, _class_end(pattern, place)
+        elif char == ")" and len(around) > 1:
+            last, place = around.pop(), place + 1
+        else:
+            if char == "(":
+                around.append(1)
+            # More than one quantifier may follow a part, with white space between them.
+            last, place = last if char in "*+?" or char.isspace() else 1, place + 1
+        around[-1] = max(around[-1], last)
+    return max(around)
 
 
-def _count_at(pattern: str, place: int) -> tuple[int, int]:
-    """Return the count of a quantifier at a place, and the place after it."""
-    found = _QUANTIFIER.match(pattern, place)
-    return (1, place) if found is None else (int(found[2] or found[1]), found.end())
+def count_of(digits: str) -> int:
+    """Return the number of a quantifier; one of many digits is large enough to be refused."""
+    return int(found or 1) if len(found := digits.lstrip("0")) <= 9 else 10**9
 
 
 def _class_end(pattern: str, place: int) -> int:
@@ -70,12 +68,13 @@ def _class_end(pattern: str, place: int) -> int:
 
 def schema_fault(schema: object) -> str:
     """Return why a schema takes too long to compile, empty where it does not."""
-    multiples = 1
-    for part in _mappings(schema):
+    multiples, num_patterns = Fraction(1), 0
+    for part in mappings(schema):
         value = part.get("multipleOf")
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            multiples = math.lcm(multiples, value)
-        if multiples > MAX_MULTIPLE:
+        if isinstance(value, int | float) and 0 < value < math.inf:
+            exact = Fraction(value) if isinstance(value, int) else Fraction(repr(value))
+            multiples = _common_multiple(multiples, exact)
+        if _digits_of(multiples) > MAX_MULTIPLE:
             return f"multipleOf: the common multiple of all is over {MAX_MULTIPLE}"
         patterns = part.get("patternProperties")
         if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
@@ -84,10 +83,32 @@ def schema_fault(schema: object) -> str:
         for pattern in (part.get("pattern"), *named):
             if isinstance(pattern, str) and most_repeats(pattern) > MAX_REPEATS:
                 return f"a pattern repeats a part more than {MAX_REPEATS} times"
+        num_patterns += own_patterns(part)
+    if meet_too_many(schema, num_patterns, MAX_TOGETHER):
+        return f"a text is to fit more than {MAX_TOGETHER} patterns together"
     return ""
 
 
-def _mappings(schema: object) -> Iterator[dict[str, Any]]:
+def _common_multiple(one: Fraction, other: Fraction) -> Fraction:
+    """Return the least number that is a multiple of both."""
+    return Fraction(
+        math.lcm(one.numerator, other.numerator), math.gcd(one.denominator, other.denominator)
+    )
+
+
+def _digits_of(number: Fraction) -> int:
+    """Return the digits of a decimal number without its point, and without zeros at its end."""
+    digits = number.numerator
+    rest = number.denominator
+    while rest % 10 == 0:
+        rest //= 10
+    while rest > 1:
+        factor = 5 if rest % 2 == 0 else 2
+        digits, rest = digits * factor, rest * factor // 10
+    return digits
+
+
+def mappings(schema: object) -> Iterator[dict[str, Any]]:
     """Yield all mappings of a schema, without recursion."""
     left = [schema]
     while left:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
 from router.gateway.form_costs import MAX_REPEATS, most_repeats, schema_fault
+from router.gateway.lark_costs import lark_fault
 from router.gateway.schemas import has_instance
 from router.grammar_limits import grammar_pool, parser_limits
 
@@ -150,7 +151,9 @@ def _whitespace(given: Mapping[str, Any], where: str) -> JsonCompileOptions:
         options["whitespace_flexible"] = False
     if given.get("whitespace_pattern") is not None:
         name = "whitespace_pattern"
-        options["whitespace_pattern"] = checks.text(given[name], f"{where}.{name}")
+        pattern = checks.text(given[name], f"{where}.{name}")
+        _check_repeats(pattern, f"{where}.{name}")
+        options["whitespace_pattern"] = pattern
     return options
 
 
@@ -204,13 +207,15 @@ def _of_grammar(text: str, where: str) -> str:
     from llguidance import grammar_from
 
     _check_size(text, where)
-    _check_repeats(text, where)
     if "%json" in text:  # llguidance's own; its schemas would not be looked at
         raise InvalidRequestError("%json is not supported; use the form json", where)
     try:
-        return grammar_from("grammar", _OF_TREE.sub("", text))
+        grammar = grammar_from("grammar", _OF_TREE.sub("", text))
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(_line(str(error)), where) from None
+    if fault := lark_fault(grammar):
+        raise InvalidRequestError(fault, where)
+    return grammar
 
 
 def _check_repeats(text: str, where: str) -> None:

@@ -16,7 +16,6 @@ import pytest
 from cluster.errors import InvalidRequestError
 from router import grammar_limits
 from router.client import Client, Sampling
-from router.gateway.form_costs import most_repeats
 from router.gateway.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
 from router.gateway.schemas import has_instance
 from tests.unit import http_calls
@@ -220,27 +219,6 @@ TREE = {
 )
 def test_a_schema_has_a_finite_instance_or_not(schema: Any, expected: bool) -> None:
     assert has_instance(schema, MAX_DEPTH) is expected
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("", 1),
-        ("abc", 1),
-        ("a{3}", 3),
-        ("a{3,}b{2,7}", 7),
-        ("(a{10}b){10}", 100),
-        ("((a{10}){10}c){10}", 1000),
-        ("(a{10}|b{20}){2}", 40),
-        ("[a{9}]{4}", 4),
-        (r"a\{9}", 1),
-        ("[]{9}]{2}", 2),
-        ("(ab)*{5}", 5),
-        ("{7", 1),
-    ],
-)
-def test_counts_within_counts_are_multiplied(pattern: str, expected: int) -> None:
-    assert most_repeats(pattern) == expected
 
 
 def test_the_search_for_an_instance_ends_soon() -> None:
