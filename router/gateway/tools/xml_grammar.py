@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from cluster.errors import InvalidRequestError, shown
-from router.gateway.form_costs import MAX_REPEATS
+from router.gateway.form_costs import MAX_REPEATS, mappings
 from router.gateway.schemas import target
 from router.gateway.tools.definitions import Tool
 from router.gateway.tools.rules import Rules, escaped, json_rule, quoted
@@ -20,7 +21,9 @@ MAX_PARTS = 256
 _MAX_NESTED = 250
 """How deep groups of a pattern are followed; llguidance takes none that are as deep."""
 _ENDS = f"\n{VALUE_ENDS}"
-_TO_WHOLE = '"$ref": "#"'
+_SHARED = ("$defs", "definitions")
+"""The schemas that a tool's parameters refer to."""
+_TO_SHARED = tuple(f"#/{name}/" for name in _SHARED)
 _ANY = r"(.|\n)*"
 _NO_MARK_WITHIN = rf"~/{_ANY}{escaped(VALUE_ENDS)}(.|\n)+/"
 _CONSTANT = "|".join(
@@ -99,6 +102,8 @@ class _Values:
         if self._num_parts > MAX_PARTS:
             reason = f"refers to itself, or to over {MAX_PARTS} schemas, where calls are XML"
             _refuse(reason, self._where)
+        if schema is False:
+            _refuse("allows nothing, which is not supported where calls are XML", where)
         if not isinstance(schema, Mapping):
             schema = {}
         if self._kinds.isdisjoint(TEXT):
@@ -137,11 +142,15 @@ class _Values:
         return found
 
     def _json(self, schema: Mapping[str, Any]) -> str:
-        shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
-        rule = json_rule({**shared, **schema})
-        if _TO_WHOLE in rule:  # which is not in the rule
-            _refuse('refers to "#", which is not supported where calls are XML', self._where)
-        return f"{rule} {quoted(_ENDS)}"
+        own = {name: part for name, part in schema.items() if name not in _SHARED}
+        shared = {name: self._root[name] for name in _SHARED if name in self._root}
+        for part in mappings([own, shared]):
+            reference = part.get("$ref")
+            if isinstance(reference, str) and not unquote(reference).startswith(_TO_SHARED):
+                # The rule has the shared schemas, and not the whole of which this is a part.
+                reason = f"refers to {shown(reference)}, and not to {_TO_SHARED[0]}…"
+                _refuse(f"{reason}, which is not supported where calls are XML", self._where)
+        return f"{json_rule({**own, **shared})} {quoted(_ENDS)}"
 
     def _listed(self, schema: Mapping[str, Any], where: str) -> list[str]:
         """Return alternatives of values, of which each must read as itself."""

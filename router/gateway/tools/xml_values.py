@@ -54,7 +54,7 @@ class ParameterKinds:
 def _named_kinds(schema: object, root: Mapping[str, Any]) -> tuple[frozenset[str], list[object]]:
     """Return the types that a schema names itself, and the schemas that it leaves them to."""
     if not isinstance(schema, Mapping):
-        return TEXT, []
+        return TEXT if schema is not False else frozenset(), []
     if "$ref" in schema:
         return frozenset(), [target(schema["$ref"], root)]
     if "enum" in schema or "const" in schema:

@@ -238,6 +238,29 @@ def test_values_between_marks_are_held_to_references_however_they_are_written(
             assert json.loads(arguments) == {"a": meant}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"b": {"$ref": "#/$defs/d"}}, "$defs": {"d": SHORT}},
+        {"anyOf": [False, {"type": "array", "items": {"$ref": "#/%24defs/d"}}]},
+    ],
+)
+def test_references_within_values_of_json_are_to_what_all_parameters_share(schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"d": INTEGER}}
+    tools = (tool("do", {**parameters, "required": ["a"]}, True),)
+    grammar = grammar_of(
+        model("qwen3-coder").tokenizer.chat_format, ToolUse(tools, tools, True), "", ""
+    )
+    for value in ({"b": 5}, {"b": "x"}, [5], ["x"], "text"):
+        body = f"<function=do>\n<parameter=a>\n{json.dumps(value)}\n</parameter>\n</function>"
+        ids = model("qwen3-coder").tokenizer.encode(
+            f"<tool_call>\n{body}\n</tool_call>", add_special_tokens=False
+        )
+        matcher = LLMatcher(vocabulary("qwen3-coder"), grammar, log_level=0)
+        fits = all(map(matcher.consume_token, ids)) and matcher.is_accepting()
+        assert fits == jsonschema.Draft202012Validator(parameters).is_valid({"a": value})
+
+
 def test_a_reference_that_is_not_found_between_marks_is_named() -> None:
     parameters = {
         "type": "object",
@@ -270,6 +293,8 @@ def test_a_pattern_of_many_groups_within_each_other_is_read_or_refused_at_once(a
 TWELVE = {f"d{step}": {"anyOf": [{"$ref": f"#/$defs/d{step + 1}"}] * 12} for step in range(8)}
 LADDER = {"$defs": {**TWELVE, "d": {"$ref": "#/$defs/d0"}, "d8": SHORT}}
 """Of 12 to the power of 8 alternatives."""
+WHOLE = {"type": "array", "items": {"type": "integer"}}
+OWN_DEFS = {"type": "object", "properties": {"c": {"$ref": "#/properties/b"}, "b": WHOLE}}
 CIRCLE = {"$defs": {"d": {"anyOf": [SHORT, *[{"$ref": "#/$defs/d"}] * 30]}}}
 
 
@@ -288,6 +313,10 @@ CIRCLE = {"$defs": {"d": {"anyOf": [SHORT, *[{"$ref": "#/$defs/d"}] * 30]}}}
         ({"properties": {"a": {"$ref": "#/$defs/d"}}, **LADDER}, ".properties.a"),
         ({"properties": {"a": {"$ref": "#/$defs/d"}}, **CIRCLE}, ".properties.a"),
         ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, ".properties.a"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": ""}}}}, ".properties.a"),
+        ({"properties": {"a": OWN_DEFS, "b": SHORT}, "$defs": {"d": SHORT}}, ".properties.a"),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": WHOLE}}, ".properties.a"),
+        ({"properties": {"a": {"anyOf": [SHORT, False]}}}, ".properties.a.anyOf[1]"),
         ({"required": ["a"]}, ".required"),
         ({"anyOf": [{"required": ["a"]}, {}]}, ".anyOf"),
         ({"patternProperties": {"a": SHORT}}, ".patternProperties"),
