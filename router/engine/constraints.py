@@ -294,22 +294,30 @@ class Grammars:
             self._waiting.put([(constraint, constraint.answer_alone(()))])
 
     def _follow_all(self) -> None:
-        while (noted := self._next_noted()) is not None and not self._is_closed:
+        late: dict[Constraint, None] = {}
+        """The choices that are followed alone, each in turn after the quick ones that wait."""
+        while (noted := self._next_noted(bool(late))) is not None and not self._is_closed:
             try:
-                self._answer(noted)
+                late |= dict.fromkeys(self._answer(noted))
+                if late:
+                    choice = next(iter(late))
+                    del late[choice]
+                    if not choice.is_waiting:  # it has ended meanwhile
+                        continue
+                    self._tell([(choice, choice.answer_alone(choice.take_unread()))])
             except BaseException as error:  # a thread that ended would leave all others waiting
                 self._tell([(constraint, error) for constraint, _ in noted])
 
-    def _next_noted(self) -> Notes | None:
-        """Wait, and return all that waits; ``None`` at the end."""
-        noted = self._waiting.get()
+    def _next_noted(self, is_busy: bool) -> Notes | None:
+        """Return all that waits, and wait for it unless busy; ``None`` at the end."""
+        noted: Notes | None = [] if is_busy else self._waiting.get()
         while noted is not None and not self._waiting.empty():  # this thread alone takes
             more = self._waiting.get()
             noted = None if more is None else noted + more
         return noted
 
-    def _answer(self, noted: Notes) -> None:
-        """Answer the choices that were noted, the quick ones first and together."""
+    def _answer(self, noted: Notes) -> list[Constraint]:
+        """Answer the quick choices that were noted, together; returns the others."""
         for constraint, read in noted:
             if isinstance(read, int):
                 constraint.unread.append(read)
@@ -323,9 +331,7 @@ class Grammars:
         ]
         for at in range(0, len(together), MOST_TOGETHER):
             self._tell(self._answers_together(together[at : at + MOST_TOGETHER]))
-        for constraint in choices:
-            if constraint.unread:
-                self._tell([(constraint, constraint.answer_alone(constraint.take_unread()))])
+        return [each for each in choices if each.unread]
 
     def _answers_together(self, choices: Sequence[Constraint]) -> list[tuple[Constraint, Answer]]:
         """Return the answers of choices that have one token to read each."""

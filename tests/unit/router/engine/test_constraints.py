@@ -466,6 +466,39 @@ def test_what_is_known_is_told_before_a_slow_matcher_of_the_same_step(
     grammars.close()
 
 
+def test_a_quick_choice_waits_for_one_slow_matcher_and_not_for_all(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    choices = [grammars.begin(of_regex("a{9}")) for _ in range(4)]
+    for constraint in choices:
+        token_id = int(flags_after(constraint).nonzero()[0][0])
+    begun, permits, first = threading.Event(), threading.Semaphore(0), Constraint._next
+
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+        begun.set()
+        assert permits.acquire(timeout=30)
+        return first(constraint, token_ids)
+
+    monkeypatch.setattr(Constraint, "_next", slow)
+    *late, quick = choices
+    for constraint in late:
+        constraint.is_slow = True
+        constraint.read(token_id)
+    grammars.follow()
+    assert begun.wait(30)
+    quick.read(token_id)
+    grammars.follow()
+    late[1].close()
+    permits.release()
+    assert flags_after(quick).any()
+    assert late[2].allowed(0.0) is None
+    permits.release()
+    assert flags_after(late[2]).any()  # the one that has ended is not followed
+    assert flags_after(late[0]).any()
+    grammars.close()
+
+
 GRAMMARS = ("[ab]{12}", "(ab|cd)+e", "[a-z ]{3,40}", "the (quick|slow) fox")
 
 
