@@ -17,7 +17,7 @@ from router.gateway.schema_patterns import meet_too_many, own_patterns
 MAX_REPEATS = 100_000
 """The most repetitions of one part of a pattern, those around it counted in."""
 MAX_MULTIPLE = 10_000
-"""The largest common multiple of all integers in ``multipleOf``."""
+"""The largest common multiple of all numbers in ``multipleOf``, without its point."""
 MAX_PATTERNS = 32
 """The most patterns of names in one object."""
 MAX_TOGETHER = 8
@@ -97,7 +97,7 @@ def _common_multiple(one: Fraction, other: Fraction) -> Fraction:
 
 
 def _digits_of(number: Fraction) -> int:
-    """Return the digits of a decimal number without its point, and without zeros at its end."""
+    """Return the digits of a decimal number as a whole number: 25 of 2.5."""
     digits = number.numerator
     rest = number.denominator
     while rest % 10 == 0:
