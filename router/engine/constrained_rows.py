@@ -15,6 +15,7 @@ import torch
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from router.engine.constraints import Grammars
 from router.engine.sequence import Sequence as Choice
+from router.engine.token_masks import Mask, words_of
 from router.grammar_limits import FIELD
 
 MOST_WAIT_S = 0.02
@@ -34,7 +35,8 @@ class Forbidden(NamedTuple):
 def barred() -> InvalidRequestError:
     """Return the error of a choice of which no token may come next."""
     return InvalidRequestError(
-        "the grammar allows only tokens that bad_words, min_tokens or logit_bias forbid", FIELD
+        "the grammar allows no token here that bad_words, min_tokens and logit_bias leave",
+        FIELD,
     )
 
 
@@ -62,7 +64,7 @@ def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | 
     until_s = time.monotonic() + MOST_WAIT_S
     waits_again = all(choice.deferred for choice in sampled)
     rows: list[int] = []
-    words: list[np.ndarray] = []
+    masks: list[Mask] = []
     for row, choice in enumerate(sampled):
         was_deferred, choice.deferred = choice.deferred, False
         if choice.constraint is None:
@@ -77,8 +79,8 @@ def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | 
         choice.deferred = found is None
         if found is not None:
             rows.append(row)
-            words.append(found)
+            masks.append(found)
     if not rows:
         return None
-    allowed = np.concatenate(words).view(np.int32).reshape(len(rows), -1)
-    return Forbidden(*to_device(torch.from_numpy(np.array(rows)), torch.from_numpy(allowed)))
+    words = torch.from_numpy(words_of(masks))
+    return Forbidden(*to_device(torch.from_numpy(np.array(rows)), words))

@@ -1,12 +1,10 @@
-"""Constrained choices: the tokens that a grammar allows next, computed beside the engine's steps.
+"""Constrained choices: the tokens that a grammar allows next, found out while experts compute.
 
-A matcher (llguidance) reads a choice's tokens and tells which may follow. A router compiles
-grammars on one thread and follows them on another, while the experts compute the choices' next
-step. All choices of a step are followed by one call, which needs no interpreter: an engine that
-competes with the thread for the interpreter's lock at each choice loses more time than the matchers
-need. A choice goes on elsewhere from its tokens: its matcher reads them again.
-
-Dimension letters: G choices, V vocabulary size, W words of 32 bits with a bit for each token.
+A matcher (llguidance) reads a choice's tokens and tells which may follow. The engine's thread
+follows the matchers itself while it waits for the experts of a step, a few in each layer: another
+thread that did so beside it would compete with it for the interpreter's lock. What takes long is
+done by threads of its own: one compiles grammars, and one follows slow matchers. A choice goes on
+elsewhere from its tokens: its matcher reads them again.
 """
 
 from __future__ import annotations
@@ -14,106 +12,102 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import NamedTuple
 
-import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from cluster.errors import ExpertMeshError, InternalError, InvalidRequestError
+from router.engine.token_masks import Mask, Vocabulary, bits_of, vocabulary_of, with_bits
 from router.grammar_limits import FIELD, grammar_pool, parser_limits, start_grammar_thread
 
 MAX_KEPT = 32
 """The grammars that a router keeps compiled."""
-MOST_TOGETHER = 64
-"""The choices that one call follows."""
 QUICK_S = 0.0002
-"""What a choice takes of a call at most, on average, while its mates go on together."""
+"""What a token takes a grammar's matchers, on average, while the engine's thread follows them."""
+AT_ONCE_S = 0.0002
+"""How long the engine's thread follows matchers in a layer; one matcher may take longer."""
 
-Answer = np.ndarray | BaseException
-"""A bit for each token that may follow, uint32 [W]; or why none is known."""
-Notes = list[tuple["Constraint", int | Answer]]
-"""The tokens that choices have read, in their order; or the first answer of one that is new."""
+Answer = Mask | BaseException
+"""The tokens that may follow, or why none is known."""
 
 logger = logging.getLogger("expertmesh.engine")
 
 
-class _Vocabulary(NamedTuple):
-    """A model's tokens, as grammars need them."""
+@dataclass(slots=True)
+class _Compiled:
+    """A compiled grammar, of which each choice has a copy.
 
-    tokens: LLTokenizer
-    num_tokens: int
-    """How many tokens a matcher tells of: the tokenizer's or the model's, whichever are more."""
-    may_end: np.ndarray
-    """uint32 [W]: the model's tokens but special ones that are no ends: they have no text."""
-    may_not_end: np.ndarray
-    """uint32 [W]: as before, without ends, where one would stand for its name in the text."""
+    ``debt_s`` is the time that its matchers took beyond :data:`QUICK_S` a token.
+    """
 
+    matcher: LLMatcher
+    debt_s: float = 0.0
 
-class Answered(NamedTuple):
-    """What may follow the first tokens of a choice."""
-
-    num_read: int
-    answer: Answer
+    def note(self, taken_s: float, num_tokens: int) -> None:
+        """Note the time that a matcher took for so many tokens."""
+        self.debt_s = max(0.0, self.debt_s + taken_s - QUICK_S * num_tokens)
 
 
 class Constraint:
     """One choice's matcher, and the tokens that it allows next.
 
-    The engine's thread reads and asks; the matcher belongs to the thread that compiles, and then to
-    the one that follows.
+    The engine's thread reads tokens, and asks. While the choice is ``handed_over``, its matcher
+    belongs to the thread that compiles or follows it, and otherwise to the engine's.
     """
 
     def __init__(self, grammars: Grammars, grammar: str, marks: Sequence[int] = ()) -> None:
         """``marks`` are the special tokens that may come where the grammar has them."""
         self.vocab_size = grammars.vocab_size
-        self.num_read = 0
+        self.token_ids: list[int] = []
+        """The choice's tokens so far, to which the engine's thread appends."""
+        self.num_answered = -1
+        """To how many of them ``answer`` is the answer. It is set after that."""
+        self.answer: Answer | None = None
+        """The newest answer; an error is the answer to all later tokens too."""
         self.is_ended = False
-        self.answered: Answered | None = None
-        """The newest answer, which may be that to fewer tokens."""
-        self.unread: list[int] = []
-        """The tokens that the matcher reads next."""
-        self.matcher: LLMatcher | None = None
-        self.is_slow = False
-        """Whether its matcher, or those of a call that it had part in, took long."""
+        self.is_handed_over = True
         self._grammars = grammars
         self._grammar = grammar
         self._marks = [token_id for token_id in marks if token_id < grammars.vocab_size]
-        self._mark_words: np.ndarray | None = None
-        self._token_ids: list[int] = []
+        self._compiled: _Compiled | None = None
+        self._matcher: LLMatcher | None = None
+        self._may_come: tuple[bytes, bytes] = b"", b""
 
     def read(self, token_id: int) -> None:
         """Read the choice's next token; :meth:`Grammars.follow` finds out which may follow."""
-        self.num_read += 1
-        self._grammars.note(self, token_id)
+        self.token_ids.append(token_id)
+        if not self.is_handed_over and len(self.token_ids) == self.num_answered + 1:
+            self._grammars.note(self)
 
     def close(self) -> None:
         """Find out nothing more; the choice has ended."""
-        self.is_ended, self.answered = True, Answered(0, not_followed())
+        self.is_ended, self.answer = True, not_followed()
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the grammar's matchers took long of late."""
+        return self._compiled is None or self._compiled.debt_s > 0
 
     @property
     def known(self) -> Answer | None:
-        """The answer to all tokens so far, or why there will be none; ``None`` before it is known.
+        """The answer to all tokens so far, or why there is none; ``None`` before it is known."""
+        if self.num_answered == len(self.token_ids) or isinstance(self.answer, BaseException):
+            return self.answer
+        return None
 
-        An error is the answer to all later tokens too.
-        """
-        if self.answered is None:
-            return None
-        num_read, answer = self.answered
-        return answer if num_read == self.num_read or isinstance(answer, BaseException) else None
+    def allowed(self, timeout_s: float) -> Mask | None:
+        """Return the tokens that may come next; ``None`` where they are not known in time.
 
-    def allowed(self, timeout_s: float) -> np.ndarray | None:
-        """Return a bit for each token, uint32 [W]; ``None`` where that is not known in time.
-
-        Raises :class:`InvalidRequestError` where no token may follow, or the tokens so far do not
-        fit the grammar, or the grammar takes too much to follow.
+        Raises :class:`InvalidRequestError` where the tokens so far do not fit the grammar, or it
+        takes too much to follow.
         """
         answer = self.known
         if answer is None:
-            answer = self._grammars.wait_for(self, max(0.0, timeout_s))
-        if answer is None or isinstance(answer, np.ndarray):
+            answer = self._grammars.wait_for(self, timeout_s)
+        if answer is None or isinstance(answer, Mask):
             return answer
         if isinstance(answer, ExpertMeshError):
             raise answer
@@ -121,61 +115,79 @@ class Constraint:
         logger.error("a grammar's matcher failed", exc_info=answer)
         raise InternalError(f"the grammar's matcher failed ({type(answer).__name__})")
 
-    def tell(self, answer: Answer) -> None:
-        """Take the answer to what the matcher has read."""
-        if not self.is_ended:
-            self.answered = Answered(len(self._token_ids), answer)
+    def begin_at_once(self, compiled: _Compiled) -> bool:
+        """Find out the first tokens; returns whether that is no work for another thread."""
+        self._take_copy(compiled)
+        self.is_handed_over = not self.answer_at_once()
+        return not self.is_handed_over
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether tokens wait that can be read."""
-        answered = self.answered
-        return bool(self.unread) and answered is not None and type(answered.answer) is np.ndarray
-
-    def take_unread(self) -> list[int]:
-        """Return what the matcher reads now."""
-        token_ids, self.unread = self.unread, []
-        self._token_ids += token_ids
-        return token_ids
-
-    def answer_alone(self, token_ids: Sequence[int]) -> Answer:
-        """Return the answer once the matcher has read what was taken; a new matcher reads all."""
-        begun_at_s = time.thread_time()
+    def answer_at_once(self) -> bool:
+        """Answer the one token that waits; returns whether that is no work for another thread."""
+        matcher = self._matcher
+        if matcher is None or self.is_slow or len(self.token_ids) != self.num_answered + 1:
+            return False
         try:
-            return self._next(token_ids)
-        except BaseException as error:
-            return error
-        finally:
-            self.is_slow = time.thread_time() - begun_at_s > QUICK_S
+            mask = self._mask_after(matcher, self.token_ids[-1:])
+        except BaseException:  # it panicked, and will again
+            mask = None
+        if mask is None:
+            self._matcher = None
+            return False
+        self._tell(len(self.token_ids), mask)
+        return True
 
-    def _next(self, token_ids: Sequence[int]) -> np.ndarray:
-        matcher, num_tokens = self.matcher, self._grammars.vocabulary().num_tokens
+    def answer_all(self) -> None:
+        """Answer all tokens that wait."""
+        num_tokens = len(self.token_ids)
+        try:
+            answer: Answer = self._next(self.token_ids[:num_tokens])
+        except BaseException as error:
+            answer = error
+        self._tell(num_tokens, answer)
+
+    def _tell(self, num_tokens: int, answer: Answer) -> None:
+        if not self.is_ended:
+            self.answer = answer
+            self.num_answered = num_tokens
+
+    def _next(self, token_ids: Sequence[int]) -> Mask:
+        matcher, unread = self._matcher, token_ids[max(0, self.num_answered) :]
         if matcher is None:
-            matcher, token_ids = self._grammars.matcher(self._grammar), self._token_ids
-        words = _words_after(matcher, token_ids, num_tokens)
-        if words is None:
+            matcher, unread = self._new_matcher(), token_ids
+        mask = self._mask_after(matcher, unread)
+        if mask is None:
             # Matchers of one grammar share its lexer, which others may have filled to its limit.
-            matcher = self._grammars.matcher(self._grammar, is_compiled_again=True)
-            words = _words_after(matcher, self._token_ids, num_tokens)
-        self.matcher = matcher
-        if words is None:
+            matcher = self._new_matcher(is_compiled_again=True)
+            mask = self._mask_after(matcher, token_ids)
+        if mask is None:
             reason = matcher.get_error().partition("\n")[0][:200]
             told = f"the answer cannot go on by its grammar: {reason}"
             raise InvalidRequestError(told, FIELD)
-        words &= self.may_come(matcher.is_accepting())
-        if not words.any():
-            raise _barred()
-        return words
+        return mask
 
-    def may_come(self, is_accepting: bool) -> np.ndarray:
-        """Return the tokens that an answer may have, whatever its grammar says, uint32 [W]."""
+    def _new_matcher(self, is_compiled_again: bool = False) -> LLMatcher:
+        return self._take_copy(self._grammars.compiled(self._grammar, is_compiled_again))
+
+    def _take_copy(self, compiled: _Compiled) -> LLMatcher:
         vocabulary = self._grammars.vocabulary()
-        words = vocabulary.may_end if is_accepting else vocabulary.may_not_end
+        self._may_come = vocabulary.may_come
         if self._marks:
-            if self._mark_words is None:
-                self._mark_words = _words_of(self._marks, vocabulary.num_tokens)
-            words = words | self._mark_words
-        return words
+            marks, (before, at_end) = bits_of(self._marks, vocabulary.num_words), self._may_come
+            self._may_come = with_bits(before, marks), with_bits(at_end, marks)
+        self._compiled, self._matcher = compiled, compiled.matcher.deep_copy()
+        return self._matcher
+
+    def _mask_after(self, matcher: LLMatcher, token_ids: Sequence[int]) -> Mask | None:
+        """Read tokens, and return those that may follow; ``None`` for a matcher in error."""
+        begun_at_s = time.thread_time()
+        for token_id in token_ids:
+            matcher.consume_token(token_id)
+        by_grammar = matcher.compute_bitmask()
+        if self._compiled is not None:
+            self._compiled.note(time.thread_time() - begun_at_s, len(token_ids) + 1)
+        if matcher.is_error():
+            return None
+        return Mask(by_grammar, self._may_come[matcher.is_accepting()])
 
 
 def not_followed() -> InternalError:
@@ -183,216 +195,125 @@ def not_followed() -> InternalError:
     return InternalError("the grammar is not followed any more")
 
 
-def _barred() -> InvalidRequestError:
-    return InvalidRequestError("the grammar allows no token of the model here", FIELD)
-
-
-def flags_of(words: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return the bits of words [..., W] as flags, bool [..., V]."""
-    flags = np.unpackbits(words.view(np.uint8), axis=-1, count=vocab_size, bitorder="little")
-    return flags.view(np.bool_)
-
-
-def _words_of(token_ids: Collection[int], num_tokens: int) -> np.ndarray:
-    """Return a bit for each token, uint32 [W], which is set for these."""
-    flags = np.zeros(-(-num_tokens // 32) * 32, np.bool_)
-    flags[list(token_ids)] = True
-    return np.packbits(flags, bitorder="little").view(np.uint32)
-
-
-def _words_after(
-    matcher: LLMatcher, token_ids: Sequence[int], num_tokens: int
-) -> np.ndarray | None:
-    """Read tokens, and return a bit for each that may follow; ``None`` for a matcher in error."""
-    matcher.consume_tokens(list(token_ids))
-    if matcher.is_error():
-        return None
-    words = np.zeros(-(-num_tokens // 32), np.uint32)
-    # It is llguidance.numpy's fill_next_token_bitmask, whose checks cost as much as the mask.
-    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    return None if matcher.is_error() else words
-
-
-def _words_together(
-    executor: LLExecutor, matchers: Sequence[LLMatcher], token_ids: Sequence[int], num_tokens: int
-) -> np.ndarray:
-    """Have each matcher read a token, and return a bit for each that may follow, uint32 [G, W].
-
-    The words of a matcher in error have no meaning.
-    """
-    executor.consume_token_par(list(zip(matchers, token_ids, strict=True)))
-    words = np.zeros((len(matchers), -(-num_tokens // 32)), np.uint32)
-    places = [(matcher, place) for place, matcher in enumerate(matchers)]
-    executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(places))
-    return words
-
-
 class Grammars:
-    """Makes the constraints of a router, and has its threads and its compiled grammars.
-
-    One thread compiles, and answers a new choice. Another takes its answer, and what choices read.
-    """
+    """Makes the constraints of a router, and has its threads and its compiled grammars."""
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
         """``load`` returns the model's vocabulary, when a request first needs it."""
         self.vocab_size = vocab_size
         self._load = load
-        self._vocabulary: _Vocabulary | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._noted: Notes = []
-        """What choices have read since they were followed; the engine's thread alone has it."""
-        self._waiting: SimpleQueue[Notes | None] = SimpleQueue()
-        """What the thread that follows takes next; ``None`` ends it."""
+        self._vocabulary: Vocabulary | None = None
+        self._kept: OrderedDict[str, _Compiled] = OrderedDict()
+        self._noted: deque[Constraint] = deque()
+        """The choices that have read a token, and are to be followed at once."""
+        self._handed_over: SimpleQueue[Constraint | None] = SimpleQueue()
+        """The choices that the thread follows; ``None`` ends it."""
         self._is_closed = False
         self._changed = threading.Condition()
-        """Notified of answers, and of the end."""
-        # To follow a grammar takes little of a stack, unlike to compile it.
-        self._executor = LLExecutor(num_threads=1)
+        """Notified where a choice is handed back, and of the end."""
         self._compiling = grammar_pool()
         start_grammar_thread(self._follow_all)
 
     def begin(self, grammar: str, marks: Sequence[int] = ()) -> Constraint:
-        """Return the constraint of a new choice, whose grammar is compiled meanwhile.
+        """Return the constraint of a new choice; a grammar that is new is compiled meanwhile.
 
         ``marks`` are the special tokens that the grammar may ask for.
         """
         constraint = Constraint(self, grammar, marks)
-        self._compiling.submit(self._begin, constraint)
+        kept = self._kept.get(grammar)
+        if kept is None or not constraint.begin_at_once(kept):
+            self._compiling.submit(self._answer, constraint)
         return constraint
 
-    def note(self, constraint: Constraint, token_id: int) -> None:
-        """Note that a choice has read a token; :meth:`follow` hands over what was noted."""
-        self._noted.append((constraint, token_id))
+    def note(self, constraint: Constraint) -> None:
+        """Note that a choice has read a token; :meth:`follow` finds out which may follow."""
+        if constraint.is_slow:
+            self._hand_over(constraint)
+        else:
+            self._noted.append(constraint)
 
-    def follow(self) -> None:
-        """Have a thread read what choices have noted, and answer; waits for nothing."""
-        if self._noted:
-            self._waiting.put(self._noted)
-            self._noted = []
+    def follow(self, for_s: float = AT_ONCE_S) -> None:
+        """Answer choices that are quick, for so long, on the engine's thread."""
+        until_s = time.monotonic() + for_s
+        while self._noted and time.monotonic() < until_s:
+            choice = self._noted.popleft()
+            if not (choice.is_ended or choice.answer_at_once()):
+                self._hand_over(choice)
 
     def wait_for(self, constraint: Constraint, timeout_s: float) -> Answer | None:
         """Return the answer to all tokens of a choice; ``None`` where it takes longer than that."""
-        self.follow()
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._is_closed or constraint.known is not None, timeout_s
-            )
-            answer = constraint.known
-        return not_followed() if answer is None and self._is_closed else answer
+        until_s = time.monotonic() + timeout_s
+        self.follow(timeout_s)
+        while self._noted:
+            self._hand_over(self._noted.popleft())
+        while (answer := constraint.known) is None:
+            if not constraint.is_handed_over:  # it has read more than the thread has answered
+                self._hand_over(constraint)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_closed or not constraint.is_handed_over,
+                    max(0.0, until_s - time.monotonic()),
+                )
+            if constraint.is_handed_over:
+                return not_followed() if self._is_closed else None
+        return answer
 
     def close(self) -> None:
         """End the threads after their current work; what waits is not answered."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._waiting.put(None)
+        self._handed_over.put(None)
         self._compiling.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, constraint: Constraint) -> None:
-        """Compile the grammar of a new choice, and find out which tokens may come first."""
+    def _hand_over(self, constraint: Constraint) -> None:
+        constraint.is_handed_over = True
+        self._handed_over.put(constraint)
+
+    def _answer(self, constraint: Constraint) -> None:
+        """Answer a choice that was handed over, and hand it back."""
         if not constraint.is_ended:
-            self._waiting.put([(constraint, constraint.answer_alone(()))])
-
-    def _follow_all(self) -> None:
-        late: dict[Constraint, None] = {}
-        """The choices that are followed alone, each in turn after the quick ones that wait."""
-        while (noted := self._next_noted(bool(late))) is not None and not self._is_closed:
-            try:
-                late |= dict.fromkeys(self._answer(noted))
-                if late:
-                    choice = next(iter(late))
-                    del late[choice]
-                    if not choice.is_waiting:  # it has ended meanwhile
-                        continue
-                    self._tell([(choice, choice.answer_alone(choice.take_unread()))])
-            except BaseException as error:  # a thread that ended would leave all others waiting
-                self._tell([(constraint, error) for constraint, _ in noted])
-
-    def _next_noted(self, is_busy: bool) -> Notes | None:
-        """Return all that waits, and wait for it unless busy; ``None`` at the end."""
-        noted: Notes | None = [] if is_busy else self._waiting.get()
-        while noted is not None and not self._waiting.empty():  # this thread alone takes
-            more = self._waiting.get()
-            noted = None if more is None else noted + more
-        return noted
-
-    def _answer(self, noted: Notes) -> list[Constraint]:
-        """Answer the quick choices that were noted, together; returns the others."""
-        for constraint, read in noted:
-            if isinstance(read, int):
-                constraint.unread.append(read)
-            else:  # it is compiled
-                self._tell([(constraint, read)])
-        choices = list(dict.fromkeys(choice for choice, _ in noted if choice.is_waiting))
-        together = [
-            each
-            for each in choices
-            if len(each.unread) == 1 and each.matcher is not None and not each.is_slow
-        ]
-        for at in range(0, len(together), MOST_TOGETHER):
-            self._tell(self._answers_together(together[at : at + MOST_TOGETHER]))
-        return [each for each in choices if each.unread]
-
-    def _answers_together(self, choices: Sequence[Constraint]) -> list[tuple[Constraint, Answer]]:
-        """Return the answers of choices that have one token to read each."""
-        begun_at_s = time.monotonic()
-        read = [token_id for choice in choices for token_id in choice.take_unread()]
-        matchers = [choice.matcher for choice in choices if choice.matcher is not None]
-        try:
-            words = _words_together(self._executor, matchers, read, self.vocabulary().num_tokens)
-        except BaseException:  # which of them panicked is unknown, and what the others have read
-            for choice in choices:
-                choice.matcher = None
-            return [(choice, choice.answer_alone(())) for choice in choices]
-        if time.monotonic() - begun_at_s > QUICK_S * len(choices):
-            for choice in choices:
-                choice.is_slow = True
-        # All at once too: the engine computes meanwhile, and wants the interpreter.
-        pairs = list(zip(choices, matchers, strict=True))
-        may_come = [choice.may_come(matcher.is_accepting()) for choice, matcher in pairs]
-        words &= np.concatenate(may_come).reshape(words.shape)
-        may_go_on: list[bool] = words.any(axis=1).tolist()  # type: ignore[union-attr,assignment]
-        answers: list[tuple[Constraint, Answer]] = []
-        for (choice, matcher), row, is_any in zip(pairs, words, may_go_on, strict=True):
-            if matcher.is_error():
-                choice.matcher = None
-                answers.append((choice, choice.answer_alone(())))
-            else:
-                answers.append((choice, row if is_any else _barred()))
-        return answers
-
-    def _tell(self, answers: Iterable[tuple[Constraint, Answer]]) -> None:
+            constraint.answer_all()
         with self._changed:
-            for constraint, answer in answers:
-                constraint.tell(answer)
+            constraint.is_handed_over = False
             self._changed.notify_all()
 
-    def vocabulary(self) -> _Vocabulary:
+    def _follow_all(self) -> None:
+        """Answer the quick choices that wait, and one of the slow ones, in turn."""
+        waiting: list[Constraint] = []
+        while (more := self._next_handed_over(is_busy=bool(waiting))) is not None:
+            waiting += more
+            slow = [choice for choice in waiting if choice.is_slow]
+            for choice in [c for c in waiting if not c.is_slow] + slow[:1]:
+                if self._is_closed:
+                    return
+                self._answer(choice)
+            waiting = slow[1:]
+
+    def _next_handed_over(self, is_busy: bool) -> list[Constraint] | None:
+        """Return all that waits, and wait for it unless busy; ``None`` at the end."""
+        more: list[Constraint] = []
+        while not (is_busy or more) or not self._handed_over.empty():  # this thread alone takes
+            choice = self._handed_over.get()
+            if choice is None:
+                return None
+            more.append(choice)
+        return more
+
+    def vocabulary(self) -> Vocabulary:
         """Return the model's vocabulary, loaded when it is first needed."""
         if self._vocabulary is None:
-            tokens = self._load()
-            num_tokens = max(self.vocab_size, tokens.vocab_size)
-            ends = set(tokens.eos_tokens)
-            special = set(filter(tokens.is_special_token, range(tokens.vocab_size)))
-            model = set(range(self.vocab_size))
-            self._vocabulary = _Vocabulary(
-                tokens,
-                num_tokens,
-                _words_of(model - (special - ends), num_tokens),
-                _words_of(model - special - ends, num_tokens),
-            )
+            self._vocabulary = vocabulary_of(self._load(), self.vocab_size)
         return self._vocabulary
 
-    def matcher(self, grammar: str, is_compiled_again: bool = False) -> LLMatcher:
-        """Return a new matcher, a copy of the one that is kept compiled.
-
-        One that is compiled again shares nothing with those before it.
-        """
-        compiled = self._compiled.pop(grammar, None)
+    def compiled(self, grammar: str, is_compiled_again: bool = False) -> _Compiled:
+        """Return a compiled grammar; one that is compiled again shares nothing with before."""
+        compiled = self._kept.pop(grammar, None)
         if compiled is None or is_compiled_again:
             tokens = self.vocabulary().tokens
-            compiled = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
-        self._compiled[grammar] = compiled
-        while len(self._compiled) > MAX_KEPT:
-            self._compiled.popitem(last=False)
-        return compiled.deep_copy()
+            matcher = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
+            compiled = _Compiled(matcher)
+        self._kept[grammar] = compiled
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return compiled

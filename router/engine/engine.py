@@ -210,6 +210,7 @@ class Engine:
         """Compute the scheduled works, sample, and queue the tokens to be emitted."""
         packed = pack(works, self._model.attention, self._most_pieces)
         context = context_of(packed, trace)
+        context.meanwhile = None if self._grammars is None else self._grammars.follow
         try:
             drawn, scores = self._compute(packed, context)
         finally:
@@ -285,8 +286,6 @@ class Engine:
                 self._replay(sequence, forced, token_id)
         for request_id, failure in failed.items():
             self._fail_request(request_id, failure or _not_finite(request_id))
-        if self._grammars is not None:
-            self._grammars.follow()
         if context.routed is not None:
             self._outbox = with_rows(self._outbox, packed.works, context.routed, self._identity)
 

@@ -10,7 +10,7 @@ hidden size, W works of the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -65,7 +65,7 @@ class StepContext:
     expert has no result. ``known_deaths`` [W] are the deaths of expert actors with rows of the
     works in earlier steps; without it none are counted. ``is_of_suspect`` is set where a work is
     computed alone for them. ``routed`` is set where requests ask for the experts of tokens, or
-    force them.
+    force them. ``meanwhile`` is called each time before the experts of a layer are waited for.
 
     The layers set four results. ``missing`` is set once an expert was missing or had no room.
     ``deaths`` is set once an actor died.
@@ -81,6 +81,7 @@ class StepContext:
     known_deaths: Sequence[Deaths | None] | None = None
     is_of_suspect: bool = False
     routed: StepRouted | None = None
+    meanwhile: Callable[[], None] | None = None
     deaths: StepDeaths | None = None
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)
@@ -263,6 +264,8 @@ class MoELayers(Generic[Result]):
         if pending is None:
             return None
         try:
+            if begun.context.meanwhile is not None:
+                begun.context.meanwhile()
             received = self._dispatcher.wait(pending)
             if received is None:
                 return None

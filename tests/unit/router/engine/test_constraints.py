@@ -22,8 +22,9 @@ from llguidance import LLMatcher, LLParserLimits
 from cluster.errors import InternalError, InvalidRequestError
 from router.engine import constrained_rows, constraints
 from router.engine.constrained_rows import forbidden_of
-from router.engine.constraints import MAX_KEPT, Constraint, Grammars, flags_of
+from router.engine.constraints import MAX_KEPT, Constraint, Grammars
 from router.engine.sequence import Sequence as Choice
+from router.engine.token_masks import Mask, flags_of
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
@@ -76,9 +77,9 @@ def cluster(folder: Path, tokenizer: Tokenizer) -> Iterator[LocalCluster]:
 
 def flags_after(constraint: Constraint) -> np.ndarray:
     """Return what may come next, bool [V]."""
-    words = constraint.allowed(30)
-    assert words is not None
-    return flags_of(words, constraint.vocab_size)
+    mask = constraint.allowed(30)
+    assert mask is not None
+    return flags_of(mask, constraint.vocab_size)
 
 
 def asked(name: str, grammar: str, **sampling: Any) -> Any:
@@ -176,7 +177,7 @@ def test_rules_that_forbid_all_that_a_grammar_allows_are_an_error(
 ) -> None:
     [a] = tokenizer.encode("a")
     request = asked("barred", of_regex("a"), rules=TokenRules(bad_words=((a,),)))
-    with pytest.raises(InvalidRequestError, match="forbid"):
+    with pytest.raises(InvalidRequestError, match="min_tokens and logit_bias leave"):
         cluster.generate(request)
 
 
@@ -199,12 +200,13 @@ def test_a_slow_grammar_holds_up_nobody(
     tokens = cluster.generate(plain)
     release, first, begun = threading.Event(), Constraint._next, threading.Event()
 
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Mask:
         begun.set()
         assert release.wait(30)
         return first(constraint, token_ids)
 
     monkeypatch.setattr(Constraint, "_next", slow)
+    monkeypatch.setattr(Constraint, "is_slow", True)
     monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
     cluster.engine.submit(replace(request, request_id="slow"))
     assert begun.wait(30)
@@ -225,6 +227,7 @@ def test_a_prompt_is_scored_once_however_long_its_grammar_takes(
         return first(constraint, token_ids)
 
     monkeypatch.setattr(Constraint, "_next", slow)
+    monkeypatch.setattr(Constraint, "is_slow", True)
     monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
     [[event]] = cluster.generate(replace(request, request_id="scored and slow"))
     assert len(event.prompt_logprobs) == len(PROMPT) - 1
@@ -254,25 +257,31 @@ def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
     grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     found = [grammars.begin(of_regex(f"a{{{n}}}b")) for n in range(1, MAX_KEPT + 5)]
     flags = [flags_after(constraint) for constraint in found]
-    assert len(grammars._compiled) == MAX_KEPT
+    assert len(grammars._kept) == MAX_KEPT
     assert all(flag.any() for flag in flags)
     grammars.close()
 
 
+@pytest.mark.parametrize("is_slow", [True, False])
 def test_a_matcher_that_panics_ends_its_request_alone(
-    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, is_slow: bool
 ) -> None:
     class PanicError(BaseException):
         """As pyo3's, which is no Exception."""
 
-    def panics(constraint: Constraint, token_ids: Sequence[int]) -> Any:
+    def panics(constraint: Constraint, matcher: LLMatcher, token_ids: Sequence[int]) -> Any:
         raise PanicError
 
-    monkeypatch.setattr(Constraint, "_next", panics)
+    beside = replace_tokens(asked(f"beside{is_slow}", "", seed=3, ignore_eos=True), 30)
+    cluster.generate(asked(f"compiled{is_slow}", of_regex("[ab]{6}")))
+    monkeypatch.setattr(Constraint, "is_slow", is_slow)
+    monkeypatch.setattr(Constraint, "_mask_after", panics)
+    cluster.engine.submit(beside)
     with pytest.raises(InternalError, match="PanicError"):
-        cluster.generate(asked("panics", of_regex("[ab]{6}")))
+        cluster.generate(asked(f"panics{is_slow}", of_regex("[ab]{6}")))
+    assert cluster.result(beside)[0].finish_reason == "length"
     monkeypatch.undo()
-    [[event]] = cluster.generate(asked("after a panic", of_regex("[ab]{6}")))
+    [[event]] = cluster.generate(asked(f"after a panic{is_slow}", of_regex("[ab]{6}")))
     assert event.finish_reason == "stop"
 
 
@@ -358,9 +367,16 @@ def test_special_tokens_are_no_text_of_an_answer(tokenizer: Tokenizer) -> None:
     flags = flags_after(constraint)
     assert not flags[EOS]
     constraint.read(int(flags.nonzero()[0][0]))
-    with pytest.raises(InvalidRequestError, match="allows no token"):
-        flags_after(constraint)
+    assert not flags_after(constraint).any()
     grammars.close()
+
+
+def test_a_grammar_that_allows_no_token_ends_its_request(
+    cluster: LocalCluster, tokenizer: Tokenizer
+) -> None:
+    name = tokenizer.token_text(EOS)
+    with pytest.raises(InvalidRequestError, match="allows no token here"):
+        cluster.generate(asked("impossible", f"start: {json.dumps(f'x{name}y')}"))
 
 
 def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) -> None:
@@ -376,127 +392,193 @@ def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) ->
     grammars.close()
 
 
+@pytest.fixture
+def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
+    made = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    yield made
+    made.close()
+
+
+class Held:
+    """Slow matchers: each call of :meth:`Constraint._next` waits for a permit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
+        self.calls: list[tuple[Constraint, int]] = []
+        first = Constraint._next
+
+        def slow(constraint: Constraint, token_ids: Sequence[int]) -> Mask:
+            self.calls.append((constraint, len(token_ids)))
+            self.begun.release()
+            assert self.permits.acquire(timeout=30)
+            return first(constraint, token_ids)
+
+        monkeypatch.setattr(Constraint, "_next", slow)
+
+    def wait_begun(self) -> None:
+        assert self.begun.acquire(timeout=30)
+
+
+def make_slow(*choices: Constraint) -> None:
+    """Give each choice a compiled grammar of its own, which is in debt."""
+    for choice in choices:
+        assert choice._compiled is not None
+        choice._compiled = replace(choice._compiled, debt_s=1000.0)
+
+
+def begun_choices(grammars: Grammars, num: int) -> tuple[list[Constraint], int]:
+    """Return choices of ``a{9}`` whose first answers are known, and a token that may follow."""
+    choices = [grammars.begin(of_regex("a{9}")) for _ in range(num)]
+    flags = [flags_after(choice) for choice in choices]
+    return choices, int(flags[0].nonzero()[0][0])
+
+
 def test_what_waits_when_the_threads_end_is_not_waited_for(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    first, second = grammars.begin(of_regex("a{9}")), grammars.begin(of_regex("a{9}"))
-    token_id = int(flags_after(first).nonzero()[0][0])
-    flags_after(second)
-    is_held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        is_held.set()
-        release.wait(30)
-
-    monkeypatch.setattr(grammars, "_answer", lambda _: hold())
+    (first, second), token_id = begun_choices(grammars, 2)
+    make_slow(first, second)
+    held = Held(monkeypatch)
     first.read(token_id)
-    grammars.follow()
-    assert is_held.wait(30)
-    for constraint in (first, second, first, second):
-        constraint.read(token_id)
-    grammars.close()
+    held.wait_begun()
     second.read(token_id)
-    release.set()
-    for constraint in (first, second):
-        with pytest.raises(InternalError, match="not followed any more"):
-            constraint.allowed(0.1)
+    grammars.close()
+    held.permits.release()
+    for choice in (second, first):
+        if choice is second:
+            with pytest.raises(InternalError, match="not followed any more"):
+                choice.allowed(0.1)
+    assert [choice for choice, _ in held.calls] == [first]
 
 
 def test_tokens_read_meanwhile_are_read_in_their_order_and_answered_once(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A choice's answers come neither twice nor from two threads, and are those of its tokens."""
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     letters = [tokenizer.encode(letter)[0] for letter in "abcabc"]
-    begun, release, first = threading.Event(), threading.Event(), Constraint._next
-    calls: list[list[int]] = []
-
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
-        calls.append(list(token_ids))
-        begun.set()
-        assert release.wait(30)
-        return first(constraint, token_ids)
-
-    constraint = grammars.begin(of_regex("(abc)+d"))
-    flags_after(constraint)
-    monkeypatch.setattr(Constraint, "_next", slow)
-    constraint.is_slow = True
-    constraint.read(letters[0])
-    grammars.follow()
-    assert begun.wait(30)
+    choice = grammars.begin(of_regex("(abc)+d"))
+    flags_after(choice)
+    make_slow(choice)
+    held = Held(monkeypatch)
+    choice.read(letters[0])
+    held.wait_begun()
     for token_id in letters[1:]:
-        constraint.read(token_id)
-        assert constraint.allowed(0.0) is None
-    release.set()
-    allowed = set(flags_after(constraint).nonzero()[0].tolist())
-    assert calls == [letters[:1], letters[1:]]
+        choice.read(token_id)
+        grammars.follow()
+        assert choice.allowed(0.0) is None
+    held.permits.release(2)
+    allowed = set(flags_after(choice).nonzero()[0].tolist())
+    assert held.calls == [(choice, 1), (choice, 6)]
+    monkeypatch.undo()
     whole = grammars.begin(of_regex("(abc)+d"))
     for token_id in letters:
         whole.read(token_id)
         flags = flags_after(whole)
     assert allowed == set(flags.nonzero()[0].tolist())
     assert {tokenizer.token_text(token_id)[0] for token_id in allowed} == {"a", "d"}
-    grammars.close()
 
 
-def test_what_is_known_is_told_before_a_slow_matcher_of_the_same_step(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_tokens_read_before_the_grammar_is_compiled_are_answered(
+    grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    choices = [grammars.begin(of_regex("a{9}")) for _ in range(3)]
-    token_id = int(flags_after(choices[0]).nonzero()[0][0])
-    for constraint in choices:
-        flags_after(constraint)
-    release, first = threading.Event(), Constraint._next
-
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
-        assert release.wait(30)
-        return first(constraint, token_ids)
-
-    monkeypatch.setattr(Constraint, "_next", slow)
-    for constraint in choices:
-        constraint.is_slow = constraint is choices[0]
-        constraint.read(token_id)
-    for constraint in choices[1:]:
-        flags_after(constraint)
-    assert choices[0].allowed(0.0) is None
+    """As those of a choice that goes on elsewhere, of which others' pages have the first ones."""
+    letters = [tokenizer.encode(letter)[0] for letter in "abcab"]
+    release = threading.Event()
+    grammars._compiling.submit(release.wait, 30)
+    waiting = grammars.begin(of_regex("(abc)+d"))
+    for token_id in letters:
+        waiting.read(token_id)
+    grammars.follow()
+    assert waiting.allowed(0.0) is None
     release.set()
-    assert flags_after(choices[0]).any()
-    grammars.close()
+    found = flags_after(waiting)
+    kept = grammars.begin(of_regex("(abc)+d"))
+    for token_id in letters:
+        kept.read(token_id)
+    grammars.follow()
+    np.testing.assert_array_equal(flags_after(kept), found)
+    assert {tokenizer.token_text(i)[0] for i in found.nonzero()[0].tolist()} == {"c"}
 
 
-def test_a_quick_choice_waits_for_one_slow_matcher_and_not_for_all(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_a_quick_choice_waits_for_no_slow_matcher(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    choices = [grammars.begin(of_regex("a{9}")) for _ in range(4)]
-    for constraint in choices:
-        token_id = int(flags_after(constraint).nonzero()[0][0])
-    begun, permits, first = threading.Event(), threading.Semaphore(0), Constraint._next
-
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
-        begun.set()
-        assert permits.acquire(timeout=30)
-        return first(constraint, token_ids)
-
-    monkeypatch.setattr(Constraint, "_next", slow)
-    *late, quick = choices
-    for constraint in late:
-        constraint.is_slow = True
-        constraint.read(token_id)
-    grammars.follow()
-    assert begun.wait(30)
-    quick.read(token_id)
-    grammars.follow()
+    (*late, quick), token_id = begun_choices(grammars, 4)
+    make_slow(*late)
+    held = Held(monkeypatch)
+    for choice in late:
+        choice.read(token_id)
+    held.wait_begun()
+    for _ in range(3):
+        quick.read(token_id)
+        grammars.follow()
+        assert quick.known is not None
+    assert all(choice.allowed(0.0) is None for choice in late)
     late[1].close()
-    permits.release()
+    held.permits.release(2)
+    for choice in (late[0], late[2]):
+        assert flags_after(choice).any()
+    assert [choice for choice, _ in held.calls] == [late[0], late[2]]  # none of what has ended
+
+
+def test_a_quick_choice_that_is_handed_over_waits_for_one_slow_matcher_and_not_for_all(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (*late, quick), token_id = begun_choices(grammars, 4)
+    make_slow(*late)
+    held = Held(monkeypatch)
+    for choice in late:
+        choice.read(token_id)
+    held.wait_begun()
+    quick.read(token_id)
+    quick.read(token_id)  # two at once are for the thread
+    assert quick.allowed(0.0) is None
+    held.permits.release(2)
     assert flags_after(quick).any()
     assert late[2].allowed(0.0) is None
-    permits.release()
-    assert flags_after(late[2]).any()  # the one that has ended is not followed
-    assert flags_after(late[0]).any()
-    grammars.close()
+    assert [choice for choice, _ in held.calls[:2]] == [late[0], quick]
+    held.permits.release(2)
+    assert flags_after(late[2]).any()
+
+
+def test_a_grammar_that_took_long_is_followed_at_once_again_when_it_has_made_up_for_it(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(constraints.time, "thread_time", lambda: now_s[0])
+    [choice], token_id = begun_choices(grammars, 1)
+    first = LLMatcher.compute_bitmask
+
+    class Late:
+        """A matcher whose mask takes the time of nine tokens and a half."""
+
+        def __init__(self, matcher: LLMatcher) -> None:
+            self._matcher = matcher
+
+        def compute_bitmask(self) -> bytes:
+            now_s[0] += 9.5 * constraints.QUICK_S
+            return first(self._matcher)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._matcher, name)
+
+    assert not choice.is_slow
+    matcher = choice._matcher
+    choice._matcher = cast(Any, Late(cast(Any, matcher)))
+    choice.read(token_id)
+    grammars.follow()
+    assert choice.is_slow
+    flags_after(choice)
+    choice._matcher = matcher
+    by_thread = 0
+    while choice.is_slow:
+        choice.read(token_id)
+        assert choice.is_handed_over
+        flags_after(choice)
+        by_thread += 1
+    assert by_thread == 4  # each pays for its token and for the mask after it
+    choice.read(token_id)
+    assert not choice.is_handed_over
 
 
 GRAMMARS = ("[ab]{12}", "(ab|cd)+e", "[a-z ]{3,40}", "the (quick|slow) fox")
@@ -524,58 +606,31 @@ def masks_of(tokenizer: Tokenizer, num: int) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 70])
-def test_choices_that_are_followed_together_have_the_answers_of_each_alone(
+def test_choices_have_the_same_answers_at_once_and_from_the_thread(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, num: int
 ) -> None:
-    together = masks_of(tokenizer, num)
+    at_once = masks_of(tokenizer, num)
     monkeypatch.setattr(constraints, "QUICK_S", -1.0)
-    assert masks_of(tokenizer, num) == together
+    assert masks_of(tokenizer, num) == at_once
 
 
-def test_choices_go_on_alone_after_a_call_that_panicked_or_was_slow(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_a_choice_in_error_leaves_its_company_alone(
+    grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
-    together, first = masks_of(tokenizer, 5), constraints._words_together
-    calls = list[int]()
-
-    class PanicError(BaseException):
-        """As pyo3's, which is no Exception."""
-
-    def panics(executor: Any, matchers: Any, token_ids: Any, num_tokens: int) -> Any:
-        calls.append(len(matchers))
-        if len(calls) % 2:
-            first(executor, matchers[:2], token_ids[:2], num_tokens)  # which have read theirs
-            raise PanicError
-        return first(executor, matchers, token_ids, num_tokens)
-
-    monkeypatch.setattr(constraints, "_words_together", panics)
-    monkeypatch.setattr(constraints, "QUICK_S", 1.0)
-    assert masks_of(tokenizer, 5) == together
-    assert len(calls) > 2
-    calls.clear()
-    monkeypatch.setattr(constraints, "QUICK_S", 0.0)
-    assert masks_of(tokenizer, 5) == together
-    assert calls == []  # the first answer, alone, was not quick
-
-
-def test_a_choice_in_error_leaves_its_company_alone(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    choices = [grammars.begin(of_regex("[ab]{6}")) for _ in range(3)]
+    choices = [grammars.begin(of_regex("[ab]{6}")) for _ in range(4)]
     token_id = int(flags_after(choices[0]).nonzero()[0][0])
-    expected = grammars.begin(of_regex("[ab]{6}"))
-    expected.read(token_id)
     [other] = tokenizer.encode("x")
     for choice in choices:
         flags_after(choice)
-        choice.is_slow = False
-    for choice, read in zip(choices, (token_id, other, token_id), strict=True):
+    *company, expected = choices
+    expected.read(token_id)
+    for choice, read in zip(company, (token_id, other, token_id), strict=True):
         choice.read(read)
     grammars.follow()
-    for choice in (choices[0], choices[2]):
+    for choice in (company[0], company[2]):
         np.testing.assert_array_equal(flags_after(choice), flags_after(expected))
     with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
-        flags_after(choices[1])
-    grammars.close()
+        flags_after(company[1])
 
 
 FOLLOW = """
