@@ -73,7 +73,8 @@ def follow_us(form: str, rounds: int) -> float:
     import numpy as np
 
     from benchmarks.forms import FORMS
-    from router.engine.constraints import Grammars, flags_of
+    from router.engine.constraints import Grammars
+    from router.engine.token_masks import flags_of
     from router.gateway.grammar import check_grammar
     from router.gateway.tokenizer import Tokenizer
 
@@ -85,16 +86,16 @@ def follow_us(form: str, rounds: int) -> float:
     random, choosing_s = np.random.default_rng(0), 0.0
     try:
         choices = [grammars.begin(grammar) for _ in range(CHOICES)]
-        words = [choice.allowed(30.0) for choice in choices]
+        masks = [choice.allowed(30.0) for choice in choices]
         begun_s = time.process_time()
         for _ in range(rounds):
             chosen_s = time.thread_time()
-            flags = [flags_of(each, vocab_size) for each in words if each is not None]
+            flags = [flags_of(each, vocab_size) for each in masks if each is not None]
             chosen = [int(random.choice(np.flatnonzero(each))) for each in flags]
             choosing_s += time.thread_time() - chosen_s
             for choice, token_id in zip(choices, chosen, strict=True):
                 choice.read(token_id)
-            words = [choice.allowed(30.0) for choice in choices]
+            masks = [choice.allowed(30.0) for choice in choices]
         return 1e6 * (time.process_time() - begun_s - choosing_s) / (rounds * CHOICES)
     finally:
         grammars.close()

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.common import Figure, finish, machine, output_options, progress, show
 
 if TYPE_CHECKING:
-    from router.engine.constraints import Grammars, flags_of
+    from router.engine.constraints import Grammars
     from router.gateway.tokenizer import Tokenizer
 
 MOST_TOKENS = 200
@@ -63,12 +63,14 @@ class Suite:
 
     def answer(self, grammar: str) -> str | None:
         """Return the text of an answer, ``None`` for one that did not come to its end."""
+        from router.engine.token_masks import flags_of
+
         constraint = self.grammars.begin(grammar)
         token_ids: list[int] = []
         for number in range(MOST_TOKENS):
-            words = constraint.allowed(60.0)
-            assert words is not None
-            flags = flags_of(words, constraint.vocab_size)
+            mask = constraint.allowed(60.0)
+            assert mask is not None
+            flags = flags_of(mask, constraint.vocab_size)
             allowed = np.flatnonzero(flags)
             if flags[self.eos] and (len(allowed) == 1 or self._random.random() < 0.5):
                 return self.tokenizer.decode(token_ids)
