@@ -25,6 +25,7 @@ from router.engine.constrained_rows import forbidden_of
 from router.engine.constraints import MAX_KEPT, Constraint, Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, flags_of
+from router.gateway.grammar import check_grammar
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
@@ -631,6 +632,39 @@ def test_a_choice_in_error_leaves_its_company_alone(
         np.testing.assert_array_equal(flags_after(choice), flags_after(expected))
     with pytest.raises(InvalidRequestError, match="cannot go on by its grammar"):
         flags_after(company[1])
+
+
+EIGHT = [f"a.{{{place}}}b" for place in range(1, 9)]
+AT_LIMITS: dict[str, dict[str, Any]] = {
+    "patterns": {"json": {"allOf": [{"pattern": pattern} for pattern in EIGHT[:3]]}},
+    "searches": {
+        "grammar": "start: B\nB: " + " & ".join(rf"/(.|\n)*{each}(.|\n)*/" for each in EIGHT)
+    },
+    "many repeats": {"regex": "((a|b){1000}c){100}"},
+    "a lookback": {"regex": "([ab]*a[ab]{60}c)+"},
+    "multiples": {"json": {"allOf": [{"multipleOf": 97}, {"multipleOf": 101}]}},
+    "many choices": {"choice": [f"{'ab' * (n % 50)}{n}" for n in range(1024)]},
+}
+
+
+@pytest.mark.parametrize("form", AT_LIMITS.values(), ids=AT_LIMITS)
+def test_a_form_at_the_limits_is_answered_or_ended_soon(
+    grammars: Grammars, form: dict[str, Any]
+) -> None:
+    grammar = check_grammar({"structured_outputs": form}, str, (EOS,))
+    random, begun_at_s = Random(0), time.process_time()
+    for _ in range(3):
+        choice = grammars.begin(grammar)
+        try:
+            for _ in range(30):
+                allowed = [i for i in flags_after(choice).nonzero()[0].tolist() if i != EOS]
+                if not allowed:
+                    break
+                choice.read(random.choice(allowed))
+                grammars.follow()
+        except InvalidRequestError:  # llguidance's limits
+            continue
+    assert time.process_time() - begun_at_s < 5.0  # some 0.03 s a token in a bad case
 
 
 FOLLOW = """
