@@ -23,6 +23,7 @@ static PyMethodDef functions[] = {
     ENTRY(attention_half, "router.model.cpu.native_layer"),
     ENTRY(choose, "router.model.cpu.native_layer"),
     ENTRY(forbid, "router.engine.sampling"),
+    ENTRY(draw, "router.engine.sampling"),
     ENTRY(ffn_kernels, "experts.compute.native_ffn"),
     ENTRY(ffn, "experts.compute.native_ffn"),
     {NULL, NULL, 0, NULL},

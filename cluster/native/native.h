@@ -75,6 +75,7 @@ FUNCTION(attention_outputs);
 FUNCTION(attention_half);
 FUNCTION(choose);
 FUNCTION(forbid);
+FUNCTION(draw);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
 

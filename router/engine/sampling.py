@@ -190,6 +190,30 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """Draw from logits [W, V] by ``warm_params``; returns int64 [W, 1]."""
+    if native is None or not logits.is_cpu:
+        return _draw_by_torch(logits, params)
+    is_sorted = (params[1] < logits.shape[1]) | (params[2] < 1)
+    if not is_sorted.any():
+        return _draw_natively(logits, params)
+    if is_sorted.all():
+        return _draw_by_torch(logits, params)
+    drawn = torch.empty(len(logits), 1, dtype=torch.int64)
+    drawn[is_sorted] = _draw_by_torch(logits[is_sorted], params[:, is_sorted])
+    drawn[~is_sorted] = _draw_natively(logits[~is_sorted], params[:, ~is_sorted])
+    return drawn
+
+
+def _draw_natively(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """Draw on a CPU by temperature and min-p alone; returns int64 [W, 1]."""
+    drawn = torch.empty(len(logits), 1, dtype=torch.int64)
+    temperature, _, _, min_p, uniform = params.numpy()
+    used = np.stack([temperature, min_p, uniform])
+    native.draw(logits.contiguous().numpy(), used, len(logits), drawn.numpy())  # type: ignore[union-attr]
+    return drawn
+
+
+def _draw_by_torch(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """Draw from logits [W, V] by ``warm_params``; returns int64 [W, 1].
 
     On a device nothing is read, so all rows are sorted, and searched by sums.

@@ -9,6 +9,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from random import Random
 
 import pytest
 import torch
@@ -420,3 +423,89 @@ def test_native_code_refuses_what_has_not_as_many_rows_or_too_few_words() -> Non
         forbid(words, 1, logits[:128], bytearray(124))
     with pytest.raises(OverflowError):
         forbid(words, 1 << 70, logits, bytearray(len(logits)))
+
+
+def params_of(uniform: torch.Tensor, temperature: float, min_p: float) -> torch.Tensor:
+    """Return ``warm_params`` of rows that are drawn by these numbers, without top-k and top-p."""
+    rows = [torch.full_like(uniform, x) for x in (temperature, INF, 1.0, min_p)]
+    return torch.stack([*rows, uniform])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 200, 4096])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+def test_native_code_draws_the_tokens_that_torch_draws(vocab_size: int, min_p: float) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    for temperature in (1e-300, 0.3, 1.0, 5.0, 1e300):
+        logits = 6 * torch.randn(50, vocab_size, generator=generator)
+        logits[torch.rand(50, vocab_size, generator=generator) < 0.3] = -INF
+        logits[:, vocab_size // 2] = 1.0
+        uniform = torch.rand(50, generator=generator, dtype=torch.float64)
+        uniform[0] = 0.0
+        params = params_of(uniform, temperature, min_p)
+        found = sampling._draw_natively(logits, params)
+        torch.testing.assert_close(found, sampling._draw_by_torch(logits, params), rtol=0, atol=0)
+        alone = [sampling._draw_natively(logits[i : i + 1], params[:, i : i + 1]) for i in (0, 7)]
+        assert torch.cat(alone).tolist() == found[[0, 7]].tolist()
+
+
+def test_native_code_draws_by_shares_to_thirteen_digits() -> None:
+    """Against exact sums of Python's exponentials: a number next to a token's bound decides."""
+    random = Random(1)
+    logits = [random.uniform(-30, 0) for _ in range(300)]
+    rows = torch.tensor([logits])
+    exact = [Fraction(math.exp(x)) for x in (rows - rows.amax())[0].tolist()]
+    bounds = list(accumulate(exact))
+    shares = [float(bound / bounds[-1]) for bound in bounds]
+    for i, share in enumerate(shares[:-1]):
+        if shares[i + 1] - share < 1e-12 or (i and share - shares[i - 1] < 1e-12):
+            continue
+        for uniform, expected in ((share * (1 - 1e-13), i), (share * (1 + 1e-13), i + 1)):
+            params = params_of(torch.tensor([uniform], dtype=torch.float64), 1.0, 0.0)
+            assert sampling._draw_natively(rows, params).item() == expected
+
+
+def test_the_number_next_to_one_draws_the_last_token_that_has_a_weight() -> None:
+    logits = torch.full((1, 300), -INF)
+    logits[0, 5], logits[0, 130], logits[0, 131] = 0.0, -36.0, -1000.0
+    params = params_of(torch.tensor([1 - 2.0**-53], dtype=torch.float64), 1.0, 0.0)
+    assert sampling._draw_natively(logits, params).item() in (5, 130)
+    logits[0, 130] = 0.0
+    assert sampling._draw_natively(logits, params).item() == 130
+
+
+@pytest.mark.parametrize("row", [[NAN] * 70, [0.0] + [NAN] * 69, [INF] * 70, [-INF] * 70])
+def test_native_code_draws_some_token_of_what_is_not_finite(row: list[float]) -> None:
+    for uniform in (0.0, 0.5, 1 - 2.0**-53):
+        params = params_of(torch.tensor([uniform], dtype=torch.float64), 1.0, 0.0)
+        assert 0 <= sampling._draw_natively(torch.tensor([row]), params).item() < len(row)
+
+
+def test_rows_with_and_without_filters_are_drawn_beside_each_other_as_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(9, 500, generator=generator)
+    filters: list[dict[str, float]] = [{}, {"top_k": 7}, {"min_p": 0.1}, {"top_p": 0.7}]
+    draws = [draw_of(position, **filters[position % 4]) for position in range(9)]
+    alone = [token_ids_of(logits[i : i + 1], [draw])[0] for i, draw in enumerate(draws)]
+    assert token_ids_of(logits, draws) == alone
+
+
+def test_native_drawing_refuses_what_has_not_as_many_rows() -> None:
+    if sampling.native is None:
+        raise AssertionError("the native code is built where tests run")
+    draw, logits, params, out = sampling.native.draw, bytes(80), bytes(48), bytearray(16)
+    draw(logits, params, 2, out)
+    for arguments in (
+        (logits, params, 3, out),
+        (logits, params, 0, out),
+        (logits, params, -1, out),
+        (b"", params, 2, out),
+        (logits, params[:40], 2, out),
+        (logits[:76], params, 2, out),
+        (logits, params, 2, bytearray(8)),
+    ):
+        with pytest.raises(ValueError, match="as many rows"):
+            draw(*arguments)
+    with pytest.raises(OverflowError):
+        draw(logits, params, 1 << 70, out)
+    with pytest.raises(BufferError):
+        draw(logits, params, 2, bytes(16))
