@@ -21,7 +21,6 @@ from itertools import chain
 from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from cluster.native.built import native
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 VALUES_AT_ONCE = 1 << 21
 """The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
 a device needs for it, some 60 bytes each; no token depends on it."""
-SORTED_AT_FIRST = 512
-"""How many of a row's weights a CPU sorts at first; top-p seldom keeps more."""
 _MINUS_INF_BITS = -(1 << 23)
 """fp32's -inf, read as int32."""
 
@@ -193,23 +190,9 @@ def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """Draw from logits [W, V] by ``warm_params``; returns int64 [W, 1]."""
     if native is None or not logits.is_cpu:
         return _draw_by_torch(logits, params)
-    is_sorted = (params[1] < logits.shape[1]) | (params[2] < 1)
-    if not is_sorted.any():
-        return _draw_natively(logits, params)
-    if is_sorted.all():
-        return _draw_by_torch(logits, params)
     drawn = torch.empty(len(logits), 1, dtype=torch.int64)
-    drawn[is_sorted] = _draw_by_torch(logits[is_sorted], params[:, is_sorted])
-    drawn[~is_sorted] = _draw_natively(logits[~is_sorted], params[:, ~is_sorted])
-    return drawn
-
-
-def _draw_natively(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """Draw on a CPU by temperature and min-p alone; returns int64 [W, 1]."""
-    drawn = torch.empty(len(logits), 1, dtype=torch.int64)
-    temperature, _, _, min_p, uniform = params.numpy()
-    used = np.stack([temperature, min_p, uniform])
-    native.draw(logits.contiguous().numpy(), used, len(logits), drawn.numpy())  # type: ignore[union-attr]
+    given = logits.contiguous().numpy(), params.contiguous().numpy()
+    native.draw(*given, len(logits), drawn.numpy())
     return drawn
 
 
@@ -221,15 +204,10 @@ def _draw_by_torch(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     temperature, top_k, top_p, min_p, uniform = params.unsqueeze(2)  # [W, 1] each
     # The largest logit is subtracted first, so that a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double().div_(temperature)
-    if logits.is_cpu:
-        weights = torch.softmax(scaled, dim=-1, out=scaled)  # fresh memory takes longer than this
-        _filter_few(weights, top_k, top_p)
-    else:
-        weights = _whole_weights(scaled)
-        ordered = weights.sort(dim=-1, descending=True).values
-        _cut(weights, *_least_kept(weights, ordered, top_k, top_p))
-    if not logits.is_cpu or min_p.any():
-        weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+    weights = scaled.exp_() if logits.is_cpu else _whole_weights(scaled)
+    ordered = weights.sort(dim=-1, descending=True).values
+    _cut(weights, *_least_kept(weights, ordered, top_k, top_p))
+    weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
     cumulative = weights.cumsum_(dim=-1)
     total = cumulative[:, -1:].clone()
     picked = _num_below(cumulative, uniform * total, or_equal=True)
@@ -245,41 +223,13 @@ def _num_below(ascending: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> 
     return (ascending <= bound if or_equal else ascending < bound).sum(dim=-1, keepdim=True)
 
 
-def _filter_few(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Filter on a CPU by top-k and top-p, in place; few rows need all of their weights sorted."""
-    vocab = weights.shape[1]
-    [rows] = ((top_k < vocab) | (top_p < 1)).squeeze(1).nonzero(as_tuple=True)
-    for num_sorted in (min(SORTED_AT_FIRST, vocab), vocab):
-        if not len(rows):
-            return
-        those, k, p = (_select(tensor, rows) for tensor in (weights, top_k, top_p))
-        least, num_kept = _least_kept(those, _descending(those, num_sorted), k, p)
-        is_known = ((k <= num_sorted) | ((k >= vocab) & (num_kept < num_sorted))).squeeze(1)
-        if num_sorted == vocab:
-            is_known.fill_(True)
-        [known] = is_known.nonzero(as_tuple=True)
-        cut = _select(those, known)
-        _cut(cut, _select(least, known), _select(num_kept, known))
-        if cut is not weights:
-            weights[rows[known]] = cut
-        rows = rows[~is_known]
-
-
-def _descending(weights: torch.Tensor, num: int) -> torch.Tensor:
-    """Return the largest weights of each row, [W, num]; numpy sorts faster than torch."""
-    values = weights.numpy()
-    if num < values.shape[1]:
-        values = np.partition(values, -num, axis=-1)[:, -num:]
-    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
-
-
 def _least_kept(
     weights: torch.Tensor, ordered: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the least weight that top-k and top-p keep, and how many they keep, [W, 1] each.
 
-    ``ordered`` [W, M] are the M largest of each row of weights [W, V], in descending order. The
-    likeliest token always stays, also where top-p underflows to 0.
+    ``ordered`` [W, V] are the weights of each row in descending order. The likeliest token always
+    stays, also where top-p underflows to 0.
     """
     ranks = torch.arange(ordered.shape[1], device=weights.device)
     of_top_k = ordered.masked_fill(ranks >= top_k, 0)

@@ -1,4 +1,4 @@
-"""The tests of native attention and writes against code that watches its own accesses and sums."""
+"""The tests of native attention, draws and writes against code that watches its own accesses and sums."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ TESTS = (
     "tests/unit/router/model/cpu",
     "tests/unit/router/model/test_kv_cache.py",
     "tests/unit/cluster/transport/test_long_frames.py",
+    "tests/unit/router/engine/test_sampling.py",
 )
 # Threads and long sequences take long there, and no other path through the code.
 LEFT_OUT = "not threads"

@@ -286,23 +286,6 @@ def test_rows_that_are_sampled_some_at_a_time_get_the_same_tokens(
     assert sample(logits, draws) == at_once
 
 
-def test_the_filters_leave_the_same_however_many_are_sorted_at_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With many equal logits, so that the first of them have to be found."""
-    source = torch.Generator().manual_seed(5)
-    logits = torch.randint(-12, 12, (300, 40), generator=source) / 8
-    filters = [(k, p) for k in (0, 2, 3, 17, 30, 39, 40) for p in (0.2, 0.3, 0.95, 0.99, 1.0)]
-    of_rows = itertools.islice(itertools.cycle(filters), 300)
-    draws = [draw_of(i, seed=8, top_k=k, top_p=p) for i, (k, p) in enumerate(of_rows)]
-    token_ids = sample(logits, draws).token_ids
-    for row, draw, token_id in zip(logits.tolist(), draws, token_ids, strict=True):
-        assert token_id in oracle(row, draw.params)
-    for num_sorted in (1, 2, 16, 39):
-        monkeypatch.setattr(sampling, "SORTED_AT_FIRST", num_sorted)
-        assert sample(logits, draws).token_ids == token_ids
-
-
 def test_a_token_is_picked_in_the_order_of_the_vocabulary() -> None:
     """By hand: shares 0.125, 0.5 and 0.375 end at 0.125, 0.625 and 1."""
     logits = torch.tensor([[math.log(share) for share in (0.125, 0.5, 0.375)]])
@@ -425,27 +408,64 @@ def test_native_code_refuses_what_has_not_as_many_rows_or_too_few_words() -> Non
         forbid(words, 1 << 70, logits, bytearray(len(logits)))
 
 
-def params_of(uniform: torch.Tensor, temperature: float, min_p: float) -> torch.Tensor:
-    """Return ``warm_params`` of rows that are drawn by these numbers, without top-k and top-p."""
-    rows = [torch.full_like(uniform, x) for x in (temperature, INF, 1.0, min_p)]
+def params_of(
+    uniform: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: float = INF,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> torch.Tensor:
+    """Return ``warm_params`` of rows that are drawn by these numbers."""
+    rows = [torch.full_like(uniform, x) for x in (temperature, top_k, top_p, min_p)]
     return torch.stack([*rows, uniform])
 
 
+UNFILTERED: dict[str, float] = {}
+FILTERED: list[dict[str, float]] = [
+    {"min_p": 0.05},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"top_p": 0.1},
+    {"top_p": 1e-300},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 50, "top_p": 0.95, "min_p": 0.02},
+]
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 63, 64, 65, 200, 4096])
-@pytest.mark.parametrize("min_p", [0.0, 0.05])
-def test_native_code_draws_the_tokens_that_torch_draws(vocab_size: int, min_p: float) -> None:
+@pytest.mark.parametrize("filters", [UNFILTERED, *FILTERED], ids=str)
+def test_native_code_draws_the_tokens_that_torch_draws(
+    vocab_size: int, filters: dict[str, float]
+) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     for temperature in (1e-300, 0.3, 1.0, 5.0, 1e300):
         logits = 6 * torch.randn(50, vocab_size, generator=generator)
+        logits[25:] = logits[25:].round()  # with equal ones
         logits[torch.rand(50, vocab_size, generator=generator) < 0.3] = -INF
         logits[:, vocab_size // 2] = 1.0
         uniform = torch.rand(50, generator=generator, dtype=torch.float64)
-        uniform[0] = 0.0
-        params = params_of(uniform, temperature, min_p)
-        found = sampling._draw_natively(logits, params)
+        uniform[0] = 2.0**-53
+        params = params_of(uniform, temperature, **filters)
+        found = sampling._draw(logits, params)
         torch.testing.assert_close(found, sampling._draw_by_torch(logits, params), rtol=0, atol=0)
-        alone = [sampling._draw_natively(logits[i : i + 1], params[:, i : i + 1]) for i in (0, 7)]
+        alone = [sampling._draw(logits[i : i + 1], params[:, i : i + 1]) for i in (0, 7)]
         assert torch.cat(alone).tolist() == found[[0, 7]].tolist()
+
+
+@pytest.mark.parametrize("filters", FILTERED, ids=str)
+@pytest.mark.parametrize("logit", [0.0, -3.0])
+def test_of_equal_tokens_native_code_keeps_the_first(
+    filters: dict[str, float], logit: float
+) -> None:
+    logits, uniform = torch.full((64, 300), logit), torch.arange(64, dtype=torch.float64) / 64
+    params = params_of(uniform, **filters)
+    found = sampling._draw(logits, params)
+    assert found.tolist() == sampling._draw_by_torch(logits, params).tolist()
+    num_kept = min(filters.get("top_k", 300), 300)
+    num_kept = max(1, math.ceil(filters.get("top_p", 1.0) * num_kept - 1e-9))
+    assert found.max() == math.floor(num_kept * 63 / 64)
 
 
 def test_native_code_draws_by_shares_to_thirteen_digits() -> None:
@@ -460,24 +480,24 @@ def test_native_code_draws_by_shares_to_thirteen_digits() -> None:
         if shares[i + 1] - share < 1e-12 or (i and share - shares[i - 1] < 1e-12):
             continue
         for uniform, expected in ((share * (1 - 1e-13), i), (share * (1 + 1e-13), i + 1)):
-            params = params_of(torch.tensor([uniform], dtype=torch.float64), 1.0, 0.0)
-            assert sampling._draw_natively(rows, params).item() == expected
+            params = params_of(torch.tensor([uniform], dtype=torch.float64))
+            assert sampling._draw(rows, params).item() == expected
 
 
 def test_the_number_next_to_one_draws_the_last_token_that_has_a_weight() -> None:
     logits = torch.full((1, 300), -INF)
     logits[0, 5], logits[0, 130], logits[0, 131] = 0.0, -36.0, -1000.0
-    params = params_of(torch.tensor([1 - 2.0**-53], dtype=torch.float64), 1.0, 0.0)
-    assert sampling._draw_natively(logits, params).item() in (5, 130)
+    params = params_of(torch.tensor([1 - 2.0**-53], dtype=torch.float64))
+    assert sampling._draw(logits, params).item() in (5, 130)
     logits[0, 130] = 0.0
-    assert sampling._draw_natively(logits, params).item() == 130
+    assert sampling._draw(logits, params).item() == 130
 
 
 @pytest.mark.parametrize("row", [[NAN] * 70, [0.0] + [NAN] * 69, [INF] * 70, [-INF] * 70])
 def test_native_code_draws_some_token_of_what_is_not_finite(row: list[float]) -> None:
     for uniform in (0.0, 0.5, 1 - 2.0**-53):
-        params = params_of(torch.tensor([uniform], dtype=torch.float64), 1.0, 0.0)
-        assert 0 <= sampling._draw_natively(torch.tensor([row]), params).item() < len(row)
+        params = params_of(torch.tensor([uniform], dtype=torch.float64))
+        assert 0 <= sampling._draw(torch.tensor([row]), params).item() < len(row)
 
 
 def test_rows_with_and_without_filters_are_drawn_beside_each_other_as_alone() -> None:
@@ -492,14 +512,14 @@ def test_rows_with_and_without_filters_are_drawn_beside_each_other_as_alone() ->
 def test_native_drawing_refuses_what_has_not_as_many_rows() -> None:
     if sampling.native is None:
         raise AssertionError("the native code is built where tests run")
-    draw, logits, params, out = sampling.native.draw, bytes(80), bytes(48), bytearray(16)
+    draw, logits, params, out = sampling.native.draw, bytes(80), bytes(80), bytearray(16)
     draw(logits, params, 2, out)
     for arguments in (
         (logits, params, 3, out),
         (logits, params, 0, out),
         (logits, params, -1, out),
         (b"", params, 2, out),
-        (logits, params[:40], 2, out),
+        (logits, params[:72], 2, out),
         (logits[:76], params, 2, out),
         (logits, params, 2, bytearray(8)),
     ):
