@@ -48,9 +48,10 @@ def _large_stack() -> Iterator[None]:
 
 
 def parser_limits() -> LLParserLimits:
-    """Return the limits of one grammar: its compilation takes some 20 ms, and a token some 10 ms.
+    """Return the limits of one grammar; one that takes more is in error.
 
-    A grammar that takes more is in error.
+    Its compilation takes some 20 ms, and a token of one regular expression some 10 ms. A token of a
+    grammar with hundreds of rules that may all come next can take a second.
     """
     from llguidance import LLParserLimits
 

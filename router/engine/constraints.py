@@ -3,8 +3,10 @@
 A matcher (llguidance) reads a choice's tokens and tells which may follow. The engine's thread
 follows the matchers itself while it waits for the experts of a step, a few in each layer: another
 thread that did so beside it would compete with it for the interpreter's lock. What takes long is
-done by threads of its own: one compiles grammars, and one follows slow matchers. A choice goes on
-elsewhere from its tokens: its matcher reads them again.
+done by threads of its own: one compiles grammars, and one follows slow matchers. That a matcher is
+slow is known only afterwards, and llguidance's limits allow seconds; so the engine's thread pauses
+after each slow one, in proportion. A choice goes on elsewhere from its tokens: its matcher reads
+them again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from llguidance import LLMatcher, LLTokenizer
@@ -26,7 +29,11 @@ from router.grammar_limits import FIELD, grammar_pool, parser_limits, start_gram
 MAX_KEPT = 32
 """The grammars that a router keeps compiled."""
 QUICK_S = 0.0002
-"""What a token takes a grammar's matchers, on average, while the engine's thread follows them."""
+"""What a matcher takes at most to read a token, or to find its mask, where it is not slow."""
+GRAMMAR_PAUSES = 100
+"""For how many times as long as a slow matcher took its grammar is followed by the other thread."""
+ALL_PAUSE = 10
+"""For how many times as long as it held up the engine's thread all grammars are."""
 AT_ONCE_S = 0.0002
 """How long the engine's thread follows matchers in a layer; one matcher may take longer."""
 
@@ -36,26 +43,35 @@ Answer = Mask | BaseException
 logger = logging.getLogger("expertmesh.engine")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Compiled:
     """A compiled grammar, of which each choice has a copy.
 
-    ``debt_s`` is the time that its matchers took beyond :data:`QUICK_S` a token.
+    ``lock`` is held while a matcher of it computes, since all share a lexer: llguidance waits for
+    that with the interpreter's lock in its hands.
     """
 
     matcher: LLMatcher
-    debt_s: float = 0.0
+    slow_until_s: float = 0.0
+    """Until when (monotonic) its matchers are slow."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, taken_s: float, num_tokens: int) -> None:
-        """Note the time that a matcher took for so many tokens."""
-        self.debt_s = max(0.0, self.debt_s + taken_s - QUICK_S * num_tokens)
+    def note(self, taken_s: float, num_tokens: int) -> float:
+        """Note the time that a matcher took to read so many tokens and to find its mask.
+
+        Returns it where the matcher is slow, and else 0.
+        """
+        if taken_s <= QUICK_S * (num_tokens + 1):
+            return 0.0
+        self.slow_until_s = time.monotonic() + GRAMMAR_PAUSES * taken_s
+        return taken_s
 
 
 class Constraint:
     """One choice's matcher, and the tokens that it allows next.
 
-    The engine's thread reads tokens, and asks. While the choice is ``handed_over``, its matcher
-    belongs to the thread that compiles or follows it, and otherwise to the engine's.
+    The engine's thread reads tokens, and asks. While ``is_handed_over``, the matcher belongs to the
+    thread that compiles or follows it, and otherwise to the engine's.
     """
 
     def __init__(self, grammars: Grammars, grammar: str, marks: Sequence[int] = ()) -> None:
@@ -88,12 +104,14 @@ class Constraint:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the grammar's matchers took long of late."""
-        return self._compiled is None or self._compiled.debt_s > 0
+        """Whether the grammar's matchers took long of late, or it is not compiled."""
+        return self._compiled is None or time.monotonic() < self._compiled.slow_until_s
 
     @property
     def known(self) -> Answer | None:
         """The answer to all tokens so far, or why there is none; ``None`` before it is known."""
+        if self.is_handed_over:
+            return None
         if self.num_answered == len(self.token_ids) or isinstance(self.answer, BaseException):
             return self.answer
         return None
@@ -123,13 +141,19 @@ class Constraint:
 
     def answer_at_once(self) -> bool:
         """Answer the one token that waits; returns whether that is no work for another thread."""
-        matcher = self._matcher
-        if matcher is None or self.is_slow or len(self.token_ids) != self.num_answered + 1:
+        compiled, matcher = self._compiled, self._matcher
+        if compiled is None or matcher is None or self.is_slow or self._grammars.is_pausing():
+            return False
+        if len(self.token_ids) != self.num_answered + 1 or not compiled.lock.acquire(False):
             return False
         try:
-            mask = self._mask_after(matcher, self.token_ids[-1:])
+            mask, slow_s = self._mask_after(compiled, matcher, self.token_ids[-1:])
         except BaseException:  # it panicked, and will again
-            mask = None
+            mask, slow_s = None, 0.0
+        finally:
+            compiled.lock.release()
+        if slow_s:
+            self._grammars.pause(ALL_PAUSE * slow_s)
         if mask is None:
             self._matcher = None
             return False
@@ -151,43 +175,48 @@ class Constraint:
             self.num_answered = num_tokens
 
     def _next(self, token_ids: Sequence[int]) -> Mask:
-        matcher, unread = self._matcher, token_ids[max(0, self.num_answered) :]
-        if matcher is None:
-            matcher, unread = self._new_matcher(), token_ids
-        mask = self._mask_after(matcher, unread)
+        compiled, matcher = self._compiled, self._matcher
+        unread = token_ids[max(0, self.num_answered) :]
+        if compiled is None or matcher is None:
+            compiled, matcher = self._take_copy(self._grammars.compiled(self._grammar))
+            unread = token_ids
+        with compiled.lock:
+            mask, _ = self._mask_after(compiled, matcher, unread)
         if mask is None:
             # Matchers of one grammar share its lexer, which others may have filled to its limit.
-            matcher = self._new_matcher(is_compiled_again=True)
-            mask = self._mask_after(matcher, token_ids)
+            again = self._grammars.compiled(self._grammar, is_compiled_again=True)
+            compiled, matcher = self._take_copy(again)
+            with compiled.lock:
+                mask, _ = self._mask_after(compiled, matcher, token_ids)
         if mask is None:
             reason = matcher.get_error().partition("\n")[0][:200]
             told = f"the answer cannot go on by its grammar: {reason}"
             raise InvalidRequestError(told, FIELD)
         return mask
 
-    def _new_matcher(self, is_compiled_again: bool = False) -> LLMatcher:
-        return self._take_copy(self._grammars.compiled(self._grammar, is_compiled_again))
-
-    def _take_copy(self, compiled: _Compiled) -> LLMatcher:
+    def _take_copy(self, compiled: _Compiled) -> tuple[_Compiled, LLMatcher]:
         vocabulary = self._grammars.vocabulary()
         self._may_come = vocabulary.may_come
         if self._marks:
             marks, (before, at_end) = bits_of(self._marks, vocabulary.num_words), self._may_come
             self._may_come = with_bits(before, marks), with_bits(at_end, marks)
         self._compiled, self._matcher = compiled, compiled.matcher.deep_copy()
-        return self._matcher
+        return compiled, self._matcher
 
-    def _mask_after(self, matcher: LLMatcher, token_ids: Sequence[int]) -> Mask | None:
-        """Read tokens, and return those that may follow; ``None`` for a matcher in error."""
+    def _mask_after(
+        self, compiled: _Compiled, matcher: LLMatcher, token_ids: Sequence[int]
+    ) -> tuple[Mask | None, float]:
+        """Read tokens; return those that may follow, and the time of a slow matcher.
+
+        There are none for a matcher in error.
+        """
         begun_at_s = time.thread_time()
         for token_id in token_ids:
             matcher.consume_token(token_id)
-        by_grammar = matcher.compute_bitmask()
-        if self._compiled is not None:
-            self._compiled.note(time.thread_time() - begun_at_s, len(token_ids) + 1)
-        if matcher.is_error():
-            return None
-        return Mask(by_grammar, self._may_come[matcher.is_accepting()])
+        by_grammar, is_accepting = matcher.compute_bitmask(), matcher.is_accepting()
+        slow_s = compiled.note(time.thread_time() - begun_at_s, len(token_ids))
+        is_error = matcher.is_error()
+        return None if is_error else Mask(by_grammar, self._may_come[is_accepting]), slow_s
 
 
 def not_followed() -> InternalError:
@@ -208,6 +237,8 @@ class Grammars:
         """The choices that have read a token, and are to be followed at once."""
         self._handed_over: SimpleQueue[Constraint | None] = SimpleQueue()
         """The choices that the thread follows; ``None`` ends it."""
+        self._pauses_until_s = 0.0
+        """Until when (monotonic) the engine's thread follows nothing."""
         self._is_closed = False
         self._changed = threading.Condition()
         """Notified where a choice is handed back, and of the end."""
@@ -221,6 +252,9 @@ class Grammars:
         """
         constraint = Constraint(self, grammar, marks)
         kept = self._kept.get(grammar)
+        if kept is not None:
+            with suppress(KeyError):  # another thread makes it the newest just now
+                self._kept.move_to_end(grammar)
         if kept is None or not constraint.begin_at_once(kept):
             self._compiling.submit(self._answer, constraint)
         return constraint
@@ -232,31 +266,42 @@ class Grammars:
         else:
             self._noted.append(constraint)
 
-    def follow(self, for_s: float = AT_ONCE_S) -> None:
-        """Answer choices that are quick, for so long, on the engine's thread."""
-        until_s = time.monotonic() + for_s
+    def follow(self) -> None:
+        """Answer choices on the engine's thread, for a little while; the others wait."""
+        until_s = time.monotonic() + AT_ONCE_S
         while self._noted and time.monotonic() < until_s:
             choice = self._noted.popleft()
             if not (choice.is_ended or choice.answer_at_once()):
                 self._hand_over(choice)
 
+    def pause(self, for_s: float) -> None:
+        """Have the engine's thread follow nothing for so long."""
+        self._pauses_until_s = time.monotonic() + for_s
+
+    def is_pausing(self) -> bool:
+        """Return whether the engine's thread follows nothing now."""
+        return time.monotonic() < self._pauses_until_s
+
     def wait_for(self, constraint: Constraint, timeout_s: float) -> Answer | None:
         """Return the answer to all tokens of a choice; ``None`` where it takes longer than that."""
         until_s = time.monotonic() + timeout_s
-        self.follow(timeout_s)
-        while self._noted:
-            self._hand_over(self._noted.popleft())
-        while (answer := constraint.known) is None:
-            if not constraint.is_handed_over:  # it has read more than the thread has answered
+        with suppress(ValueError):  # it need not be there
+            self._noted.remove(constraint)
+            constraint.answer_at_once()
+        while True:
+            if not constraint.is_handed_over:
+                if (answer := constraint.known) is not None:
+                    return answer
                 self._hand_over(constraint)
             with self._changed:
-                self._changed.wait_for(
+                is_back = self._changed.wait_for(
                     lambda: self._is_closed or not constraint.is_handed_over,
                     max(0.0, until_s - time.monotonic()),
                 )
-            if constraint.is_handed_over:
-                return not_followed() if self._is_closed else None
-        return answer
+            if self._is_closed:
+                return not_followed()
+            if not is_back:
+                return None
 
     def close(self) -> None:
         """End the threads after their current work; what waits is not answered."""
@@ -282,9 +327,11 @@ class Grammars:
         """Answer the quick choices that wait, and one of the slow ones, in turn."""
         waiting: list[Constraint] = []
         while (more := self._next_handed_over(is_busy=bool(waiting))) is not None:
-            waiting += more
-            slow = [choice for choice in waiting if choice.is_slow]
-            for choice in [c for c in waiting if not c.is_slow] + slow[:1]:
+            quick: list[Constraint] = []
+            slow: list[Constraint] = []
+            for choice in waiting + more:  # asked once, as other threads change it
+                (slow if choice.is_slow else quick).append(choice)
+            for choice in quick + slow[:1]:
                 if self._is_closed:
                     return
                 self._answer(choice)

@@ -1,4 +1,4 @@
-"""The tests of native attention, draws and writes against code that watches its own accesses and sums."""
+"""The tests of native code against code that watches its own accesses and sums."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -270,7 +271,7 @@ def test_a_matcher_that_panics_ends_its_request_alone(
     class PanicError(BaseException):
         """As pyo3's, which is no Exception."""
 
-    def panics(constraint: Constraint, matcher: LLMatcher, token_ids: Sequence[int]) -> Any:
+    def panics(*given: Any) -> Any:
         raise PanicError
 
     beside = replace_tokens(asked(f"beside{is_slow}", "", seed=3, ignore_eos=True), 30)
@@ -421,10 +422,11 @@ class Held:
 
 
 def make_slow(*choices: Constraint) -> None:
-    """Give each choice a compiled grammar of its own, which is in debt."""
+    """Give each choice a compiled grammar of its own, which is slow."""
     for choice in choices:
         assert choice._compiled is not None
-        choice._compiled = replace(choice._compiled, debt_s=1000.0)
+        lock = threading.Lock()
+        choice._compiled = replace(choice._compiled, slow_until_s=math.inf, lock=lock)
 
 
 def begun_choices(grammars: Grammars, num: int) -> tuple[list[Constraint], int]:
@@ -542,44 +544,123 @@ def test_a_quick_choice_that_is_handed_over_waits_for_one_slow_matcher_and_not_f
     assert flags_after(late[2]).any()
 
 
-def test_a_grammar_that_took_long_is_followed_at_once_again_when_it_has_made_up_for_it(
+class Clocks:
+    """Times that pass by hand: of all, and of a thread's work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
+
+
+class Late:
+    """A matcher whose mask takes long."""
+
+    def __init__(self, matcher: Any, clocks: Clocks, taken_s: float) -> None:
+        self._matcher, self._clocks, self._taken_s = matcher, clocks, taken_s
+
+    def compute_bitmask(self) -> bytes:
+        self._clocks.now_s += self._taken_s
+        mask: bytes = self._matcher.compute_bitmask()
+        return mask
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+
+def test_the_engine_follows_nothing_for_a_while_after_a_slow_matcher(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now_s = [0.0]
-    monkeypatch.setattr(constraints.time, "thread_time", lambda: now_s[0])
-    [choice], token_id = begun_choices(grammars, 1)
-    first = LLMatcher.compute_bitmask
-
-    class Late:
-        """A matcher whose mask takes the time of nine tokens and a half."""
-
-        def __init__(self, matcher: LLMatcher) -> None:
-            self._matcher = matcher
-
-        def compute_bitmask(self) -> bytes:
-            now_s[0] += 9.5 * constraints.QUICK_S
-            return first(self._matcher)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._matcher, name)
-
-    assert not choice.is_slow
-    matcher = choice._matcher
-    choice._matcher = cast(Any, Late(cast(Any, matcher)))
-    choice.read(token_id)
+    """Others' pause is shorter than that of the slow grammar."""
+    clocks = Clocks(monkeypatch)
+    (slow, mate, other), token_id = begun_choices(grammars, 3)
+    for choice in (slow, mate, other):
+        assert not choice.is_handed_over
+    assert other._compiled is not None
+    other._compiled = replace(other._compiled, lock=threading.Lock())  # a grammar of its own
+    slow._matcher = cast(Any, Late(slow._matcher, clocks, 1.0))
+    begun_at_s = clocks.now_s
+    slow.read(token_id)
     grammars.follow()
-    assert choice.is_slow
-    flags_after(choice)
-    choice._matcher = matcher
-    by_thread = 0
-    while choice.is_slow:
+    assert slow.known is not None
+    assert slow.is_slow
+    assert mate.is_slow
+    assert not other.is_slow
+
+    def is_at_once(choice: Constraint) -> bool:
         choice.read(token_id)
-        assert choice.is_handed_over
+        is_handed_over = choice.is_handed_over
+        grammars.follow()
+        is_at_once = not is_handed_over and choice.known is not None
         flags_after(choice)
-        by_thread += 1
-    assert by_thread == 4  # each pays for its token and for the mask after it
-    choice.read(token_id)
-    assert not choice.is_handed_over
+        return is_at_once
+
+    clocks.now_s = begun_at_s + 1 + 0.9 * constraints.ALL_PAUSE
+    assert not is_at_once(other)
+    clocks.now_s = begun_at_s + 1 + 1.1 * constraints.ALL_PAUSE
+    assert is_at_once(other)
+    clocks.now_s = begun_at_s + 1 + 0.9 * constraints.GRAMMAR_PAUSES
+    assert not is_at_once(mate)
+    clocks.now_s = begun_at_s + 1 + 1.1 * constraints.GRAMMAR_PAUSES
+    assert is_at_once(mate)
+
+
+def test_the_engine_does_not_wait_for_a_matcher_of_the_same_grammar(grammars: Grammars) -> None:
+    (first, second), token_id = begun_choices(grammars, 2)
+    assert first._compiled is not None
+    with first._compiled.lock:  # as the other thread holds it
+        second.read(token_id)
+        grammars.follow()
+        assert second.is_handed_over
+        assert second.allowed(0.0) is None
+    assert flags_after(second).any()
+
+
+def test_a_choice_that_waits_for_a_slow_matcher_hands_no_other_over(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slow, *quick), token_id = begun_choices(grammars, 4)
+    make_slow(slow)
+    held = Held(monkeypatch)
+    for choice in (slow, *quick):
+        choice.read(token_id)
+    held.wait_begun()
+    assert slow.allowed(0.0) is None
+    for choice in quick:
+        assert choice.allowed(0.0) is not None
+        assert not choice.is_handed_over
+    held.permits.release()
+    assert flags_after(slow).any()
+
+
+def test_choices_are_answered_once_however_their_grammars_speed_changes(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads change it while the thread that follows sorts what waits."""
+    choices, token_id = begun_choices(grammars, 6)
+    random, calls, first = Random(0), list[Constraint](), Constraint.answer_all
+
+    def counted(constraint: Constraint) -> None:
+        calls.append(constraint)
+        first(constraint)
+
+    monkeypatch.setattr(Constraint, "answer_all", counted)
+    monkeypatch.setattr(Constraint, "is_slow", property(lambda _: random.random() < 0.5))
+    for _ in range(8):
+        for choice in choices:
+            choice.read(token_id)
+        grammars.follow()
+        assert all(flags_after(choice).any() for choice in choices)
+    assert len(calls) <= 8 * len(choices)
+
+
+def test_a_grammar_that_begins_choices_at_once_stays_compiled(grammars: Grammars) -> None:
+    flags_after(grammars.begin(of_regex("used")))
+    kept = grammars._kept[of_regex("used")]
+    for number in range(MAX_KEPT + 5):
+        flags_after(grammars.begin(of_regex(f"a{{{number + 1}}}")))
+        flags_after(grammars.begin(of_regex("used")))
+    assert grammars._kept[of_regex("used")] is kept
 
 
 GRAMMARS = ("[ab]{12}", "(ab|cd)+e", "[a-z ]{3,40}", "the (quick|slow) fox")
