@@ -395,7 +395,9 @@ def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) ->
 
 
 @pytest.fixture
-def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
+def grammars(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grammars]:
+    """Grammars of which :meth:`Grammars.follow` takes its time, as the machine may be busy."""
+    monkeypatch.setattr(constraints, "AT_ONCE_S", 30.0)
     made = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     yield made
     made.close()
@@ -434,6 +436,19 @@ def begun_choices(grammars: Grammars, num: int) -> tuple[list[Constraint], int]:
     choices = [grammars.begin(of_regex("a{9}")) for _ in range(num)]
     flags = [flags_after(choice) for choice in choices]
     return choices, int(flags[0].nonzero()[0][0])
+
+
+def three_are_late(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Constraint], Constraint, int, Held]:
+    """Return three choices whose slow matchers have a token to read, and a quick choice."""
+    (*late, quick), token_id = begun_choices(grammars, 4)
+    make_slow(*late)
+    held = Held(monkeypatch)
+    for choice in late:
+        choice.read(token_id)
+    held.wait_begun()
+    return late, quick, token_id, held
 
 
 def test_what_waits_when_the_threads_end_is_not_waited_for(
@@ -506,12 +521,7 @@ def test_tokens_read_before_the_grammar_is_compiled_are_answered(
 def test_a_quick_choice_waits_for_no_slow_matcher(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (*late, quick), token_id = begun_choices(grammars, 4)
-    make_slow(*late)
-    held = Held(monkeypatch)
-    for choice in late:
-        choice.read(token_id)
-    held.wait_begun()
+    late, quick, token_id, held = three_are_late(grammars, monkeypatch)
     for _ in range(3):
         quick.read(token_id)
         grammars.follow()
@@ -527,12 +537,7 @@ def test_a_quick_choice_waits_for_no_slow_matcher(
 def test_a_quick_choice_that_is_handed_over_waits_for_one_slow_matcher_and_not_for_all(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (*late, quick), token_id = begun_choices(grammars, 4)
-    make_slow(*late)
-    held = Held(monkeypatch)
-    for choice in late:
-        choice.read(token_id)
-    held.wait_begun()
+    late, quick, token_id, held = three_are_late(grammars, monkeypatch)
     quick.read(token_id)
     quick.read(token_id)  # two at once are for the thread
     assert quick.allowed(0.0) is None
