@@ -1,7 +1,7 @@
 /* A token of each row of logits, drawn by a number in [0, 1) from what top-k, top-p and min-p leave.
  *
  * router/engine/sampling.py is the face of this; it does the same with torch where this is not
- * built. All processors draw the same token of the same logits: sums have eight lanes and one order.
+ * built. Sums have eight lanes and one order on every processor, and no product is fused with a sum.
  *
  * Letters: W rows, V vocabulary size.
  */
