@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from experts.checkpoint.hash_cache import BESIDE
 
 VOCAB_SIZE = 320
 
@@ -65,6 +68,11 @@ def save_mixtral(
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """Copy a checkpoint without its kept hashes, which a reader of it may be writing."""
+    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns(f"{BESIDE}*"))
 
 
 def transformers_tokens(oracle: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from experts.compute.native_ffn import kernel_class
 from experts.remote import RemoteExpertActor
 from experts.tracing import BatchSpans
 from tests.arrays import results
+from tests.checkpoints import copy_of
 from tests.cluster_fixture import wait_until
 from tests.span_keeper import SpanKeeper
 from tests.unit.experts.local_actor import (
@@ -647,8 +647,7 @@ def test_a_checkpoint_that_has_moved_is_read_where_it_is_now(
     make: Callable[..., Actor], folder: Path, tmp_path: Path
 ) -> None:
     actor = make()
-    moved = tmp_path / "moved"
-    shutil.copytree(folder, moved)
+    moved = copy_of(folder, tmp_path / "moved")
     report = actor.load(1, of_other_weights(actor, moved, "m"), [ExpertKey("m", 1, 1)])
     assert set(report.experts) == {*KEYS, ExpertKey("m", 1, 1)}
     assert actor._checkpoints["m"].folder == moved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import hash_table_of, identity_of, text_identity, verify_hashes
 from experts.checkpoint.mixture import Mixture, files_of, open_mixture
 from experts.checkpoint.remote_files import open_model
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import copy_of, save_mixtral
 from tests.unit.experts.backends.folders import linear_files, predicted, save_mixture
 from tests.unit.experts.checkpoint.changed_files import flip
 from tests.unit.experts.checkpoint.test_remote_files import HERE, FakeNeighbours, damaged
@@ -345,8 +344,7 @@ def test_a_mixture_on_this_node_is_used_where_it_is_the_served_one(
     folder: Path, tmp_path: Path
 ) -> None:
     served = identity_of(open_mixture(folder))
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
+    copy = copy_of(folder, tmp_path / "copy")
     neighbours = FakeNeighbours({"a": folder})
     opened = open_model(str(copy), served, neighbours)
     assert opened.remote is None

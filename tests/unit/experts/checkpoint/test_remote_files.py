@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from router.gateway.tokenizer import Tokenizer
 from router.model.model import load_dense
 from router.served import ServedModel, inspect_models
 from tests.arrays import loaded
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import copy_of, save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.router.test_config import config_of
 
@@ -324,7 +323,7 @@ def test_what_is_here_is_read_here(folder: Path) -> None:
 def test_a_damaged_checkpoint_here_is_an_error_of_the_builder_and_not_of_an_actor(
     folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(folder, tmp_path / "cut")
+    copy_of(folder, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     neighbours = FakeNeighbours({"a": folder})
@@ -541,8 +540,7 @@ def test_bytes_that_changed_on_the_peers_disk_are_not_taken(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The reader's table is right, and was right for its file: the bytes have changed since."""
-    bad = tmp_path / "bad"
-    shutil.copytree(folder, bad)
+    bad = copy_of(folder, tmp_path / "bad")
     identity_of(open_checkpoint(bad))
     neighbours = FakeNeighbours({"a": bad, "b": folder})
     checkpoint = fetched(folder, neighbours)
@@ -577,10 +575,7 @@ def test_a_range_across_leaves_comes_as_its_own_bytes(folder: Path) -> None:
 @pytest.fixture
 def unhashed(folder: Path, tmp_path: Path) -> Path:
     """A copy of the served checkpoint of which no hashes are kept."""
-    copy = tmp_path / "unhashed"
-    shutil.copytree(folder, copy)
-    (copy / BESIDE).unlink(missing_ok=True)
-    return copy
+    return copy_of(folder, tmp_path / "unhashed")
 
 
 def no_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,8 +638,7 @@ def test_another_checkpoint_here_without_kept_hashes_is_passed_by(
     folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = identity_of(open_checkpoint(folder))
-    shutil.copytree(other, tmp_path / "other")
-    (tmp_path / "other" / BESIDE).unlink(missing_ok=True)
+    copy_of(other, tmp_path / "other")
     no_hashing(monkeypatch)
     neighbours = FakeNeighbours({"a": folder})
     checkpoint = open_model(str(tmp_path / "other"), identity, neighbours)
@@ -696,9 +690,7 @@ def test_a_peer_that_hashes_is_waited_for_while_it_gets_on(
 def test_a_reader_whose_files_change_while_it_hashes_opens_them_anew(
     folder: Path, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    (copy / BESIDE).unlink(missing_ok=True)
+    copy = copy_of(folder, tmp_path / "copy")
     reader = CheckpointReader(str(copy))
     reader._checkpoint = open_checkpoint(copy)
     flip_in_tensor(copy, NORM)
