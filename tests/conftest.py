@@ -25,6 +25,8 @@ LAST = ("other_weights", "mixtures")
 its own weights back."""
 ALONE = ("integration", "fault", "long")
 """The tests that have a cluster: it is one worker's, and these come when no other work is left."""
+COMMANDS = ("test_readme.py", "test_serve_run.py")
+"""Their commands start a Ray of their own, so another worker runs them beside the cluster."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +47,8 @@ class _ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         """Return the name of what one worker runs: a file, or all that has a cluster."""
         file = PurePath(nodeid.partition("::")[0])
-        return "cluster" if file.parent.name in ALONE else str(file)
+        has_cluster = file.parent.name in ALONE and file.name not in COMMANDS
+        return "cluster" if has_cluster else str(file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
