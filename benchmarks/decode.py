@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--size 14M|111M|445M] [--peers FOLDER] [--prefill] [--passes N]
         [--json FILE] [--compare OLD.json] [--actors N] [--transport auto|ray|stream ...]
-        [--trace FILE.json]
+        [--trace FILE.json] [--avx2]
 
 Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one, in fp32 and bf16:
 with a router's engine on one thread and its expert actors, without Serve and gateway
@@ -16,6 +16,7 @@ the machine. The exit status is 1 when a peer fails.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -45,9 +46,12 @@ from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
 from benchmarks.peers.side import Task
 from cluster.processor import CPU_INFO, processor_name
+from experts.compute.native_ffn import KERNELS
 
 STREAMS = ("32", "1")
 TRANSPORTS = ("auto", "ray", "stream")
+AVX2_KERNEL = (("avx2", "fused", "fused"),)
+"""The fastest native kernel where the processor, or the build, ends at AVX2."""
 PREFILL_TOKENS = (512, 2048, 4000)
 
 _LONG = {**SIZES, "max_position_embeddings": CACHE_TOKENS}
@@ -76,6 +80,8 @@ class Settings:
     actors: int
     transports: Sequence[str]
     prefill: Sequence[int]
+    avx2_alone: bool = False
+    """Nothing uses more of the processor."""
 
     @property
     def sizes(self) -> Sizes:
@@ -203,7 +209,7 @@ def _result(
         "benchmark": "decode",
         "machine": machine(),
         "processor": processor_name(),
-        "instructions": limits.instructions(cpu_info),
+        "instructions": ["avx2"] if settings.avx2_alone else limits.instructions(cpu_info),
         "size": settings.size,
         "sizes": settings.sizes,
         "tokens": settings.tokens,
@@ -260,8 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE.json",
         help="write a Chrome trace of one more round, of 32 streams, and a picture FILE.svg",
     )
+    parser.add_argument(
+        "--avx2",
+        action="store_true",
+        help="as on a processor that ends at AVX2; needs ExpertMesh built with -DWITHOUT_AVX512",
+    )
     output_options(parser)
     options = parser.parse_args(argv)
+    if options.avx2:
+        if KERNELS[:1] != AVX2_KERNEL:
+            parser.error(f"--avx2: the native code here has {KERNELS or 'not been built'}")
+        os.environ.update(limits.AVX2_ALONE)
     try:
         peers = installed(options.peers)
     except ValueError as error:
@@ -274,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.actors,
         tuple(dict.fromkeys(options.transport)),
         PREFILL_TOKENS if options.prefill else (),
+        options.avx2,
     )
     result = run(settings, peers, options.trace)
     report(result)

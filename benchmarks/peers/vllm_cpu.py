@@ -23,6 +23,8 @@ class Vllm:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
         os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+        if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+            _use_avx2_alone()
         from vllm import LLM, SamplingParams, __version__
 
         self.version = f"vllm {__version__}"
@@ -44,6 +46,16 @@ class Vllm:
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         outputs = self._model.generate(requests, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def _use_avx2_alone() -> None:
+    """Have vLLM choose its code as on a processor that ends at AVX2; it asks torch in Python."""
+    import torch
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # another process would ask anew
+    for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        getattr(torch.cpu, name)  # an AttributeError where torch has renamed it
+        setattr(torch.cpu, name, lambda: False)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ static inline int has_avx2(void) {
 }
 
 static inline int has_avx512(void) {
+#ifdef WITHOUT_AVX512
+    return 0;
+#endif
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }

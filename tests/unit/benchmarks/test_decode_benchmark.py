@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -250,3 +251,24 @@ def test_a_folder_without_peers_ends_the_run_before_it_begins(
     with pytest.raises(SystemExit, match="2"):
         decode.main(["--peers", str(tmp_path / "nowhere")])
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_avx2_alone_is_refused_where_native_code_uses_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = (("avx512", "fused", "fused"), *decode.AVX2_KERNEL)
+    monkeypatch.setattr(decode, "KERNELS", wide)
+    with pytest.raises(SystemExit, match="2"):
+        decode.main(["--avx2"])
+    assert "--avx2: the native code here has (('avx512'" in capsys.readouterr().err
+
+
+def test_avx2_alone_is_asked_of_torch_and_its_libraries(
+    monkeypatch: pytest.MonkeyPatch, machine_of: Callable[[dict[str, float]], Machine]
+) -> None:
+    machine_of({"hf_transformers bf16 eager": 1.0})
+    monkeypatch.setattr(decode, "KERNELS", decode.AVX2_KERNEL)
+    for name in limits.AVX2_ALONE:
+        monkeypatch.setenv(name, "")  # put back at the end
+    assert decode.main(["--avx2"]) == 0
+    assert {name: os.environ[name] for name in limits.AVX2_ALONE} == limits.AVX2_ALONE
