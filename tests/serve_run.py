@@ -19,7 +19,7 @@ from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_d
 from router.client import Client
 from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
-READY_S = 90.0
+READY_S = 180.0
 ASK_S = 60.0
 IN_ANOTHER_SHELL = "in another shell: export "
 TEN_LINES = """\

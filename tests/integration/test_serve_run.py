@@ -32,7 +32,7 @@ from tests.serve_run import (
 )
 from tests.signal_at_start import STACKS
 
-SAYS_S, GONE_S, MAX_LINES = 10.0, 10.0, 12
+SAYS_S, GONE_S, MAX_LINES = 20.0, 20.0, 12
 SHORT = 500
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 2, 4, 900
@@ -52,7 +52,7 @@ SLOW = "expertmesh: not ready after"
 """A start beside busy programs says so."""
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
