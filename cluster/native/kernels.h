@@ -17,6 +17,11 @@ typedef enum { FLOAT32, BFLOAT16, FLOAT16, PAIRS } Format;
 
 static inline Py_ssize_t bytes_of(Format format) { return format == FLOAT32 ? 4 : 2; }
 
+/* The turns of a loop over K: with pairs of bfloat16 beside each other one has two k. */
+static inline Py_ssize_t turns_of(Py_ssize_t size, Format format) {
+    return format == BFLOAT16 || format == PAIRS ? (size + 1) / 2 : size;
+}
+
 typedef enum { SILU, GELU, GELU_TANH, RELU, CLAMPED } Activation;
 
 typedef struct {

@@ -36,12 +36,21 @@ typedef int32_t NAME(LooseWhole) __attribute__((vector_size(LANES * 4), aligned(
 #define LooseWhole NAME(LooseWhole)
 #define Bits NAME(Bits)
 
+/* One turn of a loop over K asks for weights that come later: else reading them from memory would
+ * follow the products instead of going on beside them. */
+#define ASK_FOR_NEXT                                                \
+    do {                                                            \
+        __builtin_prefetch(next, 0, 2);                             \
+        if (count == 2 * HALF) __builtin_prefetch(next + 64, 0, 2); \
+        next += stride;                                             \
+    } while (0)
+
 /* Add to the sums of R rows, in rows of PANEL, those of `count` vectors of a panel's columns from
- * `panel` on. `rows` are [K, R]. Constant arguments keep the sums in registers. Weights that lie
- * `ahead` bytes further are asked for: else reading them from memory would follow the products
- * instead of going on beside them. */
+ * `panel` on. `rows` are [K, R]. Constant arguments keep the sums in registers. Each turn asks for
+ * weights at `next`, and those of the following turn lie `stride` bytes further. */
 INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
-                              int count, Format format, Py_ssize_t ahead, float *sums) {
+                              int count, Format format, const char *next, Py_ssize_t stride,
+                              float *sums) {
     Vector all[MOST_ROWS][2 * HALF];
     UNROLLED for (int r = 0; r < num_rows; r++)
         UNROLLED for (int v = 0; v < count; v++)
@@ -51,8 +60,7 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
         const int32_t *pairs = (const int32_t *)rows;
         for (Py_ssize_t k = 0; k < size; k += 2) {
             Whole weights[2 * HALF];
-            for (int v = 0; v < count; v += 16 / LANES)
-                __builtin_prefetch(panel + ahead + v * LANES * 4, 0, 2);
+            ASK_FOR_NEXT;
             UNROLLED for (int v = 0; v < count; v++)
                 weights[v] = *(const LooseWhole *)(panel + v * LANES * 4);
             UNROLLED for (int r = 0; r < num_rows; r++)
@@ -64,8 +72,7 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
 #endif
     } else if (format == BFLOAT16) {
         for (Py_ssize_t k = 0; k < size; k += 2) {
-            for (int v = 0; v < count; v += 16 / LANES)
-                __builtin_prefetch(panel + ahead + v * LANES * 4, 0, 2);
+            ASK_FOR_NEXT;
             /* Weights of even k are widened and used first: with those of odd k beside them, sums
              * would leave their registers. */
             Vector weights[2 * HALF];
@@ -87,8 +94,7 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
     } else {
         for (Py_ssize_t k = 0; k < size; k++) {
             Vector weights[2 * HALF];
-            for (int v = 0; v < count; v += (format == FLOAT16 ? 32 : 16) / LANES)
-                __builtin_prefetch(panel + ahead + v * LANES * (format == FLOAT16 ? 2 : 4), 0, 2);
+            ASK_FOR_NEXT;
             UNROLLED for (int v = 0; v < count; v++) {
                 if (format == FLOAT16) weights[v] = WIDEN_HALVES(panel + v * LANES * 2);
                 else weights[v] = *(const LooseVector *)(panel + v * LANES * 4);
@@ -106,25 +112,28 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
 }
 
 INLINE void NAME(add_rows)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
-                           Format format, Py_ssize_t ahead, float *sums) {
+                           Format format, const char *next, Py_ssize_t stride, float *sums) {
     if (num_rows * 2 * HALF <= MOST_SUMS) {
-        NAME(add_vectors)(panel, rows, size, num_rows, 2 * HALF, format, ahead, sums);
+        NAME(add_vectors)(panel, rows, size, num_rows, 2 * HALF, format, next, stride, sums);
         return;
     }
-    NAME(add_vectors)(panel, rows, size, num_rows, HALF, format, ahead, sums);
+    stride /= 2;
+    NAME(add_vectors)(panel, rows, size, num_rows, HALF, format, next, stride, sums);
+    next += turns_of(size, format) * stride;
     NAME(add_vectors)(panel + SIDE * (format == FLOAT16 ? 2 : 4), rows, size, num_rows, HALF,
-                      format, ahead, sums + SIDE);
+                      format, next, stride, sums + SIDE);
 }
 
-#define ROWS_CASE(n)                                               \
-    case n:                                                        \
-        NAME(add_rows)(panel, rows, size, n, format, ahead, sums); \
+#define ROWS_CASE(n)                                                      \
+    case n:                                                               \
+        NAME(add_rows)(panel, rows, size, n, format, next, stride, sums); \
         return;
-#define WITH_FORMAT(stem, FORMAT)                                                              \
-    static TARGET void NAME(stem)(const char *panel, const float *rows, Py_ssize_t size,       \
-                                  int num_rows, Py_ssize_t ahead, float *sums) {               \
-        const Format format = FORMAT;                                                          \
-        switch (num_rows) { ROWS_CASES }                                                       \
+#define WITH_FORMAT(stem, FORMAT)                                                             \
+    static TARGET void NAME(stem)(const char *panel, const float *rows, Py_ssize_t size,      \
+                                  int num_rows, const char *next, Py_ssize_t stride,          \
+                                  float *sums) {                                              \
+        const Format format = FORMAT;                                                         \
+        switch (num_rows) { ROWS_CASES }                                                      \
     }
 #if MOST_ROWS == 12
 #define ROWS_CASES                                                                             \
@@ -174,19 +183,27 @@ static TARGET void NAME(multiply)(const char *panel, const float *rows, Py_ssize
             weights = (const char *)wide;
             format = FLOAT32;
         }
+        /* All tiles have a part in asking for the next piece: if the first one asked for all of it,
+         * the memory would rest while the others are computed. */
+        const char *next = weights + (widens ? 0 : BLOCK_BYTES);
+        Py_ssize_t stride = widens ? 0 : PANEL * (format == FLOAT16 ? 2 : 4) / num_tiles;
         for (Py_ssize_t t = 0; t < num_tiles; t++) {
             Py_ssize_t begin = num_rows * t / num_tiles, end = num_rows * (t + 1) / num_tiles;
             int count = (int)(end - begin);
             Py_ssize_t at = begin * size + k * count;
             const float *tile = rows + (format == PAIRS ? at / 2 : at);
             float *own = sums + begin * PANEL;
-            Py_ssize_t ahead = t || widens ? 0 : BLOCK_BYTES;
-            if (format == FLOAT32) NAME(add_float32)(weights, tile, length, count, ahead, own);
-            if (format == BFLOAT16) NAME(add_bfloat16)(weights, tile, length, count, ahead, own);
-            if (format == FLOAT16) NAME(add_float16)(weights, tile, length, count, ahead, own);
+            if (format == FLOAT32)
+                NAME(add_float32)(weights, tile, length, count, next, stride, own);
+            if (format == BFLOAT16)
+                NAME(add_bfloat16)(weights, tile, length, count, next, stride, own);
+            if (format == FLOAT16)
+                NAME(add_float16)(weights, tile, length, count, next, stride, own);
 #ifdef ADD_PAIRS
-            if (format == PAIRS) NAME(add_pairs)(weights, tile, length, count, ahead, own);
+            if (format == PAIRS)
+                NAME(add_pairs)(weights, tile, length, count, next, stride, own);
 #endif
+            next += turns_of(length, format) * stride;
         }
     }
 }
@@ -389,6 +406,7 @@ static const Kernel NAME(kernel) = {NAME(tile_rows), NAME(multiply), NAME(gate_s
 #undef NAME_OF
 #undef KERNEL
 #undef TARGET
+#undef ASK_FOR_NEXT
 #undef LANES
 #undef MOST_ROWS
 #undef MOST_SUMS
