@@ -135,7 +135,7 @@ def gates() -> Named:
             native.choose(
                 to_bytes(rows), layer.packed, to_bytes(correction), None, to_bytes(ids),
                 to_bytes(weights), (hidden, num_experts, top_k, 0, 0, 0, 0, *spec),
-                (1.5, -math.inf if spec[0] == 2 else -9.0), 1, kernel,
+                (1.5, -math.inf if spec[0] == 2 else -9.0), 1, kernel, None,
             )  # fmt: skip
             yield f"choose {spec} {kernel}", torch.cat((ids.float(), weights))
 
