@@ -275,7 +275,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.avx2:
         if KERNELS[:1] != AVX2_KERNEL:
-            parser.error(f"--avx2: the native code here has {KERNELS or 'not been built'}")
+            here = ", ".join(name for name, *_ in KERNELS) or "not been built"
+            parser.error(
+                f"--avx2: the native code here has {here}; install it with "
+                "CFLAGS=-DWITHOUT_AVX512 pip install ."
+            )
         os.environ.update(limits.AVX2_ALONE)
     try:
         peers = installed(options.peers)
