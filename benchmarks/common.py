@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL = "bench"
 PROMPT_TOKENS = 16
@@ -105,6 +110,18 @@ def resident_mb(pid: int) -> float:
     import psutil
 
     return float(psutil.Process(pid).memory_info().rss) / 1e6
+
+
+def mapped_mb(tensor: torch.Tensor) -> float:
+    """Return the MB of a tensor of this process that are resident; the kernel counts its pages."""
+    page_bytes = mmap.PAGESIZE
+    first = tensor.data_ptr() // page_bytes * page_bytes
+    num_bytes = tensor.data_ptr() + tensor.nbytes - first
+    pages = (ctypes.c_ubyte * -(-num_bytes // page_bytes))()
+    arguments = ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), pages
+    if ctypes.CDLL(None, use_errno=True).mincore(*arguments):
+        raise OSError(ctypes.get_errno(), "the kernel does not tell which pages are resident")
+    return sum(page & 1 for page in pages) * page_bytes / 1e6
 
 
 def begin_peak(pid: int) -> float:

@@ -27,10 +27,10 @@ from benchmarks.common import (
     MODEL,
     SIZES,
     Sizes,
-    cache_mb,
     dense_mb,
     expert_mb,
     long_prompt,
+    mapped_mb,
     memory_of,
     prompts,
     summary_ms,
@@ -196,7 +196,6 @@ class Bench:
         self._folder = folder
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
-        self._cached_tokens = 0
         self.routed: Sequence[Any] = ()
         """What the requests of a round ask of their tokens' experts, where they ask for any."""
         actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
@@ -237,7 +236,7 @@ class Bench:
                     steps.prefill_s.append(took_s)
 
         where = device or torch.device("cpu")
-        model = MoEModel(checkpoint, dtype, CACHE_TOKENS, layers, where)
+        self._model = model = MoEModel(checkpoint, dtype, CACHE_TOKENS, layers, where)
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         gpu_pools = ("benchmark",) if actor_gpus else ()
         is_shared = not why_not_shared(model.attention, layers.has_limit, gpu_pools)
@@ -277,8 +276,6 @@ class Bench:
         from router.messages.request import GenerationRequest, SamplingParams
 
         self.actors.renew()
-        num_tokens = sum(len(ids) + tokens for ids in given)
-        self._cached_tokens = max(self._cached_tokens, num_tokens)
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         requests = [
             GenerationRequest(
@@ -336,7 +333,9 @@ class Bench:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""
         value_bytes = self._dtype.itemsize
         held_mb = dense_mb(self._folder, self._sizes, value_bytes)
-        held_mb += cache_mb(self._cached_tokens, self._sizes, value_bytes)
+        # Pages stay in the cache for prompts that begin alike; the next round takes others.
+        cache = self._model.decoder._cache
+        held_mb += sum(mapped_mb(tensor) for tensor in (*cache.keys, *cache.values))
         memory = {"router": memory_of(os.getpid(), held_mb)}
         for actor_id, report in self.actors.call("describe").items():
             experts_mb = expert_mb(len(report.experts), self._sizes, value_bytes)

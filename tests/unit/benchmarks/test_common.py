@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks.common import (
     Figure,
@@ -15,6 +17,7 @@ from benchmarks.common import (
     figures_from_json,
     figures_to_json,
     finish,
+    mapped_mb,
     output_options,
     percentile,
     summary_ms,
@@ -195,3 +198,10 @@ def test_names_are_escaped_in_the_picture() -> None:
     text = svg([Span("<a&b>", "send", 0.0, 1.0)], 0.0, 1.0)
     assert "&lt;a&amp;b&gt;" in text
     ElementTree.fromstring(text)
+
+
+@pytest.mark.parametrize("num_pages", [0, 1, 1000])
+def test_only_pages_of_a_tensor_that_were_touched_are_resident(num_pages: int) -> None:
+    tensor = torch.frombuffer(mmap.mmap(-1, 2000 * mmap.PAGESIZE), dtype=torch.uint8)
+    tensor[: num_pages * mmap.PAGESIZE] = 1
+    assert mapped_mb(tensor) == pytest.approx(num_pages * mmap.PAGESIZE / 1e6)
