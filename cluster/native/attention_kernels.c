@@ -111,6 +111,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define FUSED(a, b, c) ((a) * (b) + (c))
 #endif
 #define SPREAD(x) ((Vector){(x), (x), (x), (x)})
+#define LARGER(a, b) ((Vector)(((Whole)(a) & ((a) > (b))) | ((Whole)(b) & ~((a) > (b)))))
 #define WIDEN_HALVES(at) widen_halves(at)
 #define NARROW_HALVES(vector, at) narrow_halves(vector, at)
 #include "attention_products.h"
@@ -127,6 +128,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define SCORE_PAGES(rows) ((rows) > 2 ? 1 : (rows) > 1 ? 2 : 4)
 #define VALUE_VECTORS(rows) ((rows) > 2 ? 2 : 4)
 #define SPREAD(x) ((Vector)_mm256_set1_ps(x))
+#define LARGER(a, b) ((Vector)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define FUSED(a, b, c) ((Vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at))))
 #define NARROW_HALVES(vector, at) \
@@ -141,6 +143,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define SCORE_PAGES(rows) 4
 #define VALUE_VECTORS(rows) 4
 #define SPREAD(x) ((Vector)_mm512_set1_ps(x))
+#define LARGER(a, b) ((Vector)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define FUSED(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
 #define NARROW_HALVES(vector, at)        \

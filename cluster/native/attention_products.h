@@ -9,6 +9,7 @@
  *   SCORE_PAGES(rows), VALUE_VECTORS(rows)  pages, and vectors of a value, that go with them
  *   SPREAD(x), FUSED(a, b, c)  LANES times x, and a * b + c; explicitly, since a compiler
  *              that contracts products and sums does so in some loops and not in others
+ *   LARGER(a, b)  the larger of each two values, and b where one of them is NaN
  *   WIDEN_HALVES(at), NARROW_HALVES(vector, at)  LANES of float16 from memory, and to it
  *
  * Every sum has one order. A score begins with zero and adds the products of D one by one; a

@@ -3,28 +3,22 @@
  *
  * Letters as in attention.h; B pages of a block, W a value's room: V up to a multiple of 2 LANES.
  */
-INLINE Vector NAME(chosen)(Whole mask, Vector yes, Vector no) {
-    return (Vector)(((Whole)yes & mask) | ((Whole)no & ~mask));
-}
-
-/* e to the power of each value of at most 0, to the last bit or two (Cephes' polynomial). */
+/* e to the power of each value of at most 0, to the last bit or two; 0 below -87. With n the whole
+ * number next to x / ln 2, it is 2^n times a polynomial of x - n ln 2, whose largest relative error
+ * is the least (fitted by Lawson's weights). NaN stays NaN: the last step is a product. */
 INLINE Vector NAME(exponential)(Vector x) {
-    const float magic = 12582912.0f; /* adding it rounds to whole numbers */
-    Whole is_low = x < -87.0f, is_none = x != x;
-    x = NAME(chosen)(is_low, SPREAD(-87.0f), x);
-    Vector n = FUSED(x, SPREAD(1.44269504f), SPREAD(magic));
-    Bits exponent = (Bits)n - (Bits)SPREAD(magic);
-    n -= magic;
-    Vector rest = FUSED(n, SPREAD(-0.693359375f), x);
+    const float magic = 12582912.0f + 127; /* a sum with it ends with the bits of 2^n's exponent */
+    Vector kept = LARGER(SPREAD(-87.0f), x);
+    Vector shifted = FUSED(kept, SPREAD(1.44269504f), SPREAD(magic));
+    Vector n = shifted - magic, rest = FUSED(n, SPREAD(-0.693359375f), kept);
     rest = FUSED(n, SPREAD(2.12194440e-4f), rest);
-    Vector p = FUSED(rest, SPREAD(1.9875691500e-4f), SPREAD(1.3981999507e-3f));
-    p = FUSED(p, rest, SPREAD(8.3334519073e-3f));
-    p = FUSED(p, rest, SPREAD(4.1665795894e-2f));
-    p = FUSED(p, rest, SPREAD(1.6666665459e-1f));
-    p = FUSED(p, rest, SPREAD(5.0000001201e-1f));
-    p = FUSED(p * rest, rest, rest) + 1.0f;
-    p = (Vector)((Bits)p + (exponent << 23));
-    return NAME(chosen)(is_none, x, NAME(chosen)(is_low, (Vector){}, p));
+    Vector p = FUSED(rest, SPREAD(1.3814540580e-3f), SPREAD(8.3687454462e-3f));
+    p = FUSED(p, rest, SPREAD(4.1668388993e-2f));
+    p = FUSED(p, rest, SPREAD(1.6666521132e-1f));
+    p = FUSED(p, rest, SPREAD(4.9999994040e-1f));
+    p = FUSED(p, rest, SPREAD(1.0f));
+    p = FUSED(p, rest, SPREAD(1.0f));
+    return (Vector)((Whole)(p * (Vector)((Bits)shifted << 23)) & ~(Whole)(x < -87.0f));
 }
 
 /* c tanh(x / c) */
@@ -45,7 +39,7 @@ INLINE float NAME(soften)(float *scores, Py_ssize_t stride, Py_ssize_t num_pages
     for (Py_ssize_t p = 0; p < num_pages; p++)
         for (int v = 0; v < PARTS; v++) {
             Vector some = *(const LooseVector *)(scores + p * stride + v * LANES);
-            most[v] = NAME(chosen)(some > most[v], some, most[v]);
+            most[v] = LARGER(some, most[v]);
         }
     for (int v = 0; v < PARTS; v++) *(LooseVector *)(all + v * LANES) = most[v];
     float highest = sink ? *sink : -INFINITY;
@@ -334,5 +328,6 @@ static const AttentionKernel NAME(attention) = {NAME(attend)};
 #undef VALUE_VECTORS
 #undef SPREAD
 #undef FUSED
+#undef LARGER
 #undef WIDEN_HALVES
 #undef NARROW_HALVES

@@ -14,7 +14,8 @@
 
 #define SLICE_VALUES (1 << 17) /* of the rows that use a panel while they are in the cache */
 #define LEAST_SLICE_ROWS 24
-#define SHARE_PRODUCTS (1 << 19) /* so many are worth a thread of the pool */
+#define SHARE_PRODUCTS (1 << 22) /* so many are worth a thread of the pool, which has to wake up */
+#define THREAD_SHARES 4          /* so that a thread that is late leaves its shares to others */
 #define READ_ROWS 4 /* reading a weight takes as long as so many products with it */
 
 static Py_ssize_t panels_of(const Matrix *m) { return (m->outputs + PANEL - 1) / PANEL; }
@@ -111,9 +112,10 @@ int multiply_rows(const Kernel *kernel, const Matrix *m, Rows rows, Py_ssize_t n
         kernel->tile_rows(rows.values + begin * m->size * bytes_of(rows.format), slice.num_rows,
                           m->size, length, rows.format, in_pairs, tiled);
         Py_ssize_t work = num_panels * PANEL * length / (SHARE_PRODUCTS / (slice.num_rows + READ_ROWS));
-        slice.num_shares = work < 1 ? 1 : work > threads ? threads : work;
+        Py_ssize_t worthwhile = work < threads ? work : threads;
+        slice.num_shares = worthwhile > 1 ? worthwhile * THREAD_SHARES : 1;
         if (slice.num_shares > num_panels) slice.num_shares = num_panels;
-        pool_run(multiply_share, &slice, slice.num_shares, threads);
+        pool_run(multiply_share, &slice, slice.num_shares, worthwhile);
     }
     PyMem_RawFree(room);
     return 1;

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.model.attention import Scoring
 from router.model.cpu.native_attention import KERNELS
 from tests.unit.router.model.cpu.attention_cases import (
     DTYPES,
@@ -79,6 +80,40 @@ def test_neither_threads_nor_borders_of_chunks_change_a_bit_of_long_sequences(
     for b, output in enumerate(expected):
         exact, bound = case.exact(b)
         assert ((output.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+def test_a_share_is_e_to_the_power_of_its_score(kernel: str) -> None:
+    scores = -torch.linspace(0, 120, 1201)
+    # Each sequence has two tokens: the first has score 0 and value 0, the second its own and 1.
+    pairs = torch.stack([torch.zeros_like(scores), scores], 1).reshape(-1, 2, 1, 1)
+    values = torch.tensor([0.0, 1.0]).reshape(2, 1, 1)
+    num = len(scores)
+    case = Case(
+        queries=[torch.ones(2, 1, 1)] * num,
+        keys=list(pairs),
+        values=[values] * num,
+        window=None,
+        scoring=Scoring(1.0, None, None, False),
+        has_latents=False,
+    )
+    outputs = case.run([[(i, 2) for i in range(num)]], kernel)
+    shares = torch.stack([output[1].reshape(()) for output in outputs]).double()
+    power = scores.double().exp()
+    error = (shares / (power / (1 + power)) - 1).abs()
+    assert error[scores >= -87].max() <= 4 * 2.0**-24
+    assert not shares[scores < -87].any()
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000])
+def test_every_kind_of_no_number_shows(bits: int, kernel: str) -> None:
+    case = make(5, lengths=[50], dtype=torch.float32, heads=3)
+    case.keys[0].view(torch.int32)[17, 1, 0] = bits
+    [output] = case.run([[(0, 50)]], kernel)
+    assert output[17:, 3:].isnan().all()
+    assert output[:17].isfinite().all()
+    assert output[:, :3].isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", NAMES)
