@@ -98,6 +98,19 @@ def test_sums_are_float32s_and_a_row_has_its_bits_in_any_crowd(
         assert torch.equal(product(kernel, rows, weight, bias, narrow), together.to(narrow))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 1000])
+@pytest.mark.parametrize("num_rows", [32, 200])
+@pytest.mark.parametrize("kernel", NAMES)
+def test_shares_that_are_worth_a_thread_have_the_bits_of_one_thread(
+    kernel: str, num_rows: int, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    rows = torch.randn(num_rows, 512, generator=generator)
+    weight = torch.randn(1000, 512, generator=generator)
+    alone = product(kernel, rows, weight)
+    assert torch.equal(product(kernel, rows, weight, threads=threads), alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_of_a_class_have_equal_bits(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
