@@ -3,6 +3,7 @@
  *
  * Letters as in attention.h; B pages of a block, W a value's room: V up to a multiple of 2 LANES.
  */
+
 /* e to the power of each value of at most 0, to the last bit or two; 0 below -87. With n the whole
  * number next to x / ln 2, it is 2^n times a polynomial of x - n ln 2, whose largest relative error
  * is the least (fitted by Lawson's weights). NaN stays NaN: the last step is a product. */
