@@ -28,7 +28,7 @@ from cluster.spec import ActorReport, ExpertKey, model_id_of
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 30.0
 RETIRE_TIMEOUT_S = 60.0
-"""How long a change waits until its dropped copies are out of memory; a router may be silent."""
+"""How long a change waits until reports show it; a silent router delays a dropped copy's end."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -90,22 +90,28 @@ class Retirement:
         self._left_in.pop(actor_id, None)
 
     def wake(self) -> None:
-        """Have :meth:`finished` look again, since an actor is gone."""
+        """Have :meth:`shown` look again, since an actor is gone."""
         self._woken.set()
 
-    async def finished(self, dropped: Mapping[str, Sequence[ExpertKey]]) -> None:
-        """Wait until no living actor holds any of these copies; gives up with a warning."""
-        reports = self._state.reports
+    async def shown(self, change: Change) -> None:
+        """Wait until the reports of all living actors show a change; gives up with a warning."""
         try:
             async with asyncio.timeout(RETIRE_TIMEOUT_S):
-                while any(
-                    actor_id in reports and not set(keys).isdisjoint(reports[actor_id].experts)
-                    for actor_id, keys in dropped.items()
-                ):
+                while not self._is_shown(change):
                     self._woken.clear()
                     await self._woken.wait()
         except TimeoutError:
-            logger.warning("dropped copies are still in memory after %.0f s", RETIRE_TIMEOUT_S)
+            logger.warning("copies of a change are not seen after %.0f s", RETIRE_TIMEOUT_S)
+
+    def _is_shown(self, change: Change) -> bool:
+        """Return whether no report has a dropped copy, or lacks an added one of its share."""
+        for actor_id in {*change.added, *change.dropped} & self._state.reports.keys():
+            held = set(self._state.reports[actor_id].experts)
+            share = self._state.shares.get(actor_id, ())
+            coming = set(change.added.get(actor_id, ())).intersection(share)
+            if not coming <= held or not held.isdisjoint(change.dropped.get(actor_id, ())):
+                return False
+        return True
 
 
 class Changes:
@@ -126,8 +132,9 @@ class Changes:
         self._lock = asyncio.Lock()
 
     async def apply(self, change: Change) -> None:
-        """Make a change; returns when it is committed and its dropped copies are retired.
+        """Make a change; returns when it is committed, and seen in the actors' reports.
 
+        So status tells the added copies from then on, and the dropped ones are out of memory.
         Raises :class:`UnavailableError` where it is refused or a step failed; then nothing has
         changed. A retirement that takes long goes on after the return.
         """
@@ -141,7 +148,7 @@ class Changes:
                 self._retirement.prepared = {}
                 for actor_id in (*change.added, *change.dropped):
                     self._heartbeat_now(actor_id)
-            await self._retirement.finished(change.dropped)
+            await self._retirement.shown(change)
 
     def _check(self, change: Change) -> dict[str, int]:
         """Return the generations of the actors that load; raises where an expert would be lost."""

@@ -53,6 +53,18 @@ def test_a_copy_moves_in_one_version_and_is_let_go_afterwards() -> None:
     run(test)
 
 
+def test_status_tells_a_copy_once_its_change_has_returned() -> None:
+    async def test() -> None:
+        async with running(3) as cluster:
+            await cluster.complete()
+            change, source, target = moving(cluster)
+            await cluster.changes.apply(Change(change.added, {}))
+            told = (await cluster.controller.status()).actors
+            assert {a.actor_id for a in told if KEY in a.experts} == {source, target}
+
+    run(test)
+
+
 def test_what_is_dropped_stays_until_every_router_knows_it() -> None:
     async def test() -> None:
         async with running(3) as cluster:
