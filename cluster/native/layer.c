@@ -265,7 +265,8 @@ FUNCTION(attention_inputs) {
 
 /* attention_outputs(attended [T, K], packed, residual [T, H], weights of the norm [H] float32, sums
  * [T, H] out, normed [T, H] out, (K, H, format of the weights, of the rows, whether there is a bias,
- * norm), epsilon, most threads, kernel or None): the product plus the residual, and its norm */
+ * norm), epsilon, most threads, kernel or None): the product plus the residual, and its norm; `sums`
+ * may be the residual's memory */
 FUNCTION(attention_outputs) {
     Buffers buffers = {.count = 0};
     Py_buffer *rows, *packed, *residual, *weights, *sums, *normed;

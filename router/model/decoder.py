@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from cluster.staging import Staging
 from cluster.wire.tensors import to_ids
@@ -54,12 +53,17 @@ class AttentionHalf(Protocol):
     """The first half of a layer."""
 
     def __call__(
-        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend hidden states [T, H], and store their keys and values.
+        self,
+        residual: torch.Tensor,
+        output: torch.Tensor | None,
+        rotation: Rotation,
+        paged: PagedContext,
+    ) -> torch.Tensor:
+        """Add the last layer's output to the residual stream, attend, and add that too.
 
-        Returns the residual stream after attention, and the input of the feed-forward half, [T, H]
-        each.
+        ``residual`` [T, H], contiguous, is written: it becomes the residual stream after attention.
+        ``output`` [T, H] is ``None`` before the first layer. The tokens' keys and values are
+        stored. Returns the input of the feed-forward half, [T, H].
         """
         ...
 
@@ -116,40 +120,10 @@ class DecoderLayer:
     feed_forward: FeedForwardHalf
     output_norm: Map | None = None
 
-    def add(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states after the layer, [T, H]."""
-        return residual + (output if self.output_norm is None else self.output_norm(output))
-
-
-class TorchAttention:
-    """The attention half by transformers' modules, or modules that take their place."""
-
-    def __init__(
-        self, input_norm: Map, attention: nn.Module, output_norm: Map | None, normed: Map
-    ) -> None:
-        """``output_norm`` maps attention's output before it is added to the residual stream.
-
-        ``normed`` maps the residual stream to the input of the feed-forward half.
-        """
-        self._input_norm = input_norm
-        self._attention = attention
-        self._output_norm = output_norm
-        self._normed = normed
-
-    def __call__(
-        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`AttentionHalf`."""
-        attended = self._attention(
-            hidden_states=self._input_norm(hidden_states).unsqueeze(0),
-            position_embeddings=rotation,
-            attention_mask=None,
-            paged=paged,
-        )[0].squeeze(0)
-        if self._output_norm is not None:
-            attended = self._output_norm(attended)
-        residual = hidden_states + attended
-        return residual, self._normed(residual)
+    def finish(self, begun: Any) -> torch.Tensor:
+        """Finish the feed-forward half; returns what is to be added to the residual stream."""
+        output = self.feed_forward.finish(begun)
+        return output if self.output_norm is None else self.output_norm(output)
 
 
 class DenseFeedForward:
@@ -236,23 +210,27 @@ class _PieceRun:
     def __init__(
         self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext, tokens: slice
     ) -> None:
-        self.hidden_states = hidden_states
+        self._residual = hidden_states
         self._rotation = rotation
         self._paged = paged
         self._tokens = tokens
-        self._residual = hidden_states
+        self._output: torch.Tensor | None = None
         self._begun: tuple[DecoderLayer, Any] | None = None
 
     def begin(self, layer: DecoderLayer, context: StepContext) -> None:
         """Attend in a layer, and begin its feed-forward half."""
-        self._residual, normed = layer.attend(self.hidden_states, self._rotation, self._paged)
+        normed = layer.attend(self._residual, self._output, self._rotation, self._paged)
         self._begun = layer, layer.feed_forward.begin(normed, context, self._tokens)
 
     def finish(self) -> None:
         """Finish the layer that was begun, if any."""
         if self._begun is not None:
             (layer, begun), self._begun = self._begun, None
-            self.hidden_states = layer.add(self._residual, layer.feed_forward.finish(begun))
+            self._output = layer.finish(begun)
+
+    def hidden_states(self) -> torch.Tensor:
+        """Return the hidden states [T, H] after the last layer, which was finished."""
+        return self._residual if self._output is None else self._residual + self._output
 
     def abandon(self) -> None:
         """Abandon the layer that was begun, if any."""
@@ -352,7 +330,7 @@ class Decoder:
             for run in runs:
                 run.abandon()
             raise
-        states = [run.hidden_states for run in runs]
+        states = [run.hidden_states() for run in runs]
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def _runs(

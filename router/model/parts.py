@@ -40,9 +40,9 @@ from router.model.decoder import (
     FeedForwardHalf,
     Map,
     MixtureFeedForward,
-    TorchAttention,
 )
 from router.model.latent_attention import HeadsLinear, rotate_by_real_products
+from router.model.torch_attention import TorchAttention
 from router.moe.gate import Gate
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], Any]

@@ -170,10 +170,16 @@ class _Attend:
         self._took_s = took_s
 
     def __call__(
-        self, hidden_states: torch.Tensor, rotation: Any, paged: PagedContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        residual: torch.Tensor,
+        output: torch.Tensor | None,
+        rotation: Any,
+        paged: PagedContext,
+    ) -> torch.Tensor:
         time.sleep(self._took_s())
-        numbers = iter(_numbers(hidden_states.numpy()))
+        if output is not None:
+            residual += output
+        numbers = iter(_numbers(residual.numpy()))
         states = []
         for span in paged.batch.view:
             before = self._cache[span.slots[span.start - 1]] if span.start else 0
@@ -184,8 +190,8 @@ class _Attend:
                     before = _POISON_STATE  # a row of it ends its actor
                 self._cache[slot] = before
                 states.append(before)
-        normed = _rows_of(states)
-        return torch.from_numpy(np.zeros_like(normed)), torch.from_numpy(normed)
+        residual.zero_()
+        return torch.from_numpy(_rows_of(states))
 
 
 class _ExactGate:

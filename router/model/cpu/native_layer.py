@@ -67,35 +67,38 @@ class NativeAttentionHalf:
 
     def __call__(
         self,
-        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        output: torch.Tensor | None,
         rotation: torch.Tensor | tuple[torch.Tensor, ...],
         paged: PagedContext,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """See :class:`router.model.decoder.AttentionHalf`.
 
         ``rotation`` are the angles of :class:`NativeRotation`. ``paged`` has native attention and
-        its cache. Raises ``ValueError`` for hidden states of another dtype than the cache's, and
-        for a slot or a page beyond it.
+        its cache. Raises ``ValueError`` for rows of another dtype than the cache's or that are not
+        contiguous, and for a slot or a page beyond it.
         """
         assert native is not None
         assert isinstance(rotation, torch.Tensor)
         if paged.cache is not self._cache or paged.attention is not self._attention:
             self._bind(paged)
-        if hidden_states.dtype != self._dtype:
-            raise ValueError(f"rows are {hidden_states.dtype}, the cache is {self._dtype}")
-        outputs = hidden_states.new_empty(2, *hidden_states.shape)
+        if residual.dtype != self._dtype:
+            raise ValueError(f"rows are {residual.dtype}, the cache is {self._dtype}")
+        if not residual.is_contiguous():  # what is added would go to a copy
+            raise ValueError("the residual stream must be contiguous")
+        normed = torch.empty_like(residual)
         native.attention_half(
-            to_bytes(hidden_states),
+            to_bytes(residual),
+            None if output is None else to_bytes(output),
             to_bytes(rotation),
             to_bytes(paged.batch.new_slots),
             paged.batch.view.spans,
             paged.batch.view.pages,
-            to_bytes(outputs),
+            to_bytes(normed),
             self._parts,
             torch.get_num_threads(),
         )
-        residual, normed = outputs.unbind()
-        return residual, normed
+        return normed
 
     def _bind(self, paged: PagedContext) -> None:
         """Make the arguments that are the same in every step, for a cache and its attention."""

@@ -272,8 +272,9 @@ class Layer:
     ) -> torch.Tensor:
         """Map the hidden states [T, H] of sequences of L tokens in a row to those after it."""
         paged = self._model.context(len(hidden_states) // length, length, self._has_window)
-        residual, normed = self._layer.attend(hidden_states, rotation, paged)
+        residual = hidden_states.clone(memory_format=torch.contiguous_format)
+        normed = self._layer.attend(residual, None, rotation, paged)
         half = self._layer.feed_forward
         tokens = slice(0, len(hidden_states))
         context = StepContext(0.0, (len(hidden_states),), ("strict",))
-        return self._layer.add(residual, half.finish(half.begin(normed, context, tokens)))
+        return residual + self._layer.finish(half.begin(normed, context, tokens))
