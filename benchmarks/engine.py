@@ -178,6 +178,7 @@ class Bench:
         import torch
 
         from benchmarks.tracing import Recorder, TracingActor, TracingLayers, TracingTransport
+        from cluster.processor import num_cpus
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from experts.remote import RemoteExpertActor
@@ -236,7 +237,14 @@ class Bench:
                     steps.prefill_s.append(took_s)
 
         where = device or torch.device("cpu")
-        self._model = model = MoEModel(checkpoint, dtype, CACHE_TOKENS, layers, where)
+        self._model = model = MoEModel(
+            checkpoint,
+            dtype,
+            CACHE_TOKENS,
+            layers,
+            where,
+            min(config.prefill_threads, num_cpus()),
+        )
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         gpu_pools = ("benchmark",) if actor_gpus else ()
         is_shared = not why_not_shared(model.attention, layers.has_limit, gpu_pools)

@@ -1,7 +1,8 @@
-"""The name of this machine's processor, for tables of measurements."""
+"""This machine's processor: its name, for tables of measurements, and how much of it is usable."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -22,3 +23,10 @@ def processor_name() -> str:
     """Return the processor's name, or its architecture where nothing tells the name."""
     name = _named_in(CPU_INFO.read_text(encoding="utf-8")) if CPU_INFO.exists() else ""
     return name or platform.machine()
+
+
+def num_cpus() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
 from experts.checkpoint.hub import parse_hub_id
+from router.capacity_config import CapacityConfig
 from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
 from router.security.config import SecurityConfig, with_open_word
 
@@ -56,31 +57,6 @@ class ModelConfig(Section):
     def _has_a_revision_after_the_at(cls, path: str) -> str:
         parse_hub_id(path)  # raises
         return path
-
-
-class CapacityConfig(Section):
-    """Bounds the tokens of a step that one expert takes.
-
-    A token for which an expert has no room goes to its next expert in line, and the reply is not
-    ``exact`` (GShard, Lepikhin et al. 2020, section 2.2). Exactly one of the two keys is given.
-    """
-
-    factor: float | None = Field(
-        default=None,
-        gt=0,
-        le=1e6,
-        description="Multiple of the tokens that each expert takes when all loads are equal.",
-    )
-    tokens: int | None = Field(default=None, ge=1, description="Number of tokens.")
-
-    @model_validator(mode="after")
-    def _has_one_key(self) -> CapacityConfig:
-        if (self.factor is None) == (self.tokens is None):
-            raise ValueError(
-                "needs exactly one of factor and tokens "
-                f"(given: factor {self.factor}, tokens {self.tokens})"
-            )
-        return self
 
 
 class ReplicaScalingConfig(Section):
@@ -141,6 +117,13 @@ class RouterConfig(Section):
         "`accelerator` is any that torch finds there, also one that is not reserved.",
     )
     threads: int = Field(default=1, ge=1, le=256, description="Compute threads of one router.")
+    prefill_threads: int = Field(
+        default=4,
+        ge=1,
+        le=256,
+        description="Threads for attention and its products in steps of 64 tokens and more, on a "
+        "CPU; no more than the processors that the router may use, no fewer than `threads`.",
+    )
     max_batch_size: int = Field(
         default=32,
         ge=1,

@@ -29,7 +29,7 @@ from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.expert_device import ExpertDevice
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
 from router.engine.constraints import Grammars

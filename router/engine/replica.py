@@ -24,6 +24,7 @@ import torch
 from cluster.controller.application import app_is_wanted
 from cluster.device import device_of
 from cluster.errors import ExpertMeshError, ModelReplacedError, being_deleted
+from cluster.processor import num_cpus
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.folder import language_model
@@ -332,7 +333,8 @@ def _load_dense(
     checkpoint = language_model(open_model(model.path, model.source.identity, RayNeighbours()))
     cache_tokens = config.cache_tokens_for(model.max_model_len)
     dtype = TORCH_DTYPES[model.dtype]
-    dense = MoEModel(checkpoint, dtype, cache_tokens, layers, device)
+    threads = min(config.prefill_threads, num_cpus())
+    dense = MoEModel(checkpoint, dtype, cache_tokens, layers, device, threads)
     kernel_class = dense_class(device, dtype, dense.is_native)
     logger.info(
         "router of %s: %s on %s (%s), cache of %d tokens%s",

@@ -26,11 +26,15 @@ def choose_attention(
     sliding_window: int | None,
     dtype: torch.dtype,
     device: torch.device,
+    prefill_threads: int = 1,
 ) -> Attention:
-    """Return the implementation for a model of transformers' ``config`` on ``device``."""
+    """Return the implementation for a model of transformers' ``config`` on ``device``.
+
+    ``prefill_threads`` are those of :class:`NativeAttention`.
+    """
     if device == CPU:
         if native is not None and dtype in FORMATS:
-            return NativeAttention(sliding_window)
+            return NativeAttention(sliding_window, prefill_threads=prefill_threads)
         return GatheredAttention(sliding_window)
     if family.caches_latents:
         reason = "keys and values of latents have other sizes"

@@ -144,10 +144,12 @@ class MoEModel:
         cache_tokens: int,
         layers: MoELayers[torch.Tensor],
         device: torch.device = CPU,
+        prefill_threads: int = 1,
     ) -> None:
         """Load the dense part to ``device``, and make a cache of ``cache_tokens`` there.
 
-        The cache has whole pages, of the size that its attention reads. Raises
+        On a CPU ``prefill_threads`` compute the attention of prefills. The cache has whole pages,
+        of the size that its attention reads. Raises
         :class:`UnavailableError` where an accelerator has too little memory for both.
         """
         family = checkpoint.family
@@ -160,7 +162,7 @@ class MoEModel:
         config = model.config
         # Some families write 0 for no window, others leave the key out.
         window: int | None = own_value(config, "sliding_window") or None
-        self.attention = choose_attention(family, config, window, dtype, device)
+        self.attention = choose_attention(family, config, window, dtype, device, prefill_threads)
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
         self.even_context = _even_context(model, checkpoint)
         model.to(device)

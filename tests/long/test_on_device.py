@@ -17,8 +17,8 @@ import pytest
 from ray import serve
 
 from router.app import build
+from router.capacity_config import CapacityConfig
 from router.client import Client
-from router.config import CapacityConfig
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.cluster_fixture import (
     APP,

@@ -30,6 +30,8 @@ NATIVE_PAGE_SIZE = 16
 """P of native code."""
 ROWS, COLUMNS = 0, 1
 """The layouts of values and of keys in a page."""
+PREFILL_TOKENS = 64
+"""So many tokens are worth waking threads; fewer are those of decodes, whose calls are short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,22 @@ class NativeAttention:
     page_size = NATIVE_PAGE_SIZE
     is_independent = True
 
-    def __init__(self, sliding_window: int | None, kernel: str | None = None) -> None:
+    def __init__(
+        self, sliding_window: int | None, kernel: str | None = None, prefill_threads: int = 1
+    ) -> None:
         """``sliding_window`` is that of the layers with a window, in tokens.
 
-        ``kernel`` is a name of :data:`KERNELS`, or ``None`` for the fastest.
+        ``kernel`` is a name of :data:`KERNELS`, or ``None`` for the fastest. ``prefill_threads``
+        compute :data:`PREFILL_TOKENS` tokens or more.
         """
         self._window = sliding_window or 0
         self.kernel = kernel
+        self._prefill_threads = prefill_threads
+
+    def threads_for(self, num_tokens: int) -> int:
+        """Return how many threads compute so many tokens."""
+        threads = torch.get_num_threads()
+        return threads if num_tokens < PREFILL_TOKENS else max(threads, self._prefill_threads)
 
     def view(self, spans: Sequence[Span], num_decode: int) -> NativeView:
         """Return the step's sequences; decodes are spans like all others."""
@@ -124,7 +135,7 @@ class NativeAttention:
             ),
             self.numbers_of(scoring),
             None if sinks is None else to_bytes(sinks.float()),
-            torch.get_num_threads(),
+            self.threads_for(num_tokens),
             self.kernel,
         )
         return output

@@ -82,6 +82,8 @@ class NativeAttentionHalf:
         assert isinstance(rotation, torch.Tensor)
         if paged.cache is not self._cache or paged.attention is not self._attention:
             self._bind(paged)
+        attention = paged.attention
+        assert isinstance(attention, NativeAttention)
         if residual.dtype != self._dtype:
             raise ValueError(f"rows are {residual.dtype}, the cache is {self._dtype}")
         if not residual.is_contiguous():  # what is added would go to a copy
@@ -96,7 +98,7 @@ class NativeAttentionHalf:
             paged.batch.view.pages,
             to_bytes(normed),
             self._parts,
-            torch.get_num_threads(),
+            attention.threads_for(residual.shape[0]),
         )
         return normed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -44,13 +43,6 @@ def writable_folder(folder: Path) -> Disk:
 def shared_memory_bytes() -> int | None:
     """Return the free shared memory for Ray's objects; ``None`` where the system has none."""
     return disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
-
-
-def num_cpus() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_python(program: str, *arguments: str, timeout_s: float) -> Any:

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from cluster.memory import memory
 from cluster.native.built import native
+from cluster.processor import num_cpus
 from cluster.tls import ray_is_encrypted
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
@@ -232,7 +233,7 @@ def find_devices(asks_ray: bool = False) -> Devices:
 
     Each is asked in a process of its own: a driver may hang or kill that process.
     """
-    devices = Devices(machine.num_cpus())
+    devices = Devices(num_cpus())
     if asks_ray:
         count, reason = _answer(_ASK_RAY, RAY_TIMEOUT_S)
         devices = replace(devices, ray_gpus=count, ray_reason=reason)

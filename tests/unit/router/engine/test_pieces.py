@@ -23,7 +23,7 @@ from cluster.native.built import native
 from cluster.staging import RING
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.engine import batch
 from router.engine.batch import LEAST_PIECE_TOKENS, pack, piece_ends
 from router.engine.scheduler import Limits

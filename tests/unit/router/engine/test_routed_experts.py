@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cluster.native.built import native
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of

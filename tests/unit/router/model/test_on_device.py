@@ -12,7 +12,7 @@ import torch
 
 from cluster.errors import UnavailableError
 from cluster.staging import Staging
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.engine.batch import sampling_of
 from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, sample
 from router.engine.scheduler import Limits

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import MixtralForCausalLM
 
 from experts.families.base import GateSpec
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.moe.capacity import Placed, tokens_per_expert, within_capacity
 from router.moe.gate import Choice, Gate

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster.staging import Staging
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import encode
-from router.config import CapacityConfig
+from router.capacity_config import CapacityConfig
 from router.engine.scheduler import Limits
 from router.moe import device_rows
 from router.moe.device_rows import PermutedRows, permute

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.model.attention import Scoring
-from router.model.cpu.native_attention import KERNELS
+from router.model.cpu.native_attention import KERNELS, NativeAttention
 from tests.unit.router.model.cpu.attention_cases import (
     DTYPES,
     Case,
@@ -63,6 +63,22 @@ def test_kernels_of_one_class_give_the_same_bits(
     steps = crowded(case, source)
     first, *others = (case.run(steps, kernel) for kernel in members(name))
     assert all(same_bits(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("threads", "prefill_threads", "num_tokens", "expected"),
+    [(1, 4, 1, 1), (1, 4, 63, 1), (1, 4, 64, 4), (2, 4, 63, 2), (2, 1, 64, 2), (1, 1, 512, 1)],
+)
+def test_many_tokens_have_the_threads_of_prefills(
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    prefill_threads: int,
+    num_tokens: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    attention = NativeAttention(None, prefill_threads=prefill_threads)
+    assert attention.threads_for(num_tokens) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

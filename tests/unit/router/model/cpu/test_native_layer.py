@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from cluster.native import built
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention import Attention, PagedBatch, Span
 from router.model.attention_choice import choose_attention, make_cache
+from router.model.cpu import native_layer
+from router.model.cpu.native_attention import PREFILL_TOKENS, NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
-from router.model.model import load_dense
+from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import PagedContext
 from tests.checkpoints import save_mixtral
@@ -35,6 +37,7 @@ from tests.family_checkpoints import (
     save_qwen2_moe,
     save_qwen3_moe,
 )
+from tests.local_cluster import LocalCluster
 
 BUILT = [] if built.native is None else [built.native]
 LLAMAS: dict[str, Callable[..., Any]] = {
@@ -227,6 +230,43 @@ def test_an_attention_with_other_parts_stays_transformers(
     assert has_llamas_shape(*parts_of(layer))
     change(layer.self_attn)
     assert not has_llamas_shape(*parts_of(layer))
+
+
+@pytest.mark.parametrize("native", BUILT)
+@torch.inference_mode()
+def test_a_prefill_has_its_threads_and_a_decode_has_not(
+    native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(tmp_path, save_mixtral, torch.float32)
+    layer.rows = torch.randn(PREFILL_TOKENS, layer.config.hidden_size)
+    half, paged = layer.half(), layer.paged(0, PREFILL_TOKENS)
+    threads: list[int] = []
+
+    def attention_half(*args: Any) -> None:
+        threads.append(args[-1])
+        native.attention_half(*args)
+
+    monkeypatch.setattr(native_layer, "native", SimpleNamespace(attention_half=attention_half))
+    outcomes = []
+    for prefill_threads in (1, 3):
+        attention = NativeAttention(None, prefill_threads=prefill_threads)
+        like = PagedContext(paged.cache, attention, paged.batch, paged.has_window)
+        outcomes.append(layer.attend(half, 0, PREFILL_TOKENS, like)[:2])
+        layer.attend(half, 5, 6, like)
+    few = torch.get_num_threads()
+    assert threads == [max(few, 1), few, max(few, 3), few]
+    assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("native", BUILT)
+def test_a_model_attends_with_the_threads_that_it_is_given(
+    native: ModuleType, tmp_path: Path
+) -> None:
+    save_mixtral(tmp_path, num_hidden_layers=1)
+    cluster = LocalCluster(tmp_path, threaded=False)
+    model = MoEModel(cluster.checkpoint, torch.float32, 1000, cluster.layers, CPU, 40)
+    assert isinstance(model.attention, NativeAttention)
+    assert model.attention.threads_for(PREFILL_TOKENS) == 40
 
 
 @pytest.mark.parametrize("native", BUILT)
