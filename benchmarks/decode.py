@@ -16,7 +16,6 @@ the machine. The exit status is 1 when a peer fails.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import bound, engine, limits
+from benchmarks import avx2, bound, engine, limits
 from benchmarks.common import (
     CACHE_TOKENS,
     SIZES,
@@ -46,11 +45,9 @@ from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
 from benchmarks.peers.side import Task
 from cluster.processor import CPU_INFO, processor_name
-from experts.compute.native_ffn import KERNELS
 
 STREAMS = ("32", "1")
 TRANSPORTS = ("auto", "ray", "stream")
-AVX2_KERNEL = (("avx2", "fused", "fused"),)
 """The fastest native kernel where the processor, or the build, ends at AVX2."""
 PREFILL_TOKENS = (512, 2048, 4000)
 
@@ -266,21 +263,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE.json",
         help="write a Chrome trace of one more round, of 32 streams, and a picture FILE.svg",
     )
-    parser.add_argument(
-        "--avx2",
-        action="store_true",
-        help="as on a processor that ends at AVX2; needs ExpertMesh built with -DWITHOUT_AVX512",
-    )
+    avx2.add_option(parser)
     output_options(parser)
     options = parser.parse_args(argv)
     if options.avx2:
-        if KERNELS[:1] != AVX2_KERNEL:
-            here = ", ".join(name for name, *_ in KERNELS) or "not been built"
-            parser.error(
-                f"--avx2: the native code here has {here}; install it with "
-                "CFLAGS=-DWITHOUT_AVX512 pip install ."
-            )
-        os.environ.update(limits.AVX2_ALONE)
+        avx2.use_alone(parser)
     try:
         peers = installed(options.peers)
     except ValueError as error:

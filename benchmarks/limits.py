@@ -36,12 +36,6 @@ HOPS = 500
 DEADLINE_S = 60.0
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 """Instruction sets that decide the speed of products, on x86 and on ARM."""
-AVX2_ALONE = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
-"""Variables by which torch and its libraries use a wider processor as one that ends at AVX2."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The whole deployment under load, over gRPC and HTTP, against one-process transformers.
 
-    python -m benchmarks.serve [--json FILE] [--compare OLD.json]
+    python -m benchmarks.serve [--avx2] [--json FILE] [--compare OLD.json]
 
 Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
 generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baseline, engine
+from benchmarks import avx2, baseline, engine
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
@@ -49,6 +49,7 @@ from benchmarks.serve_clients import WAYS, Ports, Timed
 from benchmarks.shipped import free_ports, serve_options
 
 TRANSFORMERS = "grouped_mm"
+FILLING_WAY = "gRPC unary"
 CLIENTS, ENGINE = "clients", "router's engine and actors alone"
 
 
@@ -152,6 +153,19 @@ def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]
     return result
 
 
+def fill_cache(ports: Ports, clients: int) -> int:
+    """Have requests at once use all pages of a router's cache; returns the cached tokens.
+
+    The system has no memory for a page that was never used. A few clients, whose contexts end
+    before, use as many pages as they can.
+    """
+    context = min(CACHE_TOKENS // clients, SIZES["max_position_embeddings"])
+    opened, stream = WAYS[FILLING_WAY]
+    with opened(ports, clients, context - PROMPT_TOKENS, stream) as once:
+        once()
+    return clients * context
+
+
 def memory(ports: Ports, folder: Path, cached_tokens: int) -> dict[str, dict[str, float]]:
     """Return the memory of gateways, routers and actors.
 
@@ -188,7 +202,7 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         "actors": actors,
         "ways": {},
     }
-    with tempfile.TemporaryDirectory() as name, progress("serve", 4 + len(WAYS)) as begin:
+    with tempfile.TemporaryDirectory() as name, progress("serve", 5 + len(WAYS)) as begin:
         folder = Path(name)
         begin("checkpoint")
         make_checkpoint(folder)
@@ -204,7 +218,8 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
                 begin(way)
                 result["ways"][way] = measure(ports, way, clients, tokens, rounds)
             result["router"] = router_layers()
-            result["memory"] = memory(ports, folder, clients * (PROMPT_TOKENS + tokens))
+            begin("full cache")
+            result["memory"] = memory(ports, folder, fill_cache(ports, clients))
     for name, side in (("ratio", "transformers"), ("of_engine", "engine")):
         rate = result[side]["tokens_per_s"]
         result[name] = {way: one["tokens_per_s"] / rate for way, one in result["ways"].items()}
@@ -283,8 +298,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--actors", type=int, default=2)
+    avx2.add_option(parser)
     output_options(parser)
     options = parser.parse_args()
+    if options.avx2:
+        avx2.use_alone(parser)
     result = run(options.clients, options.tokens, options.rounds, options.actors)
     report(result)
     return finish(result, comparable(result), options)

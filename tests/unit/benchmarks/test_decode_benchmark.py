@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bound, decode, decode_report, engine, limits
+from benchmarks import avx2, bound, decode, decode_report, engine, limits
 from benchmarks.bound import Weights, shares, tokens_per_s, touched, weights_of
 from benchmarks.limits import Limits
 from benchmarks.peers.ask import PeerFailedError
@@ -256,8 +256,8 @@ def test_a_folder_without_peers_ends_the_run_before_it_begins(
 def test_avx2_alone_is_refused_where_native_code_uses_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wide = (("avx512", "fused", "fused"), *decode.AVX2_KERNEL)
-    monkeypatch.setattr(decode, "KERNELS", wide)
+    wide = (("avx512", "fused", "fused"), *avx2.KERNEL)
+    monkeypatch.setattr(avx2, "KERNELS", wide)
     with pytest.raises(SystemExit, match="2"):
         decode.main(["--avx2"])
     told = " ".join(capsys.readouterr().err.split())
@@ -268,8 +268,8 @@ def test_avx2_alone_is_asked_of_torch_and_its_libraries(
     monkeypatch: pytest.MonkeyPatch, machine_of: Callable[[dict[str, float]], Machine]
 ) -> None:
     machine_of({"hf_transformers bf16 eager": 1.0})
-    monkeypatch.setattr(decode, "KERNELS", decode.AVX2_KERNEL)
-    for name in limits.AVX2_ALONE:
+    monkeypatch.setattr(avx2, "KERNELS", avx2.KERNEL)
+    for name in avx2.ENVIRONMENT:
         monkeypatch.setenv(name, "")  # put back at the end
     assert decode.main(["--avx2"]) == 0
-    assert {name: os.environ[name] for name in limits.AVX2_ALONE} == limits.AVX2_ALONE
+    assert {name: os.environ[name] for name in avx2.ENVIRONMENT} == avx2.ENVIRONMENT
