@@ -121,8 +121,9 @@ class RouterConfig(Section):
         default=4,
         ge=1,
         le=256,
-        description="Threads for attention and its products in steps of 64 tokens and more, on a "
-        "CPU; no more than the processors that the router may use, no fewer than `threads`.",
+        description="Threads for attention and its products in the steps of long prompts, on a "
+        "CPU: of 64 tokens and more that attend to 256 others on average. No more than the "
+        "processors that the router may use, no fewer than `threads`.",
     )
     max_batch_size: int = Field(
         default=32,

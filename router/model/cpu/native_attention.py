@@ -32,6 +32,9 @@ ROWS, COLUMNS = 0, 1
 """The layouts of values and of keys in a page."""
 PREFILL_TOKENS = 64
 """So many tokens are worth waking threads; fewer are those of decodes, whose calls are short."""
+LONG_CONTEXT = 256
+"""Tokens that attend to so many others on average have the threads of prefills. For shorter prompts
+the experts take as long as the router, whose threads would take processors from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,13 @@ class NativeView:
     """The sequences of one packed step.
 
     ``spans`` [B, 4] are each sequence's first token in the step, its number of tokens there, the
-    position of the first, and the place in ``pages`` where its pages begin.
+    position of the first, and the place in ``pages`` where its pages begin. ``threads`` compute
+    them.
     """
 
     spans: np.ndarray
     pages: np.ndarray
+    threads: int
 
 
 class NativeAttention:
@@ -58,31 +63,35 @@ class NativeAttention:
         """``sliding_window`` is that of the layers with a window, in tokens.
 
         ``kernel`` is a name of :data:`KERNELS`, or ``None`` for the fastest. ``prefill_threads``
-        compute :data:`PREFILL_TOKENS` tokens or more.
+        compute the tokens of long prompts.
         """
         self._window = sliding_window or 0
         self.kernel = kernel
         self._prefill_threads = prefill_threads
 
-    def threads_for(self, num_tokens: int) -> int:
-        """Return how many threads compute so many tokens."""
-        threads = torch.get_num_threads()
-        return threads if num_tokens < PREFILL_TOKENS else max(threads, self._prefill_threads)
-
     def view(self, spans: Sequence[Span], num_decode: int) -> NativeView:
         """Return the step's sequences; decodes are spans like all others."""
         numbers, pages = [], []
-        first = num_pages = 0
+        first = num_pages = attended = 0
         for span in spans:
             length, own = len(span.slots), span.slots[:: self.page_size]
             numbers.append((first, length - span.start, span.start, num_pages))
             pages.append(own)
             first += length - span.start
             num_pages += len(own)
+            attended += (length - span.start) * (length + span.start) // 2
         return NativeView(
             np.array(numbers, dtype=np.int64),
             (pages[0] if len(pages) == 1 else np.concatenate(pages)) // self.page_size,
+            self._threads_for(first, attended),
         )
+
+    def _threads_for(self, num_tokens: int, attended: int) -> int:
+        """Return how many threads compute tokens that attend to so many others together."""
+        threads = torch.get_num_threads()
+        if num_tokens < PREFILL_TOKENS or attended < LONG_CONTEXT * num_tokens:
+            return threads
+        return max(threads, self._prefill_threads)
 
     def numbers_of(self, scoring: Scoring) -> tuple[float, float, int]:
         """Return a layer's scaling, softcap (0 for none) and window (0 for none)."""
@@ -135,7 +144,7 @@ class NativeAttention:
             ),
             self.numbers_of(scoring),
             None if sinks is None else to_bytes(sinks.float()),
-            self.threads_for(num_tokens),
+            view.threads,
             self.kernel,
         )
         return output

@@ -82,8 +82,6 @@ class NativeAttentionHalf:
         assert isinstance(rotation, torch.Tensor)
         if paged.cache is not self._cache or paged.attention is not self._attention:
             self._bind(paged)
-        attention = paged.attention
-        assert isinstance(attention, NativeAttention)
         if residual.dtype != self._dtype:
             raise ValueError(f"rows are {residual.dtype}, the cache is {self._dtype}")
         if not residual.is_contiguous():  # what is added would go to a copy
@@ -98,7 +96,7 @@ class NativeAttentionHalf:
             paged.batch.view.pages,
             to_bytes(normed),
             self._parts,
-            attention.threads_for(residual.shape[0]),
+            paged.batch.view.threads,
         )
         return normed
 

@@ -98,9 +98,9 @@ class Case:
             )
             new_slots = np.concatenate([span.slots[span.start :] for span in spans])
             cache.store(0, torch.from_numpy(new_slots), key, value)
-            view = attention.view(spans, sum(count == 1 for _, count in step))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "get_num_threads", lambda: threads)
+                view = attention.view(spans, sum(count == 1 for _, count in step))
                 output = attention.attend(query.unsqueeze(0), cache, 0, view, self.scoring)[0]
             for (b, _), part in zip(step, output.split([c for _, c in step]), strict=True):
                 outputs[b].append(part)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.model.attention import Scoring
+from router.model.attention import Scoring, Span
 from router.model.cpu.native_attention import KERNELS, NativeAttention
 from tests.unit.router.model.cpu.attention_cases import (
     DTYPES,
@@ -66,19 +67,29 @@ def test_kernels_of_one_class_give_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("threads", "prefill_threads", "num_tokens", "expected"),
-    [(1, 4, 1, 1), (1, 4, 63, 1), (1, 4, 64, 4), (2, 4, 63, 2), (2, 1, 64, 2), (1, 1, 512, 1)],
+    ("spans", "expected"),
+    [
+        ([(0, 1)], 2),
+        ([(600, 1)], 2),  # a decode
+        ([(600, 63)], 2),
+        ([(600, 64)], 4),
+        ([(0, 64)], 2),  # a short prompt
+        ([(0, 511)], 2),
+        ([(0, 512)], 4),
+        ([(600, 1)] * 64, 4),
+        ([(0, 16)] * 32, 2),  # short prompts
+        ([(0, 100), (700, 100)], 4),
+        ([(0, 100), (300, 100)], 2),
+    ],
 )
-def test_many_tokens_have_the_threads_of_prefills(
-    monkeypatch: pytest.MonkeyPatch,
-    threads: int,
-    prefill_threads: int,
-    num_tokens: int,
-    expected: int,
+def test_tokens_of_long_prompts_have_threads_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, spans: list[tuple[int, int]], expected: int
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    attention = NativeAttention(None, prefill_threads=prefill_threads)
-    assert attention.threads_for(num_tokens) == expected
+    """Spans are (first position, tokens)."""
+    given = [Span(np.arange(start + count), start) for start, count in spans]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert NativeAttention(None, prefill_threads=4).view(given, 0).threads == expected
+    assert NativeAttention(None, prefill_threads=1).view(given, 0).threads == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention import Attention, PagedBatch, Span
 from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu import native_layer
-from router.model.cpu.native_attention import PREFILL_TOKENS, NativeAttention
+from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
@@ -234,28 +235,27 @@ def test_an_attention_with_other_parts_stays_transformers(
 
 @pytest.mark.parametrize("native", BUILT)
 @torch.inference_mode()
-def test_a_prefill_has_its_threads_and_a_decode_has_not(
+def test_a_step_has_the_threads_of_its_view(
     native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.float32)
-    layer.rows = torch.randn(PREFILL_TOKENS, layer.config.hidden_size)
-    half, paged = layer.half(), layer.paged(0, PREFILL_TOKENS)
-    threads: list[int] = []
+    half, paged = layer.half(), layer.paged(0, NUM_TOKENS)
+    rotate = NativeRotation(layer.rotary_embedding, layer.attention.head_dim)
+    angles = rotate(layer.rows, torch.arange(NUM_TOKENS)[None])
+    asked: list[int] = []
 
     def attention_half(*args: Any) -> None:
-        threads.append(args[-1])
+        asked.append(args[-1])
         native.attention_half(*args)
 
     monkeypatch.setattr(native_layer, "native", SimpleNamespace(attention_half=attention_half))
-    outcomes = []
-    for prefill_threads in (1, 3):
-        attention = NativeAttention(None, prefill_threads=prefill_threads)
-        like = PagedContext(paged.cache, attention, paged.batch, paged.has_window)
-        outcomes.append(layer.attend(half, 0, PREFILL_TOKENS, like)[:2])
-        layer.attend(half, 5, 6, like)
-    few = torch.get_num_threads()
-    assert threads == [max(few, 1), few, max(few, 3), few]
-    assert all(map(torch.equal, *outcomes))
+    normed = []
+    for threads in (1, 3):
+        batch = replace(paged.batch, view=replace(paged.batch.view, threads=threads))
+        context = replace(paged, batch=batch)
+        normed.append(half(layer.rows.clone(), None, angles, context))
+    assert asked == [1, 3]
+    assert torch.equal(*normed)
 
 
 @pytest.mark.parametrize("native", BUILT)
@@ -266,7 +266,7 @@ def test_a_model_attends_with_the_threads_that_it_is_given(
     cluster = LocalCluster(tmp_path, threaded=False)
     model = MoEModel(cluster.checkpoint, torch.float32, 1000, cluster.layers, CPU, 40)
     assert isinstance(model.attention, NativeAttention)
-    assert model.attention.threads_for(PREFILL_TOKENS) == 40
+    assert model.attention.view([Span(np.arange(700), 600)], 0).threads == 40
 
 
 @pytest.mark.parametrize("native", BUILT)
