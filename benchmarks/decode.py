@@ -48,7 +48,6 @@ from cluster.processor import CPU_INFO, processor_name
 
 STREAMS = ("32", "1")
 TRANSPORTS = ("auto", "ray", "stream")
-"""The fastest native kernel where the processor, or the build, ends at AVX2."""
 PREFILL_TOKENS = (512, 2048, 4000)
 
 _LONG = {**SIZES, "max_position_embeddings": CACHE_TOKENS}

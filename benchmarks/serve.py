@@ -49,7 +49,8 @@ from benchmarks.serve_clients import WAYS, Ports, Timed
 from benchmarks.shipped import free_ports, serve_options
 
 TRANSFORMERS = "grouped_mm"
-FILLING_WAY = "gRPC unary"
+FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
+"""How the cache is filled: by as many requests as a router decodes together."""
 CLIENTS, ENGINE = "clients", "router's engine and actors alone"
 
 
@@ -153,30 +154,25 @@ def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]
     return result
 
 
-def fill_cache(ports: Ports, clients: int) -> int:
-    """Have requests at once use all pages of a router's cache; returns the cached tokens.
+def fill_cache(ports: Ports) -> None:
+    """Have requests at once use all pages of a router's cache.
 
-    The system has no memory for a page that was never used. A few clients, whose contexts end
-    before, use as many pages as they can.
+    The system has no memory for a page that was never used.
     """
-    context = min(CACHE_TOKENS // clients, SIZES["max_position_embeddings"])
     opened, stream = WAYS[FILLING_WAY]
-    with opened(ports, clients, context - PROMPT_TOKENS, stream) as once:
+    tokens = CACHE_TOKENS // FILLING_REQUESTS - PROMPT_TOKENS
+    with opened(ports, FILLING_REQUESTS, tokens, stream) as once:
         once()
-    return clients * context
 
 
-def memory(ports: Ports, folder: Path, cached_tokens: int) -> dict[str, dict[str, float]]:
-    """Return the memory of gateways, routers and actors.
-
-    A router's cache is counted as far as ``cached_tokens`` at once have filled it.
-    """
+def memory(ports: Ports, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the memory of gateways, of routers whose caches are full, and of actors."""
     from router.client import Client
 
     with Client(ports.grpc_address) as client:
         status = client.status()
     processes = {f"gateway {i}": (p.pid, 0.0) for i, p in enumerate(status.gateways)}
-    held_mb = dense_mb(folder) + cache_mb(cached_tokens)
+    held_mb = dense_mb(folder) + cache_mb(CACHE_TOKENS)
     processes |= {f"router {i}": (p.pid, held_mb) for i, p in enumerate(status.routers)}
     processes |= {a.actor_id: (a.pid, expert_mb(len(a.experts))) for a in status.actors}
     return {name: memory_of(pid, weights_mb) for name, (pid, weights_mb) in processes.items()}
@@ -219,7 +215,8 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
                 result["ways"][way] = measure(ports, way, clients, tokens, rounds)
             result["router"] = router_layers()
             begin("full cache")
-            result["memory"] = memory(ports, folder, fill_cache(ports, clients))
+            fill_cache(ports)
+            result["memory"] = memory(ports, folder)
     for name, side in (("ratio", "transformers"), ("of_engine", "engine")):
         rate = result[side]["tokens_per_s"]
         result[name] = {way: one["tokens_per_s"] / rate for way, one in result["ways"].items()}
