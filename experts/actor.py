@@ -77,7 +77,8 @@ class ExpertActor:
         self.compute_all = self._queue.compute_all
         self._queue.self_test.start()
         tls = None if spec.tls is None else spec.tls.server_context()
-        self._streams = StreamServer(self.compute_all, ray.util.get_node_ip_address(), tls)
+        host = ray.util.get_node_ip_address()
+        self._streams = StreamServer(self.compute_all, host, tls, alone=self._queue)
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 

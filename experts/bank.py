@@ -32,6 +32,7 @@ from cluster.wire.arrays import array_of, bytes_of
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from experts.checkpoint.expert_weights import HostWeights
 from experts.compute.native_ffn import GroupedFfn, NativeFfn, compute_native, kernel_class
+from experts.lone import LoneLayers
 
 if TYPE_CHECKING:
     from experts.compute.expert_device import ExpertDevice
@@ -144,15 +145,19 @@ class ExpertBank:
         """Start empty; experts that are not on the host are on ``device``."""
         self._layers: dict[tuple[str, int], _Layer] = {}
         self._device = device
+        self.lone = LoneLayers()
 
     def hold(self, key: ExpertKey, expert: Expert) -> None:
         """Add an expert; frames may be computed meanwhile."""
         layer = self._layers.setdefault((key.model, key.layer_id), _Layer())
         layer.experts[key.expert_id] = expert
+        ffn = expert.ffn if isinstance(expert, GatedFfnExpert) else None
+        self.lone.hold(key, ffn if isinstance(ffn, NativeFfn) else None, layer.tokens)
 
     def release(self, key: ExpertKey) -> None:
         """Free an expert and its memory; an expert that is not held is ignored."""
         self._layer(key).experts.pop(key.expert_id, None)
+        self.lone.release(key)
 
     def settle(self) -> None:
         """Join each layer's experts on a device, once some were added or released.

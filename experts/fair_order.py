@@ -33,6 +33,10 @@ class FairOrder(Generic[Item]):
         self._credit_rows: dict[str, int] = {}
         """By model, in the order of turns; empty unless more waited than a batch holds."""
 
+    def __bool__(self) -> bool:
+        """Return whether any frame waits."""
+        return bool(self._items)
+
     def append(self, item: Item) -> None:
         """Put a frame behind all others of its model."""
         self._items.append(item)

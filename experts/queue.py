@@ -4,9 +4,10 @@ The streams' thread brings the frames of all routers; a Ray call brings one fram
 own (:mod:`experts.remote`). Each puts its frames into a bounded queue, and one thread at a time
 computes: it takes all waiting frames, or where they are more than a batch the models' in turn
 (:mod:`experts.fair_order`), merges them (:mod:`experts.bank`) and answers them. So a lone call
-never changes threads, and many calls share an expert's product. The actor has threads because a Ray
-call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is computed twice gets
-the same answer, so a router may always repeat a call.
+never changes threads, and many calls share an expert's product. While nothing waits the streams'
+thread may compute in native code (:mod:`experts.lone`), until another one wants to. The actor has
+threads because a Ray call to an asyncio actor takes 0.3 ms longer. Calls are pure: a frame that is
+computed twice gets the same answer, so a router may always repeat a call.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from cluster.errors import (
     InternalError,
     OverloadedError,
 )
+from cluster.transport.stream.server import ReceivedAlone
 from cluster.wire.frames import (
     Buffer,
     Buffers,
@@ -36,6 +39,7 @@ from cluster.wire.frames import (
 )
 from experts.bank import ExpertBank
 from experts.fair_order import FairOrder
+from experts.lone import BUSY_S, FRAMES, IS_BUILT, STEPS, WAITING_ROWS, Interruption, answer_lone
 from experts.self_test import SelfTest
 from experts.tracing import BatchSpans
 
@@ -85,17 +89,60 @@ class FrameQueue:
         self.max_rows = max_rows
         self._spans = spans
         self._order: FairOrder[_Waiting] = FairOrder()
-        self.queued_rows = 0
+        self._queued_rows = 0
         self._computing = False
+        self._is_alone = False  # whether the streams' thread computes in native code
+        self._interruption = Interruption()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._blocked = 0  # threads that wait for ``_changed``
         self.self_test = SelfTest(actor_id, self._compute_alone, is_sound, lambda: bank.experts)
         # Only the computing thread writes these counters, so they need no lock.
-        self.steps = 0
-        self.frames = 0
-        self.busy_s = 0.0
+        self._counters = array("d", [0.0] * 4)
         self.waited_s = 0.0
+
+    @property
+    def queued_rows(self) -> int:
+        """The rows that wait, and those that are computed."""
+        return self._queued_rows + int(self._counters[WAITING_ROWS])
+
+    @property
+    def steps(self) -> int:
+        """The number of computed batches."""
+        return int(self._counters[STEPS])
+
+    @property
+    def frames(self) -> int:
+        """The number of computed frames."""
+        return int(self._counters[FRAMES])
+
+    @property
+    def busy_s(self) -> float:
+        """The time of all batches."""
+        return self._counters[BUSY_S]
+
+    def fileno(self) -> int:
+        """See :class:`cluster.transport.stream.server.AnswersAlone`."""
+        return self._interruption.fileno()
+
+    def begin_again(self) -> None:
+        """See :class:`cluster.transport.stream.server.AnswersAlone`."""
+        self._interruption.clear()
+
+    def answer_alone(self, epoll_fd: int, buffers: dict[int, memoryview]) -> ReceivedAlone | None:
+        """See :class:`cluster.transport.stream.server.AnswersAlone`."""
+        with self._lock:
+            # Another thread that waits comes first, also where it has not woken yet.
+            if not IS_BUILT or self._computing or self._blocked or self._order:
+                return None
+            self._computing = self._is_alone = True
+        try:
+            return answer_lone(epoll_fd, buffers, self._bank.lone, self._counters)
+        finally:
+            with self._lock:
+                self._computing = self._is_alone = False
+                if self._blocked:
+                    self._changed.notify_all()
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -161,6 +208,8 @@ class FrameQueue:
     def _wait(self) -> None:
         """Wait until the computing thread has finished its batch; under the lock."""
         self._blocked += 1
+        if self._is_alone:
+            self._interruption.call()
         try:
             self._changed.wait()
         finally:
@@ -168,12 +217,12 @@ class FrameQueue:
 
     def _enqueue(self, frame: DispatchFrame, now_s: float) -> _Waiting | _Refused:
         """Put a frame into the queue, or refuse it where the queue is full; under the lock."""
-        waiting_rows = self.queued_rows
+        waiting_rows = self._queued_rows
         if waiting_rows > 0 and waiting_rows + frame.num_rows > self.max_rows:
             error = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
             return _Refused(_error(frame.request_id, error))
         waiting = _Waiting(frame, now_s)
-        self.queued_rows += frame.num_rows
+        self._queued_rows += frame.num_rows
         self._order.append(waiting)
         return waiting
 
@@ -181,7 +230,7 @@ class FrameQueue:
         """Compute a batch; every frame gets an answer, also after a failure."""
         answers: list[Buffers] = []
         begun_at_s = time.monotonic()
-        self.frames += len(batch)
+        self._counters[FRAMES] += len(batch)
         for waiting in batch:
             self.waited_s += begun_at_s - waiting.since_s
         try:
@@ -190,12 +239,12 @@ class FrameQueue:
             if not answers:
                 failure = InternalError("the expert actor failed to compute the batch")
                 answers = [_error(w.frame.request_id, failure) for w in batch]
-            self.busy_s += time.monotonic() - begun_at_s
-            self.steps += 1
+            self._counters[BUSY_S] += time.monotonic() - begun_at_s
+            self._counters[STEPS] += 1
             with self._lock:
                 for done, answer in zip(batch, answers, strict=True):
                     done.answer = answer
-                    self.queued_rows -= done.frame.num_rows
+                    self._queued_rows -= done.frame.num_rows
                 self._computing = False
                 if self._blocked:
                     self._changed.notify_all()

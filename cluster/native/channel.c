@@ -6,24 +6,11 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 
-#include "native.h"
+#include "wire.h"
 
-#define START_BYTES 16 /* length, id of the call */
-#define ALIGNMENT 16
 #define MAX_BUFFERS 64
 #define MAX_WAIT_MS 1000
-
-static void put_little_endian(unsigned char *at, uint64_t number) {
-    for (int i = 0; i < 8; i++) at[i] = (unsigned char)(number >> (8 * i));
-}
-
-static uint64_t get_little_endian(const unsigned char *at) {
-    uint64_t number = 0;
-    for (int i = 7; i >= 0; i--) number = number << 8 | at[i];
-    return number;
-}
 
 /* Whether to call again: a signal came and its handler let it go on. */
 static int is_interrupted(void) { return errno == EINTR && !PyErr_CheckSignals(); }
@@ -62,9 +49,8 @@ FUNCTION(send) {
         result = Py_NewRef(Py_None);
         goto done;
     }
-    pieces[1 + count] = (struct iovec){padding, -length & (ALIGNMENT - 1)};
-    put_little_endian(start, (uint64_t)length);
-    put_little_endian(start + 8, call_id);
+    pieces[1 + count] = (struct iovec){padding, padded(length) - length};
+    put_start(start, length, call_id);
     struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)count + 2};
     ssize_t sent;
     do {
@@ -72,7 +58,7 @@ FUNCTION(send) {
         sent = sendmsg(fd, &message, MSG_NOSIGNAL);
         Py_END_ALLOW_THREADS
     } while (sent < 0 && is_interrupted());
-    Py_ssize_t whole = START_BYTES + length + (-length & (ALIGNMENT - 1));
+    Py_ssize_t whole = START_BYTES + padded(length);
     if (sent < 0 && !may_wait()) goto done;
     result = PyLong_FromSsize_t(whole - (sent < 0 ? 0 : sent));
 done:
@@ -195,16 +181,16 @@ FUNCTION(receive) {
     if (!(messages = PyList_New(0))) goto done;
     while (end - begin >= START_BYTES) {
         const unsigned char *start = (unsigned char *)buffer.buf + begin;
-        uint64_t length = get_little_endian(start);
+        uint64_t length = number_at(start, 8);
         if (length > (uint64_t)most) {
             PyErr_Format(PyExc_ConnectionError, "a message of %llu bytes; at most %zd",
                          (unsigned long long)length, most);
             goto done;
         }
         Py_ssize_t at = begin + START_BYTES, size = (Py_ssize_t)length;
-        Py_ssize_t next = at + size + (-size & (ALIGNMENT - 1));
+        Py_ssize_t next = at + padded(size);
         if (next > end) break;
-        PyObject *message = message_of(get_little_endian(start + 8), args[1], at, at + size);
+        PyObject *message = message_of(number_at(start + 8, 8), args[1], at, at + size);
         int is_kept = message && !PyList_Append(messages, message);
         Py_XDECREF(message);
         if (!is_kept) goto done;

@@ -13,6 +13,8 @@ static PyMethodDef functions[] = {
     ENTRY(send, "cluster.transport.stream.channel.Channel.send"),
     ENTRY(write, "cluster.transport.stream.channel.Channel.write"),
     ENTRY(receive, "cluster.transport.stream.channel.Channel.receive"),
+    ENTRY(send_layer, "router.moe.exchange"),
+    ENTRY(receive_layer, "router.moe.exchange"),
     ENTRY(attention_kernels, "router.model.cpu.native_attention"),
     ENTRY(attend, "router.model.cpu.native_attention"),
     ENTRY(store, "router.model.cpu.native_attention"),
@@ -26,6 +28,9 @@ static PyMethodDef functions[] = {
     ENTRY(draw, "router.engine.sampling"),
     ENTRY(ffn_kernels, "experts.compute.native_ffn"),
     ENTRY(ffn, "experts.compute.native_ffn"),
+#ifdef __linux__
+    ENTRY(answer_lone, "experts.lone"),
+#endif
     {NULL, NULL, 0, NULL},
 };
 

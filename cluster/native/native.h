@@ -69,6 +69,8 @@ FUNCTION(view);
 FUNCTION(send);
 FUNCTION(write);
 FUNCTION(receive);
+FUNCTION(send_layer);
+FUNCTION(receive_layer);
 FUNCTION(attention_kernels);
 FUNCTION(attend);
 FUNCTION(store);
@@ -82,6 +84,9 @@ FUNCTION(forbid);
 FUNCTION(draw);
 FUNCTION(ffn_kernels);
 FUNCTION(ffn);
+#ifdef __linux__
+FUNCTION(answer_lone);
+#endif
 
 extern PyTypeObject native_View;
 

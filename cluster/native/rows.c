@@ -5,13 +5,25 @@
  *
  * Letters: T tokens, K experts per token, P = T * K pairs, E experts, H values of a row.
  */
-#include "native.h"
+#include "rows.h"
 
 #include "bfloat16.h"
 
 #define BLOCK 256 /* values that are summed at once */
 #define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
 #define MOST_ROW_BYTES (1 << 30)
+
+void order_summands(const int64_t *ids, Py_ssize_t num_pairs, Py_ssize_t k, int64_t *summand_of) {
+    for (Py_ssize_t begin = 0; begin < num_pairs; begin += k) {
+        for (Py_ssize_t i = 0; i < k; i++) {
+            Py_ssize_t summand = begin;
+            for (Py_ssize_t j = 0; j < k; j++)
+                summand += ids[begin + j] < ids[begin + i] ||
+                           (ids[begin + j] == ids[begin + i] && j < i);
+            summand_of[begin + i] = summand;
+        }
+    }
+}
 
 /* summands_of(ids [T, K] int64, k, summand_of [P] int64 out) */
 FUNCTION(summands_of) {
@@ -25,17 +37,7 @@ FUNCTION(summands_of) {
     Py_ssize_t num_pairs = ids_view->len / 8;
     if (k < 1 || num_pairs % k || summands_view->len != ids_view->len)
         return refuse(&buffers, "ids and summands must have K for each token");
-    const int64_t *ids = ids_view->buf;
-    int64_t *summand_of = summands_view->buf;
-    for (Py_ssize_t begin = 0; begin < num_pairs; begin += k) {
-        for (Py_ssize_t i = 0; i < k; i++) {
-            Py_ssize_t summand = begin;
-            for (Py_ssize_t j = 0; j < k; j++)
-                summand += ids[begin + j] < ids[begin + i] ||
-                           (ids[begin + j] == ids[begin + i] && j < i);
-            summand_of[begin + i] = summand;
-        }
-    }
+    order_summands(ids_view->buf, num_pairs, k, summands_view->buf);
     release(&buffers);
     Py_RETURN_NONE;
 }
@@ -65,6 +67,33 @@ static PyObject *share_of(const int64_t *ordered_ids, const Py_ssize_t *next, Py
     return share;
 }
 
+const char *order_pairs(const Routing *r, Py_ssize_t *index_of, Py_ssize_t *next) {
+    memset(next, 0, (r->num_experts * r->k + 1) * sizeof *next);
+    for (Py_ssize_t i = 0; i < r->num_experts; i++) index_of[i] = -1;
+    for (Py_ssize_t i = 0; i < r->num_experts; i++) {
+        int64_t id = r->ordered_ids[i];
+        if (id < 0 || id >= r->num_experts) return "an id beyond the experts";
+        index_of[id] = i;
+    }
+    /* By the expert's index, then by rank; within both in the order of the pairs. */
+    for (Py_ssize_t i = 0; i < r->num_pairs; i++) {
+        int64_t pair = r->pairs ? r->pairs[i] : i;
+        if (pair < 0 || pair >= r->num_ids || r->ids[pair] < 0 || r->ids[pair] >= r->num_experts ||
+            index_of[r->ids[pair]] < 0)
+            return "a pair beyond the ids, or an id beyond the experts";
+        next[index_of[r->ids[pair]] * r->k + pair % r->k + 1]++;
+    }
+    for (Py_ssize_t i = 0; i < r->num_experts * r->k; i++) next[i + 1] += next[i];
+    return NULL;
+}
+
+void place_pairs(const Routing *r, const Py_ssize_t *index_of, Py_ssize_t *next, int64_t *ordered) {
+    for (Py_ssize_t i = 0; i < r->num_pairs; i++) {
+        int64_t pair = r->pairs ? r->pairs[i] : i;
+        ordered[next[index_of[r->ids[pair]] * r->k + pair % r->k]++] = pair;
+    }
+}
+
 /* route(ids [P] int64, k, ordered_ids [E] int64, ends int64, pairs int64 or None, ordered int64 out)
  * -> (expert ids, counts, begin, end) for each share of the experts, which go up to `ends` */
 FUNCTION(route) {
@@ -89,8 +118,7 @@ FUNCTION(route) {
     for (Py_ssize_t i = 0; i < num_shares; i++)
         if (ends[i] < (i ? ends[i - 1] : 0) || ends[i] > num_experts)
             return refuse(&buffers, "a share beyond the experts");
-    /* The first num_experts are indices into ordered_ids, the rest where the next pair of an index and
-     * a rank goes. */
+    Routing routing = {ids, num_ids, pairs, num_pairs, k, ordered_ids, num_experts};
     Py_ssize_t *index_of = PyMem_Calloc(num_experts + num_experts * k + 1, sizeof *index_of);
     if (!index_of) {
         release(&buffers);
@@ -98,23 +126,11 @@ FUNCTION(route) {
     }
     Py_ssize_t *next = index_of + num_experts;
     PyObject *shares = NULL;
-    const char *wrong = NULL;
-    for (Py_ssize_t i = 0; i < num_experts && !wrong; i++) {
-        if (ordered_ids[i] < 0 || ordered_ids[i] >= num_experts) wrong = "an id beyond the experts";
-        else index_of[ordered_ids[i]] = i;
-    }
-    /* By the expert's index, then by rank; within both in the order of the pairs. */
-    for (Py_ssize_t i = 0; i < num_pairs && !wrong; i++) {
-        int64_t pair = pairs ? pairs[i] : i;
-        if (pair < 0 || pair >= num_ids || ids[pair] < 0 || ids[pair] >= num_experts)
-            wrong = "a pair beyond the ids, or an id beyond the experts";
-        else next[index_of[ids[pair]] * k + pair % k + 1]++;
-    }
+    const char *wrong = order_pairs(&routing, index_of, next);
     if (wrong) {
         PyErr_SetString(PyExc_ValueError, wrong);
         goto done;
     }
-    for (Py_ssize_t i = 0; i < num_experts * k; i++) next[i + 1] += next[i];
     if (!(shares = PyList_New(num_shares))) goto done;
     for (Py_ssize_t i = 0; i < num_shares; i++) {
         PyObject *share = share_of(ordered_ids, next, k, i ? ends[i - 1] : 0, ends[i]);
@@ -124,10 +140,7 @@ FUNCTION(route) {
         }
         PyList_SET_ITEM(shares, i, share);
     }
-    for (Py_ssize_t i = 0; i < num_pairs; i++) {
-        int64_t pair = pairs ? pairs[i] : i;
-        ordered[next[index_of[ids[pair]] * k + pair % k]++] = pair;
-    }
+    place_pairs(&routing, index_of, next, ordered);
 done:
     PyMem_Free(index_of);
     release(&buffers);
@@ -223,6 +236,28 @@ static int sum_float32(float *sum, const char *const *rows, const float *weights
         largest = (bits & EXPONENT) > largest ? bits & EXPONENT : largest;
     }
     return largest != EXPONENT;
+}
+
+int sum_rows(const char *const *row_of, const float *weight_of, Py_ssize_t num_pairs, Py_ssize_t k,
+             char *sums, Py_ssize_t row_bytes, Py_ssize_t value_bytes) {
+    Py_ssize_t size = row_bytes / value_bytes;
+    int is_finite = 1;
+    for (Py_ssize_t begin = 0; begin < num_pairs; begin += k) {
+        char *sum = sums + begin / k * row_bytes;
+        if (value_bytes == 4)
+            is_finite &= sum_float32((float *)sum, row_of + begin, weight_of + begin, k, size);
+        else
+            is_finite &= sum_bfloat16((uint16_t *)sum, row_of + begin, weight_of + begin, k, size);
+    }
+    return is_finite;
+}
+
+void order_weights(const void *weights, Py_ssize_t weight_bytes, const int64_t *summand_of,
+                   Py_ssize_t num_pairs, float *weight_of) {
+    for (Py_ssize_t pair = 0; pair < num_pairs; pair++)
+        weight_of[summand_of[pair]] = weight_bytes == 4
+                                          ? ((const float *)weights)[pair]
+                                          : of_bfloat16(((const uint16_t *)weights)[pair]);
 }
 
 /* What is summed: a row for each summand, and the buffers that they lie in. */
@@ -323,22 +358,11 @@ FUNCTION(combine) {
         release(&buffers);
         return PyErr_NoMemory();
     }
-    for (Py_ssize_t pair = 0; pair < num_pairs; pair++)
-        weight_of[summand_of[pair]] = weight_bytes == 4
-                                         ? ((const float *)weights->buf)[pair]
-                                         : of_bfloat16(((const uint16_t *)weights->buf)[pair]);
+    order_weights(weights->buf, weight_bytes, summand_of, num_pairs, weight_of);
     int is_found = find_rows(&received, args[0], summand_of, num_pairs, row_bytes);
     PyThreadState *saved = is_found && sums->len > ALONE_BYTES ? PyEval_SaveThread() : NULL;
-    Py_ssize_t size = row_bytes / value_bytes;
-    int is_finite = 1;
-    for (Py_ssize_t begin = 0; is_found && begin < num_pairs; begin += k) {
-        char *sum = (char *)sums->buf + begin / k * row_bytes;
-        const char *const *rows = received.row_of + begin;
-        if (value_bytes == 4)
-            is_finite &= sum_float32((float *)sum, rows, weight_of + begin, k, size);
-        else
-            is_finite &= sum_bfloat16((uint16_t *)sum, rows, weight_of + begin, k, size);
-    }
+    int is_finite = is_found && sum_rows(received.row_of, weight_of, num_pairs, k, sums->buf,
+                                         row_bytes, value_bytes);
     if (saved) PyEval_RestoreThread(saved);
     PyMem_Free(weight_of);
     forget(&received);

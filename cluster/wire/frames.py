@@ -50,7 +50,7 @@ _START = struct.Struct(
     "<"
     "H"  # version
     "B"  # kind
-    "B"  # dtype, by _DTYPE_CODES; 0 in an error frame
+    "B"  # dtype, by DTYPE_CODES; 0 in an error frame
     "B"  # A; 0 in an error frame
     "H"  # E; 0 in other than dispatch frames
     "B"  # bytes of the model's name; likewise
@@ -70,8 +70,8 @@ _DISPATCH = (
 )
 MAX_AXES = 4
 """The most axes of one row."""
-_DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4}
-_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 Buffer = bytes | memoryview
 Shape = tuple[int, ...]
@@ -150,7 +150,7 @@ def encode(frame: Frame, more_rows: Buffers = ()) -> Buffers:
     if isinstance(frame, DispatchFrame):
         return _dispatch_header(frame), frame.rows, *more_rows
     if isinstance(frame, RowsFrame):
-        num_axes, dtype_code = len(frame.row_shape), _DTYPE_CODES[frame.dtype]
+        num_axes, dtype_code = len(frame.row_shape), DTYPE_CODES[frame.dtype]
         header = _rows_layout(num_axes).header.pack(
             FRAME_VERSION,
             ROWS_KIND,
@@ -172,7 +172,7 @@ def _dispatch_header(frame: DispatchFrame) -> bytes:
     return _dispatch_layout(*sizes).header.pack(
         FRAME_VERSION,
         DISPATCH_KIND,
-        _DTYPE_CODES[frame.dtype],
+        DTYPE_CODES[frame.dtype],
         *sizes,
         frame.request_id,
         frame.num_rows,

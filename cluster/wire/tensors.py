@@ -1,12 +1,13 @@
 """torch's tensors as raw bytes and back, without pickle; :mod:`cluster.wire.arrays` has numpy's.
 
-Dimension letter: N rows.
+Dimension letters: N rows, T tokens, K experts per token, H hidden size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,3 +92,47 @@ def from_array(array: np.ndarray) -> torch.Tensor:
     """Return an array of a frame's dtype as a tensor on the CPU, without a copy."""
     raw = torch.from_numpy(array.view(f"i{array.itemsize}"))
     return raw.view(TORCH_DTYPES[array.dtype.name])
+
+
+class PieceRoom:
+    """Memory that the layers of a step's piece use one after the other.
+
+    To allocate a small tensor takes torch longer than a row's sums, where other processes have had
+    the processor's caches. What a layer has here lasts until the piece's next layer has it.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._made: dict[str, tuple[object, Any]] = {}
+        self._bytes: dict[str, tuple[torch.Tensor, memoryview]] = {}
+
+    def choice(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[np.ndarray, torch.Tensor]:
+        """Return memory for a gate's ids, int64 [T, K], and weights [T, K] of a dtype."""
+        return self._kept(  # type: ignore[no-any-return]
+            "choice",
+            (shape, dtype),
+            lambda: (np.empty(shape, np.int64), torch.empty(shape, dtype=dtype)),
+        )
+
+    def sums(self, like: torch.Tensor) -> torch.Tensor:
+        """Return memory for sums [T, H] of the shape and dtype of ``like``."""
+        key = like.shape, like.dtype
+        return self._kept(  # type: ignore[no-any-return]
+            "sums", key, lambda: torch.empty_like(like, memory_format=torch.contiguous_format)
+        )
+
+    def _kept(self, name: str, key: object, make: Callable[[], Any]) -> Any:
+        kept = self._made.get(name)
+        if kept is None or kept[0] != key:
+            kept = self._made[name] = key, make()
+        return kept[1]
+
+    def bytes_of(self, name: str, rows: torch.Tensor) -> memoryview:
+        """Return :func:`cluster.wire.tensors.to_bytes`; of the same tensor at once."""
+        kept = self._bytes.get(name)
+        if kept is not None and kept[0] is rows:
+            return kept[1]
+        view = to_bytes(rows)
+        if rows.is_contiguous() and rows.is_cpu:  # no copy, which would grow old
+            self._bytes[name] = rows, view
+        return view

@@ -28,8 +28,8 @@ from typing import Any, cast
 import crc32c
 import msgpack
 
-from cluster.transport.stream.channel import HAS_UNIX, leaves_host, listen_on, prepare_tcp
 from cluster.transport.stream.handshake import NONCE_BYTES, PROOF_BYTES, Side, new_nonce, proof
+from cluster.transport.stream.sockets import HAS_UNIX, leaves_host, listen_on, prepare_tcp
 
 CONNECT_TIMEOUT_S = 5.0
 HELLO_TIMEOUT_S = 5.0

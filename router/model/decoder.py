@@ -178,7 +178,7 @@ class MixtureFeedForward:
         among = partial(self._gate.choose_anew, normed)  # where experts are missing
         rows: device_rows.LayerRows = normed
         if self._staging is None:  # the model is on the CPU
-            choice = self._gate.choice(normed)
+            choice = self._gate.choice(normed, room=context.room(tokens))
         else:
             chosen = self._gate.choose(normed)
             ids, weights, rows = device_rows.to_host(self._staging, *chosen, normed)

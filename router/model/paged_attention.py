@@ -26,17 +26,19 @@ from router.model.kv_cache import PagedCache
 ATTENTION_NAME = "expertmesh_paged"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PagedContext:
     """The argument that transformers' model passes on to :func:`paged_attention`.
 
-    ``has_window`` is true for each layer with a sliding window.
+    ``has_window`` is true for each layer with a sliding window. ``room`` is memory that the native
+    layers of a piece share (:class:`router.model.cpu.native_layer.HalfRoom`).
     """
 
     cache: PagedCache
     attention: Attention
     batch: PagedBatch
     has_window: Sequence[bool]
+    room: Any = None
 
 
 def paged_attention(

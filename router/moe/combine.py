@@ -21,8 +21,8 @@ CHUNK_VALUES = 1 << 19
 """The most values that torch weights at once on a CPU. Weights in float32 widen all values to
 float32. Two megabytes of them stay in the processor's cache until they are rounded. Those of a
 whole prefill would be fresh pages in every layer, which costs ten times as much."""
-_NATIVE = {(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)}
-_NATIVE |= {(torch.float32, torch.float32)}
+NATIVE = {(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)}
+NATIVE |= {(torch.float32, torch.float32)}
 """The dtypes of rows and of weights that the native code sums."""
 
 
@@ -70,7 +70,7 @@ def prepare(weights: torch.Tensor, summand_of: np.ndarray, like: torch.Tensor) -
     ``weights`` [T, K] are the gate's. ``summand_of`` [P] is the order of the sums
     (:func:`router.moe.permute.summands_of`). Rows have the width and the dtype of ``like`` [T, H].
     """
-    is_known = (like.dtype, weights.dtype) in _NATIVE
+    is_known = (like.dtype, weights.dtype) in NATIVE
     if native is None or not is_known or not like.numel():
         return Plan(weights, summand_of, like)
     sums = torch.empty_like(like, memory_format=torch.contiguous_format)

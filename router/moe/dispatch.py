@@ -12,7 +12,6 @@ Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -25,9 +24,11 @@ from cluster.errors import (
     FrameError,
     ModelReplacedError,
 )
+from cluster.native.built import native
 from cluster.placement.placement import Placement
 from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport
+from cluster.transport.stream.client import StreamTransport
 from cluster.wire.frames import (
     Buffer,
     DispatchFrame,
@@ -39,24 +40,21 @@ from cluster.wire.frames import (
     joined,
 )
 from cluster.wire.tensors import dtype_name
-from router.control.heard import RECENT_S, HeardActors
+from router.control.heard import HeardActors
 from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
 from router.moe.deaths import LayerDeaths
 from router.moe.device_rows import LayerRows
-from router.moe.failures import Failures
-from router.moe.pace import Pace
-from router.moe.pending import Attempt, AwayError, FailedPart, PendingLayer
+from router.moe.exchange import Exchange, Exchanges
+from router.moe.failures import Failures, back_off, check_away
+from router.moe.pace import Pace, note_heard
+from router.moe.pending import Attempt, FailedPart, PendingLayer
 from router.moe.permute import Part, PlacedModel, as_sent, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
 from router.moe.zero_rows import ZeroRows
-from router.retry import RetryPolicy
 
 if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
     from router.control.placement_view import PlacementView
-
-BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
-"""The delays between attempts while every expert has a live copy."""
 
 
 class Dispatcher:
@@ -99,6 +97,12 @@ class Dispatcher:
         self._failures = Failures(self._copies, suspect, transport.renew)
         self.retries = self._failures.retries
         self.calls = transport.calls
+        self.exchanges: Exchanges | None = None
+        """Set where layers may be sent by :mod:`router.moe.exchange`."""
+        if native is not None and isinstance(transport, StreamTransport):
+            where = model, view, self._layouts, transport
+            times = call_timeout_s, self._request_ids, self._pace, self._heard
+            self.exchanges = Exchanges(*where, *times)
 
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
@@ -130,20 +134,24 @@ class Dispatcher:
         :class:`ExpertUnavailableError` when no placement is known, and
         :class:`ModelReplacedError` when the placement has the model no longer.
         """
-        layer = PendingLayer(
-            layer_id=layer_id,
-            rows=hidden_states,
-            row_shape=tuple(hidden_states.shape[1:]),
-            expert_of_pair=topk_ids.ravel(),
-            k=topk_ids.shape[1],
-            dtype=dtype_name(hidden_states.dtype),
-            deadline_s=deadline_s,
-            traceparent=traceparent,
-            started_at_s=time.monotonic(),
-            deaths=deaths,
-            is_last_try=is_last_try,
-        )
+        layer = _layer(layer_id, hidden_states, topk_ids, deadline_s, time.monotonic())
+        layer.traceparent, layer.deaths, layer.is_last_try = traceparent, deaths, is_last_try
         return layer if self._send_pairs(layer, pairs) else None
+
+    def take_over(
+        self,
+        sent: Exchange,
+        layer_id: int,
+        deadline_s: float,
+        deaths: Callable[[], LayerDeaths | None],
+    ) -> PendingLayer:
+        """Return a layer that was sent by :attr:`exchanges`, to be waited for; see :meth:`send`."""
+        times_s = deadline_s, sent.sent_at_s
+        layer = _layer(layer_id, sent.rows, sent.choice.ids, *times_s)
+        layer.deaths = deaths
+        ordered, parts, _ = split(sent.layer.layout, layer.expert_of_pair, layer.k, None)
+        layer.attempt = self._send_parts(sent.layer.placement, layer, ordered, parts, sent)
+        return layer
 
     def _send_pairs(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer, by default all, once.
@@ -163,10 +171,15 @@ class Dispatcher:
         return True
 
     def _send_parts(
-        self, placement: Placement, layer: PendingLayer, ordered: np.ndarray, parts: Sequence[Part]
+        self,
+        placement: Placement,
+        layer: PendingLayer,
+        ordered: np.ndarray,
+        parts: Sequence[Part],
+        sent: Exchange | None = None,
     ) -> Attempt:
-        """Send every part to its actor, one frame each."""
-        now_s = time.monotonic()
+        """Send every part to its actor, one frame each; or go on with what was ``sent``."""
+        now_s = time.monotonic() if sent is None else sent.sent_at_s
         most_rows = max([len(part.pairs) for part in parts], default=0)
         attempt = Attempt(placement, most_rows)
         if not parts:
@@ -183,7 +196,7 @@ class Dispatcher:
                 continue
             timeout_s, end_s = self._times_s(layer, part, most_rows, now_s, is_replaceable)
             frame = DispatchFrame(
-                request_id=next(self._request_ids),
+                request_id=next(self._request_ids) if sent is None else sent.request_id,
                 model=self._model,
                 layer_id=layer.layer_id,
                 expert_ids=expert_ids,
@@ -199,7 +212,7 @@ class Dispatcher:
             data = encode(frame, tuple(more))
             calls.append(Call(actor_id, generation, data, timeout_s, is_replaceable, end_s))
         if calls:
-            attempt.calls = self._transport.send(calls)
+            attempt.calls = self._transport.send(calls) if sent is None else sent.go_on(calls)
         return attempt
 
     def wait(self, layer: PendingLayer) -> list[ExpertRows] | None:
@@ -335,28 +348,9 @@ class Dispatcher:
         if not all(replaceable):
             layer.failed_actors = frozenset()  # no other actor can be asked
             alone = itertools.compress(failed_parts, [not other for other in replaceable])
-            self._check_away(layer, list(alone))
-            self._back_off(layer)
+            check_away(layer, list(alone), self._patience_s, self._pace)
+            back_off(layer, self._view)
         return self._send_pairs(layer, np.sort(np.concatenate([part.pairs for part in parts])))
-
-    def _check_away(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> None:
-        """Raise :class:`AwayError` once the wait for a part without another copy is over."""
-        now_s = time.monotonic()
-        away = [
-            failed.part
-            for failed in failed_parts
-            if now_s >= layer.gives_up_at_s(failed, self._patience_s)
-        ]
-        if away:
-            self._pace.left_out((part.actor_id, part.generation) for part in away)
-            raise AwayError(np.concatenate([part.pairs for part in away]))
-
-    def _back_off(self, layer: PendingLayer) -> None:
-        """Wait a moment, or less if a new placement comes."""
-        assert layer.attempt is not None
-        wait_s = BACKOFF.delay_s(layer.failures, random.random()) or 0.0
-        layer.failures += 1
-        self._view.wait_newer(layer.attempt.placement, wait_s)
 
     def ask_again(self, layer: PendingLayer) -> bool:
         """Send the parts of a layer again whose rows are not finite though its hidden states are.
@@ -380,16 +374,18 @@ class Dispatcher:
         self._failures.note_mended(layer)
 
 
+def _layer(
+    layer_id: int, rows: LayerRows, ids: np.ndarray, deadline_s: float, started_at_s: float
+) -> PendingLayer:
+    """Return a layer of rows [T, ...] and the gate's choice, int64 [T, K]."""
+    shape, dtype = tuple(rows.shape[1:]), dtype_name(rows.dtype)
+    pairs = ids.ravel(), ids.shape[1]
+    return PendingLayer(layer_id, rows, shape, *pairs, dtype, deadline_s, started_at_s)
+
+
 def _decoded(data: Buffer) -> Frame | FrameError:
     """Return a frame, or the error of bytes that are no frame."""
     try:
         return decode(data)
     except FrameError as error:
         return error
-
-
-def note_heard(heard: HeardActors, actor_id: str, generation: int, now_s: float) -> None:
-    """Note an answer of an actor."""
-    if now_s - heard.latest_s > RECENT_S:
-        heard.since_s = now_s
-    heard.latest_s = heard.at_s[actor_id, generation] = now_s

@@ -7,17 +7,28 @@ damaged frame says nothing of its actor: the connection is made anew.
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cluster.errors import Code, ExpertFailedError, FrameError, InternalError
 from cluster.transport.base import CallFailure
 from cluster.wire.frames import ErrorFrame, Frame
 from router.moe.copy_choice import CopyChoice
-from router.moe.pending import DamageLog, PendingLayer
+from router.moe.pace import Pace
+from router.moe.pending import AwayError, DamageLog, FailedPart, PendingLayer
 from router.moe.permute import Part
+from router.retry import RetryPolicy
 
+if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
+    from router.control.placement_view import PlacementView
+
+BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
+"""The delays between attempts while every expert has a live copy."""
 MAX_REFUSALS = 3
 """So many refusals of an expert's rows as malformed are the router's own fault."""
 
@@ -109,3 +120,30 @@ class Failures:
     def _avoid(self, part: Part) -> None:
         self._copies.note_failure(part.actor_id, part.generation, time.monotonic())
         self._suspect(part.actor_id, part.generation)
+
+
+def check_away(
+    layer: PendingLayer,
+    failed_parts: Sequence[FailedPart],
+    patience_s: Callable[[Part, int], float],
+    pace: Pace,
+) -> None:
+    """Raise :class:`AwayError` once the wait for a part without another copy is over.
+
+    ``patience_s`` is as in :meth:`PendingLayer.gives_up_at_s`. The pace learns who is left out.
+    """
+    now_s = time.monotonic()
+    away = [
+        failed.part for failed in failed_parts if now_s >= layer.gives_up_at_s(failed, patience_s)
+    ]
+    if away:
+        pace.left_out((part.actor_id, part.generation) for part in away)
+        raise AwayError(np.concatenate([part.pairs for part in away]))
+
+
+def back_off(layer: PendingLayer, view: PlacementView) -> None:
+    """Wait a moment before a layer is sent again, or less if a new placement comes."""
+    wait_s = BACKOFF.delay_s(layer.failures, random.random()) or 0.0
+    layer.failures += 1
+    if layer.attempt is not None:
+        view.wait_newer(layer.attempt.placement, wait_s)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.wire.tensors import to_ids
+from cluster.wire.tensors import PieceRoom, to_ids
 from experts.families.base import GateSpec
 
 _LEAST_SUM = 1e-20
@@ -73,8 +73,17 @@ class Gate:
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
         return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
 
-    def choice(self, hidden_states: torch.Tensor, forced: np.ndarray | None = None) -> Choice:
-        """Return the choice of :meth:`choose` for hidden states [T, H] of the host."""
+    def choice(
+        self,
+        hidden_states: torch.Tensor,
+        forced: np.ndarray | None = None,
+        *,
+        room: PieceRoom | None = None,
+    ) -> Choice:
+        """Return the choice of :meth:`choose` for hidden states [T, H] of the host.
+
+        It may be in ``room``, the memory of their piece.
+        """
         given = None if forced is None else torch.from_numpy(forced)
         ids, weights = self.choose(hidden_states, forced=given)
         return Choice(to_ids(ids), weights)
@@ -164,9 +173,9 @@ class ForcedGate:
         forced = torch.from_numpy(self._forced).to(hidden_states.device)
         return self._gate.choose(hidden_states, forced=forced)
 
-    def choice(self, hidden_states: torch.Tensor) -> Choice:
+    def choice(self, hidden_states: torch.Tensor, *, room: PieceRoom | None = None) -> Choice:
         """See :meth:`Gate.choice`."""
-        return self._gate.choice(hidden_states, self._forced)
+        return self._gate.choice(hidden_states, self._forced, room=room)
 
     def choose_anew(
         self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray

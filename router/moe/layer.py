@@ -20,11 +20,13 @@ import torch
 from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
+from cluster.wire.tensors import PieceRoom
 from router.moe.capacity import CapacityLimit
-from router.moe.combine import ExpertRows
+from router.moe.combine import ExpertRows, WeightedSums
 from router.moe.deaths import Deaths, LayerDeaths, StepDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.dispatch import Dispatcher
+from router.moe.exchange import Exchange, Exchanges
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import ALL_TOKENS, StepMissing
 from router.moe.pending import AwayError, PendingLayer
@@ -86,6 +88,14 @@ class StepContext:
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
+    _rooms: dict[int | None, PieceRoom] = field(default_factory=dict)
+
+    def room(self, tokens: slice) -> PieceRoom:
+        """Return the memory of a piece of the step."""
+        room = self._rooms.get(tokens.start)
+        if room is None:
+            room = self._rooms[tokens.start] = PieceRoom()
+        return room
 
     def missing_record(self, tokens: slice = ALL_TOKENS) -> StepMissing:
         """Return the record of missing experts of some of the step's tokens.
@@ -118,7 +128,8 @@ class BegunLayer:
     """A layer between :meth:`MoELayers.begin` and :meth:`MoELayers.finish`.
 
     ``rows`` [T, ...] are those of ``tokens`` of the step. ``choice`` is the gate's ``gate_choice``
-    [T, K] without missing experts. ``pending`` is ``None`` where an expert of it has no live copy.
+    [T, K] without missing experts. ``exchange`` is set while native code has the layer. Else
+    ``pending`` is; it is ``None`` where an expert of the choice has no live copy.
     """
 
     context: StepContext
@@ -130,6 +141,7 @@ class BegunLayer:
     started_at_s: float
     span: Span | None
     choice: Choice
+    exchange: Exchange | None = None
     pending: PendingLayer | None = None
     plan: Any = None
 
@@ -159,6 +171,9 @@ class MoELayers(Generic[Result]):
         self._combination = combination
         self._limit = limit
         self.has_limit = limit is not None
+        is_native = isinstance(combination, WeightedSums) and limit is None
+        self._exchanges = dispatcher.exchanges if is_native else None
+        self._exchanging: BegunLayer | None = None
 
     def begin(
         self,
@@ -191,7 +206,11 @@ class MoELayers(Generic[Result]):
             choice=gate_choice,
         )
         try:
-            self._send_and_prepare(begun)
+            begun.exchange = self._exchange(begun)
+            if begun.exchange is None:
+                self._send_and_prepare(begun)
+            elif begun.exchange.left is not None:
+                self._take_over(begun)
         except BaseException:
             self.abandon(begun)
             raise
@@ -205,7 +224,10 @@ class MoELayers(Generic[Result]):
         cannot compute, and :class:`router.moe.deaths.ActorsDiedError`.
         """
         try:
-            while (combined := self._receive_and_combine(begun)) is None:
+            combined = None
+            if self._exchanges is not None and begun.exchange is not None:
+                combined = self._end_exchange(begun, self._exchanges, begun.exchange)
+            while combined is None and (combined := self._receive_and_combine(begun)) is None:
                 self._send_and_prepare(begun)
         except BaseException:
             self.abandon(begun)
@@ -216,9 +238,50 @@ class MoELayers(Generic[Result]):
 
     def abandon(self, begun: BegunLayer) -> None:
         """Drop the answers of a layer that is not finished, since its step fails."""
+        if begun.exchange is not None:
+            self._take_over(begun)
         if begun.pending is not None:
             begun.pending.abandon()
         begun.end_span()
+
+    def _exchange(self, begun: BegunLayer) -> Exchange | None:
+        """Send a layer by native code, where that can: a step's only piece, one at a time."""
+        if self._exchanging is not None:
+            self._take_over(self._exchanging)
+        context, rows = begun.context, begun.rows
+        if (
+            self._exchanges is None
+            or not isinstance(rows, torch.Tensor)
+            or context.trace is not None
+            or context.missing is not None
+            or context.is_of_suspect
+            or rows.shape[0] != sum(context.sizes)
+        ):
+            return None
+        room = context.room(begun.tokens)
+        sent = self._exchanges.send(begun.layer_id, rows, begun.choice, context.deadline_s, room)
+        self._exchanging = None if sent is None else begun
+        return sent
+
+    def _end_exchange(self, begun: BegunLayer, exchanges: Exchanges, sent: Exchange) -> Any:
+        """Return the sums of a layer that native code has sent; ``None`` where it cannot go on."""
+        if begun.context.meanwhile is not None:
+            begun.context.meanwhile()
+        sums = exchanges.receive(sent)
+        if sums is None:
+            self._take_over(begun)
+        begun.exchange = self._exchanging = None
+        return sums
+
+    def _take_over(self, begun: BegunLayer) -> None:
+        """Go on with a layer that native code has sent, if it has."""
+        sent, begun.exchange, self._exchanging = begun.exchange, None, None
+        if sent is not None:
+            context, layer_id = begun.context, begun.layer_id
+            deaths = partial(context.layer_deaths, layer_id, begun.tokens, sent.choice.ids.shape[1])
+            times = context.deadline_s, deaths
+            begun.pending = self._dispatcher.take_over(sent, layer_id, *times)
+            begun.plan = self._combination.prepare(sent.choice, sent.rows)
 
     def _send_and_prepare(self, begun: BegunLayer) -> None:
         """Send a layer's rows without missing experts, and prepare their combination."""

@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+from router.control.heard import RECENT_S, HeardActors
+
 STALL_S = 0.25
 """The shortest stall. On a busy machine a killed process takes up to this long to die and to close
 its connections."""
@@ -67,3 +69,10 @@ class Pace:
         stall_s = self.stall_s(rows)
         doublings = min(self._left_out.get((actor_id, generation), 0), MAX_DOUBLINGS)
         return (STALL_S if stall_s == math.inf else stall_s) * 2.0**doublings
+
+
+def note_heard(heard: HeardActors, actor_id: str, generation: int, now_s: float) -> None:
+    """Note an answer of an actor."""
+    if now_s - heard.latest_s > RECENT_S:
+        heard.since_s = now_s
+    heard.latest_s = heard.at_s[actor_id, generation] = now_s

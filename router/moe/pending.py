@@ -72,8 +72,8 @@ class PendingLayer:
     k: int
     dtype: str
     deadline_s: float
-    traceparent: str | None
     started_at_s: float
+    traceparent: str | None = None
     attempt: Attempt | None = None
     failures: int = 0
     received: list[ExpertRows] = field(default_factory=list)

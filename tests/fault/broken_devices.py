@@ -47,8 +47,9 @@ class FragileActor(RemoteExpertActor):
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """See :class:`RemoteExpertActor`."""
         super().__init__(spec, actor_id, generation, epoch)
-        from experts import bank
+        from experts import bank, queue
 
+        queue.IS_BUILT = False  # frames that come alone are computed by the bank as well
         product = bank.compute_native
         file = Path(os.environ[FOLDER]) / ray.get_runtime_context().get_node_id()
 

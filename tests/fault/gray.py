@@ -59,8 +59,9 @@ class GrayActor(RemoteExpertActor):
     def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
         """See :class:`RemoteExpertActor`."""
         super().__init__(spec, actor_id, generation, epoch)
-        from experts import bank
+        from experts import bank, queue
 
+        queue.IS_BUILT = False  # frames that come alone are computed by the bank as well
         product = bank.compute_native
         folder, pid = Path(os.environ[FOLDER]), os.getpid()
         broken, slow, hit = (folder / f"{what}-{pid}" for what in ("broken", "slow", "hit"))

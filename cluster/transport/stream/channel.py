@@ -8,8 +8,6 @@ as views of it, so that rows go from the socket to the expert's product without 
 
 from __future__ import annotations
 
-import logging
-import secrets
 import selectors
 import socket
 import ssl
@@ -18,29 +16,22 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from itertools import islice
 from types import ModuleType
 
 from cluster.native.built import native
+from cluster.transport.stream.sockets import leaves_host
 from cluster.wire.checksum import CHECKSUM_BYTES, sealed, unsealed
 from cluster.wire.frames import ALIGNMENT, Buffer, Buffers
 
 MAX_MESSAGE_BYTES = 256 << 20
 BUFFER_BYTES = 256 << 10
 KEPT_BUFFER_BYTES = 4 << 20
-SEND_BUFFER_BYTES = 4 << 20
-"""What a Unix socket holds, if the system allows so much: the frames of a prefill's pieces, which a
-peer that computes does not read yet. A system's default holds less than one."""
 _MOST_PIECES = 64
 """The most buffers of one system call."""
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
-HAS_UNIX = hasattr(socket, "AF_UNIX")
-_BACKLOG = 128
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-logger = logging.getLogger("expertmesh.stream")
 
 Message = tuple[int, memoryview | None]
 """The id of a call, and its frame; ``None`` where its checksum is wrong."""
@@ -95,10 +86,13 @@ class Channel:
         if self._native is not None and not self.outgoing:
             most_bytes = MAX_MESSAGE_BYTES + self._extra_bytes
             left = self._native.send(self._fd, call_id, buffers, most_bytes)
-        return left == 0 or self._send_rest(call_id, buffers, left)
+        return left == 0 or self.send_rest(call_id, buffers, left)
 
-    def _send_rest(self, call_id: int, buffers: Buffers, left: int | None) -> bool:
-        """Queue the last ``left`` bytes of a message, or send all of it after the waiting bytes."""
+    def send_rest(self, call_id: int, buffers: Buffers, left: int | None) -> bool:
+        """Queue the last ``left`` bytes of a message, or send all of it after the waiting bytes.
+
+        Returns and raises as :meth:`send`.
+        """
         length = sum(map(len, buffers))
         if length > MAX_MESSAGE_BYTES + self._extra_bytes:
             return False
@@ -181,6 +175,21 @@ class Channel:
             return [(call_id, unsealed(frame)) for call_id, frame in messages]
         return messages  # type: ignore[return-value]
 
+    @property
+    def free_buffer(self) -> memoryview | None:
+        """The buffer in which native code may receive, where no message has begun to arrive.
+
+        ``None`` also where bytes are outgoing, and where they come encrypted or with a checksum.
+        """
+        is_free = self._start == self._end and not self.outgoing and not self._is_checked
+        is_kept = len(self._buffer) <= KEPT_BUFFER_BYTES
+        return self._buffer if self._native is not None and is_free and is_kept else None
+
+    def take(self, num_bytes: int) -> list[Message]:
+        """Return as :meth:`receive` the messages of bytes that are in :attr:`free_buffer`."""
+        self._start, self._end = 0, num_bytes
+        return self._complete()  # type: ignore[return-value]
+
     def _received(self, wait_ms: int) -> list[tuple[int, memoryview]]:
         if self._native is None:
             return self._receive()
@@ -200,6 +209,10 @@ class Channel:
         if not received:
             raise ConnectionError("the peer closed the stream")
         self._end += received
+        return self._complete()
+
+    def _complete(self) -> list[tuple[int, memoryview]]:
+        """Return the complete messages in the buffer, which :attr:`has_begun` is without then."""
         messages: list[tuple[int, memoryview]] = []
         while self._end - self._start >= _START.size:
             length, call_id = _START.unpack_from(self._buffer, self._start)
@@ -318,68 +331,7 @@ def _skip(pieces: deque[memoryview], count: int) -> None:
         pieces.popleft()
 
 
-def leaves_host(sock: socket.socket) -> bool:
-    """Return whether a socket is one between hosts; a Unix socket stays on its host."""
-    return not HAS_UNIX or sock.family != socket.AF_UNIX
-
-
 def channel_over(sock: socket.socket, max_message_bytes: int) -> Channel:
     """Return a channel over a plain or a TLS socket."""
     kind = TlsChannel if isinstance(sock, ssl.SSLSocket) else Channel
     return kind(sock, max_message_bytes)
-
-
-def listen_on(host: str | None) -> socket.socket:
-    """Return a socket that listens at a free port of ``host``, or for this host alone.
-
-    For ``None`` it is a Unix socket with an abstract name, which leaves no file behind when the
-    process is killed. Raises ``OSError``.
-    """
-    where: bytes | tuple[str, int]
-    if host is None:
-        family, where = socket.AF_UNIX, b"\0expertmesh-" + secrets.token_hex(16).encode()
-    else:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        where = (host, 0)
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.bind(where)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def prepare_unix(sock: socket.socket) -> None:
-    """Let the socket hold :data:`SEND_BUFFER_BYTES`, or as much as the system allows."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-    granted_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    if granted_bytes < SEND_BUFFER_BYTES:
-        _log_small_buffer(granted_bytes)
-
-
-@cache
-def _log_small_buffer(granted_bytes: int) -> None:
-    """Log once that the system allows smaller buffers than asked for."""
-    logger.info(
-        "the system grants sockets a send buffer of %d bytes, of %d asked for; longer frames leave "
-        "in several parts (net.core.wmem_max on Linux)",
-        granted_bytes,
-        SEND_BUFFER_BYTES,
-    )
-
-
-def prepare_tcp(sock: socket.socket) -> None:
-    """Send without delay, and detect a dead host within seconds."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 2),
-        ("TCP_KEEPINTVL", 1),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 5000),
-    ):
-        if hasattr(socket, name):  # some systems lack some options
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -24,7 +24,10 @@ from cluster.transport.base import (
     Transport,
     never_gone,
 )
+from cluster.transport.stream.channel import Message
 from cluster.transport.stream.connect import Connector
+from cluster.transport.stream.lanes import Lanes
+from cluster.transport.stream.late import LATE_READ_S, wait_for_any
 from cluster.transport.stream.link import Link
 
 LAST_WAIT_MS = 5
@@ -35,8 +38,6 @@ PROMPT_S = 0.001
 """A wait that begins later than this after its calls first looks for the answers that are there."""
 WAITED_S = 20e-6
 """An answer that is read so soon after its wait began may have been there before."""
-LATE_READ_S = 1.0
-"""The longest time for which answers that have arrived are read after their calls' time is over."""
 
 logger = logging.getLogger("expertmesh.stream")
 
@@ -50,9 +51,12 @@ class StreamTransport:
         self._connector = connector
         self._fallback = fallback
         self._selector = selectors.DefaultSelector()
-        self._links: dict[str, Link] = {}
+        self.links: dict[str, Link] = {}
         self._last_id = 0
         self._answers = 0
+        self._changes = 0  # of the links and of what is under way on them
+        self._lanes = Lanes([])
+        self._lanes_of = 0
         self.waits_since_s = math.inf
         """When the latest wait for an answer began; infinite while reading without a wait."""
 
@@ -65,14 +69,14 @@ class StreamTransport:
         idle core starts at once; the actor on this thread's core starts when this thread waits.
         In the opposite order both actors would start on this core, one after the other.
         """
-        pending = _StreamCalls(self, calls)
-        links = [self._links.get(call.actor_id) for call in calls]
+        pending = StreamCalls(self, calls)
+        links = [self.links.get(call.actor_id) for call in calls]
         order = [1 if link is None else -link.last_answer for link in links]
         for index in sorted(range(len(calls)), key=order.__getitem__):
-            self._send(pending, index, calls[index])
+            self.send_one(pending, index, calls[index])
         return pending
 
-    def _send(self, pending: _StreamCalls, index: int, call: Call) -> None:
+    def send_one(self, pending: StreamCalls, index: int, call: Call) -> None:
         """Send a call over its actor's stream, or over the fall-back where that is not possible."""
         link = self._link(call.actor_id, call.generation, pending.until_s[index])
         if link is None:
@@ -82,31 +86,48 @@ class StreamTransport:
         else:
             self._send_over(link, pending, index, call)
 
-    def _send_over(self, link: Link, pending: _StreamCalls, index: int, call: Call) -> None:
+    def _send_over(self, link: Link, pending: StreamCalls, index: int, call: Call) -> None:
         """Send a call over a connection; a call that is too long for a stream falls back."""
         self._last_id = call_id = self._last_id + 1
         try:
             is_sent = link.channel.send(call_id, call.frame)
         except OSError as error:
-            self._break(link, error)
+            self.break_off(link, error)
             pending.connection_broke(index)
         else:
             if is_sent:
-                self._expect_answer(link, pending, index, call_id)
+                self.expect_answer(link, pending, index, call_id)
             else:
                 pending.fall_back(index, CallFailure.TIMED_OUT)
 
-    def _expect_answer(self, link: Link, pending: _StreamCalls, index: int, call_id: int) -> None:
+    def expect_answer(self, link: Link, pending: StreamCalls, index: int, call_id: int) -> None:
         """Note that a connection owes the answer of a call that was sent."""
         if link.channel.outgoing:
             link.take_over(call_id)
         if not link.unanswered:
             link.waits_since_s = time.monotonic()
+        self._changes += 1
         link.unanswered[call_id] = pending
         pending.unanswered[call_id] = index
         self.calls["stream"] += 1
 
-    def receive_in_turn(self, waiting: _StreamCalls, calls: Sequence[Call], until_s: float) -> None:
+    def lanes(self) -> Lanes:
+        """Return the idle connections, over which native code may send and receive by itself.
+
+        They are valid until this transport is used in another way.
+        """
+        if self._lanes_of != self._changes:
+            self._lanes = Lanes([link for link in self.links.values() if not link.unanswered])
+            self._lanes_of = self._changes
+        return self._lanes
+
+    def new_call_ids(self, count: int) -> int:
+        """Return the first of so many ids of calls that native code sends."""
+        first = self._last_id + 1
+        self._last_id += count
+        return first
+
+    def receive_in_turn(self, waiting: StreamCalls, calls: Sequence[Call], until_s: float) -> None:
         """Wait for each actor in turn, the last called first, until an answer is late.
 
         When the last called actor answers, the others have mostly answered too, so that this thread
@@ -115,7 +136,7 @@ class StreamTransport:
         for call_id, index in reversed(list(waiting.unanswered.items())):
             if call_id not in waiting.unanswered:  # already answered
                 continue
-            link = self._links.get(calls[index].actor_id)
+            link = self.links.get(calls[index].actor_id)
             self.waits_since_s = now_s = time.monotonic()
             left_ms = int((until_s - now_s) * 1000)
             if link is None or left_ms <= 0 or not link.channel.can_wait:
@@ -123,27 +144,32 @@ class StreamTransport:
             if not self._receive_from(link, waiting, min(LAST_WAIT_MS, left_ms)):
                 return
 
-    def receive_any(self, waiting: _StreamCalls, timeout_s: float) -> bool:
+    def receive_any(self, waiting: StreamCalls, timeout_s: float) -> bool:
         """Wait for an answer of any actor, and store each answer with its calls.
 
         Returns whether any connection had bytes to read. A long answer takes several calls.
         """
-        readable = [link for link in self._links.values() if link.channel.has_more]
+        readable = [link for link in self.links.values() if link.channel.has_more]
         selected = self._selector.select(0 if readable else timeout_s)
         links = dict.fromkeys([*(key.data for key, _ in selected), *readable])
         for link in links:
             self._receive_from(link, waiting)
         return bool(links)
 
-    def _receive_from(self, link: Link, waiting: _StreamCalls, wait_ms: int = 0) -> bool:
+    def _receive_from(self, link: Link, waiting: StreamCalls, wait_ms: int = 0) -> bool:
         """Store the answers that a link has received with their calls; returns whether any has."""
         try:
             messages = link.channel.receive(wait_ms)
         except OSError as error:
-            self._break(link, link.channel.failure or error)
+            self.break_off(link, link.channel.failure or error)
             return True
-        if not messages:
-            return False
+        if messages:
+            self.store(link, waiting, messages)
+        return bool(messages)
+
+    def store(self, link: Link, waiting: StreamCalls, messages: Sequence[Message]) -> None:
+        """Store the answers of a link with their calls."""
+        self._changes += 1
         link.waits_since_s = now_s = time.monotonic()
         is_awaited = now_s - self.waits_since_s > WAITED_S
         for call_id, frame in messages:
@@ -166,15 +192,14 @@ class StreamTransport:
         link.last_answer = self._answers = self._answers + 1
         # Where the next message begins is unknown too: the length may be the damaged part.
         if any(frame is None for _, frame in messages):
-            self._break(link, ConnectionError("a message came damaged"))
-        return True
+            self.break_off(link, ConnectionError("a message came damaged"))
 
     def _link(self, actor_id: str, generation: int, until_s: float) -> Link | None:
         """Return the connection to an actor's generation; ``None`` where there is none yet.
 
         Without a fall-back it waits for one, until ``until_s`` at most.
         """
-        link = self._links.get(actor_id)
+        link = self.links.get(actor_id)
         if link is not None:
             if link.generation == generation:
                 return link
@@ -183,11 +208,12 @@ class StreamTransport:
         channel = self._connector.take(actor_id, generation, wait_s)
         if channel is None:
             return None
-        link = self._links[actor_id] = Link(actor_id, generation, channel)
+        self._changes += 1
+        link = self.links[actor_id] = Link(actor_id, generation, channel)
         self._selector.register(channel.sock, selectors.EVENT_READ, link)
         return link
 
-    def _has_room(self, link: Link, pending: _StreamCalls) -> bool:
+    def _has_room(self, link: Link, pending: StreamCalls) -> bool:
         """Return whether a connection takes another call; late answers are read to make room."""
         if len(link.unanswered) < WINDOW:
             return True
@@ -196,7 +222,7 @@ class StreamTransport:
         if len(link.unanswered) < WINDOW:
             return True
         if not any(link.unanswered.values()) and link.is_silent():
-            self._break(link, TimeoutError("no call is answered"))
+            self.break_off(link, TimeoutError("no call is answered"))
         return False
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
@@ -205,13 +231,13 @@ class StreamTransport:
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`: calls use the fall-back until a new connection is made."""
-        if actor_id in self._links:
-            self._drop(self._links[actor_id])
+        if actor_id in self.links:
+            self._drop(self.links[actor_id])
 
     def close(self) -> None:
         """See :class:`Transport`."""
         self._connector.close()
-        for link in list(self._links.values()):
+        for link in list(self.links.values()):
             self._drop(link)
         self._selector.close()
         if self._fallback is not None:
@@ -219,22 +245,22 @@ class StreamTransport:
 
     def moved_at_s(self, call_id: int, call: Call) -> float:
         """See :meth:`Link.moved_at_s`."""
-        link = self._links.get(call.actor_id)
+        link = self.links.get(call.actor_id)
         return float("-inf") if link is None else link.moved_at_s(call_id)
 
     def has_begun(self, call: Call) -> bool:
         """Return whether an answer of the call's actor has begun to arrive."""
-        link = self._links.get(call.actor_id)
+        link = self.links.get(call.actor_id)
         return link is not None and link.channel.has_begun
 
     def forget(self, call_id: int, call: Call) -> None:
         """Drop the answer of a call when it arrives; replaces a connection that is silent."""
-        link = self._links.get(call.actor_id)
+        link = self.links.get(call.actor_id)
         if link is not None and call_id in link.unanswered:
             link.unanswered[call_id] = None
             link.forget(call_id)
             if not any(link.unanswered.values()) and link.is_silent():
-                self._break(link, TimeoutError("no call is answered"))
+                self.break_off(link, TimeoutError("no call is answered"))
 
     def send_by_fallback(self, call: Call, timeout_s: float) -> PendingCalls | None:
         """Send a call over the fall-back; returns ``None`` without a fall-back."""
@@ -244,7 +270,7 @@ class StreamTransport:
             else self._fallback.send([call._replace(timeout_s=timeout_s)])
         )
 
-    def _break(self, link: Link, error: OSError) -> None:
+    def break_off(self, link: Link, error: OSError) -> None:
         """Log why a connection broke, and drop it."""
         logger.info("the stream to %s g%d broke (%s)", link.actor_id, link.generation, error)
         self._drop(link)
@@ -254,9 +280,10 @@ class StreamTransport:
 
         The next call to the actor asks for a new connection.
         """
-        if self._links.get(link.actor_id) is not link:
+        if self.links.get(link.actor_id) is not link:
             return
-        del self._links[link.actor_id]
+        self._changes += 1
+        del self.links[link.actor_id]
         self._selector.unregister(link.channel.sock)
         link.close()
         for call_id, pending in link.unanswered.items():
@@ -264,16 +291,19 @@ class StreamTransport:
                 pending.connection_broke(pending.unanswered.pop(call_id))
 
 
-class _StreamCalls:
+class StreamCalls:
     """Pending calls over streams, and over the fall-back."""
 
-    def __init__(self, transport: StreamTransport, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, transport: StreamTransport, calls: Sequence[Call], sent_at_s: float | None = None
+    ) -> None:
+        """Begin without any that is sent; ``sent_at_s`` is when the calls were, by default now."""
         self.unanswered: dict[int, int] = {}
         """The index in ``calls`` of each call that the streams have not answered, by its id."""
         self.outcomes: list[Outcome] = [CallFailure.TIMED_OUT] * len(calls)
         self._transport = transport
-        self._calls = calls
-        self._sent_at_s = now_s = time.monotonic()
+        self.calls = calls
+        self.sent_at_s = now_s = time.monotonic() if sent_at_s is None else sent_at_s
         self.until_s = [min(now_s + call.timeout_s, call.end_s) for call in calls]
         """When the time of each call is over, unless bytes of it leave later."""
         self.took_s: float | None = None
@@ -284,22 +314,22 @@ class _StreamCalls:
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
         begun_at_s = time.monotonic()
-        is_late = begun_at_s - self._sent_at_s > PROMPT_S
+        is_late = begun_at_s - self.sent_at_s > PROMPT_S
         were_there = is_late and self._read_arrived() and not self._by_fallback
         check_at_s = begun_at_s + GONE_CHECK_S
         until_s = min([check_at_s, *self.until_s])
-        self._transport.receive_in_turn(self, self._calls, until_s)
+        self._transport.receive_in_turn(self, self.calls, until_s)
         if self.unanswered:  # an answer is late
-            self._wait_for_any(is_gone, check_at_s)
+            wait_for_any(self, self._transport, is_gone, check_at_s)
         for index, pending in self._by_fallback:
             [self.outcomes[index]] = pending.wait(is_gone)
-        self.took_s = None if were_there else time.monotonic() - self._sent_at_s
+        self.took_s = None if were_there else time.monotonic() - self.sent_at_s
         return self.outcomes
 
     @property
     def times_s(self) -> dict[int, float]:
         """See :class:`PendingCalls`."""
-        return {index: at_s - self._sent_at_s for index, at_s in self.answered_at_s.items()}
+        return {index: at_s - self.sent_at_s for index, at_s in self.answered_at_s.items()}
 
     def _read_arrived(self) -> bool:
         """Read what is there; returns whether all answers have arrived or begun to."""
@@ -309,79 +339,32 @@ class _StreamCalls:
             if not self._transport.receive_any(self, 0.0):
                 break
         indices = self.unanswered.values()
-        return all(self._transport.has_begun(self._calls[index]) for index in indices)
+        return all(self._transport.has_begun(self.calls[index]) for index in indices)
 
     def drop(self) -> None:
         """See :class:`PendingCalls`."""
         for call_id in list(self.unanswered):
-            self._forget(call_id)
+            self.forget(call_id)
         for _, pending in self._by_fallback:
             pending.drop()
         self._by_fallback = []
 
-    def _wait_for_any(self, is_gone: IsGone, check_at_s: float) -> None:
-        """Wait for all streams at once, until every call is answered or given up."""
-        read_until_s: float | None = None
-        self._transport.waits_since_s = time.monotonic()
-        while self.unanswered:
-            now_s = time.monotonic()
-            if now_s >= check_at_s:
-                self._give_up(is_gone, now_s)
-                check_at_s = now_s + GONE_CHECK_S
-                continue
-            self._extend(now_s)
-            until_s = min(self.until_s[index] for index in self.unanswered.values())
-            # Also after its time: an answer that arrived while this thread did not wait counts.
-            timeout_s = max(0.0, min(until_s, check_at_s) - now_s)
-            has_bytes = self._transport.receive_any(self, timeout_s)
-            late = [call_id for call_id, i in self.unanswered.items() if self.until_s[i] <= now_s]
-            if not late:
-                read_until_s = None
-                continue
-            read_until_s = now_s + LATE_READ_S if read_until_s is None else read_until_s
-            if has_bytes and now_s < read_until_s:  # more of an answer may lie in the socket
-                continue
-            for call_id in late:
-                self._forget(call_id)
-
-    def _since_s(self, call_id: int, index: int) -> float:
-        """Return from when the time of a call counts: its last byte, or the last that moved."""
-        return max(self._sent_at_s, self._transport.moved_at_s(call_id, self._calls[index]))
-
-    def _extend(self, now_s: float) -> None:
-        """Give more time to late calls of which bytes have left meanwhile."""
-        for call_id, index in self.unanswered.items():
-            if self.until_s[index] <= now_s:
-                call = self._calls[index]
-                until_s = self._since_s(call_id, index) + call.timeout_s
-                self.until_s[index] = min(until_s, call.end_s)
-
-    def _give_up(self, is_gone: IsGone, now_s: float) -> None:
-        """Wait no longer for the answers of actors that are gone."""
-        gone = [
-            call_id
-            for call_id, index in self.unanswered.items()
-            if is_gone(self._calls[index], now_s - self._since_s(call_id, index))
-        ]
-        for call_id in gone:
-            self.outcomes[self._forget(call_id)] = CallFailure.DIED
-
-    def _forget(self, call_id: int) -> int:
+    def forget(self, call_id: int) -> int:
         """Wait no longer for a call; returns its index."""
         index = self.unanswered.pop(call_id)
-        self._transport.forget(call_id, self._calls[index])
+        self._transport.forget(call_id, self.calls[index])
         return index
 
     def connection_broke(self, index: int) -> None:
         """Set a replaceable call's outcome to DIED, and send any other over the fall-back."""
-        if self._calls[index].replaceable:
+        if self.calls[index].replaceable:
             self.outcomes[index] = CallFailure.DIED
         else:
             self.fall_back(index, CallFailure.DIED)
 
     def fall_back(self, index: int, failure: CallFailure) -> None:
         """Send a call over the fall-back; without a fall-back its outcome is ``failure``."""
-        call = self._calls[index]
+        call = self.calls[index]
         timeout_s = max(0.0, min(call.timeout_s, call.end_s - time.monotonic()))
         pending = self._transport.send_by_fallback(call, timeout_s)
         if pending is None:

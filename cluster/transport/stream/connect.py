@@ -12,14 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-from cluster.transport.stream.channel import (
-    HAS_UNIX,
-    MAX_MESSAGE_BYTES,
-    Channel,
-    channel_over,
-    prepare_tcp,
-    prepare_unix,
-)
+from cluster.transport.stream.channel import MAX_MESSAGE_BYTES, Channel, channel_over
 from cluster.transport.stream.handshake import (
     NONCE_BYTES,
     PROOF_BYTES,
@@ -29,6 +22,7 @@ from cluster.transport.stream.handshake import (
     new_nonce,
     proof,
 )
+from cluster.transport.stream.sockets import HAS_UNIX, prepare_tcp, prepare_unix
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 1.0

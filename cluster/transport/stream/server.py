@@ -20,16 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from cluster.transport.stream.channel import (
-    MAX_MESSAGE_BYTES,
-    Channel,
-    Message,
-    channel_over,
-    listen_on,
-    prepare_tcp,
-    prepare_unix,
-)
+from cluster.transport.stream.channel import MAX_MESSAGE_BYTES, Channel, Message, channel_over
 from cluster.transport.stream.handshake import (
     HELLO_BYTES,
     KEY_ID_BYTES,
@@ -40,6 +33,7 @@ from cluster.transport.stream.handshake import (
     new_nonce,
     proof,
 )
+from cluster.transport.stream.sockets import listen_on, prepare_tcp, prepare_unix
 from cluster.wire.frames import Buffer, Buffers, ErrorFrame, encode
 
 MAX_CONNECTIONS = 1024
@@ -54,6 +48,29 @@ CLOSE_S = 5.0
 logger = logging.getLogger("expertmesh.stream")
 
 Answer = Callable[[Sequence[Buffer]], Iterable[Buffers]]
+ReceivedAlone = tuple[int, int, tuple[int, Buffer, int] | None]
+"""A socket, and how many bytes have come that Python has to read. Or none, the id of a call, its
+answer, and how many bytes of it are left to be sent."""
+
+
+class AnswersAlone(Protocol):
+    """Answers frames in native code, each of which comes while no other waits."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while :meth:`answer_alone` is to return."""
+        ...
+
+    def begin_again(self) -> None:
+        """Take it that :meth:`answer_alone` has returned."""
+        ...
+
+    def answer_alone(self, epoll_fd: int, buffers: dict[int, memoryview]) -> ReceivedAlone | None:
+        """Answer the frames of sockets, received into their ``buffers``, one after the other.
+
+        Returns where something else is there, at the latest after a second. ``None`` means that a
+        socket has it still.
+        """
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -101,16 +118,21 @@ class StreamServer:
         answer: Answer,
         host: str,
         tls: ssl.SSLContext | None,
+        alone: AnswersAlone | None = None,
     ) -> None:
         """``answer`` maps frames to answers on the server's thread: it is the expert actor's
         ``compute_all``. ``host`` is the address that listens for TCP streams; ``tls`` encrypts
-        these.
+        these. ``alone`` answers before it where it can.
         """
         self._answer = answer
         self._host = host
         self._tls = tls
         self._keys = _Keys()
         self._selector = selectors.DefaultSelector()
+        epoll = getattr(selectors, "EpollSelector", ())  # on Linux alone
+        self._alone = alone if isinstance(self._selector, epoll) else None
+        if self._alone is not None:
+            self._selector.register(self._alone, selectors.EVENT_READ, self._alone)
         self._listeners: dict[Network, socket.socket] = {}
         self._peers: dict[_Peer, None] = {}
         """In the order of their arrival, by which they are read."""
@@ -163,21 +185,50 @@ class StreamServer:
         checked_at_s = time.monotonic()
         while not self._closing:
             unread = self._unread()
+            requests = [] if unread else self._answer_alone()
+            was_read = requests[0][0] if requests else None
             events_of = dict.fromkeys(unread, selectors.EVENT_READ)
-            for key, events in self._selector.select(0 if unread else LOOK_S):
+            for key, events in self._selector.select(0 if unread or requests else LOOK_S):
                 if key.data is None:
                     self._accept(key.fileobj)  # type: ignore[arg-type]
+                elif key.data is self._alone:
+                    self._alone.begin_again()
                 else:
                     events_of[key.data] = events_of.get(key.data, 0) | events
             # Each peer is read once: a second read would overwrite the frames of the first.
-            requests: list[_Request] = []
             for peer, events in events_of.items():
-                requests += self._serve(peer, events)
+                if peer is not was_read:
+                    requests += self._serve(peer, events)
             if requests:
                 self._reply(requests)
             if time.monotonic() - checked_at_s > LOOK_S:
                 checked_at_s = time.monotonic()
                 self._drop_stalled(checked_at_s)
+
+    def _answer_alone(self) -> list[_Request]:
+        """Answer frames in native code until other work comes; returns what it has received."""
+        if self._alone is None:
+            return []
+        peers = {peer.channel.sock.fileno(): peer for peer in self._peers if peer.admitted}
+        buffers = {fd: peer.channel.free_buffer for fd, peer in peers.items()}
+        free = {fd: buffer for fd, buffer in buffers.items() if buffer is not None}
+        epoll_fd: int = self._selector.fileno()  # type: ignore[attr-defined]
+        if not free or (received := self._alone.answer_alone(epoll_fd, free)) is None:
+            return []
+        fd, num_bytes, unsent = received
+        peer = peers[fd]
+        try:
+            if unsent is not None:
+                call_id, answer, left = unsent
+                peer.channel.send_rest(call_id, (answer,), left)
+                self._watch(peer)
+                return []
+            # Neither kind of connection that has checksums has a free buffer.
+            messages = peer.channel.take(num_bytes)
+            return [(peer, call_id, frame) for call_id, frame in messages if frame is not None]
+        except OSError as error:
+            self._drop(peer, str(error))
+        return []
 
     def _unread(self) -> list[_Peer]:
         """Return the peers with received bytes that do not wake the selector; only TLS has any."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ import torch
 from torch import nn
 
 from cluster.native.built import native
-from cluster.wire.tensors import to_bytes
+from cluster.wire.tensors import PieceRoom, to_bytes
 from experts.families.base import GateSpec
-from router.model.attention import Attention, Scoring
+from router.model.attention import Attention, PagedBatch, Scoring
 from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_attention import COLUMNS, ROWS, NativeAttention, NativeCache
 from router.model.cpu.native_modules import (
@@ -41,6 +42,31 @@ from router.moe.gate import Choice, Gate
 LEAST_POSITIONS = 1024
 """The least size of the table of a rotary embedding."""
 _SCORES = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HalfRoom:
+    """What the attention halves of a piece share: arguments, and memory for ``normed`` [T, H].
+
+    ``before`` and ``after`` are arguments of native code, of which the layer's own lie between.
+    """
+
+    residual: torch.Tensor
+    rotation: torch.Tensor
+    normed: torch.Tensor
+    dtype: torch.dtype
+    before: tuple[memoryview, ...]
+    after: int
+
+    @classmethod
+    def of(cls, residual: torch.Tensor, rotation: torch.Tensor, batch: PagedBatch) -> HalfRoom:
+        """Return the room of a piece; raises ``ValueError`` where the residual is in parts."""
+        if not residual.is_contiguous():  # what is added would go to a copy
+            raise ValueError("the residual stream must be contiguous")
+        normed, view = torch.empty_like(residual), batch.view
+        tensors = map(to_bytes, (residual, rotation, batch.new_slots))
+        before = *tensors, view.spans, view.pages, to_bytes(normed)
+        return cls(residual, rotation, normed, residual.dtype, before, view.threads)
 
 
 class NativeAttentionHalf:
@@ -75,30 +101,23 @@ class NativeAttentionHalf:
         """See :class:`router.model.decoder.AttentionHalf`.
 
         ``rotation`` are the angles of :class:`NativeRotation`. ``paged`` has native attention and
-        its cache. Raises ``ValueError`` for rows of another dtype than the cache's or that are not
-        contiguous, and for a slot or a page beyond it.
+        its cache. The returned rows last until the piece's next layer. Raises ``ValueError`` for
+        rows of another dtype than the cache's or that are not contiguous, and for a slot or a page
+        beyond it.
         """
         assert native is not None
         assert isinstance(rotation, torch.Tensor)
         if paged.cache is not self._cache or paged.attention is not self._attention:
             self._bind(paged)
-        if residual.dtype != self._dtype:
-            raise ValueError(f"rows are {residual.dtype}, the cache is {self._dtype}")
-        if not residual.is_contiguous():  # what is added would go to a copy
-            raise ValueError("the residual stream must be contiguous")
-        normed = torch.empty_like(residual)
-        native.attention_half(
-            to_bytes(residual),
-            None if output is None else to_bytes(output),
-            to_bytes(rotation),
-            to_bytes(paged.batch.new_slots),
-            paged.batch.view.spans,
-            paged.batch.view.pages,
-            to_bytes(normed),
-            self._parts,
-            paged.batch.view.threads,
-        )
-        return normed
+        room = paged.room
+        if room is None or room.residual is not residual or room.rotation is not rotation:
+            room = paged.room = HalfRoom.of(residual, rotation, paged.batch)
+        if room.dtype != self._dtype:
+            raise ValueError(f"rows are {room.dtype}, the cache is {self._dtype}")
+        added = None if output is None else to_bytes(output)
+        before = room.before
+        native.attention_half(before[0], added, *before[1:], self._parts, room.after)
+        return room.normed
 
     def _bind(self, paged: PagedContext) -> None:
         """Make the arguments that are the same in every step, for a cache and its attention."""
@@ -215,6 +234,8 @@ class NativeGate(Gate):
         hidden_states: torch.Tensor,
         forced: np.ndarray | None = None,
         allowed: torch.Tensor | None = None,
+        *,
+        room: PieceRoom | None = None,
     ) -> Choice:
         """See :meth:`router.moe.gate.Gate.choice`; ``allowed`` as in :meth:`choose`.
 
@@ -225,15 +246,16 @@ class NativeGate(Gate):
         if dtype not in self._numbers:
             self._numbers[dtype] = self._numbers_for(dtype)
         weights_dtype, sizes = self._numbers[dtype]
+        room = room or PieceRoom()
         shape = hidden_states.shape[0], self._top_k  # `len` of a tensor is Python
-        ids, weights = np.empty(shape, np.int64), torch.empty(shape, dtype=weights_dtype)
+        ids, weights = room.choice(shape, weights_dtype)
         native.choose(
-            to_bytes(hidden_states),
+            room.bytes_of("rows", hidden_states),
             self._product.packed,
             self._correction_bytes,
             None if allowed is None else to_bytes(allowed),
             ids,
-            to_bytes(weights),
+            room.bytes_of("weights", weights),
             sizes,
             self._factors,
             torch.get_num_threads(),

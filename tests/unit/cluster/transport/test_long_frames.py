@@ -19,10 +19,11 @@ import pytest
 from cluster.errors import ExpertUnavailableError
 from cluster.native import built
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, PendingCalls, never_gone
-from cluster.transport.stream import channel as channel_module
-from cluster.transport.stream.channel import Channel, prepare_unix
+from cluster.transport.stream import sockets as sockets_module
+from cluster.transport.stream.channel import Channel
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.link import Link
+from cluster.transport.stream.sockets import prepare_unix
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.cluster_fixture import prompt_of
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
@@ -73,7 +74,7 @@ class Wire:
         return Pending(self.transport.send(calls))
 
     def link(self, actor_id: str = "a") -> Link[Any]:
-        return self.transport._links[actor_id]
+        return self.transport.links[actor_id]
 
 
 class Pending:
@@ -368,7 +369,7 @@ def test_a_request_ends_at_its_deadline_while_its_frames_wait(tmp_path: Path) ->
         with pytest.raises(ExpertUnavailableError):
             cluster.generate(greedy_request("r", prompt, 4, timeout_s=1.0))
         assert time.monotonic() - begun_s < LIMIT_S
-        assert any(link.channel.outgoing for link in wire.transport._links.values())
+        assert any(link.channel.outgoing for link in wire.transport.links.values())
     finally:
         cluster.close()
         plain.close()
@@ -378,13 +379,13 @@ def test_a_request_ends_at_its_deadline_while_its_frames_wait(tmp_path: Path) ->
 def test_a_smaller_buffer_than_asked_for_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    channel_module._log_small_buffer.cache_clear()
+    sockets_module._log_small_buffer.cache_clear()
     ours, theirs = socket.socketpair()
     with ours, theirs, caplog.at_level(logging.INFO, "expertmesh.stream"):
         prepare_unix(ours)
         caplog.clear()
-        channel_module._log_small_buffer.cache_clear()
-        monkeypatch.setattr(channel_module, "SEND_BUFFER_BYTES", 1 << 30)
+        sockets_module._log_small_buffer.cache_clear()
+        monkeypatch.setattr(sockets_module, "SEND_BUFFER_BYTES", 1 << 30)
         for end in (ours, theirs, ours):
             prepare_unix(end)
     [line] = caplog.messages

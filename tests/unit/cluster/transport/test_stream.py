@@ -23,7 +23,7 @@ from cluster.errors import ConfigError
 from cluster.native import built
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
-from cluster.transport.stream import client as client_module
+from cluster.transport.stream import late as late_module
 from cluster.transport.stream import server as server_module
 from cluster.transport.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
 from cluster.transport.stream.client import WINDOW, StreamTransport
@@ -249,13 +249,13 @@ def test_the_actor_that_answered_last_is_asked_first(
     for name in sorted("ab", key=lambda name: name == last):
         ask(transport, call(b"one", name))
     sent: list[str] = []
-    send = transport._send
+    send = transport.send_one
 
     def noting(pending: Any, place: int, one: Call) -> Any:
         sent.append(one.actor_id)
         return send(pending, place, one)
 
-    transport._send = noting  # type: ignore[method-assign]
+    transport.send_one = noting  # type: ignore[method-assign]
     assert ask(transport, *calls) == [b"hello", b"hello"]
     assert sent == [last, "b" if last == "a" else "a"]
 
@@ -411,7 +411,7 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
         pass
     pending = transport.send(within(LIMIT_S, calls))
     assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
-    for link in list(transport._links.values()):
+    for link in list(transport.links.values()):
         if link.actor_id == "a":
             link.channel.sock.shutdown(socket.SHUT_RDWR)
     assert answers(pending.wait()) == [b"elsewhere", b"two"]
@@ -431,7 +431,7 @@ def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
-    [link] = [one for one in transport._links.values() if one.actor_id == first]
+    [link] = [one for one in transport.links.values() if one.actor_id == first]
     link.channel.sock.shutdown(socket.SHUT_RDWR)
     until(lambda: [actor_id for actor_id, _ in other.frames] == [first], "it is asked elsewhere")
     assert waiting.is_alive()
@@ -451,7 +451,7 @@ def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
     assert ask(transport, *calls) == [b"a", b"b", b"c"]
     pending = transport.send(within(0.05, calls))
     over_s = time.monotonic() + 0.05
-    links = list(transport._links.values())
+    links = list(transport.links.values())
     until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
     until(lambda: time.monotonic() > over_s, "the time is over")
     assert answers(pending.wait()) == [b"a", b"b", b"c"]
@@ -467,7 +467,7 @@ def test_a_long_answer_that_came_in_time_counts_when_the_router_itself_is_late(
     frame = secrets.token_bytes(4 * BUFFER_BYTES)
     pending = transport.send(within(0.05, [call(frame)]))
     over_s = time.monotonic() + 0.05
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     until(lambda: not link.channel.outgoing, "the frame has left")
     until(lambda: select.select([link.channel.sock], [], [], 0)[0] != [], "the answer")
     until(lambda: time.monotonic() > over_s, "the time is over")
@@ -477,11 +477,11 @@ def test_a_long_answer_that_came_in_time_counts_when_the_router_itself_is_late(
 def test_an_answer_that_never_ends_is_given_up(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "LATE_READ_S", 0.2)
+    monkeypatch.setattr(late_module, "LATE_READ_S", 0.2)
     actors.add("a")
     transport = connect()
     ask(transport, call(b"hello"))
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     monkeypatch.setattr(link.channel, "receive", lambda wait_ms=0: [])
     pending = transport.send(within(0.0, [call(b"x")]))  # its answer stays unread
     started_s = time.monotonic()
@@ -538,7 +538,7 @@ def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_br
     other.frames.clear()
     actors.echoes["a"].open.clear()
     pending = transport.send(within(LIMIT_S, [replaceable]))
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     link.channel.sock.shutdown(socket.SHUT_RDWR)
     assert answers(pending.wait()) == [CallFailure.DIED]
     assert other.frames == []
@@ -556,7 +556,7 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(actors: Actors, connect: 
     outcomes = pending.wait(lambda one, silent_s: one.actor_id == "a")
     assert answers(outcomes) == [CallFailure.DIED, b"two"]
     assert time.monotonic() - started_s < LIMIT_S
-    awaited = [list(link.unanswered.values()) for link in transport._links.values()]
+    awaited = [list(link.unanswered.values()) for link in transport.links.values()]
     assert awaited == [[None], []], "nothing of the pending is kept"
     actors.echoes["a"].open.set()
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "late answers disturb nobody")
@@ -568,7 +568,7 @@ def test_without_a_fall_back_a_broken_stream_is_a_death_and_is_made_again(
     actors.add("a")
     transport = connect()
     assert ask(transport, call(b"x")) == [b"x"]
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     link.channel.sock.shutdown(socket.SHUT_RDWR)
     assert ask(transport, call(b"x")) in ([CallFailure.DIED], [b"x"])
     until(lambda: ask(transport, call(b"x")) == [b"x"], "it is connected again")
@@ -586,7 +586,7 @@ def test_late_answers_are_ignored_and_never_taken_for_another_calls(
     pending = transport.send(within(LIMIT_S, [call(b"patient")]))
     actors.echoes["a"].open.set()
     assert answers(pending.wait()) == [b"patient"]
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     assert link.unanswered == {}
 
 
@@ -601,7 +601,7 @@ def test_the_answers_of_dropped_calls_are_ignored(actors: Actors, connect: Open)
     pending = transport.send(within(LIMIT_S, [call(b"kept")]))
     actors.echoes["a"].open.set()
     assert answers(pending.wait()) == [b"kept"]
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     assert link.unanswered == {}
 
 
@@ -655,7 +655,7 @@ def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
     ask(transport, call(b"a"))  # whoever answered last is asked first
     actors.echoes["a"].open.clear()
     held = [transport.send(within(LIMIT_S, [call(b"held")])) for _ in range(WINDOW)]
-    transport._links["b"].channel.sock.shutdown(socket.SHUT_RDWR)
+    transport.links["b"].channel.sock.shutdown(socket.SHUT_RDWR)
     other.frames.clear()
     # That the window to a is full makes the transport look at all of its connections.
     pending = transport.send(
@@ -676,7 +676,7 @@ def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
     actors.echoes["a"].open.clear()
     frames = [secrets.token_bytes(9_000_000) for _ in range(3)]
     pending_calls = [transport.send(within(LIMIT_S, [call(frame)])) for frame in frames]
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     assert link.channel.outgoing
     actors.echoes["a"].open.set()
     assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
@@ -1087,7 +1087,7 @@ def test_a_stream_between_hosts_can_be_encrypted(
     transport = connect(tls=ours.client)
     frames = [secrets.token_bytes(size) for _ in range(5)]
     assert [ask(transport, call(frame)) for frame in frames] == [[frame] for frame in frames]
-    [link] = transport._links.values()
+    [link] = transport.links.values()
     assert isinstance(link.channel.sock, ssl.SSLSocket)
     assert link.channel.sock.version() == "TLSv1.3"
     pending_calls = [transport.send(within(LIMIT_S, [call(frame)])) for frame in frames]

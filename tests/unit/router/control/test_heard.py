@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from router.control.heard import RECENT_S, HeardActors
-from router.moe.dispatch import note_heard
+from router.moe.pace import note_heard
 
 SOON, LATE = 0.6 * RECENT_S, 1.5 * RECENT_S
 

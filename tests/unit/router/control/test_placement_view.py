@@ -17,7 +17,7 @@ from cluster.placement.placement import Placement
 from cluster.reports import Heard, KeyUse, Samples
 from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
-from router.moe.dispatch import note_heard
+from router.moe.pace import note_heard
 
 LIMIT_S = 20.0
 

@@ -28,6 +28,7 @@ from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_
 
 ROOT = Path(__file__).parents[4]
 MOST_FILES = 16
+TRACED = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 NATIVE_ATTENTION, GATHERED = (
     "router/model/cpu/native_attention.py",
     "router/model/paged_attention.py",
@@ -81,9 +82,16 @@ class Trace:
                 self.files.setdefault(name)
 
 
-def files_of_a_decode(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trace the engine's last step of a request, which computes one token."""
+def files_of_a_decode(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch, exchanges: bool = False
+) -> list[str]:
+    """Trace the engine's last step of a request, which computes one token.
+
+    Without ``exchanges`` Python dispatches its layers.
+    """
     engine = wired.cluster.engine
+    if not exchanges:
+        monkeypatch.setattr(wired.cluster.layers, "_exchanges", None)
     traces: list[Trace] = []
     step = engine.step
 
@@ -135,6 +143,21 @@ def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
     assert len(files) <= MOST_FILES
 
 
+@pytest.mark.parametrize("dtype", [] if native is None else ["float32"])
+def test_two_native_calls_take_the_place_of_a_layers_dispatch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    with connected(folder, dtype) as wired:
+        files = files_of_a_decode(wired, monkeypatch, exchanges=True)
+    listed, own = numbered(ROUTER), "router/moe/exchange.py"
+    first, last = listed.index("router/moe/dispatch.py"), listed.index("router/moe/combine.py")
+    replaced = [file for file in listed[first : last + 1] if file not in files]
+    assert set(files) == {*listed, own} - set(replaced)
+    assert own in named(ROUTER)
+    # What is left of these opens the connections, and has the lanes.
+    assert set(listed[first : last + 1]) - set(replaced) == {"cluster/transport/stream/client.py"}
+
+
 def test_without_native_code_torch_takes_the_place_of_some(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,13 +182,15 @@ def test_a_frame_passes_the_actors_files_of_the_document_in_their_order(
     transport = StreamTransport(connector, None)
     try:
         for request_id in (1, 2):  # the first call connects
-            trace.begins_at = StreamServer._serve.__code__
+            trace.begins_at = StreamServer._reply.__code__
             trace.files.clear()
-            call = Call("expert-0", 1, (frame_of(rows_of(1), request_id),), LIMIT_S)
-            [outcome] = transport.send([call]).wait()
+            # A lone frame that is traced is not for native code (:mod:`experts.lone`).
+            frame = frame_of(rows_of(1), request_id, traceparent=TRACED)
+            [outcome] = transport.send([Call("expert-0", 1, (frame,), LIMIT_S)]).wait()
     finally:
         threading.setprofile(None)  # type: ignore[arg-type]
         transport.close()
     assert isinstance(decode(outcome), RowsFrame)
-    shared = set(numbered(ROUTER))
-    assert [file for file in trace.files if file not in shared] == numbered(ACTOR)
+    # The thread waits for the next frame in native code.
+    others = {*numbered(ROUTER), "experts/lone.py"}
+    assert [file for file in trace.files if file not in others] == numbered(ACTOR)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import uvloop
 
-from cluster.transport.stream import channel
+from cluster.transport.stream import sockets
 from router.messages import link as link_module
 from router.messages.link import LinkAddress, LinkListener, open_link
 from tests.unit.certificates import new_authority
@@ -340,7 +340,7 @@ def test_a_host_that_nobody_may_reach_has_no_port_for_other_nodes() -> None:
 
 @pytest.mark.parametrize("node", [SAME, OTHER])
 def test_without_unix_sockets_every_link_is_tcp(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (link_module, channel):
+    for module in (link_module, sockets):
         monkeypatch.setattr(module, "HAS_UNIX", False)
 
     async def test() -> None:

@@ -112,7 +112,7 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     def no_wait(*_: object) -> None:
         raise AssertionError("there is another copy")
 
-    monkeypatch.setattr(dispatch_module.Dispatcher, "_back_off", no_wait)
+    monkeypatch.setattr(dispatch_module, "back_off", no_wait)
     cluster.transport.fail = lambda call, number: failure if call.actor_id == "a1" else None
     assert tokens_of(cluster) == expected
     asked = Counter(cluster.dispatcher.retries)

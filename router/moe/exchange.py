@@ -1,0 +1,224 @@
+"""A layer's exchange with its actors in two native calls: one sends, one receives and combines.
+
+In a step of few tokens most of a layer's time is Python, which finds the processor's caches emptied
+by the products. So native code (``cluster/native/exchange.c``) does at once what
+:mod:`router.moe.dispatch` does one after the other: it orders the pairs, encodes and sends frames;
+then receives, decodes, checks and sums. Frames and sums are the same, byte for byte. It is for the
+common case: each expert has one copy, its actor's connection is idle, and needs neither TLS nor a
+checksum. Whatever else happens, a late answer, an error, a lost connection or a sum that is not
+finite, :meth:`router.moe.dispatch.Dispatcher.take_over` goes on from where native code stopped.
+
+Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cluster.native.built import native
+from cluster.placement.placement import Placement
+from cluster.spec import FRAME_VERSION
+from cluster.transport.base import Call, PendingCalls
+from cluster.transport.stream.client import PROMPT_S, StreamCalls, StreamTransport
+from cluster.transport.stream.lanes import Lanes, take_over
+from cluster.wire.frames import DTYPE_CODES
+from cluster.wire.tensors import PieceRoom, dtype_name
+from router.control.heard import HeardActors
+from router.moe.combine import NATIVE
+from router.moe.gate import Choice
+from router.moe.pace import Actor, Pace, note_heard
+from router.moe.permute import Layout, LayoutCache
+
+if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
+    from router.control.placement_view import PlacementView
+
+MOST_PAIRS = 512
+"""In a layer of more pairs their products take nearly all of the time."""
+MOST = 32, 4096, 64, 259
+"""Other bounds of native code: actors, experts, K, bytes of a layer's number and its model."""
+WAIT_MS = 5
+"""The longest time for which native code waits for one actor."""
+_HEADER_BYTES = 64
+"""More than what an answer's message has beside its rows."""
+
+
+Kind = tuple[torch.dtype, torch.dtype, int]
+"""The dtypes of rows and weights, and K."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeLayer:
+    """A layer under one placement, over the same connections; ``fields`` are for native code."""
+
+    placement: Placement
+    lanes: Lanes
+    layout: Layout
+    actors: tuple[Actor, ...]
+    most_pairs: int
+    fields: tuple[object, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A layer that native code has sent: hidden states [T, H] by the gate's choice [T, K].
+
+    ``left`` and ``received`` are numbers of bytes by the actors that were asked, where native code
+    could not go on (:func:`cluster.transport.stream.lanes.take_over`).
+    """
+
+    transport: StreamTransport
+    layer: NativeLayer
+    rows: torch.Tensor
+    choice: Choice
+    room: PieceRoom
+    call_id: int
+    request_id: int
+    sent_at_s: float
+    left: tuple[int, ...] | None
+    received: tuple[int, ...] | None = None
+
+    def go_on(self, calls: Sequence[Call]) -> PendingCalls:
+        """Return the calls as Python's transport has them, from here on."""
+        pending, nothing = StreamCalls(self.transport, calls, self.sent_at_s), (0,) * len(calls)
+        numbers = self.left or nothing, self.received or nothing
+        take_over(self.transport, self.layer.lanes, pending, self.call_id, *numbers)
+        return pending
+
+
+class Exchanges:
+    """The exchanges of one model's layers, one at a time; used by the dispatcher's thread."""
+
+    def __init__(
+        self,
+        model: str,
+        view: PlacementView,
+        layouts: LayoutCache,
+        transport: StreamTransport,
+        call_timeout_s: float,
+        request_ids: Iterator[int],
+        pace: Pace,
+        heard: HeardActors,
+    ) -> None:
+        """Take what a dispatcher has; ``model`` is the model's key."""
+        self._model = model
+        self._view = view
+        self._layouts = layouts
+        self._transport = transport
+        self._call_timeout_s = call_timeout_s
+        self._request_ids = request_ids
+        self._pace = pace
+        self._heard = heard
+        self._layers: dict[int, tuple[Placement | None, Lanes, Kind, NativeLayer | None]] = {}
+
+    def send(
+        self,
+        layer_id: int,
+        rows: torch.Tensor,
+        choice: Choice,
+        deadline_s: float,
+        room: PieceRoom,
+    ) -> Exchange | None:
+        """Send hidden states [T, H] of the host to the experts of a choice, if native code can.
+
+        ``deadline_s`` (monotonic) is the step's. ``room`` is the memory of the step's only piece.
+        Rows and choice stay unchanged until the exchange is over.
+        """
+        layer, num_pairs = self._layer(layer_id, rows, choice), choice.ids.size
+        if layer is None or not 0 < num_pairs <= layer.most_pairs or choice.pairs is not None:
+            return None
+        sent_at_s = time.monotonic()
+        left_s = deadline_s - sent_at_s
+        if left_s < self._call_timeout_s and not self._is_patient(layer, num_pairs, left_s):
+            return None
+        call_id = self._transport.new_call_ids(len(layer.actors))
+        request_id = next(self._request_ids)
+        timeout_s = min(left_s, self._call_timeout_s)
+        ids = call_id, request_id
+        assert native is not None
+        left = native.send_layer(
+            room.bytes_of("rows", rows),
+            choice.ids,
+            layer.fields,
+            layer.lanes.fields,
+            *ids,
+            timeout_s,
+        )
+        return Exchange(self._transport, layer, rows, choice, room, *ids, sent_at_s, left)
+
+    def receive(self, sent: Exchange) -> torch.Tensor | None:
+        """Return the weighted sums [T, H] of an exchange, in its room; waits for the answers.
+
+        ``None`` where native code cannot go on.
+        """
+        layer = sent.layer
+        if layer.lanes is not self._transport.lanes():
+            return None
+        begun_at_s = time.monotonic()
+        room = sent.room
+        sums = room.sums(sent.rows)
+        assert native is not None
+        asked, most_rows, has_waited, sent.received = native.receive_layer(
+            sent.choice.ids,
+            room.bytes_of("weights", sent.choice.weights),
+            room.bytes_of("sums", sums),
+            layer.fields,
+            layer.lanes.fields,
+            sent.call_id,
+            sent.request_id,
+            WAIT_MS,
+        )
+        if sent.received is not None:
+            return None
+        now_s = time.monotonic()
+        actors = [actor for bit, actor in enumerate(layer.actors) if asked >> bit & 1]
+        for actor_id, generation in actors:
+            note_heard(self._heard, actor_id, generation, now_s)
+        is_known = has_waited or begun_at_s - sent.sent_at_s <= PROMPT_S
+        self._pace.note(most_rows, now_s - sent.sent_at_s if is_known else None, actors)
+        self._transport.calls["stream"] += len(actors)
+        return sums
+
+    def _is_patient(self, layer: NativeLayer, num_rows: int, left_s: float) -> bool:
+        """Return whether no actor may take longer than what is left of a step's time."""
+        return all(left_s >= self._pace.patience_s(*actor, num_rows) for actor in layer.actors)
+
+    def _layer(self, layer_id: int, rows: torch.Tensor, choice: Choice) -> NativeLayer | None:
+        """Return a layer as native code takes it, made anew where it no longer holds."""
+        placement, lanes = self._view.placement, self._transport.lanes()
+        kind = rows.dtype, choice.weights.dtype, choice.ids.shape[1]
+        kept = self._layers.get(layer_id)
+        if kept is None or kept[0] is not placement or kept[1] is not lanes or kept[2] != kind:
+            layer = None
+            if placement is not None and self._layouts.has_model(placement):
+                layer = self._made(placement, lanes, kind, layer_id, rows)
+            kept = self._layers[layer_id] = placement, lanes, kind, layer
+        return kept[3]
+
+    def _made(
+        self, placement: Placement, lanes: Lanes, kind: Kind, layer_id: int, rows: torch.Tensor
+    ) -> NativeLayer | None:
+        """Return a layer as native code takes it; ``None`` where it is not for native code."""
+        layout = self._layouts.fixed(placement, layer_id)
+        if layout is None or self._layouts.missing(placement, layer_id) is not None:
+            return None
+        actors = tuple((str(holder.actor_id), holder.generation) for holder in layout.holders)
+        name = layer_id.to_bytes(4, "little") + self._model.encode()
+        sizes = len(actors), len(layout.ordered_ids), kind[2], len(name)
+        if (
+            any(size > most for size, most in zip(sizes, MOST, strict=True))
+            or kind[:2] not in NATIVE
+            or not all(actor in lanes.index_of for actor in actors)
+        ):
+            return None
+        lane_of = np.array([lanes.index_of[actor] for actor in actors], np.int64)
+        size, dtype = rows.shape[1], DTYPE_CODES[dtype_name(rows.dtype)]
+        fields = layout.ordered_ids, layout.ends, lane_of, name, kind[2], size, dtype
+        room = lanes.least_bytes - _HEADER_BYTES
+        most_pairs = min(MOST_PAIRS, room // (size * rows.itemsize))
+        return NativeLayer(placement, lanes, layout, actors, most_pairs, (*fields, FRAME_VERSION))

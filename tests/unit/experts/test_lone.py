@@ -1,0 +1,356 @@
+"""Frames that come alone: native code answers them as the queue does, and leaves it the others."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.native.built import native
+from cluster.spec import FRAME_VERSION, ExpertKey
+from cluster.transport.base import Call
+from cluster.transport.stream.client import StreamTransport
+from cluster.transport.stream.connect import Connector
+from cluster.transport.stream.handshake import Network, StreamOffer
+from cluster.transport.stream.server import StreamServer
+from cluster.transport.stream.sockets import SEND_BUFFER_BYTES
+from cluster.wire.frames import (
+    Buffer,
+    Buffers,
+    DispatchFrame,
+    ErrorFrame,
+    RowsFrame,
+    decode,
+    encode,
+)
+from cluster.wire.tensors import to_bytes
+from experts import queue as queue_module
+from experts.lone import MOST_WAIT_MS
+from tests.cluster_fixture import wait_until
+from tests.unit.experts.local_actor import HIDDEN, LIMIT_S, Actor, frame_of, local_actor, rows_of
+
+TRACE = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+
+
+class Served:
+    """An actor behind a stream server, and a router's transport to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.actor = local_actor(folder)
+        self.by_python: list[bytes] = []
+        self.server = StreamServer(self._answer, "127.0.0.1", None, alone=self.actor._queue)
+        self.transport = self.connect()
+
+    def connect(self) -> StreamTransport:
+        transport = StreamTransport(Connector(self._offer, None), None)
+        wait_until(lambda: transport.is_ready("expert-0", 1), "a stream is there", LIMIT_S)
+        return transport
+
+    def _offer(
+        self, actor: str, generation: int, network: Network, timeout_s: float
+    ) -> StreamOffer:
+        return self.server.offer(Network.UNIX)
+
+    def _answer(self, frames: Sequence[Buffer]) -> Iterator[Buffers]:
+        self.by_python += [bytes(frame) for frame in frames]
+        return self.actor.compute_all(frames)
+
+    def ask(self, *frames: bytes) -> list[bytes]:
+        """Send frames at once, and return their answers."""
+        calls = [Call("expert-0", 1, (frame,), LIMIT_S) for frame in frames]
+        outcomes = self.transport.send(calls).wait()
+        assert all(isinstance(outcome, bytes | memoryview) for outcome in outcomes), outcomes
+        return [bytes(outcome) for outcome in outcomes]  # type: ignore[arg-type]
+
+    def ask_alone(self, frame: bytes) -> bytes:
+        """Return the answer of native code: asks again where it was the queue's turn."""
+        for _ in range(100):
+            before = len(self.by_python)
+            [answer] = self.ask(frame)
+            if len(self.by_python) == before:
+                return answer
+        raise AssertionError("Python has answered every time")
+
+    def close(self) -> None:
+        self.transport.close()
+        self.server.close()
+
+
+@pytest.fixture
+def served(folder: Path) -> Iterator[Served]:
+    made = Served(folder)
+    yield made
+    made.close()
+
+
+def by_queue(actor: Actor, frame: bytes) -> bytes:
+    return b"".join(next(actor.compute_all([frame])))
+
+
+def frame_for(
+    rows: torch.Tensor, expert_ids: Sequence[int], counts: Sequence[int], layer_id: int = 0
+) -> bytes:
+    frame = DispatchFrame(
+        request_id=77,
+        model="m",
+        layer_id=layer_id,
+        expert_ids=tuple(expert_ids),
+        num_tokens_per_expert=tuple(counts),
+        num_rows=len(rows),
+        row_shape=(HIDDEN,),
+        dtype="float32",
+        rows=to_bytes(rows),
+        time_left_s=LIMIT_S,
+    )
+    return b"".join(encode(frame))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 200])
+def test_a_lone_frame_gets_the_queues_answer_bit_for_bit(served: Served, num_rows: int) -> None:
+    frame = frame_of(rows_of(num_rows), request_id=1 << 63)
+    assert served.ask_alone(frame) == by_queue(served.actor, frame)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (5, 2), (1, 40)])
+def test_experts_of_a_frame_compute_their_rows(served: Served, counts: tuple[int, int]) -> None:
+    frame = frame_for(rows_of(sum(counts)), (3, 0), counts)
+    answer = served.ask_alone(frame)
+    assert answer == by_queue(served.actor, frame)
+    assert served.ask_alone(frame_for(rows_of(2), (3,), (2,), layer_id=2)) != answer
+
+
+def test_reports_count_lone_frames(served: Served) -> None:
+    served.ask_alone(frame_of(rows_of(1)))
+    before, by_python = served.actor.describe(), len(served.by_python)
+    for _ in range(20):
+        served.ask(frame_for(rows_of(5), (0, 3), (2, 3)))
+    after = served.actor.describe()
+    assert (after.steps - before.steps, after.frames - before.frames) == (20, 20)
+    assert after.busy_s > before.busy_s
+    assert after.queued_rows == 0
+    for expert_id, count in ((0, 2), (3, 3)):
+        key = ExpertKey("m", 0, expert_id)
+        assert after.tokens[key] - before.tokens.get(key, 0) == 20 * count
+    assert len(served.by_python) - by_python < 20
+
+
+def test_a_look_at_answers_is_left_to_the_self_test(served: Served) -> None:
+    until_s = time.monotonic() + 4 * MOST_WAIT_MS / 1000
+    count = 0
+    while time.monotonic() < until_s:
+        served.ask(frame_of(rows_of(1)))
+        count += 1
+    assert 2 <= len(served.by_python) <= 8 < count
+
+
+Damage = Callable[[bytearray], None]
+
+
+def _no_expert(frame: bytearray) -> None:
+    frame[25:27] = struct.pack("<H", 5)
+
+
+def _over(frame: bytearray) -> None:
+    frame[31:39] = struct.pack("<d", -1.0)
+
+
+def _other_width(frame: bytearray) -> None:
+    frame[21:25] = struct.pack("<I", HIDDEN // 2)
+    frame[17:21] = struct.pack("<I", 2)
+    frame[27:31] = struct.pack("<I", 2)
+
+
+def _other_dtype(frame: bytearray) -> None:
+    frame[3] = 2
+    frame[21:25] = struct.pack("<I", HIDDEN * 2)
+
+
+def _other_version(frame: bytearray) -> None:
+    frame[0:2] = struct.pack("<H", FRAME_VERSION + 1)
+
+
+def _no_rows(frame: bytearray) -> None:
+    frame[17:21] = struct.pack("<I", 0)
+    frame[27:31] = struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "damage", [_no_expert, _over, _other_width, _other_dtype, _other_version, _no_rows]
+)
+def test_whatever_cannot_be_computed_is_refused_as_by_the_queue(
+    served: Served, damage: Damage
+) -> None:
+    frame = bytearray(frame_of(rows_of(1)))
+    damage(frame)
+    [answer] = served.ask(bytes(frame))
+    assert answer == by_queue(served.actor, bytes(frame))
+    assert isinstance(decode(answer), ErrorFrame)
+    good = frame_of(rows_of(1))
+    assert served.ask(good) == [by_queue(served.actor, good)]  # the connection lives on
+
+
+def test_damaged_frames_of_any_kind_get_the_queues_answer(served: Served) -> None:
+    generator = random.Random(5)
+    whole = frame_for(rows_of(3), (0, 3), (1, 2))
+    # All but the time that is left: a very short one may be over in the queue alone.
+    places = [*range(37), *range(45, 64)]
+    for _ in range(400):
+        frame = bytearray(whole)
+        for _ in range(generator.randint(1, 3)):
+            frame[generator.choice(places)] = generator.choice((0, 1, 2, 3, 255))
+        data = bytes(frame[: generator.choice((len(frame), len(frame), 20, 40, 90))])
+        [answer] = served.ask(data)
+        expected = by_queue(served.actor, data)
+        assert answer == expected
+
+
+def test_a_traced_frame_and_frames_at_once_are_the_queues(served: Served) -> None:
+    frame = frame_of(rows_of(1))
+    served.ask_alone(frame)
+    traced = frame_of(rows_of(1), traceparent=TRACE)
+    served.by_python.clear()
+    served.ask(traced)
+    assert served.by_python == [traced]
+    both = [frame_of(rows_of(2), 5), frame_of(rows_of(3), 6)]
+    answers = served.ask(*both)
+    assert answers == [by_queue(served.actor, frame) for frame in both]
+
+
+def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
+    others, failures = [served.connect() for _ in range(3)], []
+
+    def ask(transport: StreamTransport, seed: int) -> None:
+        frame = frame_of(rows_of(seed + 1, seed), request_id=seed)
+        expected = by_queue(served.actor, frame)
+        for _ in range(200):
+            [answer] = transport.send([Call("expert-0", 1, (frame,), LIMIT_S)]).wait()
+            if answer != expected:
+                failures.append((seed, answer))
+
+    threads = [
+        threading.Thread(target=ask, args=(transport, seed))
+        for seed, transport in enumerate([served.transport, *others])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert not failures
+    for transport in others:
+        transport.close()
+
+
+def test_rows_that_are_not_finite_come_by_the_queue_and_are_tested(served: Served) -> None:
+    frame = frame_of(rows_of(1))
+    served.ask_alone(frame)
+    packed = served.actor._bank.lone.by_name[b"\0\0\0\0m"][0][3]
+    broken = np.frombuffer(packed, np.uint8).copy()
+    broken.view(np.float32)[:] = np.nan
+    served.actor._bank.lone.by_name[b"\0\0\0\0m"][0][3] = broken.data
+    served.by_python.clear()
+    for _ in range(5):
+        [answer] = served.ask(frame)
+        assert answer == by_queue(served.actor, frame)  # the bank's experts are whole
+    assert served.by_python == [frame] * 5
+
+
+def test_an_unloaded_expert_is_not_held_and_its_memory_is_free(served: Served) -> None:
+    frame = frame_of(rows_of(1))
+    served.ask_alone(frame)
+    begun_at_s = time.monotonic()
+    served.actor.unload(1, [ExpertKey("m", 0, 3)])
+    assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+    assert b"\0\0\0\0m" in served.actor._bank.lone.by_name  # expert 0 is still here
+    [answer] = served.ask(frame)
+    refused = decode(answer)
+    assert isinstance(refused, ErrorFrame)
+    assert refused.kind == "WrongPlacementError"
+    served.actor.load(1, served.actor._spec, [ExpertKey("m", 0, 3)])
+    assert isinstance(decode(served.ask_alone(frame)), RowsFrame)
+    served.actor.unload(1, [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3)])
+    assert b"\0\0\0\0m" not in served.actor._bank.lone.by_name
+
+
+def test_a_ray_call_does_not_wait_for_the_streams(served: Served) -> None:
+    frame = frame_of(rows_of(1))
+    served.ask_alone(frame)
+    for _ in range(20):
+        begun_at_s = time.monotonic()
+        by_queue(served.actor, frame)
+        assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+        served.ask(frame)
+
+
+def test_a_full_socket_gets_the_rest_of_an_answer_later(served: Served) -> None:
+    frame = frame_of(rows_of(200))
+    expected = by_queue(served.actor, frame)
+    served.ask_alone(frame)
+    link = served.transport.links["expert-0"]
+    link.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+    for peer in served.server._peers:
+        peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    for _ in range(5):
+        assert served.ask(frame) == [expected]
+    for peer in served.server._peers:
+        peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    assert served.ask_alone(frame) == expected
+
+
+def test_a_router_that_leaves_costs_no_other_its_answer(served: Served) -> None:
+    frame = frame_of(rows_of(1))
+    expected = served.ask_alone(frame)
+    for _ in range(10):
+        leaving = served.connect()
+        with suppress(OSError):
+            leaving.send([Call("expert-0", 1, (frame,), LIMIT_S)])
+        leaving.close()
+        assert served.ask(frame) == [expected]
+    wait_until(lambda: len(served.server._peers) == 1, "the others are dropped", LIMIT_S)
+
+
+def test_a_server_ends_at_once(served: Served) -> None:
+    served.ask_alone(frame_of(rows_of(1)))
+    begun_at_s = time.monotonic()
+    served.server.close()
+    assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+
+
+def test_without_native_code_the_queue_answers_all(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_module, "IS_BUILT", False)
+    frame = frame_of(rows_of(1))
+    by_queue(served.actor, frame)  # interrupts native code
+    served.by_python.clear()
+    for _ in range(5):
+        served.ask(frame)
+    assert served.by_python == [frame] * 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {1: 0},
+        {2: 0},
+        {3: bytearray(8)},
+        {5: -1},
+        {5: 1 << 20},
+        {0: "no number"},
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: dict[int, object]) -> None:
+    assert native is not None
+    arguments: list[object] = [0, {}, {}, bytearray(32), FRAME_VERSION, 1]
+    for index, value in wrong.items():
+        arguments[index] = value
+    with pytest.raises((TypeError, ValueError)):
+        native.answer_lone(*arguments)
