@@ -118,12 +118,15 @@ class Silences:
         self._silent: dict[str, Silence] = {}
         self._watched: set[str] = set()
         self._cut_off_at_s = self._heard_at_s = -math.inf
+        self._confirmed_at_s: dict[str, float] = {}
+        """Since when routers confirm an actor's silence."""
 
     def note(self, actor_id: str, silence: Silence | None) -> None:
         """Note the silence of an actor, or that it answered."""
         self._watched.add(actor_id)
         if silence is None:
             self._silent.pop(actor_id, None)
+            self._confirmed_at_s.pop(actor_id, None)
         else:
             self._silent[actor_id] = silence
 
@@ -131,6 +134,7 @@ class Silences:
         """Drop an actor that is sent heartbeats no more."""
         self._watched.discard(actor_id)
         self._silent.pop(actor_id, None)
+        self._confirmed_at_s.pop(actor_id, None)
 
     def silent(self) -> dict[str, float]:
         """Return for how long each silent actor has been so."""
@@ -146,6 +150,8 @@ class Silences:
         """
         silence = self._silent[actor_id]
         is_deaf = self._is_deaf(silence, now_s)
+        is_confirmed = signs.is_suspected and (signs.hears_others or silence.silent_s >= CONFIRM_S)
+        confirmed_s = self._confirmed_s(actor_id, is_confirmed, now_s)
         limit_s = SUSPECTED_S if signs.is_suspected and not is_deaf else SILENT_S
         if silence.silent_s < limit_s:
             return Verdict.WAITS
@@ -154,7 +160,6 @@ class Silences:
             return Verdict.HEARD
         if not signs.is_asked:
             return Verdict.WAITS
-        is_confirmed = signs.is_suspected and (signs.hears_others or silence.silent_s >= CONFIRM_S)
         was_cut_off_s = now_s - self._cut_off_at_s
         if not is_confirmed:
             if self._is_cut_off(silence, signs):
@@ -167,9 +172,19 @@ class Silences:
         ):
             # A network that was cut brings a suspicion late: routers that hear the actor say so.
             return Verdict.WAITS
+        elif is_deaf and confirmed_s < SUSPECTED_S:
+            # A router that hears others again may not have asked this one since.
+            return Verdict.WAITS
         if silence.silent_s < limit_s + LAST_COPY_S and goes_later():
             return Verdict.LAST_COPY
         return Verdict.REPLACED
+
+    def _confirmed_s(self, actor_id: str, is_confirmed: bool, now_s: float) -> float:
+        """Return for how long routers have confirmed an actor's silence without a break."""
+        if not is_confirmed:
+            self._confirmed_at_s.pop(actor_id, None)
+            return 0.0
+        return now_s - self._confirmed_at_s.setdefault(actor_id, now_s)
 
     def _is_cut_off(self, silence: Silence, signs: Signs) -> bool:
         """Return whether so many are silent that the controller's own network may be at fault.

@@ -228,6 +228,18 @@ def test_a_controller_that_is_deaf_gives_an_actor_its_whole_time(heard_at_s: flo
         assert cluster.verdict("a0", signs) is Verdict.REPLACED
 
 
+def test_a_deaf_controller_waits_until_a_router_that_hears_others_has_asked_again() -> None:
+    """Its word that it waits in vain may be of the time when nobody heard anybody."""
+    cluster = Cluster(4, {f"a{number}": 0.0 for number in range(4)})
+    cluster.until(SILENT_S + LOOK_S)
+    assert cluster.verdict("a1", Signs(heard_at_s=cluster.now_s)) is Verdict.HEARD
+    assert cluster.verdict("a0", SUSPECTED) is Verdict.CUT_OFF
+    came_back_at_s = cluster.now_s
+    replaced_s = cluster.replaced_at_s("a0", CONFIRMED)
+    assert SUSPECTED_S <= replaced_s - came_back_at_s + 1e-6 < SUSPECTED_S + 2 * LOOK_S
+    assert cluster.verdict("a0", replace(CONFIRMED, heard_at_s=cluster.now_s)) is Verdict.HEARD
+
+
 def test_a_router_that_hears_nobody_may_be_cut_off_with_the_controller() -> None:
     cluster = Cluster(4, {f"a{number}": 0.0 for number in range(4)})
     cluster.until(LOOK_S)
