@@ -33,6 +33,7 @@ from experts.checkpoint.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
 from experts.host_room import HostRoom
+from experts.lone import IS_BUILT
 from experts.queue import FrameQueue
 from experts.tracing import open_spans
 
@@ -78,7 +79,8 @@ class ExpertActor:
         self._queue.self_test.start()
         tls = None if spec.tls is None else spec.tls.server_context()
         host = ray.util.get_node_ip_address()
-        self._streams = StreamServer(self.compute_all, host, tls, alone=self._queue)
+        alone = self._queue if IS_BUILT else None
+        self._streams = StreamServer(self.compute_all, host, tls, alone)
         self._lease = Lease(time.monotonic())
         end_when_orphaned(self._lease, spec.app)
 

@@ -68,7 +68,9 @@ static const char *divide(Layer *l) {
     memcpy(next, l->offsets, num_offsets * sizeof *next);
     place_pairs(r, l->index_of, next, l->ordered);
     const int64_t *ends = l->ends->buf, *lane_of = l->lane_of->buf;
-    for (Py_ssize_t a = 0; a < l->ends->len / 8; a++) {
+    Py_ssize_t num_actors = l->ends->len / 8;
+    if (!num_actors || ends[num_actors - 1] != r->num_experts) return "experts without an actor";
+    for (Py_ssize_t a = 0; a < num_actors; a++) {
         Py_ssize_t first = a ? ends[a - 1] : 0, last = ends[a];
         if (last < first || last > r->num_experts || lane_of[a] < 0 || lane_of[a] >= l->num_lanes)
             return "an actor beyond the experts or the lanes";

@@ -72,9 +72,9 @@ static int read_lone(unsigned char *start, Py_ssize_t received, unsigned version
            lone->row_bytes * lone->num_rows == (Py_ssize_t)length - rows_at;
 }
 
-/* The experts of a layer, as experts/lone.py gives them; all borrowed. */
+/* The experts of a layer, as experts/lone.py gives them; `layer` keeps the rest. */
 typedef struct {
-    PyObject *packed, *tokens, *sizes, *threads;
+    PyObject *layer, *packed, *tokens, *sizes, *threads;
 } Layer;
 
 /* Find the experts of a frame in `layers`; a new tuple of their packed weights. NULL where one is not
@@ -103,6 +103,7 @@ static PyObject *find_experts(PyObject *layers, const Lone *lone, Layer *layer) 
         if (packed) PyTuple_SET_ITEM(experts, i, Py_NewRef(packed));
         else Py_CLEAR(experts);
     }
+    if (experts) layer->layer = Py_NewRef(found);
     return experts;
 }
 
@@ -175,10 +176,11 @@ static PyObject *compute(const Lone *lone, PyObject *layers, double *counters) {
     Py_XDECREF(rows);
     Py_XDECREF(counts);
     Py_DECREF(experts);
+    Py_DECREF(layer.layer);
     return answer;
 }
 
-/* Send an answer; how many bytes of it are left, or -1 where the connection is gone. */
+/* Send an answer; how many bytes of it are left, or -1 where that failed. */
 static Py_ssize_t send_answer(int fd, uint64_t call_id, PyObject *answer) {
     static unsigned char padding[ALIGNMENT];
     unsigned char start[START_BYTES];
@@ -219,7 +221,7 @@ static Py_ssize_t receive_alone(int epoll_fd, PyObject *buffers, int wait_ms, in
 /* answer_lone(epoll fd, {fd: buffer}, {layer: (packed weights by id, tokens by id, sizes, threads)},
  * counters float64, version of frames, wait_ms) -> None where Python has to look what happened, or as
  * long as given nothing did; else (fd, received bytes, None), for Python to read, or (fd, 0, (id of the
- * call, answer, how many bytes are left to be sent)) */
+ * call, answer, how many bytes are left to be sent, or -1 where that failed)) */
 FUNCTION(answer_lone) {
     Buffers taken = {.count = 0};
     Py_buffer *counters;
@@ -253,7 +255,7 @@ FUNCTION(answer_lone) {
             result = Py_BuildValue("inO", fd, received, Py_None);
         } else {
             Py_ssize_t left = send_answer(fd, lone.call_id, answer);
-            if (left > 0)
+            if (left)
                 result = Py_BuildValue("in(KOn)", fd, (Py_ssize_t)0,
                                        (unsigned long long)lone.call_id, answer, left);
         }

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 import numpy as np
@@ -51,10 +52,17 @@ class StepInput:
     scored: tuple[ScoredRows, ...]
 
 
-def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) -> StepInput:
+def pack(
+    due: list[Work],
+    attention: Attention,
+    most_pieces: int = MOST_PIECES,
+    wants_all: bool = True,
+) -> StepInput:
     """Pack a step, without padding: decodes (works of a single token), then prefill chunks.
 
-    A step with a long prefill part is cut into pieces, at most ``most_pieces``.
+    A step with a long prefill part is cut into pieces, at most ``most_pieces``. Without
+    ``wants_all`` the last hidden states are wanted of the rows alone that are sampled or scored,
+    unless a request asks for, or forces, the experts of its tokens.
     """
     decodes = [w for w in due if w.end - w.start == 1]
     prefills = [w for w in due if w.end - w.start > 1]
@@ -63,17 +71,36 @@ def pack(due: list[Work], attention: Attention, most_pieces: int = MOST_PIECES) 
     is_sampled = [w.end == len(w.sequence.token_ids) for w in works]
     sampled = tuple(w.sequence for w in itertools.compress(works, is_sampled))
     positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
+    sample_rows = _tensor([end - 1 for end in itertools.compress(ends, is_sampled)])
+    # A decode is sampled, and scores nothing; so a step of decodes alone looks at no request.
+    is_of_decodes = len(sampled) == len(works) and not prefills
+    scored = () if is_of_decodes else scored_rows(works, ends)
+    pieces: Iterable[Piece] = _pieces_of(works, len(decodes), attention, most_pieces)
+    if not (wants_all or is_of_decodes or any(_ROUTED(w.sequence.request) for w in works)):
+        pieces = map(partial(_narrowed, wanted=_wanted(sample_rows, scored)), pieces)
     return StepInput(
         token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
-        pieces=tuple(_pieces_of(works, len(decodes), attention, most_pieces)),
-        sample_rows=_tensor([end - 1 for end in itertools.compress(ends, is_sampled)]),
+        pieces=tuple(pieces),
+        sample_rows=sample_rows,
         sampled=sampled,
         sampling=sampling_of([_draw_of(sequence) for sequence in sampled]),
         works=works,
-        # A decode is sampled, and scores nothing; so a step of decodes alone looks at no request.
-        scored=() if len(sampled) == len(works) and not prefills else scored_rows(works, ends),
+        scored=scored,
     )
+
+
+def _wanted(sample_rows: torch.Tensor, scored: tuple[ScoredRows, ...]) -> np.ndarray:
+    """Return the rows of a step that are sampled or scored, in their order."""
+    parts = [np.arange(part.rows.start, part.rows.stop) for part in scored]
+    return np.unique(np.concatenate([sample_rows.numpy(), *parts]))
+
+
+def _narrowed(piece: Piece, wanted: np.ndarray) -> Piece:
+    """Return a piece whose wanted tokens are those of the step's ``wanted`` rows."""
+    begin, end = piece.tokens.start, piece.tokens.stop
+    own = wanted[(wanted >= begin) & (wanted < end)] - begin
+    return replace(piece, wanted=torch.from_numpy(own)) if len(own) < end - begin else piece
 
 
 def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext:

@@ -91,6 +91,8 @@ class Engine:
         self._model = model
         self._layers = layers
         self._most_pieces = 1 if layers.has_limit else MOST_PIECES
+        # The capacity of an expert counts all tokens.
+        self._wants_all = layers.has_limit or model.decoder.is_on_device
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._emit = emit
@@ -208,7 +210,7 @@ class Engine:
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
         """Compute the scheduled works, sample, and queue the tokens to be emitted."""
-        packed = pack(works, self._model.attention, self._most_pieces)
+        packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
         context = context_of(packed, trace)
         context.meanwhile = None if self._grammars is None else self._grammars.follow
         try:
@@ -246,7 +248,7 @@ class Engine:
 
     def _compute_in_vain(self, works: list[Work]) -> None:
         """Compute works whose tokens nobody needs."""
-        packed = pack(works, self._model.attention, self._most_pieces)
+        packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
         self._compute(packed, context_of(packed))
 
     def _advance(

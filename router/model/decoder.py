@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cluster.staging import Staging
@@ -30,6 +31,7 @@ from router.model.staged_batch import batch_to_device
 from router.moe import device_rows
 from router.moe.gate import Choice, ChooseAmong, ForcedGate, Gate
 from router.moe.layer import StepContext
+from router.moe.missing import Tokens
 
 MOST_PIECES = 2
 """The most pieces of a step. While the experts compute one piece, the router attends the other.
@@ -37,16 +39,24 @@ Further pieces add nothing but products of fewer rows. Staged rows last for so m
 (:data:`cluster.staging.RING`)."""
 Rotation = torch.Tensor | tuple[torch.Tensor, ...]
 """The angles of tokens' positions, [1, T, ...]: cosines and sines, or one tensor of both."""
+AttendWanted = Callable[
+    [torch.Tensor, torch.Tensor | None, Rotation, PagedContext, torch.Tensor], torch.Tensor
+]
+"""See :func:`router.model.cpu.last_half.attend_wanted`."""
 Map = Callable[[torch.Tensor], torch.Tensor]
 """Maps hidden states [T, H] to [T, H]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some tokens of a packed step, which pass the layers together; ``batch`` is theirs alone."""
+    """Some tokens of a packed step, which pass the layers together; ``batch`` is theirs alone.
+
+    ``wanted`` are the indices of those whose last hidden states are read; ``None`` is all of them.
+    """
 
     tokens: slice
     batch: PagedBatch
+    wanted: torch.Tensor | None = None
 
 
 class AttentionHalf(Protocol):
@@ -78,14 +88,14 @@ class ExpertLayers(Protocol):
         rows: device_rows.LayerRows,
         choice: Choice,
         among: ChooseAmong,
-        tokens: slice,
+        tokens: Tokens,
         /,
     ) -> Any:
         """Begin a layer's sums for its rows; see :meth:`router.moe.layer.MoELayers.begin`."""
         ...
 
     def finish(self, begun: Any, /) -> torch.Tensor:
-        """Return the sums [T, H]."""
+        """Return the sums [T, H], which last until the piece's next layer."""
         ...
 
     def abandon(self, begun: Any, /) -> None:
@@ -96,7 +106,7 @@ class ExpertLayers(Protocol):
 class FeedForwardHalf(Protocol):
     """The second half of a layer, in two calls; between them the caller may compute others."""
 
-    def begin(self, normed: torch.Tensor, context: StepContext, tokens: slice) -> Any:
+    def begin(self, normed: torch.Tensor, context: StepContext, tokens: Tokens) -> Any:
         """Begin the output for ``normed`` [T, H], which stays unchanged until it is finished.
 
         ``tokens`` are the piece's of the step.
@@ -104,7 +114,7 @@ class FeedForwardHalf(Protocol):
         ...
 
     def finish(self, begun: Any) -> torch.Tensor:
-        """Return the output [T, H]."""
+        """Return the output [T, H], which lasts until the piece's next layer."""
         ...
 
     def abandon(self, begun: Any) -> None:
@@ -114,35 +124,21 @@ class FeedForwardHalf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer; ``output_norm`` maps the output before it is added to the residual stream."""
+    """One layer; ``output_norm`` maps the output before it is added to the residual stream.
+
+    ``attend_wanted`` does what ``attend`` does for some tokens of a piece, where there is a way
+    that takes less time.
+    """
 
     attend: AttentionHalf
     feed_forward: FeedForwardHalf
     output_norm: Map | None = None
+    attend_wanted: AttendWanted | None = None
 
     def finish(self, begun: Any) -> torch.Tensor:
         """Finish the feed-forward half; returns what is to be added to the residual stream."""
         output = self.feed_forward.finish(begun)
         return output if self.output_norm is None else self.output_norm(output)
-
-
-class DenseFeedForward:
-    """The feed-forward half of a layer without experts."""
-
-    def __init__(self, mlp: Map) -> None:
-        """``mlp`` computes the output."""
-        self._mlp = mlp
-
-    def begin(self, normed: torch.Tensor, context: StepContext, tokens: slice) -> torch.Tensor:
-        """See :class:`FeedForwardHalf`; computes the output."""
-        return self._mlp(normed)
-
-    def finish(self, begun: torch.Tensor) -> torch.Tensor:
-        """See :class:`FeedForwardHalf`."""
-        return begun
-
-    def abandon(self, begun: torch.Tensor) -> None:
-        """See :class:`FeedForwardHalf`; nothing is under way."""
 
 
 class MixtureFeedForward:
@@ -172,7 +168,7 @@ class MixtureFeedForward:
         return MixtureFeedForward(self._layer_id, wrap(self._gate), *parts)
 
     def begin(
-        self, normed: torch.Tensor, context: StepContext, tokens: slice
+        self, normed: torch.Tensor, context: StepContext, tokens: Tokens
     ) -> tuple[Any, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         among = partial(self._gate.choose_anew, normed)  # where experts are missing
@@ -208,12 +204,13 @@ class _PieceRun:
     """A piece on its way through the layers."""
 
     def __init__(
-        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext, tokens: slice
+        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext, piece: Piece
     ) -> None:
         self._residual = hidden_states
         self._rotation = rotation
         self._paged = paged
-        self._tokens = tokens
+        self._tokens = piece.tokens
+        self._wanted = piece.wanted
         self._output: torch.Tensor | None = None
         self._begun: tuple[DecoderLayer, Any] | None = None
 
@@ -222,6 +219,24 @@ class _PieceRun:
         normed = layer.attend(self._residual, self._output, self._rotation, self._paged)
         self._begun = layer, layer.feed_forward.begin(normed, context, self._tokens)
 
+    def begin_last(self, layer: DecoderLayer, context: StepContext) -> None:
+        """Begin the last layer: no later one reads more of it than keys and values.
+
+        So only the tokens that are wanted pass its feed-forward half.
+        """
+        if (wanted := self._wanted) is None:
+            self.begin(layer, context)
+            return
+        given = self._residual, self._output, self._rotation, self._paged
+        if layer.attend_wanted is not None:
+            normed = layer.attend_wanted(*given, wanted)
+        else:
+            normed = layer.attend(*given).index_select(0, wanted)
+        self._output = None  # it is in the residual stream
+        if wanted.numel():
+            tokens = np.arange(self._tokens.start, self._tokens.stop)[wanted.numpy()]
+            self._begun = layer, layer.feed_forward.begin(normed, context, tokens)
+
     def finish(self) -> None:
         """Finish the layer that was begun, if any."""
         if self._begun is not None:
@@ -229,8 +244,16 @@ class _PieceRun:
             self._output = layer.finish(begun)
 
     def hidden_states(self) -> torch.Tensor:
-        """Return the hidden states [T, H] after the last layer, which was finished."""
-        return self._residual if self._output is None else self._residual + self._output
+        """Return the hidden states [T, H] after the last layer, which was finished.
+
+        Those of tokens that are not wanted are of no use.
+        """
+        if self._output is None:
+            return self._residual
+        if self._wanted is None:
+            return self._residual + self._output
+        self._residual[self._wanted] += self._output
+        return self._residual
 
     def abandon(self) -> None:
         """Abandon the layer that was begun, if any."""
@@ -272,6 +295,7 @@ class Decoder:
         self._attention = attention
         self._has_window = has_window
         self._staging = staging
+        self.is_on_device = staging is not None
 
     def forward(
         self,
@@ -283,7 +307,8 @@ class Decoder:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run one packed step; returns the last layer's hidden states [S, H], and ``others``.
 
-        ``token_ids`` and ``positions`` are [S]. ``pieces`` are all tokens in their order. All
+        ``token_ids`` and ``positions`` are [S]. ``pieces`` are all tokens in their order; without
+        a device only the hidden states of tokens that they want are of use. All
         inputs are on the host. Every MoE layer gets ``context``. The hidden states stay on the
         model's device. ``others`` are tensors that are needed there afterwards; they come in the
         same copy.
@@ -320,10 +345,13 @@ class Decoder:
         runs = self._runs(hidden_states, rotation, pieces)
         layers = self._layers if context.routed is None else self._routed_layers
         try:
-            for layer in layers:
+            for layer in layers[:-1]:
                 for run in runs:
                     run.finish()
                     run.begin(layer, context)
+            for run in runs:
+                run.finish()
+                run.begin_last(layers[-1], context)
             for run in runs:
                 run.finish()
         except BaseException:
@@ -343,7 +371,7 @@ class Decoder:
                 hidden_states[piece.tokens] if is_cut else hidden_states,
                 _of_tokens(rotation, piece.tokens) if is_cut else rotation,
                 PagedContext(self._cache, self._attention, piece.batch, self._has_window),
-                piece.tokens,
+                piece,
             )
             for piece in pieces
         ]

@@ -17,13 +17,14 @@ from cluster.errors import CheckpointError
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.families.base import GateSpec
+from router.model.cpu.last_half import attend_wanted
+from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_layer import (
     NativeAttentionHalf,
     NativeGate,
     NativeRotation,
     NativeShare,
     can_choose,
-    has_llamas_shape,
 )
 from router.model.cpu.native_modules import (
     NativeLinear,
@@ -35,7 +36,6 @@ from router.model.cpu.native_modules import (
 from router.model.decoder import (
     AttentionHalf,
     DecoderLayer,
-    DenseFeedForward,
     ExpertLayers,
     FeedForwardHalf,
     Map,
@@ -44,6 +44,8 @@ from router.model.decoder import (
 from router.model.latent_attention import HeadsLinear, rotate_by_real_products
 from router.model.torch_attention import TorchAttention
 from router.moe.gate import Gate
+from router.moe.layer import StepContext
+from router.moe.missing import Tokens
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], Any]
 """A rotary embedding; see :class:`router.model.decoder.Decoder`."""
@@ -203,8 +205,12 @@ def decoder_layer(
     layer: nn.Module, half: AttentionHalf, layers: ExpertLayers, staging: Staging | None
 ) -> DecoderLayer:
     """Return a layer of an attention half and of the other modules of transformers' layer."""
+    is_native = isinstance(half, NativeAttentionHalf)
     return DecoderLayer(
-        half, feed_forward_half(layer, layers, staging), getattr(layer, _OUTPUT_NORM, None)
+        half,
+        feed_forward_half(layer, layers, staging),
+        getattr(layer, _OUTPUT_NORM, None),
+        partial(attend_wanted, half) if is_native else None,  # type: ignore[arg-type]
     )
 
 
@@ -278,3 +284,22 @@ class _GatedExpert:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self._expert(hidden_states)
         return self._share(hidden_states) * output
+
+
+class DenseFeedForward:
+    """The feed-forward half of a layer without experts."""
+
+    def __init__(self, mlp: Map) -> None:
+        """``mlp`` computes the output."""
+        self._mlp = mlp
+
+    def begin(self, normed: torch.Tensor, context: StepContext, tokens: Tokens) -> torch.Tensor:
+        """See :class:`FeedForwardHalf`; computes the output."""
+        return self._mlp(normed)
+
+    def finish(self, begun: torch.Tensor) -> torch.Tensor:
+        """See :class:`FeedForwardHalf`."""
+        return begun
+
+    def abandon(self, begun: torch.Tensor) -> None:
+        """See :class:`FeedForwardHalf`; nothing is under way."""

@@ -15,6 +15,7 @@ import torch
 from router.model.decoder import DecoderLayer, MixtureFeedForward
 from router.moe.gate import ForcedGate
 from router.moe.layer import StepContext
+from router.moe.missing import Tokens
 
 
 class RoutedFeedForward:
@@ -28,9 +29,10 @@ class RoutedFeedForward:
         self._half = half
         self._layer = layer
 
-    def begin(self, normed: torch.Tensor, context: StepContext, tokens: slice) -> Any:
+    def begin(self, normed: torch.Tensor, context: StepContext, tokens: Tokens) -> Any:
         """See :class:`router.model.decoder.FeedForwardHalf`."""
         assert context.routed is not None
+        assert isinstance(tokens, slice)  # of such steps all rows are computed
         half, forced = self._half, context.routed.forced_of(self._layer, tokens)
         if forced is not None:
             half = half.with_gate(partial(ForcedGate, forced=forced))

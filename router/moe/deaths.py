@@ -93,11 +93,11 @@ class StepDeaths:
 
 @dataclass(frozen=True, slots=True)
 class LayerDeaths:
-    """The record of the rows of one layer; pair t * K + r is token ``first_token`` + t."""
+    """The record of the rows of one layer; pair t * K + r is of the step's token ``tokens[t]``."""
 
     step: StepDeaths
     layer_id: int
-    first_token: int
+    tokens: np.ndarray
     k: int
 
     def note(self, parts: Iterable[Part]) -> None:
@@ -107,6 +107,6 @@ class LayerDeaths:
         """
         actors_of: defaultdict[int, set[Actor]] = defaultdict(set)
         for part in parts:
-            for token in np.unique(part.pairs // self.k).tolist():
-                actors_of[self.first_token + token].add((part.actor_id, part.generation))
+            for token in np.unique(self.tokens[part.pairs // self.k]).tolist():
+                actors_of[token].add((part.actor_id, part.generation))
         self.step.note(self.layer_id, actors_of)

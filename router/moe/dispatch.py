@@ -134,6 +134,7 @@ class Dispatcher:
         :class:`ExpertUnavailableError` when no placement is known, and
         :class:`ModelReplacedError` when the placement has the model no longer.
         """
+        self._settle_exchange()
         layer = _layer(layer_id, hidden_states, topk_ids, deadline_s, time.monotonic())
         layer.traceparent, layer.deaths, layer.is_last_try = traceparent, deaths, is_last_try
         return layer if self._send_pairs(layer, pairs) else None
@@ -146,6 +147,8 @@ class Dispatcher:
         deaths: Callable[[], LayerDeaths | None],
     ) -> PendingLayer:
         """Return a layer that was sent by :attr:`exchanges`, to be waited for; see :meth:`send`."""
+        if self.exchanges is not None:
+            self.exchanges.under_way = None
         times_s = deadline_s, sent.sent_at_s
         layer = _layer(layer_id, sent.rows, sent.choice.ids, *times_s)
         layer.deaths = deaths
@@ -223,6 +226,7 @@ class Dispatcher:
         answered by the deadline: the step goes on without their pairs, so that a request whose time
         is over ends. Raises as :meth:`LayerDeaths.note` and :meth:`ZeroRows.check`.
         """
+        self._settle_exchange()
         if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
             return None
         while failed_parts := self._receive(layer):
@@ -231,6 +235,11 @@ class Dispatcher:
             if not self._send_again(layer, failed_parts):
                 return None
         return layer.received
+
+    def _settle_exchange(self) -> None:
+        """Have Python's transport know of an exchange under way, whose answers it would drop."""
+        if self.exchanges is not None and self.exchanges.under_way is not None:
+            self.exchanges.under_way.settle()
 
     def _receive(self, layer: PendingLayer) -> list[FailedPart]:
         """Take the answers of an attempt; returns the parts without rows."""

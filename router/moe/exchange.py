@@ -14,7 +14,7 @@ Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ MOST = 32, 4096, 64, 259
 """Other bounds of native code: actors, experts, K, bytes of a layer's number and its model."""
 WAIT_MS = 5
 """The longest time for which native code waits for one actor."""
+MOST_LATE, PAUSE_LAYERS = 3, 50
+"""After so many exchanges in a row that native code could not end, so many layers are Python's."""
 _HEADER_BYTES = 64
 """More than what an answer's message has beside its rows."""
 
@@ -82,6 +84,8 @@ class Exchange:
     sent_at_s: float
     left: tuple[int, ...] | None
     received: tuple[int, ...] | None = None
+    settle: Callable[[], None] = lambda: None
+    """Has Python go on, before anything else is sent or waited for."""
 
     def go_on(self, calls: Sequence[Call]) -> PendingCalls:
         """Return the calls as Python's transport has them, from here on."""
@@ -92,7 +96,10 @@ class Exchange:
 
 
 class Exchanges:
-    """The exchanges of one model's layers, one at a time; used by the dispatcher's thread."""
+    """The exchanges of one model's layers, one at a time; used by the dispatcher's thread.
+
+    ``under_way`` is the one that was sent, until it is received or Python goes on with it.
+    """
 
     def __init__(
         self,
@@ -114,6 +121,8 @@ class Exchanges:
         self._request_ids = request_ids
         self._pace = pace
         self._heard = heard
+        self.under_way: Exchange | None = None
+        self._late = 0  # exchanges in a row that Python had to wait for
         self._layers: dict[int, tuple[Placement | None, Lanes, Kind, NativeLayer | None]] = {}
 
     def send(
@@ -129,6 +138,11 @@ class Exchanges:
         ``deadline_s`` (monotonic) is the step's. ``room`` is the memory of the step's only piece.
         Rows and choice stay unchanged until the exchange is over.
         """
+        if self.under_way is not None:
+            self.under_way.settle()
+        if self._late >= MOST_LATE:
+            self._late = self._late + 1 if self._late < MOST_LATE + PAUSE_LAYERS else 0
+            return None
         layer, num_pairs = self._layer(layer_id, rows, choice), choice.ids.size
         if layer is None or not 0 < num_pairs <= layer.most_pairs or choice.pairs is not None:
             return None
@@ -149,12 +163,14 @@ class Exchanges:
             *ids,
             timeout_s,
         )
-        return Exchange(self._transport, layer, rows, choice, room, *ids, sent_at_s, left)
+        sent = Exchange(self._transport, layer, rows, choice, room, *ids, sent_at_s, left)
+        self.under_way = sent
+        return sent
 
     def receive(self, sent: Exchange) -> torch.Tensor | None:
-        """Return the weighted sums [T, H] of an exchange, in its room; waits for the answers.
+        """Return the weighted sums [T, H] of the exchange under way; waits for the answers.
 
-        ``None`` where native code cannot go on.
+        They are in its room. ``None`` where native code cannot go on.
         """
         layer = sent.layer
         if layer.lanes is not self._transport.lanes():
@@ -174,7 +190,9 @@ class Exchanges:
             WAIT_MS,
         )
         if sent.received is not None:
+            self._late += 1
             return None
+        self._late, self.under_way = 0, None
         now_s = time.monotonic()
         actors = [actor for bit, actor in enumerate(layer.actors) if asked >> bit & 1]
         for actor_id, generation in actors:
@@ -185,8 +203,16 @@ class Exchanges:
         return sums
 
     def _is_patient(self, layer: NativeLayer, num_rows: int, left_s: float) -> bool:
-        """Return whether no actor may take longer than what is left of a step's time."""
-        return all(left_s >= self._pace.patience_s(*actor, num_rows) for actor in layer.actors)
+        """Return whether no actor may take longer than what is left of a step's time.
+
+        Its part may have any number of rows, up to ``num_rows``.
+        """
+        sizes = [1 << bit for bit in range(num_rows.bit_length())]
+        return all(
+            left_s >= self._pace.patience_s(*actor, size)
+            for actor in layer.actors
+            for size in sizes
+        )
 
     def _layer(self, layer_id: int, rows: torch.Tensor, choice: Choice) -> NativeLayer | None:
         """Return a layer as native code takes it, made anew where it no longer holds."""

@@ -28,7 +28,7 @@ from router.moe.device_rows import LayerRows
 from router.moe.dispatch import Dispatcher
 from router.moe.exchange import Exchange, Exchanges
 from router.moe.gate import Choice, ChooseAmong
-from router.moe.missing import ALL_TOKENS, StepMissing
+from router.moe.missing import ALL_TOKENS, StepMissing, Tokens
 from router.moe.pending import AwayError, PendingLayer
 from router.moe.routed import StepRouted
 from router.observability.tracing import StepTrace, traceparent
@@ -90,23 +90,25 @@ class StepContext:
     layer_times_s: list[float] = field(default_factory=list)
     _rooms: dict[int | None, PieceRoom] = field(default_factory=dict)
 
-    def room(self, tokens: slice) -> PieceRoom:
-        """Return the memory of a piece of the step."""
-        room = self._rooms.get(tokens.start)
+    def room(self, tokens: Tokens) -> PieceRoom:
+        """Return the memory of a piece of the step, or of some of its tokens."""
+        # The first token is of no other piece.
+        first = tokens.start if isinstance(tokens, slice) else int(tokens[0])
+        room = self._rooms.get(first)
         if room is None:
-            room = self._rooms[tokens.start] = PieceRoom()
+            room = self._rooms[first] = PieceRoom()
         return room
 
-    def missing_record(self, tokens: slice = ALL_TOKENS) -> StepMissing:
+    def missing_record(self, tokens: Tokens = ALL_TOKENS) -> StepMissing:
         """Return the record of missing experts of some of the step's tokens.
 
         The first call begins it. The records of all tokens share their results.
         """
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts, self.needs_an_expert)
-        return self.missing if tokens == ALL_TOKENS else self.missing.of(tokens)
+        return self.missing if tokens is ALL_TOKENS else self.missing.of(tokens)
 
-    def layer_deaths(self, layer_id: int, tokens: slice, k: int) -> LayerDeaths | None:
+    def layer_deaths(self, layer_id: int, tokens: Tokens, k: int) -> LayerDeaths | None:
         """Return the record of deaths of some of the step's tokens in a layer.
 
         The first call begins that of the step.
@@ -115,9 +117,9 @@ class StepContext:
             return None
         if self.deaths is None:
             self.deaths = StepDeaths(self.sizes, self.known_deaths)
-        return LayerDeaths(self.deaths, layer_id, tokens.start or 0, k)
+        return LayerDeaths(self.deaths, layer_id, np.arange(sum(self.sizes))[tokens], k)
 
-    def note_not_finite(self, is_finite: np.ndarray, tokens: slice = ALL_TOKENS) -> None:
+    def note_not_finite(self, is_finite: np.ndarray, tokens: Tokens = ALL_TOKENS) -> None:
         """Record the works with a token that is not finite, bool [T]; the model's own doing."""
         owners = np.repeat(np.arange(len(self.sizes)), self.sizes)[tokens]
         self.not_finite.update(owners[~is_finite].tolist())
@@ -137,7 +139,7 @@ class BegunLayer:
     rows: LayerRows
     gate_choice: Choice
     among: ChooseAmong | None
-    tokens: slice
+    tokens: Tokens
     started_at_s: float
     span: Span | None
     choice: Choice
@@ -173,7 +175,6 @@ class MoELayers(Generic[Result]):
         self.has_limit = limit is not None
         is_native = isinstance(combination, WeightedSums) and limit is None
         self._exchanges = dispatcher.exchanges if is_native else None
-        self._exchanging: BegunLayer | None = None
 
     def begin(
         self,
@@ -182,7 +183,7 @@ class MoELayers(Generic[Result]):
         rows: LayerRows,
         gate_choice: Choice,
         among: ChooseAmong | None = None,
-        tokens: slice = ALL_TOKENS,
+        tokens: Tokens = ALL_TOKENS,
     ) -> BegunLayer:
         """Send hidden states [T, H], or other rows, to the experts of the gate's choice [T, K].
 
@@ -210,7 +211,7 @@ class MoELayers(Generic[Result]):
             if begun.exchange is None:
                 self._send_and_prepare(begun)
             elif begun.exchange.left is not None:
-                self._take_over(begun)
+                begun.exchange.settle()
         except BaseException:
             self.abandon(begun)
             raise
@@ -219,6 +220,7 @@ class MoELayers(Generic[Result]):
     def finish(self, begun: BegunLayer) -> Result:
         """Return the combined rows of a layer's experts; waits for them.
 
+        They may be in the piece's room (:meth:`StepContext.room`): they last until its next layer.
         The layer is sent again, with another choice or fewer pairs, when an expert is lost or away
         meanwhile. Raises as :meth:`begin`, :class:`ExpertFailedError` for rows that an expert
         cannot compute, and :class:`router.moe.deaths.ActorsDiedError`.
@@ -239,15 +241,13 @@ class MoELayers(Generic[Result]):
     def abandon(self, begun: BegunLayer) -> None:
         """Drop the answers of a layer that is not finished, since its step fails."""
         if begun.exchange is not None:
-            self._take_over(begun)
+            begun.exchange.settle()
         if begun.pending is not None:
             begun.pending.abandon()
         begun.end_span()
 
     def _exchange(self, begun: BegunLayer) -> Exchange | None:
-        """Send a layer by native code, where that can: a step's only piece, one at a time."""
-        if self._exchanging is not None:
-            self._take_over(self._exchanging)
+        """Send a layer by native code, where that can: a step's only piece."""
         context, rows = begun.context, begun.rows
         if (
             self._exchanges is None
@@ -260,7 +260,8 @@ class MoELayers(Generic[Result]):
             return None
         room = context.room(begun.tokens)
         sent = self._exchanges.send(begun.layer_id, rows, begun.choice, context.deadline_s, room)
-        self._exchanging = None if sent is None else begun
+        if sent is not None:
+            sent.settle = partial(self._take_over, begun, sent)
         return sent
 
     def _end_exchange(self, begun: BegunLayer, exchanges: Exchanges, sent: Exchange) -> Any:
@@ -269,19 +270,18 @@ class MoELayers(Generic[Result]):
             begun.context.meanwhile()
         sums = exchanges.receive(sent)
         if sums is None:
-            self._take_over(begun)
-        begun.exchange = self._exchanging = None
+            sent.settle()
+        begun.exchange = None
         return sums
 
-    def _take_over(self, begun: BegunLayer) -> None:
-        """Go on with a layer that native code has sent, if it has."""
-        sent, begun.exchange, self._exchanging = begun.exchange, None, None
-        if sent is not None:
-            context, layer_id = begun.context, begun.layer_id
-            deaths = partial(context.layer_deaths, layer_id, begun.tokens, sent.choice.ids.shape[1])
-            times = context.deadline_s, deaths
-            begun.pending = self._dispatcher.take_over(sent, layer_id, *times)
-            begun.plan = self._combination.prepare(sent.choice, sent.rows)
+    def _take_over(self, begun: BegunLayer, sent: Exchange) -> None:
+        """Go on with a layer that native code has sent."""
+        context, layer_id = begun.context, begun.layer_id
+        begun.exchange = None
+        deaths = partial(context.layer_deaths, layer_id, begun.tokens, sent.choice.ids.shape[1])
+        times = context.deadline_s, deaths
+        begun.pending = self._dispatcher.take_over(sent, layer_id, *times)
+        begun.plan = self._combination.prepare(sent.choice, sent.rows)
 
     def _send_and_prepare(self, begun: BegunLayer) -> None:
         """Send a layer's rows without missing experts, and prepare their combination."""

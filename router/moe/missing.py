@@ -28,6 +28,8 @@ from router.moe.gate import Choice, ChooseAmong
 
 Awaited = tuple[int, int]
 """A missing expert that a sequence waits for: (layer, expert)."""
+Tokens = slice | np.ndarray
+"""Some tokens of a step, by their indices, which ascend."""
 ALL_TOKENS = slice(None)
 """All tokens of a step."""
 
@@ -50,19 +52,20 @@ class StepMissing:
         """
         self._needs_an_expert = needs_an_expert
         self._waits = np.zeros(len(sizes), dtype=bool)  # [W]
-        self._touched = np.zeros(sum(sizes), dtype=bool)  # [T]
+        self._touched = np.zeros(sum(sizes), dtype=bool)  # of all tokens of the step
+        self._places = np.arange(sum(sizes))  # [T], in the step
         self._owners = np.repeat(np.arange(len(sizes)), sizes)  # [T], indices of works
         self._contracts = np.array(contracts)[self._owners]  # [T]
         self.awaited: dict[int, frozenset[Awaited]] = {}
         self.inexact: set[int] = set()
 
-    def of(self, tokens: slice) -> StepMissing:
+    def of(self, tokens: Tokens) -> StepMissing:
         """Return the record of some of the step's tokens; both records share all results.
 
         A work that waits for an expert of these tokens waits with all of its tokens.
         """
         some = copy.copy(self)
-        some._touched, some._owners = self._touched[tokens], self._owners[tokens]
+        some._places, some._owners = self._places[tokens], self._owners[tokens]
         some._contracts = self._contracts[tokens]
         return some
 
@@ -97,8 +100,7 @@ class StepMissing:
             is_lost[rows] = ~anew.served()[rows].any(axis=1)
             self._await(layer_id, choice.ids, hit & is_lost[:, None])
         rows = rows[self._going()[rows]]
-        self._touched[rows] = True
-        self.inexact.update(self._owners[rows].tolist())
+        self.touch(rows)
         return self._of_going(anew, anew.served())
 
     def leave_out(self, layer_id: int, ids: np.ndarray, pairs: np.ndarray) -> None:
@@ -112,12 +114,12 @@ class StepMissing:
 
     def touch(self, rows: np.ndarray) -> None:
         """Record rows that are inexact since an expert had no room for them."""
-        self._touched[rows] = True
+        self._touched[self._places[rows]] = True
         self.inexact.update(self._owners[rows].tolist())
 
     def rows_by_contract(self) -> Counter[str]:
         """Return the number of inexact rows by contract, without the rows of works that wait."""
-        kept = self._touched & ~self._waits[self._owners]
+        kept = self._touched[self._places] & ~self._waits[self._owners]
         return Counter(self._contracts[kept].tolist())
 
     def _await(self, layer_id: int, ids: np.ndarray, waiting: np.ndarray) -> None:

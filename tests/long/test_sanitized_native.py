@@ -17,6 +17,8 @@ TESTS = (
     "tests/unit/router/model/cpu",
     "tests/unit/router/model/test_kv_cache.py",
     "tests/unit/cluster/transport/test_long_frames.py",
+    "tests/unit/experts/test_lone.py",
+    "tests/unit/router/moe/test_exchange.py",
     "tests/unit/router/engine/test_sampling.py",
 )
 # Threads and long sequences take long there, and no other path through the code.

@@ -114,10 +114,15 @@ class StreamTransport:
     def lanes(self) -> Lanes:
         """Return the idle connections, over which native code may send and receive by itself.
 
-        They are valid until this transport is used in another way.
+        They are valid until this transport is used in another way. It drops answers that come
+        meanwhile to calls of native code, unless :func:`take_over` makes them its own.
         """
         if self._lanes_of != self._changes:
-            self._lanes = Lanes([link for link in self.links.values() if not link.unanswered])
+            self._answers = max(self._answers, self._lanes.note_answers())
+            links = [link for link in self.links.values() if not link.unanswered]
+            if not self._lanes.are_of(links):
+                self._lanes = Lanes(links)
+            self._lanes.count_on(self._answers)
             self._lanes_of = self._changes
         return self._lanes
 

@@ -27,12 +27,32 @@ class Lanes:
         self.index_of = {actor: index for index, actor in enumerate(self.links)}
         self.least_bytes = min([len(buffer) for _, buffer in fit], default=0)
         """The size of the smallest buffer."""
-        answers = [link.last_answer for link, _ in fit]
         self.fields = (
             array("i", [link.channel.sock.fileno() for link, _ in fit]),
             tuple(buffer for _, buffer in fit),
-            array("q", [*answers, max(answers, default=0)]),
+            array("q", [0] * (len(fit) + 1)),
         )
+
+    def are_of(self, links: Sequence[Link[Any]]) -> bool:
+        """Return whether the lanes are still those of ``links``."""
+        own = list(self.links.values())
+        return links == own and all(
+            not link.unanswered and link.channel.free_buffer is buffer
+            for link, buffer in zip(own, self.fields[1], strict=True)
+        )
+
+    def note_answers(self) -> int:
+        """Tell the links which has answered last; returns the number of the latest answer."""
+        *answers, latest = self.fields[2]
+        for link, answer in zip(self.links.values(), answers, strict=True):
+            link.last_answer = max(link.last_answer, answer)
+        return latest
+
+    def count_on(self, latest: int) -> None:
+        """Take the links' numbers of answers, and that of the latest."""
+        for index, link in enumerate(self.links.values()):
+            self.fields[2][index] = link.last_answer
+        self.fields[2][-1] = latest
 
 
 class Pending(Protocol):

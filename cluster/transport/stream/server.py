@@ -50,7 +50,7 @@ logger = logging.getLogger("expertmesh.stream")
 Answer = Callable[[Sequence[Buffer]], Iterable[Buffers]]
 ReceivedAlone = tuple[int, int, tuple[int, Buffer, int] | None]
 """A socket, and how many bytes have come that Python has to read. Or none, the id of a call, its
-answer, and how many bytes of it are left to be sent."""
+answer, and how many bytes of it are left to be sent, -1 where sending failed."""
 
 
 class AnswersAlone(Protocol):
@@ -67,8 +67,8 @@ class AnswersAlone(Protocol):
     def answer_alone(self, epoll_fd: int, buffers: dict[int, memoryview]) -> ReceivedAlone | None:
         """Answer the frames of sockets, received into their ``buffers``, one after the other.
 
-        Returns where something else is there, at the latest after a second. ``None`` means that a
-        socket has it still.
+        Returns where something else is there, after a call for the thread's turn, or after a time
+        of at most a second. With ``None`` nothing was taken from a socket that is not answered.
         """
         ...
 
@@ -220,6 +220,8 @@ class StreamServer:
         try:
             if unsent is not None:
                 call_id, answer, left = unsent
+                if left < 0:  # the router asks again once the connection is gone
+                    raise ConnectionError("an answer cannot be sent")
                 peer.channel.send_rest(call_id, (answer,), left)
                 self._watch(peer)
                 return []

@@ -26,16 +26,13 @@ from cluster.wire.tensors import PieceRoom, to_bytes
 from experts.families.base import GateSpec
 from router.model.attention import Attention, PagedBatch, Scoring
 from router.model.cpu.formats import FORMATS
+from router.model.cpu.llama_shape import clip_of, head_norms_of, inputs_of, output_of
 from router.model.cpu.native_attention import COLUMNS, ROWS, NativeAttention, NativeCache
 from router.model.cpu.native_modules import (
-    ROOT_MEAN_SQUARE,
     NativeLinear,
     NativeNorm,
-    is_linear,
-    is_norm,
 )
 from router.model.kv_cache import PagedCache
-from router.model.own_values import own_value
 from router.model.paged_attention import PagedContext
 from router.moe.gate import Choice, Gate
 
@@ -78,15 +75,15 @@ class NativeAttentionHalf:
         self._scaling: float = attention.scaling
         size = self.head_size = int(attention.head_dim)
         self._norm, self._next_norm = NativeNorm(norm), NativeNorm(next_norm)
-        weight, bias = _inputs_of(attention)
-        output = _output_of(attention)
+        weight, bias = inputs_of(attention)
+        output = output_of(attention)
         self._num_q = output.weight.shape[1] // size
         self._num_kv = (len(weight) // size - self._num_q) // 2
         self._inputs = NativeLinear(weight, bias)
         self._output = NativeLinear(output.weight, output.bias)
         self._sinks: torch.Tensor | None = getattr(attention, "sinks", None)
-        self._head_weights, self._head_norms, head_epsilon = _head_norms_of(attention)
-        clip = _clip_of(attention)
+        self._head_weights, self._head_norms, head_epsilon = head_norms_of(attention)
+        clip = clip_of(attention)
         self._factors = self._norm.epsilon, head_epsilon, math.inf if clip is None else clip
         self._cache: PagedCache | None = None
         self._attention: Attention | None = None
@@ -107,8 +104,7 @@ class NativeAttentionHalf:
         """
         assert native is not None
         assert isinstance(rotation, torch.Tensor)
-        if paged.cache is not self._cache or paged.attention is not self._attention:
-            self._bind(paged)
+        parts = self.parts_for(paged)
         room = paged.room
         if room is None or room.residual is not residual or room.rotation is not rotation:
             room = paged.room = HalfRoom.of(residual, rotation, paged.batch)
@@ -116,8 +112,14 @@ class NativeAttentionHalf:
             raise ValueError(f"rows are {room.dtype}, the cache is {self._dtype}")
         added = None if output is None else to_bytes(output)
         before = room.before
-        native.attention_half(before[0], added, *before[1:], self._parts, room.after)
+        native.attention_half(before[0], added, *before[1:], parts, room.after)
         return room.normed
+
+    def parts_for(self, paged: PagedContext) -> tuple[Any, ...]:
+        """Return what native code takes of the layer, in the order of ``half.c``."""
+        if paged.cache is not self._cache or paged.attention is not self._attention:
+            self._bind(paged)
+        return self._parts
 
     def _bind(self, paged: PagedContext) -> None:
         """Make the arguments that are the same in every step, for a cache and its attention."""
@@ -302,62 +304,3 @@ def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:
         and spec.norm_exponent in (None, 1, 1.0)
         and math.isfinite(spec.scaling_factor)
     )
-
-
-def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> bool:
-    """Return whether :class:`NativeAttentionHalf` can take the place of these modules."""
-    names = {name for name, _ in attention.named_children()}
-    head_norms = names & {"q_norm", "k_norm"}
-    products = names - head_norms
-    inputs = products - {"o_proj", "out_proj"}
-    return (
-        native is not None
-        and is_norm(norm)
-        and is_norm(next_norm)
-        and products in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"Wqkv", "out_proj"})
-        and all(is_linear(getattr(attention, name)) for name in products)
-        and len({getattr(attention, name).bias is None for name in inputs}) == 1
-        and _can_norm_heads([getattr(attention, name) for name in sorted(head_norms)])
-        and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
-        and not list(attention.buffers(recurse=False))
-        and all(hasattr(attention, name) for name in ("layer_idx", "scaling", "head_dim"))
-    )
-
-
-def _can_norm_heads(norms: list[Any]) -> bool:
-    """Return whether the heads have no norms, or equal root mean square norms of both kinds."""
-    if not norms:
-        return True
-    if len(norms) == 1 or not all(map(is_norm, norms)):
-        return False
-    kinds = {(NativeNorm(norm).kind, NativeNorm(norm).epsilon) for norm in norms}
-    return len(kinds) == 1 and kinds.pop()[0] == ROOT_MEAN_SQUARE
-
-
-def _inputs_of(attention: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the joint weight and bias of queries, keys and values."""
-    if hasattr(attention, "Wqkv"):
-        return attention.Wqkv.weight, attention.Wqkv.bias
-    parts = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-    has_bias = parts[0].bias is not None
-    bias = torch.cat([part.bias for part in parts]) if has_bias else None
-    return torch.cat([part.weight for part in parts]), bias
-
-
-def _output_of(attention: Any) -> Any:
-    return attention.out_proj if hasattr(attention, "out_proj") else attention.o_proj
-
-
-def _head_norms_of(attention: Any) -> tuple[memoryview | None, tuple[int, int], float]:
-    """Return the weights of the heads' norms, how many values each takes, and their epsilon."""
-    if not hasattr(attention, "q_norm"):
-        return None, (0, 0), 0.0
-    norms = [NativeNorm(getattr(attention, name)) for name in ("q_norm", "k_norm")]
-    weights = torch.cat([norm._weight for norm in norms])
-    return to_bytes(weights), (norms[0].size, norms[1].size), norms[0].epsilon
-
-
-def _clip_of(attention: Any) -> float | None:
-    """Return the bound of queries, keys and values, which DBRX and OLMoE may have."""
-    own: float | None = getattr(attention, "clip_qkv", None)
-    return own if own is not None else own_value(attention.config, "clip_qkv")

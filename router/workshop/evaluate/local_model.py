@@ -40,7 +40,7 @@ from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.layer import BegunLayer, MoELayers, StepContext
-from router.moe.missing import ALL_TOKENS
+from router.moe.missing import ALL_TOKENS, Tokens
 from router.workshop.evaluate.scores import Ids, Scored
 
 STEP_TOKENS = 1024
@@ -110,7 +110,7 @@ class _ObservedLayers(MoELayers[torch.Tensor]):
         rows: Any,
         gate_choice: Choice,
         among: ChooseAmong | None = None,
-        tokens: slice = ALL_TOKENS,
+        tokens: Tokens = ALL_TOKENS,
     ) -> BegunLayer:
         """See :class:`MoELayers`; a step has one piece."""
         self.chosen[layer_id] = gate_choice.ids.copy()

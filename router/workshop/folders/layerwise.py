@@ -41,6 +41,7 @@ from router.model.parts import (
 )
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.layer import StepContext
+from router.moe.missing import Tokens
 
 _DTYPE = "float32"
 Made = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +103,7 @@ class LayerExperts:
         rows: Any,
         choice: Choice,
         among: ChooseAmong,
-        tokens: slice,
+        tokens: Tokens,
         /,
     ) -> torch.Tensor:
         """Return the sums [T, H] of hidden states; see :class:`router.model.decoder.ExpertLayers`.

@@ -21,7 +21,7 @@ from cluster.transport.base import Call
 from cluster.transport.stream.client import StreamTransport
 from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.handshake import Network, StreamOffer
-from cluster.transport.stream.server import StreamServer
+from cluster.transport.stream.server import ReceivedAlone, StreamServer
 from cluster.transport.stream.sockets import SEND_BUFFER_BYTES
 from cluster.wire.frames import (
     Buffer,
@@ -315,6 +315,25 @@ def test_a_router_that_leaves_costs_no_other_its_answer(served: Served) -> None:
         leaving.close()
         assert served.ask(frame) == [expected]
     wait_until(lambda: len(served.server._peers) == 1, "the others are dropped", LIMIT_S)
+
+
+def test_an_answer_that_cannot_be_sent_ends_its_connection(served: Served) -> None:
+    queue = served.actor._queue
+    served.ask_alone(frame_of(rows_of(1)))
+    answer_alone = queue.answer_alone
+    failed = []
+
+    def failing(epoll_fd: int, buffers: dict[int, memoryview]) -> ReceivedAlone | None:
+        [fd] = buffers
+        failed.append(fd)
+        queue.answer_alone = answer_alone
+        return fd, 0, (1, b"answer", -1)
+
+    queue.answer_alone = failing
+    by_queue(served.actor, frame_of(rows_of(1)))  # interrupts native code
+    link = served.transport.links["expert-0"]
+    wait_until(lambda: failed and not served.server._peers, "the connection ends", LIMIT_S)
+    link.channel.close()
 
 
 def test_a_server_ends_at_once(served: Served) -> None:

@@ -33,7 +33,7 @@ from cluster.wire.tensors import from_bytes, to_bytes
 from router.control.placement_view import PlacementView
 from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
-from router.moe.exchange import WAIT_MS
+from router.moe.exchange import MOST_LATE, PAUSE_LAYERS, WAIT_MS
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers, StepContext
 from tests.cluster_fixture import wait_until
@@ -327,6 +327,61 @@ def test_layers_that_are_begun_together_get_their_own_sums(router: Router) -> No
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_layers_of_either_kind_may_be_finished_in_any_order(router: Router, first: int) -> None:
+    one, other = (rows_of(4), choice_of(4, 1, 5)), (rows_of(3), choice_of(3, 8, 6))
+    expected = sums(router.python, *one), sums(router.python, *other)
+    began_at_s = time.monotonic()
+    begun = begin(router.python, *one), begin(router.native, *other)
+    kinds = router.python, router.native
+    for index in (first, 1 - first):
+        assert torch.equal(kinds[index].finish(begun[index]), expected[index])
+    # Two that share a dispatcher, both native.
+    second = MoELayers(router.dispatcher, WeightedSums())
+    begun = begin(router.native, *one), begin(second, *other)
+    kinds = router.native, second
+    for index in (first, 1 - first):
+        assert torch.equal(kinds[index].finish(begun[index]), expected[index])
+    assert time.monotonic() - began_at_s < 5.0  # no answer was dropped
+    assert not router.dispatcher.retries
+
+
+def test_after_late_answers_python_has_some_layers(router: Router) -> None:
+    def late(frame: DispatchFrame, rows: RowsFrame) -> Buffers:
+        threading.Event().wait(2 * WAIT_MS / 1000)
+        return encode(rows)
+
+    rows, choice = rows_of(4), choice_of(4, 8)
+    expected = sums(router.native, rows, choice)
+    for actor in router.actors.values():
+        actor.answer = late
+    for _ in range(3 * MOST_LATE):
+        assert torch.equal(sums(router.native, rows, choice), expected)
+    assert router.taken_over == MOST_LATE
+    for actor in router.actors.values():
+        actor.answer = good
+    for _ in range(PAUSE_LAYERS):
+        assert torch.equal(sums(router.native, rows, choice), expected)
+    before = router.dispatcher.exchanges._layers[3][3]
+    sums(router.native, rows, choice)
+    assert router.dispatcher.exchanges._late == 0
+    # What Python sends between does not have a layer made anew.
+    sums(router.python, rows, choice)
+    sums(router.native, rows, choice)
+    assert router.dispatcher.exchanges._layers[3][3] is before
+
+
+def test_the_actor_that_answered_last_is_asked_first_by_both_ways(router: Router) -> None:
+    for _ in range(3):
+        sums(router.native, rows_of(4), choice_of(4, 8))
+    order = router.transport.lanes().fields[2]
+    links = list(router.transport.links.values())
+    router.transport._changes += 1
+    assert router.transport.lanes().fields[2] == order
+    assert [link.last_answer for link in links] == list(order)[:-1]
+    assert router.transport._answers == order[-1] == max(order)
+
+
 def test_only_what_native_code_knows_is_sent_by_it(router: Router) -> None:
     exchanges = router.dispatcher.exchanges
     assert exchanges is not None
@@ -413,6 +468,8 @@ def test_wrong_arguments_are_refused() -> None:
                 (1, np.array([3, 2])),
                 (1, np.array([2, 5])),
                 (1, np.array([4])),
+                (1, np.array([2, 3])),
+                (1, np.zeros(0, np.int64)),
                 (2, np.array([0, 2])),
                 (2, np.array([-1, 1])),
                 (3, b"m"),

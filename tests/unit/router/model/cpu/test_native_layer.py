@@ -23,8 +23,9 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention import Attention, PagedBatch, Span
 from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu import native_layer
+from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_attention import NativeAttention
-from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation, has_llamas_shape
+from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
 from router.model.paged_attention import PagedContext

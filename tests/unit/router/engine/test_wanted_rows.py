@@ -1,0 +1,147 @@
+"""Of the last layer only the rows are computed that are sampled or scored; they are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from router.capacity_config import CapacityConfig
+from router.engine import batch
+from router.engine.batch import StepInput, pack
+from router.engine.scheduler import Limits
+from router.messages.routed import RoutedExperts
+from router.model.decoder import MOST_PIECES
+from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import SAVERS
+from tests.grok_oracle import save_grok
+from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import prompt_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
+LAST = 2
+"""The last layer of the checkpoints of these tests."""
+LENGTH = 4
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut steps of few tokens too."""
+    monkeypatch.setattr(batch, "LEAST_PIECE_TOKENS", 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+def packed(cluster: LocalCluster, wants_all: bool) -> StepInput:
+    return pack(cluster.scheduler.schedule(), cluster.model.attention, MOST_PIECES, wants_all)
+
+
+def wanted_of(step: StepInput) -> list[list[int] | None]:
+    return [None if p.wanted is None else p.wanted.tolist() for p in step.pieces]
+
+
+def add(cluster: LocalCluster, *prompts: list[int], **options: Any) -> None:
+    for i, prompt in enumerate(prompts):
+        cluster.scheduler.add(greedy_request(f"r{i}", prompt, LENGTH, **options))
+
+
+def test_a_chunk_in_the_middle_of_a_prompt_wants_no_row(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8, Limits(32, 16, 64), threaded=False)
+    add(cluster, prompt_of(40, 1))
+    assert wanted_of(packed(cluster, wants_all=False)) == [[]]
+    cluster.close()
+
+
+@pytest.mark.usefixtures("short")
+def test_the_last_token_of_each_prompt_is_wanted_in_its_piece(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8, threaded=False)
+    add(cluster, prompt_of(10, 1), prompt_of(6, 2), prompt_of(4, 3))
+    step = packed(cluster, wants_all=False)
+    assert [p.tokens for p in step.pieces] == [slice(0, 10), slice(10, 20)]
+    assert wanted_of(step) == [[9], [5, 9]]
+    cluster.close()
+
+
+def test_scored_rows_and_all_rows_of_short_prompts_are_wanted(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8, threaded=False)
+    add(cluster, prompt_of(6, 1), prompt_of(1, 2))
+    request = greedy_request("scored", prompt_of(5, 3), LENGTH)
+    sampling = replace(request.sampling, prompt_logprobs=2)
+    cluster.scheduler.add(replace(request, sampling=sampling))
+    step = packed(cluster, wants_all=False)
+    # The prompt of one token comes first, then the last of six, and all that is scored or sampled.
+    assert wanted_of(step) == [[0, 6, 7, 8, 9, 10, 11]]
+    cluster.close()
+
+
+def test_decodes_want_all_their_rows(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8, threaded=False)
+    add(cluster, [3], [4])
+    assert wanted_of(packed(cluster, wants_all=False)) == [None]
+    cluster.close()
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("family", list(ALL))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wanted_logits_are_those_of_a_step_of_all_rows(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    ALL[family](tmp_path)
+    prompts = [prompt_of(9, 1), prompt_of(40, 2), prompt_of(3, 3), prompt_of(1, 4)]
+    logits = []
+    for wants_all in (True, False):
+        cluster = LocalCluster(tmp_path, dtype=dtype, threaded=False)
+        add(cluster, *prompts)
+        step = packed(cluster, wants_all)
+        assert any(piece.wanted is not None for piece in step.pieces) != wants_all
+        with torch.inference_mode():
+            logits.append(cluster.forward(step))
+        cluster.close()
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_and_scores_are_those_of_an_engine_that_computes_all_rows(
+    folder: Path, dtype: str
+) -> None:
+    request = greedy_request("scored", prompt_of(30, 3), LENGTH)
+    scored = replace(request, sampling=replace(request.sampling, prompt_logprobs=2))
+    others = [greedy_request(f"r{i}", prompt_of(n, n), LENGTH) for i, n in enumerate((70, 2, 33))]
+    outcomes = []
+    for wants_all in (True, False):
+        cluster = LocalCluster(folder, 8, Limits(32, 16, 64), dtype=dtype)
+        cluster.engine._wants_all = wants_all
+        outcomes.append(cluster.generate(scored, *others))
+        rows = sum(f.num_rows for f in cluster.transport.frames if f.layer_id == LAST)
+        tokens = 30 + 70 + 2 + 33 + 4 * (LENGTH - 1)
+        assert rows == 2 * (tokens if wants_all else 30 + 4 * LENGTH - 1)
+        cluster.close()
+    assert outcomes[0] == outcomes[1]
+
+
+def test_requests_that_ask_for_experts_get_those_of_all_rows(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8)
+    request = replace(
+        greedy_request("r", prompt_of(20, 1), LENGTH), routed=RoutedExperts((3, 2), 8, True)
+    )
+    cluster.generate(request)
+    rows = sum(f.num_rows for f in cluster.transport.frames if f.layer_id == LAST)
+    assert rows == 2 * (20 + LENGTH - 1)
+    cluster.close()
+
+
+def test_with_a_capacity_all_rows_count(folder: Path) -> None:
+    cluster = LocalCluster(folder, 8, capacity=CapacityConfig(factor=8.0))
+    assert cluster.engine._wants_all
+    cluster.close()
