@@ -120,7 +120,9 @@ def test_a_request_is_counted_in_the_gateway_the_router_and_the_actors(
     assert grown(catalogue.LATENCY, "_count", **model) == 1
     assert grown(catalogue.IN_FLIGHT, **model) == 0
     computed = len(prompt) + count - 1
-    rows = computed * LAYERS[RANDOM] * TOP_K
+    rows = (
+        computed * (LAYERS[RANDOM] - 1) + count
+    ) * TOP_K  # in the last layer, those sampled from
     wait_until(lambda: grown(catalogue.EXPERT_TOKENS, **model) == rows, "heartbeats came", 10)
     wait_until(lambda: grown(catalogue.STEP_TOKENS, **model) == computed, "a watch call came", 10)
     assert grown(catalogue.INTER_TOKEN, "_count", **model) == count - 1
