@@ -22,7 +22,7 @@ from cluster.wire.frames import Buffer
 from experts.compute.native_ffn import NativeFfn
 
 MOST_WAIT_MS = 250
-"""The longest time without a look at other frames."""
+"""The longest time until a frame is the queue's."""
 IS_BUILT = hasattr(native, "answer_lone")
 """Whether there is native code for it: on Linux alone."""
 STEPS, FRAMES, BUSY_S, WAITING_ROWS = range(4)

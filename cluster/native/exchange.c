@@ -167,7 +167,7 @@ static Py_ssize_t put_header(const Layer *l, const LayerPart *part, uint64_t req
     return padded(end);
 }
 
-/* Send a part's message; how many bytes of it are left, or -1 where the connection is gone. */
+/* Send a part's message; how many bytes of it are left, or -1 where nothing could be sent. */
 static Py_ssize_t send_part(const Layer *l, const LayerPart *part, const char *rows, uint64_t call_id,
                             unsigned char *header, Py_ssize_t header_bytes) {
     static unsigned char padding[ALIGNMENT];
@@ -200,8 +200,8 @@ static PyObject *tuple_of(const Py_ssize_t *numbers, Py_ssize_t count) {
 }
 
 /* send_layer(rows [T, H], ids [P] int64, layer, lanes, id of the first part's call, of the request,
- * time_left_s) -> None where all is sent, or for each part how many bytes are left; -1 where the
- * connection is gone */
+ * time_left_s) -> None where all is sent, or for each part how many bytes are left; -1 where nothing
+ * could be sent */
 FUNCTION(send_layer) {
     Buffers taken = {.count = 0};
     Layer layer = {0};
@@ -219,10 +219,13 @@ FUNCTION(send_layer) {
     }
     Py_ssize_t num_tokens = layer.routing.num_pairs / layer.routing.k;
     Py_ssize_t room = padded(FIXED_BYTES + 4 + 6 * layer.routing.num_experts + 8 + layer.name_bytes);
-    unsigned char *header = rows->len == num_tokens * layer.row_bytes ? PyMem_Malloc(room) : NULL;
+    int has_rows = rows->len == num_tokens * layer.row_bytes;
+    unsigned char *header = has_rows ? PyMem_Malloc(room) : NULL;
     PyObject *result = NULL;
-    if (!header) {
+    if (!has_rows) {
         PyErr_SetString(PyExc_ValueError, "there must be a row for each token");
+    } else if (!header) {
+        PyErr_NoMemory();
     } else {
         Py_ssize_t left[MOST_ACTORS], is_whole = 1;
         PyThreadState *saved = PyEval_SaveThread();
@@ -308,7 +311,6 @@ static int combine_parts(const Layer *l, const Py_buffer *rooms, const Py_buffer
     }
     return sum_rows(row_of, weight_of, num_pairs, r->k, sums, l->row_bytes, l->dtype == 1 ? 4 : 2);
 }
-
 
 /* receive_layer(ids [P] int64, weights [P], sums [T, H] out, layer, lanes, id of the first part's call, of
  * the request, wait_ms) -> (actors that were asked, a bit each; rows of the largest part; whether any

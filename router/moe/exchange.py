@@ -48,8 +48,6 @@ MOST_LATE, PAUSE_LAYERS = 3, 50
 """After so many exchanges in a row that native code could not end, so many layers are Python's."""
 _HEADER_BYTES = 64
 """More than what an answer's message has beside its rows."""
-
-
 Kind = tuple[torch.dtype, torch.dtype, int]
 """The dtypes of rows and weights, and K."""
 

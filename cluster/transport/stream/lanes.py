@@ -99,7 +99,7 @@ def take_over(
 ) -> None:
     """Go on with calls over ``lanes`` that native code has sent, with ids in their order.
 
-    ``left`` has for each how many bytes are left to be sent, or -1 where its connection has broken.
+    ``left`` has for each how many bytes are left to be sent, or -1 where nothing could be.
     ``received`` has for each how many bytes lie in its connection's buffer.
     """
     for index, (call, left_bytes) in enumerate(zip(pending.calls, left, strict=True)):

@@ -226,7 +226,8 @@ def test_a_traced_frame_and_frames_at_once_are_the_queues(served: Served) -> Non
 
 
 def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
-    others, failures = [served.connect() for _ in range(3)], []
+    others = [served.connect() for _ in range(3)]
+    failures, done = [], []
 
     def ask(transport: StreamTransport, seed: int) -> None:
         frame = frame_of(rows_of(seed + 1, seed), request_id=seed)
@@ -235,6 +236,7 @@ def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
             [answer] = transport.send([Call("expert-0", 1, (frame,), LIMIT_S)]).wait()
             if answer != expected:
                 failures.append((seed, answer))
+        done.append(seed)
 
     threads = [
         threading.Thread(target=ask, args=(transport, seed))
@@ -245,6 +247,7 @@ def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
     for thread in threads:
         thread.join(LIMIT_S)
     assert not failures
+    assert sorted(done) == [0, 1, 2, 3]
     for transport in others:
         transport.close()
 
@@ -296,12 +299,16 @@ def test_a_full_socket_gets_the_rest_of_an_answer_later(served: Served) -> None:
     served.ask_alone(frame)
     link = served.transport.links["expert-0"]
     link.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
-    for peer in served.server._peers:
-        peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
-    for _ in range(5):
-        assert served.ask(frame) == [expected]
-    for peer in served.server._peers:
-        peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    [peer] = served.server._peers
+    peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    send_rest, rests = peer.channel.send_rest, []
+    peer.channel.send_rest = lambda *given: (rests.append(given[2]), send_rest(*given))[1]
+    # Nobody reads meanwhile, so that the socket takes a part of the answer alone.
+    pending = served.transport.send([Call("expert-0", 1, (frame,), LIMIT_S)])
+    wait_until(lambda: rests, "a part of the answer is left", LIMIT_S)
+    assert pending.wait() == [expected]
+    assert 0 < rests[0] < len(expected)
+    peer.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     assert served.ask_alone(frame) == expected
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from router.engine.batch import StepInput, pack
 from router.engine.scheduler import Limits
 from router.messages.routed import RoutedExperts
 from router.model.decoder import MOST_PIECES
+from router.moe.layer import StepContext
+from router.moe.permute import Part
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -128,6 +131,52 @@ def test_tokens_and_scores_are_those_of_an_engine_that_computes_all_rows(
         assert rows == 2 * (tokens if wants_all else 30 + 4 * LENGTH - 1)
         cluster.close()
     assert outcomes[0] == outcomes[1]
+
+
+def test_what_happens_to_some_rows_is_their_works_own() -> None:
+    """Three works of 2, 3 and 1 tokens, of whose rows the last layer has those of 1, 4 and 5."""
+    known = [None] * 3
+    context = StepContext(0.0, [2, 3, 1], ["drop", "strict", "drop"], known_deaths=known)
+    wanted = np.array([1, 4, 5])
+    context.note_not_finite(np.array([True, False, True]), wanted)
+    assert context.not_finite == {1}
+    record = context.missing_record(wanted)
+    record.touch(np.array([0, 2]))
+    assert record.inexact == context.missing.inexact == {0, 2}
+    assert context.missing.rows_by_contract() == {"drop": 2}
+    record.leave_out(LAST, np.array([[6, 7]] * 3), np.array([3]))
+    assert context.missing.awaited == {1: {(LAST, 7)}}
+    deaths = context.layer_deaths(LAST, wanted, 2)
+    deaths.note([Part("a0", 1, (6,), (2,), np.array([0, 4]))])
+    seen = [None if d is None else d.times for d in context.deaths.of_works]
+    assert seen == [1, None, 1]
+
+
+@pytest.mark.parametrize("contract", ["drop", "next_expert", "strict"])
+def test_a_missing_expert_of_the_last_layer_concerns_the_rows_that_are_read(
+    folder: Path, contract: str
+) -> None:
+    prompt = prompt_of(30, 3)
+    cluster = LocalCluster(folder, 8)
+    asks = replace(greedy_request("asks", prompt, 1), routed=RoutedExperts((3, 2), 8, True))
+    [[event]] = cluster.generate(asks)
+    cluster.close()
+    used = np.frombuffer(event.routed, np.uint8).reshape(-1, 3, 2)[:, LAST]
+    own = set(used[len(prompt) - 1].tolist())
+    others = set(used[: len(prompt) - 1].ravel().tolist()) - own
+    assert own
+    assert others
+    for lost, is_hit in ((min(own), True), (min(others), False)):
+        cluster = LocalCluster(folder, 8, threaded=False)
+        cluster.lose([(LAST, lost)])
+        cluster.scheduler.add(greedy_request("r", prompt, 2, on_expert_loss=contract))
+        cluster.engine.step(cluster.scheduler.schedule())
+        [sequence] = cluster.scheduler.running
+        waits = contract == "strict" and is_hit
+        assert bool(sequence.awaited) == waits
+        assert sequence.num_generated == (0 if waits else 1)
+        assert sequence.exact == (not is_hit or waits)
+        cluster.close()
 
 
 def test_requests_that_ask_for_experts_get_those_of_all_rows(folder: Path) -> None:
