@@ -13,6 +13,8 @@ from router.gateway.tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 4
 """The tokens of the prompt before the text, for decoders that treat the first token differently."""
+_MOST_WINDOW_TOKENS = 16
+"""A window is decoded for each piece; beyond so many tokens it begins anew, which decodes twice."""
 
 
 class Detokenizer:
@@ -41,10 +43,12 @@ class Detokenizer:
         text = self._tokenizer.decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
         new = whole[self._emitted_chars :]
+        self._emitted_chars += len(new)
         if new and len(whole) == len(text):
-            self._advance()
-        else:
-            self._emitted_chars += len(new)
+            if len(self._window) > _MOST_WINDOW_TOKENS:
+                self._advance()
+            else:
+                self._window_ids_emitted = len(self._window)
         return new
 
     def flush(self) -> str:

@@ -55,7 +55,7 @@ OTHER_TEXT_S = 5.0
 start at different times."""
 NODES_TIMEOUT_S = 10.0
 """How long Ray may take to tell its nodes."""
-MESSAGES_PER_S = 500
+MESSAGES_PER_S = 320
 MAX_PAUSE_S = 0.1
 """From ``MESSAGES_PER_S`` messages of all streams on, a message carries several tokens.
 

@@ -69,6 +69,8 @@ class Receipts:
         self._finished[event.index] = event.finish_reason is not None
         self._exact[event.index] &= event.exact
         self._identity[event.index] = event.identity or self._identity[event.index]
+        if not skip:  # all of it is new, as nearly always
+            return event
         logprobs = event.logprobs[skip:]
         return replace(event, token_ids=token_ids, logprobs=logprobs, start=event.start + skip)
 
