@@ -6,7 +6,8 @@ Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 3
 generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
 transformers' in the same run, the time to the first token, between tokens and of whole requests,
 the processor time of a token by process, and the memory of each process afterwards. The clients
-share the cores with the deployment.
+share the cores with the deployment. The ways are measured there and back, and the engine alone
+before and after them, so that a machine whose speed drifts favours neither.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,17 @@ def wait_ready(ports: Ports, timeout_s: float = 120) -> None:
             time.sleep(0.2)
 
 
-def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> dict[str, Any]:
+@dataclass(slots=True)
+class Measured:
+    """The rounds of one way, and what a token took of each process in them, in microseconds."""
+
+    rounds: list[list[Timed]] = field(default_factory=list)
+    processor_us: list[dict[str, float]] = field(default_factory=list)
+
+
+def measure(
+    ports: Ports, way: str, clients: int, tokens: int, rounds: int, measured: Measured
+) -> None:
     """Load the deployment one way; a first round, which makes the connections, does not count.
 
     Raises ``RuntimeError`` when an answer has not as many tokens as it was asked for.
@@ -123,7 +135,14 @@ def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> d
             timed_rounds = [once() for _ in range(rounds)]
     if any(timed.tokens != tokens for some in timed_rounds for timed in some):
         raise RuntimeError(f"{way}: an answer has not {tokens} tokens")
-    return {**summarize(timed_rounds, stream), "processor_us": processor_us}
+    measured.rounds += timed_rounds
+    measured.processor_us.append(processor_us)
+
+
+def mean(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over turns; a figure that a turn lacks is 0 there."""
+    names = dict.fromkeys(name for turn in turns for name in turn)
+    return {name: statistics.mean(turn.get(name, 0.0) for turn in turns) for name in names}
 
 
 def summarize(rounds: Sequence[Sequence[Timed]], stream: bool) -> dict[str, Any]:
@@ -187,6 +206,16 @@ def router_layers() -> dict[str, Any]:
     return {"layer": summary_ms(stats["layer_s"]), "calls": stats["calls"]}
 
 
+def engine_alone(
+    begin: Callable[[str], None], folder: Path, actors: int, clients: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Return the speed and processor time of the engine and actors without a deployment."""
+    begin("router's engine")
+    measured = engine.measure(folder, "auto", actors, [str(clients)], tokens, rounds)
+    alone: dict[str, Any] = measured["streams"][str(clients)]
+    return alone
+
+
 def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     result: dict[str, Any] = {
@@ -196,27 +225,37 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         "clients": clients,
         "tokens": tokens,
         "actors": actors,
-        "ways": {},
     }
-    with tempfile.TemporaryDirectory() as name, progress("serve", 5 + len(WAYS)) as begin:
+    with tempfile.TemporaryDirectory() as name, progress("serve", 6 + 2 * len(WAYS)) as begin:
         folder = Path(name)
         begin("checkpoint")
         make_checkpoint(folder)
         begin(f"transformers, {TRANSFORMERS}")
         result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
-        begin("router's engine")
-        measured = engine.measure(folder, "auto", actors, [str(clients)], tokens, rounds)
-        alone = measured["streams"][str(clients)]
-        result["engine"] = {name: alone[name] for name in ("tokens_per_s", "processor_us")}
+        turns = [engine_alone(begin, folder, actors, clients, tokens, rounds)]
         begin("deployment")
         with deployed(folder, actors) as ports:
-            for way in WAYS:
+            ways = {way: Measured() for way in WAYS}
+            for way in (*WAYS, *reversed([*WAYS])):
                 begin(way)
-                result["ways"][way] = measure(ports, way, clients, tokens, rounds)
+                measure(ports, way, clients, tokens, rounds, ways[way])
+            result["ways"] = {
+                way: {
+                    **summarize(measured.rounds, WAYS[way][1]),
+                    "processor_us": mean(measured.processor_us),
+                }
+                for way, measured in ways.items()
+            }
             result["router"] = router_layers()
             begin("full cache")
             fill_cache(ports)
             result["memory"] = memory(ports, folder)
+        turns.append(engine_alone(begin, folder, actors, clients, tokens, rounds))
+    result["engine"] = {
+        "tokens_per_s": statistics.mean(turn["tokens_per_s"] for turn in turns),
+        "turns_tokens_per_s": [turn["tokens_per_s"] for turn in turns],
+        "processor_us": mean([turn["processor_us"] for turn in turns]),
+    }
     for name, side in (("ratio", "transformers"), ("of_engine", "engine")):
         rate = result[side]["tokens_per_s"]
         result[name] = {way: one["tokens_per_s"] / rate for way, one in result["ways"].items()}
