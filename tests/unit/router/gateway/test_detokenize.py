@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +55,23 @@ def test_the_text_is_the_same_however_many_tokens_come_at_once(
     ids = [token_id for group in groups for token_id in group]
     got = "".join(together.push(group)[0] for group in groups) + together.flush()[0]
     assert got == "".join(one_by_one.push([i])[0] for i in ids) + one_by_one.flush()[0]
+
+
+def test_a_long_text_is_decoded_in_short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokenizer().encode("a long text goes on, é by é, " * 40)
+    decoded: list[int] = []
+
+    def decode(self: Tokenizer, given: Sequence[int]) -> str:
+        decoded.append(len(given))
+        return plain(self, given)
+
+    plain = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    got = "".join(pieces(Detokenizer(tokenizer()), ids))
+    monkeypatch.undo()
+    assert got == tokenizer().decode(ids)
+    assert max(decoded) <= 20  # 16 tokens, one more, and the bytes of a character
+    assert len(decoded) < len(ids) * 1.2
 
 
 @given(text)
