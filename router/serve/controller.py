@@ -21,7 +21,7 @@ from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import AppConfig
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 from router.serve.listening import narrow_serve
-from router.serve.process import failures_logged, setup_logging
+from router.serve.process import failures_logged, setup_logging, take_turns
 from router.serve.waiting import say_why_replicas_wait
 
 
@@ -38,6 +38,7 @@ class ControllerDeployment(Controller):
     ) -> None:
         """Start the controller on the replica's event loop."""
         setup_logging()
+        take_turns()
         narrow_serve()
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):

@@ -51,7 +51,7 @@ from router.serve.listening import (
     serves_http,
     share_no_port,
 )
-from router.serve.process import collector_paused, setup_logging, torch_hidden
+from router.serve.process import collector_paused, setup_logging, take_turns, torch_hidden
 from router.served import Served, ServedMixture, ServedModel
 
 MESSAGE_ROOM = 4
@@ -88,6 +88,7 @@ class GatewayReplica(GrpcMethods):
         says that routers keep prompts' beginnings, so that requests are to follow them.
         """
         setup_logging()
+        take_turns()
         metrics = Metrics()
         charges = Charges(metrics)
         self._close(limits, security, metrics)

@@ -40,6 +40,7 @@ from router.serve.encryption import (
     write_certificate,
 )
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
+from router.serve.process import take_turns
 
 _ALL = "[::]:"
 _TEMPLATE = "HAPROXY_CONFIG_TEMPLATE"
@@ -147,11 +148,14 @@ def _try_port(host: str, port: int) -> None:
 def narrow_proxies() -> None:
     """Let the proxies that this process makes, Serve's controller, narrow their own processes.
 
-    Serve calls it by ``RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH``. Raises
-    :class:`ServeChangedError` where proxies are no longer the actors that this module knows.
+    This process and the proxies also take turns with processes that compute
+    (:func:`~router.serve.process.take_turns`). Serve calls this function by
+    ``RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH``. Raises :class:`ServeChangedError` where proxies
+    are no longer the actors that this module knows.
     """
     from ray.serve._private import haproxy, proxy
 
+    take_turns()
     for actor in (haproxy.HAProxyManager, proxy.ProxyActor):
         metadata = getattr(actor, "__ray_metadata__", None)
         if metadata is None:
@@ -161,9 +165,10 @@ def narrow_proxies() -> None:
 
 
 def _narrowed_start(start: Callable[..., None], is_haproxy: bool) -> Callable[..., None]:
-    """Return a proxy's constructor that narrows its process first; Ray pickles it by value."""
+    """Return a proxy's constructor that prepares its process first; Ray pickles it by value."""
 
     def __init__(self: Any, http_options: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        take_turns()
         narrow_serve(lambda: http_options)
         options = http_options if is_haproxy else direct_options(http_options)
         start(self, options, *args, **kwargs)

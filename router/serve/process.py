@@ -1,12 +1,14 @@
-"""The start of a replica's process: imports, garbage collector, logging."""
+"""The start of a process of Serve: imports, garbage collector, logging, its place among others."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 @contextmanager
@@ -69,3 +71,21 @@ def failures_logged(name: str) -> Iterator[None]:
     except Exception:
         logging.getLogger("expertmesh").exception("%s could not start", name)
         raise
+
+
+def take_turns() -> None:
+    """Let no thread of this process interrupt another process the moment that it wakes.
+
+    Gateways, proxies and controllers wake often, for little. Each time an expert actor that
+    computes on the same core would stand still, and its router would wait for it. By
+    ``SCHED_BATCH`` (sched(7)) a thread has the same share of the processor, but waits until the
+    other's turn is over. Threads and processes that are started later have it from these. A policy
+    that the process was started with stays, and so does every process that may not change its own.
+    """
+    if sys.platform != "linux":
+        return
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # the thread has ended, or the system forbids it
+            thread_id = int(thread.name)
+            if os.sched_getscheduler(thread_id) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread_id, os.SCHED_BATCH, os.sched_param(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -102,6 +103,32 @@ def test_routers_have_torch_and_gateways_and_actors_do_without(served: ServedClu
     for actor in told["actors"]:
         classes = [kernel["kernel_class"] for kernel in actor["kernels"]]
         assert has_torch(actor["pid"]) == any("torch" in own for own in classes)
+
+
+def test_only_routers_and_actors_interrupt_other_processes_when_they_wake(
+    served: ServedCluster,
+) -> None:
+    told = status_json(served)
+
+    def policies(pid: int) -> set[int]:
+        threads = [thread.id for thread in psutil.Process(pid).threads()]
+        return {os.sched_getscheduler(thread_id) for thread_id in threads}
+
+    def pids_of(*names: str) -> list[int]:
+        whole = psutil.Process(told["gateways"][0]["pid"]).parent()
+        assert whole is not None  # raylet, whose children all processes of Ray are
+        names_of = {one.pid: " ".join(one.cmdline()) for one in whole.children(recursive=True)}
+        found = {part: [pid for pid, name in names_of.items() if part in name] for part in names}
+        assert all(found.values())
+        return [pid for pids in found.values() for pid in pids]
+
+    others = pids_of("ray::ServeController", "ray::ProxyActor", "ray::HAProxyManager", "haproxy -")
+    controller = pids_of("ServeReplica:expertmesh:Controller")
+    gateways = [part["pid"] for part in told["gateways"]]
+    for pid in (*gateways, *controller, *others):
+        assert policies(pid) == {os.SCHED_BATCH}
+    for part in (*told["routers"], *told["actors"]):
+        assert policies(part["pid"]) == {os.SCHED_OTHER}
 
 
 def test_status_is_a_table_for_people(served: ServedCluster) -> None:

@@ -1,9 +1,10 @@
-"""The garbage collector while large libraries are imported, and torch where none is needed."""
+"""The garbage collector while large libraries are imported, torch where none is needed, turns."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,3 +72,42 @@ def test_torch_that_is_there_stays() -> None:
     with torch_hidden():
         assert sys.modules["torch"] is torch
     assert sys.modules["torch"] is torch
+
+
+TURNS_ARE_TAKEN = """
+import json, os, sys, threading
+from router.serve.process import take_turns
+
+before, after = threading.Barrier(3), threading.Barrier(3)
+told = {}
+
+def told_of(name):
+    before.wait()
+    after.wait()
+    told[name] = os.sched_getscheduler(0)
+
+def keeps():
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    told_of("kept")
+
+threads = [threading.Thread(target=keeps), threading.Thread(target=told_of, args=("old",))]
+for thread in threads:
+    thread.start()
+before.wait()
+take_turns()
+after.wait()
+later = threading.Thread(target=lambda: told.update(new=os.sched_getscheduler(0)))
+later.start()
+for thread in (*threads, later):
+    thread.join()
+print(json.dumps(told | {"main": os.sched_getscheduler(0)}))
+"""
+
+
+def test_all_threads_take_turns_but_one_with_a_policy_of_its_own() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", TURNS_ARE_TAKEN], capture_output=True, timeout=60, check=True
+    )
+    batch = os.SCHED_BATCH
+    expected = {"main": batch, "old": batch, "new": batch, "kept": os.SCHED_IDLE}
+    assert json.loads(said.stdout) == expected
