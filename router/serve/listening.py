@@ -155,13 +155,13 @@ def narrow_proxies() -> None:
     """
     from ray.serve._private import haproxy, proxy
 
-    take_turns()
     for actor in (haproxy.HAProxyManager, proxy.ProxyActor):
         metadata = getattr(actor, "__ray_metadata__", None)
         if metadata is None:
             raise changed(f"{actor} is no actor")
         made = metadata.modified_class
         made.__init__ = _narrowed_start(made.__init__, actor is haproxy.HAProxyManager)
+    take_turns()
 
 
 def _narrowed_start(start: Callable[..., None], is_haproxy: bool) -> Callable[..., None]:
