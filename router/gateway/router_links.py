@@ -22,7 +22,10 @@ from router.messages.link import LinkAddress
 from router.observability.tracing import as_current
 
 REFRESH_S = 1.0
-"""While requests come, the routers are asked for so often."""
+"""While requests come, and for a while after, the routers are asked for so often."""
+KEPT_S = 60.0
+"""So long after the latest request the routers are still asked for. Requests that come together after
+a pause thus find the links known; without that, Serve would carry all of them."""
 ASK_TIMEOUT_S = 5.0
 STALE_S = 1.5
 """So long after all routers have told where they listen, a request goes over a link. Serve may be
@@ -46,8 +49,8 @@ class RouterLinks:
     They are used on one event loop.
 
     Serve says which replicas run, and each of them its node and where it listens. They are asked in
-    the background, and only while requests come. Where a replica cannot be reached, its requests go
-    by Serve's calls. There is no link to a router that has the model of an earlier deployment:
+    the background, while requests come and for :data:`KEPT_S` after. Where a replica cannot be
+    reached, its requests go by Serve's calls. There is no link to a router that has the model of an earlier deployment:
     Serve may have stopped sending it requests since it was asked.
     """
 
@@ -74,7 +77,9 @@ class RouterLinks:
         self._sent: dict[LinkAddress, SentPrefixes] = {}
         self._unreached: dict[LinkAddress, None] = {}
         """The routers of which is logged that there is no link."""
-        self._asked_at_s = -REFRESH_S
+        self._wanted_at_s = -math.inf
+        """When the latest request came."""
+        self._asked_at_s = -math.inf
         self._known_at_s = -math.inf
         self._asking: asyncio.Task[None] | None = None
         self._num_failures = 0
@@ -110,11 +115,21 @@ class RouterLinks:
         return ready[place][1]
 
     def keep_fresh(self) -> None:
+        """Have the routers asked from now on; a request has come."""
+        self._wanted_at_s = time.monotonic()
+        self._ask()
+
+    def _ask(self) -> None:
         """Begin to ask the routers, unless they are asked or were just asked."""
         now_s = time.monotonic()
         if self._asking is None and now_s - self._asked_at_s >= REFRESH_S:
             self._asked_at_s = now_s
             self._asking = asyncio.create_task(self._refresh())
+
+    def _ask_again(self) -> None:
+        """Ask the routers, unless the latest request came too long ago."""
+        if time.monotonic() - self._wanted_at_s < KEPT_S:
+            self._ask()
 
     async def _refresh(self) -> None:
         asked_at_s = self._asked_at_s
@@ -139,6 +154,7 @@ class RouterLinks:
                 logger.warning("the routers cannot be asked for links (%s)", name)
         finally:
             self._asking = None
+            asyncio.get_running_loop().call_later(REFRESH_S, self._ask_again)
 
     async def _open(self, address: LinkAddress) -> None:
         if address in self._links or not address.is_reachable:

@@ -95,8 +95,9 @@ async def called(links: RouterLinks, wire: Wire | None = None) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def always_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def asks_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_module, "REFRESH_S", 0.0)
+    monkeypatch.setattr(links_module, "KEPT_S", 0.0)
 
 
 async def refreshed(links: RouterLinks) -> None:
@@ -169,6 +170,26 @@ def test_a_prompt_goes_to_the_router_that_had_its_beginning_unless_that_is_busy(
             await refreshed(links)
             assert set(links._sent) == set(links._links)
             busy.server.close()
+
+    run(test)
+
+
+def test_the_routers_are_asked_for_a_while_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        serve = Serve(Router("a"))
+        monkeypatch.setattr(links_module, "KEPT_S", 60.0)
+        async with linked(serve) as links:
+            await happens(lambda: serve.num_asked >= 5)
+            known_at_s = links._known_at_s
+            await happens(lambda: links._known_at_s > known_at_s)
+            assert await called(links) == "a"  # as if the call before had just been
+            links._wanted_at_s -= 61.0
+            await happens(lambda: links._asking is None)
+            num_asked = serve.num_asked
+            await asyncio.sleep(0.05)
+            assert serve.num_asked == num_asked
+            assert await called(links) == "a"
+            await happens(lambda: serve.num_asked > num_asked)
 
     run(test)
 
