@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from cluster.errors import (
     NotFiniteError,
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
+from router.engine.commands import Commands
 from router.engine.constrained_rows import barred, begin_constraint, forbidden_of
 from router.engine.constraints import Grammars
 from router.engine.emission import Emission, Emit
@@ -53,9 +53,6 @@ notice a new placement."""
 CLOSE_S = 1.0
 
 logger = logging.getLogger("expertmesh.engine")
-
-
-Command = Callable[[], None]
 
 
 class Engine:
@@ -99,7 +96,7 @@ class Engine:
         self._is_exact = is_exact
         self._identity = identity
         self._grammars = grammars
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._commands = Commands()
         self._outbox: list[Emission] = []
         self.replayed: Counter[str] = Counter()
         self.inexact_rows: Counter[str] = Counter()
@@ -168,8 +165,7 @@ class Engine:
         """Serve until :meth:`close`."""
         works: list[Work] = []
         while not self._closing:
-            wait_s = PARKED_S if self._scheduler.sequences() else IDLE_S
-            self._run_commands(0.0 if works else wait_s)
+            self._take_commands(bool(works))
             self._expire()
             if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
@@ -181,14 +177,11 @@ class Engine:
                 self._isolation.compute(works)
                 self._flush()
 
-    def _run_commands(self, wait_s: float) -> None:
-        if wait_s:
-            try:
-                self._commands.get(timeout=wait_s)()
-            except queue.Empty:
-                return
-        while not self._commands.empty():  # no other thread takes commands
-            self._commands.get_nowait()()
+    def _take_commands(self, has_works: bool) -> None:
+        if self._scheduler.sequences():
+            self._commands.run(0.0 if has_works else PARKED_S)
+        else:
+            self._commands.run_burst(IDLE_S, lambda: len(self._scheduler.sequences()))
 
     def _unpark(self) -> None:
         for sequence in self._scheduler.parked():
@@ -200,12 +193,14 @@ class Engine:
         traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in works)
         trace = begin_step(traces, len(works), num_tokens)
-        self.tally.step(works, time.monotonic())
+        began_s = time.monotonic()
+        self.tally.step(works, began_s)
         try:
             self.step(works, trace)
         finally:
             if trace is not None:
                 trace.end()
+        self._commands.note_step(len(works), time.monotonic() - began_s)
         self._flush()
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:

@@ -24,8 +24,8 @@ from router.observability.tracing import as_current
 REFRESH_S = 1.0
 """While requests come, and for a while after, the routers are asked for so often."""
 KEPT_S = 60.0
-"""So long after the latest request the routers are still asked for. Requests that come together after
-a pause thus find the links known; without that, Serve would carry all of them."""
+"""So long after the latest request the routers are still asked for. Requests that come together
+after a pause thus find the links known; without that, Serve would carry all of them."""
 ASK_TIMEOUT_S = 5.0
 STALE_S = 1.5
 """So long after all routers have told where they listen, a request goes over a link. Serve may be
@@ -50,8 +50,8 @@ class RouterLinks:
 
     Serve says which replicas run, and each of them its node and where it listens. They are asked in
     the background, while requests come and for :data:`KEPT_S` after. Where a replica cannot be
-    reached, its requests go by Serve's calls. There is no link to a router that has the model of an earlier deployment:
-    Serve may have stopped sending it requests since it was asked.
+    reached, its requests go by Serve's calls. There is no link to a router that has the model of an
+    earlier deployment: Serve may have stopped sending it requests since it was asked.
     """
 
     def __init__(

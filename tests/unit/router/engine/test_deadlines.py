@@ -100,7 +100,7 @@ def test_a_step_that_outlasts_a_request_still_gives_its_batch_mate_a_token(
     mate = greedy_request("mate", prompt_of(4, 2), LENGTH)
     for request in (hasty, mate):
         cluster.engine.submit(request)
-    cluster.engine._run_commands(0.0)
+    cluster.engine._commands.run(0.0)
     cluster.transport.fail = lambda call, number: wait_out(hasty)
     cluster.engine.step(cluster.scheduler.schedule())
     asked = Counter((f.layer_id, e) for f in cluster.transport.frames for e in f.expert_ids)

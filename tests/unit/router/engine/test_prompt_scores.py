@@ -183,7 +183,7 @@ def test_a_prompt_that_waits_for_an_expert_gets_each_once(
     whole.close()
     cluster.lose([(1, expert) for expert in range(8)])
     cluster.engine.submit(asked("r"))
-    cluster.engine._run_commands(0.1)
+    cluster.engine._commands.run(0.1)
     cluster.engine.step(cluster.scheduler.schedule())
     assert cluster.scheduler.parked()
     cluster.lose([])

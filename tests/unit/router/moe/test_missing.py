@@ -125,7 +125,7 @@ def needed(folder: Path, request: GenerationRequest) -> set[tuple[int, int]]:
 
 def step(cluster: LocalCluster) -> int:
     """Do what the engine's thread does once, without its waiting; returns the works done."""
-    cluster.engine._run_commands(0.0)
+    cluster.engine._commands.run(0.0)
     cluster.engine._expire()
     cluster.engine._unpark()
     work = cluster.scheduler.schedule()
