@@ -29,7 +29,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         # Tokens whose text has gone out, followed by tokens whose text has not.
         kept = [i for i in context_ids[-_CONTEXT_TOKENS:] if i not in tokenizer.skipped_ids]
-        text = tokenizer.decode(kept)
+        text = tokenizer.decode_kept(kept)
         self._window = [] if text.endswith(_REPLACEMENT) else kept
         self._emitted_chars = len(text) if self._window else 0
         self._window_ids_emitted = len(self._window)
@@ -40,7 +40,7 @@ class Detokenizer:
         if not kept:
             return ""
         self._window += kept
-        text = self._tokenizer.decode(self._window)
+        text = self._tokenizer.decode_kept(self._window)
         whole = text.rstrip(_REPLACEMENT)
         new = whole[self._emitted_chars :]
         self._emitted_chars += len(new)
@@ -53,13 +53,13 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Return the text that is kept back; the stream has ended."""
-        return self._tokenizer.decode(self._window)[self._emitted_chars :]
+        return self._tokenizer.decode_kept(self._window)[self._emitted_chars :]
 
     def _advance(self) -> None:
         # The newest tokens stay as context of the next ones; the tokens before them go.
         self._window = self._window[self._window_ids_emitted :]
         self._window_ids_emitted = len(self._window)
-        self._emitted_chars = len(self._tokenizer.decode(self._window))
+        self._emitted_chars = len(self._tokenizer.decode_kept(self._window))
 
 
 class MarkedDetokenizer(Detokenizer):

@@ -30,10 +30,13 @@ class Inbox:
         if len(self._events) >= MAX_BUFFERED_EVENTS:  # the reply repeats the dropped events
             return
         self._events.append(event)
-        if event.finish_reason is not None or self._loop.time() >= self._due_at_s:
+        if event.finish_reason is not None:
             self._changed.set()
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._due_at_s, self._changed.set)
+            if self._loop.time() >= self._due_at_s:
+                self._changed.set()
+            else:
+                self._timer = self._loop.call_at(self._due_at_s, self._changed.set)
 
     def end(self, reply: Reply) -> None:
         """Take the call's reply, or the error that ended it, and wake the reader at once."""
@@ -43,10 +46,10 @@ class Inbox:
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
         """Wait; returns all events so far, and the reply or ``None`` while there is none.
 
-        The service above bounds the wait by the request's deadline. Later events are held back to
-        the next multiple of ``pause_s``, so that the next call returns them together. The readers
-        of all requests are woken at the same time: the loop, the sockets and the clients then have
-        one burst of work, and the engine's processes are disturbed once.
+        The caller bounds the wait: it ends the inbox at the request's deadline. Later events are
+        held back to the next multiple of ``pause_s``, so that the next call returns them together.
+        The readers of all requests are woken at the same time: the loop, the sockets and the
+        clients then have one burst of work, and the engine's processes are disturbed once.
         """
         await self._changed.wait()
         self._changed.clear()

@@ -11,6 +11,8 @@ from cluster.errors import OverloadedError, SlowReaderError
 from router.config import BODIES_AT_ONCE, GatewayConfig
 
 RETRY_AFTER_S = 1.0
+GRACE_S = 0.5
+"""How long past a request's deadline its router is waited for."""
 
 
 class SlowReaderWatch:

@@ -7,7 +7,7 @@ them out with the metrics of all other processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -78,9 +78,9 @@ class Metrics:
         """Record the time to a request's first token."""
         self._first_token.labels(model_id).observe(seconds)
 
-    def tokens(self, model_id: str, count: int) -> None:
-        """Count generated tokens."""
-        self._generation_tokens.labels(model_id).inc(count)
+    def token_counter(self, model_id: str) -> Callable[[float], None]:
+        """Return the function that counts generated tokens, called with their number."""
+        return self._generation_tokens.labels(model_id).inc
 
     def choice_finished(self, model_id: str, reason: str) -> None:
         """Count a choice that has finished; ``reason`` is its ``finish_reason``."""

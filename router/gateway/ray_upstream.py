@@ -21,6 +21,7 @@ from opentelemetry.trace import Span
 from ray.exceptions import RayError
 
 from cluster.errors import (
+    DeadlineExceededError,
     ExpertMeshError,
     InvalidRequestError,
     ModelReplacedError,
@@ -31,7 +32,7 @@ from cluster.errors import (
 from router.control.readiness import Readiness
 from router.gateway.deployment import Deployment
 from router.gateway.inbox import Inbox, Reply, put_reply
-from router.gateway.limits import RETRY_AFTER_S
+from router.gateway.limits import GRACE_S, RETRY_AFTER_S
 from router.gateway.resend import (
     RESEND,
     RESEND_TOKENS,
@@ -192,6 +193,10 @@ class RayUpstream:
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed
         reply = asyncio.create_task(put_reply(call, inbox))
+        # GRACE_S past the deadline, so that the router's own error comes first.
+        late = DeadlineExceededError("the request's time ran out before its last token")
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(request.remaining_s() + GRACE_S, inbox.end, late)
         self._held[request.model] += num_choices
         reply.add_done_callback(lambda _: self._held.subtract({request.model: num_choices}))
         try:
@@ -207,6 +212,7 @@ class RayUpstream:
                         yield event
                     return
         finally:
+            expiry.cancel()
             del self._inboxes[request.request_id]
             self._num_streams -= request.streamed
             self._link.forget(request.request_id)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
-from cluster.errors import Code, DeadlineExceededError, InternalError, InvalidRequestError
+from cluster.errors import Code, InternalError, InvalidRequestError
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.charges import Charge, Charges
@@ -32,14 +32,13 @@ from router.security.keys import Caller
 from router.served import ServedModel
 
 _LEAST_LOGPROB = -9999.0
-GRACE_S = 0.5
 Surface = Literal["http", "grpc"]
 Logprobs = TypeVar("Logprobs", bound=TokenLogprobs)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as router.messages.request.TokenEvent
 class Delta:
-    """A new piece of one choice.
+    """A new piece of one choice; nothing changes it once it is made.
 
     ``text`` may lag behind ``token_ids``. Where a request's answer is parsed, it is the content
     alone, and ``parsed`` has reasoning and calls too. A ``finish_reason`` (``stop``, ``length`` or
@@ -131,8 +130,9 @@ class Upstream(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the events of all choices; each choice ends with a ``finish_reason``.
 
-        The caller bounds the wait for an event. Raises :class:`cluster.errors.ExpertMeshError`.
-        Closing the generator (``aclose``) or cancelling it ends the request at its router.
+        Raises :class:`cluster.errors.ExpertMeshError`, at the latest
+        :data:`router.gateway.limits.GRACE_S` past the request's deadline. Closing the generator
+        (``aclose``) or cancelling it ends the request at its router.
         """
         ...
 
@@ -221,6 +221,7 @@ class GenerationService:
         self, checked: CheckedRequest, surface: Surface, charge: Charge
     ) -> AsyncGenerator[Delta, None]:
         model_id = checked.request.model
+        count_tokens = self.metrics.token_counter(model_id)
         started_at_s = time.monotonic()
         self.metrics.started(model_id, len(checked.request.prompt_token_ids))
         charge.use("prompt", len(checked.request.prompt_token_ids))
@@ -232,7 +233,7 @@ class GenerationService:
                     if waiting and delta.token_ids:
                         waiting = False
                         self.metrics.first_token(model_id, time.monotonic() - started_at_s)
-                    self.metrics.tokens(model_id, len(delta.token_ids))
+                    count_tokens(len(delta.token_ids))
                     charge.use("generated", len(delta.token_ids))
                     if delta.finish_reason is not None:
                         self.metrics.choice_finished(model_id, delta.finish_reason)
@@ -253,10 +254,7 @@ class GenerationService:
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
         choices = _Choices(checked)
         async with aclosing(self._upstream.generate(checked.request)) as events:
-            # GRACE_S past the deadline, so that the router's own error comes first.
-            while (
-                event := await _next_event(events, checked.request.remaining_s() + GRACE_S)
-            ) is not None:
+            async for event in events:
                 delta = choices.push(event)
                 if delta is None:
                     continue
@@ -374,6 +372,8 @@ def _parsed(delta: Delta, parser: ChoiceParser) -> Delta:
 
 def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:
     """Replace minus infinity, which JSON cannot write, by a very small number."""
+    if not rows:
+        return rows
     return tuple(
         row
         if min((row.logprob, *row.top_logprobs[-1:])) >= _LEAST_LOGPROB
@@ -384,13 +384,3 @@ def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:
         )
         for row in rows
     )
-
-
-async def _next_event(
-    events: AsyncGenerator[TokenEvent, None], remaining_s: float
-) -> TokenEvent | None:
-    try:
-        async with asyncio.timeout(remaining_s):
-            return await anext(events, None)
-    except TimeoutError:
-        raise DeadlineExceededError("the request's time ran out before its last token") from None

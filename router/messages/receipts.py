@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Set
 from dataclasses import replace
+from itertools import chain
 
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import rows_after
@@ -114,15 +115,15 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         return events[0]
     return TokenEvent(
         events[0].index,
-        tuple(token_id for event in events for token_id in event.token_ids),
-        tuple(row for event in events for row in event.logprobs),
+        tuple(chain.from_iterable([event.token_ids for event in events])),
+        tuple(chain.from_iterable([event.logprobs for event in events])),
         events[-1].finish_reason,
         all(event.exact for event in events),
         events[0].start,
         events[0].identity,
-        tuple(row for event in events for row in event.prompt_logprobs),
+        tuple(chain.from_iterable([event.prompt_logprobs for event in events])),
         events[0].prompt_start,
-        max(event.cached_tokens for event in events),
-        b"".join(event.routed for event in events),
+        max([event.cached_tokens for event in events]),
+        b"".join([event.routed for event in events]),
         next((event.routed_start for event in events if event.routed), 0),
     )

@@ -204,9 +204,9 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes four times as long to make, and each token has one
 class TokenEvent:
-    """New tokens of one choice.
+    """New tokens of one choice; nothing changes it once it is made.
 
     ``finish_reason`` is ``None`` while the choice goes on, else ``stop`` (the last id is an
     end-of-sequence token) or ``length``. ``exact`` is false if an expert's share was replaced or
@@ -267,7 +267,9 @@ class TokenEvent:
     def from_wire(cls, wire: list[Any]) -> TokenEvent:
         """Rebuild an event from :meth:`to_wire`."""
         index, token_ids, logprobs, finish_reason, exact, start, identity, *prompt = wire
-        rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
+        rows: tuple[TokenLogprobs, ...] = ()
+        if logprobs:
+            rows = tuple(TokenLogprobs(p[0], tuple(p[1]), tuple(p[2])) for p in logprobs)
         event = cls(index, tuple(token_ids), rows, finish_reason, exact, start, identity)
         if not prompt:
             return event

@@ -28,7 +28,7 @@ from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.server import CLIENTS, OPERATORS, GrpcServer, Surface
 from router.gateway.grpc.service import GrpcMethods
-from router.gateway.limits import Room
+from router.gateway.limits import GRACE_S, Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import load_models
 from router.gateway.predict.service import PredictionService
@@ -36,7 +36,7 @@ from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.ray_upstream import RayUpstream
 from router.gateway.router_links import RouterCalls
-from router.gateway.service import GRACE_S, GenerationService
+from router.gateway.service import GenerationService
 from router.security.access import Access
 from router.security.config import SecurityConfig
 from router.security.keyring import Keyring

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shipped import free_ports
-from cluster.errors import ExpertMeshError
+from cluster.errors import DeadlineExceededError, ExpertMeshError
 from cluster.reports import (
     ActorStatus,
     ChangeReport,
@@ -238,8 +238,8 @@ class FakeController:
 class FakeUpstream:
     """Plays a script of events per request; an exception in it is raised.
 
-    With ``endless`` the stream stays open after the script. Keeps the requests. ``controller`` is
-    the same deployment's.
+    With ``endless`` the stream stays open after the script, until the deadline. Keeps the requests.
+    ``controller`` is the same deployment's.
     """
 
     def __init__(self, script: Script, endless: bool = False) -> None:
@@ -259,7 +259,8 @@ class FakeUpstream:
                     raise event
                 yield event
             if self.endless:
-                await asyncio.Event().wait()
+                await asyncio.sleep(request.remaining_s())
+                raise DeadlineExceededError("nothing came")
         finally:
             self.closed.set()
 

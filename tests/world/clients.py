@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.errors import ExpertMeshError
-from router.gateway.service import GRACE_S, _next_event
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 from tests.world.kernel import Process
 from tests.world.model import VOCAB
@@ -191,7 +190,7 @@ class Client:
         self, request: GenerationRequest, events: AsyncGenerator[TokenEvent, None], answer: Answer
     ) -> None:
         plan = answer.plan
-        while (event := await _next_event(events, request.remaining_s() + GRACE_S)) is not None:
+        async for event in events:
             choice = answer.choices[event.index]
             if event.start != len(choice.token_ids):
                 answer.error = f"tokens from {event.start} after {len(choice.token_ids)}"

@@ -12,8 +12,8 @@ from cluster.controller.ledger import Ledger
 from cluster.controller.state import ClusterState
 from cluster.placement.placement import Placement
 from router.engine.replica import RouterReplica
+from router.gateway.limits import GRACE_S
 from router.gateway.ray_upstream import RayUpstream
-from router.gateway.service import GRACE_S
 from tests.world.clients import Answer
 from tests.world.kernel import Process
 from tests.world.law_of_queues import look_at_queues, unsent_bytes

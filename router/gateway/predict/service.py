@@ -16,7 +16,7 @@ from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.charges import Charges
 from router.gateway.errors import public_error
-from router.gateway.limits import Room
+from router.gateway.limits import GRACE_S, Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.validate import (
@@ -25,7 +25,7 @@ from router.gateway.predict.validate import (
     PredictionValidator,
     expected_shape,
 )
-from router.gateway.service import GRACE_S, Surface
+from router.gateway.service import Surface
 from router.messages.prediction import MIXTURE_PLATFORM, PredictionReply
 from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.security.keys import Caller

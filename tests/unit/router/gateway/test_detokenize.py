@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -65,8 +66,8 @@ def test_a_long_text_is_decoded_in_short_windows(monkeypatch: pytest.MonkeyPatch
         decoded.append(len(given))
         return plain(self, given)
 
-    plain = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", decode)
+    plain = Tokenizer.decode_kept
+    monkeypatch.setattr(Tokenizer, "decode_kept", decode)
     got = "".join(pieces(Detokenizer(tokenizer()), ids))
     monkeypatch.undo()
     assert got == tokenizer().decode(ids)
@@ -162,6 +163,28 @@ def sentencepiece() -> Tokenizer:
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     return Tokenizer(fast, (EOS,))
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+def test_the_text_is_the_one_of_transformers(sentencepiece: Tokenizer, cleans: bool) -> None:
+    fast = sentencepiece._tokenizer
+    fast.clean_up_tokenization_spaces = cleans
+    for ids in ([], [3, 4], [0, 3, EOS, 4, 1], list(range(5, 261))):
+        expected = fast.decode(
+            [i for i in ids if i != EOS],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        assert sentencepiece.decode(ids) == expected
+
+
+def test_a_class_that_decodes_in_its_own_way_is_asked(sentencepiece: Tokenizer) -> None:
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *args: Any, **options: Any) -> str:
+            return str(super()._decode(*args, **options)).upper()
+
+    loud = Loud(tokenizer_object=sentencepiece._tokenizer.backend_tokenizer)
+    assert Tokenizer(loud).decode([3, 4]) == sentencepiece.decode([3, 4]).upper() == "WORDS"
 
 
 def test_text_that_goes_on_keeps_its_first_space(sentencepiece: Tokenizer) -> None:

@@ -22,6 +22,7 @@ from ray.exceptions import (
 )
 
 from cluster.errors import (
+    DeadlineExceededError,
     InvalidRequestError,
     ModelReplacedError,
     OverloadedError,
@@ -246,6 +247,48 @@ async def first_of(
             await asyncio.sleep(0.001)
         gateway._on_tokens("r#0", early)
         return await first
+
+
+def test_a_router_that_goes_silent_is_given_up_after_the_deadline(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_upstream, "GRACE_S", 0.05)
+
+    async def run() -> None:
+        gateway, router = upstream()
+        asked = replace(request(0.1), sampling=SamplingParams(9))
+        events = gateway.generate(asked)
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        gateway._on_tokens("r#0", event(1))
+        assert await anext(events) == event(1)
+        assert asked.remaining_s() > 0
+        with pytest.raises(DeadlineExceededError, match="before its last token"):
+            await anext(events)
+        assert asked.remaining_s() <= -0.04
+        assert router.calls[0].was_cancelled
+        assert len(router.calls) == 1
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_ends_leaves_no_timer(
+    upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[object] = []
+    monkeypatch.setattr(Inbox, "end", lambda inbox, reply: ended.append(reply))
+    monkeypatch.setattr(ray_upstream, "GRACE_S", 0.0)
+
+    async def run() -> None:
+        gateway, router = upstream()
+        events = gateway.generate(request(0.05))
+        await first_of(gateway, router, events, event(0, "length"))
+        await events.aclose()
+        await asyncio.sleep(0.1)
+        assert ended == []
+        gateway._link.close()
+
+    asyncio.run(run())
 
 
 def test_a_call_knows_the_span_of_its_request(
@@ -599,7 +642,7 @@ def test_no_request_is_sent_again_past_its_deadline_or_the_budget(
         assert len(router.calls) == 1
         gateway._link.close()
 
-    asyncio.run(run(-0.5, RetryBudget()))
+    asyncio.run(run(-0.1, RetryBudget()))
     asyncio.run(run(30, RetryBudget(max_tokens=1)))
 
 
