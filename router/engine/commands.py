@@ -61,9 +61,9 @@ class Commands:
         if not num_choices():
             return
         num_expected, self._most_together = self._most_together, 0
-        until_s = time.monotonic() + GATHER_S
+        ends_at_s = time.monotonic() + GATHER_S
         quiet_s = min(self._latest_step_s, QUIET_S)
-        while num_choices() < num_expected:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not self.run(min(quiet_s, left_s)):
+        while 0 < num_choices() < num_expected:
+            wait_s = min(quiet_s, ends_at_s - time.monotonic())
+            if wait_s <= 0 or not self.run(wait_s):
                 return

@@ -193,14 +193,14 @@ class Engine:
         traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in works)
         trace = begin_step(traces, len(works), num_tokens)
-        began_s = time.monotonic()
-        self.tally.step(works, began_s)
+        began_at_s = time.monotonic()
+        self.tally.step(works, began_at_s)
         try:
             self.step(works, trace)
         finally:
             if trace is not None:
                 trace.end()
-        self._commands.note_step(len(works), time.monotonic() - began_s)
+        self._commands.note_step(len(works), time.monotonic() - began_at_s)
         self._flush()
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:

@@ -43,10 +43,15 @@ class Inbox:
         self._reply = reply
         self._changed.set()
 
+    def expire(self, error: Exception) -> None:
+        """Give up the call for want of time, unless it has ended; what it gave comes first."""
+        if self._reply is None:
+            self.end(error)
+
     async def take(self, pause_s: float) -> tuple[list[TokenEvent], Reply | None]:
         """Wait; returns all events so far, and the reply or ``None`` while there is none.
 
-        The caller bounds the wait: it ends the inbox at the request's deadline. Later events are
+        The caller bounds the wait: it has :meth:`expire` called at the deadline. Later events are
         held back to the next multiple of ``pause_s``, so that the next call returns them together.
         The readers of all requests are woken at the same time: the loop, the sockets and the
         clients then have one burst of work, and the engine's processes are disturbed once.

@@ -196,7 +196,7 @@ class RayUpstream:
         # GRACE_S past the deadline, so that the router's own error comes first.
         late = DeadlineExceededError("the request's time ran out before its last token")
         loop = asyncio.get_running_loop()
-        expiry = loop.call_later(request.remaining_s() + GRACE_S, inbox.end, late)
+        expiry = loop.call_later(request.remaining_s() + GRACE_S, inbox.expire, late)
         self._held[request.model] += num_choices
         reply.add_done_callback(lambda _: self._held.subtract({request.model: num_choices}))
         try:

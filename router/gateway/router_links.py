@@ -154,7 +154,7 @@ class RouterLinks:
                 logger.warning("the routers cannot be asked for links (%s)", name)
         finally:
             self._asking = None
-            asyncio.get_running_loop().call_later(REFRESH_S, self._ask_again)
+        asyncio.get_running_loop().call_later(REFRESH_S, self._ask_again)
 
     async def _open(self, address: LinkAddress) -> None:
         if address in self._links or not address.is_reachable:

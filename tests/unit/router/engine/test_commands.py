@@ -56,9 +56,9 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
 
 
 def took_s(call: Callable[[], object]) -> float:
-    began_s = time.monotonic()
+    began_at_s = time.monotonic()
     call()
-    return time.monotonic() - began_s
+    return time.monotonic() - began_at_s
 
 
 def test_commands_run_in_their_order(choices: Choices) -> None:
@@ -105,6 +105,23 @@ def test_the_next_choice_is_waited_for_no_longer_than_a_step_takes(choices: Choi
     choices.commands.note_step(32, 0.001)
     choices.put(5)
     assert choices.run_burst() == 5
+
+
+def test_after_a_step_without_duration_nothing_is_waited_for(choices: Choices) -> None:
+    choices.commands.note_step(32, 0.0)
+    choices.put(5)
+    assert took_s(choices.run_burst) < LONG_S / 2
+    assert len(choices) == 5
+
+
+def test_a_choice_that_is_cancelled_meanwhile_ends_the_wait(choices: Choices) -> None:
+    choices.commands.note_step(32, LONG_S)
+    choices.put(1)
+    choices.commands.put(lambda: None)
+    thread = threading.Timer(0.01, choices.commands.put, [choices.end_all])
+    thread.start()
+    assert choices.run_burst() == 0
+    thread.join(LONG_S)
 
 
 def test_a_burst_without_an_end_is_waited_for_no_longer_than_the_bound(

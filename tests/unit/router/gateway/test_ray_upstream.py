@@ -272,11 +272,40 @@ def test_a_router_that_goes_silent_is_given_up_after_the_deadline(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_client_that_reads_on_past_the_deadline_gets_what_came_before_it(
+    upstream: Callable[[], tuple[RayUpstream, Router]],
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
+) -> None:
+    monkeypatch.setattr(ray_upstream, "GRACE_S", 0.0)
+
+    async def run() -> None:
+        gateway, router = upstream()
+        asked = replace(request(0.1), sampling=SamplingParams(2))
+        events = gateway.generate(asked)
+        assert await first_of(gateway, router, events, event(0)) == event(0)
+        whole = TokenEvent(0, (0, 1), finish_reason="length")
+        refusal = {"error": OverloadedError("full", "queue", 1.0).to_wire()}
+        router.calls[0].reply.set_result(refusal if fails else {"events": [whole.to_wire()]})
+        while asked.remaining_s() > -0.05:
+            await asyncio.sleep(0.01)
+        if fails:
+            with pytest.raises(OverloadedError, match="full"):
+                await anext(events)
+        else:
+            assert await anext(events) == event(1, "length")
+            await events.aclose()
+        gateway._link.close()
+
+    asyncio.run(run())
+
+
 def test_a_request_that_ends_leaves_no_timer(
     upstream: Callable[[], tuple[RayUpstream, Router]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[object] = []
-    monkeypatch.setattr(Inbox, "end", lambda inbox, reply: ended.append(reply))
+    monkeypatch.setattr(Inbox, "expire", lambda inbox, error: ended.append(error))
     monkeypatch.setattr(ray_upstream, "GRACE_S", 0.0)
 
     async def run() -> None:
