@@ -20,7 +20,7 @@ from cluster.errors import (
     OverloadedError,
 )
 from cluster.transport.base import CallFailure
-from router.engine import isolation
+from router.engine import commands, isolation
 from router.engine.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
@@ -339,6 +339,30 @@ def test_a_device_in_error_ends_the_process_and_its_log_says_why(
     cluster.close()  # before the process's own end is back: every further step fails, too
     assert not cluster.engine.is_alive()
     assert "the router ends: its device failed (an illegal memory access" in caplog.text
+
+
+def test_an_idle_engine_computes_the_prompts_of_a_burst_in_one_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "QUIET_S", 30.0)
+    monkeypatch.setattr(commands, "GATHER_S", 30.0)
+    cluster = LocalCluster(folder, threaded=False)
+    engine, scheduler = cluster.engine, cluster.scheduler
+    for name in ("a", "b"):
+        engine.submit(greedy_request(name, prompt_of(4, ord(name)), 2))
+    engine._take_commands(has_works=False)
+    assert len(scheduler.sequences()) == 2
+    while works := scheduler.schedule():
+        engine._traced_step(works)
+    assert not scheduler.sequences()
+    engine._commands.note_step(1, 30.0)  # so long the next one may take
+    engine.submit(greedy_request("c", prompt_of(4, 3), 2))
+    late = threading.Timer(0.05, engine.submit, [greedy_request("d", prompt_of(4, 4), 2)])
+    late.start()
+    engine._take_commands(has_works=False)
+    assert [work.sequence.request.request_id for work in scheduler.schedule()] == ["c", "d"]
+    late.join(30.0)
+    cluster.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
