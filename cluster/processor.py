@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
 """Where Linux tells the processor's name."""
+# The files of a container's share of the processors' time: microseconds in each period of so many.
+_LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 def _named_in(cpu_info: str) -> str:
@@ -25,8 +28,25 @@ def processor_name() -> str:
     return name or platform.machine()
 
 
-def num_cpus() -> int:
-    """Return how many processors this process may use."""
+def num_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many processors this process may use: no more than its container's limit.
+
+    A limit of one and a half processors counts as two.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        usable = len(os.sched_getaffinity(0))
+    else:
+        usable = os.cpu_count() or 1
+    return min(usable, _cgroup_cpus(cgroup) or usable)
+
+
+def _cgroup_cpus(folder: Path) -> int | None:
+    """Return the processors whose whole time a container may use, rounded up; at least one."""
+    for limit in _LIMITS:
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in limit).split()
+            if int(quota) > 0:  # -1 where there is no limit
+                return math.ceil(int(quota) / int(period))
+        except (OSError, ValueError):  # no such version of cgroups, or no limit ("max")
+            continue
+    return None
