@@ -98,8 +98,7 @@ class GatewayReplica(GrpcMethods):
 
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
-        keys = {model.id: model.key for model in models}
-        self._keys = list(keys.values())
+        self._keys = [model.key for model in models]
         self._deployment = Deployment(
             controller,
             [model.id for model in models],
@@ -114,19 +113,7 @@ class GatewayReplica(GrpcMethods):
         self.admin = Admin(controller, lambda: ProcessSamples("gateway", process, samples()))
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
             loaded = load_models(language_models)
-        context = None if tls is None else tls.client_context()
-        calls = {
-            id_: RouterCalls(
-                handle,
-                keys[id_],
-                node,
-                "predict" if id_ in mixtures else "generate",
-                context,
-                partial(metrics.router_call, id_),
-                keys_of_call if shares_prefixes and id_ not in mixtures else no_keys,
-            )
-            for id_, handle in routers.items()
-        }
+        calls = _calls_to(models, routers, node, tls, metrics, shares_prefixes)
         self.service = GenerationService(
             loaded,
             limits,
@@ -223,6 +210,31 @@ class ListeningGateway(GatewayReplica):
         """Serve awaits this at a graceful end of the replica, once it knows of no request."""
         stops = [server.stop(self.service.limits.max_timeout_s) for server in self._grpc_servers]
         await asyncio.gather(*stops)  # none of them waits for another to stop listening
+
+
+def _calls_to(
+    models: tuple[Served, ...],
+    routers: Mapping[str, DeploymentHandle],
+    node: str,
+    tls: TlsFiles | None,
+    metrics: Metrics,
+    shares_prefixes: bool,
+) -> dict[str, RouterCalls]:
+    """Return the calls to the routers of each model; arguments as of :class:`GatewayReplica`."""
+    context = None if tls is None else tls.client_context()
+    calls: dict[str, RouterCalls] = {}
+    for model in models:
+        is_mixture = isinstance(model, ServedMixture)
+        calls[model.id] = RouterCalls(
+            routers[model.id],
+            model.key,
+            node,
+            "predict" if is_mixture else "generate",
+            context,
+            partial(metrics.router_call, model.id),
+            keys_of_call if shares_prefixes and not is_mixture else no_keys,
+        )
+    return calls
 
 
 Gateway = serve.ingress()(ListeningGateway)
