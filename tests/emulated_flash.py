@@ -1,7 +1,8 @@
 """Variable-length attention on an emulated device: each sequence and head by itself, in float32.
 
-It demands what FlashAttention 2 demands on CUDA, and checks what comes out against torch's own rule
-for tensors without values.
+It demands what FlashAttention 2 demands on CUDA: with a page table too, both ends of queries and of
+keys are set. What comes out has the shape and dtype that torch's own rule for tensors without
+values says; that rule looks at the queries alone.
 
 Dimension letters: T tokens, Q query heads, N pages, P slots of a page, G key/value heads, D head
 size, B sequences, M pages of the longest one.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 DEMANDS = {
+    "both ends or none": lambda a: (a["cu_seq_q"] is None) == (a["cu_seq_k"] is None),
     "half precision": lambda a: (
         a["query"].dtype in (torch.float16, torch.bfloat16)
         and a["query"].dtype == a["key"].dtype == a["value"].dtype
@@ -34,11 +36,13 @@ DEMANDS = {
     ),
     "int32 tables": lambda a: all(
         a[name].dtype == torch.int32 and a[name].is_contiguous()
-        for name in ("cu_seq_q", "seqused_k", "block_table")
+        for name in ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
     ),
-    "a page table alone": lambda a: a["cu_seq_k"] is None,
     "tables of all sequences": lambda a: (
         len(a["cu_seq_q"]) - 1 == len(a["seqused_k"]) == len(a["block_table"])
+    ),
+    "the ends of the keys": lambda a: torch.equal(
+        a["cu_seq_k"], torch.nn.functional.pad(a["seqused_k"].cumsum(0), (1, 0)).int()
     ),
     "no splits": lambda a: a["num_splits"] == 1,
 }

@@ -39,14 +39,16 @@ _TOLERANCE = 0.03
 class Part:
     """The sequences of one call: packed tokens ``begin:end``.
 
-    ``query_ends`` [B + 1] are the cumulative numbers of the sequences' tokens, from 0 on,
-    ``lengths`` [B] the cached tokens that each attends to, and ``block_table`` [B, M] its pages,
-    padded by page 0, all int32. ``max_tokens`` and ``max_length`` are the largest numbers.
+    ``query_ends`` [B + 1] are the cumulative numbers of the sequences' tokens, from 0 on, and
+    ``key_ends`` [B + 1] those of the cached tokens that they attend to. ``lengths`` [B] are these
+    tokens of each, and ``block_table`` [B, M] its pages, padded by page 0. All are int32.
+    ``max_tokens`` and ``max_length`` are the largest numbers.
     """
 
     begin: int
     end: int
     query_ends: torch.Tensor
+    key_ends: torch.Tensor
     lengths: torch.Tensor
     block_table: torch.Tensor
     max_tokens: int
@@ -88,11 +90,15 @@ class VarlenAttention:
         for row, span in zip(table, spans, strict=True):
             pages = span.slots[:: self.page_size] // self.page_size
             row[: len(pages)] = pages
-        ends = list(itertools.accumulate(counts, initial=0))
+        ends, key_ends = (
+            torch.tensor(list(itertools.accumulate(numbers, initial=0)), dtype=torch.int32)
+            for numbers in (counts, lengths)
+        )
         return Part(
             begin,
-            begin + ends[-1],
-            torch.tensor(ends, dtype=torch.int32),
+            begin + sum(counts),
+            ends,
+            key_ends,
             torch.tensor(lengths, dtype=torch.int32),
             torch.from_numpy(table),
             max(counts),
@@ -117,7 +123,7 @@ class VarlenAttention:
                 cache.keys[layer_id],
                 cache.values[layer_id],
                 part.query_ends,
-                None,
+                part.key_ends,  # FlashAttention 2 refuses a page table without them
                 part.max_tokens,
                 part.max_length,
                 scale=scoring.scaling,
