@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from cluster.staging import Staging
-from cluster.wire.tensors import to_ids
 from router.model.attention import Attention, PagedBatch
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import PagedContext
@@ -80,6 +79,10 @@ class AttentionHalf(Protocol):
 
 class ExpertLayers(Protocol):
     """The experts of all layers, whose output is begun and finished in two calls."""
+
+    def may_change(self, context: StepContext, layer_id: int, /) -> bool:
+        """Return whether a gate's choice may be changed, as far as is known."""
+        ...
 
     def begin(
         self,
@@ -171,14 +174,16 @@ class MixtureFeedForward:
         self, normed: torch.Tensor, context: StepContext, tokens: Tokens
     ) -> tuple[Any, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
-        among = partial(self._gate.choose_anew, normed)  # where experts are missing
         rows: device_rows.LayerRows = normed
+        among: ChooseAmong  # where experts are missing or full
         if self._staging is None:  # the model is on the CPU
             choice = self._gate.choice(normed, room=context.room(tokens))
+            among = partial(self._gate.choose_anew, normed)
         else:
-            chosen = self._gate.choose(normed)
-            ids, weights, rows = device_rows.to_host(self._staging, *chosen, normed)
-            choice = Choice(to_ids(ids), weights)
+            may_change = self._experts.may_change(context, self._layer_id)
+            choice, rows, among = device_rows.chosen_rows(
+                self._staging, self._gate, normed, may_change
+            )
         begun = self._experts.begin(context, self._layer_id, rows, choice, among, tokens)
         try:
             shared = None if self._shared_expert is None else self._shared_expert(normed)
@@ -316,7 +321,7 @@ class Decoder:
         placed = list(others)
         if self._staging is not None:
             pieces, [token_ids, positions, *placed] = batch_to_device(
-                self._staging, pieces, token_ids, positions, *others
+                self._staging, pieces, context.routed, token_ids, positions, *others
             )
         hidden_states = self._embedding(token_ids)  # [S, H]
         rotation = self._rotary_embedding(hidden_states, positions.unsqueeze(0))

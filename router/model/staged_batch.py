@@ -9,25 +9,30 @@ from typing import Any, TypeVar
 import torch
 
 from cluster.staging import Staging
+from router.moe.routed import StepRouted
 
 Batch = TypeVar("Batch")
 
 
 def batch_to_device(
-    staging: Staging, batch: Batch, *others: torch.Tensor
+    staging: Staging, batch: Batch, routed: StepRouted | None, *others: torch.Tensor
 ) -> tuple[Batch, list[torch.Tensor]]:
     """Return a step's batch and other tensors on the device, by one copy.
 
-    ``batch`` is a dataclass with tensors, or a tuple of these.
+    ``batch`` is a dataclass with tensors, or a tuple of these. The experts that requests force, if
+    any, come in the same copy and stay in ``routed``.
     """
+    forced = None if routed is None else routed.forced
     distinct: dict[int, torch.Tensor] = {}  # layers with and without a window may share a mask
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         return distinct.setdefault(id(tensor), tensor)
 
-    with_tensors((batch, others), note)
+    with_tensors((batch, others, forced), note)
     moved = dict(zip(distinct, staging.to_device(*distinct.values()), strict=True))
     staged, placed = with_tensors((batch, others), lambda tensor: moved[id(tensor)])
+    if routed is not None and forced is not None:
+        routed.forced = moved[id(forced)]
     return staged, list(placed)
 
 

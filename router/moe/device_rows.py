@@ -1,17 +1,21 @@
-"""A layer's rows from a device, permuted there where that is faster.
+"""A layer's rows and the gate's choice from a device.
 
 On a CPU, and for few rows of a device, the host gathers the rows of each actor (``gather`` in
 :mod:`router.moe.permute`). Many rows do not fit the host's caches, and to gather them takes longer
 than to bring each token's row K times. So a device orders the rows of a prefill by expert, and
 frames are sent from the pinned memory into which the device has copied them.
 
-Dimension letters: T tokens, K experts per token, P = T x K pairs, H hidden size. Pair t * K + r is
-token t with the expert that the gate put at rank r.
+Where experts are missing or full, the host chooses others by the gate's logits, which come in the
+same copy; the device is not asked again.
+
+Dimension letters: T tokens, K experts per token, P = T x K pairs, H hidden size, E experts. Pair
+t * K + r is token t with the expert that the gate put at rank r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ import torch
 from cluster.staging import Staging
 from cluster.wire.frames import Buffers
 from cluster.wire.tensors import to_bytes, to_ids
+from router.moe.gate import Choice
 
 PERMUTED_BYTES = 8 << 20
 """The fewest bytes of P rows that a device permutes. See ``docs/decisions.md``."""
@@ -66,19 +71,68 @@ LayerRows = torch.Tensor | PermutedRows
 """The rows of a layer's tokens on the host: [T, ...] in their order, or permuted."""
 
 
-def to_host(
-    staging: Staging, ids: torch.Tensor, weights: torch.Tensor, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, LayerRows]:
-    """Return a choice, ids and weights [T, K], and hidden states [T, H] on the host, by one copy.
+class LogitsGate(Protocol):
+    """A gate that can choose by logits; see :class:`router.moe.gate.Gate`."""
 
-    They last as those of :meth:`Staging.to_host`.
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits [T, E] of hidden states [T, H]."""
+        ...
+
+    def choose_by(
+        self, logits: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and weights [T, K] for logits; ``dtype`` is that of the hidden states."""
+        ...
+
+
+class HostChoices:
+    """Chooses anew on the host for tokens of a device; see :data:`router.moe.gate.ChooseAmong`."""
+
+    def __init__(
+        self,
+        gate: LogitsGate,
+        dtype: torch.dtype,
+        logits: torch.Tensor,
+        on_host: torch.Tensor | None,
+    ) -> None:
+        """``logits`` [T, E] are on the device; ``on_host`` are the same where they were copied.
+
+        ``dtype`` is that of the hidden states.
+        """
+        self._gate = gate
+        self._dtype = dtype
+        self._logits = logits
+        self._on_host = on_host
+
+    def __call__(self, rows: np.ndarray, allowed: np.ndarray) -> Choice:
+        """Choose for ``rows`` among the ``allowed`` experts."""
+        if self._on_host is None:  # an expert was lost after its rows had been copied
+            self._on_host = self._logits.cpu()
+        some = self._on_host.index_select(0, torch.from_numpy(rows))
+        ids, weights = self._gate.choose_by(some, self._dtype, torch.from_numpy(allowed))
+        return Choice(to_ids(ids), weights)
+
+
+def chosen_rows(
+    staging: Staging, gate: LogitsGate, hidden_states: torch.Tensor, may_change: bool
+) -> tuple[Choice, LayerRows, HostChoices]:
+    """Return the gate's choice for hidden states [T, H] of a device, and the rows, by one copy.
+
+    With ``may_change`` the logits come too: the choice may be changed. They all last as tensors of
+    :meth:`Staging.to_host`.
     """
-    if hidden_states.nbytes * ids.shape[1] < PERMUTED_BYTES:
-        ids, weights, rows = staging.to_host(ids, weights, hidden_states)
-        return ids, weights, rows
-    ids, weights, *permuted = staging.to_host(ids, weights, *permute(hidden_states, ids))
-    rows, pairs = permuted
-    return ids, weights, PermutedRows(rows, to_ids(pairs), ids.shape[1])
+    logits = gate.logits(hidden_states)
+    ids, weights = gate.choose_by(logits, hidden_states.dtype)
+    top_k = ids.shape[1]
+    is_permuted = hidden_states.nbytes * top_k >= PERMUTED_BYTES
+    copied = [ids, weights, *(permute(hidden_states, ids) if is_permuted else [hidden_states])]
+    ids, weights, rows, *others = staging.to_host(*copied, *([logits] if may_change else []))
+    found: LayerRows = rows
+    if is_permuted:
+        pairs, *others = others
+        found = PermutedRows(rows, to_ids(pairs), top_k)
+    among = HostChoices(gate, hidden_states.dtype, logits, others[0] if may_change else None)
+    return Choice(to_ids(ids), weights), found, among
 
 
 def permute(hidden_states: torch.Tensor, ids: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -43,7 +43,13 @@ class Gate:
         self._scores_dtype = torch.float32 if "scores" in spec.float32 else None
         self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
         self._correction = None if correction is None else correction.float()
-        self._lowest = -1.0 if correction is None else float(correction.cpu().min()) - 1.0
+        self._on_host = None if self._correction is None else self._correction.cpu()
+        self._lowest = -1.0 if self._on_host is None else float(self._on_host.min()) - 1.0
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits [T, E] of hidden states [T, H], on their device."""
+        in_float32 = "logits" in self._spec.float32
+        return self._logits_of(hidden_states.float() if in_float32 else hidden_states)
 
     def choose(
         self,
@@ -60,7 +66,21 @@ class Gate:
         ``forced`` ids, int64 [T, K], take the place of the best experts, with the weights that
         these would have for the same scores; rows of -1 choose freely.
         """
-        scores = self._scores(hidden_states, allowed)
+        return self.choose_by(self.logits(hidden_states), hidden_states.dtype, allowed, forced)
+
+    def choose_by(
+        self,
+        logits: torch.Tensor,
+        dtype: torch.dtype,
+        allowed: torch.Tensor | None = None,
+        forced: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`choose` returns for the hidden states of these logits [T, E].
+
+        ``dtype`` is that of the hidden states. The logits may have come from a device to the host;
+        ``allowed`` and ``forced`` are where they are.
+        """
+        scores = self._scores(logits, allowed)
         choice_scores = self._choice_scores(scores, allowed)
         values, ids = choice_scores.topk(self._top_k, -1, True, self._spec.sorts)
         # What was chosen by are the scores themselves, unless a mask or a correction changed them.
@@ -71,7 +91,7 @@ class Gate:
         if allowed is not None:
             # Last, because a row without an allowed expert divides by 0 before.
             weights = weights.masked_fill(~allowed.gather(1, ids), 0.0)
-        return ids, weights.to(hidden_states.dtype) if self._rounds_weights else weights
+        return ids, weights.to(dtype) if self._rounds_weights else weights
 
     def choice(
         self,
@@ -91,18 +111,14 @@ class Gate:
     def choose_anew(
         self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray
     ) -> Choice:
-        """Choose for some of the hidden states [T, H]; other arguments as in `ChooseAmong`."""
-        device = hidden_states.device
-        some = hidden_states.index_select(0, torch.from_numpy(rows).to(device))
-        ids, weights = self.choose(some, torch.from_numpy(allowed).to(device))
-        return Choice(ids.cpu().numpy(), weights.cpu())
+        """Choose for some of the hidden states [T, H] of the host; see `ChooseAmong`."""
+        some = hidden_states.index_select(0, torch.from_numpy(rows))
+        ids, weights = self.choose(some, torch.from_numpy(allowed))
+        return Choice(to_ids(ids), weights)
 
-    def _scores(self, hidden_states: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    def _scores(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Return scores [T, E]; a softmax is over all experts, or over the allowed experts."""
         spec = self._spec
-        logits = self._logits_of(
-            hidden_states.float() if "logits" in spec.float32 else hidden_states
-        )
         if allowed is not None and not spec.weights_are_of_all:
             # Before the softmax, where the large score of a forbidden expert rounds others to 0.
             logits = logits.masked_fill(~allowed, -torch.inf)
@@ -112,8 +128,9 @@ class Gate:
 
     def _choice_scores(self, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
         """Return the scores [T, E] by which experts are chosen, not weighted."""
-        if self._correction is not None:
-            scores = scores + self._correction
+        correction = self._on_host if scores.is_cpu else self._correction
+        if correction is not None:
+            scores = scores + correction
         if allowed is not None:
             scores = scores.masked_fill(~allowed, self._below_all())
         if self._spec.topk_groups < self._spec.num_groups:
@@ -163,19 +180,28 @@ class Gate:
 class ForcedGate:
     """A layer's gate for tokens of which some go to experts that their requests name."""
 
-    def __init__(self, gate: Gate, forced: np.ndarray) -> None:
-        """``forced`` are ids, int64 [T, K], or rows of -1 for tokens that choose freely."""
+    def __init__(self, gate: Gate, forced: torch.Tensor) -> None:
+        """``forced`` are ids, int64 [T, K], or rows of -1 for tokens that choose freely.
+
+        They are on the device of the hidden states.
+        """
         self._gate = gate
         self._forced = forced
 
-    def choose(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`Gate.choose`."""
-        forced = torch.from_numpy(self._forced).to(hidden_states.device)
-        return self._gate.choose(hidden_states, forced=forced)
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See :meth:`Gate.logits`."""
+        return self._gate.logits(hidden_states)
+
+    def choose_by(
+        self, logits: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`Gate.choose_by`; ``allowed`` experts stand for what is forced."""
+        forced = self._forced if allowed is None else None
+        return self._gate.choose_by(logits, dtype, allowed, forced)
 
     def choice(self, hidden_states: torch.Tensor, *, room: PieceRoom | None = None) -> Choice:
         """See :meth:`Gate.choice`."""
-        return self._gate.choice(hidden_states, self._forced, room=room)
+        return self._gate.choice(hidden_states, self._forced.numpy(), room=room)
 
     def choose_anew(
         self, hidden_states: torch.Tensor, rows: np.ndarray, allowed: np.ndarray

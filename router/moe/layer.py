@@ -176,6 +176,14 @@ class MoELayers(Generic[Result]):
         is_native = isinstance(combination, WeightedSums) and limit is None
         self._exchanges = dispatcher.exchanges if is_native else None
 
+    def may_change(self, context: StepContext, layer_id: int) -> bool:
+        """Return whether a gate's choice may be changed, as far as is known.
+
+        It may where experts have a capacity, or are missing.
+        """
+        is_known = self._limit is not None or context.missing is not None
+        return is_known or self._dispatcher.missing(layer_id) is not None
+
     def begin(
         self,
         context: StepContext,

@@ -7,6 +7,7 @@ token.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from router.messages.routed import LITTLE_ENDIAN
 from router.moe.gate import Choice
@@ -31,16 +32,17 @@ class StepRouted:
 
         ``forced`` int64 [L, S, K] are the ids that requests name, -1 for tokens that choose freely.
         """
+        self.forced = None if forced is None else torch.from_numpy(forced)
+        """``forced``, on the model's device once its step has begun."""
         self.used = np.empty((num_tokens, num_layers, top_k), LITTLE_ENDIAN[dtype])
         self._left_out = np.iinfo(self.used.dtype).max
-        self._forced = forced
 
-    def forced_of(self, layer: int, tokens: slice) -> np.ndarray | None:
+    def forced_of(self, layer: int, tokens: slice) -> torch.Tensor | None:
         """Return the forced ids [T, K] of some tokens in a layer, where any token is forced.
 
         ``layer`` counts the MoE layers alone, from 0.
         """
-        return None if self._forced is None else self._forced[layer, tokens]
+        return None if self.forced is None else self.forced[layer, tokens]
 
     def note(self, layer: int, tokens: slice, choice: Choice) -> None:
         """Record the experts of some tokens in a layer, as they were computed."""

@@ -96,6 +96,10 @@ class LayerExperts:
         weights = load_expert(self._checkpoint, self._layer_id, expert_id, _DTYPE)
         return ffn(rows, weights.map(from_array), self._act)
 
+    def may_change(self, context: StepContext, layer_id: int, /) -> bool:
+        """Return false: all experts are there."""
+        return False
+
     def begin(
         self,
         context: StepContext,

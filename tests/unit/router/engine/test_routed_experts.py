@@ -20,6 +20,7 @@ from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
+from tests.emulated_steps import Steps
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.routed_oracle import WEIGHTS, logits_under, used_by
@@ -272,9 +273,11 @@ def test_a_router_on_a_device_has_the_rows_of_the_host(folder: Path, cluster: Lo
     [[other]] = cluster.generate(asked(cluster, "f", forced=rows))
     with emulated_device() as device:
         there = LocalCluster(folder, limits=CHUNKED, device=device.device)
+        steps = Steps(there, device)
         [[event]] = there.generate(asked(there, "r"))
         [[forced]] = there.generate(asked(there, "f", forced=rows))
         there.close()
+        steps.have_one_copy_each_way_a_layer(len(there.checkpoint.shape.layers))
     assert (event.token_ids, event.routed) == (expected.token_ids, expected.routed)
     assert (forced.token_ids, forced.routed) == (other.token_ids, other.routed)
 

@@ -18,8 +18,8 @@ from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, 
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.checkpoints import save_mixtral
-from tests.emulated_copies import Copies
 from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_steps import Steps
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
 from tests.local_cluster import LocalCluster, greedy_request
@@ -49,21 +49,6 @@ def tokens_of(cluster: LocalCluster, *requests: GenerationRequest) -> list[tuple
 
 def requests(**options: Any) -> list[GenerationRequest]:
     return [greedy_request(f"r{i}", prompt, 6, **options) for i, prompt in enumerate(PROMPTS)]
-
-
-class Steps:
-    """The copies of each step of an engine."""
-
-    def __init__(self, cluster: LocalCluster, device: EmulatedDevice) -> None:
-        self.copies: list[Copies] = []
-        step = cluster.engine.step
-
-        def counted(*args: Any) -> None:
-            with device.counted() as copies:
-                step(*args)
-            self.copies.append(copies)
-
-        cluster.engine.step = counted  # type: ignore[method-assign]
 
 
 def check(folder: Path, device: EmulatedDevice, dtype: str | None = None, **options: Any) -> Steps:
@@ -110,10 +95,7 @@ def test_bfloat16_has_the_same_copies(tmp_path: Path, device: EmulatedDevice) ->
     cluster = LocalCluster(tmp_path / "m", dtype="bfloat16", device=device.device)
     steps = Steps(cluster, device)
     assert [len(tokens) for tokens in tokens_of(cluster, *requests())] == [6] * 3
-    for copies in steps.copies:
-        assert len(copies.to_host) == len(copies.to_device) == 4
-        assert not copies.host_reads
-        assert not copies.mixed
+    steps.have_one_copy_each_way_a_layer(3)
 
 
 def test_sampled_tokens_and_log_probabilities_are_the_hosts(
@@ -143,10 +125,7 @@ def test_sampled_tokens_and_log_probabilities_are_the_hosts(
             # Keys are gathered in another layout, so sums may have another order.
             assert row.logprob == pytest.approx(expected_row.logprob, abs=1e-5)
             assert row.top_logprobs == pytest.approx(expected_row.top_logprobs, abs=1e-5)
-    for copies in steps.copies:
-        assert len(copies.to_host) == len(copies.to_device) == 4
-        assert not copies.host_reads
-        assert not copies.mixed
+    steps.have_one_copy_each_way_a_layer(3)
 
 
 def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
@@ -239,9 +218,11 @@ def test_an_expert_at_its_capacity_passes_tokens_on_as_on_the_host(
     tokens = []
     for where in (torch.device("cpu"), device.device):
         cluster = LocalCluster(tmp_path / "m", device=where, capacity=CapacityConfig(tokens=4))
+        steps = Steps(cluster, device)
         tokens.append(tokens_of(cluster, greedy_request("r", list(range(3, 40)), 4)))
         assert sum(cluster.overflow.values()) > 0
     assert tokens[0] == tokens[1]
+    steps.have_one_copy_each_way_a_layer(3)
 
 
 def test_without_an_expert_the_gate_chooses_anew_as_on_the_host(
@@ -252,8 +233,10 @@ def test_without_an_expert_the_gate_chooses_anew_as_on_the_host(
     for where in (torch.device("cpu"), device.device):
         cluster = LocalCluster(tmp_path / "m", device=where)
         cluster.lose([(0, 1), (2, 3), (2, 5)])
+        steps = Steps(cluster, device)
         tokens.append(tokens_of(cluster, *requests(on_expert_loss="next_expert")))
     assert tokens[0] == tokens[1]
+    steps.have_one_copy_each_way_a_layer(3)
 
 
 def test_a_device_without_memory_for_weights_and_cache_is_told_before_they_are_moved(
@@ -282,10 +265,7 @@ def test_log_probabilities_of_prompts_are_those_of_the_host_and_need_no_other_co
     steps = Steps(cluster, device)
     found = [events[0] for events in cluster.generate(*asked)]
     cluster.close()
-    for copies in steps.copies:
-        assert len(copies.to_host) == len(copies.to_device) == 4
-        assert not copies.host_reads
-        assert not copies.mixed
+    steps.have_one_copy_each_way_a_layer(3)
     for own, other in zip(expected, found, strict=True):
         assert other.token_ids == own.token_ids
         assert len(other.prompt_logprobs) == len(own.prompt_logprobs)

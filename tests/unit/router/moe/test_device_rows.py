@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from cluster.staging import Staging
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import encode
+from experts.families.base import GateSpec
 from router.capacity_config import CapacityConfig
 from router.engine.scheduler import Limits
 from router.moe import device_rows
-from router.moe.device_rows import PermutedRows, permute
+from router.moe.device_rows import PermutedRows, chosen_rows, permute
+from router.moe.gate import Gate
 from router.moe.permute import gather, lay_out, rows_of_parts, split
 from tests.checkpoints import save_mixtral
 from tests.emulated_copies import Copies
@@ -107,10 +111,10 @@ def test_a_frame_is_sent_in_the_pieces_of_its_rows(device: EmulatedDevice) -> No
         with device.counted() as copies:
             there = hidden_states.to(device.device), ids.to(device.device)
             weights = torch.ones(4, 2, device=device.device)
-            found = device_rows.to_host(Staging(device.device), there[1], weights, there[0])
+            gate = GivenGate(there[1], weights)
+            found, moved, _ = chosen_rows(Staging(device.device), gate, there[0], False)
     assert len(copies.to_host) == 1
-    assert torch.equal(found[0], ids)
-    moved = found[2]
+    assert found.ids.tolist() == ids.tolist()
     assert isinstance(moved, PermutedRows)
     layout = lay_out({0: "a", 1: "b", 2: "a"}, {"a": 1, "b": 1})
     ordered, parts, _ = split(layout, ids.numpy().ravel(), 2, None)
@@ -125,12 +129,61 @@ def test_a_frame_is_sent_in_the_pieces_of_its_rows(device: EmulatedDevice) -> No
 def test_few_rows_come_in_the_tokens_order(device: EmulatedDevice) -> None:
     rows = torch.randn(4, 8)
     ids = chosen(4, 2, 4, 0)
-    given_there = [t.to(device.device) for t in (ids, torch.ones(4, 2), rows)]
+    there = [t.to(device.device) for t in (ids, torch.ones(4, 2), rows)]
     with device.counted() as copies:
-        found = device_rows.to_host(Staging(device.device), *given_there)
-    assert torch.equal(found[2], rows)  # type: ignore[arg-type]
+        gate = GivenGate(*there[:2])
+        found, moved, _ = chosen_rows(Staging(device.device), gate, there[2], False)
+    assert torch.equal(moved, rows)  # type: ignore[arg-type]
+    assert (found.ids.tolist(), found.weights.tolist()) == (ids.tolist(), [[1.0, 1.0]] * 4)
     assert len(copies.to_host) == 1
     assert copies.to_host[0].num_bytes == 64 + 64 + rows.nbytes
+
+
+@pytest.mark.parametrize("permuted_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("may_change", [True, False])
+def test_a_changed_choice_asks_the_device_for_nothing_that_was_foreseen(
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    permuted_bytes: int,
+    may_change: bool,
+) -> None:
+    monkeypatch.setattr(device_rows, "PERMUTED_BYTES", permuted_bytes)
+    generator = torch.Generator().manual_seed(4)
+    weight, rows = (torch.randn(n, 8, generator=generator) for n in (6, 5))
+    correction = torch.rand(6, generator=generator)
+    spec = GateSpec(score="sigmoid", renormalises=True)
+    host = Gate(spec, 2, partial(functional.linear, weight=weight), correction)
+    weight, correction, rows_there = (t.to(device.device) for t in (weight, correction, rows))
+    gate = Gate(spec, 2, partial(functional.linear, weight=weight), correction)
+    asked, allowed = np.array([0, 3, 4]), np.ones((3, 6), dtype=bool)
+    allowed[:, 1] = allowed[1, 2:5] = False
+    with device.counted() as copies:
+        found, _, among = chosen_rows(Staging(device.device), gate, rows_there, may_change)
+        anew = [among(asked, allowed), among(asked[:1], allowed[:1])]
+    assert len(copies.to_host) == (1 if may_change else 2)
+    assert not copies.to_device
+    for got, expected in (
+        (found, host.choice(rows)),
+        (anew[0], host.choose_anew(rows, asked, allowed)),
+        (anew[1], host.choose_anew(rows, asked[:1], allowed[:1])),
+    ):
+        assert got.ids.tolist() == expected.ids.tolist()
+        torch.testing.assert_close(got.weights, expected.weights)
+
+
+class GivenGate:
+    """Makes a given choice."""
+
+    def __init__(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        self._choice = ids, weights
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def choose_by(
+        self, logits: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._choice
 
 
 # An engine on a device.
