@@ -31,6 +31,8 @@ from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.emulated_device import emulated_device
+from tests.emulated_steps import Steps
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import prompt_of
 
@@ -145,6 +147,29 @@ def test_a_choice_goes_on_elsewhere_with_the_same_tokens(
         assert set(cluster.engine.replayed - before) <= {"equal"}  # those that were not found
         assert rest.token_ids == whole.token_ids[count:]
         assert rest.finish_reason == "stop"
+
+
+def test_a_grammar_costs_a_device_one_more_copy_to_it_a_step(
+    folder: Path, cluster: LocalCluster, tokenizer: Tokenizer
+) -> None:
+    """What it forbids is known after the step has begun."""
+    request = greedy_request("r", PROMPT, 20, grammar=of_schema(PERSON))
+    [[expected]] = cluster.generate(request)
+    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    with emulated_device() as device:
+        there = LocalCluster(folder, grammars=grammars, device=device.device)
+        steps = Steps(there, device)
+        [[event]] = there.generate(request)
+        there.close()
+    grammars.close()
+    assert event.token_ids == expected.token_ids
+    num_layers = len(there.checkpoint.shape.layers)
+    for copies in steps.copies:
+        assert len(copies.to_host) == num_layers + 1
+        assert len(copies.to_device) <= num_layers + 2
+        assert not copies.host_reads
+        assert not copies.mixed
+    assert max(len(copies.to_device) for copies in steps.copies) == num_layers + 2
 
 
 def test_tokens_that_do_not_fit_their_grammar_end_their_request_alone(
