@@ -35,6 +35,7 @@ from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
 from router.engine.constraints import Grammars
+from router.engine.device_room import warn_of_steps
 from router.engine.emission import Emission
 from router.engine.engine import Engine
 from router.engine.kernel_class import dense_class
@@ -335,7 +336,8 @@ def _load_dense(
     dtype = TORCH_DTYPES[model.dtype]
     threads = min(config.prefill_threads, num_cpus())
     dense = MoEModel(checkpoint, dtype, cache_tokens, layers, device, threads)
-    kernel_class = dense_class(device, dtype, dense.is_native)
+    kernel_class = dense_class(device, dtype, dense.is_native, dense.attention.name)
+    warn_of_steps(model.id, checkpoint, dense, config, model.max_model_len, dtype, device)
     logger.info(
         "router of %s: %s on %s (%s), cache of %d tokens%s",
         model.id,

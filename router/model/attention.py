@@ -63,6 +63,8 @@ class Attention(Protocol):
     A token's result depends neither on the step's other sequences nor on their order.
     """
 
+    name: str
+    """The implementation, in kernel classes."""
     page_size: int
     """The slots of a page that it can read."""
     is_independent: bool

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from experts.families.base import Config, Family, head_sizes, size
 from router.model.page_pool import pages_needed
+
+if TYPE_CHECKING:
+    from router.config import RouterConfig
 
 FLOAT32_BYTES, HALF_BYTES, INDEX_BYTES = 4, 2, 8
 PAGE_SIZE, VARLEN_PAGE_SIZE = 16, 256
@@ -43,6 +47,12 @@ class StepLimits:
     max_batch_size: int
     max_batch_tokens: int
     longest: int
+
+    @classmethod
+    def of(cls, router: RouterConfig, max_model_len: int) -> StepLimits:
+        """Return the largest step of a configured router of a model."""
+        longest = min(max_model_len, router.cache_tokens_for(max_model_len))
+        return cls(router.max_batch_size, router.max_batch_tokens, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +108,17 @@ class RouterSizes:
         """Return the bytes that a router holds from its start to its end: weights and cache."""
         return self.weight_bytes(value_bytes) + self.cache_bytes(num_tokens, value_bytes)
 
-    def step_bytes(self, limits: StepLimits, value_bytes: int) -> int:
+    def step_bytes(
+        self, limits: StepLimits, value_bytes: int, reads_pages: bool | None = None
+    ) -> int:
         """Return the most bytes that a step takes beside the weights and the cache.
 
-        The gathered keys and values stay between steps. Of the rest, one part is computed at a
+        ``reads_pages`` says whether its attention does; by default it is :meth:`reads_pages`. The
+        gathered keys and values stay between steps. Of the rest, one part is computed at a
         time: the attention, the feed-forward layers, or the logits and their sampling.
         """
+        if reads_pages is None:
+            reads_pages = self.reads_pages(value_bytes)
         num_tokens = limits.max_batch_tokens
         hidden = num_tokens * self.hidden_size
         hidden_bytes = hidden * (
@@ -116,16 +131,16 @@ class RouterSizes:
             * (FLOAT32_BYTES + INDEX_BYTES)
         )
         return (
-            self._gathered_bytes(limits, value_bytes)
+            self._gathered_bytes(limits, value_bytes, reads_pages)
             + hidden_bytes
             + max(
-                self._attention_bytes(limits, value_bytes),
+                self._attention_bytes(limits, value_bytes, reads_pages),
                 inner_bytes + gate_bytes,
                 self._sampling_bytes(limits, value_bytes),
             )
         )
 
-    def _gathered_bytes(self, limits: StepLimits, value_bytes: int) -> int:
+    def _gathered_bytes(self, limits: StepLimits, value_bytes: int, reads_pages: bool) -> int:
         """Return the bytes of a layer's gathered keys and values [B, L, G D], or of page tables.
 
         All sequences are padded to the longest. Where the memory grows
@@ -133,11 +148,11 @@ class RouterSizes:
         twice. Each slot is an index, with masks for layers with and without a window.
         """
         slots = limits.max_batch_size * limits.longest
-        if self.reads_pages(value_bytes):
+        if reads_pages:
             return slots // VARLEN_PAGE_SIZE * INDEX_BYTES
         return slots * (self.cached_head_values * value_bytes * 3 // 2 + INDEX_BYTES + 2)
 
-    def _attention_bytes(self, limits: StepLimits, value_bytes: int) -> int:
+    def _attention_bytes(self, limits: StepLimits, value_bytes: int, reads_pages: bool) -> int:
         """Return the bytes of an attention's projections, outputs and masks, and of its scores.
 
         Only :mod:`router.model.capped_attention` has all scores [Q, T, L] at once.
@@ -145,7 +160,7 @@ class RouterSizes:
         num_tokens, longest = limits.max_batch_tokens, limits.longest
         projected = num_tokens * self.query_heads * self.head_values
         num_bytes = projected * _PROJECTION_COPIES * value_bytes
-        if not self.reads_pages(value_bytes):
+        if not reads_pages:
             num_bytes += num_tokens * longest * (2 + value_bytes)  # masks, and one to add to scores
         if self.caps_scores:
             scores = self.query_heads * num_tokens * longest

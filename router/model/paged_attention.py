@@ -104,6 +104,7 @@ class GatheredView:
 class GatheredAttention:
     """See :class:`router.model.attention.Attention`; the oracle of the other implementations."""
 
+    name = "gathered"
     page_size = 16
     is_independent = False
 
@@ -200,11 +201,12 @@ def _attend_chunk(
         return chunk_by_scores(query[0], keys, values, mask, scoring)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [1, G, L, D]
     heads_of_each = query.shape[1] // keys.shape[1]
-    if mask is None or heads_of_each == 1 or query.is_cpu:
+    if heads_of_each == 1 or query.is_cpu:
         parts = [(query, keys, values)]
     else:
-        # No kernel of CUDA takes both a mask and grouped heads; without one, all scores are held.
-        # So each key/value head is attended to by itself, as if each of its query heads had one.
+        # On CUDA only FlashAttention takes grouped heads, which takes neither a mask, float32 nor
+        # heads above 256; other kernels hold all scores. So each key/value head is attended to by
+        # itself, as if each of its query heads had one.
         groups = (query.split(heads_of_each, dim=1), keys.split(1, dim=1), values.split(1, dim=1))
         parts = [
             (heads, key.expand(-1, heads_of_each, -1, -1), value.expand(-1, heads_of_each, -1, -1))

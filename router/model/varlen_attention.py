@@ -69,6 +69,7 @@ class VarlenAttention:
     order of a token's sums is the same in any company.
     """
 
+    name = "varlen"
     page_size = 256
     """FlashAttention 2, which torch brings, takes multiples of it; its successors take any."""
     is_independent = False

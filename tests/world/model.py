@@ -157,6 +157,7 @@ class ExactAttention:
 
     page_size = 4
     is_independent = True
+    name = "exact"
 
     def view(self, spans: Sequence[Span], num_decode: int) -> list[Span]:
         return list(spans)

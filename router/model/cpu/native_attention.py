@@ -54,6 +54,7 @@ class NativeView:
 class NativeAttention:
     """See :class:`router.model.attention.Attention`."""
 
+    name = "native"
     page_size = NATIVE_PAGE_SIZE
     is_independent = True
 

@@ -241,9 +241,7 @@ def _router_of(config: AppConfig, model: ServedModel, planned: PlannedModel) -> 
     router, value_bytes = config.router, DTYPE_BYTES[planned.dtype]
     sizes = planned.shape.router
     num_tokens = router.cache_tokens_for(model.max_model_len)
-    limits = StepLimits(
-        router.max_batch_size, router.max_batch_tokens, min(model.max_model_len, num_tokens)
-    )
+    limits = StepLimits.of(router, model.max_model_len)
     num_slots = sizes.cache_slots(num_tokens, value_bytes)
     return Tenant(
         name=f"router of {model.id}",

@@ -16,13 +16,15 @@ def test_routers_with_and_without_native_code_are_of_several_classes(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: "fused")
-    assert dense_class(CPU, dtype, True) == "fused"
-    assert dense_class(CPU, dtype, False) == f"{torch_class(CPU, dtype)}+fused"
+    assert dense_class(CPU, dtype, True, "native") == "fused"
+    assert dense_class(CPU, dtype, False, "gathered") == f"{torch_class(CPU, dtype)}+fused"
     monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: None)
-    assert dense_class(CPU, dtype, False) == torch_class(CPU, dtype)
+    assert dense_class(CPU, dtype, False, "gathered") == torch_class(CPU, dtype)
 
 
 def test_a_router_on_a_device_has_the_devices_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     monkeypatch.setattr(kernel_class, "kernel_class", lambda dtype: "fused")
-    assert dense_class(torch.device("cuda:0"), torch.bfloat16, False) == "Card"
+    for attention in ("varlen", "gathered"):
+        found = dense_class(torch.device("cuda:0"), torch.bfloat16, False, attention)
+        assert found == f"Card+{attention}"

@@ -33,6 +33,7 @@ from router.model.paged_attention import GatheredAttention
 from router.model.varlen_attention import HEAD_STEP, MAX_HEAD_SIZE, VarlenAttention
 from router.ops.plan.plan import ACTOR_BATCH_ROWS, Wish, actor_batch_bytes, make_plan
 from router.ops.plan.source import find_model
+from tests import emulated_device as emulation
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.family_checkpoints import SAVERS
@@ -46,13 +47,21 @@ DECODED = 8
 LIMITS = StepLimits(max_batch_size=4, max_batch_tokens=32, longest=120)
 
 
+def refusing(*args: Any) -> Any:
+    raise RuntimeError("this kernel is not for you")
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planned(
-    tmp_path: Path, family: str, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str, is_refused: bool
 ) -> None:
+    """Also where the device refuses the attention that the plan takes for granted."""
     FAMILIES[family](tmp_path)
     value_bytes = DTYPE_BYTES[dtype]
+    if is_refused:
+        monkeypatch.setattr(emulation, "varlen_attention", refusing)
     with emulated_device() as device:
         cluster = LocalCluster(
             tmp_path,
@@ -62,9 +71,10 @@ def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planne
         )
         sizes = router_sizes(cluster.checkpoint.family, cluster.checkpoint.config)
         attention, num_pages = cluster.model.attention, cluster.model.num_pages
-        assert isinstance(attention, VarlenAttention) == sizes.reads_pages(value_bytes)
+        reads_pages = isinstance(attention, VarlenAttention)
+        assert reads_pages == (sizes.reads_pages(value_bytes) and not is_refused)
         num_slots = num_pages * attention.page_size
-        assert sizes.cache_slots(num_slots - 1, value_bytes) == num_slots
+        assert is_refused or sizes.cache_slots(num_slots - 1, value_bytes) == num_slots
         held = torch.accelerator.memory_allocated()
         assert 0 <= held - sizes.held_bytes(num_slots, value_bytes) < ROTATION_BYTES
         torch.accelerator.reset_peak_memory_stats()
@@ -74,7 +84,7 @@ def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planne
         cluster.generate(*(greedy_request(f"r{i}", p, DECODED) for i, p in enumerate(prompts)))
         cluster.close()
         taken = torch.accelerator.max_memory_allocated() - held
-    planned = sizes.step_bytes(LIMITS, value_bytes)
+    planned = sizes.step_bytes(LIMITS, value_bytes, reads_pages)
     assert taken <= planned <= 4 * taken
 
 
