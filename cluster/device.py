@@ -6,8 +6,11 @@ first of them is meant.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import psutil
@@ -16,6 +19,7 @@ import torch
 from cluster.errors import NoRoomError, UnavailableError
 
 CPU = torch.device("cpu")
+logger = logging.getLogger("expertmesh.device")
 end_process = partial(os._exit, 1)
 """Ends a process whose device is in error: everything that follows would fail there."""
 
@@ -72,6 +76,36 @@ def no_room(device: torch.device, needed_bytes: int, field: str) -> NoRoomError:
     """Return the error of a device whose memory has no room for ``needed_bytes``."""
     where = f"{device} of {socket.gethostname()}"
     return NoRoomError(where, needed_bytes, free_bytes(device), field)
+
+
+@contextmanager
+def room_told(device: torch.device, needed_bytes: int, field: str) -> Iterator[None]:
+    """Raise :class:`NoRoomError` for ``field`` where an accelerator's memory is full within.
+
+    Others may have taken memory that was free when it was looked at. What torch says is logged.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        logger.warning("%s: %s", field, error)
+        raise no_room(device, needed_bytes, field) from error
+
+
+def has_broken(error: BaseException) -> bool:
+    """Return whether an error of a computation on this process's accelerator means its end.
+
+    Not every library of a driver says so: a plain ``RuntimeError`` may be the device's or the
+    computation's own. Then the device is asked whether it still works. Waits for all of its work.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.accelerator.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def free_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluster.device import check_room, end_process, free_bytes, no_room
+from cluster.device import check_room, end_process, free_bytes, has_broken, room_told
 from cluster.spec import ExpertKey
 from cluster.staging import Staging
 from cluster.wire.frames import Buffer, DispatchFrame
@@ -74,16 +74,13 @@ class ExpertDevice:
         memory for its block.
         """
         layer, given = (key.model, key.layer_id), weights.map(from_array)
-        try:
-            with self._ending():
-                if layer not in self._blocks:
-                    size, act = self._num_experts[layer], ACTIVATIONS[activation]
-                    self._blocks[layer] = Block(given, size, act, self.device)
-                expert = self._blocks[layer].take()
-                expert.write(given)
-        except torch.OutOfMemoryError as error:
-            logger.warning("%s: a load fails: %s", self._actor_id, error)
-            raise no_room(self.device, sum(self._needed.values()), _FIELD) from error
+        needed_bytes = sum(self._needed.values())
+        with room_told(self.device, needed_bytes, _FIELD), self._ending():
+            if layer not in self._blocks:
+                size, act = self._num_experts[layer], ACTIVATIONS[activation]
+                self._blocks[layer] = Block(given, size, act, self.device)
+            expert = self._blocks[layer].take()
+            expert.write(given)
         del self._needed[key]
         return expert
 
@@ -129,7 +126,8 @@ class ExpertDevice:
         """End the process where the device fails within."""
         try:
             yield
-        except torch.AcceleratorError as error:
-            logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
-            end_process()
+        except RuntimeError as error:
+            if has_broken(error):
+                logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
+                end_process()
             raise

@@ -28,8 +28,8 @@ def warn_of_steps(
     """Log where ``device`` has less memory than the largest step may take.
 
     ``expertmesh plan`` takes it that attention reads the cache's pages in place where it might. A
-    device whose torch refuses that gathers them, which takes more. A step that finds no memory
-    fails its requests with :class:`OverloadedError`; smaller ones are computed.
+    device whose torch refuses that gathers them, which takes more. A step that finds no memory is
+    computed in halves, and a request without room alone ends with :class:`OverloadedError`.
     """
     if device == CPU:
         return

@@ -102,7 +102,11 @@ class Engine:
         self.inexact_rows: Counter[str] = Counter()
         self.tally = EngineTally()
         self._isolation = Isolation(
-            self._traced_step, self._compute_in_vain, self._fail_request, announce
+            self._traced_step,
+            self._compute_in_vain,
+            self._fail_request,
+            announce,
+            model.decoder.is_on_device,
         )
         self._closing = False
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)

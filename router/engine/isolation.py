@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import torch
 
-from cluster.device import end_process
+from cluster.device import end_process, has_broken
 from cluster.errors import (
     ExpertMeshError,
     ExpertUnavailableError,
@@ -57,11 +57,20 @@ logger = logging.getLogger("expertmesh.engine")
 class Isolation:
     """Computes an engine's steps; ends requests whose own steps fail."""
 
-    def __init__(self, step: Step, control: Step, fail: Fail, announce: Announce) -> None:
+    def __init__(
+        self,
+        step: Step,
+        control: Step,
+        fail: Fail,
+        announce: Announce,
+        is_on_device: bool,
+    ) -> None:
         """``step`` computes works and emits their tokens.
 
-        ``control`` computes works without any effect. ``fail`` ends a request with an error.
+        ``control`` computes works without any effect. ``fail`` ends a request with an error. With
+        ``is_on_device`` the process ends where its device is found in error.
         """
+        self._is_on_device = is_on_device
         self._step = step
         self._control = control
         self._fail = fail
@@ -112,16 +121,16 @@ class Isolation:
         """Compute works; returns the error of a step that some of its requests may have caused."""
         try:
             self._step(works)
-        except torch.AcceleratorError as error:
-            # Gateways replay its streams at another router.
-            logger.critical("the router ends: its device failed (%s)", error)
-            end_process()
         except ActorsDiedError:
             self._convict(works)
         except (ModelReplacedError, ExpertUnavailableError) as error:
             for request_id in _request_ids(works):
                 self._fail(request_id, error)
         except Exception as error:
+            if self._is_on_device and has_broken(error):
+                # Gateways replay its streams at another router.
+                logger.critical("the router ends: its device failed (%s)", error)
+                end_process()
             return error
         return None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cluster.device import CPU, check_room
+from cluster.device import CPU, check_room, room_told
 from cluster.errors import CheckpointError
 from cluster.heap import give_back_freed
 from cluster.staging import Staging
@@ -46,6 +46,7 @@ from router.model.routed import routed_layers
 from router.moe.layer import MoELayers
 
 _REPLACING = threading.Lock()
+_FIELD = "args.router.cache_tokens"
 
 
 @contextmanager
@@ -152,13 +153,29 @@ class MoEModel:
         of the size that its attention reads. Raises
         :class:`UnavailableError` where an accelerator has too little memory for both.
         """
-        family = checkpoint.family
+        needed_bytes = 0
         if device != CPU:
-            sizes = router_sizes(family, checkpoint.config)
+            sizes = router_sizes(checkpoint.family, checkpoint.config)
             num_slots = sizes.cache_slots(cache_tokens, dtype.itemsize)
             needed_bytes = sizes.held_bytes(num_slots, dtype.itemsize)
-            check_room(device, needed_bytes, "args.router.cache_tokens")
+            check_room(device, needed_bytes, _FIELD)
         model = load_dense(checkpoint, dtype)
+        with room_told(device, needed_bytes, _FIELD):
+            self._place(model, checkpoint, dtype, cache_tokens, layers, device, prefill_threads)
+        give_back_freed()
+
+    def _place(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        cache_tokens: int,
+        layers: MoELayers[torch.Tensor],
+        device: torch.device,
+        prefill_threads: int,
+    ) -> None:
+        """Move the modules of ``model`` to the device, and make a decoder and a cache there."""
+        family = checkpoint.family
         config = model.config
         # Some families write 0 for no window, others leave the key out.
         window: int | None = own_value(config, "sliding_window") or None
@@ -188,7 +205,6 @@ class MoEModel:
             staging,
             routed_layers(decoder_layers),
         )
-        give_back_freed()
 
 
 def _even_context(model: Any, checkpoint: Checkpoint) -> float:

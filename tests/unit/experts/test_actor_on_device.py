@@ -145,6 +145,26 @@ def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
     assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
 
 
+def test_an_error_of_a_computation_ends_no_process_whose_device_works(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
+    actor = on_device(folder, KEYS[:2])
+    monkeypatch.setattr(actor._queue.self_test, "note_failed", lambda frames: None)
+    with monkeypatch.context() as patch:
+
+        def failing(*args: Any) -> None:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        patch.setattr(Block, "compute", failing)
+        answer = decode(actor.compute(frame_of(rows_of(1), expert_id=0)))
+    assert isinstance(answer, ErrorFrame)
+    assert not ended
+    assert not isinstance(decode(actor.compute(frame_of(rows_of(1), expert_id=0))), ErrorFrame)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
 @pytest.mark.parametrize("call", ["load", "unload", "compute"])
 def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     folder: Path,
@@ -152,7 +172,9 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     call: str,
+    is_named: bool,
 ) -> None:
+    """Also where the error does not say that it is the device's, and the device works no more."""
     ended: list[str] = []
     monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
     actor = on_device(folder, KEYS[:2])
@@ -160,8 +182,11 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     monkeypatch.setattr(actor._queue.self_test, "note_failed", lambda frames: None)
 
     def failing(*args: Any) -> None:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
+        error = torch.AcceleratorError if is_named else RuntimeError
+        raise error("an illegal memory access was encountered")
 
+    if not is_named:
+        monkeypatch.setattr(torch.accelerator, "synchronize", failing)
     monkeypatch.setattr(DeviceExpert, "write", failing)  # also joins what is left
     monkeypatch.setattr(Block, "compute", failing)
     if call == "compute":
@@ -173,7 +198,7 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
             "load": lambda: actor.load(1, actor._spec, KEYS),
             "unload": lambda: actor.unload(1, KEYS[:1]),
         }
-        with pytest.raises(torch.AcceleratorError):
+        with pytest.raises(RuntimeError):
             calls[call]()
     assert ended[0] == "ended"
     assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text

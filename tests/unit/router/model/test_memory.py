@@ -162,3 +162,17 @@ def frame_of(shape: Any, layer_id: int, num_rows: int, seed: int) -> DispatchFra
         dtype="bfloat16",
         rows=to_bytes(rows.bfloat16()),
     )
+
+
+def test_a_device_that_others_fill_meanwhile_is_told_as_one_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_mixtral(tmp_path)
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("the device is out of memory")
+
+    monkeypatch.setattr("router.model.model.make_cache", full)
+    with emulated_device() as device, pytest.raises(UnavailableError, match="together") as caught:
+        LocalCluster(tmp_path, device=device.device)
+    assert caught.value.field == "args.router.cache_tokens"

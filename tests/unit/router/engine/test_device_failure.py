@@ -1,0 +1,75 @@
+"""A router whose device fails ends; an error of a computation alone ends nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from router.engine import isolation
+from tests.checkpoints import save_mixtral
+from tests.emulated_device import emulated_device
+from tests.local_cluster import LocalCluster, greedy_request
+
+PROMPT = [5, 9, 7]
+ILLEGAL = "an illegal memory access was encountered"
+
+
+def raising(error: type[Exception]) -> Callable[..., Any]:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error(ILLEGAL)
+
+    return raises
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    save_mixtral(tmp_path)
+    with emulated_device() as device:
+        cluster = LocalCluster(tmp_path, device=device.device)
+        yield cluster
+        cluster.close()
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+def test_a_device_in_error_ends_the_process_and_its_log_says_why(
+    cluster: LocalCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+) -> None:
+    """Also where the error does not say that it is the device's, and the device works no more."""
+    ended = threading.Event()
+    monkeypatch.setattr(isolation, "end_process", ended.set)
+    monkeypatch.setattr(cluster.model.decoder, "forward", raising(error))
+    if error is RuntimeError:
+        monkeypatch.setattr(torch.accelerator, "synchronize", raising(RuntimeError))
+    cluster.engine.submit(greedy_request("r", PROMPT, 3))
+    assert ended.wait(10)
+    cluster.close()  # before the process's own end is back: every further step fails, too
+    assert not cluster.engine.is_alive()
+    assert f"the router ends: its device failed ({ILLEGAL})" in caplog.text
+
+
+def test_an_error_while_the_device_works_ends_no_process(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(isolation, "end_process", ended.set)
+    forward, failed = cluster.model.decoder.forward, threading.Event()
+
+    def fails_once(*args: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return forward(*args)
+
+    monkeypatch.setattr(cluster.model.decoder, "forward", fails_once)
+    [[event]] = cluster.generate(greedy_request("r", PROMPT, 3))
+    assert failed.is_set()
+    assert len(event.token_ids) == 3
+    assert not ended.is_set()
