@@ -1,8 +1,9 @@
 """Copies between a process's device and its host: one for many tensors, each way.
 
 The tensors of one copy lie one after the other in a buffer, each at a multiple of :data:`ALIGNMENT`
-bytes. Host buffers are pinned, so that the device reads and writes them by itself. They are reused
-in turn, :data:`RING` of them each way: the tensors that a copy brings to the host last until the
+bytes. Host buffers are pinned, so that the device reads and writes them by itself. Their owner
+reserves as much as its usual copies take; a larger copy has them grow. They are reused in turn,
+:data:`RING` of them each way: the tensors that a copy brings to the host last until the
 :data:`RING`-th next copy to the host.
 
 Each direction has a stream of its own. So a copy waits for the values that it copies, and not for
@@ -35,6 +36,11 @@ class Staging:
         self._to_host = _Direction(device)
         self._to_device = _Direction(device)
         self._gap = torch.zeros(ALIGNMENT, dtype=_BYTES, device=device)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have memory for copies of so many bytes; to pin memory takes longer than a copy."""
+        for direction in (self._to_host, self._to_device):
+            direction.reserve(num_bytes)
 
     def to_host(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of the device on the host, by one copy; waits for their values.
@@ -98,7 +104,14 @@ class _Direction:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.Stream(device)
-        self._buffers = cycle([_Buffer(device) for _ in range(RING)])
+        self._ring = [_Buffer(device) for _ in range(RING)]
+        self._buffers = cycle(self._ring)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have so many bytes in each buffer; waits for the copies under way."""
+        for buffer in self._ring:
+            buffer.copied.synchronize()
+            buffer.bytes_of(num_bytes)
 
     def next_buffer(self) -> _Buffer:
         """Return the buffer whose last copy is the oldest; waits for the end of that copy."""
@@ -108,7 +121,7 @@ class _Direction:
 
 
 class _Buffer:
-    """Pinned memory of the host, as large as its largest copy so far.
+    """Pinned memory of the host, as large as was reserved, or as its largest copy so far.
 
     ``copied`` is recorded after each copy from or to it.
     """

@@ -29,6 +29,9 @@ from experts.compute.device_experts import (
 from experts.compute.ffn import ACTIVATIONS
 
 _FIELD = "args.experts"
+RESERVED_ROWS = 1024
+"""The rows for which pinned memory is reserved; the most of several frames together
+(:data:`experts.queue.MAX_BATCH_ROWS`). A frame of more rows has it grow."""
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -46,6 +49,7 @@ class ExpertDevice:
         self.name = str(device)
         self._actor_id = actor_id
         self._staging = Staging(device)
+        self._has_reserved = False
         self._needed: dict[ExpertKey, int] = {}
         self._num_experts: Counter[tuple[str, int]] = Counter()
         self._blocks: dict[tuple[str, int], Block] = {}
@@ -81,6 +85,9 @@ class ExpertDevice:
                 self._blocks[layer] = Block(given, size, act, self.device)
             expert = self._blocks[layer].take()
             expert.write(given)
+        if not self._has_reserved:  # nothing computes yet, so no copy is under way
+            self._has_reserved = True
+            self._staging.reserve(RESERVED_ROWS * expert.row_shape[0] * expert.block.dtype.itemsize)
         del self._needed[key]
         return expert
 

@@ -336,6 +336,7 @@ def _load_dense(
     dtype = TORCH_DTYPES[model.dtype]
     threads = min(config.prefill_threads, num_cpus())
     dense = MoEModel(checkpoint, dtype, cache_tokens, layers, device, threads)
+    dense.reserve(config.max_batch_tokens)
     kernel_class = dense_class(device, dtype, dense.is_native, dense.attention.name)
     warn_of_steps(model.id, checkpoint, dense, config, model.max_model_len, dtype, device)
     logger.info(

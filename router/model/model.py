@@ -43,6 +43,7 @@ from router.model.parts import (
     take_native,
 )
 from router.model.routed import routed_layers
+from router.moe.device_rows import copy_bytes
 from router.moe.layer import MoELayers
 
 _REPLACING = threading.Lock()
@@ -176,6 +177,7 @@ class MoEModel:
     ) -> None:
         """Move the modules of ``model`` to the device, and make a decoder and a cache there."""
         family = checkpoint.family
+        self._shape, self._dtype = checkpoint.shape, dtype
         config = model.config
         # Some families write 0 for no window, others leave the key out.
         window: int | None = own_value(config, "sliding_window") or None
@@ -183,7 +185,7 @@ class MoEModel:
         self.num_pages = pages_needed(cache_tokens, self.attention.page_size)
         self.even_context = _even_context(model, checkpoint)
         model.to(device)
-        staging = None if device == CPU else Staging(device)
+        self._staging = staging = None if device == CPU else Staging(device)
         take_gates(model, checkpoint)
         keep_latents(model)
         base = model.base_model
@@ -205,6 +207,14 @@ class MoEModel:
             staging,
             routed_layers(decoder_layers),
         )
+
+    def reserve(self, max_batch_tokens: int) -> None:
+        """Pin the host's memory for the copies of steps of so many tokens, where on a device."""
+        if self._staging is not None:
+            shape = self._shape
+            row_bytes = shape.hidden_size * self._dtype.itemsize
+            sizes = max_batch_tokens, row_bytes, shape.num_experts, shape.num_experts_per_tok
+            self._staging.reserve(copy_bytes(*sizes))
 
 
 def _even_context(model: Any, checkpoint: Checkpoint) -> float:

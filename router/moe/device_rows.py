@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cluster.staging import Staging
+from cluster.staging import ALIGNMENT, Staging
 from cluster.wire.frames import Buffers
 from cluster.wire.tensors import to_bytes, to_ids
 from router.moe.gate import Choice
@@ -69,6 +69,18 @@ class PermutedRows:
 
 LayerRows = torch.Tensor | PermutedRows
 """The rows of a layer's tokens on the host: [T, ...] in their order, or permuted."""
+
+
+def copy_bytes(num_tokens: int, row_bytes: int, num_experts: int, top_k: int) -> int:
+    """Return the most bytes of a layer's copy for T tokens of rows of H values.
+
+    These are the rows, permuted where there are many, ids, weights, the pairs of permuted rows, and
+    the logits of a choice that may be changed.
+    """
+    rows_bytes = num_tokens * row_bytes
+    if rows_bytes * top_k >= PERMUTED_BYTES:
+        rows_bytes *= top_k
+    return rows_bytes + num_tokens * (3 * top_k * 8 + num_experts * 4) + 5 * ALIGNMENT
 
 
 class LogitsGate(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,30 @@ def test_tensors_of_any_dtype_and_shape_move_in_one_copy_each_way(device: Emulat
             assert moved.device == device.device
             assert torch.equal(returned, tensor)
         given.append(torch.randn(100_000))
+
+
+def test_copies_within_the_reserved_bytes_pin_no_more_memory(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = Staging(device.device)
+    staging.to_device(torch.zeros(10))
+    staging.reserve(300_000)
+    pinned: list[int] = []
+    empty = torch.empty
+
+    def noted(*sizes: Any, **options: Any) -> torch.Tensor:
+        if options.get("pin_memory"):
+            pinned.append(sizes[0])
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for _ in range(2 * RING):
+        [there] = staging.to_device(torch.ones(75_000))
+        assert staging.to_host(there)[0].sum().item() == 75_000
+    assert not pinned
+    [there] = staging.to_device(torch.ones(200_000))
+    assert staging.to_host(there)[0].sum().item() == 200_000
+    assert len(pinned) == 2
 
 
 def test_a_sequence_of_tensors_arrives_as_their_concatenation(device: EmulatedDevice) -> None:

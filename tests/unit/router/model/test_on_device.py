@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster import staging as staging_module
 from cluster.errors import UnavailableError
 from cluster.staging import Staging
 from router.capacity_config import CapacityConfig
@@ -17,6 +18,7 @@ from router.engine.batch import sampling_of
 from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, sample
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
+from router.moe import device_rows
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.emulated_steps import Steps
@@ -88,6 +90,34 @@ def test_a_chunk_alone_that_ends_no_prompt_is_computed(
         cluster = LocalCluster(tmp_path / "m", limits=LIMITS, device=where)
         tokens.append(tokens_of(cluster, alone))
     assert tokens[0] == tokens[1]
+
+
+def test_no_step_pins_memory_that_was_not_reserved(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill chunks of all tokens of a step, and a choice that may be changed."""
+    save_mixtral(tmp_path / "m")
+    reserved = staging_module._Buffer.bytes_of
+    larger: list[int] = []
+
+    def noted(buffer: Any, num_bytes: int) -> torch.Tensor:
+        if len(buffer._memory) < num_bytes:
+            larger.append(num_bytes)
+        return reserved(buffer, num_bytes)
+
+    for permuted_bytes in (device_rows.PERMUTED_BYTES, 0):
+        monkeypatch.setattr(device_rows, "PERMUTED_BYTES", permuted_bytes)
+        limits, capacity = Limits(4, 512, 4096), CapacityConfig(tokens=100)
+        cluster = LocalCluster(
+            tmp_path / "m", limits=limits, device=device.device, capacity=capacity
+        )
+        cluster.model.reserve(512)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging_module._Buffer, "bytes_of", noted)
+            long = [3 + (7 * i) % 50 for i in range(700)]
+            assert len(tokens_of(cluster, greedy_request("r", long, 2))[0]) == 2
+        assert not larger
+        assert sum(cluster.overflow.values()) > 0
 
 
 def test_bfloat16_has_the_same_copies(tmp_path: Path, device: EmulatedDevice) -> None:
