@@ -264,6 +264,11 @@ class Bench:
         )
         self._engine.start()
 
+    @property
+    def attention(self) -> str:
+        """The name of the router's attention."""
+        return self._model.attention.name
+
     def round(self, streams: int, tokens: int) -> float:
         """Generate for all streams at once; returns the seconds that it took."""
         return self._generate(prompts(streams, self._sizes["vocab_size"]), tokens)

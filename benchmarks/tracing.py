@@ -144,13 +144,19 @@ class _TracingCalls:
 
 
 class TracingActor(ExpertActor):
-    """The expert actor, recording; over Ray's calls there is no ``idle`` and no ``send``."""
+    """The expert actor, recording; over Ray's calls there is no ``idle`` and no ``send``.
+
+    Python answers frames that come alone too, so that their products are seen.
+    """
 
     def __init__(self, *arguments: Any) -> None:
         """As :class:`ExpertActor`."""
         self._recorded: list[Recorded] = []
         super().__init__(*arguments)
         server: Any = self._streams
+        if server._alone is not None:
+            server._selector.unregister(server._alone)
+            server._alone = None
         server._selector.select = self._timed("idle", server._selector.select)
         server._send = self._timed("send", server._send)
         queue: Any = self._queue

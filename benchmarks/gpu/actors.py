@@ -14,12 +14,17 @@ from experts.remote import RemoteExpertActor
 
 
 class MeasuredActor(RemoteExpertActor):
-    """The product's actor, which tells the memory that torch had on its device."""
+    """The product's actor, which tells its kernels and the memory that torch had on its device."""
 
     @ray.method(concurrency_group="control")
     def device_bytes(self) -> int:
         """Return the most bytes that were allocated at once; 0 without a device."""
         return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
+
+    @ray.method(concurrency_group="control")
+    def kernel_classes(self) -> list[str]:
+        """Return the classes of the kernels that compute its experts."""
+        return [kernel.kernel_class for kernel in self.describe().kernels]
 
 
 class ProfiledActor(TracingActor):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.gpu.device_trace import DeviceRecorder, busy_s
 from benchmarks.timeline import DEVICE, KERNELS, ROUTER, Recorded, write_trace
+from router.model.cpu.native_layer import NativeGate
 from router.model.decoder import MixtureFeedForward
 from router.moe.gate import Gate
 
@@ -43,12 +44,7 @@ class LayerTimes:
 
     def __enter__(self) -> LayerTimes:
         """Begin."""
-        choose, finish = Gate.choose, MixtureFeedForward.finish
-
-        def timed_choose(gate: Gate, *arguments: Any) -> Any:
-            chosen = choose(gate, *arguments)
-            self._began_at_s = self._idle_at_s()
-            return chosen
+        finish = MixtureFeedForward.finish
 
         def timed_finish(half: MixtureFeedForward, begun: Any) -> torch.Tensor:
             output = finish(half, begun)
@@ -56,7 +52,9 @@ class LayerTimes:
             return output
 
         self._patches = ExitStack()
-        self._patches.enter_context(mock.patch.object(Gate, "choose", timed_choose))
+        for gate, name in ((Gate, "choose_by"), (NativeGate, "choice")):  # on a device, on a CPU
+            timed = self._timed(getattr(gate, name))
+            self._patches.enter_context(mock.patch.object(gate, name, timed))
         self._patches.enter_context(mock.patch.object(MixtureFeedForward, "finish", timed_finish))
         return self
 
@@ -68,6 +66,16 @@ class LayerTimes:
     ) -> None:
         """End."""
         self._patches.close()
+
+    def _timed(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method of a gate that notes when its choice is there."""
+
+        def timed(gate: Gate, *arguments: Any, **options: Any) -> Any:
+            chosen = choose(gate, *arguments, **options)
+            self._began_at_s = self._idle_at_s()
+            return chosen
+
+        return timed
 
     def _idle_at_s(self) -> float:
         if self._device.type != "cpu":

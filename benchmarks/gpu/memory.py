@@ -7,40 +7,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.wire.frames import DTYPE_BYTES
+from router.config import RouterConfig
+from router.model.memory import StepLimits
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
+
+DTYPE = "bfloat16"
+"""That of the measured models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The bytes that a plan gives a router and the fullest actor on a device."""
+    """The bytes that a plan gives a process on a device: held ones, and those of its work."""
 
-    router_bytes: int
-    actor_bytes: int
+    held_bytes: int
+    working_bytes: int
+
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes at one time."""
+        return self.held_bytes + self.working_bytes
 
 
-def planned(folder: Path, actors: int, cache_tokens: int) -> Planned:
-    """Return the plan for a checkpoint with so many actors and a cache of so many tokens.
+def planned(folder: Path, actors: int, cache_tokens: int) -> tuple[Planned, Planned]:
+    """Return the plan for a router of a checkpoint, and for the fullest of so many actors.
 
-    This is the one place that knows which figures of a plan are the device's: weights and cache of
-    a router, weights of an actor. The processes' own memory is the host's.
+    The router has the product's limits of a step and a cache of so many tokens in whole pages. The
+    processes' own memory is the host's.
     """
-    plan = make_plan(find_model(str(folder)), Wish(devices=actors))
+    plan = make_plan(find_model(str(folder), DTYPE), Wish(devices=actors))
     assert plan.needed_device_bytes is not None
-    return Planned(
-        router_bytes=plan.router_weight_bytes + cache_tokens * plan.cache_token_bytes,
-        actor_bytes=plan.needed_device_bytes - plan.actor_bytes_without_experts,
-    )
+    sizes, value_bytes, config = plan.model.shape.router, DTYPE_BYTES[DTYPE], RouterConfig()
+    longest = min(plan.model.shape.max_position_embeddings, cache_tokens)
+    limits = StepLimits(config.max_batch_size, config.max_batch_tokens, longest)
+    slots = sizes.cache_slots(cache_tokens, value_bytes)
+    router = Planned(sizes.held_bytes(slots, value_bytes), sizes.step_bytes(limits, value_bytes))
+    held_bytes = plan.needed_device_bytes - plan.actor_bytes_without_experts
+    return router, Planned(held_bytes, plan.actor_batch_bytes)
 
 
-def compared(plan: Planned, measured: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def compared(
+    plan: tuple[Planned, Planned], measured: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
     """Return of each process the bytes that it had, those of the plan, and their ratio."""
     found = {}
     for process, num_bytes in measured.items():
-        of_plan = plan.router_bytes if process == "router" else plan.actor_bytes
+        of_plan = plan[0] if process == "router" else plan[1]
         found[process] = {
             "peak_bytes": num_bytes,
-            "planned_bytes": of_plan,
-            "ratio": num_bytes / of_plan,
+            "held_bytes": of_plan.held_bytes,
+            "planned_bytes": of_plan.most_bytes,
+            "ratio": num_bytes / of_plan.most_bytes,
         }
     return found

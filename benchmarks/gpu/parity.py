@@ -22,8 +22,10 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from experts.checkpoint.checkpoint import open_checkpoint
 from router.engine.scheduler import Limits
 from router.messages.request import TokenEvent
+from router.model.memory import router_sizes
 from tests.checkpoints import save_mixtral, transformers_tokens
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import Weights, greedy_tokens, logits_of, save_grok
@@ -113,6 +115,8 @@ class Parity:
     ``distance`` is the mean absolute difference of log probabilities at a place between bf16 here
     and the oracle's fp32; ``oracle_distance`` is that between the oracle's own bf16 and its fp32.
     Both are medians of all places, so that a place whose gate chose another expert does not count.
+    ``attention`` is the router's in bf16; ``may_read_pages`` says whether the family's sizes let it
+    read the cache's pages in place.
     """
 
     family: str
@@ -120,6 +124,8 @@ class Parity:
     equal_tokens: int
     distance: float
     oracle_distance: float
+    attention: str
+    may_read_pages: bool
 
     @property
     def most_distance(self) -> float:
@@ -145,8 +151,10 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         oracle = FAMILIES[family](folder, oracle_device or device)
-        in_fp32 = _generate(folder, device, "float32", prompts)
-        in_bf16 = _generate(folder, device, "bfloat16", prompts)
+        in_fp32, _ = _generate(folder, device, "float32", prompts)
+        in_bf16, attention = _generate(folder, device, "bfloat16", prompts)
+        checkpoint = open_checkpoint(folder)
+        sizes = router_sizes(checkpoint.family, checkpoint.config)
     expected = [oracle.tokens(prompt, GENERATED) for prompt in prompts]
     pairs = [
         pair
@@ -170,13 +178,18 @@ def compare(
         sum(ours == theirs for ours, theirs in pairs),
         statistics.median(distances),
         statistics.median(oracle_distances),
+        attention,
+        sizes.reads_pages(torch.bfloat16.itemsize),
     )
 
 
 def _generate(
     folder: Path, device: torch.device, dtype: str, prompts: Sequence[Sequence[int]]
-) -> list[TokenEvent]:
-    """Return the greedy answers to all prompts, asked at once; in bf16 with log probabilities."""
+) -> tuple[list[TokenEvent], str]:
+    """Return the greedy answers to all prompts, asked at once, and the router's attention.
+
+    In bf16 the answers have log probabilities.
+    """
     options: dict[str, Any] = {} if dtype == "float32" else {"logprobs": TOP}
     cluster = LocalCluster(folder, limits=LIMITS, dtype=dtype, device=device, experts_device=device)
     try:
@@ -184,7 +197,8 @@ def _generate(
             greedy_request(f"r{i}", prompt, GENERATED, **options)
             for i, prompt in enumerate(prompts)
         ]
-        return [event for [event] in cluster.generate(*requests)]
+        answers = [event for [event] in cluster.generate(*requests)]
+        return answers, cluster.model.attention.name
     finally:
         cluster.close()
 

@@ -11,6 +11,10 @@ from benchmarks.gpu.speed import TRACE
 
 LEAST_RATIO = 0.9
 MOST_BEYOND_MS = 0.15
+IN_PLACE = "varlen"
+"""The attention that reads the cache's pages in place."""
+GROUPED = "grouped"
+"""The products of all experts of a frame at once, in kernel classes of actors."""
 NOT_MEASURED = "not measured"
 
 Row = Sequence[str]
@@ -28,16 +32,21 @@ def verdicts_of(result: Mapping[str, Any]) -> list[Verdict]:
 def _parity_verdicts(parity: Sequence[Mapping[str, Any]] | None) -> list[Verdict]:
     fp32 = "greedy tokens equal to transformers' there, fp32, all families"
     bf16 = "distance of bf16 from fp32, of the allowed one, worst family"
+    attention = "families whose attention may read pages in place and does, bf16"
     if not parity:
         return [
             Verdict(fp32, NOT_MEASURED, "all", False),
             Verdict(bf16, NOT_MEASURED, "at most 1", False),
+            Verdict(attention, NOT_MEASURED, "all", False),
         ]
     equal, tokens = (sum(one[key] for one in parity) for key in ("equal_tokens", "tokens"))
     worst = max(one["distance"] / one["most_distance"] for one in parity)
+    attentions = [one["attention"] for one in parity if one["may_read_pages"]]
+    in_place, able = attentions.count(IN_PLACE), len(attentions)
     return [
         Verdict(fp32, f"{equal} of {tokens}", "all", equal == tokens),
         Verdict(bf16, f"{worst:.2f}", "at most 1", worst <= 1),
+        Verdict(attention, f"{in_place} of {able}", "all", in_place == able),
     ]
 
 
@@ -46,17 +55,39 @@ def _speed_verdicts(models: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     promised = f"at least {LEAST_RATIO}", f"at most {MOST_BEYOND_MS} ms"
     speed = "the largest model at {} streams, experts in one process, of transformers grouped_mm"
     layer = "a layer's dispatch and combine beyond the products, largest model"
+    memory = "the most memory of a process on the card, of its plan, largest model"
+    ways = "ways of the largest model's attention and experts"
     if largest is None:
         return [
             Verdict(speed.format("the most"), NOT_MEASURED, promised[0], False),
             Verdict(layer, NOT_MEASURED, promised[1], False),
+            Verdict(memory, NOT_MEASURED, "at most 1", False),
+            Verdict(ways, NOT_MEASURED, f"{IN_PLACE}, {GROUPED}", False),
         ]
+    processes = [one for run in largest["actors"].values() for one in run["memory"].values()]
+    most = max((one["ratio"] for one in processes), default=None)  # the CPU has none
+    found = [_ways(run) for run in largest["actors"].values()]
+    are_fast = all(way == (IN_PLACE, GROUPED) for way in found)
     streams, ratio = next(iter(largest["ratio"]["1"].items()))
     beyond_ms = largest["layer"]["beyond_ms"]
     return [
         Verdict(speed.format(streams), f"{ratio:.2f}", promised[0], ratio >= LEAST_RATIO),
         Verdict(layer, f"{beyond_ms:.3f} ms", promised[1], beyond_ms <= MOST_BEYOND_MS),
+        Verdict(
+            memory,
+            NOT_MEASURED if most is None else f"{most:.2f}",
+            "at most 1",
+            most is not None and most <= 1,
+        ),
+        Verdict(ways, "; ".join(map(", ".join, found)), f"{IN_PLACE}, {GROUPED}", are_fast),
     ]
+
+
+def _ways(run: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the attention of a run's router, and how its actors compute experts."""
+    classes = run["kernel_classes"]
+    is_grouped = bool(classes) and all(one.endswith(f" {GROUPED}") for one in classes)
+    return run["attention"], GROUPED if is_grouped else " and ".join(classes)
 
 
 def _kill_verdict(result: Mapping[str, Any] | None) -> Verdict:
@@ -152,9 +183,12 @@ def _memory(largest: Mapping[str, Any]) -> str:
     rows = []
     for count, one in largest["actors"].items():
         for process, memory in one["memory"].items():
-            peak, of_plan = (memory[key] / 1e9 for key in ("peak_bytes", "planned_bytes"))
-            rows.append([count, process, f"{peak:.2f}", f"{of_plan:.2f}", f"{memory['ratio']:.2f}"])
-    return _table(["Actors", "Process", "Most allocated by torch, GB", "Plan, GB", "Ratio"], rows)
+            sizes = (memory[key] / 1e9 for key in ("peak_bytes", "held_bytes", "planned_bytes"))
+            rows.append(
+                [count, process, *(f"{one:.2f}" for one in sizes), f"{memory['ratio']:.2f}"]
+            )
+    columns = ["Actors", "Process", "Most allocated by torch, GB", "Plan, held, GB"]
+    return _table([*columns, "Plan, with its work, GB", "Ratio"], rows)
 
 
 def _kill(result: Mapping[str, Any]) -> str:
@@ -187,11 +221,12 @@ def _parity(parity: Sequence[Mapping[str, Any]]) -> str:
             one["family"],
             f"{one['equal_tokens']} of {one['tokens']}",
             *(f"{one[key]:.4f}" for key in ("distance", "oracle_distance", "most_distance")),
+            one["attention"],
         ]
         for one in parity
     ]
     columns = ["Family", "Equal tokens, fp32", "Distance, bf16", "Of transformers", "Allowed"]
-    return _table(columns, rows)
+    return _table([*columns, "Attention, bf16"], rows)
 
 
 def _parts(parts: Sequence[Mapping[str, Any]]) -> str:

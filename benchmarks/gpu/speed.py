@@ -129,12 +129,17 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
         streams = {
             n: bench.measure(int(n), settings.tokens, settings.rounds) for n in settings.streams
         }
+        classes = bench.actors.call("kernel_classes").values()
+        ways = {
+            "attention": bench.attention,
+            "kernel_classes": sorted({name for names in classes for name in names}),
+        }
         if not settings.has_device:
-            return {"streams": streams, "memory": {}}
+            return {"streams": streams, "memory": {}, **ways}
         measured = {"router": torch.accelerator.max_memory_allocated() - before_bytes}
         measured |= bench.actors.call("device_bytes")
         memory = compared(planned(folder, count, CACHE_TOKENS), measured)
-        return {"streams": streams, "memory": memory}
+        return {"streams": streams, "memory": memory, **ways}
     finally:
         bench.close()
         del bench

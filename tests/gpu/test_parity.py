@@ -34,5 +34,7 @@ def test_prompts_of_several_pages_are_computed_beside_short_ones(device: torch.d
     """Variable-length attention has pages of 256 tokens; two prompts take their pages by turns."""
     prompts = [tuple(3 + (i * step) % 300 for i in range(600)) for step in (1, 7)]
     parity = compare("mixtral", device, prompts=[*prompts, (5, 9, 7)])
+    assert parity.may_read_pages
+    assert parity.attention == "varlen"
     assert parity.tokens > 0
     assert parity.is_kept

@@ -15,6 +15,7 @@ from benchmarks.gpu import device_trace
 from benchmarks.gpu.device_trace import DeviceRecorder, busy_s, device_spans
 from benchmarks.gpu.layer import LayerTimes, beyond_products
 from benchmarks.timeline import DEVICE, KERNELS, ROUTER, TO_DEVICE, TO_HOST, write_trace
+from cluster.device import CPU
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.local_cluster import LocalCluster, greedy_request
@@ -110,6 +111,18 @@ def test_each_layer_is_timed_with_an_idle_device_at_both_ends(
         cluster.generate(greedy_request("after", [5, 9, 7], 1))
         cluster.close()
     assert len(times.layers) == steps * num_layers
+
+
+def test_a_layer_on_the_host_begins_with_its_own_choice(tmp_path: Path) -> None:
+    save_mixtral(tmp_path)
+    cluster = LocalCluster(tmp_path)
+    began_at_s = time.perf_counter()
+    with LayerTimes(CPU) as times:
+        cluster.generate(greedy_request("r", [5, 9, 7], 4))
+    cluster.close()
+    instants = [instant for layer in times.layers for instant in layer]
+    assert instants == sorted(instants)
+    assert began_at_s < instants[0]
 
 
 def test_a_process_without_a_device_records_nothing() -> None:

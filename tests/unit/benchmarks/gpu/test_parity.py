@@ -47,6 +47,7 @@ def test_router_and_experts_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         with device.counted() as copies:
             compared = parity.compare("deepseek_v2", device.device, CPU)
         assert compared.is_kept
+        assert (compared.attention, compared.may_read_pages) == ("gathered", False)
         assert len(clusters) == 2  # fp32 and bf16
         for cluster in clusters:
             banks = cluster.transport.banks.values()
@@ -56,6 +57,13 @@ def test_router_and_experts_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -
         assert copies.to_device
         assert not copies.host_reads
         assert not copies.mixed
+
+
+def test_the_attention_of_a_family_is_told() -> None:
+    with emulated_device() as device:
+        compared = parity.compare("mixtral", device.device, CPU, prompts=[(5, 9, 7)])
+    assert (compared.attention, compared.may_read_pages) == ("varlen", True)
+    assert parity.compare("mixtral", CPU, prompts=[(5, 9, 7)]).attention == "native"
 
 
 def test_another_model_is_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
