@@ -114,7 +114,8 @@ class RouterConfig(Section):
         default="auto",
         description="Where the dense part of a language model computes and has its cache. `auto` "
         "is the accelerator that Ray gives for `num_gpus`, or the CPU where that is 0. "
-        "`accelerator` is any that torch finds there, also one that is not reserved.",
+        "`accelerator` is any that torch finds there, also one that is not reserved. "
+        "This was never run on a GPU; `benchmarks/gpu.sh` would prove it.",
     )
     threads: int = Field(default=1, ge=1, le=256, description="Compute threads of one router.")
     prefill_threads: int = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from router.capacity_config import CapacityConfig
 from router.engine.batch import sampling_of
 from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, sample
 from router.engine.scheduler import Limits
-from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
+from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 from router.moe import device_rows
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
@@ -90,6 +90,22 @@ def test_a_chunk_alone_that_ends_no_prompt_is_computed(
         cluster = LocalCluster(tmp_path / "m", limits=LIMITS, device=where)
         tokens.append(tokens_of(cluster, alone))
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_a_resumed_request_goes_on_with_the_hosts_tokens(
+    tmp_path: Path, device: EmulatedDevice, count: int
+) -> None:
+    """Its prompt and the tokens that its client has are computed first, in chunks."""
+    save_mixtral(tmp_path / "m")
+    request = greedy_request("r", list(range(3, 40)), 8)
+    [whole] = tokens_of(LocalCluster(tmp_path / "m", limits=LIMITS), request)
+    cluster = LocalCluster(tmp_path / "m", limits=LIMITS, device=device.device)
+    steps = Steps(cluster, device)
+    [rest] = tokens_of(cluster, replace(request, received=(Received(whole[:count]),)))
+    assert rest == whole[count:]
+    assert cluster.engine.replayed == {"equal": count}
+    steps.have_one_copy_each_way_a_layer(3)
 
 
 def test_no_step_pins_memory_that_was_not_reserved(
