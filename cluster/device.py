@@ -101,6 +101,8 @@ def has_broken(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
+    if accelerator() is None:
+        return False
     try:
         torch.accelerator.synchronize()
     except RuntimeError:

@@ -44,9 +44,10 @@ def _cgroup_cpus(folder: Path) -> int | None:
     """Return the processors whose whole time a container may use, rounded up; at least one."""
     for limit in _LIMITS:
         try:
-            quota, period = " ".join((folder / name).read_text() for name in limit).split()
-            if int(quota) > 0:  # -1 where there is no limit
-                return math.ceil(int(quota) / int(period))
+            parts = " ".join((folder / name).read_text() for name in limit).split()
+            quota, period = map(int, parts)
+            if quota > 0 and period > 0:  # a quota of -1 is no limit
+                return math.ceil(quota / period)
         except (OSError, ValueError):  # no such version of cgroups, or no limit ("max")
             continue
     return None

@@ -37,10 +37,10 @@ class Staging:
         self._to_device = _Direction(device)
         self._gap = torch.zeros(ALIGNMENT, dtype=_BYTES, device=device)
 
-    def reserve(self, num_bytes: int) -> None:
+    def reserve(self, to_host_bytes: int, to_device_bytes: int) -> None:
         """Have memory for copies of so many bytes; to pin memory takes longer than a copy."""
-        for direction in (self._to_host, self._to_device):
-            direction.reserve(num_bytes)
+        self._to_host.reserve(to_host_bytes)
+        self._to_device.reserve(to_device_bytes)
 
     def to_host(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of the device on the host, by one copy; waits for their values.

@@ -46,6 +46,7 @@ def run(device: str) -> dict[str, Any]:
 
     from cluster.device import device_of
     from cluster.native.built import native
+    from experts.compute.grouped_ffn import CAPABILITIES
 
     found = device_of(device, 0, "--device")
     versions = {"cuda": torch.version.cuda, "hip": torch.version.hip}
@@ -56,12 +57,15 @@ def run(device: str) -> dict[str, Any]:
         "free_bytes": free_device_bytes(device),
         "toolkit": ", ".join(f"{name} {one}" for name, one in versions.items() if one) or UNKNOWN,
         "native": native is not None,
+        "has_grouped_kernel": False,
         "machine": machine(),
     }
     if found.type == "cpu":
         return described | {"name": "CPU"}
     module = torch.get_device_module(found)
     name_of = getattr(module, "get_device_name", None)
+    if found.type == "cuda" and torch.version.hip is None:
+        described["has_grouped_kernel"] = torch.cuda.get_device_capability()[0] in CAPABILITIES
     return described | {
         "name": name_of(0) if name_of is not None else UNKNOWN,
         "total_bytes": torch.accelerator.get_memory_info()[1],

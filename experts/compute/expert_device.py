@@ -32,6 +32,8 @@ _FIELD = "args.experts"
 RESERVED_ROWS = 1024
 """The rows for which pinned memory is reserved; the most of several frames together
 (:data:`experts.queue.MAX_BATCH_ROWS`). A frame of more rows has it grow."""
+RESERVED_ENDS_BYTES = 64 << 10
+"""The same for the ends of experts' rows, which go to the device with them."""
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -85,9 +87,10 @@ class ExpertDevice:
                 self._blocks[layer] = Block(given, size, act, self.device)
             expert = self._blocks[layer].take()
             expert.write(given)
-        if not self._has_reserved:  # nothing computes yet, so no copy is under way
-            self._has_reserved = True
-            self._staging.reserve(RESERVED_ROWS * expert.row_shape[0] * expert.block.dtype.itemsize)
+            if not self._has_reserved:  # nothing computes yet, so no copy is under way
+                rows_bytes = RESERVED_ROWS * expert.row_shape[0] * expert.block.dtype.itemsize
+                self._staging.reserve(rows_bytes, rows_bytes + RESERVED_ENDS_BYTES)
+                self._has_reserved = True
         del self._needed[key]
         return expert
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from cluster.device import has_broken
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import Activation, clamped_gate, gate_up_product
 
@@ -37,6 +38,8 @@ MAX_GROUPS = 1023
 """The most experts of one product."""
 MAX_GROUP_ROWS = 128
 """The most rows of one product, for each of its experts, whether or not they have rows."""
+CAPABILITIES = (9, 10)
+"""The generations of NVIDIA's cards for which torch has a kernel."""
 _ALIGNMENT_BYTES = 16
 _TRIAL_SIDE = 64
 
@@ -120,7 +123,7 @@ def _obstacle(
     if dtype != torch.bfloat16:
         return "torch's kernel takes bfloat16 alone"
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] not in (9, 10):
+    if capability[0] not in CAPABILITIES:
         return f"torch's kernel needs compute capability 9 or 10, not {capability}"
     return None
 
@@ -135,7 +138,7 @@ def _failed_trial(grouped_mm: GroupedMm, device: torch.device, dtype: torch.dtyp
     try:
         product = grouped_mm(there[0], there[1].transpose(-2, -1), offs=there[2]).cpu()
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        if isinstance(error, torch.OutOfMemoryError) or has_broken(error):
             raise
         return f"torch's grouped_mm fails ({str(error).splitlines()[0]})"
     pairs = ((rows[:3], matrices[0]), (rows[3:], matrices[2]))

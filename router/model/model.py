@@ -209,12 +209,15 @@ class MoEModel:
         )
 
     def reserve(self, max_batch_tokens: int) -> None:
-        """Pin the host's memory for the copies of steps of so many tokens, where on a device."""
+        """Pin the host's memory for a layer's copies of so many tokens, where on a device.
+
+        What long prompts need beyond, of indices and masks of gathered pages, is pinned later.
+        """
         if self._staging is not None:
             shape = self._shape
             row_bytes = shape.hidden_size * self._dtype.itemsize
             sizes = max_batch_tokens, row_bytes, shape.num_experts, shape.num_experts_per_tok
-            self._staging.reserve(copy_bytes(*sizes))
+            self._staging.reserve(copy_bytes(*sizes), max_batch_tokens * row_bytes)
 
 
 def _even_context(model: Any, checkpoint: Checkpoint) -> float:

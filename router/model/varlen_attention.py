@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.device import CPU
+from cluster.device import CPU, has_broken
 from router.model.attention import Attention, Scoring, Span
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import GatheredAttention
@@ -147,8 +147,8 @@ def why_not_varlen(
 
     ``heads`` are the numbers of query heads and of key/value heads. Where dtype and sizes allow it,
     it is tried there: against gathered attention, and a sequence alone against the same in company.
-    Raises ``torch.AcceleratorError`` where the trial has broken the device, and
-    ``torch.OutOfMemoryError`` where it has no memory for the trial.
+    Raises the trial's error where it has broken the device, and ``torch.OutOfMemoryError`` where
+    that has no memory for the trial.
     """
     if dtype not in HALF:
         return f"it takes half precision, not {str(dtype).removeprefix('torch.')}"
@@ -158,9 +158,9 @@ def why_not_varlen(
         return f"torch {torch.__version__} has none"
     try:
         return _tried(device, dtype, heads, head_dim)
-    except (torch.AcceleratorError, torch.OutOfMemoryError):
-        raise
     except (RuntimeError, TypeError, ValueError) as error:  # another signature, another device
+        if isinstance(error, torch.OutOfMemoryError) or has_broken(error):
+            raise
         return f"torch {torch.__version__} refuses it there ({str(error).splitlines()[0][:160]})"
 
 

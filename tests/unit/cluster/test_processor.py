@@ -41,6 +41,8 @@ def test_the_processor_is_told_by_its_model_or_its_architecture(
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
         ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "25000\n"}, 2),
         ({"cpu/cpu.cfs_quota_us": "50000\n"}, 8),
+        ({"cpu.max": ""}, 8),
+        ({"cpu.max": "100000 0\n"}, 8),
     ],
 )
 def test_a_process_uses_no_more_processors_than_its_containers_limit(

@@ -47,7 +47,7 @@ def test_copies_within_the_reserved_bytes_pin_no_more_memory(
 ) -> None:
     staging = Staging(device.device)
     staging.to_device(torch.zeros(10))
-    staging.reserve(300_000)
+    staging.reserve(300_000, 300_000)
     pinned: list[int] = []
     empty = torch.empty
 

@@ -13,11 +13,13 @@ import torch
 
 from cluster.errors import UnavailableError
 from cluster.spec import ExpertKey
+from cluster.staging import RING, Staging
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, joined
 from experts import actor as actor_module
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import expert_device
 from experts.compute.device_experts import Block, DeviceExpert
+from experts.compute.expert_device import RESERVED_ROWS
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
 
@@ -143,6 +145,35 @@ def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
     assert [b.num_experts for own in blocks_of(actor).values() for b in own] == [len(held)]
     assert answers(actor, 0, 1) == before
     assert actor.load(1, actor._spec, KEYS).experts == tuple(KEYS)
+
+
+def test_a_device_found_in_error_when_memory_is_pinned_ends_the_process(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
+
+    def failing(*args: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Staging, "reserve", failing)
+    with pytest.raises(torch.AcceleratorError):
+        on_device(folder, KEYS[:2])
+    assert ended
+
+
+def test_the_largest_batch_of_several_frames_pins_no_more_memory(
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = on_device(folder, KEYS[:2])
+    assert actor._device is not None
+    staging = actor._device._staging
+    ring = [*staging._to_host._ring, *staging._to_device._ring]
+    before = [len(buffer._memory) for buffer in ring]
+    for _ in range(RING):
+        answer = decode(actor.compute(frame_of(rows_of(RESERVED_ROWS), expert_id=0)))
+        assert not isinstance(answer, ErrorFrame)
+    assert [len(buffer._memory) for buffer in ring] == before
 
 
 def test_an_error_of_a_computation_ends_no_process_whose_device_works(

@@ -153,6 +153,7 @@ def results(
             "free_bytes": 70 * 10**9,
             "total_bytes": 80 * 10**9,
             "native": True,
+            "has_grouped_kernel": True,
             "machine": {"torch": "2.13"},
         },
         "parity": [
@@ -219,6 +220,16 @@ def test_a_fall_back_on_the_card_is_no_promise_kept() -> None:
     measured = attention.measured, memory.measured, ways.measured
     assert measured[:2] == ("0 of 1", "1.25")
     assert measured[2] == "; ".join(["gathered, A Card looped"] * 2)
+
+
+def test_a_card_without_a_kernel_for_grouped_products_is_not_promised_them() -> None:
+    found = results(kernel_class="A Card looped")
+    assert not verdicts_of(of(found))[-2].is_kept
+    found["card"]["has_grouped_kernel"] = False
+    assert verdicts_of(of(found))[-2].is_kept
+    found = results(attention="gathered")
+    found["card"]["has_grouped_kernel"] = False
+    assert not verdicts_of(of(found))[-2].is_kept
 
 
 def test_what_was_not_measured_is_not_kept() -> None:

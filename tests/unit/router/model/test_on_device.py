@@ -108,7 +108,7 @@ def test_a_resumed_request_goes_on_with_the_hosts_tokens(
     steps.have_one_copy_each_way_a_layer(3)
 
 
-def test_no_step_pins_memory_that_was_not_reserved(
+def test_no_layer_pins_memory_that_was_not_reserved(
     tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefill chunks of all tokens of a step, and a choice that may be changed."""
@@ -125,7 +125,7 @@ def test_no_step_pins_memory_that_was_not_reserved(
         monkeypatch.setattr(device_rows, "PERMUTED_BYTES", permuted_bytes)
         limits, capacity = Limits(4, 512, 4096), CapacityConfig(tokens=100)
         cluster = LocalCluster(
-            tmp_path / "m", limits=limits, device=device.device, capacity=capacity
+            tmp_path / "m", limits=limits, device=device.device, capacity=capacity, dtype="bfloat16"
         )
         cluster.model.reserve(512)
         with monkeypatch.context() as patch:

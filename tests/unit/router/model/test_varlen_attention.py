@@ -261,6 +261,15 @@ def test_a_trial_that_a_device_cannot_do_is_no_reason_but_an_error(
         why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
 
 
+def test_a_refusal_after_which_the_device_does_not_work_is_no_reason_but_an_error(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation, "varlen_attention", refusing)
+    monkeypatch.setattr(torch.accelerator, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="Ampere"):
+        why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
+
+
 @pytest.mark.parametrize(
     ("dtype", "size", "reason"),
     [
