@@ -59,7 +59,7 @@ class GatedFfnExpert:
         self.dtype = weights.down.dtype.name
         self.ffn: NativeFfn | TorchFfn
         self.grouped: GroupedFfn | None = None
-        own_class = kernel_class(self.dtype)
+        own_class = kernel_class(self.dtype, weights.down.shape)
         if own_class is not None:
             self.ffn = NativeFfn(weights, activation, threads)
             self.kernel_class, self.grouped = own_class, _compute_native

@@ -8,6 +8,10 @@
 #pragma once
 #include "native.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #define SIDE 16
 #define PANEL (2 * SIDE)
 #define SLICE_ROWS 96 /* rows that use a panel while it is in the cache */
@@ -43,8 +47,14 @@ typedef struct {
 static inline int is_anywhere(void) { return 1; }
 
 #if defined(__x86_64__) && defined(__GNUC__)
+/* Old compilers do not know the name of F16C; a virtual machine may hide it beside AVX2. */
+static inline int has_f16c(void) {
+    unsigned int a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static inline int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 static inline int has_avx512(void) {

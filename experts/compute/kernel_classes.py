@@ -49,7 +49,7 @@ def log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: str) ->
     if native is None:
         reason = "the package was installed without its native code, which takes a C compiler"
     else:
-        reason = "native code has no kernel for this dtype"
+        reason = "native code has no kernel for this dtype or these sizes"
     logger.warning(
         "experts of %d x %d in %s are computed by torch (%s): %s",
         hidden_size,

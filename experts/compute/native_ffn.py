@@ -46,15 +46,19 @@ KERNELS: tuple[tuple[str, str, str], ...] = () if native is None else native.ffn
 first."""
 
 
-def kernel_class(dtype: str) -> str | None:
-    """Return the class of the kernel that computes experts of a dtype.
+MOST_SIZE = 1 << 24
+"""The largest hidden or intermediate size (``cluster/native/linear.h``)."""
+
+
+def kernel_class(dtype: str, sizes: Sequence[int] = ()) -> str | None:
+    """Return the class of the kernel that computes experts of a dtype and of these sizes.
 
     Kernels of one class give a row the same bits. "fused" rounds a product and its sum together,
     "unfused" one after the other; "paired" adds products of bfloat16 two by two, and takes what is
     between the two matrices in bfloat16. "tiled" does the same with AMX, and adds those products
-    32 at a time. ``None`` means that there is no native code, or none for the dtype.
+    32 at a time. ``None`` means that there is no native code, or none for the dtype or a size.
     """
-    if native is None or dtype not in FORMATS:
+    if native is None or dtype not in FORMATS or any(size > MOST_SIZE for size in sizes):
         return None
     return KERNELS[0][2 if dtype == "bfloat16" else 1]
 

@@ -5,9 +5,20 @@ from __future__ import annotations
 import torch
 
 from cluster.device import CPU
+from cluster.native.built import native
 from cluster.wire.tensors import dtype_name
 from experts.compute.kernel_classes import torch_class
 from experts.compute.native_ffn import kernel_class
+
+
+def why_not_native() -> str:
+    """Return why torch computes a part of a dense part on a CPU."""
+    if native is None:
+        return "torch computes it: the package was installed without its native code"
+    return (
+        "torch computes what is between native products and norms: a layer is not of Llama's "
+        "shape, or native code takes neither its dtype nor its sizes"
+    )
 
 
 def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool, attention: str) -> str:
@@ -18,9 +29,9 @@ def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool, atten
     the ``attention`` (:attr:`router.model.attention.Attention.name`), which differs between
     releases of torch and between cards.
     """
-    own, native = torch_class(device, dtype), kernel_class(dtype_name(dtype))
+    own, of_products = torch_class(device, dtype), kernel_class(dtype_name(dtype))
     if device.type != CPU.type:
         return f"{own}+{attention}"
-    if native is None:
+    if of_products is None:
         return own
-    return native if is_native else f"{own}+{native}"
+    return of_products if is_native else f"{own}+{of_products}"

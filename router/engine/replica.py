@@ -22,7 +22,7 @@ import ray
 import torch
 
 from cluster.controller.application import app_is_wanted
-from cluster.device import device_of
+from cluster.device import CPU, device_of
 from cluster.errors import ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.processor import num_cpus
 from cluster.transport.open import open_transport
@@ -38,7 +38,7 @@ from router.engine.constraints import Grammars
 from router.engine.device_room import warn_of_steps
 from router.engine.emission import Emission
 from router.engine.engine import Engine
-from router.engine.kernel_class import dense_class
+from router.engine.kernel_class import dense_class, why_not_native
 from router.engine.prefixes import why_not_shared
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
@@ -348,6 +348,8 @@ def _load_dense(
         dense.num_pages * dense.attention.page_size,
         "" if checkpoint.remote is None else f", {checkpoint.remote.summary()}",
     )
+    if device == CPU and not dense.is_native:
+        logger.info("router of %s: %s", model.id, why_not_native())
     return dense, kernel_class
 
 

@@ -122,8 +122,8 @@ class Dispatcher:
         """Send hidden states [T, H], or other rows [T, ...] of the host, to the gate's experts.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
-        rows by rank, then by token, as transformers' eager experts do, since a row's bits depend on
-        its index in the matrix product. ``pairs``, where given, are the only pairs that are sent.
+        rows by rank, then by token, as transformers' eager experts do: in torch's products a row's
+        bits depend on its place. ``pairs``, where given, are the only pairs that are sent.
         ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
         actors that die. With ``is_last_try`` rows go only to actors that compute zeros just before,
         and no copy is asked while such an actor may live.

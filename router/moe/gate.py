@@ -1,8 +1,9 @@
 """The gate: which experts a token goes to, and with which weights.
 
 One class serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place of
-transformers' gate and gives the same ids and weights bit for bit. It can also choose without some
-experts: missing experts, and experts without room.
+transformers' gate and gives the same ids and weights bit for bit in torch; its native form
+(:class:`router.model.cpu.native_layer.NativeGate`) has an order of sums of its own. It can also
+choose without some experts: missing experts, and experts without room.
 
 Dimension letters: T tokens, H hidden size, E experts, K experts per token, G groups.
 """

@@ -96,7 +96,7 @@ def split(
     ascending; ``None`` is all of them. Returns three things: the pairs that have an actor, ordered
     by actor, then by expert as the layout has them, then by rank, then by token; the actors' parts,
     each a slice of that order; the pairs whose expert is missing. An expert's rows come by rank as
-    in transformers, since a row's bits depend on its place in the matrix product.
+    in transformers: in torch's products a row's bits depend on its place.
     """
     ordered, shares = route(expert_ids, k, layout.ordered_ids, layout.ends, pairs)
     parts: list[Part] = []

@@ -18,6 +18,8 @@ TESTS = (
     "tests/unit/router/model/test_kv_cache.py",
     "tests/unit/cluster/transport/test_long_frames.py",
     "tests/unit/experts/test_lone.py",
+    "tests/unit/experts/compute/test_native_ffn.py",
+    "tests/unit/router/moe/test_permute.py",
     "tests/unit/router/moe/test_exchange.py",
     "tests/unit/router/engine/test_sampling.py",
 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
+from experts.compute.native_ffn import MOST_SIZE
 from router.model.cpu.native_modules import ROOT_MEAN_SQUARE, NativeNorm, is_linear, is_norm
 from router.model.own_values import own_value
 
@@ -26,6 +27,8 @@ def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> b
         and products in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"Wqkv", "out_proj"})
         and all(is_linear(getattr(attention, name)) for name in products)
         and len({getattr(attention, name).bias is None for name in inputs}) == 1
+        and sum(getattr(attention, name).out_features for name in inputs) <= MOST_SIZE
+        and getattr(attention, "head_dim", 1) % 2 == 0
         and _can_norm_heads([getattr(attention, name) for name in sorted(head_norms)])
         and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
         and not list(attention.buffers(recurse=False))

@@ -21,6 +21,7 @@ from cluster.wire.tensors import dtype_name, to_array, to_bytes
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS, clamped_ffn, gated_ffn
+from experts.compute.kernel_classes import log_torch
 from experts.compute.native_ffn import (
     KERNELS,
     NativeFfn,
@@ -240,6 +241,25 @@ def test_an_expert_is_native_where_there_is_native_code_for_it() -> None:
     doubles = on_host(weights.map(torch.Tensor.double))
     assert kernel_class("float64") is None
     assert not isinstance(GatedFfnExpert(doubles, "silu", 1).ffn, NativeFfn)
+
+
+@pytest.mark.parametrize("sizes", [(64, 96), (96, 64)])
+def test_an_expert_of_a_size_beyond_the_kernels_is_torchs_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sizes: tuple[int, int]
+) -> None:
+    hidden, inner = sizes
+    case = make(0, dtype=torch.float32, num_rows=3, hidden=hidden, inner=inner, activation="silu")
+    expected = GatedFfnExpert(on_host(case.weights), "silu", 1)(case.rows.numpy())
+    monkeypatch.setattr("experts.compute.native_ffn.MOST_SIZE", 95)
+    log_torch.cache_clear()
+    made = [GatedFfnExpert(on_host(case.weights), "silu", 1) for _ in range(2)]
+    log_torch.cache_clear()
+    for expert in made:
+        assert not isinstance(expert.ffn, NativeFfn)
+        assert expert.kernel_class.startswith("torch-")
+        got = expert(case.rows.numpy())
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * abs(expected).max())
+    assert caplog.text.count("are computed by torch") == 1
 
 
 def test_classes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

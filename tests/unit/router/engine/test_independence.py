@@ -62,7 +62,10 @@ class Run:
         return logits
 
 
-@pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
+DTYPES = [] if native is None else ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ALL)
 def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dtype: str) -> None:
     ALL[family](tmp_path)

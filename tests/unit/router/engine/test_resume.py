@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.native.built import native
 from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from tests.checkpoints import save_mixtral
@@ -79,7 +80,7 @@ def test_tokens_that_the_replica_would_not_have_drawn_are_forced_all_the_same(
     [[rest]] = cluster.generate(resumed(request, Received(forced)))
     longer = greedy_request("longer", [*PROMPT, *forced], LENGTH - 3)
     [[expected]] = cluster.generate(longer)
-    if cluster.checkpoint.dtype == "float32":  # in bf16 a prefill rounds in other places
+    if cluster.checkpoint.dtype == "float32" or native is not None:  # torch rounds by shape
         assert rest.token_ids == expected.token_ids
     assert (rest.start, len(rest.token_ids)) == (3, LENGTH - 3)
     assert cluster.engine.replayed["different"] >= 1
