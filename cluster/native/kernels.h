@@ -47,10 +47,17 @@ typedef struct {
 static inline int is_anywhere(void) { return 1; }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-/* Old compilers do not know the name of F16C; a virtual machine may hide it beside AVX2. */
+/* Old compilers do not know the name of F16C; a virtual machine may hide it beside AVX2. The
+ * processor is asked once: there it takes as long as a small product. */
 static inline int has_f16c(void) {
-    unsigned int a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    static int answer; /* 1 for no, 2 for yes */
+    int known = __atomic_load_n(&answer, __ATOMIC_RELAXED);
+    if (!known) {
+        unsigned int a, b, c, d;
+        known = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) ? 2 : 1;
+        __atomic_store_n(&answer, known, __ATOMIC_RELAXED);
+    }
+    return known == 2;
 }
 
 static inline int has_avx2(void) {
