@@ -36,10 +36,8 @@ def warn_of_steps(
     reads_pages = isinstance(dense.attention, VarlenAttention)
     sizes = router_sizes(checkpoint.family, checkpoint.config)
     limits = StepLimits.of(config, max_model_len)
-    needed_bytes, left_bytes = (
-        sizes.step_bytes(limits, dtype.itemsize, reads_pages),
-        free_bytes(device),
-    )
+    needed_bytes = sizes.step_bytes(limits, dtype.itemsize, reads_pages)
+    left_bytes = free_bytes(device)
     if needed_bytes > left_bytes:
         logger.warning(
             "router of %s: its largest step may take %s bytes on %s, where %s are free; lower "

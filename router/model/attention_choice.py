@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from cluster.device import CPU
-from cluster.native.built import native
 from experts.families.base import Family
 from router.model.attention import Attention
 from router.model.cpu.formats import FORMATS
-from router.model.cpu.native_attention import NativeAttention, NativeCache
+from router.model.cpu.native_attention import NativeAttention, NativeCache, takes_heads
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import GatheredAttention
 from router.model.varlen_attention import VarlenAttention, why_not_varlen
@@ -33,7 +32,10 @@ def choose_attention(
     ``prefill_threads`` are those of :class:`NativeAttention`.
     """
     if device == CPU:
-        if native is not None and dtype in FORMATS:
+        size = head_size(config)
+        if family.caches_latents:
+            size = config.kv_lora_rank + config.qk_rope_head_dim
+        if takes_heads(config.num_attention_heads, size) and dtype in FORMATS:
             return NativeAttention(sliding_window, prefill_threads=prefill_threads)
         return GatheredAttention(sliding_window)
     if family.caches_latents:

@@ -10,6 +10,7 @@ from torch import nn
 from cluster.native.built import native
 from cluster.wire.tensors import to_bytes
 from experts.compute.native_ffn import MOST_SIZE
+from router.model.cpu.native_attention import takes_heads
 from router.model.cpu.native_modules import ROOT_MEAN_SQUARE, NativeNorm, is_linear, is_norm
 from router.model.own_values import own_value
 
@@ -28,11 +29,12 @@ def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> b
         and all(is_linear(getattr(attention, name)) for name in products)
         and len({getattr(attention, name).bias is None for name in inputs}) == 1
         and sum(getattr(attention, name).out_features for name in inputs) <= MOST_SIZE
-        and getattr(attention, "head_dim", 1) % 2 == 0
         and _can_norm_heads([getattr(attention, name) for name in sorted(head_norms)])
         and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
         and not list(attention.buffers(recurse=False))
         and all(hasattr(attention, name) for name in ("layer_idx", "scaling", "head_dim"))
+        and attention.head_dim % 2 == 0
+        and takes_heads(output_of(attention).in_features // attention.head_dim, attention.head_dim)
     )
 
 

@@ -295,12 +295,17 @@ class NativeShare(nn.Module):
         return self._gate.choose(hidden_states)[1]
 
 
+MOST_EXPERTS = 1 << 16
+"""The most experts of a layer (``cluster/native/gate.c``)."""
+
+
 def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:
     """Return whether :class:`NativeGate` computes a gate; a norm must be that of exponent 1."""
     return (
         native is not None
         and weight.is_cpu
         and weight.dtype in FORMATS
+        and len(weight) <= MOST_EXPERTS
         and spec.norm_exponent in (None, 1, 1.0)
         and math.isfinite(spec.scaling_factor)
     )

@@ -118,6 +118,20 @@ def window(name: str, failures: dict[str, int], back_s: float | None) -> dict[st
     }
 
 
+def parity_of(family: str, attention: str, may_read_pages: bool) -> dict[str, Any]:
+    return {
+        "family": family,
+        "tokens": 24,
+        "equal_tokens": 24,
+        "distance": 0.04,
+        "oracle_distance": 0.03,
+        "most_distance": 0.08,
+        "is_kept": True,
+        "attention": attention,
+        "may_read_pages": may_read_pages,
+    }
+
+
 def results(
     ratio: float = 0.95,
     beyond_ms: float = 0.1,
@@ -157,28 +171,8 @@ def results(
             "machine": {"torch": "2.13"},
         },
         "parity": [
-            {
-                "family": "mixtral",
-                "tokens": 24,
-                "equal_tokens": 24,
-                "distance": 0.04,
-                "oracle_distance": 0.03,
-                "most_distance": 0.08,
-                "is_kept": True,
-                "attention": attention,
-                "may_read_pages": True,
-            },
-            {
-                "family": "gpt_oss",
-                "tokens": 24,
-                "equal_tokens": 24,
-                "distance": 0.04,
-                "oracle_distance": 0.03,
-                "most_distance": 0.08,
-                "is_kept": True,
-                "attention": "gathered",
-                "may_read_pages": False,
-            },
+            parity_of("mixtral", attention, True),
+            parity_of("gpt_oss", "gathered", False),
         ],
         "kill": {
             "actors": 3,

@@ -16,7 +16,7 @@ from cluster.wire.tensors import to_bytes
 from experts.bank import ExpertBank
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
-from experts.compute.expert_device import ExpertDevice
+from experts.compute.expert_device import RESERVED_ROWS, ExpertDevice
 from experts.queue import MAX_BATCH_ROWS
 from router.engine.scheduler import Limits
 from router.model.cpu.native_attention import NATIVE_PAGE_SIZE
@@ -126,7 +126,7 @@ def test_an_actors_batch_takes_no_more_than_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, is_grouped: bool
 ) -> None:
     FAMILIES[family](tmp_path)
-    assert ACTOR_BATCH_ROWS == MAX_BATCH_ROWS
+    assert ACTOR_BATCH_ROWS == MAX_BATCH_ROWS == RESERVED_ROWS
     if not is_grouped:
         monkeypatch.setattr(device_experts, "choose_grouped_mm", lambda *_: None)
     checkpoint = open_checkpoint(tmp_path)
