@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.native import built
 from experts.families.base import Family
-from router.model import attention_choice
 from router.model.attention_choice import choose_attention, make_cache
+from router.model.cpu import native_attention
 from router.model.cpu.native_attention import NativeAttention, NativeCache
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import GatheredAttention
@@ -106,7 +106,7 @@ def test_a_processor_attends_natively_what_native_code_takes(
     dtype: torch.dtype, has_native: bool, caches_latents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_native:
-        monkeypatch.setattr(attention_choice, "native", None)
+        monkeypatch.setattr(native_attention, "native", None)
     family: Family = SimpleNamespace(caches_latents=caches_latents, caps_scores=True)
     config = SimpleNamespace(
         num_hidden_layers=2, num_key_value_heads=2, hidden_size=32, num_attention_heads=4,
