@@ -178,13 +178,21 @@ class Side:
 
 
 @contextmanager
-def running(checkouts: Sequence[Path], benchmark: str, model: Path) -> Iterator[list[Side]]:
-    """Run the same benchmark of several checkouts at once until the block ends, in good order."""
+def running(
+    checkouts: Sequence[Path], benchmark: str, model: Path
+) -> Iterator[tuple[list[Side], list[dict[str, Any]]]]:
+    """Run the same benchmark of several checkouts until the block ends, in good order.
+
+    Gives the sides, and what each said when it was ready. They start one after the other: Serve
+    gives its proxies 15 s, which two starts at a time on two cores may exceed.
+    """
     sides: list[Side] = []
+    replies = []
     try:
         for checkout in checkouts:
             sides.append(Side(checkout, benchmark, model))
-        yield sides
+            replies.append(sides[-1].wait())
+        yield sides, replies
     finally:
         for side in sides:
             side.begin_end()

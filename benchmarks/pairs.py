@@ -225,10 +225,14 @@ MEASURES: Mapping[str, Measure] = {"decode": measure_decode, "serve": measure_se
 
 
 def run(
-    old: Commit, new: Commit, pairs: int, benchmarks: Sequence[str], file: Path | None
-) -> dict[str, list[Pair]]:
-    """Run all pairs; returns them by case. After each pair ``file`` is written anew."""
-    measured: dict[str, list[Pair]] = {}
+    measured: dict[str, list[Pair]],
+    commits: tuple[Commit, Commit],
+    pairs: int,
+    benchmarks: Sequence[str],
+    file: Path | None,
+) -> None:
+    """Run all pairs of old and new, and add each to its case; then ``file`` is written anew."""
+    old, new = commits
     total = 3 + 2 * pairs * len(benchmarks)
     with tempfile.TemporaryDirectory() as name, progress("pairs", total) as begin:
         folder = Path(name)
@@ -243,9 +247,8 @@ def run(
             for benchmark in benchmarks:
                 begin(f"pair {pair + 1}, {benchmark}: starting")
                 order = by_turns(1, first=pair % 2)
-                with running([checkouts[i] for i in order], benchmark, model) as started:
-                    sides = [started[i] for i in order]
-                    replies = [side.wait() for side in sides]
+                with running([checkouts[i] for i in order], benchmark, model) as (started, said):
+                    sides, replies = [started[i] for i in order], [said[i] for i in order]
                     begin(f"pair {pair + 1}, {benchmark}")
                     cases = MEASURES[benchmark](sides, replies, order[0])
                     for side in sides:
@@ -255,7 +258,6 @@ def run(
             if file is not None:
                 text = json.dumps(to_json(old, new, measured), indent=2) + "\n"
                 file.write_text(text, encoding="utf-8")
-    return measured
 
 
 def to_json(old: Commit, new: Commit, measured: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
@@ -353,8 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"{options.pairs} pairs of {' and '.join(benchmarks)}: about {minutes:.0f} minutes")
     if changes := uncommitted():
         say(f"Not measured: {len(changes)} uncommitted changes", style="yellow")
-    measured = run(options.old, options.new, options.pairs, benchmarks, options.json)
-    report(measured)
+    measured: dict[str, list[Pair]] = {}
+    try:
+        run(measured, (options.old, options.new), options.pairs, benchmarks, options.json)
+    finally:  # a run that ends early has measured something, too
+        report(measured)
     verdicts = {summarize([pair.ratio for pair in pairs]).verdict for pairs in measured.values()}
     return int(verdicts != {"no slower"})
 

@@ -160,8 +160,21 @@ def test_the_exit_status_is_the_verdict(
     ratios: Sequence[float], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = {"decode": [pair(ratio) for ratio in ratios], "serve": [pair(1.0)] * 10}
-    monkeypatch.setattr(pairs, "run", lambda *_: measured)
+    monkeypatch.setattr(pairs, "run", lambda given, *_: given.update(measured))
     assert pairs.main(["HEAD"]) == status
+
+
+def test_a_run_that_ends_early_shows_the_pairs_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(measured: dict[str, list[Pair]], *_: object) -> None:
+        measured["serve"] = [pair(1.0)] * 4
+        raise RuntimeError("new was silent")
+
+    monkeypatch.setattr(pairs, "run", ends)
+    with pytest.raises(RuntimeError, match="new was silent"):
+        pairs.main(["HEAD"])
+    assert "too few pairs" in capsys.readouterr().out
 
 
 def test_a_commit_that_is_none_is_refused_before_the_run(
