@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
+from cluster.controller.last_words import LastWords
 from cluster.controller.lease import Lease, end_when_orphaned
+from cluster.controller.ledger import RayStore
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.memory import memory
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
@@ -58,7 +61,7 @@ class ExpertActor:
         self._device: ExpertDevice | None = None
         if spec.num_gpus:
             try:
-                self._device = _device_of(spec, actor_id)
+                self._device = _device_of(spec, actor_id, generation)
             except UnavailableError as error:
                 self._no_device = error
         self._bank = ExpertBank(self._device)
@@ -291,12 +294,14 @@ class ExpertActor:
         return b"".join(next(self.compute_all([data])))
 
 
-def _device_of(spec: ActorSpec, actor_id: str) -> ExpertDevice:
+def _device_of(spec: ActorSpec, actor_id: str, generation: int) -> ExpertDevice:
     """Return the device that Ray has assigned; raises :class:`UnavailableError` without one."""
     from cluster.device import device_of  # imports torch, as the next
     from experts.compute.expert_device import ExpertDevice
 
-    return ExpertDevice(device_of("auto", spec.num_gpus, "args.experts.num_gpus"), actor_id)
+    device = device_of("auto", spec.num_gpus, "args.experts.num_gpus")
+    say_last = partial(LastWords(spec.app, RayStore()).leave, actor_id, generation)
+    return ExpertDevice(device, actor_id, say_last)
 
 
 def kernels_of(experts: Mapping[ExpertKey, Expert]) -> tuple[ModelKernel, ...]:

@@ -113,7 +113,7 @@ def load_banks(
     """Load each actor's share of the experts into a bank, on ``device``."""
     banks = {}
     for actor_id, keys in shares.items():
-        own = None if device == CPU else ExpertDevice(device, actor_id)
+        own = None if device == CPU else ExpertDevice(device, actor_id, print)
         bank = ExpertBank(own)
         if own is not None:
             own.begin_load(dict.fromkeys(keys, checkpoint.expert_bytes(dtype)))

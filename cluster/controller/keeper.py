@@ -190,6 +190,7 @@ class Keeper:
             self._retirement.wake()
             await self._state.leave_placement(actor_id)
             self.suspicion.forget(actor_id)
+            death = await self.processes.said(actor_id) or death
             delay_s = self.deaths.ended(actor_id, death, time.monotonic())
             try:
                 # A broken actor holds its device until then, so that the successor gets another.

@@ -17,6 +17,8 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.controller.last_words import LastWords
+from cluster.controller.ledger import RayStore
 from cluster.environment import actor_environment
 from cluster.spec import (
     ACTOR_NAMESPACE,
@@ -106,6 +108,10 @@ class ExpertPool:
                 continue
             found.append((*parsed, handle))
         return found
+
+    def last_words(self, actor_id: str, generation: int) -> str:
+        """Return why an actor ended its own process, empty where it did not say; once."""
+        return LastWords(self._app, RayStore()).take(actor_id, generation)
 
     def shortage(self, spec: ActorSpec) -> str:
         """Say which resources an actor waits for that Ray has not started."""

@@ -10,9 +10,9 @@ import time
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.deaths import Deaths, delay_s
+from cluster.controller.deaths import Death, Deaths, delay_s
 from cluster.controller.pool import ExpertPool, kind_of
-from cluster.controller.state import ClusterState
+from cluster.controller.state import LEDGER_TIMEOUT_S, ClusterState
 from cluster.errors import StaleEpochError
 from cluster.placement.successor import node_for_successor
 
@@ -116,3 +116,23 @@ class ActorProcesses:
                 await asyncio.sleep(delay_s(attempt + 1, came_up=False))
         self._expert_pool.kill(handle)
         return True
+
+    async def said(self, actor_id: str) -> Death | None:
+        """Return the death of an actor that ended its own process and said why, else ``None``.
+
+        Only a device makes an actor end itself, so nobody asks about those that have none.
+        """
+        spec = self._state.fleet.specs.get(actor_id)
+        if spec is None or not spec.num_gpus:
+            return None
+        generation = self._state.last_generation(actor_id)
+        try:
+            async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                words = await asyncio.to_thread(self._expert_pool.last_words, actor_id, generation)
+        except Exception as error:  # Ray's control store is away
+            logger.warning("%s: its last words cannot be read (%s)", actor_id, kind_of(error))
+            return None
+        if not words:
+            return None
+        logger.error("%s ended itself: %s", actor_id, words)
+        return Death(words, is_of_place=True)

@@ -160,6 +160,10 @@ class ClusterState:
         await self.record()
         return generation
 
+    def last_generation(self, actor_id: str) -> int:
+        """Return the generation of an actor that was created last, 0 where none was."""
+        return self._generations.get(actor_id, 0)
+
     def has_lived(self, actor_id: str) -> bool:
         """Return whether an actor has had another process than its present one."""
         return self._generations[actor_id] > 1

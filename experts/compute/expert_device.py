@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,11 +45,14 @@ class ExpertDevice:
     and routers then go elsewhere.
     """
 
-    def __init__(self, device: torch.device, actor_id: str) -> None:
-        """``actor_id`` names the actor in the log."""
+    def __init__(
+        self, device: torch.device, actor_id: str, say_last: Callable[[str], None]
+    ) -> None:
+        """``actor_id`` names the actor in the log; ``say_last`` gets the reason of its end."""
         self.device = device
         self.name = str(device)
         self._actor_id = actor_id
+        self._say_last = say_last
         self._staging = Staging(device)
         self._has_reserved = False
         self._needed: dict[ExpertKey, int] = {}
@@ -139,5 +142,6 @@ class ExpertDevice:
         except RuntimeError as error:
             if has_broken(error):
                 logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
+                self._say_last(f"its device failed ({error})")
                 end_process()
             raise

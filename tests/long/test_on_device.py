@@ -6,19 +6,28 @@ answer says that there was none.
 
 from __future__ import annotations
 
+import tempfile
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
+import torch
 from ray import serve
 
-from router.app import build
+from cluster.reports import ClusterStatus
+from cluster.spec import ActorSpec
+from experts.compute.device_experts import Block
+from experts.remote import RemoteExpertActor
+from router.app import application
 from router.capacity_config import CapacityConfig
 from router.client import Client
+from router.serve.controller import ControllerDeployment
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.cluster_fixture import (
     APP,
@@ -91,12 +100,17 @@ def test_streams_go_on_when_the_routers_are_killed(served: ServedCluster) -> Non
 
 
 @contextmanager
-def deployed(served: ServedCluster, name: str, args: dict[str, Any]) -> Iterator[str]:
+def deployed(
+    served: ServedCluster,
+    name: str,
+    args: dict[str, Any],
+    controller_class: type[ControllerDeployment] = ControllerDeployment,
+) -> Iterator[str]:
     """Serve another application on the devices; gives its URL."""
     share = {"num_gpus": DEVICE_SHARE}
     whole = {**args, "experts": {"actors": 1, **share}, "gateway": {}}
     whole["router"] = {**args.get("router", {}), **share}
-    serve.run(build(whole), name=name, route_prefix=f"/{name}")
+    serve.run(application(whole, controller_class), name=name, route_prefix=f"/{name}")
     try:
         yield f"{served.http_url}/{name}"
     finally:
@@ -160,6 +174,57 @@ def test_experts_at_their_capacity_pass_tokens_on_as_on_the_host(
         # A router reports its counters by and by.
         wait_until(lambda: overflow_of(url) > 0, "the overflow is counted", BACK_S)
     assert limited == hosts_tokens(tmp_path, prompt, capacity=CapacityConfig(**capacity))
+
+
+class FragileActor(RemoteExpertActor):
+    """An actor whose device is in error while there is the file of its application."""
+
+    def __init__(self, spec: ActorSpec, actor_id: str, generation: int, epoch: int) -> None:
+        super().__init__(spec, actor_id, generation, epoch)
+        compute, file = Block.compute, file_of(spec.app)
+
+        def computed(*args: Any, **options: Any) -> Any:
+            if file.exists():
+                raise torch.AcceleratorError("uncorrectable ECC error")
+            return compute(*args, **options)
+
+        Block.compute = computed  # type: ignore[method-assign]
+
+
+class FragileController(ControllerDeployment):
+    """A controller of such actors."""
+
+    actor_class: ClassVar[type] = FragileActor
+
+
+def file_of(app: str) -> Path:
+    """Return the file that breaks an application's devices."""
+    return Path(tempfile.gettempdir()) / f"{app}-broken"
+
+
+def test_status_says_with_which_error_of_its_device_an_actor_ended(
+    served: ServedCluster, tmp_path: Path
+) -> None:
+    save_mixtral(tmp_path)
+    app, prompt = f"fragile-{uuid.uuid4().hex}", prompt_of(5, 7)
+    args = {"models": [{"id": "m", "path": str(tmp_path)}]}
+    with deployed(served, app, args, FragileController) as url, ThreadPoolExecutor(1) as pool:
+        wait_until(lambda: is_ready(url), "the model is served", BACK_S)
+        controller = serve.get_deployment_handle("Controller", app)
+
+        def reasons() -> list[str]:
+            status: ClusterStatus = controller.status.remote().result(timeout_s=BACK_S)
+            return [failing.reason for failing in status.failing]
+
+        assert reasons() == []
+        file_of(app).touch()
+        try:
+            answer = pool.submit(completion, url, "m", prompt)
+            wait_until(lambda: bool(reasons()), "status knows of the error", BACK_S)
+            assert reasons() == ["its device failed (uncorrectable ECC error)"]
+        finally:
+            file_of(app).unlink()
+        assert answer.result(BACK_S) == hosts_tokens(tmp_path, prompt)
 
 
 def overflow_of(url: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.controller.last_words import LastWords
 from cluster.errors import UnavailableError
 from cluster.spec import ExpertKey
 from cluster.staging import RING, Staging
@@ -21,6 +22,7 @@ from experts.compute import expert_device
 from experts.compute.device_experts import Block, DeviceExpert
 from experts.compute.expert_device import RESERVED_ROWS
 from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.unit.cluster.controller.fakes import MemoryStore
 from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
 
 KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 2) for expert_id in range(4)]
@@ -152,6 +154,7 @@ def test_a_device_found_in_error_when_memory_is_pinned_ends_the_process(
 ) -> None:
     ended: list[str] = []
     monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
+    monkeypatch.setattr(actor_module, "RayStore", MemoryStore)
 
     def failing(*args: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -207,7 +210,12 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
 ) -> None:
     """Also where the error does not say that it is the device's, and the device works no more."""
     ended: list[str] = []
-    monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
+    monkeypatch.setattr(
+        expert_device, "end_process", lambda: ended.append(words.take("expert-0", 1))
+    )
+    store = MemoryStore()
+    words = LastWords("app", store)
+    monkeypatch.setattr(actor_module, "RayStore", lambda: store)
     actor = on_device(folder, KEYS[:2])
     # It tests on a thread of its own, which might end this process once the patches are undone.
     monkeypatch.setattr(actor._queue.self_test, "note_failed", lambda frames: None)
@@ -231,5 +239,5 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
         }
         with pytest.raises(RuntimeError):
             calls[call]()
-    assert ended[0] == "ended"
+    assert ended[0] == "its device failed (an illegal memory access was encountered)"
     assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text

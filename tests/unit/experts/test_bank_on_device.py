@@ -73,7 +73,7 @@ def bank_on(
     keys: Collection[ExpertKey] = KEYS,
     dtype: str = "float32",
 ) -> ExpertBank:
-    bank = ExpertBank(None if device == HOST else ExpertDevice(device, "expert-0"))
+    bank = ExpertBank(None if device == HOST else ExpertDevice(device, "expert-0", print))
     load(bank, open_checkpoint(folder), keys, dtype)
     return bank
 
@@ -263,7 +263,7 @@ def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
 
 
 def test_places_that_were_not_filled_are_given_back(folder: Path, device: EmulatedDevice) -> None:
-    checkpoint, own = open_checkpoint(folder), ExpertDevice(device.device, "expert-0")
+    checkpoint, own = open_checkpoint(folder), ExpertDevice(device.device, "expert-0", print)
     bank = ExpertBank(own)
     # A load of four that ends after one.
     own.begin_load(dict.fromkeys(KEYS[:4], checkpoint.expert_bytes("float32")))

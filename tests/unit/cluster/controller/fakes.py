@@ -13,6 +13,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster.controller.controller import Controller
+from cluster.controller.last_words import LastWords
 from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.errors import StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
@@ -43,9 +44,10 @@ TARGETS = ScalingTargets(
 )
 
 
-def spec_of(threads: int = 1, model: str = "m") -> ActorSpec:
+def spec_of(threads: int = 1, model: str = "m", num_gpus: float = 0.0) -> ActorSpec:
     experts = ModelExperts(model, (0, 1), NUM_EXPERTS, 10)
-    return ActorSpec("app", (ModelSource("path", "float32", experts, ""),), 0.1, 0.0, threads, 100)
+    source = ModelSource("path", "float32", experts, "")
+    return ActorSpec("app", (source,), 0.1, num_gpus, threads, 100)
 
 
 @dataclass(eq=False)
@@ -178,6 +180,9 @@ class FakePool:
     def shortage(self, spec: ActorSpec) -> str:
         return "it needs GPU 1"
 
+    def last_words(self, actor_id: str, generation: int) -> str:
+        return LastWords("app", self.store).take(actor_id, generation)
+
     def find(self) -> list[tuple[str, int, FakeActor]]:
         return [(a.actor_id, a.generation, a) for a in self.actors if a.alive]
 
@@ -253,9 +258,10 @@ class Cluster:
         rebalance_period_s: float | None = None,
         model: str = "m",
         redeploy_drain_s: float = 600.0,
+        num_gpus: float = 0.0,
     ) -> None:
         """``pools`` has each pool's number of actors and budget; by default there is one."""
-        self.spec = spec_of(model=model)
+        self.spec = spec_of(model=model, num_gpus=num_gpus)
         specs = [
             PoolSpec(name, count, budget, spec_of(threads, model))
             for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)

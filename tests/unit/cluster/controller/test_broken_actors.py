@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -11,9 +12,11 @@ from cluster.controller import deaths as deaths_module
 from cluster.controller import keeper as keeper_module
 from cluster.controller import processes
 from cluster.controller.deaths import BROKEN_TESTS, Death
+from cluster.controller.last_words import LastWords
 from cluster.errors import CheckpointError, NoRoomError
 from cluster.spec import ExpertKey
 from tests.unit.cluster.controller.fakes import (
+    LIMIT_S,
     NUM_EXPERTS,
     Cluster,
     FakeActor,
@@ -190,6 +193,61 @@ def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_status_co
 
     run(test)
     assert delays_s == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
+
+
+@pytest.mark.parametrize("store", ["answers", "is away", "hangs"])
+def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, store: str
+) -> None:
+    monkeypatch.setattr(processes, "LEDGER_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(deaths_module, "FIRST_RETRY_S", LIMIT_S)
+    monkeypatch.setattr(deaths_module, "MAX_RETRY_S", LIMIT_S)
+    goes_on, words = threading.Event(), "its device failed (uncorrectable ECC error)"
+
+    async def test() -> None:
+        cluster = Cluster(2, num_gpus=1.0)
+        pool, take = cluster.pool, cluster.pool.last_words
+
+        def last_words(actor_id: str, generation: int) -> str:
+            if store == "is away":
+                raise RaySystemError("the store is away")
+            if store == "hangs":
+                goes_on.wait(LIMIT_S)
+            return take(actor_id, generation)
+
+        pool.last_words = last_words  # type: ignore[method-assign]
+        await cluster.start()
+        await cluster.complete()
+        for generation in (1, 2):
+            LastWords("app", pool.store).leave("expert-0", generation, f"{words} {generation}")
+            pool.of("expert-0")[-1].alive = False
+            await cluster.until(
+                lambda p, g=generation: p.generations.get("expert-0") != g  # type: ignore[misc]
+            )
+            if generation == 1:
+                await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+        await happens(lambda: len(cluster.keeper.deaths.status(time.monotonic())) == 1)
+        [failing] = (await cluster.controller.status()).failing
+        reason = f"{words} 2" if store == "answers" else "died"
+        assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 2, reason)
+        goes_on.set()
+        await cluster.stop()
+
+    run(test)
+    said = f"expert-0 ended itself: {words} 1" in caplog.text
+    assert said == (store == "answers")
+    assert ("its last words cannot be read" in caplog.text) == (store != "answers")
+
+
+def test_nobody_asks_for_the_words_of_actors_without_a_device() -> None:
+    async def test() -> None:
+        async with running(2) as cluster:
+            await cluster.complete()
+            cluster.pool.last_words = None  # type: ignore[assignment, method-assign]
+            cluster.pool.of("expert-0")[0].alive = False
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+
+    run(test)
 
 
 def test_a_node_on_which_an_actor_dies_again_is_avoided_by_its_next_successor() -> None:

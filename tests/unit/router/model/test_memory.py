@@ -134,7 +134,7 @@ def test_an_actors_batch_takes_no_more_than_planned(
     keys = [ExpertKey("m", layer_id, expert_id) for expert_id in range(shape.num_experts)]
     frames = [frame_of(shape, layer_id, ACTOR_BATCH_ROWS // 8, seed) for seed in range(8)]
     with emulated_device() as device:
-        bank = ExpertBank(ExpertDevice(device.device, "expert-0"))
+        bank = ExpertBank(ExpertDevice(device.device, "expert-0", print))
         load(bank, checkpoint, keys, "bfloat16")
         held = torch.accelerator.memory_allocated()
         assert held == shape.num_experts * checkpoint.expert_bytes("bfloat16") + ALIGNMENT

@@ -131,7 +131,7 @@ def test_the_planned_bytes_are_those_that_are_allocated(
     with emulated_device() as device:
         cluster = LocalCluster(folder, cache_tokens=cache_tokens, dtype=dtype, device=device.device)
         held = torch.accelerator.memory_allocated()
-        bank = ExpertBank(ExpertDevice(device.device, "expert-0"))
+        bank = ExpertBank(ExpertDevice(device.device, "expert-0", print))
         load(bank, checkpoint, keys, dtype)
         loaded = torch.accelerator.memory_allocated() - held - ALIGNMENT  # of copies
         assert loaded == on_actor.held_bytes == bank.num_bytes

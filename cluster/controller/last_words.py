@@ -1,0 +1,58 @@
+"""Why actors have ended their own processes: an actor says it as it ends, and its controller asks.
+
+Ray tells that an actor died, and no reason. The words lie in Ray's key-value store meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from cluster.controller.ledger import KeyValueStore
+
+LEAVE_TIMEOUT_S = 0.5
+"""How long an actor waits for the store before it ends without words."""
+MOST_CHARACTERS = 500
+"""Longer words lose their end: an error of a device may bring a trace of its driver."""
+
+logger = logging.getLogger("expertmesh.actor")
+
+
+class LastWords:
+    """The last words of one application's actors."""
+
+    def __init__(self, app: str, store: KeyValueStore) -> None:
+        """``store`` is shared by the application's actors and its controllers."""
+        self._app = app
+        self._store = store
+
+    def leave(self, actor_id: str, generation: int, words: str) -> None:
+        """Keep an actor's reason to end its process.
+
+        Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: where the store is away, the
+        words are in the actor's log alone.
+        """
+
+        def put() -> None:
+            try:
+                self._store.create(self._key(actor_id, generation), words.encode())
+            except Exception:
+                logger.exception("%s: its last words were not kept", actor_id)
+
+        words = words[:MOST_CHARACTERS]
+        putting = threading.Thread(target=put, name="last words", daemon=True)
+        putting.start()
+        putting.join(LEAVE_TIMEOUT_S)
+
+    def take(self, actor_id: str, generation: int) -> str:
+        """Return the last words of an actor's generation, empty where it left none.
+
+        Those of the actor's earlier generations, which nobody asked for, are deleted with them.
+        """
+        words = self._store.get(self._key(actor_id, generation))
+        for key in self._store.keys(self._key(actor_id)):
+            self._store.delete(key)
+        return "" if words is None else words.decode()
+
+    def _key(self, actor_id: str, generation: int | str = "") -> str:
+        return f"{self._app}/last words/{actor_id}/{generation}"
