@@ -23,6 +23,8 @@ logger = logging.getLogger("expertmesh.device")
 end_process = partial(os._exit, 1)
 """Ends a process whose device is in error: everything that follows would fail there."""
 
+_FULL = "out of memory", "_STATUS_ALLOC_FAILED"
+"""What the driver and cuBLAS, hipBLAS or cuDNN say of a full memory."""
 OLDEST_TORCH = "2.10"
 """The first release that tells an accelerator's memory by one interface; CPUs need less."""
 
@@ -86,22 +88,31 @@ def room_told(device: torch.device, needed_bytes: int, field: str) -> Iterator[N
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         logger.warning("%s: %s", field, error)
         raise no_room(device, needed_bytes, field) from error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error says that an accelerator's memory is full.
+
+    torch's allocator says so by its class, the driver and libraries of products in their text.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
 
 
 def has_broken(error: BaseException) -> bool:
     """Return whether an error of a computation on this process's accelerator means its end.
 
-    Not every library of a driver says so: a plain ``RuntimeError`` may be the device's or the
-    computation's own. Then the device is asked whether it still works. Waits for all of its work.
+    An error may be the device's or the computation's own, whatever its class: torch's
+    ``AcceleratorError`` has all that a driver returns. So the device is asked whether it still
+    works; one in error fails everything that follows. Waits for all of its work.
     """
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
-        return False
-    if accelerator() is None:
+    if not isinstance(error, RuntimeError) or lacks_memory(error) or accelerator() is None:
         return False
     try:
         torch.accelerator.synchronize()

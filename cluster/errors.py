@@ -250,6 +250,14 @@ _MAX_NAME_CHARS = 120
 _MAX_INTEGER_BITS = 128
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class where it has none.
+
+    A device's driver adds lines of advice.
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def shown(value: object) -> str:
     """Return a short, printable form of a value, without the items of a container."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from cluster.errors import OverloadedError, WrongPlacementError
+from cluster.errors import OverloadedError, WrongPlacementError, first_line
 from cluster.spec import ExpertKey
 from cluster.wire.arrays import DTYPES, array_of
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame
@@ -140,7 +140,7 @@ class SelfTest:
         try:
             answer = self._compute_alone(frame)
         except Exception as error:  # of any kind: the batch was the actor's own
-            self._note(f"{type(error).__name__}: {error}")
+            self._note(f"{type(error).__name__}: {first_line(error)}")
             return False
         if isinstance(answer, ErrorFrame):
             if isinstance(answer.error, OverloadedError):  # no memory for it now: says nothing

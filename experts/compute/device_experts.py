@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cluster.device import lacks_memory
+from cluster.errors import first_line
 from cluster.staging import Staging
 from cluster.wire.frames import Shape
 from cluster.wire.tensors import dtype_name, from_array, to_array
@@ -143,7 +145,9 @@ def settled(experts: Mapping[int, DeviceExpert]) -> dict[int, DeviceExpert] | No
     like = first.weights.map(lambda part: part[0])
     try:
         whole = Block(like, len(experts), first.act, first.device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
         logger.warning(
             "%d experts of a layer stay in %d blocks with %d places: %s has no memory to join them",
             len(experts),
@@ -235,8 +239,10 @@ def _computed(staging: Staging, groups: Sequence[_Group]) -> list[torch.Tensor |
         inputs = zip(groups, moved[: len(groups)], moved[len(groups) :], strict=True)
         done = [_products(group, rows, own_ends) for group, rows, own_ends in inputs]
         returned = iter(staging.to_host(*[piece for pieces in done for piece in pieces]))
-    except torch.OutOfMemoryError as error:
-        logger.warning("a batch fails: %s", error)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        logger.warning("a batch fails: %s", first_line(error))
         return [None] * len(groups)
     on_host = [[next(returned) for _ in pieces] for pieces in done]
     return [torch.cat(pieces) if pieces else None for pieces in on_host]
@@ -246,6 +252,8 @@ def _products(group: _Group, rows: torch.Tensor, ends: torch.Tensor) -> list[tor
     """Return the results of a group on the device, in pieces; none without memory for them."""
     try:
         return group.block.compute(rows, group.counts, ends)
-    except torch.OutOfMemoryError as error:
-        logger.warning("%d rows of a batch fail: %s", len(rows), error)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        logger.warning("%d rows of a batch fail: %s", len(rows), first_line(error))
         return []

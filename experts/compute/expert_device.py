@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cluster.device import check_room, end_process, free_bytes, has_broken, room_told
+from cluster.errors import first_line
 from cluster.spec import ExpertKey
 from cluster.staging import Staging
 from cluster.wire.frames import Buffer, DispatchFrame
@@ -63,7 +64,8 @@ class ExpertDevice:
     @property
     def free_bytes(self) -> int:
         """The bytes that are free now in the device's memory."""
-        return free_bytes(self.device)
+        with self._ending():
+            return free_bytes(self.device)
 
     def begin_load(self, needed: Mapping[ExpertKey, int]) -> None:
         """Plan for the experts of ``needed``, which has the bytes of each.
@@ -142,6 +144,6 @@ class ExpertDevice:
         except RuntimeError as error:
             if has_broken(error):
                 logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
-                self._say_last(f"its device failed ({error})")
+                self._say_last(f"its device failed ({first_line(error)})")
                 end_process()
             raise

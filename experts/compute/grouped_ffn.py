@@ -24,7 +24,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from cluster.device import has_broken
+from cluster.device import has_broken, lacks_memory
+from cluster.errors import first_line
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import Activation, clamped_gate, gate_up_product
 
@@ -138,9 +139,9 @@ def _failed_trial(grouped_mm: GroupedMm, device: torch.device, dtype: torch.dtyp
     try:
         product = grouped_mm(there[0], there[1].transpose(-2, -1), offs=there[2]).cpu()
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or has_broken(error):
+        if lacks_memory(error) or has_broken(error):
             raise
-        return f"torch's grouped_mm fails ({str(error).splitlines()[0]})"
+        return f"torch's grouped_mm fails ({first_line(error)})"
     pairs = ((rows[:3], matrices[0]), (rows[3:], matrices[2]))
     expected = torch.cat([functional.linear(part.float(), whole.float()) for part, whole in pairs])
     is_right = torch.allclose(product.float(), expected, rtol=0.02, atol=0.2)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.device import CPU, has_broken
+from cluster.device import CPU, has_broken, lacks_memory
+from cluster.errors import first_line
 from router.model.attention import Attention, Scoring, Span
 from router.model.kv_cache import PagedCache
 from router.model.paged_attention import GatheredAttention
@@ -159,9 +160,9 @@ def why_not_varlen(
     try:
         return _tried(device, dtype, heads, head_dim)
     except (RuntimeError, TypeError, ValueError) as error:  # another signature, another device
-        if isinstance(error, torch.OutOfMemoryError) or has_broken(error):
+        if lacks_memory(error) or has_broken(error):
             raise
-        return f"torch {torch.__version__} refuses it there ({str(error).splitlines()[0][:160]})"
+        return f"torch {torch.__version__} refuses it there ({first_line(error)[:160]})"
 
 
 _TRIAL_WINDOW = 8

@@ -160,6 +160,7 @@ def test_a_device_found_in_error_when_memory_is_pinned_ends_the_process(
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(Staging, "reserve", failing)
+    monkeypatch.setattr(torch.accelerator, "synchronize", failing)
     with pytest.raises(torch.AcceleratorError):
         on_device(folder, KEYS[:2])
     assert ended
@@ -179,8 +180,12 @@ def test_the_largest_batch_of_several_frames_pins_no_more_memory(
     assert [len(buffer._memory) for buffer in ring] == before
 
 
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
 def test_an_error_of_a_computation_ends_no_process_whose_device_works(
-    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
 ) -> None:
     ended: list[str] = []
     monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
@@ -189,7 +194,7 @@ def test_an_error_of_a_computation_ends_no_process_whose_device_works(
     with monkeypatch.context() as patch:
 
         def failing(*args: Any) -> None:
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            raise error("mat1 and mat2 shapes cannot be multiplied")
 
         patch.setattr(Block, "compute", failing)
         answer = decode(actor.compute(frame_of(rows_of(1), expert_id=0)))
@@ -199,7 +204,7 @@ def test_an_error_of_a_computation_ends_no_process_whose_device_works(
 
 
 @pytest.mark.parametrize("is_named", [True, False])
-@pytest.mark.parametrize("call", ["load", "unload", "compute"])
+@pytest.mark.parametrize("call", ["load", "unload", "compute", "report"])
 def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     folder: Path,
     device: EmulatedDevice,
@@ -222,10 +227,10 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
 
     def failing(*args: Any) -> None:
         error = torch.AcceleratorError if is_named else RuntimeError
-        raise error("an illegal memory access was encountered")
+        raise error("an illegal memory access was encountered\nCompile with more advice.")
 
-    if not is_named:
-        monkeypatch.setattr(torch.accelerator, "synchronize", failing)
+    monkeypatch.setattr(torch.accelerator, "synchronize", failing)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", failing)
     monkeypatch.setattr(DeviceExpert, "write", failing)  # also joins what is left
     monkeypatch.setattr(Block, "compute", failing)
     if call == "compute":
@@ -236,6 +241,7 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
         calls = {
             "load": lambda: actor.load(1, actor._spec, KEYS),
             "unload": lambda: actor.unload(1, KEYS[:1]),
+            "report": lambda: actor._device and actor._device.free_bytes,
         }
         with pytest.raises(RuntimeError):
             calls[call]()

@@ -336,6 +336,17 @@ def out_of_memory(*args: Any) -> Any:
     raise torch.OutOfMemoryError("secret of the device")
 
 
+def full_says_the_driver(*args: Any) -> Any:
+    raise torch.AcceleratorError("secret of the device: CUDA error: out of memory")
+
+
+def full_says_a_library(*args: Any) -> Any:
+    raise RuntimeError("secret of the device: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+
+FULL = [out_of_memory, full_says_the_driver, full_says_a_library]
+
+
 def refused(answer: RowsFrame | ErrorFrame) -> OverloadedError:
     assert isinstance(answer, ErrorFrame)
     assert isinstance(answer.error, OverloadedError)
@@ -344,11 +355,13 @@ def refused(answer: RowsFrame | ErrorFrame) -> OverloadedError:
     return answer.error
 
 
+@pytest.mark.parametrize("says_full", FULL)
 def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
     folder: Path,
     device: EmulatedDevice,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    says_full: Any,
 ) -> None:
     frames = frames_of([(0, {0: 3}), (1, {1: 5}), (0, {2: 2})])
     expected = bank_on(folder, HOST).compute(frames)
@@ -357,7 +370,7 @@ def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
     full = bank.experts[ExpertKey("m", 1, 0)].block  # type: ignore[attr-defined]
 
     def failing(block: Block, *args: Any) -> Any:
-        return out_of_memory() if block is full else compute(block, *args)
+        return says_full() if block is full else compute(block, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "compute", failing)
@@ -369,14 +382,19 @@ def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
     check(bank.compute(frames), expected)
 
 
+@pytest.mark.parametrize("says_full", FULL)
 @pytest.mark.parametrize("copy", ["to_device", "to_host"])
 def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
-    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, copy: str
+    folder: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    copy: str,
+    says_full: Any,
 ) -> None:
     frames = frames_of(BATCHES["two layers"])
     bank = bank_on(folder, device.device)
     with monkeypatch.context() as patch:
-        patch.setattr(bank._device._staging, copy, out_of_memory)
+        patch.setattr(bank._device._staging, copy, says_full)
         for answer in bank.compute(frames):
             refused(answer)
     check(bank.compute(frames), bank_on(folder, HOST).compute(frames))

@@ -223,6 +223,10 @@ def refusing(*args: Any) -> Any:
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nSecond line")
 
 
+def without_image(*args: Any) -> Any:
+    raise torch.AcceleratorError("no kernel image is available for execution on the device")
+
+
 def broken(*args: Any) -> Any:
     raise torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -239,6 +243,7 @@ def broken(*args: Any) -> Any:
         (no_window, "off"),
         (aligned_at_the_top, "off"),
         (refusing, "refuses it there (FlashAttention only supports Ampere GPUs or newer.)"),
+        (without_image, "refuses it there (no kernel image"),
     ],
 )
 def test_it_is_tried_on_the_device_before_it_is_trusted(
@@ -257,6 +262,8 @@ def test_a_trial_that_a_device_cannot_do_is_no_reason_but_an_error(
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kernel: Any, error: type[Exception]
 ) -> None:
     monkeypatch.setattr(emulation, "varlen_attention", kernel)
+    if kernel is broken:
+        monkeypatch.setattr(torch.accelerator, "synchronize", broken)
     with pytest.raises(error, match="memory"):
         why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
 
