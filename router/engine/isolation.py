@@ -18,12 +18,11 @@ from __future__ import annotations
 import logging
 import random
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
-from cluster.device import end_process, has_broken
+from cluster.device import end_process, has_broken, lacks_memory
 from cluster.errors import (
     ExpertMeshError,
     ExpertUnavailableError,
@@ -112,6 +111,7 @@ class Isolation:
             return
         num_requests = len(_request_ids(works))
         logger.error("a step of %d requests raised", num_requests, exc_info=error)
+        let_go(error)
         if num_requests == 1 and isinstance(error, ExpertMeshError):
             self._judge(works[0].sequence, error)  # the error names its cause
         else:
@@ -155,6 +155,7 @@ class Isolation:
             error = self._attempt(part) if part else None
             if error is None:
                 continue
+            let_go(error)
             if len(_request_ids(part)) > 1:
                 self._narrow(part)
             else:
@@ -162,7 +163,7 @@ class Isolation:
 
     def _judge(self, sequence: Sequence, error: Exception) -> None:
         """End a request that raises alone, or the router where it cannot compute any step."""
-        if isinstance(error, torch.OutOfMemoryError):
+        if lacks_memory(error):
             error = OverloadedError(_NO_MEMORY, "args.router.max_batch_tokens", 1.0)
         if not isinstance(error, ExpertMeshError):
             self._check_router(sequence)
@@ -213,3 +214,11 @@ def _halves(works: list[Work]) -> list[list[Work]]:
         [work for work in works if work.sequence.request.request_id in first],
         [work for work in works if work.sequence.request.request_id not in first],
     ]
+
+
+def let_go(error: BaseException) -> None:
+    """Forget the variables of the functions that raised an error: tensors that fill a device."""
+    raised: BaseException | None = error
+    while raised is not None:
+        traceback.clear_frames(raised.__traceback__)
+        raised = raised.__cause__ or raised.__context__
