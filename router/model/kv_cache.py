@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from cluster.device import CPU
+
 
 class PagedCache:
     """Keys and values of all layers, [N, P, G, D] each.
@@ -94,7 +96,7 @@ def _store(rows: torch.Tensor, cached: torch.Tensor, slots: torch.Tensor) -> Non
 
 
 class _Scratch:
-    """Reused memory for gathered rows, as large as the largest gathering so far."""
+    """Reused memory for gathered rows, half as large again as the gathering that it grew for."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self._memory = like.new_empty(0)
@@ -104,7 +106,21 @@ class _Scratch:
         num_heads, size = cached.shape[2:]
         count = slots.numel() * num_heads * size
         if len(self._memory) < count:
-            self._memory = cached.new_empty(count)
+            self._grow(cached, count)
         rows = self._memory[:count].view(-1, num_heads, size)
         torch.index_select(cached.flatten(0, 1), 0, slots.view(-1), out=rows)
         return rows.view(*slots.shape, num_heads, size).permute(2, 0, 1, 3)
+
+    def _grow(self, cached: torch.Tensor, count: int) -> None:
+        """Make room for ``count`` values and half of it, so that steps rarely need more.
+
+        A device's allocator keeps what it had for each size before, where others of its processes
+        cannot use it; so that goes first.
+        """
+        self._memory = cached.new_empty(0)
+        if cached.device != CPU:
+            torch.accelerator.empty_cache()
+        try:
+            self._memory = cached.new_empty(count + count // 2)
+        except torch.OutOfMemoryError:
+            self._memory = cached.new_empty(count)

@@ -143,9 +143,9 @@ class RouterSizes:
     def _gathered_bytes(self, limits: StepLimits, value_bytes: int, reads_pages: bool) -> int:
         """Return the bytes of a layer's gathered keys and values [B, L, G D], or of page tables.
 
-        All sequences are padded to the longest. Where the memory grows
-        (:class:`router.model.kv_cache.PagedCache`), that of the keys or of the values is there
-        twice. Each slot is an index, with masks for layers with and without a window.
+        All sequences are padded to the longest. The memory grows by half
+        (:class:`router.model.kv_cache.PagedCache`). Each slot is an index, with masks for layers
+        with and without a window.
         """
         slots = limits.max_batch_size * limits.longest
         if reads_pages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from router.model.cpu import native_attention
 from router.model.cpu.native_attention import NativeAttention, NativeCache
 from router.model.kv_cache import LatentCache, PagedCache
 from router.model.paged_attention import GatheredAttention
+from tests.emulated_device import emulated_device
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,6 +91,23 @@ def test_what_does_not_fit_the_cache_is_refused(
     with pytest.raises((RuntimeError, IndexError, ValueError)):
         cache.store(0, torch.arange(3), wrong, wrong)
     assert (cache.keys[0] == 7).all()
+
+
+def test_memory_for_gathered_rows_grows_seldom_and_is_there_once() -> None:
+    with emulated_device() as emulated:
+        cache = PagedCache(1, (64, 16), 2, 8, torch.float32, emulated.device)
+        held_bytes, sizes = torch.accelerator.memory_allocated(), set()
+        for length in range(1, 1025):  # a token more in each step
+            slots = torch.arange(length, device=emulated.device).view(1, -1)
+            keys, values = cache.gather(0, slots)
+            assert keys.shape == values.shape == (2, 1, length, 8)
+            gathered: Any = keys
+            sizes.add(gathered.inner.untyped_storage().nbytes())
+        del keys, values, slots, gathered
+        assert len(sizes) < 25
+        row_bytes = 2 * 2 * 8 * 4
+        peak_bytes = torch.accelerator.max_memory_allocated() - held_bytes
+        assert peak_bytes <= 1.5 * 1024 * row_bytes + 8 * 8 * 1024
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
