@@ -255,14 +255,18 @@ class ExpertActor:
 
     def _report(self) -> ActorReport:
         remotes, experts = self._remotes(), self._bank.experts
+        context = ray.get_runtime_context()
+        device = self._device_name()
+        if self._device is not None:  # torch calls each process's own the first
+            device += ":" + ",".join(sorted(context.get_accelerator_ids()["GPU"]))
         return ActorReport(
             actor_id=self._actor_id,
             generation=self._generation,
             digest=self._digest,
             epoch=self._epoch,
             pid=os.getpid(),
-            node=ray.get_runtime_context().get_node_id(),
-            device=self._device_name(),
+            node=context.get_node_id(),
+            device=device,
             experts=tuple(sorted(experts)),
             weight_bytes=self._bank.num_bytes,
             tokens=self._bank.tokens,

@@ -190,9 +190,9 @@ class Keeper:
             self._retirement.wake()
             await self._state.leave_placement(actor_id)
             self.suspicion.forget(actor_id)
-            death = await self.processes.said(actor_id) or death
-            delay_s = self.deaths.ended(actor_id, death, time.monotonic())
             try:
+                death = await self.processes.said(actor_id) or death
+                delay_s = self.deaths.ended(actor_id, death, time.monotonic())
                 # A broken actor holds its device until then, so that the successor gets another.
                 successor = await self.processes.create_beside(actor_id) if is_broken else None
                 if handle is not None and not await self.processes.end(handle):

@@ -49,6 +49,7 @@ class ActorProcesses:
         if node is not None:
             self._pinned.add(actor_id)
         spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
+        await self._last_words(actor_id)  # an earlier deployment's would be taken for its own
         return self._expert_pool.create(spec, actor_id, generation, epoch, node)
 
     async def create_beside(self, actor_id: str) -> ActorHandle | None:
@@ -118,21 +119,25 @@ class ActorProcesses:
         return True
 
     async def said(self, actor_id: str) -> Death | None:
-        """Return the death of an actor that ended its own process and said why, else ``None``.
+        """Return the death of an actor that ended its own process and said why, else ``None``."""
+        words = await self._last_words(actor_id)
+        if not words:
+            return None
+        logger.error("%s ended itself: %s", actor_id, words)
+        return Death(words, is_of_place=True)
+
+    async def _last_words(self, actor_id: str) -> str:
+        """Take the last words of an actor's last generation; empty where it left none.
 
         Only a device makes an actor end itself, so nobody asks about those that have none.
         """
         spec = self._state.fleet.specs.get(actor_id)
         if spec is None or not spec.num_gpus:
-            return None
+            return ""
         generation = self._state.last_generation(actor_id)
         try:
             async with asyncio.timeout(LEDGER_TIMEOUT_S):
-                words = await asyncio.to_thread(self._expert_pool.last_words, actor_id, generation)
+                return await asyncio.to_thread(self._expert_pool.last_words, actor_id, generation)
         except Exception as error:  # Ray's control store is away
             logger.warning("%s: its last words cannot be read (%s)", actor_id, kind_of(error))
-            return None
-        if not words:
-            return None
-        logger.error("%s ended itself: %s", actor_id, words)
-        return Death(words, is_of_place=True)
+            return ""

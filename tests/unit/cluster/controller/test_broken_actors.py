@@ -239,6 +239,23 @@ def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
     assert ("its last words cannot be read" in caplog.text) == (store != "answers")
 
 
+def test_words_of_an_earlier_deployment_are_not_taken_for_those_of_todays_actor() -> None:
+    async def test() -> None:
+        cluster = Cluster(2, num_gpus=1.0)
+        LastWords("app", cluster.pool.store).leave("expert-0", 1, "its device failed long ago")
+        await cluster.start()
+        await cluster.complete()
+        for generation in (1, 2):
+            cluster.pool.of("expert-0")[-1].alive = False
+            await cluster.until(
+                lambda p, g=generation: p.generations.get("expert-0") == g + 1  # type: ignore[misc]
+            )
+            assert cluster.keeper.deaths._actors["expert-0"].last.reason == "died"
+        await cluster.stop()
+
+    run(test)
+
+
 def test_nobody_asks_for_the_words_of_actors_without_a_device() -> None:
     async def test() -> None:
         async with running(2) as cluster:
