@@ -323,6 +323,7 @@ def patched_accelerator(memory: Memory, streams: Streams) -> Iterator[None]:
         ),
         "memory_allocated": lambda device_index=None: memory.allocated_bytes,
         "max_memory_allocated": lambda device_index=None: memory.peak_bytes,
+        "max_memory_reserved": lambda device_index=None: memory.peak_bytes,
         "reset_peak_memory_stats": lambda device_index=None: memory.forget_peak(),
         "empty_cache": lambda: None,
         "current_stream": lambda device=None: streams.current,

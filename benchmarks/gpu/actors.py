@@ -8,6 +8,7 @@ import ray
 import torch
 
 from benchmarks.gpu.device_trace import DeviceRecorder
+from benchmarks.gpu.memory import most_bytes
 from benchmarks.timeline import Recorded
 from benchmarks.tracing import TracingActor
 from experts.remote import RemoteExpertActor
@@ -17,9 +18,9 @@ class MeasuredActor(RemoteExpertActor):
     """The product's actor, which tells its kernels and the memory that torch had on its device."""
 
     @ray.method(concurrency_group="control")
-    def device_bytes(self) -> int:
-        """Return the most bytes that were allocated at once; 0 without a device."""
-        return torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0
+    def device_bytes(self) -> tuple[int, int]:
+        """Return the most bytes at once of tensors, and of torch; 0 without a device."""
+        return most_bytes() if torch.accelerator.is_available() else (0, 0)
 
     @ray.method(concurrency_group="control")
     def kernel_classes(self) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cluster.wire.frames import DTYPE_BYTES
 from router.config import RouterConfig
 from router.model.memory import StepLimits
@@ -47,15 +49,27 @@ def planned(folder: Path, actors: int, cache_tokens: int) -> tuple[Planned, Plan
     return router, Planned(held_bytes, plan.actor_batch_bytes)
 
 
+def most_bytes() -> tuple[int, int]:
+    """Return the most bytes on this process's device at once: of tensors, and of torch.
+
+    torch keeps some of the memory of tensors that are gone, which no other process can have.
+    """
+    return torch.accelerator.max_memory_allocated(), torch.accelerator.max_memory_reserved()
+
+
 def compared(
-    plan: tuple[Planned, Planned], measured: Mapping[str, int]
+    plan: tuple[Planned, Planned], measured: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[str, Any]]:
-    """Return of each process the bytes that it had, those of the plan, and their ratio."""
+    """Return of each process the bytes that it had, those of the plan, and their ratio.
+
+    ``measured`` are those of :func:`most_bytes`.
+    """
     found = {}
-    for process, num_bytes in measured.items():
+    for process, (num_bytes, reserved_bytes) in measured.items():
         of_plan = plan[0] if process == "router" else plan[1]
         found[process] = {
             "peak_bytes": num_bytes,
+            "reserved_bytes": reserved_bytes,
             "held_bytes": of_plan.held_bytes,
             "planned_bytes": of_plan.most_bytes,
             "ratio": num_bytes / of_plan.most_bytes,

@@ -185,12 +185,13 @@ def _memory(largest: Mapping[str, Any]) -> str:
     rows = []
     for count, one in largest["actors"].items():
         for process, memory in one["memory"].items():
-            sizes = (memory[key] / 1e9 for key in ("peak_bytes", "held_bytes", "planned_bytes"))
+            keys = "peak_bytes", "reserved_bytes", "held_bytes", "planned_bytes"
+            sizes = (memory[key] / 1e9 for key in keys)
             rows.append(
                 [count, process, *(f"{one:.2f}" for one in sizes), f"{memory['ratio']:.2f}"]
             )
-    columns = ["Actors", "Process", "Most allocated by torch, GB", "Plan, held, GB"]
-    return _table([*columns, "Plan, with its work, GB", "Ratio"], rows)
+    columns = ["Actors", "Process", "Most, of tensors, GB", "Most, kept by torch, GB"]
+    return _table([*columns, "Plan, held, GB", "Plan, with its work, GB", "Ratio"], rows)
 
 
 def _kill(result: Mapping[str, Any]) -> str:

@@ -106,7 +106,7 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
 
     from benchmarks.engine import Bench
     from benchmarks.gpu.actors import MeasuredActor
-    from benchmarks.gpu.memory import compared, planned
+    from benchmarks.gpu.memory import compared, most_bytes, planned
     from cluster.device import device_of
 
     device = device_of(settings.device, 0, "--device")
@@ -136,7 +136,8 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
         }
         if not settings.has_device:
             return {"streams": streams, "memory": {}, **ways}
-        measured = {"router": torch.accelerator.max_memory_allocated() - before_bytes}
+        allocated, reserved = most_bytes()
+        measured = {"router": (allocated - before_bytes, reserved)}
         measured |= bench.actors.call("device_bytes")
         memory = compared(planned(folder, count, CACHE_TOKENS), measured)
         return {"streams": streams, "memory": memory, **ways}

@@ -142,7 +142,8 @@ def results(
 ) -> dict[str, Any]:
     """The results of all parts, by their names."""
     streams = {n: {"tokens_per_s": 2000.0 * ratio} for n in ("32", "1")}
-    of_router = {"peak_bytes": 10**9, "held_bytes": 8 * 10**8, "planned_bytes": 1250 * 10**6}
+    of_router = {"peak_bytes": 10**9, "reserved_bytes": 11 * 10**8, "held_bytes": 8 * 10**8}
+    of_router["planned_bytes"] = 1250 * 10**6
     run = {
         "streams": streams,
         "memory": {"router": {**of_router, "ratio": memory_ratio}},
@@ -246,7 +247,7 @@ def test_the_document_has_card_versions_and_all_tables() -> None:
         "| 6.7B | 32 | 2000 | 1900 (0.95) | 1900 (0.95) |",
         "- 111M: hidden 512, experts 8 of 1,024, vocabulary 4,096; all 8 layers.",
         "| 512 | 0.300 | 0.200 | 0.100 |",
-        "| 1 | router | 1.00 | 0.80 | 1.25 | 0.80 |",
+        "| 1 | router | 1.00 | 1.10 | 0.80 | 1.25 | 0.80 |",
         "| kill of an actor with copies elsewhere | 1000 | 0.010 | 0.500 | 3.0 | 50 | 0 |",
         "| mixtral | 24 of 24 | 0.0400 | 0.0300 | 0.0800 | varlen |",
         "![Layers of one decode step: copies, products, waits](timeline.svg)",

@@ -34,7 +34,7 @@ def test_the_planned_bytes_are_those_that_router_and_actors_have(tmp_path: Path)
 
 def test_each_process_is_compared_with_its_own_part_of_the_plan() -> None:
     plan = Planned(150, 50), Planned(700, 300)
-    found = compared(plan, {"router": 100, "actor-0": 1500, "actor-1": 500})
+    found = compared(plan, {"router": (100, 130), "actor-0": (1500, 1500), "actor-1": (500, 0)})
     assert {process: one["planned_bytes"] for process, one in found.items()} == {
         "router": 200,
         "actor-0": 1000,
@@ -46,3 +46,4 @@ def test_each_process_is_compared_with_its_own_part_of_the_plan() -> None:
         "actor-1": 0.5,
     }
     assert found["router"]["held_bytes"] == 150
+    assert found["router"]["reserved_bytes"] == 130
