@@ -247,7 +247,7 @@ class Bench:
         )
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
         gpu_pools = ("benchmark",) if actor_gpus else ()
-        is_shared = not why_not_shared(model.attention, layers.has_limit, gpu_pools)
+        is_shared = not why_not_shared(model.is_independent, layers.has_limit, gpu_pools)
         self._collector = Collector()
         self._engine = TimedEngine(
             model,

@@ -200,9 +200,8 @@ class LocalCluster:
             self.checkpoint, TORCH_DTYPES[dtype], cache_tokens, self.layers, device
         )
         page_size = self.model.attention.page_size
-        is_shared = prefix_cache and not why_not_shared(
-            self.model.attention, self.layers.has_limit, ()
-        )
+        has_limit = self.layers.has_limit
+        is_shared = prefix_cache and not why_not_shared(self.model.is_independent, has_limit, ())
         self.scheduler = Scheduler(
             limits,
             self.model.num_pages,

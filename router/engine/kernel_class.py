@@ -17,7 +17,8 @@ def why_not_native() -> str:
         return "torch computes it: the package was installed without its native code"
     return (
         "torch computes what is between native products and norms: a layer is not of Llama's "
-        "shape, or native code takes neither its dtype nor its sizes"
+        "shape, its gate is none of native code's, or native code takes neither its dtype nor its "
+        "sizes"
     )
 
 

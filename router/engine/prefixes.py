@@ -5,8 +5,9 @@ own: when it is admitted, and before each step, so that of requests that come to
 what all begin with. At least its last token is computed, since its logits are wanted. So the page
 that a sequence writes is always its own, and no page is ever copied.
 
-Keys and values depend on the tokens so far and the weights alone, bit for bit, where
-:attr:`router.model.attention.Attention.is_independent` says so. Elsewhere nothing is shared.
+Where a model ``is_independent`` (:class:`router.model.model.MoEModel`), keys and values depend on
+the tokens so far and the weights alone, bit for bit. Elsewhere nothing is shared. Expert actors of
+several kernel classes, or without native code, give other bits with a shared page or without.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Mapping
 from cluster.errors import ExpertMeshError, NotFiniteError, PoisonedRequestError
 from router.engine.sequence import Sequence
 from router.messages.prefixes import prefix_keys, prefix_root
-from router.model.attention import Attention
 from router.model.prefix_cache import PrefixCache
 
 _UNSOUND = NotFiniteError, PoisonedRequestError
@@ -25,13 +25,14 @@ _NO_PERIOD = -1
 """The period of a sequence that never enters a page."""
 
 
-def why_not_shared(attention: Attention, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
+def why_not_shared(is_independent: bool, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
     """Return why pages cannot be shared; empty where they can.
 
-    ``has_limit`` says that experts take a bounded number of a step's tokens. ``gpu_pools`` are the
-    pools whose actors compute on accelerators.
+    ``is_independent`` is that of :class:`router.model.model.MoEModel`. ``has_limit`` says that
+    experts take a bounded number of a step's tokens. ``gpu_pools`` are the pools whose actors
+    compute on accelerators.
     """
-    if not attention.is_independent:
+    if not is_independent:
         return "its steps give other bits for other batches"
     if has_limit:
         return "with expert_capacity a token's experts depend on its batch"

@@ -358,7 +358,7 @@ def _shares_prefixes(
 ) -> bool:
     """Return whether pages of the cache can be shared; logs why not."""
     gpu_pools = tuple(pool.name for pool in experts.all_pools() if pool.num_gpus)
-    reason = why_not_shared(dense.attention, layers.has_limit, gpu_pools)
+    reason = why_not_shared(dense.is_independent, layers.has_limit, gpu_pools)
     if reason:
         logger.info("router of %s: no prefix cache, since %s", model.id, reason)
     return not reason

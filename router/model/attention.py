@@ -58,18 +58,15 @@ class Scoring:
 
 
 class Attention(Protocol):
-    """One implementation of attention over the paged cache.
-
-    A token's result depends neither on the step's other sequences nor on their order.
-    """
+    """One implementation of attention over the paged cache."""
 
     name: str
     """The implementation, in kernel classes."""
     page_size: int
     """The slots of a page that it can read."""
     is_independent: bool
-    """Whether all that a model computes with it for a token has the same bits, whatever else its
-    steps compute and wherever chunks end."""
+    """Whether a token's result has the same bits, whatever other sequences its step has, in
+    whatever order, and wherever chunks end."""
 
     def view(self, spans: Sequence[Span], num_decode: int) -> Any:
         """Return a step's tensors on the host; the first ``num_decode`` spans have one token."""

@@ -36,7 +36,9 @@ from router.model.paged_attention import ATTENTION_NAME, paged_attention
 from router.model.parts import (
     RemoteExperts,
     embedding_of,
+    has_torch_products,
     head_of,
+    is_wholly_native,
     layers_of,
     norm_of,
     take_gates,
@@ -135,8 +137,9 @@ class MoEModel:
     """A model without its experts: its ``decoder``, with a cache of ``num_pages`` pages.
 
     ``attention`` makes the views of the steps that ``decoder`` runs. ``is_native`` is true where
-    native code computes every layer. ``even_context`` is the number of earlier tokens that cost a
-    token as much to attend to as all of its products with weights do.
+    native code computes all of it. ``is_independent`` says that a token's bits depend on no other
+    request of its steps, and not on where chunks end. ``even_context`` is the number of earlier
+    tokens that cost a token as much to attend to as all of its products with weights do.
     """
 
     def __init__(
@@ -193,7 +196,8 @@ class MoEModel:
         rotate = base.rotary_emb
         if staging is None:
             halves, rotate = take_native(model, getattr(config, "hidden_act", ""))
-        self.is_native = bool(halves)
+        self.is_native = is_wholly_native(model, halves)
+        self.is_independent = self.attention.is_independent and not has_torch_products(model)
         decoder_layers = layers_of(base, halves, layers, staging)
         self.decoder = Decoder(
             embedding_of(base),

@@ -116,7 +116,33 @@ def take_gate(block: nn.Module, path: str, spec: GateSpec, top_k: int) -> Gate:
         return NativeGate(spec, top_k, weight, bias, correction)
     # Widened once, not in each step as transformers does.
     weight = weight.float() if "logits" in spec.float32 else weight
+    if can_multiply(weight):
+        product = NativeLinear(weight, bias)
+        return Gate(spec, top_k, product, correction, has_native_logits=True)
     return Gate(spec, top_k, partial(functional.linear, weight=weight, bias=bias), correction)
+
+
+def is_wholly_native(model: nn.Module, halves: Sequence[AttentionHalf]) -> bool:
+    """Return whether native code computes all of a model, after :func:`take_native`.
+
+    ``halves`` are the attention halves that it gave.
+    """
+    return bool(halves) and all(isinstance(gate, NativeGate) for gate in _gates(model))
+
+
+def has_torch_products(model: nn.Module) -> bool:
+    """Return whether torch multiplies rows by weights in a model, after :func:`take_native`.
+
+    The bits of such a product depend on the number of rows.
+    """
+    layers = nn.Linear, HeadsLinear
+    are_torch = any(isinstance(module, layers) for module in model.modules())
+    return are_torch or not all(gate.has_native_logits for gate in _gates(model))
+
+
+def _gates(model: nn.Module) -> list[Gate]:
+    experts = [module for module in model.modules() if isinstance(module, RemoteExperts)]
+    return [module.gate for module in experts if module.gate is not None]
 
 
 def embedding_of(base: Any) -> Map:

@@ -32,15 +32,20 @@ class Gate:
         top_k: int,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         correction: torch.Tensor | None = None,
+        *,
+        has_native_logits: bool = False,
     ) -> None:
         """``logits_of`` maps hidden states [T, H] to logits [T, E].
 
         ``correction`` [E] is added to the scores for the choice, not for the weights (DeepSeek-V3,
-        arXiv 2412.19437, section 2.1.2).
+        arXiv 2412.19437, section 2.1.2). ``has_native_logits`` says that native code computes
+        ``logits_of``.
         """
         self._spec = spec
         self._top_k = top_k
         self._logits_of = logits_of
+        self.has_native_logits = has_native_logits
+        """Whether a row's logits have the same bits in any company."""
         self._scores_dtype = torch.float32 if "scores" in spec.float32 else None
         self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
         self._correction = None if correction is None else correction.float()

@@ -224,6 +224,7 @@ class ExactModel:
 
     even_context = float("inf")
     is_native = False
+    is_independent = True
 
     def __init__(
         self, identity: str, cache_tokens: int, layers: MoELayers, took_s: Callable[[], float]

@@ -204,7 +204,7 @@ class NativeGate(Gate):
     ) -> None:
         """Pack copies of ``weight`` [E, H] and ``bias`` [E]; ``correction`` [E] as in `Gate`."""
         product = NativeLinear(weight, bias)
-        super().__init__(spec, top_k, product, correction)
+        super().__init__(spec, top_k, product, correction, has_native_logits=True)
         self._product = product
         norm = spec.norm_exponent is not None
         self._spec_numbers = (

@@ -110,6 +110,13 @@ def test_neither_threads_nor_borders_of_chunks_change_a_bit_of_long_sequences(
 
 
 @pytest.mark.parametrize("kernel", NAMES)
+def test_shares_of_a_prefill_have_the_bits_of_the_whole(kernel: str) -> None:
+    case = make(3, lengths=[300], dtype=torch.float32, heads=3, size=64)
+    whole, in_shares = (case.run(one_prefill(case), kernel, threads=count) for count in (1, 4))
+    assert same_bits(whole, in_shares)
+
+
+@pytest.mark.parametrize("kernel", NAMES)
 def test_a_share_is_e_to_the_power_of_its_score(kernel: str) -> None:
     scores = -torch.linspace(0, 120, 1201)
     # Each sequence has two tokens: the first has score 0 and value 0, the second its own and 1.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from cluster.native.built import native
+from cluster.wire.tensors import TORCH_DTYPES
 from router.model.cpu import native_attention, native_layer, native_modules
 from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeGate
 from router.model.decoder import MixtureFeedForward
 from tests.checkpoints import save_mixtral
-from tests.family_checkpoints import save_deepseek_v3
+from tests.family_checkpoints import SAVERS, save_deepseek_v3
 from tests.local_cluster import LocalCluster, greedy_request
 
 PROMPT = [5, 9, 7]
@@ -54,5 +58,33 @@ def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
     assert isinstance(cluster.model.attention, NativeAttention) == (limit != "MOST_HEADS")
     are_native = [isinstance(gate, NativeGate) for gate in gates_of(cluster)]
     assert are_native == [limit != "MOST_EXPERTS"] * len(are_native)
-    assert not cluster.model.is_native or limit == "MOST_EXPERTS"
+    assert not cluster.model.is_native
+    assert cluster.model.is_independent == (limit == "MOST_EXPERTS")
     assert generated(cluster) == expected
+
+
+@pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
+@pytest.mark.parametrize("exponent", [1.0, 2.0, None])
+def test_a_gate_that_native_code_does_not_know_has_native_logits(
+    tmp_path: Path, exponent: float | None, dtype: str
+) -> None:
+    """So a token's experts and weights have the same bits in any company there, too."""
+    SAVERS["dbrx"](tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["ffn_config"]["moe_normalize_expert_weights"] = exponent
+    file.write_text(json.dumps(config))
+    cluster = LocalCluster(tmp_path, dtype=dtype)
+    is_known = exponent != 2.0
+    assert cluster.model.is_native == is_known
+    assert cluster.model.is_independent
+    [gate, *_] = gates_of(cluster)
+    assert isinstance(gate, NativeGate) == is_known
+    size = cluster.checkpoint.shape.hidden_size
+    rows = torch.randn(40, size, generator=torch.Generator().manual_seed(1)).to(TORCH_DTYPES[dtype])
+    choice = gate.choice(rows)
+    for t in range(len(rows)):
+        alone = gate.choice(rows[t : t + 1])
+        assert np.array_equal(alone.ids[0], choice.ids[t])
+        assert torch.equal(alone.weights[0], choice.weights[t])
+    cluster.close()
