@@ -1,8 +1,9 @@
 """Native code of the data plane: the C files beside this, built when the package is installed.
 
 ``native`` is the module, or ``None`` where there was no C compiler; then Python, numpy and torch
-do the same, with the same errors. Messages and rows then have the same bits. The dense part and
-experts have other bits: native sums have an order of their own. Each function has one face, which
+do the same, with the same errors. Messages and rows then have the same bits. The dense part,
+experts and draws have other bits: native sums have an order of their own. Each function has one
+face, which
 is what others call: :mod:`router.moe.permute`, :mod:`router.moe.combine`,
 :mod:`router.model.cpu.native_attention`, :mod:`router.model.cpu.native_layer`,
 :mod:`router.model.cpu.native_modules`, :mod:`experts.compute.native_ffn`,

@@ -13,7 +13,6 @@
 #include "kernels.h"
 #include "pool.h"
 
-#define MOST_SIZE (1 << 24) /* no product of sizes overflows */
 #define LEAST_SLICE_ROWS 24
 #define SLICE_VALUES (1 << 18)   /* of a slice's rows and inner rows, in float32 */
 #define BATCH_VALUES (1 << 20)   /* the same of the slices that several threads share */

@@ -1,6 +1,6 @@
 /* Linear layers on any processor: rows times packed weights.
  *
- * router/model/cpu/native_modules.py is the face of this function; cluster/native/panels.py packs
+ * router/model/cpu/native_modules.py is the face of this function; experts/compute/panels.py packs
  * the weights. A row's result depends on the row, the weights and the kernel's class alone;
  * products.h has the order of sums.
  *

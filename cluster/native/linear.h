@@ -2,8 +2,6 @@
 #pragma once
 #include "kernels.h"
 
-#define MOST_SIZE (1 << 24) /* of a row: no product of sizes overflows */
-
 /* Weights as kernels.h has them, for sums of `size` products each. A bias has as many values as the
  * panels have outputs. */
 typedef struct {

@@ -47,7 +47,7 @@ first."""
 
 
 MOST_SIZE = 1 << 24
-"""The largest hidden or intermediate size (``cluster/native/linear.h``)."""
+"""The largest hidden or intermediate size (``cluster/native/kernels.h``)."""
 
 
 def kernel_class(dtype: str, sizes: Sequence[int] = ()) -> str | None:

@@ -81,7 +81,7 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
     """Sum each token's weighted rows by ascending expert; a row not received counts as 0.
 
     Each weighted row is rounded to the rows' dtype and accumulated in it, one expert after the
-    other. The sums equal those of transformers' eager experts bit for bit, whatever the placement,
+    other, as transformers' eager experts do. Sums of equal rows are equal, whatever the placement,
     the number of actors or a retry. Returns [T, H], and whether all of it is finite. The sums last
     until the plan is used again.
     """

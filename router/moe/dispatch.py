@@ -122,11 +122,11 @@ class Dispatcher:
         """Send hidden states [T, H], or other rows [T, ...] of the host, to the gate's experts.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
-        rows by rank, then by token, as transformers' eager experts do: in torch's products a row's
-        bits depend on its place. ``pairs``, where given, are the only pairs that are sent.
-        ``traceparent`` is sent with the frames of a traced layer. ``deaths`` returns the record of
-        actors that die. With ``is_last_try`` rows go only to actors that compute zeros just before,
-        and no copy is asked while such an actor may live.
+        rows by rank, then by token, as transformers' eager experts do: in products of torch, where
+        a row's bits depend on its place, results are then theirs. ``pairs``, where given, are the
+        only pairs that are sent. ``traceparent`` is sent with the frames of a traced layer.
+        ``deaths`` returns the record of actors that die. With ``is_last_try`` rows go only to
+        actors that compute zeros just before, and no copy is asked while such an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
 

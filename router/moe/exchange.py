@@ -4,9 +4,10 @@ In a step of few tokens most of a layer's time is Python, which finds the proces
 by the products. So native code (``cluster/native/exchange.c``) does at once what
 :mod:`router.moe.dispatch` does one after the other: it orders the pairs, encodes and sends frames;
 then receives, decodes, checks and sums. Frames and sums are the same, byte for byte. It is for the
-common case: each expert has one copy, its actor's connection is idle, and needs neither TLS nor a
-checksum. Whatever else happens, a late answer, an error, a lost connection or a sum that is not
-finite, :meth:`router.moe.dispatch.Dispatcher.take_over` goes on from where native code stopped.
+common case: rows are float32 or bfloat16, each expert has one copy, its actor's connection is idle,
+and needs neither TLS nor a checksum. Whatever else happens, a late answer, an error, a lost
+connection or a sum that is not finite, :meth:`router.moe.dispatch.Dispatcher.take_over` goes on
+from where native code stopped.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size.
 """

@@ -23,13 +23,16 @@ TESTS = (
     "tests/unit/router/moe/test_exchange.py",
     "tests/unit/router/engine/test_sampling.py",
 )
-# Threads and long sequences take long there, and no other path through the code.
+# Many threads and long sequences take long there. Tests of "shares" go the same ways in short.
 LEFT_OUT = "not threads"
 LIBRARIES = "libasan.so", "libubsan.so"
 
 
+COMPILERS = [path for path in [shutil.which("gcc")] if path]
+
+
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("compiler", [path for path in [shutil.which("gcc")] if path])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_native_code_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler: str) -> None:
     built = tmp_path / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [compiler, "-std=gnu11", "-shared", "-fPIC", "-O1", "-g", "-ffp-contract=off"]
@@ -57,3 +60,14 @@ def test_native_code_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler
         tests, cwd=ROOT, env=environment, timeout=900, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_threads_of_the_pool_do_not_race(tmp_path: Path, compiler: str) -> None:
+    program = tmp_path / "pool"
+    command = [compiler, "-std=gnu11", "-O1", "-g", "-fsanitize=thread", "-o", str(program)]
+    command += ["-I", sysconfig.get_paths()["include"]]
+    sources = [ROOT / "cluster/native/pool.c", ROOT / "tests/long/pool_driver.c"]
+    subprocess.run([*command, *map(str, sources), "-lpthread"], check=True, timeout=600)
+    result = subprocess.run([program], timeout=300, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "all calls have returned\n"), result.stderr

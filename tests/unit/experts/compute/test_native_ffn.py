@@ -138,6 +138,14 @@ def test_a_row_alone_has_the_bits_of_the_row_in_any_crowd(
 
 
 @pytest.mark.parametrize("kernel", NAMES)
+def test_shares_of_an_expert_have_the_bits_of_the_whole(kernel: str) -> None:
+    case = make(
+        1, dtype=torch.float32, num_rows=100, hidden=256, inner=512, activation="silu"
+    )  # worth four shares
+    assert torch.equal(case.computed(kernel, 4), case.computed(kernel))
+
+
+@pytest.mark.parametrize("kernel", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("hidden", "inner", "num_rows"), [(512, 640, 200), (33, 3000, 97)])
 def test_neither_many_rows_nor_threads_change_a_bit(
