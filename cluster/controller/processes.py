@@ -43,13 +43,13 @@ class ActorProcesses:
         its predecessor's node. Raises :class:`StaleEpochError` where a newer controller runs.
         """
         generation = await self._state.next_generation(actor_id)
+        await self._last_words(actor_id)  # an earlier deployment's would be taken for its own
         if node is None and self._state.min_copies > 1:
             node = self._state.nodes.get(actor_id)
         self._pinned.discard(actor_id)
         if node is not None:
             self._pinned.add(actor_id)
         spec, epoch = self._state.fleet.specs[actor_id], self._state.placement.epoch
-        await self._last_words(actor_id)  # an earlier deployment's would be taken for its own
         return self._expert_pool.create(spec, actor_id, generation, epoch, node)
 
     async def create_beside(self, actor_id: str) -> ActorHandle | None:

@@ -127,11 +127,9 @@ class Reliever:
         """Return the rooms of other actors that serve, and the free bytes of their memories."""
         state, rooms = self._state, []
         free_bytes: dict[str, float] = {}
-        node, device = self._deaths.place_of(actor_id)
-        own = f"memory of {node}" if device in HOST_DEVICES else ""
+        own = _memory(*self._deaths.place_of(actor_id))
         for other, report in state.reports.items():
-            is_host = report.device in HOST_DEVICES
-            memory = f"memory of {report.node}" if is_host else other
+            memory = _memory(report.node, report.device)
             is_used = other in state.placement.generations and other not in state.fleet.standby
             if other == actor_id or memory == own or not is_used:
                 continue
@@ -147,3 +145,8 @@ class Reliever:
         sizes = self._expert_bytes()
         used_bytes = sum(sizes[key.model] for key in state.shares[actor_id])
         return budgets_bytes[actor_id] - used_bytes - state.retained_bytes(actor_id)
+
+
+def _memory(node: str, device: str) -> str:
+    """Return the name of a memory, which actors on a node's processors share, or on a card."""
+    return f"{'host' if device in HOST_DEVICES else device} of {node}"

@@ -350,9 +350,20 @@ def test_where_nobody_has_room_status_says_which_bytes_are_missing_where() -> No
     run(test)
 
 
-def test_an_actor_of_the_same_memory_takes_nothing() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_an_actor_of_the_same_memory_takes_nothing(device: str) -> None:
+    """Actors on one node's processors share a memory, and those that have shares of one card."""
+
     async def test() -> None:
         pool = pool_of("n1")
+        create = pool.create
+
+        def created(*args: object) -> FakeActor:
+            actor = create(*args)  # type: ignore[arg-type]
+            actor.device = device
+            return actor
+
+        pool.create = created  # type: ignore[method-assign]
         cluster = Cluster(2, pool)
         room = {"expert-1": 1}
         pool.load_gate = lacking(room)(cluster)
