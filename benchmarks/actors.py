@@ -85,13 +85,16 @@ def start_actors(
     if peaks is not None:
         firsts = [handle.load.remote(EPOCH, spec, shares[a][:1]) for a, handle in handles.items()]
         peaks.begin(ray.get(firsts, timeout=TIMEOUT_S))
+    kernels = []
     for actor_id, report in _loaded(handles, shares, spec):
+        kernels += report.kernels
         actors.loading[actor_id] = {
             "load_s": time.perf_counter() - started_s,
             "weights_mb": report.weight_bytes / 1e6,
             **({} if peaks is None else peaks.of(actor_id)),
         }
         placement = placement.with_actor(actor_id, GENERATION, shares[actor_id])
+    actors.view.expert_classes = frozenset(kernel.kernel_class for kernel in kernels)
     actors.view.publish(placement)
     return actors
 

@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ class Bench:
         from experts.remote import RemoteExpertActor
         from router.config import ExpertsConfig, RouterConfig
         from router.engine.engine import Engine
-        from router.engine.prefixes import why_not_shared
+        from router.engine.prefixes import why_dependent
         from router.engine.scheduler import Limits, Scheduler
         from router.model.model import MoEModel
         from router.moe.combine import WeightedSums
@@ -197,8 +197,8 @@ class Bench:
         self._folder = folder
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
-        self.routed: Sequence[Any] = ()
-        """What the requests of a round ask of their tokens' experts, where they ask for any."""
+        self.more: Sequence[Mapping[str, Any]] = ()
+        """Further fields of each request of a round, where they have any."""
         actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
         shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
@@ -246,8 +246,7 @@ class Bench:
             min(config.prefill_threads, num_cpus()),
         )
         limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
-        gpu_pools = ("benchmark",) if actor_gpus else ()
-        is_shared = not why_not_shared(model.is_independent, layers.has_limit, gpu_pools)
+        is_independent = not why_dependent(model.is_independent, layers.has_limit)
         self._collector = Collector()
         self._engine = TimedEngine(
             model,
@@ -257,7 +256,8 @@ class Bench:
                 model.num_pages,
                 model.attention.page_size,
                 model.even_context,
-                MODEL if is_shared else None,
+                MODEL if is_independent else None,
+                is_independent,
             ),
             frozenset(),
             self._collector,
@@ -298,7 +298,7 @@ class Bench:
                 sampling,
                 time.monotonic() + TIMEOUT_S,
                 cache_salt=salt,
-                **({"routed": self.routed[i]} if self.routed else {}),
+                **(self.more[i] if self.more else {}),
             )
             for i, ids in enumerate(given)
         ]

@@ -53,7 +53,7 @@ def run(folder: Path, streams: int, tokens: int, rounds: int) -> dict[str, list[
             found: dict[str, list[float]] = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:
-                    bench.routed = ways[way]
+                    bench.more = [{"routed": asked} for asked in ways[way]]
                     found[way].append(bench.measure(streams, tokens, 1)["step"]["p50_ms"])
             return found
         finally:

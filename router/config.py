@@ -163,7 +163,7 @@ class RouterConfig(Section):
     prefix_cache: bool = Field(
         default=True,
         description="Whether requests of a language model share the cache of what they begin with. "
-        "Never on accelerators, in a router without native code, or with `expert_capacity`.",
+        "Never on accelerators, without native code, or with `expert_capacity`.",
     )
     expert_capacity: CapacityConfig | None = Field(
         default=None,

@@ -35,7 +35,7 @@ from router.engine.batch import StepInput, context_of
 from router.engine.constraints import Grammars
 from router.engine.emission import Emission
 from router.engine.engine import Engine
-from router.engine.prefixes import why_not_shared
+from router.engine.prefixes import why_dependent
 from router.engine.scheduler import Limits, Scheduler
 from router.messages.receipts import merge_events
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
@@ -201,13 +201,14 @@ class LocalCluster:
         )
         page_size = self.model.attention.page_size
         has_limit = self.layers.has_limit
-        is_shared = prefix_cache and not why_not_shared(self.model.is_independent, has_limit, ())
+        is_independent = not why_dependent(self.model.is_independent, has_limit)
         self.scheduler = Scheduler(
             limits,
             self.model.num_pages,
             page_size,
             self.model.even_context,
-            identity if is_shared else None,
+            identity if prefix_cache and is_independent else None,
+            is_independent,
         )
         self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
         self._changed = threading.Condition()

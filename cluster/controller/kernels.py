@@ -37,6 +37,14 @@ def kernel_status(
     return tuple(found)
 
 
+def expert_classes(model: str, actors: Iterable[Collection[ModelKernel]]) -> frozenset[str]:
+    """Return the classes that compute the experts of the model with this key.
+
+    ``actors`` are the kernels of each expert actor.
+    """
+    return frozenset(k.kernel_class for kernels in actors for k in kernels if k.model == model)
+
+
 def with_ids(kernels: Iterable[ModelKernel], keys: Collection[str]) -> tuple[ModelKernel, ...]:
     """Return the kernels of the models with these keys, named by the models' ids."""
     own = (kernel for kernel in kernels if kernel.model in keys)

@@ -36,13 +36,15 @@ class PlacementView:
     """The newest placement that this replica knows; safe to read from any thread.
 
     ``placement`` is ``None`` until :meth:`publish` gets the first placement. ``models`` are the
-    keys of all models that any of them had.
+    keys of all models that any of them had. ``expert_classes`` are the kernel classes of the
+    replica's model in its expert actors.
     """
 
     def __init__(self) -> None:
         """Start without a placement."""
         self.placement: Placement | None = None
         self.models: frozenset[str] = frozenset()
+        self.expert_classes: frozenset[str] = frozenset()
         self._looped_at_s: float | None = None
         self._changed = threading.Condition()
 
@@ -152,6 +154,8 @@ class PlacementWatcher:
             self._asks_own = answer["asks_own"]
             self._view.heard(answer["loop_age_s"])
             self._hear_uses(answer["uses"])
+            # Before the placement, so that an actor's class is known when it is first asked.
+            self._view.expert_classes = answer["expert_classes"]
             if answer["placement"] is not None:
                 self._view.publish(answer["placement"])
 

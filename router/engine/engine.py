@@ -81,7 +81,7 @@ class Engine:
         The first token of each choice brings the model's ``identity``.
         Without ``is_exact``, experts are emulated and every token is flagged as not exact.
 
-        ``replayed`` counts the forced tokens, by whether the step sampled an equal token. ``tally``
+        ``replayed`` counts forced tokens by whether a step sampled an equal token. ``tally``
         has times and tokens. ``inexact_rows`` counts, by contract, the rows that were computed
         without an expert that the gate chose.
         """
@@ -174,8 +174,9 @@ class Engine:
             if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
-            self._scheduler.look(self._layers.placed.generations)
-            works = self._scheduler.schedule() if self._layers.placed.is_placed() else []
+            placed = self._layers.placed
+            self._scheduler.look(placed.generations, placed.torch_classes)
+            works = self._scheduler.schedule() if placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
             if works:
                 self._isolation.compute(works)

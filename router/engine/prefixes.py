@@ -5,9 +5,10 @@ own: when it is admitted, and before each step, so that of requests that come to
 what all begin with. At least its last token is computed, since its logits are wanted. So the page
 that a sequence writes is always its own, and no page is ever copied.
 
-Where a model ``is_independent`` (:class:`router.model.model.MoEModel`), keys and values depend on
-the tokens so far and the weights alone, bit for bit. Elsewhere nothing is shared. Expert actors of
-several kernel classes, or without native code, give other bits with a shared page or without.
+Where a model ``is_independent`` (:class:`router.model.model.MoEModel`) and native code computes its
+experts, keys and values depend on the tokens so far and the weights alone, bit for bit. Elsewhere
+nothing is shared. Expert actors of several kernel classes give other bits with a shared page or
+without.
 """
 
 from __future__ import annotations
@@ -25,19 +26,16 @@ _NO_PERIOD = -1
 """The period of a sequence that never enters a page."""
 
 
-def why_not_shared(is_independent: bool, has_limit: bool, gpu_pools: tuple[str, ...]) -> str:
-    """Return why pages cannot be shared; empty where they can.
+def why_dependent(is_independent: bool, has_limit: bool) -> str:
+    """Return why keys and values depend on more than tokens and weights; empty where they do not.
 
     ``is_independent`` is that of :class:`router.model.model.MoEModel`. ``has_limit`` says that
-    experts take a bounded number of a step's tokens. ``gpu_pools`` are the pools whose actors
-    compute on accelerators.
+    experts take a bounded number of a step's tokens.
     """
     if not is_independent:
         return "its steps give other bits for other batches"
     if has_limit:
         return "with expert_capacity a token's experts depend on its batch"
-    if gpu_pools:
-        return f"products on the accelerators of {', '.join(gpu_pools)} depend on their batch"
     return ""
 
 
@@ -58,25 +56,27 @@ class Prefixes:
         self._generations: Mapping[str, int] = {}
         self._period = 0
         """The number of times that all pages were forgotten."""
+        self._has_torch = False
 
-    def look(self, generations: Mapping[str, int]) -> None:
+    def look(self, generations: Mapping[str, int], has_torch: bool) -> None:
         """Forget all pages where an expert actor is gone or replaced: its device may have lied.
 
-        ``generations`` are those of the placement. Sequences that run enter no page any more, since
-        their pages follow from earlier ones.
+        So it is where torch begins to compute experts, which ``has_torch`` says: then nothing is
+        shared. ``generations`` are those of the placement. Sequences that run enter no page any
+        more, since their pages follow from earlier ones.
         """
         before, self._generations = self._generations, generations
-        if generations is not before and any(
+        begins, self._has_torch = has_torch > self._has_torch, has_torch
+        is_gone = generations is not before and any(
             generations.get(actor_id) != number for actor_id, number in before.items()
-        ):
+        )
+        if begins or is_gone:
             self._cache.forget_all()
             self._period += 1
 
     def occupy(self, sequence: Sequence, num_pages: int) -> None:
         """Give a sequence that is admitted its pages, shared ones first."""
-        request = sequence.request
-        # The last forced token may end its choice, so it is appended by a step.
-        tokens = [*request.prompt_token_ids, *sequence.forced[:-1]]
+        request, tokens = sequence.request, sequence.token_ids
         most = len(tokens) - 1
         received = request.prompt_logprobs_of(sequence.index)
         if received < request.num_prompt_logprobs:
@@ -84,8 +84,9 @@ class Prefixes:
         sequence.prefix_period = self._period
         if request.routed is not None:
             most = min(most, request.num_routed_of(sequence.index))
-            if request.routed.forced:  # its keys and values follow from these too
-                most, sequence.prefix_period = 0, _NO_PERIOD
+        # The keys and values of forced experts follow from these too.
+        if self._has_torch or (request.routed is not None and request.routed.forced):
+            most, sequence.prefix_period = 0, _NO_PERIOD
         root = prefix_root(self._identity, request.tenant, request.cache_salt)
         most -= most % self._page_size
         sequence.prefix_keys = [root, *prefix_keys(root, tokens[:most], self._page_size)]
@@ -142,8 +143,6 @@ class Prefixes:
         if end <= before:
             return
         num_prompt = len(sequence.request.prompt_token_ids)
-        while len(sequence.token_ids) <= end and (forced := sequence.next_forced) is not None:
-            sequence.append(forced)
         sequence.num_computed = end
         num_hit = min(end, num_prompt) - min(before, num_prompt)
         sequence.num_cached += num_hit

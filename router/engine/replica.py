@@ -39,7 +39,7 @@ from router.engine.device_room import warn_of_steps
 from router.engine.emission import Emission
 from router.engine.engine import Engine
 from router.engine.kernel_class import dense_class, why_not_native
-from router.engine.prefixes import why_not_shared
+from router.engine.prefixes import why_dependent
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
@@ -130,13 +130,14 @@ class RouterReplica:
         layers = MoELayers(self._dispatcher, WeightedSums(), limit)
         self._device = device_of(config.device, config.num_gpus, "args.router.device")
         dense, self._kernel_class = _load_dense(model, config, layers, self._device)
-        is_shared = config.prefix_cache and _shares_prefixes(model, dense, layers, experts)
+        is_independent = _is_independent(model, dense, layers)
         self._scheduler = Scheduler(
             _limits_of(config),
             dense.num_pages,
             dense.attention.page_size,
             dense.even_context,
-            model.identity if is_shared else None,
+            model.identity if config.prefix_cache and is_independent else None,
+            is_independent,
         )
         self._grammars = None
         if vocabulary_of is not None:
@@ -279,8 +280,9 @@ class RouterReplica:
         ``layer_s`` are the MoE layers' times (s) since the last call. ``retries`` are by reason,
         ``calls`` by transport. ``inexact_rows`` counts, by contract, token rows computed without
         an expert that the gate chose. ``overflow`` counts tokens by the (layer, expert) that had
-        no room for them. ``replayed`` counts forced tokens by whether the step sampled an equal
-        token. ``device`` is that of the model, ``kernel_class`` the class of its dense part.
+        no room for them. ``replayed`` counts forced tokens by whether a step sampled an equal
+        token; of those that were computed like a prompt's the last alone counts. ``device`` is that
+        of the model, ``kernel_class`` the class of its dense part.
         """
         latest_s = self._engine.tally.latest_layers_s
         layer_s = list(latest_s)
@@ -353,14 +355,16 @@ def _load_dense(
     return dense, kernel_class
 
 
-def _shares_prefixes(
-    model: ServedModel, dense: MoEModel, layers: MoELayers[torch.Tensor], experts: ExpertsConfig
-) -> bool:
-    """Return whether pages of the cache can be shared; logs why not."""
-    gpu_pools = tuple(pool.name for pool in experts.all_pools() if pool.num_gpus)
-    reason = why_not_shared(dense.is_independent, layers.has_limit, gpu_pools)
+def _is_independent(model: ServedModel, dense: MoEModel, layers: MoELayers[torch.Tensor]) -> bool:
+    """Return whether keys and values depend on tokens and weights alone; logs why not."""
+    reason = why_dependent(dense.is_independent, layers.has_limit)
     if reason:
-        logger.info("router of %s: no prefix cache, since %s", model.id, reason)
+        logger.info(
+            "router of %s: no prefix cache, and resumed requests compute their tokens one to a "
+            "step, since %s",
+            model.id,
+            reason,
+        )
     return not reason
 
 

@@ -5,11 +5,16 @@ and all tokens that it may generate, so no admitted sequence is ever evicted, wh
 Decoding sequences come first, with one token each. Prefill chunks share the rest of the step's
 token budget (:mod:`router.engine.prefill`), so a long prompt stalls neither the decoding sequences
 nor short prompts.
+
+The forced tokens of a sequence that goes on after a failure are computed like a prompt's, where
+that changes no bit (``is_independent``). Elsewhere each is computed by a step of its own, as it was
+the first time.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Set
@@ -23,6 +28,8 @@ from router.engine.waiting import WaitingSequences
 from router.messages.request import GenerationRequest
 from router.model.page_pool import pages_needed
 from router.model.prefix_cache import PrefixCache
+
+logger = logging.getLogger("expertmesh.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,14 @@ class Scheduler:
         page_size: int,
         even_context: float = math.inf,
         shared_by: str | None = None,
+        is_independent: bool = False,
     ) -> None:
         """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each.
 
         ``even_context`` is that of :class:`router.model.model.MoEModel`. With ``shared_by``, the
-        model's identity, sequences share the pages of equal prefixes.
+        model's identity, sequences share the pages of equal prefixes. ``is_independent`` says that
+        the keys and values of a token depend on the tokens so far and the weights alone, bit for
+        bit, but for its experts.
         """
         self._limits = limits
         self._even_context = even_context
@@ -59,6 +69,8 @@ class Scheduler:
         self.waiting = WaitingSequences(num_pages, page_size, limits.max_batch_tokens)
         self._arrivals = itertools.count()
         self._left_out = False
+        self._is_independent = is_independent
+        self._torch_classes: frozenset[str] = frozenset()
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
@@ -107,10 +119,20 @@ class Scheduler:
         """Return the running sequences that wait for experts."""
         return [sequence for sequence in self.running if sequence.awaited]
 
-    def look(self, generations: Mapping[str, int]) -> None:
-        """Notice expert actors that are gone or replaced; see :meth:`Prefixes.look`."""
+    def look(self, generations: Mapping[str, int], torch_classes: frozenset[str]) -> None:
+        """Notice expert actors that are gone or replaced, and those in which torch computes.
+
+        ``torch_classes`` are the kernel classes of the latter; see :meth:`Prefixes.look`.
+        """
+        if torch_classes and torch_classes != self._torch_classes and self._is_independent:
+            logger.info(
+                "no pages are shared, and resumed requests compute their tokens one to a step, "
+                "while experts are computed by torch (%s)",
+                ", ".join(sorted(torch_classes)),
+            )
+        self._torch_classes = torch_classes
         if self.prefixes is not None:
-            self.prefixes.look(generations)
+            self.prefixes.look(generations, bool(torch_classes))
 
     def schedule(self) -> list[Work]:
         """Admit sequences that fit; return the next step's works: decodes, then prefill chunks.
@@ -190,6 +212,8 @@ class Scheduler:
             if sequence is None:
                 return
             needed = pages_needed(sequence.max_length, self._pool.page_size)
+            if self._is_independent and not self._torch_classes:
+                sequence.append_forced()
             if self.prefixes is None:
                 sequence.occupy(self._pool.take(needed), self._pool.page_size)
             else:

@@ -137,6 +137,11 @@ class Sequence:
         if self.constraint is not None:
             self.constraint.read(token_id)
 
+    def append_forced(self) -> None:
+        """Append the forced tokens but the last, which may end the choice."""
+        while self.num_generated < len(self.forced) - 1:
+            self.append(self.forced[self.num_generated])
+
     def close(self) -> None:
         """Follow its grammar no further; it has ended."""
         if self.constraint is not None:

@@ -52,8 +52,9 @@ class SamplingParams:
 class Received:
     """The tokens that have come of one choice; a finished choice is not computed again.
 
-    The tokens of an unfinished choice are forced: computed one to a step, as they were the first
-    time, so that the same tokens follow. They are not emitted again. ``exact`` is false if any of
+    The tokens of an unfinished choice are forced: computed like a prompt's where that changes no
+    bit, and else one to a step, as they were the first time, so that the same tokens follow. They
+    are not emitted again. ``exact`` is false if any of
     them was flagged as not exact; then all later tokens are flagged too.
     """
 

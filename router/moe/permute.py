@@ -24,6 +24,7 @@ from cluster.native.built import native
 from cluster.placement.placement import Placement
 from cluster.wire.frames import Buffers, Shape
 from cluster.wire.tensors import to_bytes, to_raw
+from experts.compute.kernel_classes import NATIVE_CLASSES
 from router.moe.device_rows import LayerRows
 from router.moe.missing import Awaited
 
@@ -275,6 +276,11 @@ class PlacedModel:
         """The generation of each expert actor in the placement."""
         placement = self._view.placement
         return {} if placement is None else placement.generations
+
+    @property
+    def torch_classes(self) -> frozenset[str]:
+        """The kernel classes in which torch computes experts, so that a row depends on others."""
+        return self._view.expert_classes - NATIVE_CLASSES
 
     def missing(self, layer_id: int) -> np.ndarray | None:
         """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""

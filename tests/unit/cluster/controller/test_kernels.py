@@ -116,6 +116,10 @@ def test_the_status_and_one_log_line_say_that_actors_and_routers_are_mixed(
             "expert-1": of("paired"),
             "expert-2": of("fused"),
         }
+        # A router is told the classes of its own model's experts.
+        for model, classes in (("m", {"fused", "paired"}), ("m@old", set())):
+            answer = await cluster.controller.watch("router", 13, "n", order, 0, model=model)
+            assert answer["expert_classes"] == classes
         own = {p.pid: p.kernels for p in status.routers}
         assert own[12] == of("torch-avx2")
         assert own[13] == of("torch-avx512")

@@ -103,7 +103,8 @@ def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
 
 SAMPLES = Samples(1.0, {})
 ANSWER = {
-    "placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False, "uses": {}
+    "placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False, "uses": {},
+    "expert_classes": frozenset({"fused"}),
 }  # fmt: skip
 
 
@@ -229,6 +230,7 @@ def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on()
         await controller.exhausted.wait()
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 1), (2, 0)]
         assert view.placement == placement_of(2, 0)
+        assert view.expert_classes == {"fused"}
         watcher.stop()
 
     run(test)

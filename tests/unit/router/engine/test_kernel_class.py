@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cluster.device import CPU
-from experts.compute.kernel_classes import torch_class
+from experts.compute.kernel_classes import NATIVE_CLASSES, torch_class
+from experts.compute.native_ffn import KERNELS
 from router.engine import kernel_class
 from router.engine.kernel_class import dense_class
 
@@ -28,3 +29,9 @@ def test_a_router_on_a_device_has_the_devices_class(monkeypatch: pytest.MonkeyPa
     for attention in ("varlen", "gathered"):
         found = dense_class(torch.device("cuda:0"), torch.bfloat16, False, attention)
         assert found == f"Card+{attention}"
+
+
+def test_the_classes_of_native_code_are_known_from_those_of_torch() -> None:
+    assert {name for kernel in KERNELS for name in kernel[1:]} <= NATIVE_CLASSES
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch_class(CPU, dtype) not in NATIVE_CLASSES

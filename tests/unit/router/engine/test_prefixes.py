@@ -21,7 +21,7 @@ from cluster.errors import (
 )
 from cluster.native.built import native
 from router.engine.isolation import Isolation
-from router.engine.prefixes import why_not_shared
+from router.engine.prefixes import why_dependent
 from router.engine.scheduler import Limits, Scheduler
 from router.engine.sequence import Sequence
 from router.messages.request import GenerationRequest, Received, TokenEvent
@@ -183,8 +183,7 @@ def test_a_resumed_request_finds_its_prompt_and_forced_tokens(
     assert rest.logprobs == whole.logprobs[count:]
     found = (20 + count - 2) // PAGE * PAGE  # all pages before the last two tokens
     assert (rest.start, rest.cached_tokens, rest.finish_reason) == (count, min(found, 20), "length")
-    assert cluster.engine.replayed["different"] == 0
-    assert cluster.engine.replayed["equal"] == count - max(0, found + 1 - 20)
+    assert cluster.engine.replayed == {"equal": 1}
 
 
 def test_prompt_log_probabilities_are_computed_and_not_found(
@@ -349,10 +348,47 @@ def test_choices_of_one_request_share_its_prompt(
 
 
 def test_nothing_is_shared_where_bits_are_not_promised() -> None:
-    assert why_not_shared(True, False, ()) == ""
-    assert "other batches" in why_not_shared(False, False, ())
-    assert "expert_capacity" in why_not_shared(True, True, ())
-    assert "gpus, more" in why_not_shared(True, False, ("gpus", "more"))
+    assert why_dependent(True, False) == ""
+    assert "other batches" in why_dependent(False, False)
+    assert "expert_capacity" in why_dependent(True, True)
+
+
+def test_nothing_is_shared_while_torch_computes_experts(
+    open_cluster: Callable[..., LocalCluster], caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = open_cluster()
+
+    def found(name: str, classes: set[str]) -> int:
+        cluster.view.expert_classes = frozenset(classes)
+        [[event]] = cluster.generate(greedy_request(name, [*COMMON, 5], 4))
+        return event.cached_tokens
+
+    assert (found("cold", {"fused"}), found("hot", {"fused", "paired"})) == (0, len(COMMON))
+    with caplog.at_level("INFO", "expertmesh.engine"):
+        for name in ("on torch", "again on torch"):
+            assert found(name, {"fused", "torch-avx2", "cuda grouped"}) == 0
+    [line] = caplog.messages
+    assert "computed by torch (cuda grouped, torch-avx2)" in line
+    assert num_idle(cluster) == 0
+    # Neither what was shared before nor what torch computed is found afterwards.
+    assert (found("cold again", {"fused"}), found("hot again", {"fused"})) == (0, len(COMMON))
+
+
+def test_a_sequence_that_runs_while_torch_begins_shares_nothing(
+    open_cluster: Callable[..., LocalCluster],
+) -> None:
+    cluster = open_cluster(threaded=False)
+    scheduler = cluster.scheduler
+    [first, second] = [
+        scheduler.add(greedy_request(name, [*COMMON, 5], 4))[0] for name in ("a", "b")
+    ]
+    cluster.engine.step(scheduler.schedule())
+    scheduler.look({}, frozenset({"torch-avx2"}))
+    while scheduler.sequences():
+        cluster.engine.step(scheduler.schedule())
+    assert (first.num_cached, second.num_cached, num_idle(cluster)) == (0, 0, 0)
+    assert first.generated == second.generated
+    assert scheduler.num_free_pages == scheduler.num_pages
 
 
 def test_after_an_actor_is_replaced_nothing_before_it_is_found(
@@ -383,11 +419,11 @@ def test_a_sequence_that_runs_while_an_actor_goes_enters_no_page(
     cluster = open_cluster(threaded=False)
     prefixes = cluster.scheduler.prefixes
     assert prefixes is not None
-    prefixes.look({"a0": 1})
+    prefixes.look({"a0": 1}, has_torch=False)
     [sequence] = cluster.scheduler.add(greedy_request("r", [*COMMON, 5], 4))
     works = cluster.scheduler.schedule()
     cluster.engine.step(works)
-    prefixes.look(after)
+    prefixes.look(after, has_torch=False)
     prefixes.update(sequence)
     cluster.scheduler.finish(sequence)
     assert num_idle(cluster) == 0
