@@ -49,6 +49,7 @@ if [ -n "$quick" ]; then
   run decode --prefill --transport auto ray --rounds 2 --passes 2 "${peers[@]}"
   run decode --size 445M --rounds 2 "${peers[@]}"
   run prefix
+  run resume --rounds 3
   run sampling
   run load --rounds 1
   run identity --gigabytes 2
@@ -75,6 +76,7 @@ else
   run decode --prefill --transport auto ray --rounds 2 --passes 4 "${peers[@]}"
   run decode --size 445M --rounds 2 --passes 4 "${peers[@]}"
   run prefix --rounds 50
+  run resume
   run sampling
   run load
   run identity
