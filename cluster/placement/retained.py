@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.spec import ActorReport, ExpertKey, ModelExperts
+from cluster.spec import EMULATED, ActorReport, ExpertKey, ModelExperts
 
 FREE_SHARE = 0.9
 """The share of a node's free memory that new experts may take beside the old ones."""
@@ -32,8 +32,8 @@ def fits_beside(
 
     ``reports`` are of the adopted actors; other actors begin empty. With budgets, an actor's share
     and its retained experts must fit into its own. Otherwise the actors of a node must find their
-    new experts' bytes in :data:`FREE_SHARE` of the memory that is free there now. The other actors
-    count evenly for all nodes, since theirs are not known yet.
+    new experts' bytes in :data:`FREE_SHARE` of the memory that is free there now, and so must those
+    of a card. The other actors count evenly for all nodes, since theirs are not known yet.
     """
     if budgets_bytes is not None:
         return all(
@@ -45,11 +45,10 @@ def fits_beside(
     to_load: defaultdict[tuple[str, str], int] = defaultdict(int)
     free: dict[tuple[str, str], int] = {}
     for actor_id, report in reports.items():
-        # A GPU's memory is its actor's alone; that of a node is shared by its actors.
-        place = (report.node, "" if report.device == "cpu" else actor_id)
+        place = report.node, actor_id if report.device == EMULATED else report.device
         to_load[place] += experts_bytes({*shares.get(actor_id, ())} - {*report.experts}, models)
         free[place] = min(report.free_bytes, free.get(place, report.free_bytes))
-    nodes = [(node, actor_id) for node, actor_id in to_load if not actor_id]
+    nodes = [place for place in to_load if place[1] == "cpu"]
     others = [experts_bytes(share, models) for a, share in shares.items() if a not in reports]
     for place in nodes:
         to_load[place] += sum(others) // len(nodes)

@@ -70,6 +70,27 @@ def test_without_budgets_new_experts_must_find_free_memory(
     assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "devices", "fits"),
+    [
+        (45, ("cuda:0", "cuda:0"), True),  # two shares of one card
+        (44, ("cuda:0", "cuda:0"), False),
+        (23, ("cuda:0", "cuda:1"), True),
+        (21, ("cuda:0", "cuda:1"), False),
+        (23, ("emulated", "emulated"), True),
+    ],
+)
+def test_shares_of_one_card_have_one_memory(
+    free_bytes: int, devices: tuple[str, str], fits: bool
+) -> None:
+    shares = {"a": keys("new", 0, 1), "b": keys("new", 2, 3)}
+    reports = {
+        actor_id: report(actor_id, *keys("old", 0), free_bytes=free_bytes, device=device)
+        for actor_id, device in zip("ab", devices, strict=True)
+    }
+    assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
+
+
 @pytest.mark.parametrize(("free_bytes", "fits"), [(45, True), (44, False)])
 def test_actors_that_are_not_there_yet_need_memory_too(free_bytes: int, fits: bool) -> None:
     shares = {"a": keys("new", 0), "b": keys("new", 1), "c": keys("new", 2, 3)}
