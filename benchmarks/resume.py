@@ -1,4 +1,4 @@
-"""How long requests that go on after a failure wait for their first new token.
+"""The time until requests that go on after a failure have all had their first new token.
 
     python -m benchmarks.resume [--rounds 7] [--json FILE]
 
@@ -110,7 +110,7 @@ def main() -> int:
         loads = {name: summary(own) for name, own in measure(Path(scratch), options.rounds).items()}
     names = list(next(iter(loads.values())))
     rows = [(name, *[f"{own[key]:.3f}" for key in names]) for name, own in loads.items()]
-    title = f"first new token of resumed streams, medians of {options.rounds} rounds"
+    title = f"until the last resumed stream's first new token, medians of {options.rounds} rounds"
     show(title, rows, ["streams x tokens that each has", *names])
     if options.json is not None:
         result = {"machine": machine(), "loads": loads}

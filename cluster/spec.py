@@ -66,6 +66,8 @@ class Emulation:
 
 
 EMULATED = "emulated"
+UNKNOWN = "unknown"
+"""The kernel class of experts whose actor has not told it yet."""
 """The device of an emulating actor in reports and in ``status``."""
 
 

@@ -74,7 +74,7 @@ class Retirement:
             return
         after = await self._expert_pool.unload(handle, placement.epoch, gone, UNLOAD_TIMEOUT_S)
         logger.info("%s unloaded %d experts", actor_id, len(gone))
-        self._state.reports[actor_id] = after
+        self._state.note(after)
         self._woken.set()
 
     def begin(self, actor_ids: Iterable[str], order: tuple[int, int]) -> None:
@@ -183,7 +183,8 @@ class Changes:
     async def _load(self, actor_id: str, handle: ActorHandle, keys: Sequence[ExpertKey]) -> None:
         try:
             epoch, spec = self._state.placement.epoch, self._state.fleet.specs[actor_id]
-            await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
+            report = await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
+            self._state.kernels.note(report)  # before routers are told that it has them
         except Exception as error:  # of any kind: the change fails, and its caller goes on
             reason = str(error) if isinstance(error, ExpertMeshError) else kind_of(error)
             raise UnavailableError(f"{actor_id} did not load: {reason}", "", 1.0) from error

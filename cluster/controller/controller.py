@@ -25,7 +25,7 @@ from cluster.controller.changes import Changes, Retirement
 from cluster.controller.elastic import Elastic
 from cluster.controller.fleet import Fleet
 from cluster.controller.keeper import Keeper
-from cluster.controller.kernels import MixNotice, expert_classes, kernel_status, with_ids
+from cluster.controller.kernels import MixNotice, kernel_status, with_ids
 from cluster.controller.ledger import LedgerStore
 from cluster.controller.members import MEMBER_TTL_S, Members
 from cluster.controller.naming import Report, actor_status, named, with_model_ids
@@ -256,10 +256,11 @@ class Controller:
         ``timeout_s`` (at most ``MAX_WATCH_S``), how long ago this controller last finished a
         heartbeat of any actor (``loop_age_s``), whether Serve deletes the application
         (``is_deleted``), whether the next call is to bring the caller's ``own`` placement
-        (``asks_own``), the kernel classes of the ``model``'s experts (``expert_classes``), and to a
-        gateway the ``uses`` of quotas by all others. The call also says that this router or gateway
-        is alive, and brings its ``samples``, the key of the ``model`` that a router serves, the
-        ``kernel_class`` of its dense part, and the actors that it has ``heard`` lately.
+        (``asks_own``), the ``epoch``, the kernel classes of the ``model``'s placed experts
+        (``expert_classes``), and to a gateway the ``uses`` of quotas by all others. The call also
+        says that this router or gateway is alive, and brings its ``samples``, the key of the
+        ``model`` that a router serves, the ``kernel_class`` of its dense part, and the actors that
+        it has ``heard`` lately.
 
         Where the controller doubts whether an actor lives, it answers all callers at once, and
         their next calls tell whom they hear. Raises :class:`StaleEpochError` where a newer
@@ -294,7 +295,8 @@ class Controller:
             "loop_age_s": time.monotonic() - self._keeper.looped_at_s,
             "is_deleted": state.is_deleted,
             "asks_own": asks_own,
-            "expert_classes": expert_classes(model, (r.kernels for r in state.reports.values())),
+            "epoch": state.placement.epoch,
+            "expert_classes": state.kernels.classes(model, state.placement),
             "uses": self._members.uses(process) if kind == "gateway" else {},
         }
 

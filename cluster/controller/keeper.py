@@ -332,7 +332,7 @@ class Keeper:
             before = self._state.placement
             report = await self._heartbeat(actor_id, handle)
             self.looped_at_s = now_s = time.monotonic()
-            self._state.reports[actor_id] = report
+            self._state.note(report)
             for observer in self._observers:
                 observer.observe(report, now_s)
             self.deaths.observe(report, now_s)

@@ -7,12 +7,13 @@ their last bits where a model's experts, or its routers, have several classes.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from cluster.placement.placement import Placement
 from cluster.reports import KernelCount, KernelStatus
-from cluster.spec import ModelKernel, model_id_of
+from cluster.spec import EMULATED, UNKNOWN, ActorReport, ModelKernel, model_id_of
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -35,14 +36,6 @@ def kernel_status(
             parts = (_mixed(experts, "actor"), _mixed(dense, "router"))
             found.append(KernelStatus(model, experts, dense, "; ".join(filter(None, parts))))
     return tuple(found)
-
-
-def expert_classes(model: str, actors: Iterable[Collection[ModelKernel]]) -> frozenset[str]:
-    """Return the classes that compute the experts of the model with this key.
-
-    ``actors`` are the kernels of each expert actor.
-    """
-    return frozenset(k.kernel_class for kernels in actors for k in kernels if k.model == model)
 
 
 def with_ids(kernels: Iterable[ModelKernel], keys: Collection[str]) -> tuple[ModelKernel, ...]:
@@ -70,6 +63,44 @@ def _mixed(counts: Sequence[KernelCount], noun: str) -> str:
     parts = [f"{first.kernel_class} on {first.processes} {nouns}"]
     parts += [f"{other.kernel_class} on {other.processes}" for other in others]
     return ", ".join(parts)
+
+
+class ExpertKernels:
+    """The kernel classes that actors have told, each process for itself; emulated ones have none.
+
+    They outlive the reports of actors that are silent or come up again.
+    """
+
+    def __init__(self) -> None:
+        """Begin without an actor."""
+        self._told: dict[str, tuple[int, Collection[ModelKernel] | None]] = {}
+        self._placement: Placement | None = None
+        self._holders: defaultdict[str, set[str]] = defaultdict(set)
+        """The actors that hold experts of each model in ``_placement``."""
+
+    def note(self, report: ActorReport) -> None:
+        """Take an actor's report."""
+        kernels = None if report.device == EMULATED else report.kernels
+        self._told[report.actor_id] = report.generation, kernels
+
+    def classes(self, model: str, placement: Placement) -> frozenset[str]:
+        """Return the classes that compute the placed experts of the model with this key.
+
+        :data:`UNKNOWN` is among them where an actor has told none.
+        """
+        if self._placement is not placement:
+            self._placement = placement
+            self._holders.clear()
+            for key, actor_ids in placement.holders.items():
+                self._holders[key.model].update(actor_ids)
+        found: set[str] = set()
+        for actor_id in self._holders.get(model, ()):
+            generation, kernels = self._told.get(actor_id, (0, ()))
+            if generation != placement.generations.get(actor_id):
+                kernels = ()
+            if kernels is not None:
+                found |= {k.kernel_class for k in kernels if k.model == model} or {UNKNOWN}
+        return frozenset(found)
 
 
 class MixNotice:

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from cluster.controller.adopt import Adopted
 from cluster.controller.fleet import Fleet
+from cluster.controller.kernels import ExpertKernels
 from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.controller.pool import kind_of
 from cluster.errors import StaleEpochError
@@ -60,6 +61,7 @@ class ClusterState:
         self.nodes: dict[str, str] = {}
         self.handles: dict[str, ActorHandle] = {}
         self.reports: dict[str, ActorReport] = {}
+        self.kernels = ExpertKernels()
         self.is_deleted = False
         self.is_superseded = False
         self.unheard: dict[str, int] = {}
@@ -170,11 +172,17 @@ class ClusterState:
 
     async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
         """Take an actor that serves now into the placement, with the experts that it reports."""
-        self.handles[actor_id], self.reports[actor_id] = handle, report
+        self.handles[actor_id] = handle
+        self.note(report)
         self.nodes[actor_id] = report.node
         await self.publish(
             lambda placement: placement.with_actor(actor_id, report.generation, report.experts)
         )
+
+    def note(self, report: ActorReport) -> None:
+        """Take the newest report of a living actor."""
+        self.reports[report.actor_id] = report
+        self.kernels.note(report)
 
     async def leave_placement(self, actor_id: str) -> bool:
         """Publish that an actor holds nothing; returns whether it was in the placement."""
@@ -238,6 +246,7 @@ class ClusterState:
         for actor_id, report in adopted.reports.items():
             placement = placement.with_actor(actor_id, report.generation, report.experts)
             self.nodes[actor_id] = report.node
+            self.kernels.note(report)
         self.unheard = {a: adopted.generations[a] for a in adopted.silent}
         self.retained = earlier
         self.placement = self._without_broken(placement)

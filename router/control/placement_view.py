@@ -56,6 +56,11 @@ class PlacementView:
                 self.placement = placement
                 self._changed.notify_all()
 
+    def classify(self, epoch: int, expert_classes: frozenset[str]) -> None:
+        """Take the model's kernel classes from a controller, unless it is an earlier one."""
+        if self.placement is None or epoch >= self.placement.epoch:
+            self.expert_classes = expert_classes
+
     def heard(self, loop_age_s: float) -> None:
         """Record the time since the controller's last loop ended, as the controller says."""
         self._looped_at_s = time.monotonic() - loop_age_s
@@ -155,7 +160,7 @@ class PlacementWatcher:
             self._view.heard(answer["loop_age_s"])
             self._hear_uses(answer["uses"])
             # Before the placement, so that an actor's class is known when it is first asked.
-            self._view.expert_classes = answer["expert_classes"]
+            self._view.classify(answer["epoch"], answer["expert_classes"])
             if answer["placement"] is not None:
                 self._view.publish(answer["placement"])
 

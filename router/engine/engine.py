@@ -175,7 +175,7 @@ class Engine:
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
             placed = self._layers.placed
-            self._scheduler.look(placed.generations, placed.torch_classes)
+            self._scheduler.look(placed.generations, placed.other_classes)
             works = self._scheduler.schedule() if placed.is_placed() else []
             self._flush()  # a step may wait long for an expert that is away
             if works:

@@ -56,17 +56,17 @@ class Prefixes:
         self._generations: Mapping[str, int] = {}
         self._period = 0
         """The number of times that all pages were forgotten."""
-        self._has_torch = False
+        self._has_others = False
 
-    def look(self, generations: Mapping[str, int], has_torch: bool) -> None:
+    def look(self, generations: Mapping[str, int], has_others: bool) -> None:
         """Forget all pages where an expert actor is gone or replaced: its device may have lied.
 
-        So it is where torch begins to compute experts, which ``has_torch`` says: then nothing is
-        shared. ``generations`` are those of the placement. Sequences that run enter no page any
-        more, since their pages follow from earlier ones.
+        So it is where experts begin to be computed by other than native code, which ``has_others``
+        says: then nothing is shared. ``generations`` are those of the placement. Sequences that run
+        enter no page any more, since their pages follow from earlier ones.
         """
         before, self._generations = self._generations, generations
-        begins, self._has_torch = has_torch > self._has_torch, has_torch
+        begins, self._has_others = has_others > self._has_others, has_others
         is_gone = generations is not before and any(
             generations.get(actor_id) != number for actor_id, number in before.items()
         )
@@ -85,7 +85,7 @@ class Prefixes:
         if request.routed is not None:
             most = min(most, request.num_routed_of(sequence.index))
         # The keys and values of forced experts follow from these too.
-        if self._has_torch or (request.routed is not None and request.routed.forced):
+        if self._has_others or (request.routed is not None and request.routed.forced):
             most, sequence.prefix_period = 0, _NO_PERIOD
         root = prefix_root(self._identity, request.tenant, request.cache_salt)
         most -= most % self._page_size
@@ -94,7 +94,8 @@ class Prefixes:
         shared = self._cache.share(sequence.prefix_keys[1:])
         own = self._cache.take(num_pages - len(shared))
         sequence.occupy([*shared, *own], self._page_size)
-        self.looked_up_tokens += len(request.prompt_token_ids)
+        if not self._has_others:
+            self.looked_up_tokens += len(request.prompt_token_ids)
         self._skip(sequence, len(shared))
 
     def update(self, sequence: Sequence) -> None:

@@ -70,7 +70,7 @@ class Scheduler:
         self._arrivals = itertools.count()
         self._left_out = False
         self._is_independent = is_independent
-        self._torch_classes: frozenset[str] = frozenset()
+        self._other_classes: frozenset[str] = frozenset()
         self.running: list[Sequence] = []
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
@@ -119,20 +119,20 @@ class Scheduler:
         """Return the running sequences that wait for experts."""
         return [sequence for sequence in self.running if sequence.awaited]
 
-    def look(self, generations: Mapping[str, int], torch_classes: frozenset[str]) -> None:
-        """Notice expert actors that are gone or replaced, and those in which torch computes.
+    def look(self, generations: Mapping[str, int], other_classes: frozenset[str]) -> None:
+        """Notice expert actors that are gone or replaced, and those without native code.
 
-        ``torch_classes`` are the kernel classes of the latter; see :meth:`Prefixes.look`.
+        ``other_classes`` are the kernel classes of the latter; see :meth:`Prefixes.look`.
         """
-        if torch_classes and torch_classes != self._torch_classes and self._is_independent:
+        if other_classes and other_classes != self._other_classes and self._is_independent:
             logger.info(
                 "no pages are shared, and resumed requests compute their tokens one to a step, "
-                "while experts are computed by torch (%s)",
-                ", ".join(sorted(torch_classes)),
+                "while native code does not compute all experts (%s)",
+                ", ".join(sorted(other_classes)),
             )
-        self._torch_classes = torch_classes
+        self._other_classes = other_classes
         if self.prefixes is not None:
-            self.prefixes.look(generations, bool(torch_classes))
+            self.prefixes.look(generations, bool(other_classes))
 
     def schedule(self) -> list[Work]:
         """Admit sequences that fit; return the next step's works: decodes, then prefill chunks.
@@ -150,7 +150,8 @@ class Scheduler:
             # Decodes are never held back. Without any, a prompt gets at least one token a step.
             budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
             prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
-            ending = {s.request.tenant for s in decodes if not s.num_generated}
+            ends = [s for s in decodes if s.num_generated in (0, len(s.forced) - 1)]
+            ending = {s.request.tenant for s in ends}
             # Every second step at least computes some of the oldest prompt.
             leaves_out = not self._left_out
             shares = self._shares(prompts, budget, ending, leaves_out)
@@ -212,7 +213,7 @@ class Scheduler:
             if sequence is None:
                 return
             needed = pages_needed(sequence.max_length, self._pool.page_size)
-            if self._is_independent and not self._torch_classes:
+            if self._is_independent and not self._other_classes:
                 sequence.append_forced()
             if self.prefixes is None:
                 sequence.occupy(self._pool.take(needed), self._pool.page_size)

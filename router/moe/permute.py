@@ -278,8 +278,8 @@ class PlacedModel:
         return {} if placement is None else placement.generations
 
     @property
-    def torch_classes(self) -> frozenset[str]:
-        """The kernel classes in which torch computes experts, so that a row depends on others."""
+    def other_classes(self) -> frozenset[str]:
+        """The kernel classes of experts that are not native code's, so a row may need its batch."""
         return self._view.expert_classes - NATIVE_CLASSES
 
     def missing(self, layer_id: int) -> np.ndarray | None:

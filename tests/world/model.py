@@ -35,7 +35,7 @@ TOP_K = 2
 VOCAB = 512
 LAYERS = tuple(range(NUM_LAYERS))
 DTYPE = "float32"
-KERNEL_CLASS = "exact"
+KERNEL_CLASS = "fused"
 POISONS = {
     "poison raises": VOCAB,
     "poison ends routers": VOCAB + 1,

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from router.engine.prefixes import Prefixes
+from router.engine.sequence import Sequence
 from tests.world.clients import Answer, Plan
 from tests.world.kernel import Kernel, Thread, current_process, kernel
 from tests.world.locks import Condition, Event, Lock, SimpleQueue
@@ -168,6 +170,31 @@ def tokens(answer: Answer) -> list[tuple[int, ...]]:
 def right(answer: Answer) -> tuple[int, ...]:
     """Return the right tokens of an answer of the first weights."""
     return tokens_of("a", answer.plan.prompt, answer.plan.max_tokens)
+
+
+def test_routers_of_a_world_share_pages_and_compute_resumed_tokens_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They do so only where native code computes the experts, so a world's actors must say it."""
+    found, at_once = [0], [0]
+    skip, append = Prefixes._skip, Sequence.append_forced
+
+    def counted_skip(prefixes: Prefixes, sequence: Sequence, num_pages: int) -> None:
+        before = prefixes.hit_tokens
+        skip(prefixes, sequence, num_pages)
+        found[0] += prefixes.hit_tokens - before
+
+    def counted_append(sequence: Sequence) -> None:
+        before = sequence.num_generated
+        append(sequence)
+        at_once[0] += sequence.num_generated - before
+
+    monkeypatch.setattr(Prefixes, "_skip", counted_skip)
+    monkeypatch.setattr(Sequence, "append_forced", counted_append)
+    for seed in (12, 17):
+        assert run(draw(seed)).breaches == []
+    assert found[0] > 100
+    assert at_once[0] > 1
 
 
 def test_weights_prompts_and_places_all_change_the_tokens() -> None:

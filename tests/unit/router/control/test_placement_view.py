@@ -101,10 +101,20 @@ def test_the_age_of_the_controllers_loop_grows_until_it_is_heard_of_again(
     assert view.loop_age_s() == 0.25
 
 
+def test_an_earlier_controllers_classes_are_ignored() -> None:
+    view = PlacementView()
+    view.classify(1, frozenset({"unknown"}))
+    assert view.expert_classes == {"unknown"}
+    view.publish(placement_of(2, 0))
+    for epoch, kernel_class, known in ((2, "torch", "torch"), (1, "old", "torch"), (3, "a", "a")):
+        view.classify(epoch, frozenset({kernel_class}))
+        assert view.expert_classes == {known}
+
+
 SAMPLES = Samples(1.0, {})
 ANSWER = {
     "placement": None, "loop_age_s": 0.5, "is_deleted": False, "asks_own": False, "uses": {},
-    "expert_classes": frozenset({"fused"}),
+    "epoch": 2, "expert_classes": frozenset({"fused"}),
 }  # fmt: skip
 
 
@@ -217,6 +227,24 @@ def test_the_uses_of_quotas_are_passed_on_with_each_answer() -> None:
     run(test)
 
 
+def test_classes_are_known_before_the_placement_that_has_them() -> None:
+    class Noted(PlacementView):
+        def publish(self, placement: Placement) -> None:
+            told.append(self.expert_classes)
+            super().publish(placement)
+
+    told: list[frozenset[str]] = []
+
+    async def test() -> None:
+        controller = FakeController(placement_of(1, 1))
+        watcher = watcher_of(Noted(), controller)
+        await controller.exhausted.wait()
+        watcher.stop()
+
+    run(test)
+    assert told == [{"fused"}]
+
+
 def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on() -> None:
     async def test() -> None:
         view = PlacementView()
@@ -230,7 +258,6 @@ def test_while_the_controller_is_away_the_placement_stays_and_watching_goes_on()
         await controller.exhausted.wait()
         assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 1), (2, 0)]
         assert view.placement == placement_of(2, 0)
-        assert view.expert_classes == {"fused"}
         watcher.stop()
 
     run(test)

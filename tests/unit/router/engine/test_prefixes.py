@@ -368,7 +368,7 @@ def test_nothing_is_shared_while_torch_computes_experts(
         for name in ("on torch", "again on torch"):
             assert found(name, {"fused", "torch-avx2", "cuda grouped"}) == 0
     [line] = caplog.messages
-    assert "computed by torch (cuda grouped, torch-avx2)" in line
+    assert "all experts (cuda grouped, torch-avx2)" in line
     assert num_idle(cluster) == 0
     # Neither what was shared before nor what torch computed is found afterwards.
     assert (found("cold again", {"fused"}), found("hot again", {"fused"})) == (0, len(COMMON))
@@ -419,11 +419,11 @@ def test_a_sequence_that_runs_while_an_actor_goes_enters_no_page(
     cluster = open_cluster(threaded=False)
     prefixes = cluster.scheduler.prefixes
     assert prefixes is not None
-    prefixes.look({"a0": 1}, has_torch=False)
+    prefixes.look({"a0": 1}, has_others=False)
     [sequence] = cluster.scheduler.add(greedy_request("r", [*COMMON, 5], 4))
     works = cluster.scheduler.schedule()
     cluster.engine.step(works)
-    prefixes.look(after, has_torch=False)
+    prefixes.look(after, has_others=False)
     prefixes.update(sequence)
     cluster.scheduler.finish(sequence)
     assert num_idle(cluster) == 0

@@ -90,9 +90,9 @@ def test_forced_tokens_are_computed_like_a_prompt_or_one_to_a_step_as_the_first_
     cluster.generate(resumed(request, Received(whole.token_ids[: LENGTH - 1])))
     frames = cluster.transport.frames
     if is_at_once(cluster):
-        # A step for the prompt and the forced tokens but the last, one for that, one for the new.
+        # A step for the prompt and the forced tokens but the last, and one for that.
         num_layers = len(cluster.checkpoint.shape.layers)
-        assert len(cluster.transport.frames) - again <= 3 * num_layers * 2
+        assert len(cluster.transport.frames) - again <= 2 * num_layers * 2
         return
     assert [(f.layer_id, f.num_tokens_per_expert, bytes(f.rows)) for f in frames[first:again]] == [
         (f.layer_id, f.num_tokens_per_expert, bytes(f.rows)) for f in frames[again:]
