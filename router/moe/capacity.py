@@ -65,16 +65,20 @@ class CapacityLimit:
         record: StepMissing,
         choose_among: ChooseAmong,
     ) -> Choice:
-        """Return the experts of the T tokens; ``record`` notes the changed choices."""
-        missing = self._none_missing if missing is None else missing
+        """Return the experts of the T tokens; ``record`` notes the changed choices.
+
+        It also notes the works that wait: a ``strict`` one whose token's next expert is missing.
+        """
+        passed_over = self._none_missing if missing is None else record.passed_over(missing)
         num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)
-        capacity = tokens_per_expert(self._config, num_pairs, len(missing))
-        placed = within_capacity(choice, capacity, missing, choose_among)
-        if len(placed.rows):
-            record.touch(placed.rows)
-            for expert_id in placed.overflow.nonzero()[0].tolist():
-                self.overflow[layer_id, expert_id] += int(placed.overflow[expert_id])
-        return placed.choice
+        capacity = tokens_per_expert(self._config, num_pairs, len(self._none_missing))
+        placed = within_capacity(choice, capacity, passed_over, choose_among)
+        if not len(placed.rows):
+            return choice
+        record.touch(placed.rows)
+        for expert_id in placed.overflow.nonzero()[0].tolist():
+            self.overflow[layer_id, expert_id] += int(placed.overflow[expert_id])
+        return record.choose(layer_id, missing, placed.choice, choose_among)
 
 
 class _Room:
@@ -83,9 +87,10 @@ class _Room:
     def __init__(self, num_tokens: int, wanted: np.ndarray, capacity: int, missing: np.ndarray):
         self._wanted = wanted  # [T], the number of experts that each token wants
         self._capacity = capacity
-        self._counts = np.zeros(len(missing), dtype=np.int64)  # [E]
-        self.overflow = np.zeros(len(missing), dtype=np.int64)  # [E]
-        self.has = np.zeros((num_tokens, len(missing)), dtype=bool)  # [T, E]
+        num_experts = missing.shape[-1]
+        self._counts = np.zeros(num_experts, dtype=np.int64)  # [E]
+        self.overflow = np.zeros(num_experts, dtype=np.int64)  # [E]
+        self.has = np.zeros((num_tokens, num_experts), dtype=bool)  # [T, E]
         # Missing experts have no room.
         self.tried = np.broadcast_to(missing, self.has.shape).copy()  # [T, E]
 
@@ -120,16 +125,16 @@ def within_capacity(
 ) -> Placed:
     """Return the choice of the T tokens when each expert takes at most ``capacity`` of them.
 
-    ``missing`` [E] experts take no tokens. Where every expert has room the choice is returned
-    unchanged. Otherwise no expert exceeds its capacity, and no token passes over an expert that it
-    prefers and that has room. The weights of a token with changed experts are normalised over its
-    new experts, as the gate does.
+    ``missing`` experts, [E] or [T, E] by token, take no tokens. Where every expert has room the
+    choice is returned unchanged. Otherwise no expert exceeds its capacity, and no token passes over
+    an expert that it prefers and that has room. The weights of a token with changed experts are
+    normalised over its new experts, as the gate does.
     """
-    num_tokens = len(choice.ids)
+    num_tokens, num_experts = len(choice.ids), missing.shape[-1]
     served = choice.served()
-    demand = np.bincount(choice.ids[served], minlength=len(missing))
+    demand = np.bincount(choice.ids[served], minlength=num_experts)
     if demand.max() <= capacity:
-        return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(len(missing), dtype=np.int64))
+        return Placed(choice, np.zeros(0, dtype=np.int64), np.zeros(num_experts, dtype=np.int64))
     room = _Room(num_tokens, served.sum(axis=1), capacity, missing)
     weights = choice.weights.float().numpy()
     for tokens, experts in _in_line(np.arange(num_tokens), choice.ids, weights, served):

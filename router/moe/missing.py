@@ -112,6 +112,13 @@ class StepMissing:
         is_away.ravel()[pairs] = True
         self._await(layer_id, ids, is_away)
 
+    def passed_over(self, missing: np.ndarray) -> np.ndarray:
+        """Return the ``missing`` experts [E] that each token goes past, bool [T, E].
+
+        A token of a ``strict`` request goes past none: it waits.
+        """
+        return missing & (self._contracts != "strict")[:, None]
+
     def touch(self, rows: np.ndarray) -> None:
         """Record rows that are inexact since an expert had no room for them."""
         self._touched[self._places[rows]] = True

@@ -19,13 +19,16 @@ from transformers import MixtralForCausalLM
 
 from experts.families.base import GateSpec
 from router.capacity_config import CapacityConfig
+from router.engine.scheduler import Limits
 from router.engine.stats import RouterSamples
-from router.moe.capacity import Placed, tokens_per_expert, within_capacity
+from router.moe.capacity import CapacityLimit, Placed, tokens_per_expert, within_capacity
 from router.moe.gate import Choice, Gate
+from router.moe.missing import StepMissing
 from router.observability import catalogue
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
+from tests.unit.router.moe.test_missing import needed, step, tokens_of
 
 Chain = list[dict[int, float]]
 """The weight of each expert of each token."""
@@ -192,6 +195,21 @@ def test_a_lost_expert_has_no_room() -> None:
     assert [set(one) for one in got(placed.choice)] == [{0}, {0}, {2}]
 
 
+def test_only_a_strict_token_waits_for_a_lost_expert_that_is_next_in_line() -> None:
+    """The first token fills expert 0; expert 1, which is next for all others, is lost."""
+    gate = Gate(GateSpec(renormalises=True), 1, lambda hidden_states: hidden_states)
+    logits = torch.tensor([FIRST] * 4).log()
+    record = StepMissing([1] * 4, ["strict", "strict", "next_expert", "drop"])
+    limit = CapacityLimit(CapacityConfig(tokens=1), len(FIRST))
+    with torch.inference_mode():
+        ids, weights = gate.choose(logits)
+        own, lost = Choice(ids.numpy(), weights), np.arange(len(FIRST)) == 1
+        choice = limit.apply(7, own, lost, record, partial(gate.choose_anew, logits))
+    assert [set(one) for one in got(choice)] == [{0}, set(), {2}, {3}]
+    assert record.awaited == {1: {(7, 1)}}
+    assert record.rows_by_contract() == {"next_expert": 1, "drop": 1}
+
+
 def test_a_gate_of_what_is_no_number_ends_too() -> None:
     placed, _ = place([[float("nan")] * 4] * 5, k=2, capacity=1)
     counts = Counter(e for one in got(placed.choice) for e in one)
@@ -248,6 +266,31 @@ def test_a_lone_decode_never_overflows(tight: LocalCluster, plain: MixtralForCau
     """Its experts are all different, so even a capacity of one token is enough."""
     [[event]] = tight.generate(greedy_request("r", [5], 8))
     assert (event.exact, list(event.token_ids)) == (True, expected_tokens(plain, [5], 8))
+
+
+def test_a_strict_request_waits_while_an_expert_that_only_its_overflow_needs_still_loads(
+    tmp_path: Path,
+) -> None:
+    save_mixtral(tmp_path, num_local_experts=32)
+    capacity, request = CapacityConfig(tokens=1), greedy_request("r", PROMPTS[0], 6)
+    loaded = LocalCluster(tmp_path, capacity=capacity)
+    [[expected]] = loaded.generate(request)
+    loaded.close()
+    asked = {(f.layer_id, e) for f in loaded.transport.frames for e in f.expert_ids}
+    late = min(asked - needed(tmp_path, request))
+    assert late[0] == 0  # no overflow comes before, so no token of the prompt chooses it
+    loading = LocalCluster(tmp_path, limits=Limits(8, 64, 256), threaded=False, capacity=capacity)
+    loading.engine.submit(request)
+    for missing in (asked, {late}):
+        loading.lose(missing)
+        while step(loading):
+            pass
+        assert tokens_of(loading, "r") == []
+    loading.lose([])
+    while step(loading):
+        pass
+    [event] = loading.result(request)
+    assert (event.token_ids, event.exact) == (expected.token_ids, False)
 
 
 def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
