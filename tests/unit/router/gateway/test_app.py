@@ -280,6 +280,7 @@ def test_health_and_readiness() -> None:
     }
     upstream.readiness = Readiness("2 experts have no live copy", (3, 8), 90.0)
     assert call(upstream, "/health").status_code == 200
+    assert len(call(upstream, "/v1/models").json()["data"]) == 2  # a list of names, not of states
     response = call(upstream, "/ready")
     assert response.status_code == 503
     assert response.json() == {
