@@ -230,11 +230,11 @@ class ServedCluster:
             "actors": tuple(actor.pid for actor in told.actors),
         }
 
-    def is_whole(self) -> bool:
-        """Tell whether every part is there and every process that the status names lives."""
+    def whole(self) -> ClusterStatus | None:
+        """Return the status if every part is there and every process that it names lives."""
         told = self.status()
         pids = [pid for group in self.pids().values() for pid in group]
-        return (
+        is_whole = (
             told.live_copies >= told.min_copies
             and len(told.actors) == self.args["experts"]["actors"]
             and len(told.routers) == len(told.models) * self.args["router"]["replicas"]
@@ -242,11 +242,11 @@ class ServedCluster:
             and all(is_alive(pid) for pid in pids)
             and httpx.get(f"{self.http_url}/ready", verify=TLS).status_code == 200
         )
+        return told if is_whole else None
 
     def wait_whole(self, timeout_s: float = WHOLE_TIMEOUT_S) -> ClusterStatus:
         """Wait until every part is there."""
-        wait_until(self.is_whole, "the cluster is whole", timeout_s)
-        return self.status()
+        return wait_until(self.whole, "the cluster is whole", timeout_s)
 
     def crowd(
         self, model: str, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]

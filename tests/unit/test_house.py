@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.readme import blocks
+
 ROOT = Path(__file__).parents[2]
 MOST_LINES = 400
+FIRST_SCREEN = 40
+"""Lines of a document that a reader sees first."""
 CLOCKS = ("time.monotonic", "time.perf_counter")
 INSTANTS = ("_now_s", "_deadline_s", "_until_s", "_since_s", "_at_s")
 PUBLIC = {"router/client/__init__.py": "users import the client from there"}
@@ -95,6 +99,15 @@ def test_a_packages_init_is_a_docstring_alone() -> None:
         if not is_docstring:
             busy.add(str(file.relative_to(ROOT)))
     assert busy == set(PUBLIC)
+
+
+def test_the_readmes_first_screen_has_the_two_commands_and_ci_runs_its_tests() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    screen = "".join(readme.splitlines(keepends=True)[:FIRST_SCREEN])
+    serves, tests = [block.text.strip() for block in blocks(screen) if block.language == "sh"]
+    assert serves == "pip install .\nserve run deploy/cluster.yaml"
+    assert "pytest" in tests
+    assert f'"{tests}"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_pre_commit_runs_the_linters_of_ci() -> None:
