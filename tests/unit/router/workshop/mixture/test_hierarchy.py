@@ -26,7 +26,6 @@ from router.workshop.mixture.estimators import (
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,
 )
-from tests.unit.router.workshop.mixture.contract import contract_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,15 +65,6 @@ def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     X = rng.uniform(-2, 2, size=(count, 2))
     y = np.where(X[:, 0] < 0, 3 * X[:, 0] + 1, -2 * X[:, 0] + X[:, 1])
     return X, y + 0.05 * rng.normal(size=count)
-
-
-@contract_of(
-    HierarchicalMixtureRegressor(n_init=1, max_iter=10),
-    HierarchicalMixtureClassifier(n_init=1, max_iter=10),
-)
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_the_contract_of_scikit_learn_is_kept(estimator: Any, check: Any) -> None:
-    check(estimator)
 
 
 @pytest.mark.parametrize("kind", [HierarchicalMixtureRegressor, HierarchicalMixtureClassifier])
