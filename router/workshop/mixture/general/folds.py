@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 
+from router.workshop.mixture.base import distinct
 from router.workshop.mixture.parts import Array
 
 Rows = npt.NDArray[np.intp]
@@ -31,10 +32,9 @@ def folds_of(
     There are fewer folds, under a ``UserWarning``, where that leaves too few different rows: in a
     classification, of the most frequent class. Raises ``ValueError`` where two folds are too many.
     """
-    columns = np.column_stack([X, targets])
-    _, first, places = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    places, distinct = places.reshape(-1), targets[first]
-    largest = int(np.bincount(distinct).max()) if is_classification else len(first)
+    first, places = distinct(X, targets)
+    own = targets[first]
+    largest = int(np.bincount(own).max()) if is_classification else len(first)
     if largest < 2:
         where = "of one class " if is_classification else ""
         raise ValueError(
@@ -53,7 +53,7 @@ def folds_of(
     with warnings.catch_warnings():
         # A class of fewer rows than folds is in some folds only, which the experts' fits allow.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        splits = list(kind(num_folds, shuffle=True, random_state=seed).split(X[first], distinct))
+        splits = list(kind(num_folds, shuffle=True, random_state=seed).split(X[first], own))
     return [
         (np.flatnonzero(np.isin(places, train)), np.flatnonzero(np.isin(places, test)))
         for train, test in splits

@@ -19,7 +19,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.parallel import Parallel, delayed
 
 from experts.mixture.spec import MAX_LEVELS
-from router.workshop.mixture.base import MixtureEstimator, Targets, progress
+from router.workshop.mixture.base import MixtureEstimator, Targets, distinct, progress
 from router.workshop.mixture.em import design_of, penalty_of
 from router.workshop.mixture.hierarchical.leaves import Leaves
 from router.workshop.mixture.hierarchical.parts import mixture_of, tree_of
@@ -122,16 +122,17 @@ class HierarchicalMixture(MixtureEstimator):
             )
         random = check_random_state(self.random_state)
         used, held_out = self._split(targets, random)
-        rows_scale = Scale.of(X[used], weights[used])
-        targets_scale = self._target_scale(targets[used], weights[used])
+        train = _merged(X[used], targets[used], weights[used])
+        rows_scale = Scale.of(train[0], train[2])
+        targets_scale = self._target_scale(train[1], train[2])
 
-        def rows_of(places: Array) -> Rows:
-            design = design_of(rows_scale(X[places]))
-            values = self._fit_targets(targets[places], targets_scale)
-            return Rows(design, values, weights[places])
+        def rows_of(X: Array, targets: Targets, weights: Array) -> Rows:
+            values = self._fit_targets(targets, targets_scale)
+            return Rows(design_of(rows_scale(X)), values, weights)
 
-        rows = rows_of(used)
-        validation = None if held_out is None else rows_of(held_out)
+        rows, validation = rows_of(*train), None
+        if held_out is not None:
+            validation = rows_of(X[held_out], targets[held_out], weights[held_out])
         num_features = X.shape[1]
         tree = Tree(
             empty_gates(branching, num_features + 1),
@@ -229,6 +230,19 @@ class HierarchicalMixture(MixtureEstimator):
     def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> Leaves:
         """Return experts without rows."""
         raise NotImplementedError
+
+
+def _merged(X: Array, targets: Targets, weights: Array) -> tuple[Array, Targets, Array]:
+    """Return the different rows in ascending order, with the sums of their weights.
+
+    Equal data in another order, or with repetitions in place of weights, give the same bits. A fit
+    needs no less: EM enlarges rounding, and another start could then be the best.
+    """
+    first, numbers = distinct(X, targets)
+    totals = np.zeros(len(first))
+    by_weight = np.argsort(weights)  # a sum of fractions depends on their order
+    np.add.at(totals, numbers[by_weight], weights[by_weight])
+    return X[first], targets[first], totals
 
 
 def fit_from(

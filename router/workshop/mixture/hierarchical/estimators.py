@@ -58,7 +58,8 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
       keep the tree that is best for them.
     - ``warm_start``: go on from the fitted mixture, with one start.
     - ``n_jobs``: processes for the starts; the result does not depend on it.
-    - ``random_state``: a fit with the same number and the same data has the same result.
+    - ``random_state``: a fit with the same number and the same data has the same result. Without
+      early stopping the order of rows changes nothing, and a row of weight 2 equals two rows.
     - ``verbose``: 1 shows a progress bar.
 
     ``log_likelihoods_`` [n_iter_] is the objective after each iteration; ``log_likelihood_`` is

@@ -37,8 +37,8 @@ def random_start(
 ) -> Array:
     """Return posteriors [N, E] to start a tree without coefficients from, by cells or by pieces.
 
-    They depend on the weighted distribution of the rows alone, so that a weight of 2 equals a row
-    that stands twice.
+    The order of ``rows`` counts: a fit sorts and merges them, so that its starts depend on the
+    weighted distribution of its data alone.
     """
     if math.prod(branching) == 1:
         return np.ones((len(rows.weight), 1))

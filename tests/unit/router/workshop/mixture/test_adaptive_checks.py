@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,22 +15,11 @@ from sklearn.preprocessing import StandardScaler
 from cluster.errors import NotFiniteError
 from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import absolute, sequences
-from tests.unit.router.workshop.mixture.contract import contract_of
 
 FAST: dict[str, Any] = {"n_experts": 2, "n_init": 1, "max_iter": 10, "random_state": 0}
 RECURRENT: dict[str, Any] = {"experts": "rnn", "hidden_layer_sizes": (3,)}
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-
-
-@contract_of(
-    AdaptiveMixtureRegressor(**FAST),
-    AdaptiveMixtureClassifier(**FAST),
-    AdaptiveMixtureRegressor(**FAST, **RECURRENT),
-    AdaptiveMixtureClassifier(**FAST, **RECURRENT),
-)
-def test_estimator_checks(estimator: Any, check: Callable[[Any], None]) -> None:
-    check(estimator)
 
 
 def test_tags_say_which_rows_are_taken() -> None:

@@ -32,7 +32,6 @@ from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from router.workshop.mixture.general.ensemble import FLOOR_MASS, FitFailedError
-from tests.unit.router.workshop.mixture.contract import contract_of
 
 LOGISTIC = LogisticRegression(solver="newton-cholesky")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -63,17 +62,6 @@ def two_rules(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """Return rows [N, 2] and labels whose rule turns over at 0, as an exclusive or."""
     X = np.random.default_rng(seed).uniform(-2, 2, size=(count, 2))
     return X, np.where((X[:, 0] > 0) == (X[:, 1] > 0), "same", "other")
-
-
-FAST = {"max_iter": 2, "n_init": 1}
-
-
-@contract_of(
-    MixtureOfExpertsRegressor(**FAST),
-    MixtureOfExpertsClassifier([LOGISTIC, GaussianNB()], **FAST),
-)
-def test_the_contract_of_scikit_learn_is_kept(estimator: Any, check: Any) -> None:
-    check(estimator)
 
 
 def test_linear_experts_find_the_pieces() -> None:
