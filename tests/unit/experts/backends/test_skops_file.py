@@ -382,7 +382,7 @@ def test_splines_of_a_feature_that_was_constant_are_read() -> None:
     [
         {"c": np.eye(3)},
         {"c": np.eye(7).astype(complex)},
-        {"k": -1},
+        {"k": -1, "c": np.eye(11)},
         {"k": 6},
         {"k": 3.0},
         {"t": np.arange(11.0)[::-1].copy()},
