@@ -113,7 +113,7 @@ class DeviceTensor(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Refuse the host's methods; keep attention whole, since its parts have other bits."""
+        """Refuse the host's methods and writes by a mask; keep attention whole, for its bits."""
         kwargs = kwargs or {}
         if func in _HOST_METHODS:
             if func is torch.Tensor.numpy and kwargs.get("force"):
@@ -127,6 +127,11 @@ class DeviceTensor(torch.Tensor):
             given = [*args, *kwargs.values()]
             device = next(value.emulated for value in given if _is_on_device(value))
             return device.compute(func, args, kwargs)
+        if func is torch.Tensor.__setitem__:
+            mask = next(filter(_is_mask, tree_leaves(args[1])), None)
+            if mask is not None:  # torch 2.15 fills a number in without a read, older ones do not
+                mask.emulated.note(Kind.HOST_READ, "Tensor.__setitem__", mask.nbytes)
+                return mask.emulated.compute(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -146,6 +151,10 @@ class DeviceTensor(torch.Tensor):
 
 def _is_on_device(value: Any) -> bool:
     return isinstance(value, DeviceTensor)
+
+
+def _is_mask(value: Any) -> bool:
+    return _is_on_device(value) and value.dtype in _MASKS
 
 
 def _deep_copy(tensor: torch.Tensor, memo: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -323,7 +332,7 @@ def _reads_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     name = func.name()
     if name.split(".")[0].rstrip("_") in _INDEXED:
         indices = args[1] if len(args) > 1 else kwargs["indices"]
-        return any(_is_on_device(index) and index.dtype in _MASKS for index in indices)
+        return any(map(_is_mask, indices))
     if name == "aten::repeat_interleave.Tensor" and kwargs.get("output_size") is not None:
         return False
     return not _READING_TAGS.isdisjoint(func.tags)

@@ -11,6 +11,7 @@ Letters: N nodes, F features, S support vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,16 @@ _LEAF = -1
 
 
 def objects_in(estimator: BaseEstimator) -> Iterator[object]:
-    """Yield an estimator and every object that its attributes and their items lead to."""
+    """Yield an estimator and every object that its attributes and their items lead to.
+
+    Modules are left out, which lead to everything; a spline of SciPy 1.18 has some.
+    """
     seen: set[int] = set()
     waiting: list[Any] = [estimator]
     while waiting:
         found = waiting.pop()
-        if found is None or isinstance(found, str | int | float | type) or id(found) in seen:
+        is_leaf = found is None or isinstance(found, str | int | float | type | ModuleType)
+        if is_leaf or id(found) in seen:
             continue
         seen.add(id(found))
         yield found

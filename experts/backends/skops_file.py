@@ -28,6 +28,7 @@ from skops.io import get_untrusted_types, loads
 
 from cluster.errors import CheckpointError, shown, shown_name
 from experts.backends.errors import described
+from experts.backends.skops_splines import rename
 from experts.checkpoint.shards import listed_names
 
 MAX_SCHEMA_BYTES = 128 << 20
@@ -53,11 +54,11 @@ _KERNELS = (
 )  # fmt: skip
 _TYPES = frozenset(
     {
+        "experts.backends.skops_splines.SavedSpline",
         "functools.partial",
+        "numpy.asarray",
         "numpy.dtype",
         "numpy.mean",
-        "scipy._lib.array_api_compat.numpy._aliases.asarray",
-        "scipy.interpolate._bsplines.BSpline",
         "sklearn._loss.loss.HalfTweedieLoss",
         "sklearn._loss.loss.HalfTweedieLossIdentity",
         "sklearn.calibration._CalibratedClassifier",
@@ -108,7 +109,7 @@ def read_estimator(data: bytes, where: str) -> tuple[BaseEstimator, int]:
     estimator of another version of scikit-learn is loaded, and a warning names both versions.
     """
     try:
-        num_bytes = _check(data, where)
+        data, num_bytes = _checked(data, where)
         refused = sorted(set(get_untrusted_types(data=data)) - _TYPES)
         if refused:
             raise CheckpointError(f"has types that are not allowed: {listed_names(refused)}", where)
@@ -124,8 +125,8 @@ def read_estimator(data: bytes, where: str) -> tuple[BaseEstimator, int]:
     return estimator, num_bytes
 
 
-def _check(data: bytes, where: str) -> int:
-    """Check all of a file but its types; returns its bytes uncompressed."""
+def _checked(data: bytes, where: str) -> tuple[bytes, int]:
+    """Check all of a file but its types; returns it, splines renamed, and its unpacked bytes."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         if sizes.get("schema.json", 0) > MAX_SCHEMA_BYTES:
@@ -141,9 +142,11 @@ def _check(data: bytes, where: str) -> int:
             where,
         )
     num_bytes = sizes["schema.json"]
+    has_splines = False
     seen: set[tuple[Any, str]] = set()
     versions: set[str] = set()
     for node in _nodes(schema):
+        has_splines |= rename(node)
         loader = node["__loader__"]
         if loader not in _LOADERS:
             name = f"{node.get('__module__')}.{node.get('__class__')}"
@@ -167,7 +170,19 @@ def _check(data: bytes, where: str) -> int:
             versions.add(version)
     for version in sorted(versions - {sklearn.__version__}):
         _warn_of_version(version)
-    return num_bytes
+    if has_splines:
+        data = _with_schema(data, schema, {file for _, file in seen})
+    return data, num_bytes
+
+
+def _with_schema(data: bytes, schema: dict[str, Any], files: set[str]) -> bytes:
+    """Return a skops file with another schema and those of its files that it names."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
+        new.writestr("schema.json", json.dumps(schema))
+        for file in files:
+            new.writestr(file, old.read(file))
+    return made.getvalue()
 
 
 def _nodes(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

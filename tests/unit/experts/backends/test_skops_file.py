@@ -18,6 +18,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from scipy import interpolate
 from scipy.sparse import csr_matrix
 from sklearn.base import BaseEstimator
 from sklearn.ensemble import (
@@ -29,14 +30,14 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, SplineTransformer
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeRegressor
 from skops.io import dumps
 
 from cluster.errors import CheckpointError
 from experts.backends import skops_file
-from experts.backends.skops_arrays import check_arrays
+from experts.backends.skops_arrays import check_arrays, objects_in
 from experts.backends.skops_file import read_estimator
 
 ROWS = np.random.default_rng(0).normal(size=(60, 3))
@@ -312,6 +313,98 @@ def test_another_version_of_scikit_learn_is_logged_once(caplog: pytest.LogCaptur
 def test_the_same_version_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     loaded(dumps(fit(make_pipeline(LinearRegression()))))
     assert caplog.messages == []
+
+
+# Splines, which versions of SciPy keep in other ways.
+
+
+class _BSpline:
+    def __init__(self, **state: Any) -> None:
+        vars(self).update(state)
+
+
+class BSpline(_BSpline):
+    def __getstate__(self) -> Any:
+        return vars(self).get("whole", vars(self))
+
+
+def asarray(values: Any) -> Any:
+    """Stand in for the function that a spline of SciPy 1.17 has."""
+
+
+SCIPYS: dict[str, Callable[..., BSpline]] = {
+    "1.16": BSpline,
+    "1.17": lambda t, c, **rest: BSpline(_t=t, _c=c, **rest, _asarray=asarray),
+    "1.18": lambda **state: BSpline(whole=(_BSpline(**state, _delegate_to=None), np.empty(0))),
+}
+
+
+def with_splines(make: Callable[..., Any], **changes: Any) -> tuple[bytes, np.ndarray]:
+    """Return the file of a spline transformer, its splines changed, and its results before that."""
+    estimator = fit(SplineTransformer())
+    results = estimator.transform(ROWS)
+    names = ("t", "c", "k", "extrapolate", "axis")
+    estimator.bsplines_ = [
+        make(**{name: getattr(spline, name) for name in names} | changes)
+        for spline in estimator.bsplines_
+    ]
+
+    def rename(schema: Schema) -> None:
+        for node in skops_file._nodes(schema):
+            if node.get("__module__") == __name__:
+                is_array_api = node["__class__"] == "asarray"
+                node["__module__"] = (
+                    "scipy._lib.array_api_compat.numpy._aliases"
+                    if is_array_api
+                    else "scipy.interpolate._bsplines"
+                )
+
+    return with_schema(dumps(estimator), rename), results
+
+
+@pytest.mark.parametrize("version", SCIPYS)
+def test_splines_of_every_version_of_scipy_are_read(version: str) -> None:
+    data, results = with_splines(SCIPYS[version])
+    estimator: Any = loaded(data)
+    assert {type(spline) for spline in estimator.bsplines_} == {interpolate.BSpline}
+    np.testing.assert_array_equal(estimator.transform(ROWS), results)
+
+
+def test_splines_of_a_feature_that_was_constant_are_read() -> None:
+    rows = np.ones((60, 3))
+    estimator = SplineTransformer().fit(rows)
+    read: Any = loaded(dumps(estimator))
+    np.testing.assert_array_equal(read.transform(rows), estimator.transform(rows))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"c": np.eye(3)},
+        {"c": np.eye(7).astype(complex)},
+        {"k": -1, "c": np.eye(11)},
+        {"k": 6},
+        {"k": 3.0},
+        {"t": np.arange(11.0)[::-1].copy()},
+        {"t": np.full(11, np.nan)},
+        {"t": np.ones((11, 2))},
+    ],
+)
+def test_a_spline_whose_arrays_do_not_fit_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: (Value|Type)Error"):
+        loaded(with_splines(SCIPYS["1.16"], **changes)[0])
+
+
+def test_modules_are_not_objects_of_an_estimator() -> None:
+    estimator = fit(LinearRegression())
+    estimator.module_ = np
+    assert not any(found is np for found in objects_in(estimator))
+
+
+def test_another_object_in_a_splines_place_is_refused() -> None:
+    data, _ = with_splines(lambda **_: BSpline(whole=(np.ones(3), np.empty(0))))
+    with pytest.raises(CheckpointError, match="a spline has no knots"):
+        loaded(data)
 
 
 # Indices that compiled code follows: each of these would read beyond an array.

@@ -79,7 +79,8 @@ def test_torchs_kernel_takes_the_experts_of_every_known_model(name: str) -> None
 
 def test_the_check_of_shapes_refuses_what_the_kernel_does_not_take() -> None:
     like = GatedFfnWeights(torch.empty(96, 60, device="meta"), torch.empty(60, 48, device="meta"))
-    for dtype, reason in ((torch.float32, "BF16"), (torch.bfloat16, "multiple of 16 bytes")):
+    # Not float32: newer torch has a loop for it, which `_obstacle` refuses.
+    for dtype, reason in ((torch.float64, "BF(loat)?16"), (torch.bfloat16, "multiple of 16 bytes")):
         with pytest.raises(RuntimeError, match=reason):
             check_shapes(like.map(lambda part, dtype=dtype: part.to(dtype)), "silu")  # type: ignore[misc]
 
