@@ -25,8 +25,6 @@ end_process = partial(os._exit, 1)
 
 _FULL = "out of memory", "_STATUS_ALLOC_FAILED"
 """What the driver and cuBLAS, hipBLAS or cuDNN say of a full memory."""
-OLDEST_TORCH = "2.10"
-"""The first release that tells an accelerator's memory by one interface; CPUs need less."""
 
 
 def accelerator() -> torch.device | None:
@@ -38,8 +36,7 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
     """Return the device of a process to which Ray has given ``num_gpus``.
 
     ``kind`` is ``cpu``, ``accelerator``, or ``auto``: the accelerator where ``num_gpus`` is above
-    0. Raises :class:`UnavailableError` for ``field`` where torch finds no accelerator, or is too
-    old for one.
+    0. Raises :class:`UnavailableError` for ``field`` where torch finds no accelerator.
     """
     if kind == "cpu" or (kind == "auto" and num_gpus == 0):
         return CPU
@@ -48,12 +45,6 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
         raise UnavailableError(
             f"torch {torch.__version__} finds no accelerator on {socket.gethostname()}; install "
             "torch for it there, or have it computed on the CPU",
-            field,
-        )
-    if not hasattr(torch.accelerator, "get_memory_info"):
-        raise UnavailableError(
-            f"{found} needs torch {OLDEST_TORCH} or newer (installed on {socket.gethostname()}: "
-            f"{torch.__version__})",
             field,
         )
     return found

@@ -56,15 +56,6 @@ def test_the_device_is_that_which_was_asked_for_or_it_is_said(
         assert caught.value.field == "a.b"
 
 
-def test_a_torch_too_old_for_accelerators_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
-    monkeypatch.delattr(torch.accelerator, "get_memory_info")
-    with pytest.raises(UnavailableError, match=r"cuda needs torch 2\.10 or newer \(installed on"):
-        device_of("auto", 1.0, "a.b")
-    assert device_of("auto", 0.0, "a.b") == CPU
-
-
 def test_a_device_with_too_little_memory_is_told_with_the_bytes_that_it_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
