@@ -34,6 +34,7 @@ from cluster.wire.frames import (
 )
 from cluster.wire.tensors import to_bytes
 from experts import queue as queue_module
+from experts import lone
 from experts.lone import MOST_WAIT_MS
 from tests.cluster_fixture import wait_until
 from tests.unit.experts.local_actor import HIDDEN, LIMIT_S, Actor, frame_of, local_actor, rows_of
@@ -90,6 +91,15 @@ def served(folder: Path) -> Iterator[Served]:
     made = Served(folder)
     yield made
     made.close()
+
+
+@pytest.fixture
+def long_wait_s(monkeypatch: pytest.MonkeyPatch, served: Served) -> float:
+    """Have native code wait for frames as long as it may: a busy machine holds up less."""
+    monkeypatch.setattr(lone, "MOST_WAIT_MS", 1000)
+    served.ask(frame_of(rows_of(1)))
+    served.ask(frame_of(rows_of(1)))
+    return 0.9
 
 
 def by_queue(actor: Actor, frame: bytes) -> bytes:
@@ -266,12 +276,14 @@ def test_rows_that_are_not_finite_come_by_the_queue_and_are_tested(served: Serve
     assert served.by_python == [frame] * 5
 
 
-def test_an_unloaded_expert_is_not_held_and_its_memory_is_free(served: Served) -> None:
+def test_an_unloaded_expert_is_not_held_and_its_memory_is_free(
+    served: Served, long_wait_s: float
+) -> None:
     frame = frame_of(rows_of(1))
     served.ask_alone(frame)
     begun_at_s = time.monotonic()
     served.actor.unload(1, [ExpertKey("m", 0, 3)])
-    assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+    assert time.monotonic() - begun_at_s < long_wait_s
     assert b"\0\0\0\0m" in served.actor._bank.lone.by_name  # expert 0 is still here
     [answer] = served.ask(frame)
     refused = decode(answer)
@@ -283,13 +295,13 @@ def test_an_unloaded_expert_is_not_held_and_its_memory_is_free(served: Served) -
     assert b"\0\0\0\0m" not in served.actor._bank.lone.by_name
 
 
-def test_a_ray_call_does_not_wait_for_the_streams(served: Served) -> None:
+def test_a_ray_call_does_not_wait_for_the_streams(served: Served, long_wait_s: float) -> None:
     frame = frame_of(rows_of(1))
     served.ask_alone(frame)
     for _ in range(20):
         begun_at_s = time.monotonic()
         by_queue(served.actor, frame)
-        assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+        assert time.monotonic() - begun_at_s < long_wait_s
         served.ask(frame)
 
 
@@ -343,11 +355,11 @@ def test_an_answer_that_cannot_be_sent_ends_its_connection(served: Served) -> No
     link.channel.close()
 
 
-def test_a_server_ends_at_once(served: Served) -> None:
+def test_a_server_ends_at_once(served: Served, long_wait_s: float) -> None:
     served.ask_alone(frame_of(rows_of(1)))
     begun_at_s = time.monotonic()
     served.server.close()
-    assert time.monotonic() - begun_at_s < 0.9 * MOST_WAIT_MS / 1000
+    assert time.monotonic() - begun_at_s < long_wait_s
 
 
 def test_without_native_code_the_queue_answers_all(

@@ -66,14 +66,14 @@ def test_arrays_in_and_out(make: Make, address: str, upstream: FakePredictions) 
         np.testing.assert_array_equal(reply.outputs["probabilities"], [[0, 6, 3], [1, 3.5, 4]])
         assert (reply.exact, reply.identity) == (True, IDENTITY)
         upstream.exact = False
-        some = client.predict("digits", {"pixels": PIXELS}, ["experts"], 5.0, "drop")
+        some = client.predict("digits", {"pixels": PIXELS}, ["experts"], 50.0, "drop")
         assert list(some.outputs) == ["experts"]
         assert some.exact is False
     first, second = upstream.requests
     np.testing.assert_array_equal(first.inputs["pixels"], PIXELS)
-    assert 100 < first.remaining_s() < 120
+    assert 80 < first.remaining_s() < 120
     assert second.outputs == ("experts",)
-    assert 3 < second.remaining_s() < 5
+    assert 20 < second.remaining_s() < 50
     assert second.on_expert_loss == "drop"
 
 

@@ -147,7 +147,7 @@ def test_an_expert_that_is_away_holds_up_only_requests_that_need_it(
         cluster.engine.submit(request)
     with pytest.raises(ExpertUnavailableError):
         cluster.result(hasty)
-    assert time.monotonic() - hasty.deadline_s < 2.0
+    assert time.monotonic() - hasty.deadline_s < 10.0
     assert missed  # the fault has hit
     assert cluster.wait("unconcerned", lambda outcomes: len(outcomes) > 0)
     healed.set()

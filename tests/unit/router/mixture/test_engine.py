@@ -490,7 +490,7 @@ def test_a_request_ends_at_its_deadline_while_an_actor_hangs(tmp_path: Path) -> 
         started_s = time.monotonic()
         with pytest.raises(DeadlineExceededError):
             router.predict(given(1, 0), timeout_s=0.2)
-        assert time.monotonic() - started_s < 2
+        assert time.monotonic() - started_s < WAIT_S / 2
         release.set()
         equal(router.predict(given(1, 0)), router.local.predict(given(1, 0)))
 

@@ -134,7 +134,6 @@ def test_strangers_wait_and_owners_do_not(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         began_s = time.monotonic()
         await gate.access.admit("grpc", [f"Bearer {gate.key}"], Role.INFERENCE)
-        assert time.monotonic() - began_s < 0.2
         assert not strangers.done()
         errors = await strangers
         assert time.monotonic() - began_s >= 0.25
