@@ -33,8 +33,8 @@ from cluster.wire.frames import (
     encode,
 )
 from cluster.wire.tensors import to_bytes
-from experts import queue as queue_module
 from experts import lone
+from experts import queue as queue_module
 from experts.lone import MOST_WAIT_MS
 from tests.cluster_fixture import wait_until
 from tests.unit.experts.local_actor import HIDDEN, LIMIT_S, Actor, frame_of, local_actor, rows_of
