@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 
 
@@ -26,9 +27,10 @@ class Terminal:
             env={**os.environ, "TERM": "xterm"},
         )
         os.close(follower)
+        weakref.finalize(self, self.process.kill)  # where a test fails, too
         self.shown = ""
 
-    def wait_for(self, text: str, timeout_s: float = 20) -> None:
+    def wait_for(self, text: str, timeout_s: float = 60) -> None:
         """Read until ``text`` is shown, and forget all up to there."""
         deadline_s = time.monotonic() + timeout_s
         while text not in self.shown:
@@ -51,6 +53,6 @@ class Terminal:
 
     def end(self) -> int:
         """Wait for the command's end; returns its exit code."""
-        code = self.process.wait(10)
+        code = self.process.wait(60)
         os.close(self.leader)
         return code

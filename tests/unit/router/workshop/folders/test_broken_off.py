@@ -29,7 +29,7 @@ from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.families import save
 
 ROOT = Path(__file__).parents[5]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(400)]
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
 MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=200_000)
 UPCYCLE_OPTIONS = UpcycleOptions(
@@ -147,7 +147,7 @@ def begun(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
 def killed(begun: Begun) -> Path:
     """A folder with what each of :data:`KILLS` has left."""
     process, place = begun
-    assert process.wait(100) == 0
+    assert process.wait(300) == 0
     return place
 
 
