@@ -8,7 +8,6 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-
 from starlette.datastructures import Headers, MutableHeaders
 
 from router.gateway.charges import Charges
