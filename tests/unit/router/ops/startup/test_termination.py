@@ -33,7 +33,7 @@ class Command:
         self.lines: list[str] = []
         self.done: list[str] = []
         self.requests = 0
-        self.begun = threading.Event()
+        self.begun, self.asleep = threading.Event(), threading.Event()
         self.termination = Termination(self.say, owns_ray=True)
 
     def say(self, line: str) -> None:
@@ -57,7 +57,13 @@ class Command:
 
     def sleep_as_serve_run(self) -> None:
         """Sleep as the main thread of ``serve run``; a signal has to wake it."""
+        self.asleep.set()
         time.sleep(LIMIT_S)
+
+    def wake(self) -> None:
+        """Wake the main thread, no sooner than the test sleeps."""
+        self.asleep.wait(LIMIT_S)
+        Termination._wake_main_thread(self.termination)
 
 
 @pytest.fixture
@@ -69,6 +75,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     monkeypatch.setattr(termination.serve, "shutdown", made.shutdown)
     monkeypatch.setattr(termination, "kill_descendants", made.kill)
     monkeypatch.setattr(termination, "_leave_at_once", made.leave)
+    monkeypatch.setattr(made.termination, "_wake_main_thread", made.wake)
     monkeypatch.setattr(termination, "_install_rays_handlers", lambda: None)
     monkeypatch.setattr(utils, "set_sigterm_handler", utils.set_sigterm_handler)
     monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
