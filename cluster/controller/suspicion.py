@@ -133,8 +133,9 @@ class Suspicion:
         placement, shares = self._state.placement, self._state.shares
         gone = (Verdict.LAST_COPY, Verdict.REPLACED)
         lost = {actor_id, *(a for a, verdict in self._verdicts.items() if verdict in gone)}
-        loading = [shares[a] for a in self._state.fleet.specs if a not in placement.generations]
-        coming = {key for share in loading for key in share}
+        replaced = {a for a, verdict in self._verdicts.items() if verdict is Verdict.REPLACED}
+        loading = (set(self._state.fleet.specs) - set(placement.generations)) | replaced
+        coming = {key for other in loading - {actor_id} for key in shares.get(other, ())}
         return has_last_copy(actor_id, placement.holders, lost, coming)
 
     async def _may_end(self) -> bool:

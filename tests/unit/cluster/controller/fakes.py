@@ -31,6 +31,7 @@ from cluster.spec import (
     PoolSpec,
     ScalingTargets,
 )
+from tests.unit import virtual_time
 
 NUM_EXPERTS = 4
 LIMIT_S = 20.0
@@ -327,20 +328,20 @@ async def running(
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test's coroutine on an event loop of its own, within a time limit."""
+    """Run a test's coroutine in virtual time, within a limit."""
 
     async def limited() -> None:
         async with asyncio.timeout(2 * LIMIT_S):
             await test()
 
-    asyncio.run(limited())
+    virtual_time.run(limited())
 
 
 async def happens(condition: Callable[[], bool]) -> None:
     """Let the event loop run until the condition holds."""
     async with asyncio.timeout(LIMIT_S):
         while not condition():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.0001)
 
 
 async def settled(cluster: Cluster, min_copies: int) -> Placement:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from typing import cast
 
 import pytest
 from ray.exceptions import RaySystemError
@@ -27,6 +29,7 @@ from tests.unit.cluster.controller.fakes import (
     settled,
     spec_of,
 )
+from tests.unit.virtual_time import VirtualLoop
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 
@@ -207,12 +210,13 @@ def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
     async def test() -> None:
         cluster = Cluster(2, num_gpus=1.0)
         pool, take = cluster.pool, cluster.pool.last_words
+        loop = cast(VirtualLoop, asyncio.get_running_loop())
 
         def last_words(actor_id: str, generation: int) -> str:
             if store == "is away":
                 raise RaySystemError("the store is away")
             if store == "hangs":
-                goes_on.wait(LIMIT_S)
+                loop.hang(goes_on)
             return take(actor_id, generation)
 
         pool.last_words = last_words  # type: ignore[method-assign]

@@ -155,12 +155,13 @@ def test_of_two_silent_actors_with_the_last_copies_one_stays_until_the_other_is_
         async with running(5, min_copies=2) as cluster:
             placement = await cluster.until(lambda p: p.fewest_copies() == 2)
             key, holders = next(iter(placement.holders.items()))
-            first, second = hang(cluster, *holders)
+            silent = hang(cluster, *holders)
             gate = asyncio.Event()
             cluster.pool.load_gate = lambda actor: gate.wait()
-            for actor in (first, second):
+            for actor in silent:
                 await cluster.controller.suspect(actor.actor_id, 1, True)
-            await happens(lambda: first.killed)
+            await happens(lambda: any(actor.killed for actor in silent))
+            first, second = sorted(silent, key=lambda actor: not actor.killed)
             await silences(cluster, "another actor loads")
             assert not second.killed
             assert cluster.state.placement.holders[key] == (second.actor_id,)
@@ -235,8 +236,9 @@ def test_of_two_controllers_that_start_together_one_goes_on() -> None:
         [winner] = [one for one in both if not one.state.is_superseded]
         [loser] = [one for one in both if one.state.is_superseded]
         placement = await winner.complete()
-        assert placement.epoch == pool.ledger().epoch == 3
-        assert loser.state.placement.epoch in (0, 2)
+        # The one that claimed second may have begun by then, and the first claims once more.
+        assert placement.epoch == pool.ledger().epoch in (3, 4)
+        assert loser.state.placement.epoch < placement.epoch
         await happens(lambda: all(task.done() for task in tasks_of(loser.controller)))
         assert not any(actor.killed for actor in pool.actors)
         await winner.stop()
