@@ -11,13 +11,18 @@ from tests.world.many import all_of, workers
 SEEDS = range(100)
 """Hundreds more are in ``tests/long/test_seeds.py``."""
 PROCESSES = 2
-LIMIT_S = 400.0
+LIMIT_S = 1200.0
+"""For a machine that does much else. What the seeds cost is counted, not timed."""
+MOST_CALLBACKS = 300
+"""How many callbacks a request may take, with all that goes on beside it."""
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1500)
 def test_seeds_break_no_law() -> None:
     with workers(PROCESSES) as pool:
         found = list(all_of(pool, PROCESSES, iter(SEEDS), perf_counter() + LIMIT_S))
     assert {one.seed: one.breaches for one in found if one.breaches} == {}
     assert sorted(one.seed for one in found) == list(SEEDS)
     assert sum(len(one.hit) for one in found) > 2 * len(SEEDS), "the weather is too fine"
+    most = MOST_CALLBACKS * sum(one.num_requests for one in found)
+    assert sum(one.num_callbacks for one in found) < most
