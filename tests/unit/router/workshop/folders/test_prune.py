@@ -51,7 +51,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(folder: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
-    few = {"sequences": 40, "sequence_length": 32}
+    few = {"sequences": 12, "sequence_length": 32}
     return prune(source_checkpoint(str(folder)), dest, PruneOptions(**few | options), texts)
 
 
