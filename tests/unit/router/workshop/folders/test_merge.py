@@ -109,11 +109,11 @@ def test_copies_find_each_other_and_merge_without_loss(
 @pytest.mark.parametrize("name", list(ALL))
 def test_a_merged_model_is_served(name: str, letters: Path, tmp_path: Path) -> None:
     save(name, tmp_path / "model")
-    merged(tmp_path / "model", tmp_path / "four", letters, 4)
+    merged(tmp_path / "model", tmp_path / "four", letters, 4, by="routing")
     assert open_checkpoint(tmp_path / "four").shape.num_experts == 4
     assert served_tokens(tmp_path / "four") == expected_tokens(name, tmp_path / "four")
     if name in WITH_ONE:
-        merged(tmp_path / "model", tmp_path / "one", letters, 1)
+        merged(tmp_path / "model", tmp_path / "one", letters, 1, by="output")
         assert open_checkpoint(tmp_path / "one").shape.num_experts_per_tok == 1
         assert served_tokens(tmp_path / "one") == expected_tokens(name, tmp_path / "one")
 
