@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ SIZES: dict[str, Any] = {
 }
 HEAD = SIZES["hidden_size"] // SIZES["num_attention_heads"]
 Weights = dict[str, torch.Tensor]
+Seen = list[tuple[torch.Tensor, torch.Tensor]]
+"""The keys and values of the tokens so far, in a layer."""
 
 
 def random_weights(seed: int = 0) -> Weights:
@@ -119,30 +122,23 @@ def turned(head: torch.Tensor, position: int) -> torch.Tensor:
     return result
 
 
-def attention(weights: Weights, prefix: str, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+def attention(weights: Weights, prefix: str, vector: torch.Tensor, seen: Seen) -> torch.Tensor:
     heads, kv_heads = SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
     cap, scale = SIZES["max_attn_value"], SIZES["attn_output_multiplier"]
-    keys: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    outputs = []
-    for position, vector in enumerate(hidden):
-        query, key, value = (
-            (weights[f"{prefix}.{name}.weight"] @ vector).view(-1, HEAD)
-            for name in ("query", "key", "value")
-        )
-        keys.append(torch.stack([turned(head, position) for head in key]))
-        values.append(value)
-        parts = []
-        for head in range(heads):
-            of = head * kv_heads // heads
-            asked = turned(query[head], position)
-            scores = torch.stack([asked @ key[of] for key in keys]) * scale
-            shares = (cap * torch.tanh(scores / cap)).softmax(0)
-            parts.append(
-                sum(share * value[of] for share, value in zip(shares, values, strict=True))
-            )
-        outputs.append(weights[f"{prefix}.linear.weight"] @ torch.cat(parts))
-    return outputs
+    position = len(seen)
+    query, key, value = (
+        (weights[f"{prefix}.{name}.weight"] @ vector).view(-1, HEAD)
+        for name in ("query", "key", "value")
+    )
+    seen.append((torch.stack([turned(head, position) for head in key]), value))
+    parts = []
+    for head in range(heads):
+        of = head * kv_heads // heads
+        asked = turned(query[head], position)
+        scores = torch.stack([asked @ key[of] for key, _ in seen]) * scale
+        shares = (cap * torch.tanh(scores / cap)).softmax(0)
+        parts.append(sum(share * value[of] for share, (_, value) in zip(shares, seen, strict=True)))
+    return weights[f"{prefix}.linear.weight"] @ torch.cat(parts)
 
 
 def mixture(weights: Weights, prefix: str, vector: torch.Tensor) -> torch.Tensor:
@@ -159,28 +155,50 @@ def mixture(weights: Weights, prefix: str, vector: torch.Tensor) -> torch.Tensor
     return output
 
 
-@torch.inference_mode()
-def logits_of(weights: Weights, token_ids: list[int]) -> torch.Tensor:
+class Grok:
+    """The model after some tokens, whose keys and values it keeps."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._seen: list[Seen] = [[] for _ in range(SIZES["num_hidden_layers"])]
+
+    @torch.inference_mode()
+    def add(self, token_id: int) -> torch.Tensor:
+        """Return the logits after one more token, [V]."""
+        weights = self._weights
+        table = weights["transformer.in_out_embed.weight"]
+        hidden = table[token_id] * SIZES["embedding_multiplier_scale"]
+        for layer, seen in enumerate(self._seen):
+            prefix = f"transformer.decoder_layer.{layer}"
+            first, second, third, fourth = (
+                weights[f"{prefix}.rms_norm{suffix}.weight"] for suffix in ("", "_1", "_2", "_3")
+            )
+            attended = attention(
+                weights, f"{prefix}.multi_head_attention", normed(hidden, first), seen
+            )
+            hidden = hidden + normed(attended, second)
+            hidden = hidden + normed(mixture(weights, prefix, normed(hidden, third)), fourth)
+        last = normed(hidden, weights["transformer.rms_norm.weight"])
+        return table @ last * SIZES["output_multiplier_scale"]
+
+
+def all_logits(weights: Weights, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return the logits after each token, [T, V]."""
+    model = Grok(weights)
+    return torch.stack([model.add(token_id) for token_id in token_ids])
+
+
+def logits_of(weights: Weights, token_ids: Sequence[int]) -> torch.Tensor:
     """Return the logits after the last token, [V]."""
-    table = weights["transformer.in_out_embed.weight"]
-    hidden = [table[token] * SIZES["embedding_multiplier_scale"] for token in token_ids]
-    for layer in range(SIZES["num_hidden_layers"]):
-        prefix = f"transformer.decoder_layer.{layer}"
-        first, second, third, fourth = (
-            weights[f"{prefix}.rms_norm{suffix}.weight"] for suffix in ("", "_1", "_2", "_3")
-        )
-        attended = attention(
-            weights, f"{prefix}.multi_head_attention", [normed(h, first) for h in hidden]
-        )
-        hidden = [h + normed(a, second) for h, a in zip(hidden, attended, strict=True)]
-        hidden = [h + normed(mixture(weights, prefix, normed(h, third)), fourth) for h in hidden]
-    last = normed(hidden[-1], weights["transformer.rms_norm.weight"])
-    return table @ last * SIZES["output_multiplier_scale"]
+    return all_logits(weights, token_ids)[-1]
 
 
-def greedy_tokens(weights: Weights, prompt: list[int], count: int) -> list[int]:
-    """Return the tokens that follow a prompt; computes everything anew for each."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(logits_of(weights, ids).argmax()))
-    return ids[len(prompt) :]
+def greedy_tokens(weights: Weights, prompt: Sequence[int], count: int) -> list[int]:
+    """Return the tokens that follow a prompt."""
+    model = Grok(weights)
+    for token_id in prompt:
+        logits = model.add(token_id)
+    found = [int(logits.argmax())]
+    while len(found) < count:
+        found.append(int(model.add(found[-1]).argmax()))
+    return found

@@ -28,7 +28,7 @@ from router.messages.request import TokenEvent
 from router.model.memory import router_sizes
 from tests.checkpoints import save_mixtral, transformers_tokens
 from tests.family_checkpoints import SAVERS
-from tests.grok_oracle import Weights, greedy_tokens, logits_of, save_grok
+from tests.grok_oracle import Weights, all_logits, greedy_tokens, save_grok
 from tests.local_cluster import LocalCluster, greedy_request
 
 PROMPTS: tuple[tuple[int, ...], ...] = ((5, 9, 7), (8, 2, 6, 3, 4), tuple(range(3, 40)))
@@ -92,8 +92,8 @@ class GrokOracle:
     def logprobs(self, prompt: Sequence[int], answer: Sequence[int], dtype: str) -> torch.Tensor:
         """See :class:`Oracle`."""
         weights = {name: one.to(getattr(torch, dtype)) for name, one in self._weights.items()}
-        places = [[*prompt, *answer[:count]] for count in range(len(answer))]
-        return torch.stack([logits_of(weights, ids).float().log_softmax(-1) for ids in places])
+        found = all_logits(weights, [*prompt, *answer[:-1]])[len(prompt) - 1 :]
+        return found.float().log_softmax(-1)
 
 
 def _transformers(save: Callable[[Path], Any]) -> Callable[[Path, torch.device], Oracle]:

@@ -29,7 +29,7 @@ PIECES: dict[str, Any] = {
     "target": "price",
     "experts": {"line": "LinearRegression", "tree": {"estimator": "DecisionTreeRegressor",
                                                      "parameters": {"max_depth": 2}}},
-    "parameters": {"max_iter": 5},
+    "parameters": {"max_iter": 5, "n_init": 1},
 }  # fmt: skip
 LABELLED = {
     **PIECES,
@@ -126,7 +126,8 @@ def test_classes_are_numbers_where_all_are_and_texts_otherwise(
     names: tuple[Any, Any], served: list[Any], files: Files
 ) -> None:
     lines = [f"{a},{b},{names[int(a * b > 0)]}" for a, b in ROWS]
-    files.write(LABELLED, ["area,age,kind", *lines])
+    few = {"parameters": {"max_iter": 1, "n_init": 1}}
+    files.write({**LABELLED, **few}, ["area,age,kind", *lines])
     result = files.fit("--json")
     assert result.exit_code == 0, result.stderr
     first, *_ = json.loads(result.stdout)["fits"]

@@ -102,8 +102,11 @@ def never_route(folder: Path, expert_ids: Iterable[int]) -> None:
     change(folder, edit)
 
 
-def write_letters(path: Path, num_chars: int = 60_000, seed: int = 0) -> Path:
-    """Write random printable characters in lines, so that tokens of all kinds come."""
+def write_letters(path: Path, num_chars: int = 21_000, seed: int = 0) -> Path:
+    """Write random printable characters in lines, so that tokens of all kinds come.
+
+    A text of fewer than 20,480 characters is too short to hold a part of it out.
+    """
     draw = random.Random(seed)
     letters = [chr(code) for code in range(33, 127)]
     text = "".join(" " if draw.random() < 0.2 else draw.choice(letters) for _ in range(num_chars))

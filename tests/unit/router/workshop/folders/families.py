@@ -58,14 +58,7 @@ def logits_of(name: str, model: Any, rows: torch.Tensor) -> torch.Tensor:
     """Return the independent model's logits [N, L, V] of rows [N, L]."""
     if name in TRANSFORMERS:
         return model(input_ids=rows, use_cache=False).logits
-    return torch.stack(
-        [
-            torch.stack(
-                [grok_oracle.logits_of(model, row[: i + 1].tolist()) for i in range(len(row))]
-            )
-            for row in rows
-        ]
-    )
+    return torch.stack([grok_oracle.all_logits(model, row) for row in rows.tolist()])
 
 
 def served_tokens(folder: Path, prompt: Sequence[int] = PROMPT, count: int = 8) -> list[int]:

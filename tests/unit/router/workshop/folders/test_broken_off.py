@@ -6,8 +6,7 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +27,7 @@ from tests.unit.router.workshop.folders.dense_models import save_dense
 from tests.unit.router.workshop.folders.edits import write_letters
 from tests.unit.router.workshop.folders.families import save
 
-ROOT = Path(__file__).parents[5]
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
 MERGE_OPTIONS = MergeOptions(3, sequences=6, sequence_length=32, max_shard_size=200_000)
 UPCYCLE_OPTIONS = UpcycleOptions(
@@ -50,32 +48,7 @@ KILLS = [
     ("upcycle", "scoring it with 2 experts", 1),
     (FITTED, "calibrating", 2),
 ]
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from tests.unit.router.workshop.folders.test_broken_off import KILLS, Given, run
-torch.set_num_threads(1)
-source, text, dense, place = map(Path, sys.argv[1:])
-
-def die_at(command, phase, step, dest):
-    seen = 0
-    def on_progress(now, done, total):
-        nonlocal seen
-        seen += now == phase
-        if seen > step:
-            os.kill(os.getpid(), signal.SIGKILL)
-    run(command, Given(source, text, dense), dest, on_progress)
-    os._exit(0)
-
-for number, kill in enumerate(KILLS):  # each in a process that has imported all
-    if not (pid := os.fork()):
-        die_at(*kill, place / str(number) / "out")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, kill
-"""
-
-
-Begun = tuple[subprocess.Popen[bytes], Path]
+"""The commands that are killed, the phase, and after how many of its reports."""
 
 
 class Given(NamedTuple):
@@ -117,38 +90,35 @@ def run(
 
 
 @pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for what each of :data:`KILLS` leaves, by its number."""
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
 def whole(
-    begun: Begun, given: Given, tmp_path_factory: pytest.TempPathFactory
+    given: Given, killed: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, bytes]]:
-    """The files of runs that nothing ended, by command; they run beside those that are killed."""
+    """The files of runs that nothing ended, by command.
+
+    While one runs, its folder is copied at each of :data:`KILLS`. The copy has the bytes that
+    ``SIGKILL`` would leave: those that the process has handed to the system.
+    """
     place = tmp_path_factory.mktemp("whole")
-    for command in COMMANDS:
-        run(command, given, place / command / "out")
-    return {command: files_of(place / command / "out") for command in COMMANDS}
 
+    def run_whole(command: str) -> dict[str, bytes]:
+        seen: Counter[str] = Counter()
 
-@pytest.fixture(scope="module")
-def begun(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
-    """The process that runs :data:`KILLS`, each in a folder by its number, and their folder."""
-    place = tmp_path_factory.mktemp("killed")
-    for number in range(len(KILLS)):
-        (place / str(number)).mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", KILLED, *map(str, given), str(place)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    yield process, place
-    process.kill()
-    process.wait()
+        def copy_at_kills(phase: str, done: int, total: int) -> None:
+            seen[phase] += 1
+            for number, kill in enumerate(KILLS):
+                if kill == (command, phase, seen[phase] - 1):
+                    shutil.copytree(place / command, killed / str(number))
 
+        run(command, given, place / command / "out", copy_at_kills)
+        return files_of(place / command / "out")
 
-@pytest.fixture(scope="module")
-def killed(begun: Begun) -> Path:
-    """A folder with what each of :data:`KILLS` has left."""
-    process, place = begun
-    assert process.wait(300) == 0
-    return place
+    return {command: run_whole(command) for command in COMMANDS}
 
 
 @pytest.mark.parametrize("number", range(len(KILLS)), ids=[f"{c}-{p}" for c, p, _ in KILLS])
@@ -258,7 +228,7 @@ def test_what_cannot_be_is_refused_in_one_line(given: Given, tmp_path: Path) -> 
 
 def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     save("mixtral", tmp_path / "model", max_position_embeddings=100_000)
-    text = write_letters(tmp_path / "letters.txt", 30_000)
+    text = write_letters(tmp_path / "letters.txt")
     words = ("--experts", "4", "--text", str(text), "--sequence-length", "60000")
     assert "tokens, fewer than the 60001 of a sequence; give more text" in refused(
         tmp_path, tmp_path / "model", *words

@@ -54,7 +54,7 @@ def test_a_dense_gguf_becomes_the_same_model(name: str, packing: str, tmp_path: 
         "f32": {},
     }
     write_dense_gguf(tmp_path / "model.gguf", dense, **packs[packing])
-    text = write_letters(tmp_path / "letters.txt", 30_000)
+    text = write_letters(tmp_path / "letters.txt")
     options = UpcycleOptions(experts=4, shared=2, dtype="float32", sequences=4, sequence_length=32)
     with opened_dense(str(tmp_path / "model.gguf")) as model:
         record = upcycle(model, tmp_path / "out", options, [text])

@@ -51,7 +51,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(folder: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
-    few = {"sequences": 40, "sequence_length": 32}
+    few = {"sequences": 12, "sequence_length": 32}
     return prune(source_checkpoint(str(folder)), dest, PruneOptions(**few | options), texts)
 
 
@@ -68,18 +68,19 @@ def engine_logits(folder: Path) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize(
+    ("name", "by"), [*((name, "output") for name in ALL), ("mixtral", "weight")]
+)
 def test_without_experts_that_no_token_chose_the_logits_are_the_same_bits(
-    name: str, letters: Path, tmp_path: Path
+    name: str, by: By, letters: Path, tmp_path: Path
 ) -> None:
     save(name, tmp_path / "model")
     never_route(tmp_path / "model", NEVER)
-    for by in ("weight", "output"):
-        record = pruned(tmp_path / "model", tmp_path / by, [letters], experts=6, by=by)
-        assert all(kept == KEPT for kept in record.facts["kept_experts"].values())
-        assert record.figures is not None
-        assert record.figures.perplexity_before == record.figures.perplexity_after
-        assert torch.equal(engine_logits(tmp_path / "model"), engine_logits(tmp_path / by))
+    record = pruned(tmp_path / "model", tmp_path / "output", [letters], experts=6, by=by)
+    assert all(kept == KEPT for kept in record.facts["kept_experts"].values())
+    assert record.figures is not None
+    assert record.figures.perplexity_before == record.figures.perplexity_after
+    assert torch.equal(engine_logits(tmp_path / "model"), engine_logits(tmp_path / "output"))
     if name in TRANSFORMERS:
         before, after = (
             logits_of(name, whole_model(tmp_path / folder), ROWS) for folder in ("model", "output")
@@ -114,14 +115,13 @@ def test_a_quantised_model_is_pruned_to_plain_weights(name: str, tmp_path: Path)
     assert served_tokens(tmp_path / "out") == expected_tokens(name, tmp_path / "out")
 
 
-@pytest.mark.parametrize("by", ["weight", "output"])
-def test_importance_beats_random_at_equal_count(by: By, tmp_path: Path) -> None:
+def test_importance_beats_random_at_equal_count(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(2 * (ROOT / "LICENSE").read_text())  # once is too short to hold a part out
 
     def perplexity(**options: Any) -> float:
         dest = tmp_path / "-".join(map(str, options.values()))
-        few = {"experts": 4, "sequences": 48, "sequence_length": 64}
+        few = {"experts": 4, "sequences": 24, "sequence_length": 64}
         record = prune(
             source_checkpoint("models/mesh-tiny"), dest, PruneOptions(**few, **options), [text]
         )
@@ -129,7 +129,8 @@ def test_importance_beats_random_at_equal_count(by: By, tmp_path: Path) -> None:
         assert record.figures.perplexity_before < record.figures.perplexity_after
         return record.figures.perplexity_after
 
-    assert perplexity(by=by) < fmean(perplexity(by="random", seed=seed) for seed in (1, 2, 3))
+    at_random = fmean(perplexity(by="random", seed=seed) for seed in (1, 2, 3))
+    assert max(perplexity(by="weight"), perplexity(by="output")) < at_random
 
 
 def test_a_model_of_one_expert_a_layer_is_served(tmp_path: Path) -> None:

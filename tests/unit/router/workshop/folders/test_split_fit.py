@@ -64,7 +64,7 @@ def test_a_model_that_yields_nan_is_refused_and_nothing_is_left(tmp_path: Path) 
     state = load_file(tmp_path / "dense" / WEIGHTS)
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(state, tmp_path / "dense" / WEIGHTS, {"format": "pt"})
-    text = write_letters(tmp_path / "letters.txt", 30_000)
+    text = write_letters(tmp_path / "letters.txt")
     options = UpcycleOptions(4, shared=2, sequences=4, sequence_length=32)
     with (
         opened_dense(str(tmp_path / "dense")) as model,

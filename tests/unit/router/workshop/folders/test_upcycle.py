@@ -24,7 +24,7 @@ ROWS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(0)
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_letters(tmp_path_factory.mktemp("text") / "letters.txt", 30_000)
+    return write_letters(tmp_path_factory.mktemp("text") / "letters.txt")
 
 
 def upcycled(source: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
