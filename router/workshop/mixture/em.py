@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.linalg import cho_solve
@@ -51,6 +52,8 @@ def penalty_of(num_features: int, ridge: float, bias_ridge: float) -> Array:
 def log_sum_exp(scores: Array) -> Array:
     """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
     top = _over_choices(np.maximum, scores)
+    if np.isfinite(top).all():  # no logarithm below is one of 0
+        return np.log(sum_of_choices(np.exp(scores - top))) + top
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
         return np.log(sum_of_choices(np.exp(scores - top))) + top
@@ -61,13 +64,24 @@ def sum_of_choices(values: Array) -> Array:
     return _over_choices(np.add, values)
 
 
+def _centred(values: Array) -> Array:
+    """Return ``values`` less their mean over the last axis. numpy's own mean is slow there."""
+    num_choices = values.shape[-1]
+    if num_choices == 2:
+        return values - (values[..., :1] + values[..., 1:]) / num_choices
+    centred: Array = values - np.add.reduce(values, axis=-1, keepdims=True) / num_choices
+    return centred
+
+
 def _over_choices(function: np.ufunc, values: Array) -> Array:
     """Reduce the last axis. numpy's own reduction is many times slower where it is short."""
     if values.shape[-1] > _FEW_CHOICES:
         reduced: Array = function.reduce(values, axis=-1, keepdims=True)
         return reduced
-    result = values[..., :1].copy()
-    for choice in range(1, values.shape[-1]):
+    if values.shape[-1] < 2:
+        return values[..., :1].copy()
+    result = function(values[..., :1], values[..., 1:2])
+    for choice in range(2, values.shape[-1]):
         function(result, values[..., choice : choice + 1], out=result)
     return result
 
@@ -156,9 +170,9 @@ class SoftmaxProblem:
         """Return penalty · coefficients, [D, G, C]."""
         return self.penalty[:, None, None] * coefficients
 
-    def objectives(self, coefficients: Array, scores: Array) -> Array:
-        """Return the objective [G] of each model, given its ``scores``."""
-        likelihood = np.einsum("ngc,ngc->g", self.targets, log_softmax(scores))
+    def objectives(self, coefficients: Array, log_probabilities: Array) -> Array:
+        """Return the objective [G] of each model, given the :func:`log_softmax` of its scores."""
+        likelihood = np.einsum("ngc,ngc->g", self.targets, log_probabilities)
         return likelihood - 0.5 * _dot(coefficients, self.penalised(coefficients))
 
     def of(self, models: Array) -> SoftmaxProblem:
@@ -182,7 +196,7 @@ def ascend(
     No step lowers an objective by more than rounding. The sum of coefficients over the choices,
     which changes nothing but the penalty, becomes 0.
     """
-    coefficients = coefficients - coefficients.mean(axis=2, keepdims=True)
+    coefficients = _centred(coefficients)
     mass = problem.targets.sum(axis=(0, 2))
     if problem.shape[2] == 1:
         return coefficients, True
@@ -283,12 +297,13 @@ def _newton_step(
     The step lowers no objective by more than rounding. Where none is found, both are 0.
     """
     scores = problem.scores(coefficients)
-    before = problem.objectives(coefficients, scores)
-    probabilities = np.exp(log_softmax(scores))
+    log_probabilities = log_softmax(scores)
+    before = problem.objectives(coefficients, log_probabilities)
+    probabilities = np.exp(log_probabilities)
     row_mass = sum_of_choices(problem.targets)
     residuals = problem.targets - row_mass * probabilities
-    gradient = problem.transposed(residuals) - problem.penalised(coefficients)
-    gradient -= gradient.mean(axis=2, keepdims=True)  # rounding: the sum is 0
+    # The sum over the choices is 0 but for rounding.
+    gradient = _centred(problem.transposed(residuals) - problem.penalised(coefficients))
     direction = _newton_direction(problem, row_mass, probabilities, gradient, tolerance)
     promised = _dot(gradient, direction)
     score_direction = problem.scores(direction)
@@ -304,7 +319,7 @@ def _newton_step(
         moved = size[models, None] * direction[:, models]
         after = problem.of(models).objectives(
             coefficients[:, models] + moved,
-            scores[:, models] + size[models, None] * score_direction[:, models],
+            log_softmax(scores[:, models] + size[models, None] * score_direction[:, models]),
         )
         needed = before[models] + _ARMIJO * size[models] * promised[models]
         enough = after >= needed - rounding[models]
@@ -373,13 +388,10 @@ def _preconditioner(
     added = np.where(ridge > 0, ridge, 1.0)[..., None]
     of_classes = curvature.reshape(len(curvature), -1)
 
-    def centred(vector: Array) -> Array:
-        return vector - vector.mean(axis=2, keepdims=True)  # the Hessian's own subspace
-
     if num_columns > _MOST_BLOCK_COLUMNS:
         diagonals = ((problem.design**2).T @ of_classes).reshape(problem.shape) + added
-        return lambda vector: centred(vector / diagonals)
-    left, right = np.triu_indices(num_columns)
+        return lambda vector: _centred(vector / diagonals)  # the Hessian's own subspace
+    left, right = _upper_triangle(num_columns)
     products = problem.design[:, left] * problem.design[:, right]
     halves = (of_classes.T @ products).reshape(num_models, num_classes, -1)
     blocks = np.empty((num_models, num_classes, num_columns, num_columns))
@@ -390,6 +402,9 @@ def _preconditioner(
 
     def by_blocks(vector: Array) -> Array:
         solved = inverses @ vector.transpose(1, 2, 0)[..., None]
-        return centred(solved[..., 0].transpose(2, 0, 1))
+        return _centred(solved[..., 0].transpose(2, 0, 1))
 
     return by_blocks
+
+
+_upper_triangle = lru_cache(np.triu_indices)

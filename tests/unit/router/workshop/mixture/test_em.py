@@ -186,10 +186,10 @@ def test_no_newton_step_lowers_an_objective(
     problem = SoftmaxProblem(design, targets, penalty_of(3, ridge, 1e-6))
     coefficients = rng.normal(size=problem.shape)
     coefficients -= coefficients.mean(axis=2, keepdims=True)
-    before = problem.objectives(coefficients, problem.scores(coefficients))
+    before = problem.objectives(coefficients, log_softmax(problem.scores(coefficients)))
     for _ in range(6):
         coefficients, _ = ascend(problem, coefficients, max_iter=1)
-        after = problem.objectives(coefficients, problem.scores(coefficients))
+        after = problem.objectives(coefficients, log_softmax(problem.scores(coefficients)))
         assert np.isfinite(after).all()
         assert np.all(after >= before - 1e-9 * (1 + abs(before)))
         before = after
