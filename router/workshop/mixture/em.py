@@ -23,7 +23,7 @@ from scipy.linalg.lapack import dpotrf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_consistent_length
 
-Array = np.ndarray
+from router.workshop.mixture.choices import Array, centred, log_softmax, sum_of_choices
 
 NEWTON_DECREMENT = 1e-10
 """Newton's method ends after a step that promises less than this, in nats a row."""
@@ -34,7 +34,6 @@ _MOST_HALVINGS = 40
 _ARMIJO = 1e-4
 _DAMPING = 1e-12
 _LEAST_PIVOT = 1e-6
-_FEW_CHOICES = 16
 _MOST_BLOCK_COLUMNS = 8
 """The columns up to which blocks of the Hessian pay as a preconditioner of conjugate gradients."""
 
@@ -47,48 +46,6 @@ def design_of(X: Array) -> Array:
 def penalty_of(num_features: int, ridge: float, bias_ridge: float) -> Array:
     """Return the ridge [D] of each row of coefficients: the features', then the bias's."""
     return np.append(np.full(num_features, float(ridge)), float(bias_ridge))
-
-
-def log_sum_exp(scores: Array) -> Array:
-    """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
-    top = _over_choices(np.maximum, scores)
-    if np.isfinite(top).all():  # no logarithm below is one of 0
-        return np.log(sum_of_choices(np.exp(scores - top))) + top
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(sum_of_choices(np.exp(scores - top))) + top
-
-
-def sum_of_choices(values: Array) -> Array:
-    """Return the sum over the last axis, kept with length 1."""
-    return _over_choices(np.add, values)
-
-
-def _centred(values: Array) -> Array:
-    """Return ``values`` less their mean over the last axis. numpy's own mean is slow there."""
-    num_choices = values.shape[-1]
-    if num_choices == 2:
-        return values - (values[..., :1] + values[..., 1:]) / num_choices
-    centred: Array = values - np.add.reduce(values, axis=-1, keepdims=True) / num_choices
-    return centred
-
-
-def _over_choices(function: np.ufunc, values: Array) -> Array:
-    """Reduce the last axis. numpy's own reduction is many times slower where it is short."""
-    if values.shape[-1] > _FEW_CHOICES:
-        reduced: Array = function.reduce(values, axis=-1, keepdims=True)
-        return reduced
-    if values.shape[-1] < 2:
-        return values[..., :1].copy()
-    result = function(values[..., :1], values[..., 1:2])
-    for choice in range(2, values.shape[-1]):
-        function(result, values[..., choice : choice + 1], out=result)
-    return result
-
-
-def log_softmax(scores: Array) -> Array:
-    """Return the log of the softmax over the last axis."""
-    return scores - log_sum_exp(scores)
 
 
 def least_squares(
@@ -196,7 +153,7 @@ def ascend(
     No step lowers an objective by more than rounding. The sum of coefficients over the choices,
     which changes nothing but the penalty, becomes 0.
     """
-    coefficients = _centred(coefficients)
+    coefficients = centred(coefficients)
     mass = problem.targets.sum(axis=(0, 2))
     if problem.shape[2] == 1:
         return coefficients, True
@@ -303,7 +260,7 @@ def _newton_step(
     row_mass = sum_of_choices(problem.targets)
     residuals = problem.targets - row_mass * probabilities
     # The sum over the choices is 0 but for rounding.
-    gradient = _centred(problem.transposed(residuals) - problem.penalised(coefficients))
+    gradient = centred(problem.transposed(residuals) - problem.penalised(coefficients))
     direction = _newton_direction(problem, row_mass, probabilities, gradient, tolerance)
     promised = _dot(gradient, direction)
     score_direction = problem.scores(direction)
@@ -390,7 +347,7 @@ def _preconditioner(
 
     if num_columns > _MOST_BLOCK_COLUMNS:
         diagonals = ((problem.design**2).T @ of_classes).reshape(problem.shape) + added
-        return lambda vector: _centred(vector / diagonals)  # the Hessian's own subspace
+        return lambda vector: centred(vector / diagonals)  # the Hessian's own subspace
     left, right = _upper_triangle(num_columns)
     products = problem.design[:, left] * problem.design[:, right]
     halves = (of_classes.T @ products).reshape(num_models, num_classes, -1)
@@ -402,7 +359,7 @@ def _preconditioner(
 
     def by_blocks(vector: Array) -> Array:
         solved = inverses @ vector.transpose(1, 2, 0)[..., None]
-        return _centred(solved[..., 0].transpose(2, 0, 1))
+        return centred(solved[..., 0].transpose(2, 0, 1))
 
     return by_blocks
 

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 
+from router.workshop.mixture.choices import log_softmax, log_sum_exp
 from router.workshop.mixture.em import (
     SoftmaxProblem,
     ascend,
     design_of,
     fit_softmax,
     least_squares,
-    log_softmax,
-    log_sum_exp,
     penalty_of,
 )
 
