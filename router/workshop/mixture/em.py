@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.linalg import cho_solve
@@ -22,7 +23,7 @@ from scipy.linalg.lapack import dpotrf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_consistent_length
 
-Array = np.ndarray
+from router.workshop.mixture.choices import Array, centred, log_softmax, sum_of_choices
 
 NEWTON_DECREMENT = 1e-10
 """Newton's method ends after a step that promises less than this, in nats a row."""
@@ -33,7 +34,6 @@ _MOST_HALVINGS = 40
 _ARMIJO = 1e-4
 _DAMPING = 1e-12
 _LEAST_PIVOT = 1e-6
-_FEW_CHOICES = 16
 _MOST_BLOCK_COLUMNS = 8
 """The columns up to which blocks of the Hessian pay as a preconditioner of conjugate gradients."""
 
@@ -46,35 +46,6 @@ def design_of(X: Array) -> Array:
 def penalty_of(num_features: int, ridge: float, bias_ridge: float) -> Array:
     """Return the ridge [D] of each row of coefficients: the features', then the bias's."""
     return np.append(np.full(num_features, float(ridge)), float(bias_ridge))
-
-
-def log_sum_exp(scores: Array) -> Array:
-    """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
-    top = _over_choices(np.maximum, scores)
-    top = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        return np.log(sum_of_choices(np.exp(scores - top))) + top
-
-
-def sum_of_choices(values: Array) -> Array:
-    """Return the sum over the last axis, kept with length 1."""
-    return _over_choices(np.add, values)
-
-
-def _over_choices(function: np.ufunc, values: Array) -> Array:
-    """Reduce the last axis. numpy's own reduction is many times slower where it is short."""
-    if values.shape[-1] > _FEW_CHOICES:
-        reduced: Array = function.reduce(values, axis=-1, keepdims=True)
-        return reduced
-    result = values[..., :1].copy()
-    for choice in range(1, values.shape[-1]):
-        function(result, values[..., choice : choice + 1], out=result)
-    return result
-
-
-def log_softmax(scores: Array) -> Array:
-    """Return the log of the softmax over the last axis."""
-    return scores - log_sum_exp(scores)
 
 
 def least_squares(
@@ -156,9 +127,9 @@ class SoftmaxProblem:
         """Return penalty · coefficients, [D, G, C]."""
         return self.penalty[:, None, None] * coefficients
 
-    def objectives(self, coefficients: Array, scores: Array) -> Array:
-        """Return the objective [G] of each model, given its ``scores``."""
-        likelihood = np.einsum("ngc,ngc->g", self.targets, log_softmax(scores))
+    def objectives(self, coefficients: Array, log_probabilities: Array) -> Array:
+        """Return the objective [G] of each model, given the :func:`log_softmax` of its scores."""
+        likelihood = np.einsum("ngc,ngc->g", self.targets, log_probabilities)
         return likelihood - 0.5 * _dot(coefficients, self.penalised(coefficients))
 
     def of(self, models: Array) -> SoftmaxProblem:
@@ -182,7 +153,7 @@ def ascend(
     No step lowers an objective by more than rounding. The sum of coefficients over the choices,
     which changes nothing but the penalty, becomes 0.
     """
-    coefficients = coefficients - coefficients.mean(axis=2, keepdims=True)
+    coefficients = centred(coefficients)
     mass = problem.targets.sum(axis=(0, 2))
     if problem.shape[2] == 1:
         return coefficients, True
@@ -283,12 +254,13 @@ def _newton_step(
     The step lowers no objective by more than rounding. Where none is found, both are 0.
     """
     scores = problem.scores(coefficients)
-    before = problem.objectives(coefficients, scores)
-    probabilities = np.exp(log_softmax(scores))
+    log_probabilities = log_softmax(scores)
+    before = problem.objectives(coefficients, log_probabilities)
+    probabilities = np.exp(log_probabilities)
     row_mass = sum_of_choices(problem.targets)
     residuals = problem.targets - row_mass * probabilities
-    gradient = problem.transposed(residuals) - problem.penalised(coefficients)
-    gradient -= gradient.mean(axis=2, keepdims=True)  # rounding: the sum is 0
+    # The sum over the choices is 0 but for rounding.
+    gradient = centred(problem.transposed(residuals) - problem.penalised(coefficients))
     direction = _newton_direction(problem, row_mass, probabilities, gradient, tolerance)
     promised = _dot(gradient, direction)
     score_direction = problem.scores(direction)
@@ -304,7 +276,7 @@ def _newton_step(
         moved = size[models, None] * direction[:, models]
         after = problem.of(models).objectives(
             coefficients[:, models] + moved,
-            scores[:, models] + size[models, None] * score_direction[:, models],
+            log_softmax(scores[:, models] + size[models, None] * score_direction[:, models]),
         )
         needed = before[models] + _ARMIJO * size[models] * promised[models]
         enough = after >= needed - rounding[models]
@@ -373,13 +345,10 @@ def _preconditioner(
     added = np.where(ridge > 0, ridge, 1.0)[..., None]
     of_classes = curvature.reshape(len(curvature), -1)
 
-    def centred(vector: Array) -> Array:
-        return vector - vector.mean(axis=2, keepdims=True)  # the Hessian's own subspace
-
     if num_columns > _MOST_BLOCK_COLUMNS:
         diagonals = ((problem.design**2).T @ of_classes).reshape(problem.shape) + added
-        return lambda vector: centred(vector / diagonals)
-    left, right = np.triu_indices(num_columns)
+        return lambda vector: centred(vector / diagonals)  # the Hessian's own subspace
+    left, right = _upper_triangle(num_columns)
     products = problem.design[:, left] * problem.design[:, right]
     halves = (of_classes.T @ products).reshape(num_models, num_classes, -1)
     blocks = np.empty((num_models, num_classes, num_columns, num_columns))
@@ -393,3 +362,6 @@ def _preconditioner(
         return centred(solved[..., 0].transpose(2, 0, 1))
 
     return by_blocks
+
+
+_upper_triangle = lru_cache(np.triu_indices)

@@ -156,6 +156,7 @@ class _Objective:
     def __init__(self, network: AdaptiveNetwork, settings: FitSettings) -> None:
         self.network = network
         self.settings = settings
+        self._decayed = network.decayed()
 
     def training(self, rows: Rows, generator: torch.Generator) -> tuple[Tensor, float]:
         """Return the objective, and the mean log likelihood, with the noise of a noisy gate."""
@@ -176,7 +177,7 @@ class _Objective:
 
     def penalty(self, weight: float) -> Tensor:
         """Return ``alpha / 2`` times the sum of squared weights, per unit of rows' weight."""
-        squares = torch.stack([w.square().sum() for w in self.network.decayed()])
+        squares = torch.stack([w.square().sum() for w in self._decayed])
         return 0.5 * self.settings.alpha / weight * squares.sum()
 
     def served(self, rows: Rows) -> tuple[float, float]:

@@ -76,17 +76,20 @@ class StackedLayers(nn.Module):
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList(_zeros(copies, out, inputs) for inputs, out in pairs)
         self.biases = nn.ParameterList(_zeros(copies, out) for _, out in pairs)
+        # A fit asks for them thousands of times, and a ParameterList is slow.
+        *self._hidden, self._last = zip(self.weights, self.biases, strict=True)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the values [E, N, H] before the last layer, of ``x`` [N, F] or [E, N, F]."""
-        hidden = x.expand(len(self.biases[0]), *x.shape[-2:])
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        hidden = x.expand(len(self._last[0]), *x.shape[-2:])
+        for weight, bias in self._hidden:
             hidden = self._act(torch.baddbmm(bias[:, None], hidden, weight.transpose(1, 2)))
         return hidden
 
     def head(self, features: Tensor) -> Tensor:
         """Return the last layer's values [E, N, out]."""
-        return torch.baddbmm(self.biases[-1][:, None], features, self.weights[-1].transpose(1, 2))
+        weight, bias = self._last
+        return torch.baddbmm(bias[:, None], features, weight.transpose(1, 2))
 
 
 class RecurrentLayers(nn.Module):

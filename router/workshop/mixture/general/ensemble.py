@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
-from router.workshop.mixture.em import log_sum_exp
+from router.workshop.mixture.choices import log_sum_exp
 from router.workshop.mixture.general.fits import Data, Expert, Fit, FitFailedError, fits
 from router.workshop.mixture.general.folds import Fold, Rows
 from router.workshop.mixture.general.gates import (

@@ -11,7 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
-from router.workshop.mixture.em import Array, least_squares
+from router.workshop.mixture.choices import Array
+from router.workshop.mixture.em import least_squares
 from router.workshop.mixture.hierarchical.tree import Rows
 
 _MOST_GROUPINGS = 500

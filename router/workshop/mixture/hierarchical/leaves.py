@@ -11,14 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from router.workshop.mixture.em import (
-    ROUGH,
-    Array,
-    SoftmaxProblem,
-    ascend,
-    least_squares,
-    log_softmax,
-)
+from router.workshop.mixture.choices import Array, log_softmax
+from router.workshop.mixture.em import ROUGH, SoftmaxProblem, ascend, least_squares
 
 VARIANCE_ROWS = 0.1
 """The weight of a variance's prior, in rows whose squared residual is the target's variance."""

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from router.workshop.mixture.em import Array, least_squares
+from router.workshop.mixture.choices import Array
+from router.workshop.mixture.em import least_squares
 from router.workshop.mixture.hierarchical.grouping import grouped
 from router.workshop.mixture.hierarchical.tree import Rows, Stopping, Tree, empty_gates, fit_tree
 

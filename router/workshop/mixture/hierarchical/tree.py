@@ -13,15 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from router.workshop.mixture.em import (
-    ROUGH,
-    Array,
-    SoftmaxProblem,
-    ascend,
-    log_softmax,
-    log_sum_exp,
-    sum_of_choices,
-)
+from router.workshop.mixture.choices import Array, log_softmax, log_sum_exp, sum_of_choices
+from router.workshop.mixture.em import ROUGH, SoftmaxProblem, ascend
 from router.workshop.mixture.hierarchical.leaves import Leaves
 
 _ROUNDING = 1e-9
