@@ -292,19 +292,19 @@ def test_drifting_load_is_balanced_as_by_eplb_for_a_quarter_of_its_bytes(
 
 
 def test_a_cluster_of_a_thousand_devices_is_planned_in_seconds() -> None:
-    models = [ModelExperts("m", tuple(range(58)), 256, 44_000_000)]
+    models = [ModelExperts("m", tuple(range(20)), 256, 44_000_000)]
     devices = [
-        Device(f"d{i:03}", f"n{i // 8}", 17 * 44_000_000, 1.0 + (i % 3 == 0)) for i in range(1000)
+        Device(f"d{i:03}", f"n{i // 8}", 6 * 44_000_000, 1.0 + (i % 3 == 0)) for i in range(1000)
     ]
     held: Held = {}
     rates: dict[ExpertKey, float] = {}
-    loads = [drifting(layer, 256, 1.0, 0.1) for layer in range(58)]
+    loads = [drifting(layer, 256, 1.0, 0.1) for layer in range(20)]
     for _ in range(2):
         for layer, load in enumerate(loads):
             of_layer = next(load)
             rates |= {ExpertKey("m", layer, e): float(of_layer[e]) for e in range(256)}
         began_s = time.process_time()
         plan = plan_copies(models, devices, rates, held)
-        assert time.process_time() - began_s < 10  # about one; machines differ
+        assert time.process_time() - began_s < 4  # about 0.3; machines differ
         assert plan.after.layers < plan.before.layers or not held
         held = checked(models, devices, 1, plan)

@@ -37,6 +37,7 @@ from tests.emulated_device import emulated_device
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
 from tests.local_cluster import MODEL, Answered, LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import Saved
 from tests.unit.router.engine.test_batch import sequence_of
 from tests.unit.router.engine.test_engine import prompt_of
 
@@ -63,8 +64,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "LEAST_PIECE_TOKENS", 4)
 
 
-def requests(**options: Any) -> list[GenerationRequest]:
-    return [greedy_request(f"r{i}", prompt, LENGTH, **options) for i, prompt in enumerate(PROMPTS)]
+def requests(name: str = "r", **options: Any) -> list[GenerationRequest]:
+    return [
+        greedy_request(f"{name}{i}", prompt, LENGTH, **options) for i, prompt in enumerate(PROMPTS)
+    ]
 
 
 def tokens_of(cluster: LocalCluster, most_pieces: int) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -79,9 +82,10 @@ def tokens_of(cluster: LocalCluster, most_pieces: int) -> tuple[list[tuple[int, 
 
     cluster.model.decoder.forward = counted
     try:
-        return [event.token_ids for [event] in cluster.generate(*requests())], counts
+        events = cluster.generate(*requests(f"{most_pieces}/"))
     finally:
-        cluster.close()
+        cluster.model.decoder.forward = forward
+    return [event.token_ids for [event] in events], counts
 
 
 # The decision.
@@ -163,52 +167,59 @@ def test_a_chunk_goes_on_in_the_next_piece(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("dtype", ["float32"] if native is None else ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL)
-def test_pieces_change_no_familys_tokens(tmp_path: Path, family: str, dtype: str) -> None:
-    ALL[family](tmp_path / family)
-
-    def cluster() -> LocalCluster:
-        return LocalCluster(tmp_path / family, limits=LIMITS, dtype=dtype)
-
-    expected, counts = tokens_of(cluster(), 1)
+def test_pieces_change_no_familys_tokens(
+    saved: Callable[..., Saved], family: str, dtype: str
+) -> None:
+    folder = saved(family).folder
+    cluster = LocalCluster(folder, limits=LIMITS, dtype=dtype, prefix_cache=False)
+    expected, counts = tokens_of(cluster, 1)
     assert set(counts) == {1}
     for most_pieces in (2, 3):
-        tokens, counts = tokens_of(cluster(), most_pieces)
+        tokens, counts = tokens_of(cluster, most_pieces)
         assert counts.count(most_pieces) >= 2  # prefills beside decodes, too
         assert counts[-1] == 1
         assert tokens == expected
+    cluster.close()
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("windowed")
-    save_mixtral(path, sliding_window=7)
-    return path
+def windowed(saved: Callable[..., Saved]) -> dict[str, LocalCluster]:
+    """A cluster of each type, whose steps a test computes."""
+    folder = saved("mixtral", sliding_window=7).folder
+    return {
+        dtype: LocalCluster(folder, threaded=False, dtype=dtype, prefix_cache=False)
+        for dtype, _ in ERRORS
+    }
 
 
 @pytest.mark.parametrize(("dtype", "error"), ERRORS)
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_borders_anywhere_change_no_bit(
-    windowed: Path, data: st.DataObject, dtype: str, error: float
+    windowed: dict[str, LocalCluster], data: st.DataObject, dtype: str, error: float
 ) -> None:
     """Without native code torch rounds otherwise where a chunk has another size."""
     logits = []
     cuts = sorted(data.draw(st.sets(st.integers(1, 39), max_size=4)))
+    cluster = windowed[dtype]
     for ends in ([40], [*cuts, 40]):
-        cluster = LocalCluster(windowed, threaded=False, dtype=dtype)
         for i, length in enumerate((23, 17)):
             cluster.scheduler.add(greedy_request(f"r{i}", prompt_of(length, i), 4))
         work = cluster.scheduler.schedule()
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
             patch.setattr(batch, "piece_ends", lambda *_, ends=ends: ends)
             logits.append(cluster.forward(pack(work, cluster.model.attention)))
+        for sequence in [*cluster.scheduler.running]:
+            cluster.scheduler.finish(sequence)
     assert (logits[1] - logits[0]).abs().max() <= error * logits[0].abs().max()
 
 
 @pytest.mark.usefixtures("short")
 def test_a_device_copies_once_each_way_for_each_piece_and_layer(folder: Path) -> None:
     with emulated_device() as device:
-        expected, _ = tokens_of(LocalCluster(folder, limits=LIMITS, dtype="float32"), 1)
+        host = LocalCluster(folder, limits=LIMITS, dtype="float32")
+        expected, _ = tokens_of(host, 1)
+        host.close()
         cluster = LocalCluster(folder, limits=LIMITS, dtype="float32", device=device.device)
         copies = []
         step = cluster.engine.step
@@ -220,6 +231,7 @@ def test_a_device_copies_once_each_way_for_each_piece_and_layer(folder: Path) ->
 
         cluster.engine.step = counted
         tokens, counts = tokens_of(cluster, MOST_PIECES)
+        cluster.close()
     assert tokens == expected
     assert MOST_PIECES in counts
     num_layers = len(cluster.checkpoint.shape.layers)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,31 +25,28 @@ from router.engine.scheduler import Limits, Scheduler
 from router.engine.sequence import Sequence
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.rules import TokenRules
-from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import Saved
 from tests.unit.router.engine.test_engine import prompt_of
 from tests.unit.router.engine.test_independence import ALL
 
-pytestmark = pytest.mark.skipif(native is None, reason="bits are promised in native code alone")
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="bits are promised in native code alone"),
+    pytest.mark.usefixtures("one_thread"),
+]
 PAGE = 16
 LIMITS = Limits(32, 64, 256)
 COMMON = prompt_of(3 * PAGE, 1)
 RULES = TokenRules(0.9, 0.4, 1.4, ((5, 2.0),), 6, (9,), ((4,), (7, 8)))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path, dtype=getattr(torch, request.param))
-    return path
-
-
 @pytest.fixture
-def open_cluster(folder: Path) -> Iterator[Callable[..., LocalCluster]]:
+def open_cluster(saved: Callable[..., Saved]) -> Iterator[Callable[..., LocalCluster]]:
     opened: list[LocalCluster] = []
 
-    def opening(**options: Any) -> LocalCluster:
-        opened.append(LocalCluster(folder, limits=LIMITS, **options))
+    def opening(dtype: str = "bfloat16", **options: Any) -> LocalCluster:
+        folder = saved("mixtral").folder
+        opened.append(LocalCluster(folder, limits=LIMITS, dtype=dtype, **options))
         return opened[-1]
 
     yield opening
@@ -85,21 +81,20 @@ def crowd() -> list[GenerationRequest]:
         for length, own in ((0, 5), (15, 9), (16, 1), (24, 20), (32, 0), (48, 0), (48, 30))
     ]
     return [
-        greedy_request(f"r{i}.{j}", prompt, 12 + 7 * j, **kind)
+        greedy_request(f"r{i}.{j}", prompt, 6 + 5 * j, **kind)
         for i, prompt in enumerate(prompts)
         for j, kind in enumerate(kinds)
     ]
 
 
-@pytest.mark.parametrize("cache_tokens", [8192, 640])
+@pytest.mark.parametrize(("dtype", "cache_tokens"), [("bfloat16", 8192), ("float32", 640)])
 def test_hits_change_no_token_in_a_crowd_nor_under_eviction(
-    open_cluster: Callable[..., LocalCluster], cache_tokens: int
+    open_cluster: Callable[..., LocalCluster], dtype: str, cache_tokens: int
 ) -> None:
     requests = crowd()
-    alone = open_cluster(prefix_cache=False)
-    expected = [alone.generate(request)[0] for request in requests]
-    cluster = open_cluster(cache_tokens=cache_tokens)
-    for turn in range(3):
+    expected = open_cluster(dtype, prefix_cache=False).generate(*requests)
+    cluster = open_cluster(dtype, cache_tokens=cache_tokens)
+    for turn in range(2):
         again = [replace(r, request_id=f"{r.request_id}/{turn}") for r in requests]
         assert list(map(without_cached, cluster.generate(*again))) == expected
         assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
@@ -107,12 +102,12 @@ def test_hits_change_no_token_in_a_crowd_nor_under_eviction(
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_hits_change_no_token_of_any_family(tmp_path: Path, family: str) -> None:
-    ALL[family](tmp_path)
+def test_hits_change_no_token_of_any_family(saved: Callable[..., Saved], family: str) -> None:
+    folder = saved(family).folder
     request = greedy_request("r", [*COMMON, 5, 6], 6, temperature=1.0, seed=2, logprobs=1)
     results = []
     for is_on in (False, True):
-        cluster = LocalCluster(tmp_path, limits=LIMITS, dtype="bfloat16", prefix_cache=is_on)
+        cluster = LocalCluster(folder, limits=LIMITS, dtype="bfloat16", prefix_cache=is_on)
         cluster.generate(greedy_request("other", [*COMMON, 9], 3))
         results.append(cluster.generate(request)[0])
         cluster.close()
@@ -120,17 +115,15 @@ def test_hits_change_no_token_of_any_family(tmp_path: Path, family: str) -> None
     assert without_cached(results[1]) == results[0]
 
 
-@pytest.mark.parametrize(
-    ("length", "cached"), [(1, 0), (16, 0), (17, 16), (32, 16), (33, 32), (48, 32), (49, 48)]
-)
 def test_whole_pages_before_the_last_token_are_found(
-    open_cluster: Callable[..., LocalCluster], length: int, cached: int
+    open_cluster: Callable[..., LocalCluster],
 ) -> None:
     cluster = open_cluster()
-    prompt = [*COMMON, 3][:length]
-    for name, expected in (("first", 0), ("second", cached)):
-        [[event]] = cluster.generate(greedy_request(name, prompt, 2))
-        assert event.cached_tokens == expected
+    for length, cached in ((1, 0), (16, 0), (17, 16), (32, 16), (33, 32), (48, 32), (49, 48)):
+        prompt = prompt_of(length, length)
+        for name, expected in (("first", 0), ("second", cached)):
+            [[event]] = cluster.generate(greedy_request(f"{name} of {length}", prompt, 2))
+            assert event.cached_tokens == expected
 
 
 def test_two_prompts_that_share_one_and_a_half_pages_share_one(

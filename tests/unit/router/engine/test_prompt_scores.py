@@ -17,8 +17,9 @@ from router.engine.scheduler import Limits
 from router.messages.request import GenerationRequest, PromptLogprobs, Received
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import SAVERS
-from tests.grok_oracle import logits_of, save_grok
+from tests.grok_oracle import logits_of
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import Saved
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,9 +54,9 @@ def rows_of(cluster: LocalCluster, request: GenerationRequest) -> tuple[PromptLo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_equal_those_of_transformers(tmp_path: Path, family: str) -> None:
-    model = FAMILIES[family](tmp_path)
-    cluster = LocalCluster(tmp_path, limits=Limits(4, 16, 16))  # the prompt takes three steps
+def test_they_equal_those_of_transformers(saved: Callable[..., Saved], family: str) -> None:
+    folder, model = saved(family)
+    cluster = LocalCluster(folder, limits=Limits(4, 16, 16))  # the prompt takes three steps
     rows = rows_of(cluster, asked("r"))
     cluster.close()
     ids = torch.tensor([prompt_of(LENGTH, 7)])
@@ -73,9 +74,9 @@ def test_they_equal_those_of_transformers(tmp_path: Path, family: str) -> None:
         assert abs(row.rank - 1 - int((expected[place] > own).sum())) <= 1
 
 
-def test_those_of_grok_equal_an_independent_implementation(tmp_path: Path) -> None:
-    weights = save_grok(tmp_path)
-    cluster = LocalCluster(tmp_path, limits=Limits(4, 16, 16))
+def test_those_of_grok_equal_an_independent_implementation(saved: Callable[..., Saved]) -> None:
+    folder, weights = saved("grok")
+    cluster = LocalCluster(folder, limits=Limits(4, 16, 16))
     rows = rows_of(cluster, asked("r"))
     cluster.close()
     ids = prompt_of(LENGTH, 7)
@@ -86,12 +87,12 @@ def test_those_of_grok_equal_an_independent_implementation(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [*FAMILIES, "grok"])
-def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dtype: str) -> None:
-    {**FAMILIES, "grok": save_grok}[family](tmp_path)
-    alone = LocalCluster(tmp_path, dtype=dtype)
-    expected = rows_of(alone, asked("r"))
-    alone.close()
-    crowded = LocalCluster(tmp_path, dtype=dtype, limits=Limits(32, 32, 64))
+def test_neither_company_nor_chunks_change_a_bit(
+    saved: Callable[..., Saved], family: str, dtype: str
+) -> None:
+    limits = Limits(32, LENGTH + 3, 64)  # alone, the prompt is one step
+    cluster = LocalCluster(saved(family).folder, dtype=dtype, limits=limits, prefix_cache=False)
+    expected = rows_of(cluster, asked("alone"))
     others = [
         greedy_request(
             f"o{seed}",
@@ -101,18 +102,17 @@ def test_neither_company_nor_chunks_change_a_bit(tmp_path: Path, family: str, dt
         )
         for seed in range(1, 7)
     ]
-    results = crowded.generate(*others[:3], asked("r", count=4), *others[3:])
-    crowded.close()
+    results = cluster.generate(*others[:3], asked("r", count=4), *others[3:])
+    cluster.close()
     [event] = results[3]
     assert event.prompt_logprobs == expected
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_logits_are_made_a_few_rows_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    FAMILIES[family](tmp_path)
-    cluster = LocalCluster(tmp_path)
+    cluster = LocalCluster(saved(family).folder)
     whole = rows_of(cluster, asked("whole"))
     sizes = []
     logits = cluster.model.decoder.logits

@@ -24,6 +24,7 @@ from tests.emulated_steps import Steps
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.routed_oracle import WEIGHTS, logits_under, used_by
+from tests.unit.router.engine.conftest import Saved
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,9 +87,9 @@ def without_rows(event: TokenEvent) -> TokenEvent:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_are_those_of_transformers(tmp_path: Path, family: str) -> None:
-    model = FAMILIES[family](tmp_path)
-    cluster = LocalCluster(tmp_path, limits=CHUNKED)
+def test_they_are_those_of_transformers(saved: Callable[..., Saved], family: str) -> None:
+    folder, model = saved(family)
+    cluster = LocalCluster(folder, limits=CHUNKED)
     [[event]] = cluster.generate(asked(cluster, "r"))
     cluster.close()
     rows = rows_of(cluster, event)
@@ -99,9 +100,10 @@ def test_they_are_those_of_transformers(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_own_experts_forced_change_no_bit(tmp_path: Path, family: str, dtype: str) -> None:
-    FAMILIES[family](tmp_path)
-    cluster = LocalCluster(tmp_path, limits=CHUNKED, dtype=dtype)
+def test_own_experts_forced_change_no_bit(
+    saved: Callable[..., Saved], family: str, dtype: str
+) -> None:
+    cluster = LocalCluster(saved(family).folder, limits=CHUNKED, dtype=dtype)
     plain = replace(asked(cluster, "plain", prompt_logprobs=2), routed=None)
     [[expected]] = cluster.generate(plain)
     [[free]] = cluster.generate(asked(cluster, "free", prompt_logprobs=2))
@@ -115,10 +117,12 @@ def test_own_experts_forced_change_no_bit(tmp_path: Path, family: str, dtype: st
 
 
 @pytest.mark.parametrize("family", WEIGHTS)
-def test_other_experts_forced_give_what_follows_from_them(tmp_path: Path, family: str) -> None:
+def test_other_experts_forced_give_what_follows_from_them(
+    saved: Callable[..., Saved], family: str
+) -> None:
     """Reinforcement learning's use: the log probabilities of given tokens under given experts."""
-    model = FAMILIES[family](tmp_path)
-    cluster = LocalCluster(tmp_path, limits=CHUNKED)
+    folder, model = saved(family)
+    cluster = LocalCluster(folder, limits=CHUNKED)
     rows = other_rows(cluster, LENGTH)
     [[event]] = cluster.generate(asked(cluster, "r", 0, forced=rows, prompt_logprobs=0))
     cluster.close()
@@ -179,20 +183,18 @@ def test_a_prompt_alone_has_a_row_for_each_token(cluster: LocalCluster) -> None:
     assert longer.routed.startswith(event.routed)
 
 
-@pytest.mark.parametrize("num_tokens", range(COUNT))
-@pytest.mark.parametrize("num_rows", [0, 7, LENGTH])
-def test_a_resumed_request_gets_what_it_lacks(
-    cluster: LocalCluster, num_tokens: int, num_rows: int
-) -> None:
+def test_a_resumed_request_gets_what_it_lacks(cluster: LocalCluster) -> None:
     [[whole]] = cluster.generate(asked(cluster, "whole"))
-    received = Received(whole.token_ids[:num_tokens], num_routed=num_rows)
-    request = replace(asked(cluster, "resumed"), received=(received,))
-    [[rest]] = cluster.generate(request)
-    start = LENGTH + num_tokens - 1 if num_tokens else num_rows
-    assert rest.token_ids == whole.token_ids[num_tokens:]
-    row_bytes = request.routed.row_bytes if request.routed else 0
-    assert rest.routed == whole.routed[start * row_bytes :]
-    assert rest.routed_start == (start if rest.routed else 0)
+    for num_tokens, num_rows in itertools.product(range(COUNT), (0, 7, LENGTH)):
+        received = Received(whole.token_ids[:num_tokens], num_routed=num_rows)
+        name = f"without {num_tokens} tokens and {num_rows} rows"
+        request = replace(asked(cluster, name), received=(received,))
+        [[rest]] = cluster.generate(request)
+        start = LENGTH + num_tokens - 1 if num_tokens else num_rows
+        assert rest.token_ids == whole.token_ids[num_tokens:]
+        row_bytes = request.routed.row_bytes if request.routed else 0
+        assert rest.routed == whole.routed[start * row_bytes :]
+        assert rest.routed_start == (start if rest.routed else 0)
 
 
 @pytest.mark.skipif(native is None, reason="pages are shared in native code alone")

@@ -23,6 +23,7 @@ from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import Saved
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,19 +99,19 @@ def test_decodes_want_all_their_rows(folder: Path) -> None:
 @pytest.mark.parametrize("family", list(ALL))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wanted_logits_are_those_of_a_step_of_all_rows(
-    family: str, dtype: str, tmp_path: Path
+    saved: Callable[..., Saved], family: str, dtype: str
 ) -> None:
-    ALL[family](tmp_path)
     prompts = [prompt_of(9, 1), prompt_of(40, 2), prompt_of(3, 3), prompt_of(1, 4)]
     logits = []
+    cluster = LocalCluster(saved(family).folder, dtype=dtype, threaded=False, prefix_cache=False)
     for wants_all in (True, False):
-        cluster = LocalCluster(tmp_path, dtype=dtype, threaded=False)
         add(cluster, *prompts)
         step = packed(cluster, wants_all)
         assert any(piece.wanted is not None for piece in step.pieces) != wants_all
         with torch.inference_mode():
             logits.append(cluster.forward(step))
-        cluster.close()
+        for sequence in [*cluster.scheduler.running]:
+            cluster.scheduler.finish(sequence)
     assert torch.equal(*logits)
 
 

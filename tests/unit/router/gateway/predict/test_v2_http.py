@@ -237,8 +237,8 @@ def test_a_damaged_compressed_body_is_refused(encoding: str, damage: str) -> Non
 
 @pytest.mark.parametrize("encoding", PACK)
 def test_a_body_that_grows_beyond_the_limit_is_refused(encoding: str) -> None:
-    bomb = PACK[encoding][0](b" " * 200_000_000)
-    assert len(bomb) < 1_000_000
+    bomb = PACK[encoding][0](b" " * 20_000_000)
+    assert len(bomb) < 100_000
     response = http_call(DIGITS, bomb, {"Content-Encoding": encoding})
     assert response.status_code == 413
     assert response.json()["error"] == "the body is over the limit of 4194304 bytes"

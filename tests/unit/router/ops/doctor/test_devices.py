@@ -140,14 +140,11 @@ def test_a_torch_that_cannot_be_asked_is_a_problem_whatever_is_wanted() -> None:
 def test_ray_and_torch_are_asked_as_processes_here_would_find_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES", raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 3}')
     found = probe.find_devices(asks_ray=True)
     assert found.torch_version
     assert found.reason == ""
-    assert found.ray_gpus is not None
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 3}')
-    assert probe.find_devices(asks_ray=True).ray_gpus == 3
-    assert probe.find_devices().ray_gpus is None
+    assert found.ray_gpus == 3
 
 
 def answers(torch: Any, ray: Any) -> Callable[..., Any]:
@@ -165,6 +162,8 @@ def test_a_ray_that_gives_no_answer_leaves_torch_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "run_python", answers(torch, ValueError("no such class")))
     found = probe.find_devices(asks_ray=True)
     assert (found.gpus, found.ray_gpus) == ((H100,), None)
+    monkeypatch.setattr(machine, "run_python", answers(torch, 2))
+    assert probe.find_devices().ray_gpus is None
     check = check_devices(found, (ROUTER, ACTOR))
     assert (check.level, "Ray fails with no such class" in check.found) == ("ok", True)
     monkeypatch.setattr(machine, "run_python", answers(ValueError("ImportError: torch"), 2))
