@@ -33,13 +33,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.emulated_accelerator import (
     EmulationError,
@@ -86,7 +85,9 @@ class DeviceTensor(torch.Tensor):
     def __new__(cls, inner: torch.Tensor, emulated: EmulatedDevice) -> DeviceTensor:
         """Wrap ``inner``."""
         # A view of a normal tensor is a normal tensor, also in inference mode.
-        with torch.inference_mode(inner.is_inference()):
+        is_inference = inner.is_inference()
+        as_is = is_inference == torch.is_inference_mode_enabled()
+        with nullcontext() if as_is else torch.inference_mode(is_inference):
             made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls,
                 inner.size(),
@@ -128,7 +129,7 @@ class DeviceTensor(torch.Tensor):
             device = next(value.emulated for value in given if _is_on_device(value))
             return device.compute(func, args, kwargs)
         if func is torch.Tensor.__setitem__:
-            mask = next(filter(_is_mask, tree_leaves(args[1])), None)
+            mask = next(filter(_is_mask, _leaves([args[1]])), None)
             if mask is not None:  # torch 2.15 fills a number in without a read, older ones do not
                 mask.emulated.note(Kind.HOST_READ, "Tensor.__setitem__", mask.nbytes)
                 return mask.emulated.compute(func, args, kwargs)
@@ -145,8 +146,36 @@ class DeviceTensor(torch.Tensor):
     ) -> Any:
         """Run one operation of torch's, on at least one tensor of the device."""
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if _is_on_device(leaf)]
-        return tensors[0].emulated.run(func, args, kwargs)
+        leaves = _leaves((*args, *kwargs.values()))
+        return next(filter(_is_on_device, leaves)).emulated.run(func, args, kwargs)
+
+
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """Return an operation's arguments, and those in its lists. torch's own way is slow."""
+    leaves = []
+    for value in values:
+        leaves += _leaves(value) if isinstance(value, list | tuple) else [value]
+    return leaves
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return a value with the function applied to it, or to each leaf of a list."""
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, part) for part in value])
+    return function(value)
+
+
+@functools.cache
+def _traits(func: Any) -> tuple[str, bool, bool]:
+    """Return an operation's name, whether torch can decompose it, and whether it reads values."""
+    reads = not _READING_TAGS.isdisjoint(func.tags)
+    return func.name(), func._can_decompose(), reads
+
+
+@functools.cache
+def _changes_arguments(func: Any) -> bool:
+    """Return whether a function may change its arguments: all may but those that say otherwise."""
+    return not hasattr(func, "_schema") or func._schema.is_mutable
 
 
 def _is_on_device(value: Any) -> bool:
@@ -202,11 +231,11 @@ class EmulatedDevice:
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation of torch's: on the inner tensors, or in parts."""
-        name = func.name()
+        name, decomposes, _ = _traits(func)
         if _reads_values(func, args, kwargs):
             self.note(Kind.HOST_READ, name, _device_bytes(args, kwargs))
             return self.compute(func, args, kwargs)
-        if func._can_decompose():
+        if decomposes:
             return func.decompose(*args, **kwargs)
         if name == "aten::copy_":
             return self.copy(*args, **kwargs)
@@ -218,7 +247,7 @@ class EmulatedDevice:
 
     def compute(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Compute on the inner tensors; results are on the device, or where ``device`` says."""
-        if any(_is_on_host(leaf) for leaf in tree_leaves((args, kwargs))):
+        if any(map(_is_on_host, _leaves((*args, *kwargs.values())))):
             name = func.name() if hasattr(func, "name") else func.__name__
             self.note(Kind.MIXED, name, _device_bytes(args, kwargs))
         given: dict[int, torch.Tensor] = {}
@@ -237,15 +266,15 @@ class EmulatedDevice:
             known = given.get(id(result))  # where the operation is in place, or has ``out``
             return self.wrap(result) if known is None else known
 
-        inner_kwargs = tree_map(inner_of, dict(kwargs))
+        inner_kwargs = {name: _mapped(inner_of, value) for name, value in kwargs.items()}
         if inner_kwargs.get("device") is not None and not _leaves_device(kwargs):
             inner_kwargs["device"] = torch.device("cpu")
         with torch.no_grad():
-            results = func(*tree_map(inner_of, tuple(args)), **inner_kwargs)
-        for tensor in given.values():
-            if isinstance(tensor, DeviceTensor):
+            results = func(*_mapped(inner_of, tuple(args)), **inner_kwargs)
+        if _changes_arguments(func):
+            for tensor in filter(_is_on_device, given.values()):
                 self._reshape(tensor)
-        return tree_map(wrapped, results)
+        return _mapped(wrapped, results)
 
     def wrap(self, inner: torch.Tensor) -> DeviceTensor:
         """Return the tensor of the device with these values, without a copy."""
@@ -324,18 +353,19 @@ def _leaves_device(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _device_bytes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves((args, kwargs)) if _is_on_device(leaf))
+    leaves = _leaves((*args, *kwargs.values()))
+    return sum(leaf.nbytes for leaf in leaves if _is_on_device(leaf))
 
 
 def _reads_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether a device must hand values to the host for an operation's result or shape."""
-    name = func.name()
+    name, _, reads = _traits(func)
     if name.split(".")[0].rstrip("_") in _INDEXED:
         indices = args[1] if len(args) > 1 else kwargs["indices"]
         return any(map(_is_mask, indices))
     if name == "aten::repeat_interleave.Tensor" and kwargs.get("output_size") is not None:
         return False
-    return not _READING_TAGS.isdisjoint(func.tags)
+    return reads
 
 
 class _Guard(torch._C._acc.DeviceGuard):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,25 @@ ROTATION_BYTES = 1024
 """More than the tables of a rotation, which are buffers of the model and left out of the plan."""
 DECODED = 8
 LIMITS = StepLimits(max_batch_size=4, max_batch_tokens=32, longest=120)
+STEPS = [
+    *itertools.product(FAMILIES, ["float32", "bfloat16"], [False]),
+    *itertools.product(["mixtral", "qwen3_moe"], ["bfloat16"], [True]),
+]
+"""Family, dtype, and whether the device refuses attention that reads pages. It changes nothing for
+float32, nor for families whose attention gathers."""
 
 
 def refusing(*args: Any) -> Any:
     raise RuntimeError("this kernel is not for you")
 
 
-@pytest.mark.parametrize("is_refused", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype", "is_refused"), STEPS)
 def test_a_router_holds_the_planned_bytes_and_its_steps_take_no_more_than_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, dtype: str, is_refused: bool
 ) -> None:
     """Also where the device refuses the attention that the plan takes for granted."""
-    FAMILIES[family](tmp_path)
+    two_layers = {"n_layers" if family == "dbrx" else "num_hidden_layers": 2}
+    FAMILIES[family](tmp_path, **two_layers)
     value_bytes = DTYPE_BYTES[dtype]
     if is_refused:
         monkeypatch.setattr(emulation, "varlen_attention", refusing)
