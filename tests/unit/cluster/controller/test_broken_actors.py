@@ -192,7 +192,7 @@ def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_status_co
             assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
             assert 0 < failing.retry_in_s <= 0.16
             await cluster.until(lambda p: p.generations.get("expert-0") == 7)
-            assert time.monotonic() - began_at_s >= sum(delays_s)
+            assert time.monotonic() - began_at_s > 0.999 * sum(delays_s)  # but for roundings
 
     run(test)
     assert delays_s == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
