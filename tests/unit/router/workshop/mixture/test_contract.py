@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
-from sklearn.utils.estimator_checks import estimator_checks_generator
+import torch
+from sklearn.utils.estimator_checks import check_fit_idempotent, estimator_checks_generator
 from threadpoolctl import threadpool_limits
 
 from router.workshop.mixture import estimators
+from router.workshop.mixture.adaptive import base as adaptive
+from router.workshop.mixture.general import ensemble
+from router.workshop.mixture.hierarchical import base as hierarchical
 from tests.unit.router.workshop.mixture.test_adaptive_checks import FAST, RECURRENT
 
 BY_ENVIRONMENT = "check_array_api_input"
@@ -26,6 +33,41 @@ def _one_thread() -> Iterator[None]:
     """Threads of BLAS wait for each other longer than such small fits take."""
     with threadpool_limits(1):
         yield
+
+
+RESULTS: dict[bytes, bytes] = {}
+"""The results of fits from one start, by all that they depend on."""
+
+
+class _Keys(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        """A tensor is its values: its own pickle has an address."""
+        return (np.array, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+@pytest.fixture(autouse=True)
+def _one_fit_of_equal_data(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute fits of equal data once, as many checks share theirs.
+
+    This hides only fits that differ on equal data. For those ``check_fit_idempotent`` is there,
+    whose fits are all computed.
+    """
+
+    def remembered(fit: Callable[..., Any]) -> Callable[..., Any]:
+        def result(*args: Any, **progress: Any) -> Any:
+            keys = io.BytesIO()
+            _Keys(keys).dump((fit.__name__, [value for value in args if not callable(value)]))
+            key = keys.getvalue()
+            if key not in RESULTS:
+                RESULTS[key] = pickle.dumps(fit(*args, **progress))
+            return pickle.loads(RESULTS[key])
+
+        return result
+
+    if request.node.callspec.params["check"].func is check_fit_idempotent:
+        return
+    for module, name in ((adaptive, "fit_network"), (hierarchical, "fit_from"), (ensemble, "fits")):
+        monkeypatch.setattr(module, name, remembered(getattr(module, name)))
 
 
 @pytest.mark.parametrize(
