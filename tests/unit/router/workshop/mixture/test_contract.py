@@ -41,8 +41,12 @@ RESULTS: dict[bytes, bytes] = {}
 
 class _Keys(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """A tensor is its values: its own pickle has an address."""
-        return (np.array, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+        """Write what a pickle of a tensor or an array does not tell."""
+        if isinstance(value, torch.Tensor):  # its own pickle has an address
+            return np.array, (value.numpy(),)
+        if isinstance(value, np.ndarray) and not value.flags.writeable:
+            return np.frombuffer, (value.copy(),)  # a fit that writes to it fails
+        return NotImplemented
 
 
 @pytest.fixture(autouse=True)
