@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -152,11 +152,12 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
 
 def _add_document(app: FastAPI, service: GenerationService, predictions: PredictionService) -> None:
     models = [model.id for model in service.models()]
-    described = document(models, predictions.validator.mixtures, service.limits)
+    # Made when it is first asked for, since making it takes as long as making the rest of the app.
+    described = cache(partial(document, models, predictions.validator.mixtures, service.limits))
 
     @app.get(OPENAPI_PATH)
     async def openapi() -> JSONResponse:
-        return JSONResponse(described)
+        return JSONResponse(described())
 
 
 async def _body(request: Request, service: GenerationService) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from benchmarks.fuzzing import api
 from router.gateway.openai import call, tokens
 
 SEED = 1
-EXAMPLES = 15
+EXAMPLES = 11
 BOUNDED = ("/v1/chat/completions", "/tokenize")
 """Routes whose bounds are asked for too; those of completions are nearly the same."""
 
@@ -35,7 +35,10 @@ def test_no_answer_of_any_route_is_other_than_described(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("path", BOUNDED)
-def test_the_bounds_of_each_field_are_kept(app: FastAPI, path: str) -> None:
+def test_the_bounds_of_each_field_are_kept(
+    app: FastAPI, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "MAX_TOKENS", 1)  # the request is what matters here
     found = api.fuzz(app, SEED, 1, has_bounds=True, path=path)
     assert found.failures == {}
     assert found.total > 100
@@ -79,5 +82,5 @@ def test_a_fault_is_found_and_told_with_the_request(
 
 
 def test_the_same_seed_asks_the_same(app: FastAPI) -> None:
-    first, second = (api.fuzz(app, SEED, 10, path="/tokenize") for _ in range(2))
+    first, second = (api.fuzz(app, SEED, 5, path="/tokenize") for _ in range(2))
     assert first.answers == second.answers

@@ -15,8 +15,8 @@ from benchmarks.fuzzing.run import FOUND, by_mutation
 from benchmarks.fuzzing.target import Target
 from benchmarks.fuzzing.targets import TARGETS
 
-EXAMPLES = {"tokenizer": 15, "http": 100, "stranger": 40, "router": 40}
-DEFAULT_EXAMPLES = 150
+EXAMPLES = {"tokenizer": 9, "http": 50, "stranger": 20, "router": 20}
+DEFAULT_EXAMPLES = 75
 
 
 @pytest.fixture(scope="module", params=TARGETS)

@@ -144,7 +144,7 @@ PARAMS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(LOGITS, st.lists(PARAMS, min_size=9, max_size=9))
 def test_only_what_the_filters_leave_is_drawn_and_all_of_it(
     logits: list[float], kinds: list[SamplingParams]

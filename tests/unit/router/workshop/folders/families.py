@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tests import grok_oracle
-from tests.checkpoints import save_mixtral, save_tokenizer, transformers_tokens
+from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.test_engine import check_greedy
 
 PROMPT = (17, 201, 33, 80, 5, 123, 64, 250)
 
@@ -69,13 +70,13 @@ def served_tokens(folder: Path, prompt: Sequence[int] = PROMPT, count: int = 8) 
     return list(event.token_ids)
 
 
-def expected_tokens(
-    name: str, folder: Path, prompt: Sequence[int] = PROMPT, count: int = 8
-) -> list[int]:
-    """Return the greedy tokens of the independent model of a folder."""
+def check_served(name: str, folder: Path, count: int = 8) -> None:
+    """Check that the product serves a folder with the tokens of its independent model."""
+    tokens = served_tokens(folder, count=count)
     if name in TRANSFORMERS:
-        return list(transformers_tokens(whole_model(folder), prompt, count))
-    return grok_oracle.greedy_tokens(grok_weights(folder), prompt, count)
+        check_greedy(tokens, whole_model(folder), PROMPT, count)
+    else:
+        assert tokens == grok_oracle.greedy_tokens(grok_weights(folder), PROMPT, count)
 
 
 def grok_weights(folder: Path) -> grok_oracle.Weights:

@@ -64,7 +64,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     place = tmp_path_factory.mktemp("given")
     save("mixtral", place / "model")
     save_dense("llama", place / "dense", num_hidden_layers=3)
-    return Given(place / "model", write_letters(place / "letters.txt"), place / "dense")
+    return Given(place / "model", write_letters(place / "letters.txt", 5_400), place / "dense")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

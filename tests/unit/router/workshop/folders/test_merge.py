@@ -28,16 +28,14 @@ from tests.unit.router.workshop.folders.edits import (
     change,
     copy_permuted,
     expert_of,
-    write_letters,
 )
 from tests.unit.router.workshop.folders.families import (
     ALL,
     SIZES,
     TRANSFORMERS,
-    expected_tokens,
+    check_served,
     logits_of,
     save,
-    served_tokens,
     whole_model,
 )
 
@@ -49,14 +47,8 @@ WITH_ONE = [name for name in ALL if name != "deepseek_v3"]
 """The families whose gate can have a single expert."""
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text whose tokens go to all experts of a random model."""
-    return write_letters(tmp_path_factory.mktemp("text") / "letters.txt")
-
-
 def merged(folder: Path, dest: Path, text: Path, experts: int, **options: Any) -> Record:
-    chosen = MergeOptions(experts, **{"sequences": 12, "sequence_length": 32} | options)
+    chosen = MergeOptions(experts, **{"sequences": 4, "sequence_length": 32} | options)
     return merge(source_checkpoint(str(folder)), dest, chosen, [text])
 
 
@@ -107,29 +99,26 @@ def test_copies_find_each_other_and_merge_without_loss(
 
 
 @pytest.mark.parametrize("name", list(ALL))
-def test_a_merged_model_is_served(name: str, letters: Path, tmp_path: Path) -> None:
+def test_a_merged_model_is_served_and_a_dense_one_equals_it(
+    name: str, letters: Path, tmp_path: Path
+) -> None:
     save(name, tmp_path / "model")
     merged(tmp_path / "model", tmp_path / "four", letters, 4, by="routing")
     assert open_checkpoint(tmp_path / "four").shape.num_experts == 4
-    assert served_tokens(tmp_path / "four") == expected_tokens(name, tmp_path / "four")
+    check_served(name, tmp_path / "four")
     if name in WITH_ONE:
-        merged(tmp_path / "model", tmp_path / "one", letters, 1, by="output")
+        one = merged(tmp_path / "model", tmp_path / "one", letters, 1, by="output")
         assert open_checkpoint(tmp_path / "one").shape.num_experts_per_tok == 1
-        assert served_tokens(tmp_path / "one") == expected_tokens(name, tmp_path / "one")
-
-
-@pytest.mark.parametrize("name", [name for name in DENSE_CONFIGS if name in WITH_ONE])
-def test_the_dense_model_is_the_mixture_of_one(name: str, letters: Path, tmp_path: Path) -> None:
-    save(name, tmp_path / "model")
-    mixture = merged(tmp_path / "model", tmp_path / "one", letters, 1)
-    dense = merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
-    expected = logits_of(name, whole_model(tmp_path / "one"), ROWS)
-    assert_close(dense_logits(tmp_path / "dense"), expected)
-    assert mixture.figures is not None
-    assert dense.figures is not None
-    assert dense.figures.perplexity_after == pytest.approx(
-        mixture.figures.perplexity_after, rel=1e-5
-    )
+        check_served(name, tmp_path / "one")
+    if name in WITH_ONE and name in DENSE_CONFIGS:
+        dense = merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
+        expected = logits_of(name, whole_model(tmp_path / "one"), ROWS)
+        assert_close(dense_logits(tmp_path / "dense"), expected)
+        assert one.figures is not None
+        assert dense.figures is not None
+        assert dense.figures.perplexity_after == pytest.approx(
+            one.figures.perplexity_after, rel=1e-5
+        )
 
 
 def test_a_quantised_model_becomes_dense(letters: Path, tmp_path: Path) -> None:
