@@ -64,7 +64,7 @@ def logits_of(name: str, model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 def served_tokens(folder: Path, prompt: Sequence[int] = PROMPT, count: int = 8) -> list[int]:
     """Return the greedy tokens of the product's engine and expert banks."""
-    cluster = LocalCluster(folder)
+    cluster = LocalCluster(folder, dtype="float32")  # as the independent models compute
     [[event]] = cluster.generate(greedy_request("r", prompt, count))
     cluster.close()
     return list(event.token_ids)

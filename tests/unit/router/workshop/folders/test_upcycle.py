@@ -71,7 +71,7 @@ def test_with_fewer_parts_the_tokens_are_transformers(
 ) -> None:
     save_dense("qwen2", tmp_path / "dense")
     upcycled(tmp_path / "dense", tmp_path / "out", [letters], active=2, dtype=dtype)
-    check_served("qwen2_moe", tmp_path / "out", count=4)
+    check_served("qwen2_moe", tmp_path / "out")
 
 
 def test_the_card_has_the_speed_with_each_number_of_experts_when_asked(
