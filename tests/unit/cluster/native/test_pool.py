@@ -144,7 +144,7 @@ def callers_at_once() -> bool:
 
     def keep_computing(number: int) -> bool:
         rows, right = samples[number], expected[number]
-        return all(torch.equal(computed(expert, rows, 2 + turn % 4), right) for turn in range(300))
+        return all(torch.equal(computed(expert, rows, 2 + turn % 4), right) for turn in range(60))
 
     with ThreadPoolExecutor(len(samples)) as callers:
         return all(callers.map(keep_computing, range(len(samples))))
@@ -168,7 +168,7 @@ def forks() -> list[object]:
         try:
             signal.alarm(20)
             before = num_threads()
-            is_right = all(torch.equal(computed(expert, rows, 5), right) for _ in range(20))
+            is_right = all(torch.equal(computed(expert, rows, 5), right) for _ in range(2))
             os._exit(0 if is_right and (before, num_threads()) == (1, 5) else 1)
         finally:
             os._exit(2)

@@ -16,11 +16,12 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families.registry import FAMILIES
 from router.engine.batch import pack
 from router.engine.scheduler import Limits
+from router.messages.request import TokenEvent
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS, save_dbrx
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.test_engine import expected_tokens, prompt_of
+from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +40,13 @@ def cluster(saved: tuple[Path, Any]) -> Iterator[LocalCluster]:
     cluster = LocalCluster(saved[0], num_actors=3, limits=Limits(32, 48, 64))
     yield cluster
     cluster.close()
+
+
+@torch.inference_mode()
+def assert_greedy(oracle: Any, prompt: list[int], event: TokenEvent, count: int) -> None:
+    """The oracle chooses each token after the tokens before it, which one pass tells of all."""
+    logits = oracle(torch.tensor([[*prompt, *event.token_ids]]), use_cache=False).logits[0]
+    assert list(event.token_ids) == logits[-count - 1 : -1].argmax(-1).tolist()
 
 
 def test_every_family_is_tried() -> None:
@@ -65,7 +73,7 @@ def test_dbrx_may_say_that_it_clips_nothing_or_say_nothing_of_it(
     prompt = prompt_of(20, 1)
     [[event]] = cluster.generate(greedy_request("r", prompt, 8))
     cluster.close()
-    assert list(event.token_ids) == expected_tokens(oracle, prompt, 8)
+    assert_greedy(oracle, prompt, event, 8)
 
 
 @pytest.mark.parametrize("length", [1, 17, 100])
@@ -74,7 +82,7 @@ def test_greedy_tokens_alone_equal_transformers(
 ) -> None:
     prompt = prompt_of(length, length)
     [[event]] = cluster.generate(greedy_request(f"alone {length}", prompt, 16))
-    assert list(event.token_ids) == expected_tokens(saved[1], prompt, 16)
+    assert_greedy(saved[1], prompt, event, 16)
 
 
 def test_a_crowd_of_mixed_lengths_gets_the_tokens_that_each_gets_alone(
@@ -87,8 +95,7 @@ def test_a_crowd_of_mixed_lengths_gets_the_tokens_that_each_gets_alone(
     for request, (_, count), [event] in zip(
         requests, sizes, cluster.generate(*requests), strict=True
     ):
-        expected = expected_tokens(saved[1], list(request.prompt_token_ids), count)
-        assert list(event.token_ids) == expected
+        assert_greedy(saved[1], list(request.prompt_token_ids), event, count)
 
 
 @torch.inference_mode()
@@ -119,12 +126,12 @@ def test_the_router_holds_all_but_the_experts(saved: tuple[Path, Any]) -> None:
     assert parameters == sum(torch.Size(shape).numel() for shape in shapes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted([*SAVERS, "mixtral"]))
-def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    oracle = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=dtype)
+def test_float16_is_served_too(tmp_path: Path, name: str) -> None:
+    # Logits in bfloat16 are those of router/model/test_bfloat16.py.
+    oracle = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=torch.float16)
     cluster = LocalCluster(tmp_path, threaded=False)
-    assert cluster.checkpoint.dtype == str(dtype).removeprefix("torch.")
+    assert cluster.checkpoint.dtype == "float16"
     prompt = prompt_of(20, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
     step = pack(cluster.scheduler.schedule(), cluster.model.attention)
@@ -148,7 +155,7 @@ def test_a_key_that_only_other_families_have_changes_nothing(
     prompt = prompt_of(40, 1)
     [[event]] = cluster.generate(greedy_request("r", prompt, 8))
     cluster.close()
-    assert list(event.token_ids) == expected_tokens(oracle, prompt, 8)
+    assert_greedy(oracle, prompt, event, 8)
 
 
 # What is refused, before anything is started.
@@ -235,7 +242,7 @@ def test_layers_that_predict_a_token_more_are_not_read(tmp_path: Path) -> None:
     prompt = prompt_of(9, 9)
     [[event]] = cluster.generate(greedy_request("r", prompt, 5))
     cluster.close()
-    assert list(event.token_ids) == expected_tokens(oracle, prompt, 5)
+    assert_greedy(oracle, prompt, event, 5)
 
 
 def test_corrections_may_be_more_precise_than_the_rest(tmp_path: Path) -> None:
