@@ -168,7 +168,7 @@ def forks() -> list[object]:
         try:
             signal.alarm(20)
             before = num_threads()
-            is_right = all(torch.equal(computed(expert, rows, 5), right) for _ in range(20))
+            is_right = all(torch.equal(computed(expert, rows, 5), right) for _ in range(2))
             os._exit(0 if is_right and (before, num_threads()) == (1, 5) else 1)
         finally:
             os._exit(2)

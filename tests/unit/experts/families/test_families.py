@@ -118,12 +118,12 @@ def test_the_router_holds_all_but_the_experts(saved: tuple[Path, Any]) -> None:
     assert parameters == sum(torch.Size(shape).numel() for shape in shapes)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted([*SAVERS, "mixtral"]))
-def test_half_precision_is_served_too(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    oracle = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=dtype)
+def test_float16_is_served_too(tmp_path: Path, name: str) -> None:
+    # Logits in bfloat16 are those of router/model/test_bfloat16.py.
+    oracle = (SAVERS | {"mixtral": save_mixtral})[name](tmp_path, dtype=torch.float16)
     cluster = LocalCluster(tmp_path, threaded=False)
-    assert cluster.checkpoint.dtype == str(dtype).removeprefix("torch.")
+    assert cluster.checkpoint.dtype == "float16"
     prompt = prompt_of(20, 1)
     cluster.scheduler.add(greedy_request("r", prompt, 1))
     step = pack(cluster.scheduler.schedule(), cluster.model.attention)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from experts.checkpoint.mixture import Mixture, open_mixture
+from experts.checkpoint.stored import RemoteFiles
+from experts.mixture.spec import MixtureSpec
 from router.moe.gate import Choice
 
 Tensors = Mapping[str, np.ndarray]
@@ -56,10 +59,20 @@ def mixture_in(folder: Path, spec: Mapping[str, Any], tensors: Tensors | None = 
     (folder / "mixture.yaml").write_text(yaml.safe_dump(dict(spec), sort_keys=False))
     (folder / "experts.bin").write_bytes(b"never read")
     if tensors is not None:
-        dtypes = {"f": spec["dtype"], "i": "int64"}
-        stored = {name: t.astype(dtypes[t.dtype.kind], order="C") for name, t in tensors.items()}
-        save_file(stored, folder / "gates.safetensors")
+        save_file(_stored(spec, tensors), folder / "gates.safetensors")
     return open_mixture(folder)
+
+
+def mixture_in_memory(spec: Mapping[str, Any], tensors: Tensors) -> Mixture:
+    """Return what :func:`mixture_in` does, without a folder and without YAML, which is slow."""
+    files = {"gates.safetensors": save(_stored(spec, tensors))}
+    remote = cast(RemoteFiles, SimpleNamespace(tensor=files.__getitem__))
+    return Mixture(Path(), {}, {}, MixtureSpec.model_validate(spec), remote=remote)
+
+
+def _stored(spec: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
+    dtypes = {"f": spec["dtype"], "i": "int64"}
+    return {name: t.astype(dtypes[t.dtype.kind], order="C") for name, t in tensors.items()}
 
 
 def linear_gate(choices: Sequence[str], prefix: str = "", **more: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Dimension letters: T rows, E experts, C choices of a gate.
 from __future__ import annotations
 
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.unit.router.mixture.small_mixtures import (
     leaves,
     linear_gate,
     mixture_in,
+    mixture_in_memory,
     pairs_of,
     softmax,
 )
@@ -119,8 +119,7 @@ def test_a_choice_is_the_product_rule_with_ties_to_the_first(
     gates, num_experts = tree
     rng = np.random.default_rng(seed)
     tensors, inputs = weights_of(gates, rng), rows_of(rng, num_rows)
-    with tempfile.TemporaryDirectory() as folder:
-        gate = gate_in(Path(folder), gates, num_experts, tensors)
+    gate = MixtureGate(mixture_in_memory(document(gates, num_experts), tensors))
     choice = gate.choose(inputs)
     assert gate.num_experts == num_experts
     assert choice.ids.shape == (num_rows, gate.max_chosen) == tuple(choice.weights.shape)
@@ -144,8 +143,7 @@ def test_a_choice_among_allowed_experts_leaves_out_whatever_leads_to_no_other(
     tensors, inputs = weights_of(gates, rng), rows_of(rng, 8)
     allowed = rng.random((5, num_experts)) < data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
     rows = rng.permutation(8)[:5]
-    with tempfile.TemporaryDirectory() as folder:
-        gate = gate_in(Path(folder), gates, num_experts, tensors)
+    gate = MixtureGate(mixture_in_memory(document(gates, num_experts), tensors))
     choice = gate.among(inputs)(rows, allowed)
     expected = [
         leaves(gates, tensors, inputs["x"][row], inputs["column"][row].tolist(), may)
@@ -326,8 +324,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
         dtype=dtype,
         inputs=[{"name": "x", "datatype": "FP32", "shape": [width]}],
     )
-    with tempfile.TemporaryDirectory() as folder:
-        gate = MixtureGate(mixture_in(Path(folder), spec, tensors))
+    gate = MixtureGate(mixture_in_memory(spec, tensors))
     x = rng.standard_normal((num_rows, width)).astype(np.float32)
     whole = gate.choose({"x": x})
     some = rng.permutation(num_rows)[: rng.integers(1, num_rows + 1)]

@@ -5,9 +5,6 @@ Dimension letters: T rows, E experts.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +16,7 @@ from tests.unit.router.mixture.small_mixtures import (
     document,
     leaves,
     linear_gate,
-    mixture_in,
+    mixture_in_memory,
     pairs_of,
 )
 
@@ -30,6 +27,12 @@ TREE = {
     "b": {"kind": "given", "input": "column", "choices": ["e2", "c"], "column": 1},
     "c": linear_gate(["e5", "e6", "e7"], "c.", top_k=1),
 }
+TENSORS = {
+    f"{name}.weight": np.random.default_rng(0).standard_normal((len(gate["choices"]), 3))
+    for name, gate in TREE.items()
+    if gate["kind"] == "linear"
+}
+GATE = MixtureGate(mixture_in_memory(document(TREE, E), TENSORS))
 
 
 @settings(max_examples=150, deadline=None)
@@ -43,27 +46,20 @@ def test_each_row_is_computed_without_the_missing_experts_or_waits_for_them(
 ) -> None:
     rng = np.random.default_rng(seed)
     num_rows = len(contracts)
-    tensors = {
-        f"{name}.weight": rng.standard_normal((len(gate["choices"]), 3))
-        for name, gate in TREE.items()
-        if gate["kind"] == "linear"
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        gate = MixtureGate(mixture_in(Path(folder), document(TREE, E), tensors))
     inputs = {"x": rng.standard_normal((num_rows, 3)), "column": rng.integers(0, 2, (num_rows, 2))}
-    first = gate.choose(inputs)
+    first = GATE.choose(inputs)
     record = StepMissing([1] * num_rows, contracts, needs_an_expert=True)
     mask = np.array(missing)
-    found = record.choose(0, mask if mask.any() else None, first, gate.among(inputs))
+    found = record.choose(0, mask if mask.any() else None, first, GATE.among(inputs))
     for row, contract in enumerate(contracts):
         given_ = inputs["column"][row].tolist()
-        own = leaves(TREE, tensors, inputs["x"][row], given_)
+        own = leaves(TREE, TENSORS, inputs["x"][row], given_)
         lost = {e for e in own if missing[e]}
         if contract == "drop":
             allowed = [e in own and not missing[e] for e in range(E)]
         else:
             allowed = [not is_missing for is_missing in missing]
-        left = leaves(TREE, tensors, inputs["x"][row], given_, allowed)
+        left = leaves(TREE, TENSORS, inputs["x"][row], given_, allowed)
         pairs = pairs_of(found)[row]
         if lost and (contract == "strict" or not left):
             assert pairs == {}

@@ -42,7 +42,7 @@ def test_results_are_off_by_roundings_of_float32_sums_alone(kernel: str, case: C
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(case=cases(), source=st.randoms(use_true_random=False))
 def test_a_token_has_the_same_bits_decoded_alone_and_in_any_chunk_and_company(
     kernel: str, case: Case, source: random.Random
@@ -56,7 +56,7 @@ def test_a_token_has_the_same_bits_decoded_alone_and_in_any_chunk_and_company(
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(case=cases(), source=st.randoms(use_true_random=False))
 def test_kernels_of_one_class_give_the_same_bits(
     name: str, case: Case, source: random.Random
@@ -92,8 +92,7 @@ def test_tokens_of_long_prompts_have_threads_of_their_own(
     assert NativeAttention(None, prefill_threads=1).view(given, 0).threads == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("window", "dtype"), zip([None, 100, None], DTYPES, strict=True))
 def test_neither_threads_nor_borders_of_chunks_change_a_bit_of_long_sequences(
     window: int | None, dtype: torch.dtype
 ) -> None:
@@ -101,7 +100,7 @@ def test_neither_threads_nor_borders_of_chunks_change_a_bit_of_long_sequences(
     case = make(3, lengths=[1100, 37, 450], dtype=dtype, heads=3, size=96, window=window)
     cut = [[(0, 500), (2, 450)], [(0, 300), (1, 30)], [(0, 299)], [(1, 1), (0, 1)], [(1, 6)]]
     expected = case.run(one_prefill(case))
-    for threads in (1, 2, 5, 1000):
+    for threads in (1, 3, 1000):
         assert same_bits(expected, case.run(cut, threads=threads, pages_seed=threads))
         assert same_bits(expected, case.run(one_prefill(case), threads=threads))
     for b, output in enumerate(expected):
