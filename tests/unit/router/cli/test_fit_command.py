@@ -29,7 +29,7 @@ PIECES: dict[str, Any] = {
     "target": "price",
     "experts": {"line": "LinearRegression", "tree": {"estimator": "DecisionTreeRegressor",
                                                      "parameters": {"max_depth": 2}}},
-    "parameters": {"max_iter": 5, "n_init": 1},
+    "parameters": {"max_iter": 5, "n_init": 1, "cv": 3},
 }  # fmt: skip
 LABELLED = {
     **PIECES,
@@ -126,7 +126,7 @@ def test_classes_are_numbers_where_all_are_and_texts_otherwise(
     names: tuple[Any, Any], served: list[Any], files: Files
 ) -> None:
     lines = [f"{a},{b},{names[int(a * b > 0)]}" for a, b in ROWS]
-    few = {"parameters": {"max_iter": 1, "n_init": 1}}
+    few = {"parameters": {"max_iter": 1, "n_init": 1, "cv": 3}}
     files.write({**LABELLED, **few}, ["area,age,kind", *lines])
     result = files.fit("--json")
     assert result.exit_code == 0, result.stderr
@@ -211,7 +211,7 @@ def test_a_picture_shows_who_takes_which_rows(files: Files, tmp_path: Path) -> N
 
 
 def test_warnings_of_a_fit_are_one_line_each(files: Files) -> None:
-    files.write({**PIECES, "parameters": {"max_iter": 1}}, csv_lines())
+    files.write({**PIECES, "parameters": {"max_iter": 1, "cv": 3}}, csv_lines())
     result = files.fit()
     [line] = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert line == "warning: EM did not converge in 1 iterations; raise max_iter or tol"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from sklearn.metrics import log_loss
 from router.workshop.mixture.estimators import AdaptiveMixtureClassifier, AdaptiveMixtureRegressor
 from tests.unit.router.workshop.mixture.adaptive_data import (
     NOISE,
-    Data,
     absolute,
     jump,
     quadrant,
@@ -34,15 +32,12 @@ def alone(mixture: AdaptiveMixtureRegressor, x: np.ndarray) -> np.ndarray:
     return mixture.mixture_.outputs(x)[np.arange(len(x)), heaviest, 0]
 
 
-@pytest.mark.parametrize(("data", "hidden", "seed"), [(jump, 3, 0), (jump, 3, 1), (absolute, 6, 0)])
-def test_competitive_experts_specialise_and_cooperative_ones_do_not(
-    data: Callable[[], Data], hidden: int, seed: int
-) -> None:
+def test_competitive_experts_specialise_and_cooperative_ones_do_not() -> None:
     """Both losses fit the two pieces, from the same random weights; only one divides them."""
-    x, y = data()
+    x, y = jump()
     settings: dict[str, Any] = {
-        "experts": "mlp", "hidden_layer_sizes": (hidden,), "init": "random", "alpha": 1e-2,
-        "random_state": seed,
+        "experts": "mlp", "hidden_layer_sizes": (3,), "init": "random", "alpha": 1e-2,
+        "n_init": 1, "random_state": 0,
     }  # fmt: skip
     competitive = AdaptiveMixtureRegressor(2, **settings).fit(x, y)
     cooperative = AdaptiveMixtureRegressor(2, loss="cooperative", **settings).fit(x, y)
@@ -63,7 +58,7 @@ def test_competitive_experts_specialise_and_cooperative_ones_do_not(
     assert np.median((alone(cooperative, x) - y) ** 2) > 10 * NOISE**2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_start_finds_the_quadrants(seed: int) -> None:
     x, y = quadrants(400, seed)
     fitted = AdaptiveMixtureRegressor(4, alpha=1e-3, n_init=1, random_state=seed).fit(x, y)
@@ -78,26 +73,26 @@ def test_a_classifier_divides_labels_that_no_line_divides() -> None:
     """Both experts are logistic regressions, and the labels are those of an exclusive or."""
     x = np.random.RandomState(0).uniform(-1, 1, (400, 2))
     labels = np.where((x[:, 0] > 0) ^ (x[:, 1] > 0), "odd", "even")
-    fitted = AdaptiveMixtureClassifier(2, random_state=0).fit(x, labels)
+    settings: dict[str, Any] = {"n_init": 1, "random_state": 0}
+    fitted = AdaptiveMixtureClassifier(2, **settings).fit(x, labels)
     assert fitted.score(x, labels) > 0.97
     assert fitted.classes_.tolist() == ["even", "odd"]
-    sharp = AdaptiveMixtureClassifier(2, alpha=1e-6, random_state=0).fit(x, labels)
+    sharp = AdaptiveMixtureClassifier(2, alpha=1e-6, **settings).fit(x, labels)
     assert sharp.predict_proba(x).max() <= 1
     assert log_loss(labels, sharp.predict_proba(x)) < 0.1
-    assert AdaptiveMixtureClassifier(1, random_state=0).fit(x, labels).score(x, labels) < 0.7
-    cooperative = AdaptiveMixtureClassifier(2, loss="cooperative", random_state=0).fit(x, labels)
+    assert AdaptiveMixtureClassifier(1, **settings).fit(x, labels).score(x, labels) < 0.7
+    cooperative = AdaptiveMixtureClassifier(2, loss="cooperative", **settings).fit(x, labels)
     assert cooperative.score(x, labels) > 0.97
 
 
 BALANCED: dict[str, Any] = {"importance_weight": 1.0, "load_weight": 1.0}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_without_the_balancing_losses_an_expert_starves_and_with_them_none(seed: int) -> None:
-    x, y = quadrants(600, seed)
+def test_without_the_balancing_losses_an_expert_starves_and_with_them_none() -> None:
+    x, y = quadrants(300)
     settings: dict[str, Any] = {
         "experts": "mlp", "hidden_layer_sizes": (8,), "top_k": 2, "noisy_gate": True,
-        "init": "random", "n_init": 1, "max_iter": 80, "random_state": seed,
+        "init": "random", "n_init": 1, "max_iter": 80, "random_state": 0,
     }  # fmt: skip
     unbalanced = AdaptiveMixtureRegressor(8, **settings).fit(x, y)
     balanced = AdaptiveMixtureRegressor(8, **settings, **BALANCED).fit(x, y)
@@ -105,7 +100,7 @@ def test_without_the_balancing_losses_an_expert_starves_and_with_them_none(seed:
         is_chosen = fitted.responsibilities(x) > 0
         assert (is_chosen.sum(axis=1) == 2).all(), "prediction is as sparse as the gate"
     shares = (unbalanced.responsibilities(x) > 0).mean(axis=0)
-    assert shares.min() == 0, "of 600 rows an expert has none"
+    assert shares.min() == 0, "of 300 rows an expert has none"
     assert unbalanced.expert_usage_.min() == 0
     shares = (balanced.responsibilities(x) > 0).mean(axis=0)
     assert shares.min() > 0.5 * 2 / 8, "half of an equal share"
@@ -126,7 +121,7 @@ def test_the_importance_loss_balances_a_gate_without_noise() -> None:
 def test_recurrent_experts_divide_sequences(cell: str) -> None:
     x, y, piece = sequences()
     fitted = AdaptiveMixtureRegressor(
-        2, experts="rnn", cell=cell, hidden_layer_sizes=(5,), n_init=1, max_iter=100,
+        2, experts="rnn", cell=cell, hidden_layer_sizes=(5,), n_init=1, max_iter=60,
         random_state=0,
     ).fit(x, y)  # fmt: skip
     assert fitted.score(x, y) > 0.98
@@ -152,7 +147,9 @@ def test_an_mlp_gate_finds_a_piece_inside_another() -> None:
     x = source.uniform(-1, 1, (400, 2))
     is_inside = (x**2).sum(axis=1) < 0.4
     y = np.where(is_inside, 2 + x[:, 0], -x[:, 1]) + 0.05 * source.randn(400)
-    fitted = AdaptiveMixtureRegressor(2, gate_hidden_layer_sizes=(8,), random_state=0).fit(x, y)
+    fitted = AdaptiveMixtureRegressor(
+        2, gate_hidden_layer_sizes=(8,), n_init=1, random_state=0
+    ).fit(x, y)
     assert separation(fitted.responsibilities(x), is_inside) > 0.9
     assert fitted.score(x, y) > 0.98
 
@@ -160,7 +157,7 @@ def test_an_mlp_gate_finds_a_piece_inside_another() -> None:
 def test_outputs_of_different_scales_share_a_deviation_in_their_own_units() -> None:
     x, y = absolute()
     both = np.column_stack([y, 1000 * y + 5])
-    fitted = AdaptiveMixtureRegressor(2, random_state=0).fit(x, both)
+    fitted = AdaptiveMixtureRegressor(2, n_init=1, random_state=0).fit(x, both)
     assert fitted.predict(x).shape == (300, 2)
     assert fitted.score(x, both) > 0.99
     deviations = fitted.mixture_.deviations
@@ -173,8 +170,9 @@ def test_deviations_are_given_or_fitted_for_each_expert() -> None:
     source = np.random.RandomState(1)
     noise = np.where(x[:, 0] > 0, 0.1, 0.01) * source.randn(300)
     y = np.where(x[:, 0] > 0, 3 - x[:, 0], x[:, 0]) + noise
-    fitted = AdaptiveMixtureRegressor(2, deviation="expert", random_state=0).fit(x, y)
+    settings: dict[str, Any] = {"n_init": 1, "random_state": 0}
+    fitted = AdaptiveMixtureRegressor(2, deviation="expert", **settings).fit(x, y)
     expert = fitted.responsibilities(np.array([[0.5], [-0.5]])).argmax(axis=1)
     np.testing.assert_allclose(fitted.mixture_.deviations[expert, 0], [0.1, 0.01], rtol=0.15)
-    given = AdaptiveMixtureRegressor(2, deviation=0.25, random_state=0).fit(x, y)
+    given = AdaptiveMixtureRegressor(2, deviation=0.25, **settings).fit(x, y)
     np.testing.assert_allclose(given.mixture_.deviations, 0.25, rtol=1e-12)

@@ -104,13 +104,13 @@ def test_a_row_has_the_same_bits_alone_and_among_rows_of_other_lengths(
     make: Any, top_k: int | None
 ) -> None:
     rows, y = ragged()
-    fitted = make(top_k=top_k).fit(rows, y if make is regressor else y > 10)
+    fitted = make(top_k=top_k, max_iter=3).fit(rows, y if make is regressor else y > 10)
     methods = [fitted.predict, fitted.responsibilities]
     if make is classifier:
         methods.append(fitted.predict_proba)
     for method in methods:
         crowd = method(rows)
-        for place, row in enumerate(rows[:20]):
+        for place, row in enumerate(rows[:10]):
             assert np.array_equal(method([row]), crowd[place : place + 1])
             assert np.array_equal(method(row[None]), crowd[place : place + 1])
         assert np.array_equal(method(rows[::-1])[::-1], crowd)
@@ -121,7 +121,7 @@ def test_a_row_has_the_same_bits_alone_and_among_rows_of_other_lengths(
 def test_a_list_of_one_length_is_the_array() -> None:
     source = np.random.RandomState(0)
     x, y = source.randn(40, 5, 2), source.randn(40)
-    of_array, of_list = regressor().fit(x, y), regressor().fit(list(x), y)
+    of_array, of_list = (regressor(max_iter=3).fit(given, y) for given in (x, list(x)))
     assert np.array_equal(of_array.predict(x), of_list.predict(list(x)))
     assert of_list.n_features_in_ == 2
 
@@ -138,8 +138,6 @@ def test_the_fit_of_a_list_reaches_the_likelihood_of_its_parts_and_finds_the_pie
     weights = fitted.responsibilities(rows)
     between = np.abs(weights[piece].mean(axis=0) - weights[~piece].mean(axis=0)).sum() / 2
     assert between > 0.9, "no expert has both pieces"
-    again = regressor(max_iter=60).fit(rows, y)
-    assert np.array_equal(again.predict(rows), fitted.predict(rows))
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "adam"])
@@ -160,7 +158,7 @@ def test_weights_and_a_held_out_share_are_those_of_rows(solver: str) -> None:
 def test_it_is_saved_served_and_loaded(tmp_path: Path, cells: Any) -> None:
     rows, y = ragged()
     labels = np.where(y > 10, "high", "low")
-    fitted = classifier(top_k=2, cell=cells).fit(rows, labels)
+    fitted = classifier(top_k=2, cell=cells, max_iter=3).fit(rows, labels)
     assert [part.cell for part in fitted.mixture_.experts.values()] == CELLS
     assert fitted.mixture_.row_shape == (-1, 2)
     fitted.save(tmp_path / "ragged")

@@ -33,6 +33,8 @@ from experts.checkpoint.mixture import open_mixture
 from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from router.workshop.mixture.general.ensemble import FLOOR_MASS, FitFailedError
 
+# A few folds, starts and steps: for tests of what does not depend on how many there are.
+QUICK: dict[str, Any] = {"cv": 3, "n_init": 1, "max_iter": 5, "random_state": 0}
 LOGISTIC = LogisticRegression(solver="newton-cholesky")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 keeps_going = pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
@@ -82,7 +84,7 @@ def test_linear_experts_find_the_pieces() -> None:
 
 def test_logistic_experts_find_the_rules() -> None:
     X, y = two_rules(0)
-    fitted = MixtureOfExpertsClassifier(random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsClassifier(cv=4, random_state=0).fit(X, y)
     assert fitted.score(X, y) > 0.9
     assert LogisticRegression().fit(X, y).score(X, y) < 0.7
 
@@ -189,16 +191,14 @@ def test_a_part_that_would_lower_the_objective_is_not_taken() -> None:
 @pytest.mark.parametrize(
     "gate",
     [
-        "mlp",
         LOGISTIC,
-        LogisticRegression(C=10.0),
         MLPClassifier((8,), activation="relu", solver="lbfgs", max_iter=50),
         LinearSVC(C=10.0),
     ],
 )
 def test_a_gate_of_ones_choice_tells_the_pieces_apart(gate: Any) -> None:
     X, y = two_pieces(4)
-    fitted = MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(gate=gate, **{**QUICK, "max_iter": 20}).fit(X, y)
     assert fitted.score(X, y) > 0.97
 
 
@@ -207,7 +207,7 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
     X = source.normal(size=(300, 2))
     y = np.where((X**2).sum(axis=1) < 1, 5.0 + X[:, 0], -X[:, 0])
     scores = {
-        gate: MixtureOfExpertsRegressor(gate=gate, random_state=0).fit(X, y).score(X, y)
+        gate: in_sample(MixtureOfExpertsRegressor, gate=gate, random_state=0).fit(X, y).score(X, y)
         for gate in ("linear", "mlp")
     }
     assert scores["mlp"] > 0.85
@@ -217,8 +217,9 @@ def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
 def test_top_k_is_for_prediction_alone() -> None:
     X, y = two_pieces(6)
     experts = [LinearRegression(), Ridge(), Ridge(10.0)]
-    whole = in_sample(MixtureOfExpertsRegressor, experts, random_state=0).fit(X, y)
-    pruned = in_sample(MixtureOfExpertsRegressor, experts, top_k=1, random_state=0).fit(X, y)
+    settings: dict[str, Any] = {**QUICK, "cv": None}
+    whole = MixtureOfExpertsRegressor(experts, **settings).fit(X, y)
+    pruned = MixtureOfExpertsRegressor(experts, top_k=1, **settings).fit(X, y)
     np.testing.assert_array_equal(whole.log_likelihoods_, pruned.log_likelihoods_)
     weights = pruned.responsibilities(X)
     np.testing.assert_array_equal(weights, np.eye(3)[whole.responsibilities(X).argmax(axis=1)])
@@ -330,14 +331,14 @@ def test_a_classifier_without_probabilities_is_refused() -> None:
 
 
 def test_weights_are_for_experts_that_take_them() -> None:
-    X, y = two_pieces(10)
+    X, y = two_pieces(10, 60)
     weights = np.arange(len(X)) % 3
     with pytest.raises(ValueError, match=r"'kneighborsregressor'.*takes no sample_weight"):
         MixtureOfExpertsRegressor([KNeighborsRegressor(), Ridge()]).fit(X, y, weights)
     piped = [make_pipeline(StandardScaler(), LinearRegression()) for _ in range(2)]
-    once = MixtureOfExpertsRegressor(piped, random_state=0).fit(X, y, weights)
+    once = MixtureOfExpertsRegressor(piped, **QUICK).fit(X, y, weights)
     again = np.repeat(np.arange(len(X)), weights)
-    repeated = MixtureOfExpertsRegressor(piped, random_state=0).fit(X[again], y[again])
+    repeated = MixtureOfExpertsRegressor(piped, **QUICK).fit(X[again], y[again])
     np.testing.assert_allclose(once.predict(X), repeated.predict(X), rtol=1e-6, atol=1e-8)
 
 
@@ -349,9 +350,8 @@ def test_equal_rows_are_shared_by_all_experts() -> None:
 
 def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     X, y = two_pieces(11, 120)
-    named = in_sample(
-        MixtureOfExpertsRegressor, [("low", Ridge()), ("high", Ridge())], random_state=0
-    )
+    settings: dict[str, Any] = {**QUICK, "cv": None}
+    named = MixtureOfExpertsRegressor([("low", Ridge()), ("high", Ridge())], **settings)
     copy = clone(named)
     assert copy.get_params()["low__alpha"] == 1.0
     search = GridSearchCV(named, {"low__alpha": [1e-3, 1e3], "top_k": [None, 1]}, cv=2).fit(X, y)
@@ -359,35 +359,39 @@ def test_the_tools_of_scikit_learn_take_mixtures() -> None:
     replaced = clone(named).set_params(high=LinearRegression(), gate="mlp")
     assert isinstance(dict(replaced.experts)["high"], LinearRegression)
     assert isinstance(dict(named.experts)["high"], Ridge), "a clone has parameters of its own"
-    pipeline = make_pipeline(StandardScaler(), in_sample(MixtureOfExpertsRegressor, random_state=0))
+    pipeline = make_pipeline(StandardScaler(), MixtureOfExpertsRegressor(**settings))
     pipeline.set_output(transform="default")
-    assert cross_val_score(pipeline, X, y, cv=3).min() > 0.85
-    unnamed = in_sample(MixtureOfExpertsRegressor)
+    assert cross_val_score(pipeline, X, y, cv=2).min() > 0.85
+    unnamed = MixtureOfExpertsRegressor(**settings)
     unnamed.set_params(experts=[make_pipeline(StandardScaler(), Ridge())] * 2)
-    assert set(unnamed.set_params(max_iter=3).fit(X, y).mixture_.experts) == {
+    assert set(unnamed.fit(X, y).mixture_.experts) == {
         "pipeline-1", "pipeline-2",
     }  # fmt: skip
 
 
 def test_jobs_and_repetitions_give_the_same() -> None:
-    X, y = two_pieces(12)
+    X, y = two_pieces(12, 60)
+    settings: dict[str, Any] = {**QUICK, "n_init": 2, "max_iter": 3}
     experts = [DecisionTreeRegressor(max_depth=2, max_features=1) for _ in range(3)]
-    alone = MixtureOfExpertsRegressor(experts, random_state=3).fit(X, y)
+
+    def fitted(seed: Any, **changes: Any) -> MixtureOfExpertsRegressor:
+        changed = {**settings, "random_state": seed, **changes}
+        return MixtureOfExpertsRegressor(experts, **changed).fit(X, y)
+
+    alone = fitted(3)
     with parallel_config("threading"):  # processes take seconds to start
-        together = MixtureOfExpertsRegressor(experts, random_state=3, n_jobs=2).fit(X, y)
-    again = MixtureOfExpertsRegressor(experts, random_state=np.random.RandomState(3)).fit(X, y)
+        together = fitted(3, n_jobs=2)
+    again = fitted(np.random.RandomState(3))
     for other in (together, again):
         np.testing.assert_array_equal(other.predict(X), alone.predict(X))
-    other = MixtureOfExpertsRegressor(experts, random_state=4).fit(X, y)
-    assert (other.predict(X) != alone.predict(X)).any()
+    assert (fitted(4).predict(X) != alone.predict(X)).any()
 
 
 def test_a_warm_start_goes_on() -> None:
     X, y = two_pieces(13)
-    whole = in_sample(MixtureOfExpertsRegressor, random_state=0, tol=0.0, max_iter=6).fit(X, y)
-    warm = in_sample(
-        MixtureOfExpertsRegressor, random_state=0, tol=0.0, max_iter=3, warm_start=True
-    )
+    settings: dict[str, Any] = {"cv": None, "tol": 0.0, "random_state": 0}
+    whole = MixtureOfExpertsRegressor(max_iter=6, **settings).fit(X, y)
+    warm = MixtureOfExpertsRegressor(max_iter=3, warm_start=True, **settings)
     first = warm.fit(X, y).log_likelihoods_
     second = warm.fit(X, y).log_likelihoods_
     np.testing.assert_allclose([*first, *second], whole.log_likelihoods_, rtol=1e-6)
@@ -396,7 +400,7 @@ def test_a_warm_start_goes_on() -> None:
         warm.fit(X[:, :1], y)
     with pytest.raises(ValueError, match="the experts are ridge, and those fitted before are"):
         warm.set_params(experts=[Ridge()]).fit(X, y)
-    cold = in_sample(MixtureOfExpertsRegressor, random_state=0).fit(X, y).fit(X[:, :1], y)
+    cold = MixtureOfExpertsRegressor(**settings).fit(X, y).fit(X[:, :1], y)
     assert cold.n_features_in_ == 1
 
 
@@ -416,9 +420,8 @@ def test_early_stopping_keeps_the_best_mixture_for_rows_held_out() -> None:
                        "validation_scores_")  # fmt: skip
     np.testing.assert_array_equal(stopped.predict(X), ended.predict(X))
     labels = two_rules(14, 60)
-    classifier = in_sample(MixtureOfExpertsClassifier, early_stopping=True, random_state=0).fit(
-        *labels
-    )
+    settings: dict[str, Any] = {**QUICK, "cv": None}
+    classifier = MixtureOfExpertsClassifier(early_stopping=True, **settings).fit(*labels)
     assert classifier.n_samples_fit_ == 54
 
 
@@ -426,13 +429,13 @@ def test_the_end_without_convergence_is_a_warning() -> None:
     X, y = two_pieces(15)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+        MixtureOfExpertsRegressor(**{**QUICK, "max_iter": 100}).fit(X, y)
         with pytest.raises(ConvergenceWarning, match="did not converge in 1 iterations"):
-            MixtureOfExpertsRegressor(random_state=0, max_iter=1).fit(X, y)
+            MixtureOfExpertsRegressor(**{**QUICK, "max_iter": 1}).fit(X, y)
 
 
 def test_a_bar_shows_the_iterations(capsys: pytest.CaptureFixture[str]) -> None:
-    MixtureOfExpertsRegressor(random_state=0, max_iter=2, verbose=1).fit(*two_pieces(16))
+    MixtureOfExpertsRegressor(**QUICK, verbose=1).fit(*two_pieces(16))
     assert "log likelihood" in capsys.readouterr().err
 
 
@@ -456,7 +459,7 @@ def test_a_saved_regressor_predicts_the_same_served_and_goes_on_when_loaded(tmp_
 def test_a_saved_classifier_predicts_the_same_served(tmp_path: Path) -> None:
     X, y = load_iris(return_X_y=True)
     experts = [LOGISTIC, GaussianNB(), KNeighborsClassifier(9)]
-    fitted = MixtureOfExpertsClassifier(experts, top_k=2, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsClassifier(experts, top_k=2, **QUICK).fit(X, y)
     assert fitted.score(X, y) > 0.95
     fitted.save(tmp_path / "iris")
     served = LocalMixture(open_mixture(tmp_path / "iris")).predict({"x": X})

@@ -37,6 +37,7 @@ from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rule
 
 ROWS, VALUES = two_pieces(0, 40)
 LABELS = two_rules(0, 40)[1]
+QUICK: dict[str, Any] = {"n_init": 1, "max_iter": 4, "random_state": 0}
 PAIR = [("line", LinearRegression()), ("tree", DecisionTreeRegressor(max_depth=2))]
 FOLDS = np.arange(40) % 4
 
@@ -91,8 +92,9 @@ def test_a_regressor_of_wrong_predictions_is_named(expert: Any, message: str) ->
         MixtureOfExpertsRegressor([expert, Ridge()]).fit(ROWS, values)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_later_fit_without_folds_keeps_no_choice_of_an_earlier_one() -> None:
-    fitted = MixtureOfExpertsRegressor(PAIR, cv=3, random_state=0).fit(ROWS, VALUES)
+    fitted = MixtureOfExpertsRegressor(PAIR, cv=3, **QUICK).fit(ROWS, VALUES)
     assert fitted.chosen_ in fitted.cv_losses_
     fitted.set_params(cv=None).fit(ROWS, VALUES)
     assert not {"cv_losses_", "chosen_"} & set(vars(fitted))
@@ -101,7 +103,7 @@ def test_a_later_fit_without_folds_keeps_no_choice_of_an_earlier_one() -> None:
 @pytest.mark.parametrize("cv", [None, 3])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_failed_fit_leaves_the_estimator_as_it_was(cv: int | None) -> None:
-    fitted = MixtureOfExpertsClassifier(cv=cv, max_iter=2, random_state=0).fit(ROWS, LABELS)
+    fitted = MixtureOfExpertsClassifier(cv=cv, **QUICK).fit(ROWS, LABELS)
     before, attributes = fitted.predict_proba(ROWS), dict(vars(fitted))
     with pytest.raises(ValueError, match="at least 2 classes"):
         fitted.fit(np.tile(ROWS, 2), np.full(40, "none"))
@@ -203,7 +205,7 @@ def test_an_expert_that_refuses_a_rare_class_is_fitted_without_it() -> None:
     labels = LABELS.astype("U8")
     labels[:3] = "rare"
     calibrated = CalibratedClassifierCV(SVC(), cv=5)
-    mixture = MixtureOfExpertsClassifier([calibrated, GaussianNB()], cv=3, n_init=1, random_state=0)
+    mixture = MixtureOfExpertsClassifier([calibrated, GaussianNB()], cv=3, **QUICK)
     with pytest.warns(FitFailedWarning, match=r"so few rows of \['rare'\].*fitted without them"):
         fitted = mixture.fit(ROWS, labels)
     places = [part.class_places.tolist() for part in fitted.mixture_.experts.values()]
@@ -211,9 +213,10 @@ def test_an_expert_that_refuses_a_rare_class_is_fitted_without_it() -> None:
     np.testing.assert_allclose(fitted.predict_proba(ROWS).sum(axis=1), 1)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_an_expert_whose_method_appears_when_fitted_is_taken() -> None:
     stack = StackingRegressor([("ridge", Ridge())], cv=2)
-    fitted = MixtureOfExpertsRegressor([stack, Ridge()], cv=2, n_init=1, random_state=0)
+    fitted = MixtureOfExpertsRegressor([stack, Ridge()], cv=2, **QUICK)
     assert np.isfinite(fitted.fit(ROWS, VALUES).predict(ROWS)).all()
 
 
@@ -249,14 +252,13 @@ def test_folds_that_do_not_divide_the_rows_are_refused(cv: Any, message: str) ->
         MixtureOfExpertsRegressor([Ridge()], cv=cv).fit(ROWS, VALUES)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_masks_and_numbers_are_the_same_folds_and_one_weight_is_that_of_all_rows() -> None:
     numbers = list(PredefinedSplit(FOLDS).split())
     masks = [(fold != FOLDS, fold == FOLDS) for fold in range(4)]
     weights = np.where(np.arange(40) < 8, 0.0, 2.0)
     losses = [
-        MixtureOfExpertsRegressor(PAIR, cv=cv, n_init=1, random_state=0)
-        .fit(ROWS, VALUES, sample_weight)
-        .cv_losses_
+        MixtureOfExpertsRegressor(PAIR, cv=cv, **QUICK).fit(ROWS, VALUES, sample_weight).cv_losses_
         for sample_weight in (weights, None, 3.0)
         for cv in (numbers, masks)
     ]

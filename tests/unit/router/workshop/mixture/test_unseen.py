@@ -52,7 +52,7 @@ def test_an_expert_that_memorises_does_not_take_all_rows() -> None:
 
 def test_em_is_taken_where_it_wins() -> None:
     X, y = two_pieces(0)
-    fitted = MixtureOfExpertsRegressor(random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(cv=4, random_state=0).fit(X, y)
     assert fitted.chosen_ == "EM"
     assert fitted.cv_losses_["EM"] < 0.1 < fitted.cv_losses_["mean"]
     assert fitted.score(*two_pieces(1)) > 0.95
@@ -149,7 +149,8 @@ def test_one_expert_or_constant_weights_by_the_loss_of_other_rows(
     tree = DecisionTreeRegressor(max_depth=3, random_state=0)
     experts = [("other", KNeighborsRegressor(9) if is_close else tree), ("line", Ridge())]
     folds = list(KFold(4, shuffle=True, random_state=seed).split(X))
-    fitted = MixtureOfExpertsRegressor(experts, cv=folds, random_state=0).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(experts, cv=folds, n_init=1, max_iter=5, random_state=0)
+    fitted.fit(X, y)
     unseen = np.stack([cross_val_predict(expert, X, y, cv=folds) for _, expert in experts])
     whole = [expert.fit(X, y).predict(X) for _, expert in experts]
 
@@ -188,9 +189,9 @@ def test_experts_of_equal_losses_are_better_together_than_each_alone() -> None:
         for number, name in enumerate(("first", "second"))
     ]
     unseen = rows(100, 2000)
-    for seed in range(5):
+    for seed in range(2):
         X, y = rows(seed, 100)
-        fitted = MixtureOfExpertsRegressor(experts, random_state=0).fit(X, y)
+        fitted = MixtureOfExpertsRegressor(experts, cv=5, random_state=0).fit(X, y)
         alone = [expert.fit(X, y).score(*unseen) for _, expert in experts]
         assert fitted.score(*unseen) > max(alone) + 0.1
         assert abs(fitted.cv_losses_["first alone"] - fitted.cv_losses_["second alone"]) < 0.3
@@ -270,7 +271,8 @@ def test_a_class_of_fewer_rows_than_folds_is_allowed_and_fewer_folds_are_a_warni
     X, y = two_rules(3, 60)
     y = y.astype("U8")
     y[0] = "rare"
-    fitted = MixtureOfExpertsClassifier([KNeighborsClassifier(3)] * 2, random_state=0).fit(X, y)
+    experts = [KNeighborsClassifier(3)] * 2
+    fitted = MixtureOfExpertsClassifier(experts, n_init=1, max_iter=3, random_state=0).fit(X, y)
     assert fitted.predict_proba(X).shape == (60, 3)
     with pytest.warns(UserWarning, match="cv=10: 3 folds instead"):
         MixtureOfExpertsRegressor([Ridge()]).fit(X[:3], [1.0, 2.0, 4.0])
@@ -280,7 +282,8 @@ def test_given_folds_count_rows_of_weight_zero_and_must_be_whole() -> None:
     X, y = two_pieces(4, 40)
     weights = np.ones(40)
     weights[::4] = 0
-    fitted = MixtureOfExpertsRegressor(cv=KFold(4), random_state=0).fit(X, y, weights)
+    quick: dict[str, Any] = {"n_init": 1, "max_iter": 3, "random_state": 0}
+    fitted = MixtureOfExpertsRegressor(cv=KFold(4), **quick).fit(X, y, weights)
     assert fitted.n_samples_fit_ == 30
     with pytest.raises(ValueError, match="each row into one"):
         given_folds([(np.arange(20), np.arange(20, 40))], X, y, np.arange(40))
@@ -292,6 +295,6 @@ def test_given_folds_count_rows_of_weight_zero_and_must_be_whole() -> None:
 
 def test_a_warm_start_with_folds_begins_with_the_gate() -> None:
     X, y = two_pieces(5)
-    fitted = MixtureOfExpertsRegressor(random_state=0, warm_start=True).fit(X, y)
+    fitted = MixtureOfExpertsRegressor(cv=4, n_init=2, random_state=0, warm_start=True).fit(X, y)
     before = fitted.score(X, y)
     assert fitted.fit(X, y).score(X, y) > before - 0.01
