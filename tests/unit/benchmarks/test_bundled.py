@@ -84,7 +84,7 @@ def test_training_anew_gives_the_bundled_mixture(diabetes_anew: Path) -> None:
     assert off["forest"] < 1e-9
     first, second = (LocalMixture(mixture).predict({"patient": x}) for mixture in (made, bundled))
     weights = [one["weights"].mean(0) for one in (first, second)]
-    np.testing.assert_allclose(*weights, atol=0.03, rtol=0)  # roundings move them by 0.01
+    assert np.ptp(weights, axis=0).max() < 0.03  # roundings move them by 0.01
     scores = [r2_score(y[is_out], one["progression"][is_out, 0]) for one in (first, second)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     card = (diabetes_anew / "README.md").read_text(encoding="utf-8")

@@ -119,10 +119,10 @@ def assert_greedy_without(
 
 
 @cache
-def needed(folder: Path, length: int, seed: int, count: int) -> set[tuple[int, int]]:
+def needed(folder: Path, prompt: tuple[int, ...], count: int) -> set[tuple[int, int]]:
     """The (layer, expert) that a prompt and its tokens choose while all are there."""
     cluster = LocalCluster(folder)
-    cluster.generate(greedy_request("r", prompt_of(length, seed), count))
+    cluster.generate(greedy_request("r", list(prompt), count))
     cluster.close()
     return {(f.layer_id, e) for f in cluster.transport.frames for e in f.expert_ids}
 
@@ -241,7 +241,7 @@ def test_tokens_without_experts_are_the_oracles(
     folder: Path, plain: MixtralForCausalLM, cluster: LocalCluster, contract: str, which: str
 ) -> None:
     prompt = prompt_of(7, 1)
-    uses = needed(folder, 7, 1, 8)
+    uses = needed(folder, tuple(prompt), 8)
     lost = {
         "one": [max(uses)],
         "many": [(layer, e) for layer in range(LAYERS) for e in range(0, NUM_EXPERTS, 2)],
@@ -263,7 +263,7 @@ def test_an_expert_that_nobody_needs_is_no_loss(
     folder: Path, plain: MixtralForCausalLM, cluster: LocalCluster, contract: str
 ) -> None:
     prompt = prompt_of(7, 1)
-    uses = needed(folder, 7, 1, 8)
+    uses = needed(folder, tuple(prompt), 8)
     cluster.lose([(0, e) for e in range(NUM_EXPERTS) if (0, e) not in uses])
     [[event]] = cluster.generate(greedy_request("r", prompt, 8, on_expert_loss=contract))
     check_greedy(event.token_ids, plain, prompt, 8)
@@ -296,8 +296,8 @@ def pair_of(folder: Path) -> tuple[GenerationRequest, GenerationRequest, tuple[i
     """A request, another one, and an expert that only the first needs, and not for its prompt."""
     first = greedy_request("first", prompt_of(4, 2), 12)
     other = greedy_request("other", prompt_of(4, 3), 6)
-    late = needed(folder, 4, 2, 12) - needed(folder, 4, 2, 1)
-    return first, other, min(late - needed(folder, 4, 3, 6))
+    late = needed(folder, tuple(prompt_of(4, 2)), 12) - needed(folder, tuple(prompt_of(4, 2)), 1)
+    return first, other, min(late - needed(folder, tuple(prompt_of(4, 3)), 6))
 
 
 def park(cluster: LocalCluster, folder: Path) -> tuple[GenerationRequest, tuple[int, int]]:
@@ -445,7 +445,7 @@ def test_a_strict_requests_bits_do_not_depend_on_its_mates_contracts(folder: Pat
     alike = [bits_beside(folder, c, []) for c in ("strict", "next_expert", "drop")]
     assert alike[0] == alike[1] == alike[2]
     # With a loss other rows meet in the experts, and a product's last bits depend on their number.
-    uses = needed(folder, 4, 3, 6)
+    uses = needed(folder, tuple(prompt_of(4, 3)), 6)
     lost = [(0, e) for e in range(NUM_EXPERTS) if (0, e) not in uses]
     for contract in ("strict", "next_expert", "drop"):
         for got, expected in zip(bits_beside(folder, contract, lost), alike[0], strict=True):
