@@ -100,8 +100,8 @@ def rows_of(model: str, num_rows: int, seed: int) -> Inputs:
 class Load:
     """Clients that predict with all mixtures in turn, and compare every answer."""
 
-    def __init__(self, mixtures: Mixtures, mixture: str | None = None) -> None:
-        self._mixtures = mixtures
+    def __init__(self, mixtures: Mixtures, mixture: str | None, client: Client | None) -> None:
+        self._mixtures, self._client = mixtures, client
         self._names = [mixture] if mixture else [*NUM_EXPERTS]
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -111,7 +111,7 @@ class Load:
         seed = worker
         while not self._ended.is_set():
             model = self._names[seed % len(self._names)]
-            self._mixtures.check(model, rows_of(model, 1 + seed % MOST_ROWS, seed))
+            self._mixtures.check(model, rows_of(model, 1 + seed % MOST_ROWS, seed), self._client)
             seed += CLIENTS
             with self._lock:
                 self.answers += 1
@@ -126,8 +126,10 @@ class Load:
 
 
 @contextmanager
-def loaded(mixtures: Mixtures, mixture: str | None = None) -> Iterator[Load]:
-    load = Load(mixtures, mixture)
+def loaded(
+    mixtures: Mixtures, mixture: str | None = None, client: Client | None = None
+) -> Iterator[Load]:
+    load = Load(mixtures, mixture, client)
     with ThreadPoolExecutor(CLIENTS) as pool:
         workers = [pool.submit(load.ask, worker) for worker in range(CLIENTS)]
         try:

@@ -133,6 +133,7 @@ class Suspicion:
         placement, shares = self._state.placement, self._state.shares
         gone = (Verdict.LAST_COPY, Verdict.REPLACED)
         lost = {actor_id, *(a for a, verdict in self._verdicts.items() if verdict in gone)}
+        # An actor that is to be replaced leaves the placement later; its successor loads the same.
         replaced = {a for a, verdict in self._verdicts.items() if verdict is Verdict.REPLACED}
         loading = (set(self._state.fleet.specs) - set(placement.generations)) | replaced
         coming = {key for other in loading - {actor_id} for key in shares.get(other, ())}

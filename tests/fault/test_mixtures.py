@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -221,23 +219,11 @@ def test_a_killed_router_and_a_killed_gateway_fail_nothing_with_the_clients_retr
     served = mixtures.served
     told = served.status()
     router = next(one.pid for one in told.routers if one.pid in _routers_of(mixtures, UNLIKE))
-    with Client(served.grpc_address) as client, ThreadPoolExecutor(4) as pool:
-        ended = threading.Event()
-
-        def ask(worker: int) -> int:
-            seed = worker
-            while not ended.is_set():
-                mixtures.check(UNLIKE, rows_of(UNLIKE, 3, seed), client)
-                seed += 4
-            return seed
-
-        workers = [pool.submit(ask, worker) for worker in range(4)]
-        try:
-            kill(told, router, told.gateways[0].pid)
-            after = served.wait_whole()
-        finally:
-            ended.set()
-        assert all(worker.result() > 4 for worker in workers)
+    with Client(served.grpc_address) as client, loaded(mixtures, UNLIKE, client) as load:
+        load.more(4)
+        kill(told, router, told.gateways[0].pid)
+        after = served.wait_whole()
+        load.more(20)
     assert not {router, told.gateways[0].pid} & {p.pid for p in (*after.routers, *after.gateways)}
 
 
