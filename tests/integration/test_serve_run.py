@@ -48,8 +48,8 @@ RAYS = {
 }
 """Ray's own processes, which listen as Ray is told."""
 READY = "expertmesh: ready after"
-SLOW = "expertmesh: not ready after"
-"""A start beside busy programs says so."""
+OF_THE_MACHINE = ("expertmesh: not ready after", "file_system_monitor")
+"""A start beside busy programs says so, and Ray on a disk that is almost full."""
 
 
 @pytest.mark.timeout(400)
@@ -69,7 +69,11 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         pids |= named_pids(told)
         assert len(pids) > 5
         wait_until(lambda: READY in log.read_text(), "the command says so", SAYS_S)
-        lines = [line for line in log.read_text().splitlines() if SLOW not in line]
+        lines = [
+            line
+            for line in log.read_text().splitlines()
+            if not any(words in line for words in OF_THE_MACHINE)
+        ]
         assert len(lines) <= MAX_LINES, "\n".join(lines)
         assert lines[-1].startswith(READY), "\n".join(lines)
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
