@@ -209,6 +209,10 @@ class ServedCluster:
         Only the next test that needs them pays for this: mixtures deploy them themselves.
         """
         if self.changed.is_set():
+            from ray import serve
+
+            # Actors go too: for some mixtures they have imported what other experts do not need.
+            serve.delete(APP)
             deploy(self.args)
             self.changed.clear()
 

@@ -62,7 +62,7 @@ class Mixtures:
 
 @contextmanager
 def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
-    """Deploy mixtures beside the language models, for the rest of the session."""
+    """Deploy mixtures beside the language models, until another test needs these alone."""
     folders = {
         UNLIKE: save_unlike(folder / UNLIKE),
         GIVEN: save_given(folder / GIVEN, 3, fragile=True),
@@ -80,6 +80,7 @@ def served_mixtures(cluster: ServedCluster, folder: Path) -> Iterator[Mixtures]:
     served.wait_whole()
     local = {name: LocalMixture(open_mixture(path)) for name, path in folders.items()}
     yield Mixtures(served, folders, local)
+    cluster.changed.set()
 
 
 def rows_of(model: str, num_rows: int, seed: int) -> Inputs:

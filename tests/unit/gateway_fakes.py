@@ -420,11 +420,19 @@ def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
         await server.start()
         return server, bound
 
+    async def stop() -> None:
+        await server.stop(0)
+        # A call that is left in the loop is told on stderr when a later test collects it.
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
     server, bound = asyncio.run_coroutine_threadsafe(start(), loop).result(20)
     try:
         yield f"127.0.0.1:{bound}"
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(0), loop).result(20)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(20)
         loop.close()
