@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -16,14 +17,17 @@ from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
 # A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# A busy machine takes longer for an example than hypothesis allows.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 # To look for garbage among all that is imported takes as long as the imports.
 gc.disable()
 
 ORDER = ("world", "unit", "integration", "fault", "long")
 """The worlds come before anything has started a thread, since they replace the clock."""
-LAST = ("other_weights", "mixtures")
-"""Fixtures whose tests come last. A cluster goes on serving mixtures, whose deployment also brings
-its own weights back."""
+LAST = ("other_weights", "mixtures", "place_that_ends")
+"""Fixtures whose tests come last. The deployment of mixtures also brings the cluster's own weights
+back."""
 ALONE = ("integration", "fault", "long")
 """The tests that have a cluster: it is one worker's, and these come when no other work is left."""
 COMMANDS = ("test_readme.py", "test_serve_run.py")

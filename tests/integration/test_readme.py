@@ -35,6 +35,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield place
 
 
+@pytest.fixture
+def place_that_ends(place: Place) -> Place:
+    """The server, for the last of the tests that use it."""
+    return place
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "document",
@@ -45,8 +51,8 @@ def test_a_document_shows_what_its_commands_print(document: Path, place: Place) 
     check_document(document, place)
 
 
-def test_the_commands_for_another_shell_work_as_written(place: Place) -> None:
-    """The last of this file's tests on the server, which it ends."""
+def test_the_commands_for_another_shell_work_as_written(place_that_ends: Place) -> None:
+    place = place_that_ends
     text = README.read_text(encoding="utf-8")
     [block] = [b for b in blocks(text) if b.text.startswith("export RAY_AUTH_MODE=token ")]
     assert re.findall(r"^serve (\w+)", block.text, re.MULTILINE) == ["deploy", "status", "shutdown"]

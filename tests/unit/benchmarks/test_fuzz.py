@@ -31,7 +31,7 @@ def test_good_inputs_and_mutated_ones_are_taken_or_refused_as_promised(
     for seed in target.seeds:
         target.run(seed)
 
-    @settings(deadline=None, max_examples=EXAMPLES.get(name, DEFAULT_EXAMPLES), database=None)
+    @settings(max_examples=EXAMPLES.get(name, DEFAULT_EXAMPLES), database=None)
     @given(st.integers(0, 2**64))
     def any_mutation(number: int) -> None:
         target.run(mutated(random.Random(number), target.seeds))
@@ -42,7 +42,7 @@ def test_good_inputs_and_mutated_ones_are_taken_or_refused_as_promised(
 def test_any_bytes_are_taken_or_refused_as_promised(named: tuple[str, Target]) -> None:
     name, target = named
 
-    @settings(deadline=None, max_examples=EXAMPLES.get(name, DEFAULT_EXAMPLES) // 3, database=None)
+    @settings(max_examples=EXAMPLES.get(name, DEFAULT_EXAMPLES) // 3, database=None)
     @given(st.binary(max_size=300))
     def any_bytes(data: bytes) -> None:
         target.run(data)

@@ -35,9 +35,7 @@ CASES = st.builds(
     activation=st.sampled_from([*ACTIVATIONS, CLAMPED]),
 )
 # Hypothesis would have a fixture for each example; one for all is meant.
-EXAMPLES = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EXAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="session")

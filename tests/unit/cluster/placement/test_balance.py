@@ -81,7 +81,7 @@ def checked(models: list[ModelExperts], devices: list[Device], copies: int, plan
     return held
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(clusters(), st.integers(0, 10_000))
 def test_every_plan_keeps_its_promises_and_tells_what_it_changes(
     cluster: tuple[list[ModelExperts], list[Device], int], seed: int
@@ -132,7 +132,7 @@ def test_a_hot_expert_is_copied_and_its_copies_go_when_it_is_cold() -> None:
     assert len(dropped.holders[keys[3]]) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(clusters(), st.integers(0, 10_000))
 def test_only_copies_that_carry_next_to_nothing_go_for_being_cold(
     cluster: tuple[list[ModelExperts], list[Device], int], seed: int

@@ -170,7 +170,7 @@ def test_a_load_that_ended_is_forgotten_within_the_time_that_is_set(
     assert tracker.tokens_per_s(ended_s + gone_s)[B] == pytest.approx(20, rel=0.05)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(5, 200))
 def test_a_load_that_comes_by_chance_is_forgotten_within_the_time_too(
     seed: int, tokens_per_s: int

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
@@ -49,7 +49,6 @@ def test_experts_are_dealt_out_as_worked_by_hand() -> None:
     }
 
 
-@settings(deadline=None)
 @given(MODELS, ACTORS)
 def test_each_expert_gets_one_actor_and_each_layer_is_spread_evenly(
     models: list[ModelExperts], actor_ids: list[str]
@@ -67,7 +66,6 @@ def test_each_expert_gets_one_actor_and_each_layer_is_spread_evenly(
             assert max(of_layer) - min(of_layer) <= 1
 
 
-@settings(deadline=None)
 @given(MODELS, ACTORS, st.integers(1, 9))
 def test_each_expert_gets_its_copies_on_different_actors_and_layers_stay_even(
     models: list[ModelExperts], actor_ids: list[str], copies: int
@@ -91,7 +89,6 @@ def test_the_copies_of_what_one_actor_holds_are_spread_over_the_others() -> None
         assert others == [2, 2, 2]
 
 
-@settings(deadline=None)
 @given(MODELS, st.lists(st.sampled_from("xyz"), min_size=2, max_size=8), st.integers(2, 3))
 def test_copies_sit_on_different_nodes_as_far_as_there_are_several(
     models: list[ModelExperts], placed: list[str], copies: int
@@ -166,7 +163,6 @@ def test_an_actors_share_is_in_proportion_to_its_budget() -> None:
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.booleans())
 def test_experts_fit_into_the_budgets_whenever_there_is_a_way(
     rooms: list[int], layers: int, experts: int, copies: int, on_one_node: bool
@@ -251,7 +247,6 @@ def test_only_what_all_who_are_to_hold_it_do_hold_is_surplus() -> None:
     assert surplus(placement, shares, []) == []
 
 
-@settings(deadline=None)
 @given(MODELS, st.integers(1, 5), st.data())
 def test_fewer_copies_are_chosen_from_those_that_are_there(
     models: list[ModelExperts], num_actors: int, data: st.DataObject
@@ -293,7 +288,6 @@ def test_a_placement_is_newer_by_epoch_first_and_version_second() -> None:
     assert orders == sorted(orders)
 
 
-@settings(deadline=None)
 @given(MODELS, ACTORS)
 def test_a_placement_survives_a_call_of_ray(
     models: list[ModelExperts], actor_ids: list[str]
@@ -305,7 +299,6 @@ def test_a_placement_survives_a_call_of_ray(
     assert read.missing() == placement.missing()
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 10**9))
 def test_an_actors_name_is_parsed_to_what_it_was_made_of(
     app: str, actor_id: str, generation: int

@@ -212,7 +212,6 @@ def test_frames_have_the_layout_that_is_documented() -> None:
     )
 
 
-@settings(deadline=None)
 @given(FRAMES)
 def test_every_frame_is_read_back_as_it_was_written(frame: Frame) -> None:
     if isinstance(frame, ErrorFrame):
@@ -224,7 +223,6 @@ def test_every_frame_is_read_back_as_it_was_written(frame: Frame) -> None:
     assert described(decode(memoryview(bytearray(wire_of(frame))))) == described(frame)
 
 
-@settings(deadline=None)
 @given(FRAMES)
 def test_the_rows_begin_at_an_aligned_place(frame: Frame) -> None:
     header, *rows = encode(frame)
@@ -245,7 +243,7 @@ def test_the_rows_of_a_decoded_frame_are_views_of_what_was_received() -> None:
     assert frame.rows[-1] == 77
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_mutated_frames_are_read_or_refused_and_never_fail_otherwise(data: st.DataObject) -> None:
     wire = bytearray(wire_of(data.draw(FRAMES)))
@@ -263,7 +261,6 @@ def test_mutated_frames_are_read_or_refused_and_never_fail_otherwise(data: st.Da
     encode(frame)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused(wire: bytes) -> None:
     with pytest.raises(FrameError):

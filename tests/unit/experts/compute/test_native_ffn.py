@@ -115,7 +115,7 @@ NAMES = [name for name, *_ in KERNELS]
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=CASES)
 def test_results_are_off_by_roundings_of_float32_sums_alone(kernel: str, case: Case) -> None:
     exact, bound = case.exact()
@@ -123,7 +123,7 @@ def test_results_are_off_by_roundings_of_float32_sums_alone(kernel: str, case: C
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=CASES, data=st.data())
 def test_a_row_alone_has_the_bits_of_the_row_in_any_crowd(
     kernel: str, case: Case, data: st.DataObject
@@ -161,7 +161,7 @@ def test_neither_many_rows_nor_threads_change_a_bit(
         assert torch.equal(case.computed(kernel, 1, row, row + 1)[0], together[row])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=CASES)
 def test_kernels_of_a_class_have_equal_bits(case: Case) -> None:
     column = 2 if case.rows.dtype == torch.bfloat16 else 1
@@ -405,7 +405,7 @@ SMALL = st.integers(-2, 70)
 
 
 @pytest.mark.parametrize("native", BUILT)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     rows=st.integers(0, 600),
     counts=st.lists(NUMBERS, max_size=3).map(tuple),

@@ -201,7 +201,7 @@ class Layer:
         return torch.einsum("qts,sqd->tqd", probabilities, value)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(1, 45), min_size=1, max_size=5),
     st.one_of(st.none(), st.integers(1, 20)),

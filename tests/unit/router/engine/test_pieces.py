@@ -193,7 +193,7 @@ def windowed(saved: Callable[..., Saved]) -> dict[str, LocalCluster]:
 
 
 @pytest.mark.parametrize(("dtype", "error"), ERRORS)
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_borders_anywhere_change_no_bit(
     windowed: dict[str, LocalCluster], data: st.DataObject, dtype: str, error: float

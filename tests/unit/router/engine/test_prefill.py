@@ -135,7 +135,7 @@ def slowly(prompts: list[Prompt], budget: int) -> list[int]:
     return shares
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(PROMPTS, st.integers(1, 200))
 def test_without_long_prompts_a_step_is_divided_token_by_token(
     prompts: list[Prompt], budget: int
@@ -145,7 +145,7 @@ def test_without_long_prompts_a_step_is_divided_token_by_token(
         assert divide(short, budget) == slowly(short, budget)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(PROMPTS, st.integers(1, 200), st.booleans())
 def test_a_step_is_filled_but_for_long_prompts_beside_those_that_end(
     prompts: list[Prompt], budget: int, ends_others: bool
@@ -172,7 +172,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(ARRIVALS, st.integers(4, 64))
 def test_no_prompt_waits_longer_than_its_turn_at_a_part_of_each_step(
     arrivals: list[tuple[int, int, int]], budget: int
@@ -197,7 +197,7 @@ def test_no_prompt_waits_longer_than_its_turn_at_a_part_of_each_step(
     raise AssertionError(f"prompts starved: {left}")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 100), min_size=1, max_size=12),
     st.lists(st.integers(1000, 9000), min_size=1, max_size=4),

@@ -120,7 +120,7 @@ def test_a_row_that_is_not_finite_has_no_token_and_does_not_disturb_its_mates(
     assert found.logprobs[1].logprob == 0.0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12))
 def test_temperature_zero_takes_the_first_of_the_largest_logits(logits: list[float]) -> None:
     rows = torch.tensor([logits, [*logits[::-1]]])
@@ -144,7 +144,7 @@ PARAMS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(LOGITS, st.lists(PARAMS, min_size=9, max_size=9))
 def test_only_what_the_filters_leave_is_drawn_and_all_of_it(
     logits: list[float], kinds: list[SamplingParams]
@@ -272,7 +272,7 @@ def drawn_alone(seed: int, is_on_device: bool) -> tuple[torch.Tensor, list[Drawn
     return logits, [sample(logits[i : i + 1], [DRAWS[i]]) for i in range(len(DRAWS))]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.permutations(range(len(DRAWS))), st.integers(1, len(DRAWS)), st.integers(0, 3))
 def test_a_draw_depends_neither_on_its_place_nor_on_its_mates(
     order: list[int], size: int, seed: int

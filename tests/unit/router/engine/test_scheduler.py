@@ -336,7 +336,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(REQUESTS, st.integers(1, 6), st.integers(1, 20), st.integers(3, 12), st.data())
 def test_whatever_comes_is_served_within_the_limits(
     sizes: list[tuple[int, int, int]],

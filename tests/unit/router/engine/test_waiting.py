@@ -134,7 +134,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(STEPS, st.booleans())
 def test_whoever_comes_is_admitted_however_many_come_after(
     steps: list[tuple[int, int, int, str]], has_tenants: bool

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
@@ -32,13 +32,11 @@ def pieces(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 
 @given(ids_of_any_bytes)
-@settings(deadline=None)
 def test_pieces_are_the_plain_decode(ids: list[int]) -> None:
     assert "".join(pieces(Detokenizer(tokenizer()), ids)) == tokenizer().decode(ids)
 
 
 @given(ids_of_any_bytes, ids_of_any_bytes)
-@settings(deadline=None)
 def test_the_prompt_before_does_not_change_byte_level_text(
     context: list[int], ids: list[int]
 ) -> None:
@@ -47,7 +45,6 @@ def test_the_prompt_before_does_not_change_byte_level_text(
 
 
 @given(st.lists(ids_of_any_bytes, max_size=6), st.data())
-@settings(deadline=None)
 def test_the_text_is_the_same_however_many_tokens_come_at_once(
     groups: list[list[int]], data: st.DataObject
 ) -> None:
@@ -76,7 +73,6 @@ def test_a_long_text_is_decoded_in_short_windows(monkeypatch: pytest.MonkeyPatch
 
 
 @given(text)
-@settings(deadline=None)
 def test_no_piece_holds_half_a_character(whole: str) -> None:
     parts = pieces(Detokenizer(tokenizer()), tokenizer().encode(whole))
     assert "".join(parts) == whole
@@ -119,7 +115,6 @@ def test_the_matcher_cuts_at_the_first_stop_however_the_text_is_cut(
 
 
 @given(text, stop_strings)
-@settings(deadline=None)
 def test_a_choice_is_its_text_up_to_the_first_stop(whole: str, stops: list[str]) -> None:
     choice = ChoiceText(tokenizer(), stops)
     ids = tokenizer().encode(whole)
@@ -210,7 +205,6 @@ def test_byte_fallback_characters_come_whole(sentencepiece: Tokenizer) -> None:
 
 
 @given(text)
-@settings(deadline=None)
 def test_the_bytes_of_tokens_are_the_bytes_of_the_text(whole: str) -> None:
     ids = tokenizer().encode(whole)
     assert b"".join(tokenizer().token_bytes(token_id) for token_id in ids) == whole.encode()

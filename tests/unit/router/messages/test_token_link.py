@@ -528,7 +528,7 @@ def deliveries(draw: st.DrawFn) -> tuple[list[TokenEvent], list[TokenEvent]]:
     return link, reply
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(deliveries(), st.data())
 def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
     delivery: tuple[list[TokenEvent], list[TokenEvent]], data: st.DataObject
@@ -570,7 +570,7 @@ def test_nothing_comes_after_the_end() -> None:
     assert receipts.take(event_of(1, 8)) is None
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(deliveries(), st.data())
 def test_a_request_that_goes_on_elsewhere_loses_nothing_and_doubles_nothing(
     delivery: tuple[list[TokenEvent], list[TokenEvent]], data: st.DataObject

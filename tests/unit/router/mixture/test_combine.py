@@ -154,7 +154,7 @@ def expected_of(spec: MixtureSpec, case: Case, row: int) -> dict[str, np.ndarray
     return parts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     kind=st.sampled_from(sorted(COMBINES)),
     dtype=st.sampled_from(["float32", "float64"]),
@@ -190,7 +190,7 @@ def test_every_output_is_its_definition_pair_by_pair(
                 assert got.tolist() == list(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(sorted(COMBINES)),
     dtype=st.sampled_from(["float32", "float64"]),

@@ -111,7 +111,7 @@ def trees(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     return gates, counts["experts"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tree=trees(), seed=st.integers(0, 2**32 - 1), num_rows=st.integers(0, 9))
 def test_a_choice_is_the_product_rule_with_ties_to_the_first(
     tree: tuple[dict[str, Any], int], seed: int, num_rows: int
@@ -133,7 +133,7 @@ def test_a_choice_is_the_product_rule_with_ties_to_the_first(
         np.testing.assert_allclose(choice.weights.sum(1), 1.0, 1e-12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tree=trees(), seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_a_choice_among_allowed_experts_leaves_out_whatever_leads_to_no_other(
     tree: tuple[dict[str, Any], int], seed: int, data: st.DataObject
@@ -296,7 +296,7 @@ def test_a_gate_looks_at_the_pooled_row(tmp_path: Path, pool: str) -> None:
             gate.choose({"x": np.zeros((7, 3)), "s": s[:, :0]})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(["float32", "float64"]),
     kind=st.sampled_from(["relu", "tanh", "gelu", "silu", "sigmoid", "linear"]),

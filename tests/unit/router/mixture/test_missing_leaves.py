@@ -35,7 +35,7 @@ TENSORS = {
 GATE = MixtureGate(mixture_in_memory(document(TREE, E), TENSORS))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     missing=st.lists(st.booleans(), min_size=E, max_size=E),
     contracts=st.lists(st.sampled_from(ON_EXPERT_LOSS), min_size=1, max_size=12),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from router.mixture.sums import sum_first
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     count=st.integers(1, 200),
     width=st.integers(1, 40),

@@ -39,7 +39,7 @@ def cache_of(kind: str, heads: int, size: int, dtype: torch.dtype) -> PagedCache
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     num_heads=st.integers(1, 4),

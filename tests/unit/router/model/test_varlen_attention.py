@@ -98,9 +98,7 @@ class Layer:
         return attention.attend(query, self.cache, 0, view, scoring).cpu().float()
 
 
-@settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(1, 2 * PAGE), min_size=1, max_size=4),
     st.sampled_from([None, 1, 7, 300]),

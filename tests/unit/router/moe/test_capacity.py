@@ -163,7 +163,7 @@ def _steps(draw: st.DrawFn) -> tuple[list[list[float]], int, int, set[int], list
     return probabilities, k, draw(st.integers(1, 8)), set(), going
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_steps(), st.data())
 def test_capacity_as_the_oracle_has_it(
     step: tuple[list[list[float]], int, int, set[int], list[bool]], data: st.DataObject

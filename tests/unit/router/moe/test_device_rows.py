@@ -59,7 +59,7 @@ def chosen(num_tokens: int, k: int, num_experts: int, seed: int) -> torch.Tensor
     return scores.topk(k).indices
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     num_tokens=st.integers(1, 30),
     k=st.integers(1, 4),

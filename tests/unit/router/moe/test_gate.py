@@ -233,7 +233,7 @@ def specs(draw: st.DrawFn) -> tuple[GateSpec, int, int]:
     return spec, groups * size, top_k
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(specs(), st.integers(1, 9), st.floats(0, 1), st.integers(0, 9999))
 def test_a_mask_leaves_what_the_oracle_leaves(
     drawn: tuple[GateSpec, int, int], num_tokens: int, share: float, seed: int

@@ -186,7 +186,7 @@ def test_lost_experts_by_layer() -> None:
 # One step's decisions, against the oracle.
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_steps_choices_are_the_oracles(data: st.DataObject) -> None:
     contracts = data.draw(

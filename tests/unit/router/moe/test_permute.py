@@ -56,7 +56,7 @@ def choices(draw: st.DrawFn) -> np.ndarray:
     return np.array([source.sample(range(9), k) for _ in range(tokens)], np.int64)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(choices(), st.integers(0, 10_000))
 def test_pairs_are_routed_gathered_and_scattered_as_loops_do_it(ids: np.ndarray, seed: int) -> None:
     source = random.Random(seed)
@@ -129,7 +129,7 @@ DTYPES = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(choices(), st.sampled_from(DTYPES), st.integers(0, 10_000))
 def test_sums_have_the_bits_of_sums_that_are_rounded_step_by_step(
     ids: np.ndarray, dtypes: tuple[torch.dtype, torch.dtype], seed: int

@@ -92,7 +92,7 @@ def shared_gate() -> Gate:
         return Gate(Path(folder))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.one_of(

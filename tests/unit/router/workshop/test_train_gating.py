@@ -23,7 +23,7 @@ from router.workshop.settings import GatingSettings
 
 
 @given(seed=st.integers(0, 2**31), num_experts=st.integers(2, 9), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exactly_k_gates_are_nonzero_and_sum_to_one(
     seed: int, num_experts: int, data: st.DataObject
 ) -> None:

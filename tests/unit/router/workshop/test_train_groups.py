@@ -38,7 +38,7 @@ def oracle(
     return fits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     groups=st.integers(1, 3),
     group_tokens=st.integers(1, 6),

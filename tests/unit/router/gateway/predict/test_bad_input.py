@@ -394,7 +394,7 @@ def mutated(data: st.DataObject, whole: bytes) -> bytes:
     return bytes(changed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_mutated_body_is_parsed_or_refused(data: st.DataObject) -> None:
     body = mutated(data, WHOLE)
@@ -404,7 +404,7 @@ def test_a_mutated_body_is_parsed_or_refused(data: st.DataObject) -> None:
         assert parsed.code is Code.INVALID_ARGUMENT
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 @example(None)
 def test_a_mutated_message_is_answered_or_refused(data: st.DataObject | None) -> None:

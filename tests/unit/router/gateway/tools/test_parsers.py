@@ -581,7 +581,7 @@ PARTS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(PARTS, max_size=12),
     st.sampled_from([QWEN, MISTRAL, MISTRAL_V11, CODER, V3, V3_1, GPT_OSS]),

@@ -33,7 +33,7 @@ def members(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(case=cases())
 def test_results_are_off_by_roundings_of_float32_sums_alone(kernel: str, case: Case) -> None:
     for b, output in enumerate(case.run(one_prefill(case), kernel)):
@@ -42,7 +42,7 @@ def test_results_are_off_by_roundings_of_float32_sums_alone(kernel: str, case: C
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(case=cases(), source=st.randoms(use_true_random=False))
 def test_a_token_has_the_same_bits_decoded_alone_and_in_any_chunk_and_company(
     kernel: str, case: Case, source: random.Random
@@ -56,7 +56,7 @@ def test_a_token_has_the_same_bits_decoded_alone_and_in_any_chunk_and_company(
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(case=cases(), source=st.randoms(use_true_random=False))
 def test_kernels_of_one_class_give_the_same_bits(
     name: str, case: Case, source: random.Random

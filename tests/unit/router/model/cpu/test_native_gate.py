@@ -67,7 +67,7 @@ def spread(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SPECS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), masked=st.booleans())
 def test_it_chooses_and_weighs_as_torch_does(
     native: ModuleType, name: str, dtype: torch.dtype, seed: int, masked: bool

@@ -57,7 +57,7 @@ SIZES = st.one_of(st.integers(1, 80), st.sampled_from([96, 127, 129, 512, 1025])
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     num_rows=st.integers(1, 230),

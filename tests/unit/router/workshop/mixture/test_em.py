@@ -164,7 +164,7 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
         fit_softmax(**arguments)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     num_rows=st.integers(1, 40),

@@ -124,7 +124,7 @@ GATES = st.sampled_from(["linear", "mlp", LOGISTIC])
 
 
 @keeps_going
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(experts=REGRESSORS, gate=GATES, seed=st.integers(0, 1000), is_multiple=st.booleans())
 def test_the_objective_of_a_regression_never_falls(
     experts: list[Any], gate: Any, seed: int, is_multiple: bool
@@ -136,7 +136,7 @@ def test_the_objective_of_a_regression_never_falls(
 
 
 @keeps_going
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(experts=CLASSIFIERS, gate=GATES, seed=st.integers(0, 1000))
 def test_the_objective_of_a_classification_never_falls(
     experts: list[Any], gate: Any, seed: int

@@ -108,7 +108,7 @@ def test_one_iteration_of_two_experts_by_hand() -> None:
     np.testing.assert_allclose(np.exp(after.log_gates(design))[:, 0], 0.595199, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 100_000),
     branching=st.sampled_from(TREES),

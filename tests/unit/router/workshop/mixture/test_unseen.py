@@ -58,7 +58,7 @@ def test_em_is_taken_where_it_wins() -> None:
     assert fitted.score(*two_pieces(1)) > 0.95
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(seed=st.integers(0, 1000), is_tree=st.booleans())
 def test_the_out_of_fold_objective_never_falls(seed: int, is_tree: bool) -> None:
     X, y = two_pieces(seed, 60)
