@@ -68,17 +68,24 @@ def test_any_number_of_threads_gives_equal_bits(native: ModuleType, sizes: tuple
         assert torch.equal(computed(expert, rows, threads), alone)
 
 
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t)
+
+
+def pool_run_of(native: ModuleType) -> Callable[..., None]:
+    run = ctypes.CDLL(native.__file__).pool_run
+    run.argtypes = [WORK, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_ssize_t]
+    run.restype = None
+    return run
+
+
 @pytest.mark.parametrize("native", BUILT)
 def test_each_index_is_computed_once_on_so_many_threads_at_most(native: ModuleType) -> None:
-    run = ctypes.CDLL(native.__file__).pool_run
-    work_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t)
-    run.argtypes = [work_type, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_ssize_t]
-    run.restype = None
+    run = pool_run_of(native)
     lock = threading.Lock()
     indices: list[int] = []
     now, most = 0, 0
 
-    @work_type
+    @WORK
     def work(context: int | None, index: int) -> None:
         nonlocal now, most
         with lock:
@@ -135,6 +142,28 @@ def found() -> dict[str, object]:
 
 def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def counted_calls() -> list[int]:
+    """Return how many calls 500,000 indices have, by the C library's semaphore.
+
+    The interpreter's lock would keep its threads apart. Here they meet, on processors of their own.
+    """
+    assert built.native is not None
+    libc, run, found = ctypes.CDLL(None), pool_run_of(built.native), ctypes.c_int()
+    count, semaphore = WORK(("sem_post", libc)), ctypes.create_string_buffer(64)
+    libc.sem_init(semaphore, 0, 0)
+    run(count, semaphore, 4, 4)
+    processors = sorted(os.sched_getaffinity(0))
+    for place, thread in enumerate(os.listdir("/proc/self/task")):
+        os.sched_setaffinity(int(thread), {processors[place % len(processors)]})
+    counts = []
+    for _ in range(5):
+        libc.sem_init(semaphore, 0, 0)
+        run(count, semaphore, 500_000, 4)
+        libc.sem_getvalue(semaphore, ctypes.byref(found))
+        counts.append(found.value)
+    return counts
 
 
 def callers_at_once() -> bool:
@@ -228,11 +257,22 @@ def attending_threads() -> list[int]:
     return found
 
 
-CHECKS = (attending_threads, callers_at_once, forks, no_thread_to_be_had, idle_workers)
+CHECKS = (
+    attending_threads,
+    counted_calls,
+    callers_at_once,
+    forks,
+    no_thread_to_be_had,
+    idle_workers,
+)
 
 
 def test_attention_computes_on_the_pool(found: dict[str, object]) -> None:
     assert found["attending_threads"] == [0, 2, 2]
+
+
+def test_no_index_is_taken_twice(found: dict[str, object]) -> None:
+    assert found["counted_calls"] == [500_000] * 5
 
 
 def test_callers_at_once_get_what_each_gets_alone(found: dict[str, object]) -> None:

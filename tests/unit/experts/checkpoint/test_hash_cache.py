@@ -266,13 +266,16 @@ def test_a_file_that_is_wrong_is_refused_by_name_and_written_anew(
 
 
 def test_a_file_with_any_damaged_byte_or_cut_short_anywhere_is_refused(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    folder = tmp_path / "small"
+    save_mixtral(folder, num_hidden_layers=1, num_local_experts=2)
     checkpoint = open_checkpoint(folder)
     identity_of(checkpoint)
     file = folder / BESIDE
     good = file.read_bytes()
-    for place in (*range(40), *range(40, len(good), 61), len(good) - 1):
+    ends = (len(good) - hashes.HASH_BYTES - 1, len(good) - 1)  # of the content, and of the file
+    for place in (*range(40), *range(40, len(good), 7), *ends):
         for bad in (
             good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :],
             good[:place],

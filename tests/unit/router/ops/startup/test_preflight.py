@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from ray.serve.scripts import cli as serve_commands
 
 import deploy
 from benchmarks.shipped import free_ports, shipped_document
 from cluster.memory import Memory
 from experts.checkpoint.hash_cache import BESIDE
 from router.config import ExpertsConfig
+from router.ops import startup
 from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu
 from router.ops.doctor.running_ray import RunningRay, Target
@@ -368,13 +371,20 @@ def bad_yaml(tmp_path: Path, wrong: Callable[[dict[str, Any]], None]) -> Path:
     return write(tmp_path / "bad.yaml", document)
 
 
+def too_long(app: dict[str, Any]) -> None:
+    app["args"]["models"][0]["max_model_len"] = 1025
+
+
+TOO_LONG = (
+    "applications.expertmesh.args.models[0].max_model_len: "
+    "must be at most the model's own 1024 (given: 1025)"
+)
+
+
 def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     tmp_path: Path,
 ) -> None:
-    def wrong(app: dict[str, Any]) -> None:
-        app["args"]["models"][0]["max_model_len"] = 1025
-
-    file = bad_yaml(tmp_path, wrong)
+    file = bad_yaml(tmp_path, too_long)
     temp = tmp_path / "ray"
     temp.mkdir()
     serve = Path(sys.executable).with_name("serve")
@@ -389,12 +399,25 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
     assert result.returncode == 2
     lines = (result.stdout + result.stderr).splitlines()
     assert [line for line in lines if line.startswith("expertmesh:")] == [
-        f"expertmesh: {file}: applications.expertmesh.args.models[0].max_model_len: "
-        "must be at most the model's own 1024 (given: 1025)"
+        f"expertmesh: {file}: {TOO_LONG}"
     ]
     assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
     # Whatever Ray starts puts its session there first.
     assert list(temp.iterdir()) == []
+
+
+def test_serves_own_deploy_refuses_a_bad_file_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command imports the module anew, as in a process of its own, which takes seconds."""
+    file = bad_yaml(tmp_path, too_long)
+    words = ["deploy", str(file), "--address", "http://127.0.0.1:9"]  # nobody answers there
+    monkeypatch.setattr(sys, "argv", ["serve", *words])
+    monkeypatch.setattr(startup, "preflight", preflight)  # the import sets it
+    monkeypatch.delitem(sys.modules, preflight.__name__)
+    result = CliRunner().invoke(serve_commands, words)
+    lines = [line for line in result.output.splitlines() if "scripts.py" not in line]  # Serve's own
+    assert (result.exit_code, lines) == (2, [f"expertmesh: {file}: {TOO_LONG}"])
 
 
 @pytest.fixture

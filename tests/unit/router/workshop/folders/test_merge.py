@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -16,12 +17,19 @@ from typer.testing import CliRunner
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.cli.app import app
-from router.workshop.folders.alignment import in_order, neuron_orders
+from router.workshop.folders.alignment import DOWN, in_order, neuron_orders
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense import DENSE_CONFIGS, WITHOUT_DENSE
 from router.workshop.folders.grouping import grouped
 from router.workshop.folders.making import source_checkpoint
-from router.workshop.folders.merge import MergeOptions, merge, merging_of
+from router.workshop.folders.merge import (
+    Group,
+    MergedExperts,
+    MergeOptions,
+    Merging,
+    merge,
+    merging_of,
+)
 from tests.quantise import CASES, make
 from tests.unit.router.workshop.folders.edits import (
     State,
@@ -203,6 +211,24 @@ def test_shares_are_by_use_and_a_lone_expert_has_the_mean_weight(tmp_path: Path)
         assert merging.groups[1][0].shares == (0.75, 0.25, 0, 0, 0, 0, 0, 0)
         assert merging.groups[1][0].reference == 0
         assert merging.factors[1] == pytest.approx(factor)
+
+
+def test_a_merged_expert_is_the_mean_by_shares_of_all_in_its_group(tmp_path: Path) -> None:
+    save("mixtral", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    shares = np.array([0.5, 0.25, 0.125, 0.125])
+    group = Group((1, 2, 5, 7), tuple(shares.tolist()))
+    experts = MergedExperts(checkpoint, Merging({1: [group]}, {1: 2.0}))
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    parts = zip(*(expert_of(checkpoint, state, 1, n) for n in group.expert_ids), strict=True)
+    for index, members in enumerate(parts):
+        neurons = 1 if index == DOWN else 0  # summed over, since their order is another
+        expected = (2 if index == DOWN else 1) * shares @ np.stack(members).sum(1 + neurons)
+        found = experts.matrix(1, 0, index).sum(neurons)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    rows = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    expected = shares @ rows[list(group.expert_ids)]
+    np.testing.assert_allclose(experts.gate_rows(1, rows)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import torch
 
 from cluster.errors import ConfigError
 from experts.checkpoint.checkpoint import open_checkpoint
+from experts.checkpoint.expert_weights import read_tensor
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense_model import opened_dense
 from router.workshop.folders.upcycle import UpcycleOptions, upcycle
 from tests.unit.router.engine.test_engine import check_greedy
 from tests.unit.router.workshop.folders.dense_models import DENSE, save_dense
+from tests.unit.router.workshop.folders.edits import gate_tensors
 from tests.unit.router.workshop.folders.families import (
     PROMPT,
     check_served,
@@ -61,8 +63,12 @@ def test_with_all_parts_the_model_is_the_dense_one(
 def test_any_copies_are_the_dense_model(name: str, tmp_path: Path) -> None:
     dense = save_dense(name, tmp_path / "dense")
     upcycled(tmp_path / "dense", tmp_path / "out", [], by="copies", active=3)
-    assert open_checkpoint(tmp_path / "out").shape.num_experts_per_tok == 3
+    made = open_checkpoint(tmp_path / "out")
+    assert made.shape.num_experts_per_tok == 3
     assert_is_dense(tmp_path / "out", dense)
+    gates = [torch.from_numpy(read_tensor(made, name, "float32")) for name in gate_tensors(made)]
+    assert not torch.equal(*gates)
+    assert all(gate.std() == pytest.approx(0.02, rel=0.3) for gate in gates)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -32,7 +32,13 @@ from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError
 from router.workshop.mixture.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
-from router.workshop.mixture.general.fits import FitFailedError
+from router.workshop.mixture.general.fits import (
+    MOST_RARE,
+    Data,
+    Expert,
+    FitFailedError,
+    fitted_part,
+)
 from tests.unit.router.workshop.mixture.test_general import two_pieces, two_rules
 
 ROWS, VALUES = two_pieces(0, 40)
@@ -211,6 +217,19 @@ def test_an_expert_that_refuses_a_rare_class_is_fitted_without_it() -> None:
     places = [part.class_places.tolist() for part in fitted.mixture_.experts.values()]
     assert places == [[0, 2], [0, 1, 2]]
     np.testing.assert_allclose(fitted.predict_proba(ROWS).sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("num_rare", [MOST_RARE, MOST_RARE + 1])
+def test_an_expert_may_refuse_a_class_of_few_rows_alone(num_rare: int) -> None:
+    numbers = np.repeat([0, 1], [40 - num_rare, num_rare])
+    numbers[:14] = 2
+    data = Data(ROWS, numbers, np.ones(40), np.array(["a", "b", "c"]))
+    expert = Expert("calibrated", CalibratedClassifierCV(SVC(), cv=12))
+    if num_rare <= MOST_RARE:
+        assert fitted_part(expert, data, np.ones(40)).class_places.tolist() == [0, 2]
+    else:
+        with pytest.raises(FitFailedError, match="cannot be fitted to 40 of 40 rows"):
+            fitted_part(expert, data, np.ones(40))
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
