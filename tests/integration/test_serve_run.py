@@ -26,9 +26,9 @@ from tests.serve_run import (
     READY_S,
     copy_with_ports,
     other_shell,
+    ready_serve_run,
     serve_environments,
     serve_run,
-    wait_ready,
 )
 from tests.signal_at_start import STACKS
 
@@ -57,11 +57,10 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
     with (
-        serve_run(file, log) as process,
+        ready_serve_run(file, log, http_port) as process,
         Client(f"127.0.0.1:{grpc_port}", retry=None) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        wait_ready(process, log, http_port)
         [reply] = client.generate("In the beginning", greedy(5), model=TINY)
         assert len(reply.token_ids) == 5
         told = client.status()
