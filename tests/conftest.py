@@ -102,5 +102,5 @@ def served(served_session: ServedCluster) -> ServedCluster:
 def pytest_collection_finish() -> None:
     """Have garbage collected from now on, except for what lives to the end: tests and modules."""
     gc.freeze()
-    gc.set_threshold(20_000)  # by default it costs each twentieth second of the unit tests
+    gc.set_threshold(20_000)  # tests make many objects, and little garbage
     gc.enable()
