@@ -21,7 +21,7 @@ from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
 READY_S = 180.0
 ASK_S = 60.0
-RAYS_LIMITS = ("The current node timed out during startup", "GetTimeoutError")
+RAYS_LIMITS = ("The current node timed out during startup", "timeout=HTTP_PROXY_TIMEOUT")
 """How `serve run` ends where Ray (in 30 s) or Serve's proxies (in 60 s) did not start in time."""
 IN_ANOTHER_SHELL = "in another shell: export "
 TEN_LINES = """\
