@@ -21,6 +21,17 @@ def commands_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def greetings_have_time() -> Iterator[None]:
+    """Let a connection begin late: beside other work, a handshake may take over five seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.transport.stream.connect.CONNECT_TIMEOUT_S", 60.0)
+        patch.setattr("cluster.transport.stream.server.HELLO_TIMEOUT_S", 60.0)
+        patch.setattr("router.messages.link.CONNECT_TIMEOUT_S", 60.0)
+        patch.setattr("router.messages.link.HELLO_TIMEOUT_S", 60.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text that a tiny model learns in a few steps."""

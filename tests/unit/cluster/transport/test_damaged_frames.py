@@ -14,7 +14,7 @@ from tests.cluster_fixture import wait_until
 from tests.fault.wire import Fault
 from tests.unit.cluster.transport.wired import Wired, tokens_of
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 @pytest.fixture

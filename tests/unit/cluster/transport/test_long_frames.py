@@ -28,7 +28,7 @@ from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.cluster_fixture import prompt_of
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 BUFFER_BYTES = 32 << 10
 """The sockets' send buffers here."""
 FRAME_BYTES = 1_500_000

@@ -41,7 +41,7 @@ from cluster.wire.frames import Buffer, Buffers
 from tests.local_cluster import Answered, within
 from tests.unit.certificates import Authority, new_authority
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 NETWORKS = list(Network)
 
 

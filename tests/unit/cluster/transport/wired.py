@@ -17,7 +17,7 @@ from tests.cluster_fixture import prompt_of, wait_until
 from tests.fault.wire import Wire
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
 
-LENGTH, LIMIT_S = 6, 20.0
+LENGTH, LIMIT_S = 6, 60.0
 NUMBERS = itertools.count()
 
 

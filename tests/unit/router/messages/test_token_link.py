@@ -33,7 +33,7 @@ from router.messages.request import (
 from router.messages.token_link import LinkClient, LinkServer
 from tests.unit.router.messages.handshakes import by_tcp, connect, listens
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 EVENT = TokenEvent(
     1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)), TokenLogprobs(-1.5, (), ())), "stop", False, 3
 )
