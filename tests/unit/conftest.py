@@ -21,9 +21,12 @@ def commands_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def greetings_have_time() -> Iterator[None]:
-    """Let a connection begin late: beside other work, a handshake may take over five seconds."""
+    """Let a connection begin late: beside other work, a handshake may take over five seconds.
+
+    In unit tests alone: a simulated world has its own time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluster.transport.stream.connect.CONNECT_TIMEOUT_S", 60.0)
         patch.setattr("cluster.transport.stream.server.HELLO_TIMEOUT_S", 60.0)
