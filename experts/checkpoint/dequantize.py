@@ -26,8 +26,8 @@ _PAIRS = np.array(
 """[256], the two numbers of each byte as one, the lower half first."""
 _POWERS = np.array([2.0 ** (byte - 127) for byte in range(255)] + [float("nan")], np.float32)
 """[256], the factor of each scale (E8M0)."""
-_BLOCKS_AT_ONCE = 1 << 13
-"""The numbers of so many blocks take 1 MB in float32, beside the result."""
+_BLOCKS_AT_ONCE = 1 << 11
+"""The numbers of so many blocks take 256 KiB in float32, beside the result."""
 
 
 def dequantized(packed: Packed, read: Read, rows: Rows, dtype: np.dtype) -> np.ndarray:
