@@ -48,8 +48,12 @@ RAYS = {
 }
 """Ray's own processes, which listen as Ray is told."""
 READY = "expertmesh: ready after"
-OF_THE_MACHINE = ("expertmesh: not ready after", "file_system_monitor")
-"""A start beside busy programs says so, and Ray on a disk that is almost full."""
+OF_THE_MACHINE = (
+    "expertmesh: not ready after",
+    "expertmesh.controller: loading: ",
+    "file_system_monitor",
+)
+"""A start beside busy programs says so, slow loading how far it is, Ray that a disk is full."""
 
 
 @pytest.mark.timeout(400)

@@ -31,6 +31,8 @@ from tests.local_cluster import LocalCluster, greedy_request, within
 APP = "contract"
 KINDS: tuple[TransportKind, ...] = ("ray", "stream", "auto")
 LIMIT_S = 30.0
+START_S = 100.0
+"""A process of Ray imports torch: half a minute on one core with others."""
 HURRIED_S = 0.3
 DIED_S = 10.0
 """In which a death is known, on a machine that has other work too; a hung call takes longer."""
@@ -49,7 +51,7 @@ class Actors:
         options = {"name": actor_name(APP, name, generation), "namespace": ACTOR_NAMESPACE}
         handle = self._remote.options(num_cpus=0, max_concurrency=8, **options).remote()
         self._handles.append(handle)
-        self.pids[name] = ray.get(handle.pid.remote(), timeout=LIMIT_S)
+        self.pids[name] = ray.get(handle.pid.remote(), timeout=START_S)
         return name
 
     def signal(self, name: str, number: signal.Signals) -> None:
