@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -570,57 +570,40 @@ def test_a_replaced_mixture_ends_its_requests_with_a_hint(tmp_path: Path) -> Non
 
 @dataclass
 class Devices(BankTransport):
-    """A transport to actors each of which computes one frame after another, each in ``batch_s``."""
+    """A transport to actors that answer once so many of them have a frame at one time."""
 
-    batch_s: float = 0.05
-    free_s: dict[str, float] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    all_busy: threading.Event = field(default_factory=threading.Event)
+    busy: set[str] = field(default_factory=set)
+    count: int = 0
 
     def send(self, calls: Sequence[Call]) -> Answered:
-        ready_s = 0.0
-        with self.lock:
-            for call in calls:
-                begin_s = max(time.monotonic(), self.free_s.get(call.actor_id, 0.0))
-                self.free_s[call.actor_id] = begin_s + self.batch_s
-                ready_s = max(ready_s, begin_s + self.batch_s)
-        return Later(super().send(calls).outcomes, ready_s)
+        self.busy.update(call.actor_id for call in calls)
+        if len(self.busy) == self.count:
+            self.all_busy.set()
+        return Later(super().send(calls).outcomes, self.all_busy)
 
 
 @dataclass
 class Later(Answered):
-    """Pending calls whose answers are there at a time of the monotonic clock."""
+    """Pending calls whose answers come with an event, or not at all."""
 
-    ready_s: float
+    come: threading.Event
 
     def wait(self, is_gone: IsGone = never_gone) -> list[CallOutcome]:
-        time.sleep(max(0.0, self.ready_s - time.monotonic()))
-        return self.outcomes
+        came = self.come.wait(WAIT_S)
+        return self.outcomes if came else [CallFailure.TIMED_OUT] * len(self.outcomes)
 
 
-def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
-    num_devices, each = 8, 10
-    with router_of(
-        save_given(tmp_path), lanes=8, num_banks=num_devices, transport=Devices
-    ) as router:
-        shared: dict[str, float] = {}
-        lock = threading.Lock()
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path, num_devices: int) -> None:
+    """``benchmarks.mixtures`` measures it."""
+    with router_of(save_given(tmp_path), lanes=8, num_banks=8, transport=Devices) as router:
+        busy, all_busy = set[str](), threading.Event()
         for transport in router.transports:
             assert isinstance(transport, Devices)
-            transport.free_s, transport.lock = shared, lock
-
-        def took_s(clients: int) -> float:
-            def ask(expert: int) -> None:
-                for _ in range(each):
-                    router.predict(given(1, expert))
-
-            threads = [threading.Thread(target=ask, args=(e,)) for e in range(clients)]
-            started_s = time.monotonic()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(WAIT_S)
-            return time.monotonic() - started_s
-
-        alone_s, together_s = took_s(1), took_s(num_devices)
-    # A bound for a busy machine; benchmarks.mixtures measures it with actors.
-    assert num_devices * alone_s / together_s >= 0.75 * num_devices
+            transport.busy, transport.all_busy, transport.count = busy, all_busy, num_devices
+        with ThreadPoolExecutor(num_devices) as pool:
+            asked = [pool.submit(router.predict, given(1, e)) for e in range(num_devices)]
+            for one in asked:
+                one.result(2 * WAIT_S)
+    assert len(busy) == num_devices
