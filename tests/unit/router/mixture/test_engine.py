@@ -594,10 +594,12 @@ class Later(Answered):
         return self.outcomes if came else [CallFailure.TIMED_OUT] * len(self.outcomes)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path, num_devices: int) -> None:
+def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
     """``benchmarks.mixtures`` measures it."""
-    with router_of(save_given(tmp_path), lanes=8, num_banks=8, transport=Devices) as router:
+    num_devices = 8
+    with router_of(
+        save_given(tmp_path), lanes=num_devices, num_banks=num_devices, transport=Devices
+    ) as router:
         busy, all_busy = set[str](), threading.Event()
         for transport in router.transports:
             assert isinstance(transport, Devices)
