@@ -1,0 +1,1 @@
+"""A gateway's own listeners: HTTP, gRPC, and gRPC for operators."""

@@ -1,0 +1,160 @@
+"""Which application has a port of this machine, and the sockets that its gateways share there.
+
+The first gateway that listens on an address also binds an abstract Unix socket with the address in
+its name. Another gateway connects to it. If both are of one application, it gets the Unix socket
+and the listening sockets (``SCM_RIGHTS``). From then on both accept what comes. So a gateway
+that ends loses no connection, and another application cannot share a port by mistake. Abstract
+names and ports belong to the same network namespace, and both are free as soon as no process has
+the socket: a killed gateway leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from cluster.errors import ConfigError
+
+ANSWER_TIMEOUT_S, RETRY_S, CLAIM_TIMEOUT_S = 2.0, 0.05, 10.0
+_MAX_NAME_BYTES, _MAX_SOCKETS, _BACKLOG = 512, 4, 64
+_OWN, _OTHER = b"+", b"-"
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7)
+
+MakeSockets = Callable[[], Sequence[socket.socket]]
+"""Opens the listening sockets of an address; raises :class:`ConfigError` where it cannot."""
+
+
+class Claim:
+    """An address that this process's application has; ``sockets`` listen there."""
+
+    def __init__(
+        self, application: str, lock: socket.socket, sockets: Sequence[socket.socket]
+    ) -> None:
+        self.sockets = tuple(sockets)
+        self._application = application.encode()
+        self._lock = lock
+        self._answering = asyncio.create_task(self._answer(), name="claim")
+
+    def close(self) -> None:
+        """Answer nobody any more, and close the sockets; other gateways keep theirs."""
+        self._answering.cancel()
+        for one in (self._lock, *self.sockets):
+            one.close()
+
+    async def _answer(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            peer, _ = await loop.sock_accept(self._lock)
+            with peer, suppress(OSError, TimeoutError):
+                peer.setblocking(False)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await self._answer_one(peer)
+
+    async def _answer_one(self, peer: socket.socket) -> None:
+        if uid_of(peer) != os.getuid():
+            return
+        asked = await asyncio.get_running_loop().sock_recv(peer, _MAX_NAME_BYTES)
+        if asked == self._application:
+            socket.send_fds(peer, [_OWN], [one.fileno() for one in (self._lock, *self.sockets)])
+        else:
+            peer.send(_OTHER + self._application)
+
+
+async def claim(host: str, port: int, application: str, make: MakeSockets) -> Claim:
+    """Return the claim of ``application`` on an address; needs a running event loop.
+
+    Where no gateway has the address, ``make`` opens its sockets. Where a gateway of the same
+    application has it, its sockets are shared. ``application`` names one deployment of one Ray
+    cluster, in at most 511 bytes. Raises :class:`ConfigError` where another application has the
+    address, and what ``make`` raises.
+    """
+    name = f"\0expertmesh-{os.getuid()}-{host}:{port}"
+    where = f"port {port} of {host}"
+    try:
+        async with asyncio.timeout(CLAIM_TIMEOUT_S):
+            while True:
+                lock = _bound(name)
+                if lock is not None:
+                    return Claim(application, lock, _made(lock, make))
+                with suppress(ConnectionError, TimeoutError):  # its holder ends, or is busy
+                    lock, *sockets = await _shared(name, application, where)
+                    return Claim(application, lock, sockets)
+                await asyncio.sleep(RETRY_S)
+    except TimeoutError:
+        raise ConfigError(
+            f"{where}: a process that claims it does not answer within {CLAIM_TIMEOUT_S:g} s; "
+            "end it, or choose another port",
+            "gateway.listen",
+        ) from None
+
+
+def uid_of(peer: socket.socket) -> int:
+    """Return the user of a Unix socket's other end."""
+    given = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(given)[1])
+
+
+def _bound(name: str) -> socket.socket | None:
+    """Return a socket that listens by this name, or ``None`` where another one does."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        lock.bind(name)
+        lock.listen(_BACKLOG)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def _made(lock: socket.socket, make: MakeSockets) -> Sequence[socket.socket]:
+    try:
+        return make()
+    except BaseException:
+        lock.close()
+        raise
+
+
+async def _shared(name: str, application: str, where: str) -> list[socket.socket]:
+    """Return the lock and the listening sockets of the gateway that has an address."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as peer:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            await loop.sock_connect(peer, name)
+            if uid_of(peer) != os.getuid():
+                raise ConfigError(
+                    f"{where} is claimed by a process of another user; choose another port",
+                    "gateway.listen",
+                )
+            await loop.sock_sendall(peer, application.encode())
+            answer, descriptors = await _received(peer)
+    shared = [socket.socket(fileno=one) for one in descriptors]
+    for one in shared:
+        one.setblocking(False)
+    if answer[:1] == _OWN and shared:
+        return shared
+    for one in shared:
+        one.close()
+    if not answer:
+        raise ConnectionResetError(f"{where}: its holder ended")
+    raise ConfigError(
+        f"{where} is used by the application {answer[1:].decode()}, and this is {application}; "
+        "each application needs its own ports",
+        "gateway.listen",
+    )
+
+
+async def _received(peer: socket.socket) -> tuple[bytes, list[int]]:
+    """Return a message and the descriptors that came with it."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(peer, lambda: readable.done() or readable.set_result(None))
+    try:
+        await readable
+    finally:
+        loop.remove_reader(peer)
+    message, descriptors, _, _ = socket.recv_fds(peer, 1 + _MAX_NAME_BYTES, 1 + _MAX_SOCKETS)
+    return message, descriptors
