@@ -150,10 +150,10 @@ async def _shared(name: str, application: str, where: str) -> list[socket.socket
 async def _received(peer: socket.socket) -> tuple[bytes, list[int]]:
     """Return a message and the descriptors that came with it."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(peer, lambda: readable.done() or readable.set_result(None))
+    readable = asyncio.Event()
+    loop.add_reader(peer, readable.set)
     try:
-        await readable
+        await readable.wait()
     finally:
         loop.remove_reader(peer)
     message, descriptors, _, _ = socket.recv_fds(peer, 1 + _MAX_NAME_BYTES, 1 + _MAX_SOCKETS)
