@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 
@@ -167,8 +168,11 @@ def test_a_stranger_is_told_nothing_and_believed_nothing(monkeypatch: pytest.Mon
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
             stranger.connect(name)
             stranger.setblocking(False)
-            stranger.sendall(b"app")
-            assert await asyncio.get_running_loop().sock_recv(stranger, 16) == b""
+            told = b""
+            with suppress(ConnectionError):  # the holder may be gone before anything is sent
+                stranger.sendall(b"app")
+                told = await asyncio.get_running_loop().sock_recv(stranger, 16)
+            assert told == b""
         first.close()
 
     run(body)
