@@ -1,19 +1,17 @@
 """The composition root: builds the Serve application from a deployment file's ``args``.
 
-One controller, one router deployment per model, one gateway deployment as the ingress; the
+One controller, one router deployment per model, one gateway deployment, which listens by itself. The
 controller creates the expert actors. Everything is checked before anything is deployed.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 
 from cluster.environment import GATEWAY_ENVIRONMENT, SERVING_ENVIRONMENT, router_environment
@@ -21,13 +19,12 @@ from cluster.errors import ConfigError, ExpertMeshError
 from cluster.tls import require_ray_tls
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
-from router.gateway.limits import RETRY_AFTER_S
-from router.security.reach import check_reach
+from router.security.reach import check_listen
 from router.serve.autoscaling import replica_options
 from router.serve.controller import ControllerDeployment
-from router.serve.gateway import Gateway
-from router.serve.instance import host_of_builder, warn_and_quieten
-from router.serve.options import replica_variables
+from router.serve.gateway import GatewayReplica
+from router.serve.instance import refuse_proxies
+from router.serve.options import REPLICA_VARIABLES
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
 
@@ -51,25 +48,20 @@ def build(args: dict[str, Any]) -> Application:
     commands ``serve run`` and ``serve deploy`` have found it before
     (:mod:`router.ops.startup.preflight`).
     """
-    warn_and_quieten()
-    return application(args, host=host_of_builder())
+    refuse_proxies()
+    return application(args)
 
 
 def application(
     args: dict[str, Any],
     controller_class: type[ControllerDeployment] = ControllerDeployment,
-    host: str | None = None,
 ) -> Application:
-    """Build the application as :func:`build` does, with the given class of controller.
-
-    ``host`` is where Serve listens, if that is known already; gateways check theirs themselves.
-    """
+    """Build the application as :func:`build` does, with the given class of controller."""
     try:
         config = parse_args(args)
         if config.experts.tls is not None:
             require_ray_tls("args.experts.tls")
-        if host is not None:
-            check_reach(host, config.security.is_protected, "http_options.host")
+        check_listen(config.gateway.listen, config.security, "args.gateway.listen")
         models = inspect_models(config, neighbours=RayNeighbours())
         names = deployment_names(models)
     except ExpertMeshError as error:
@@ -120,7 +112,7 @@ def _controller(controller_class: type[ControllerDeployment]) -> Any:
 
 def _runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
     """Return the environment of a replica, with what Serve was not started with."""
-    return {"env_vars": {**replica_variables(os.environ), **variables}}
+    return {"env_vars": {**REPLICA_VARIABLES, **variables}}
 
 
 def _draining(config: AppConfig) -> dict[str, Any]:
@@ -168,14 +160,9 @@ def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
         **replica_options(config.gateway.replicas, config.gateway.autoscaling),
-        # What is beyond the gateway's own bound is refused there, with a typed error. Serve counts
-        # health checks and refusals too, and what it refuses itself says less.
-        max_ongoing_requests=2 * config.gateway.max_ongoing_requests,
-        max_queued_requests=config.gateway.max_ongoing_requests,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
             "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT),
         },
         **_draining(config),
-    )(Gateway)
+    )(GatewayReplica)

@@ -18,6 +18,7 @@ from cluster.spec import OnExpertLoss
 from experts.checkpoint.hub import parse_hub_id
 from router.capacity_config import CapacityConfig
 from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
+from router.listen_config import ListenConfig
 from router.security.config import SecurityConfig, with_open_word
 
 IMPORT_PATH = "router.app:build"
@@ -201,6 +202,7 @@ class GatewayConfig(Section):
     )
     autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs that one gateway reserves in Ray.")
+    listen: ListenConfig = ListenConfig()
     max_ongoing_requests: int = Field(
         default=1024,
         ge=1,
@@ -209,26 +211,13 @@ class GatewayConfig(Section):
     )
     hosts: tuple[str, ...] = Field(
         default=(),
-        description="Names that a request's `Host` may have where `http_options.host` is loopback, "
+        description="Names that a request's `Host` may have where `listen.host` is loopback, "
         "beside `localhost` and addresses: those that a proxy on this machine passes on.",
     )
     origins: tuple[str, ...] = Field(
         default=(),
         description="Origins of web pages that may use the HTTP APIs from a browser, as "
         "`https://chat.example.com`. Without any, pages of other sites are refused.",
-    )
-    admin_host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        description="Where a gateway of each machine listens for the commands of operators "
-        "(`expertmesh status`, `scale` and so on).",
-    )
-    admin_port: int | None = Field(
-        default=None,
-        ge=1,
-        le=65_535,
-        description="The port of these commands. Without it, the one after `grpc_options.port`, "
-        "and none where gRPC is off.",
     )
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024,

@@ -35,7 +35,7 @@ from router.cli.plan import plan
 from router.cli.predict import predict
 from router.cli.prune import prune
 from router.cli.scale import copies, drain, scale
-from router.cli.serve import serve
+from router.cli.serve import deploy, serve
 from router.cli.status import status
 from router.cli.train import train
 from router.cli.upcycle import upcycle
@@ -88,7 +88,7 @@ def _options(
     ctx.with_resource(variables({name: file for name, file in given.items() if file is not None}))
 
 
-_SERVING = (serve, generate, chat, explain, predict, status, load, placement, usage)
+_SERVING = (serve, deploy, generate, chat, explain, predict, status, load, placement, usage)
 _CHANGING = (rebalance, scale, drain, copies)
 _MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
 for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):

@@ -46,8 +46,8 @@ def new() -> None:
 
     Example: expertmesh config new > my.yaml
 
-    `expertmesh serve` needs only a file's `applications`, and fills in the rest. A whole file is
-    for other ways of starting Serve, such as KubeRay, and for changes of Serve's settings.
+    `expertmesh serve` and `deploy` need only a file's `applications`, and fill in the rest. A whole
+    file is for other ways of starting Serve, such as KubeRay.
     """
     from router.serve.options import starter_text
 
@@ -67,13 +67,13 @@ def show(
     The command opens no checkpoint; `expertmesh check` does.
     """
     from router.config import parse_deployment, read_document
-    from router.ops.doctor.probe import completed_here
+    from router.serve.options import completed
 
     document = read_document(file)
     parsed = parse_deployment(document, file)
     for application, (_, args) in zip(document["applications"], parsed, strict=True):
         application["args"] = args.effective()
-    document = completed_here(document)
+    document = completed(document)
     if as_json:
         write_json(document, indent=2)
     else:
@@ -109,7 +109,7 @@ def check(
             result["hashes"] = [asdict(checkpoint) for checkpoint in verified]
         else:
             lines = check_file(file)
-        check_document(completed(read_document(file)), file, reads_keys=False)
+        check_document(completed(read_document(file)), file, reads_files=False)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})

@@ -1,13 +1,16 @@
-"""``expertmesh serve``: what ``serve run`` does, from anywhere, and with nothing to decipher."""
+"""``expertmesh serve`` and ``deploy``: Serve's commands, for checked and completed files."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -41,10 +44,9 @@ def serve(
     A folder of a mixture or of a checkpoint is served under its name, as cluster.yaml serves the
     bundled model.
     """
-    with ExitStack() as stack:
+    with TemporaryDirectory(prefix="expertmesh-") as folder:
         if file is not None and file.is_dir():
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="expertmesh-")))
-            path = _file_of(file, folder)
+            path = _file_of(file, Path(folder))
         else:
             path = file or _bundled()
             if not path.is_file():
@@ -53,7 +55,7 @@ def serve(
                     "or a model's folder",
                     BAD_USAGE,
                 )
-        _serve(path, ray_address)
+        _serve(path, ray_address, Path(folder))
 
 
 def _bundled() -> Path:
@@ -73,32 +75,83 @@ def _file_of(model: Path, folder: Path) -> Path:
     path = model.resolve()
     document = read_document(_bundled())
     document["applications"][0]["args"]["models"] = [{"id": path.name, "path": str(path)}]
-    written = folder / f"{path.name}.yaml"
-    written.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    return written
+    return _written(document, folder / f"{path.name}.yaml")
 
 
-def _serve(path: Path, ray_address: str | None) -> None:
-    from router.config import load_deployment
-    from router.ops.startup.preflight import attend
+def deploy(
+    file: Annotated[Path, typer.Argument(help="A deployment file.")],
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The dashboard of the Ray cluster, as `serve deploy` has."),
+    ] = None,
+) -> None:
+    """Send a deployment file to a running Ray cluster, with all that it leaves out of Serve's part.
+
+    Example: expertmesh deploy deploy/multi-node.yaml
+
+    It replaces what the cluster serves; requests under way go on.
+    """
+    from router.config import load_deployment, read_document
+    from router.ops.startup.preflight import check_deploy
+    from router.serve.options import completed
+
+    load_deployment(file)
+    document = completed(read_document(file))
+    check_deploy(file, document, address)
+    with TemporaryDirectory(prefix="expertmesh-") as folder:
+        written = _written(document, Path(folder) / file.name)
+        options = [] if address is None else ["--address", address]
+        _run_command(file, ["deploy", *options, str(written)])
+
+
+def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
+    import ray
+
+    from router.config import load_deployment, read_document
+    from router.ops.doctor.running_ray import target_of
+    from router.ops.startup import preflight
+    from router.ops.startup.ray_token import require_token
+    from router.ops.startup.termination import Termination
+    from router.serve.options import completed
 
     load_deployment(path)  # Serve's command shows no more than a stack for what is no YAML
-    address = [] if ray_address is None else ["--address", ray_address]
-    command_line = [PROGRAM, "run", *address, str(path)]
-    attend(command_line, path)
-    _run_serve(path, command_line)
+    document = completed(read_document(path))
+    preflight.check_start(path, document, ray_address)
+    starts_ray = target_of(ray_address, os.environ) is None
+    variables = require_token() if starts_ray else {}
+    termination = Termination(write_line, starts_ray)
+    termination.install()
+    preflight.tell_progress(document, starts_ray)
+    context = ray.init(ray_address, namespace="serve")
+    termination.serves()
+    if starts_ray:
+        preflight.tell_other_shells(context.dashboard_url or "", variables)
+    written = _written(document, folder / path.name)
+    _run_command(path, ["run", str(written)])
 
 
-def _run_serve(path: Path, command_line: list[str]) -> None:
+def _written(document: Mapping[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _run_command(path: Path, arguments: list[str]) -> None:
+    """Run Serve's own command in this process."""
     import click
     from pydantic import ValidationError
 
     [command] = entry_points(group="console_scripts", name=PROGRAM)
     try:
-        command.load().main(command_line[1:], prog_name=PROGRAM, standalone_mode=False)
+        command.load().main(arguments, prog_name=PROGRAM, standalone_mode=False)
     except click.Abort:  # Ctrl-C before Serve minds it itself
         raise KeyboardInterrupt from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         fail(f"{path}: {where}: {first['msg']} (given: {first['input']!r})", BAD_USAGE)
+
+
+def write_line(line: str) -> None:
+    """Print a line past Python's buffers, which a signal handler must not enter again."""
+    with suppress(OSError):  # nobody reads it
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())

@@ -23,6 +23,7 @@ from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.grammar import asks_form, checked
+from router.gateway.health import HEALTH_PATH, healthz
 from router.gateway.http_io import (
     EdgeMiddleware,
     SseResponse,
@@ -58,20 +59,15 @@ def create_app(
     predictions: PredictionService,
     admin: Admin,
     access: Access,
-    echoes_request_id: bool = True,
     browsers: BrowserRules = FROM_ANYWHERE,
 ) -> FastAPI:
     """Return the app; it has no state but the services and ``admin``.
 
     ``browsers`` and ``access`` are asked about every request.
-
-    ``echoes_request_id`` is false behind a proxy that itself sets ``X-Request-Id`` on requests and
-    replies, as Serve's does.
     """
     app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(
         EdgeMiddleware,
-        echoes_id=echoes_request_id,
         browsers=browsers,
         access=access,
         rate_headers=service.charges.headers,
@@ -135,6 +131,8 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse({"status": "alive"})
+
+    app.add_route(HEALTH_PATH, healthz)
 
     @app.get("/ready")
     async def ready(request: Request) -> JSONResponse:

@@ -24,6 +24,7 @@ from cluster.errors import (
 )
 from router.gateway.browsers import BrowserRules
 from router.gateway.errors import http_error, public_error, v2_error
+from router.gateway.health import HEALTH_PATH
 from router.gateway.limits import Budget, Share
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready"})
 """What a load balancer asks without a key. Without one, readiness has no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
@@ -172,23 +173,20 @@ async def _send_event(send: Send, data: str) -> None:
 class EdgeMiddleware:
     """Gives each request an id (``X-Request-Id``) and a caller, and lets no exception out.
 
-    A well-formed id of the client's own is kept. With ``echoes_id`` the reply has the id. A request
-    that ``browsers`` or ``access`` refuse goes no further. ``request.state.caller`` is ``None`` for
-    a request without a key of a path that needs none. Each reply has the ``rate_headers`` of its
-    caller, as they are when it begins. An exception becomes a 500 without details; the log has
-    them.
+    A well-formed id of the client's own is kept, and the reply has it. A request that ``browsers``
+    or ``access`` refuse goes no further. ``request.state.caller`` is ``None`` for a request without
+    a key of a path that needs none. Each reply has the ``rate_headers`` of its caller, as they are
+    when it begins. An exception becomes a 500 without details; the log has them.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        echoes_id: bool,
         browsers: BrowserRules,
         access: Access,
         rate_headers: Callable[[Caller | None], Mapping[str, str]],
     ) -> None:
         self._app = app
-        self._echoes_id = echoes_id
         self._browsers = browsers
         self._access = access
         self._rate_headers = rate_headers
@@ -211,12 +209,11 @@ class EdgeMiddleware:
                 has_started = True
                 added = MutableHeaders(scope=message)
                 added.update(self._rate_headers(state.get("caller")))
-                if self._echoes_id:
-                    added[REQUEST_ID_HEADER] = request_id
+                added[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
-            path = _own_path(scope)
+            path = str(scope["path"])
             self._browsers.check(scope["method"], path, headers)
             state["caller"] = await self._caller(path, headers)
             await self._app(scope, receive, send_with_headers)
@@ -235,8 +232,3 @@ class EdgeMiddleware:
         if given or self._access.is_open:
             return await self._access.admit("http", given, None)
         return None
-
-
-def _own_path(scope: Scope) -> str:
-    """Return the path without the application's own prefix."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))

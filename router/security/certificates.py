@@ -1,6 +1,6 @@
 """The certificate that clients see, and the authority of theirs; read again when files change.
 
-``http_options`` of a deployment file names the files, for HTTP and gRPC alike. Between nodes it is
+``gateway.listen.tls`` of a deployment file names the files. Between nodes it is
 :mod:`cluster.tls`, where both ends have certificates of one authority.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +19,8 @@ import grpc
 from cluster.errors import ConfigError
 from cluster.tls import Followed, Stamp, shake_hands, stamp_of
 
-CERTIFICATE, KEY, AUTHORITY = "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"
-PASSWORD = "ssl_keyfile_password"
-SECTION = "http_options"
+CERTIFICATE, KEY, AUTHORITY = "certificate", "key", "client_authority"
+SECTION = "gateway.listen.tls"
 
 logger = logging.getLogger("expertmesh.security")
 
@@ -47,26 +45,6 @@ class CertificateFiles:
     certificate: str
     key: str
     authority: str | None = None
-
-    @classmethod
-    def of(cls, http_options: Mapping[str, Any]) -> CertificateFiles | None:
-        """Return the files that Serve's options of HTTP name, or ``None`` without TLS.
-
-        Raises :class:`ConfigError` for half of a pair, an authority without one, and a password.
-        """
-        certificate, key, authority, password = (
-            http_options.get(name) or None for name in (CERTIFICATE, KEY, AUTHORITY, PASSWORD)
-        )
-        if password is not None:
-            raise ConfigError(
-                "given, must be left out: HAProxy and gRPC take keys without one", _at(PASSWORD)
-            )
-        for name, given, other in ((KEY, key, certificate), (CERTIFICATE, certificate, key)):
-            if given is None and (other is not None or authority is not None):
-                raise ConfigError("missing: TLS needs a certificate and its key", _at(name))
-        if certificate is None or key is None:
-            return None
-        return cls(certificate, key, authority)
 
     def stamp(self) -> Stamp:
         """Return what changes whenever a file does."""

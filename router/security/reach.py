@@ -5,6 +5,8 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 from cluster.errors import ConfigError
+from router.listen_config import ListenConfig
+from router.security.config import SecurityConfig
 
 
 def is_loopback(host: str) -> bool:
@@ -15,17 +17,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_reach(host: str, is_protected: bool, where: str) -> None:
+def check_listen(listen: ListenConfig, security: SecurityConfig, where: str) -> None:
     """Raise :class:`ConfigError` for a host that others reach, where nothing asks for a key.
 
-    ``is_protected`` is whether the deployment has keys, or is open on purpose. ``where`` is the key
-    of ``host``.
+    ``where`` is the key of ``listen``.
     """
-    if is_protected or is_loopback(host):
-        return
-    raise ConfigError(
-        f"given {host!r}, which other machines reach, and no keys: make a key by `expertmesh keys "
-        "new NAME --file keys.yaml` and name the file in args.security.keys_file, listen on "
-        "127.0.0.1, or write `security: open` into args",
-        where,
-    )
+    for key, host in (("host", listen.host), ("admin_host", listen.admin_host)):
+        if security.is_protected or is_loopback(host):
+            continue
+        raise ConfigError(
+            f"given {host!r}, which other machines reach, and no keys: make a key by `expertmesh "
+            "keys new NAME --file keys.yaml` and name the file in args.security.keys_file, listen "
+            "on 127.0.0.1, or write `security: open` into args",
+            f"{where}.{key}",
+        )

@@ -20,7 +20,6 @@ from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import AppConfig
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
-from router.serve.listening import narrow_serve
 from router.serve.process import failures_logged, setup_logging, take_turns
 from router.serve.waiting import say_why_replicas_wait
 
@@ -39,7 +38,6 @@ class ControllerDeployment(Controller):
         """Start the controller on the replica's event loop."""
         setup_logging()
         take_turns()
-        narrow_serve()
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
             named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]

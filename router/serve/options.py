@@ -1,4 +1,4 @@
-"""Serve's part of a deployment file: written once, in ``deploy/base.yaml``.
+"""Serve's part of a deployment file, which each file in ``deploy/`` has.
 
 Imports nothing of Ray, so that a command can complete a file before it starts any.
 """
@@ -12,63 +12,75 @@ from typing import Any
 
 import yaml
 
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-CALLBACK = "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH"
-NARROW_PROXIES = "router.serve.listening:narrow_proxies"
-"""The callback by which Serve's proxies listen as a deployment file says."""
-REPLICA_VARIABLES = (
-    "RAY_SERVE_LOG_TO_STDERR",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP",
-)
+from cluster.errors import ConfigError
+
+NO_PROXIES = "proxy_location: Disabled"
+REPLICA_VARIABLES = {
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines go to its log files; ours come to stderr
+    # One event loop in a replica: a gateway then sees how fast each client reads.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 """What of Serve's variables a replica goes by, whatever its Serve was started with."""
 
 
-def base_text() -> str:
-    """Return ``deploy/base.yaml`` as it is written, with its comments."""
-    return (files("deploy") / "base.yaml").read_text(encoding="utf-8")
-
-
-def base_document() -> dict[str, Any]:
-    """Return ``deploy/base.yaml`` as plain data."""
-    document: dict[str, Any] = yaml.safe_load(base_text())
-    return document
-
-
 def starter_text() -> str:
-    """Return a whole deployment file, of the bundled model, with all that Serve is told."""
-    example = (files("deploy") / "cluster.yaml").read_text(encoding="utf-8")
-    return base_text() + example[example.index("\napplications:") + 1 :]
+    """Return a whole deployment file, of the bundled model, with its comments."""
+    return (files("deploy") / "cluster.yaml").read_text(encoding="utf-8")
 
 
-def completed(
-    document: Mapping[str, Any], *, joins: bool = False, has_haproxy: bool = True
-) -> dict[str, Any]:
+def completed(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return a deployment file's document with what it leaves out of Serve's part filled in.
 
-    What the file says stays, key by key. Where Serve ``joins`` a Ray cluster that runs, the host of
-    HTTP is left to Serve, which then listens for other machines too. Without ``has_haproxy``
-    nothing asks for HAProxy that the file does not ask for. Where an application has keys, gRPC's
-    reflection is left off.
+    What the file says stays, key by key.
     """
-    base = base_document()
-    if _has_keys(document):
-        base["grpc_options"]["enable_reflection"] = False
-    if joins:
-        del base["http_options"]["host"]
-    if not has_haproxy:
-        del serve_variables(base)[HAPROXY]
-    return _filled_in(base, document)
+    whole: dict[str, Any] = yaml.safe_load(starter_text())
+    del whole["applications"]
+    return _filled_in(whole, document)
 
 
-def _has_keys(document: Mapping[str, Any]) -> bool:
-    """Return whether an application of a file, which may still be malformed, has keys."""
-    for application in document.get("applications") or ():
-        args = application.get("args") if isinstance(application, Mapping) else None
-        security = args.get("security") if isinstance(args, Mapping) else None
-        if isinstance(security, Mapping) and security.get("keys_file"):
-            return True
-    return False
+def check_serve_part(document: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` for what Serve's proxies would need, which do not run here."""
+    http, grpc = document.get("http_options"), document.get("grpc_options")
+    if http is not None or grpc is not None:
+        section = "grpc_options" if http is None else "http_options"
+        lines = yaml.safe_dump(
+            {"listen": _listen_of(http or {}, grpc or {})}, default_flow_style=True
+        )
+        raise ConfigError(
+            "is of Serve's proxies, and the gateways listen by themselves; write instead, under "
+            f"the application's args.gateway: {' '.join(lines.split())}",
+            section,
+        )
+    location = document.get("proxy_location", "Disabled")
+    if location != "Disabled":
+        raise ConfigError(
+            f"given {location}, must be Disabled: the gateways listen by themselves",
+            "proxy_location",
+        )
+    for index, application in enumerate(document.get("applications") or ()):
+        prefix = application.get("route_prefix", "/")
+        if prefix not in ("/", None):
+            raise ConfigError(
+                f"given {prefix}, must be / or null: each application has its own ports",
+                f"applications[{index}].route_prefix",
+            )
+
+
+def _listen_of(http: Mapping[str, Any], grpc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``gateway.listen`` says in place of options of Serve's proxies."""
+    tls = {
+        "certificate": http.get("ssl_certfile"),
+        "key": http.get("ssl_keyfile"),
+        "client_authority": http.get("ssl_ca_certs"),
+    }
+    found = {
+        "host": http.get("host", "0.0.0.0" if http else None),
+        "http_port": http.get("port"),
+        "grpc_port": grpc.get("port"),
+        "tls": {name: path for name, path in tls.items() if path} or None,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _filled_in(base: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,23 +94,3 @@ def _filled_in(base: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
         else:
             whole[key] = deepcopy(value)
     return whole
-
-
-def serve_variables(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the environment variables that a deployment file gives to Serve's controller.
-
-    Proxies and replicas have them from there.
-    """
-    runtime_env = (document.get("controller_options") or {}).get("runtime_env") or {}
-    variables: dict[str, Any] = runtime_env.get("env_vars") or {}
-    return variables
-
-
-def replica_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a replica needs and a builder's ``environment`` does not have.
-
-    A builder has those of Serve's controller. It lacks them where Serve was started without our
-    part of the file.
-    """
-    base = serve_variables(base_document())
-    return {name: base[name] for name in REPLICA_VARIABLES if name not in environment}

@@ -18,7 +18,6 @@ from ray import serve
 from router.config import AppConfig
 from router.control.client import ControllerClient
 from router.serve.autoscaling import USE
-from router.serve.listening import narrow_serve
 from router.serve.process import collector_paused, failures_logged, setup_logging
 from router.served import Served, ServedMixture, ServedModel
 
@@ -47,7 +46,6 @@ class _Deployment(Generic[R]):
     ) -> None:
         """Make a replica, and return once it is to serve; ``replica_class`` imports its class."""
         setup_logging()
-        narrow_serve()
         app, experts = serve.get_replica_context().app_name, config.experts
         with failures_logged(f"the router of {model.id}"):
             with collector_paused():

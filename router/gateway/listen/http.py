@@ -24,7 +24,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-HANDSHAKE_TIMEOUT_S, LOG_PERIOD_S = 10.0, 10.0
+from router.listen_config import ListenConfig
+
+LOG_PERIOD_S = 10.0
 KEEP_ALIVE_S = 15.0
 """Longer than clients keep a connection (httpx: 5 s), so that they close it first."""
 MAX_PIPELINED = 8
@@ -36,16 +38,6 @@ _POLL_S = 0.05
 logger = logging.getLogger("expertmesh.gateway")
 
 
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    """The limits of a gateway's HTTP port."""
-
-    max_connections: int
-    max_connections_per_address: int
-    head_timeout_s: float
-    max_head_bytes: int
-
-
 class HttpListener:
     """Serves an ASGI app on listening sockets, which other gateways may share."""
 
@@ -53,7 +45,7 @@ class HttpListener:
         self,
         app: ASGIApp,
         sockets: Sequence[socket.socket],
-        limits: HttpLimits,
+        limits: ListenConfig,
         tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         """Accept nothing yet; ``tls`` returns the context of a new connection."""
@@ -151,7 +143,7 @@ class HttpListener:
                 lambda: protocol,
                 accepted,
                 ssl=context,
-                ssl_handshake_timeout=None if context is None else HANDSHAKE_TIMEOUT_S,
+                ssl_handshake_timeout=None if context is None else self._limits.head_timeout_s,
             )
         except (OSError, TimeoutError):  # no TLS, or none in time
             accepted.close()
@@ -163,7 +155,7 @@ class HttpListener:
 class _Connections:
     """Counts connections, in all and by address; idle ones make room for new ones."""
 
-    def __init__(self, limits: HttpLimits) -> None:
+    def __init__(self, limits: ListenConfig) -> None:
         self.total = 0
         self.drain = False
         """Whether each answer is to be the last of its connection."""
@@ -210,7 +202,7 @@ class _Protocol(HttpToolsProtocol):
 
     def __init__(
         self,
-        limits: HttpLimits,
+        limits: ListenConfig,
         connections: _Connections,
         leave: Callable[[], None],
         **uvicorns: Any,

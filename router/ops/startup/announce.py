@@ -32,8 +32,9 @@ from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
 from router.client.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.config import IMPORT_PATH
+from router.listen_config import ListenConfig
 from router.messages.prediction import MIXTURE_PLATFORM
-from router.ops.doctor.ports import admin_addresses
+from router.ops.doctor.ports import listens_of
 
 POLL_S = 0.5
 ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
@@ -64,24 +65,23 @@ class Endpoint:
 
 def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
     """Return an endpoint for each of our applications in a deployment file."""
-    http, grpc = document.get("http_options") or {}, document.get("grpc_options") or {}
-    host = str(http.get("host", "127.0.0.1"))
-    host = _own(host)
-    scheme = "https" if http.get("ssl_keyfile") else "http"
-    base = f"{scheme}://{host}:{http.get('port', 8000)}{http.get('root_path', '')}"
-    return [
-        Endpoint(
-            base + str(application.get("route_prefix", "/")).rstrip("/"),
-            f"{host}:{grpc.get('port', 9000)}",
-            tuple(model["id"] for model in application["args"]["models"]),
-            None if port is None else f"{_own(admin_host)}:{port}",
-        )
-        for application, (admin_host, port) in zip(
-            [app for app in document["applications"] if app.get("import_path") == IMPORT_PATH],
-            admin_addresses(document),
-            strict=True,
-        )
+    applications = [
+        app for app in document["applications"] if app.get("import_path") == IMPORT_PATH
     ]
+    return [
+        _endpoint(application, listen)
+        for application, listen in zip(applications, listens_of(document), strict=True)
+    ]
+
+
+def _endpoint(application: Mapping[str, Any], listen: ListenConfig) -> Endpoint:
+    host, scheme = _own(listen.host), "http" if listen.tls is None else "https"
+    return Endpoint(
+        f"{scheme}://{host}:{listen.http_port}",
+        f"{host}:{listen.grpc_port}",
+        tuple(model["id"] for model in application["args"]["models"]),
+        f"{_own(listen.admin_host)}:{listen.admin_port}",
+    )
 
 
 def _own(host: str) -> str:

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a ``serve run``.
+"""What SIGTERM and Ctrl-C do to an ``expertmesh serve``.
 
 systemd, Docker and Kubernetes send SIGTERM, and kill what is still there after a while.
 
@@ -10,13 +10,12 @@ systemd, Docker and Kubernetes send SIGTERM, and kill what is still there after 
 | either | requests end | they end with UNAVAILABLE now |
 | either | Serve and Ray end | their processes are killed |
 
-Ray's own handler of SIGTERM, in C++, prints a stack. It is replaced.
+While Ray starts it handles SIGTERM itself, and prints a stack of C++.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import logging
 import os
 import signal
@@ -24,15 +23,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum, auto
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any
 
 import ray
 from ray import serve
-from ray._private import utils, worker
 
 from router.ops.startup.drain import Gateways, ServedGateways, UnderWay, drain, end_requests
 from router.ops.startup.leftovers import end_descendants, kill_descendants
@@ -40,8 +36,6 @@ from router.ops.startup.leftovers import end_descendants, kill_descendants
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 _WAKE, _WAKE_PERIOD_S = signal.SIGUSR1, 0.1
-_INSTALL_HANDLERS = "_ZN3ray6RayLog27InstallFailureSignalHandlerEPKcb"
-"""``ray::RayLog::InstallFailureSignalHandler(char const *argv0, bool call_previous_handler)``."""
 
 
 class _Phase(Enum):
@@ -75,8 +69,6 @@ class Termination:
         starts its Ray, all descendants of this process end before it.
         """
         threading.Thread(target=self._end_when_asked, name="termination", daemon=True).start()
-        _install_rays_handlers()
-        utils.set_sigterm_handler = _set_no_handler  # called by ray.init
         self.handle_sigterm()
         signal.signal(_WAKE, self._on_wake)
         usual = signal.getsignal(signal.SIGINT)
@@ -88,7 +80,7 @@ class Termination:
             atexit.register(self._at_exit)
 
     def handle_sigterm(self) -> None:
-        """Handle SIGTERM; to be called again once Ray has started, in case it set another."""
+        """Handle SIGTERM; to be called again once Ray has started and set its own handlers."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def serves(self) -> None:
@@ -131,7 +123,6 @@ class Termination:
             self._phase = _Phase.ENDING
             if left or number == signal.SIGINT:
                 end_requests(gateways)
-            _mute_lost_calls()
             serve.shutdown()
             self._exit_code = TERMINATED if left else 0
         except Exception as error:  # what is left of Serve ends with its Ray
@@ -182,33 +173,6 @@ class Termination:
         end_descendants()
         if is_half_made:
             _leave_at_once(self._exit_code)
-
-
-def _install_rays_handlers() -> None:
-    """Have Ray install its handlers of fatal signals now; it does so once in a process.
-
-    It would do so while it connects, and take SIGTERM from us: its handler prints a stack of C++.
-    No Python function does it. Where the library has no such symbol, Ray's handler stays until
-    :meth:`Termination.handle_sigterm` is called again.
-    """
-    library = ctypes.CDLL(ray._raylet.__file__)
-    with suppress(AttributeError):
-        library[_INSTALL_HANDLERS](None, ctypes.c_bool(True))
-
-
-def _set_no_handler(handler: Callable[..., Any]) -> None:
-    """Stand in for Ray's function that sets a handler of SIGTERM."""
-
-
-def _mute_lost_calls() -> None:
-    """Keep Ray from printing that calls of Serve's controller failed, which ends now."""
-    usual = worker.print_to_stdstream
-
-    def print_others(data: dict[str, Any], *args: Any, **options: Any) -> None:
-        if not any("Task ServeController." in line for line in data["lines"]):
-            usual(data, *args, **options)
-
-    worker.print_to_stdstream = print_others
 
 
 def _leave_at_once(exit_code: int) -> None:

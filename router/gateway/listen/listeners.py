@@ -1,0 +1,111 @@
+"""All ports of a gateway: HTTP, gRPC, operators, and a probe's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
+
+from router.gateway.grpc.methods import Method
+from router.gateway.health import probe_app
+from router.gateway.listen.claim import Claim, claim
+from router.gateway.listen.door import Door
+from router.gateway.listen.grpc import GrpcListener
+from router.gateway.listen.http import HttpListener
+from router.gateway.listen.sockets import open_socket, resolved
+from router.listen_config import ListenConfig
+from router.security.access import Access
+from router.security.certificates import Certificates
+
+SECTION = "gateway.listen"
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What a gRPC port answers: methods by path, and the names of their services."""
+
+    methods: Mapping[str, Method]
+    services: tuple[str, ...]
+
+
+class Listeners:
+    """Opens a gateway's ports, and closes them behind the last request."""
+
+    def __init__(
+        self,
+        listen: ListenConfig,
+        app: ASGIApp,
+        clients: Surface,
+        operators: Surface,
+        access: Access,
+        max_message_bytes: int,
+        certificates: Certificates | None,
+    ) -> None:
+        """Open nothing yet. gRPC describes its services where everybody may use them."""
+        self._listen, self._app, self._certificates = listen, app, certificates
+        self._claims: list[Claim] = []
+        self._http: list[HttpListener] = []
+        self._clients, self._operators = (
+            GrpcListener(
+                Door(access, one.methods),
+                one.services if access.is_open else (),
+                listen,
+                max_message_bytes,
+                certificates,
+            )
+            for one in (clients, operators)
+        )
+
+    async def open(self, application: str) -> None:
+        """Listen from now on, beside other gateways of ``application`` on this machine.
+
+        Raises :class:`cluster.errors.ConfigError` for a port that cannot be had. None is open then.
+        """
+        try:
+            await self._open_http(application, "http_port", self._app, self._certificates)
+            if self._listen.health_port is not None:
+                await self._open_http(application, "health_port", probe_app(), None)
+            await self._open_grpc(application, "grpc_port", self._clients)
+            await self._open_grpc(application, "admin_port", self._operators)
+        except BaseException:
+            await self.close(0.0)
+            raise
+
+    async def close(self, grace_s: float) -> None:
+        """Accept nothing more; return when all requests are done, or cut off after ``grace_s``."""
+        listeners: list[HttpListener | GrpcListener] = [*self._http, self._clients, self._operators]
+        await asyncio.gather(*(one.stop(grace_s) for one in listeners))
+        for one in self._claims:
+            one.close()
+
+    async def _open_http(
+        self, application: str, key: str, app: ASGIApp, certificates: Certificates | None
+    ) -> None:
+        claimed = await self._claim(application, key, listens=True)
+        listener = HttpListener(
+            app,
+            claimed.sockets,
+            self._listen,
+            None if certificates is None else lambda: certificates.current().context,
+        )
+        self._http.append(listener)
+        listener.start()
+
+    async def _open_grpc(self, application: str, key: str, listener: GrpcListener) -> None:
+        claimed = await self._claim(application, key, listens=False)
+        address, port = claimed.sockets[0].getsockname()[:2]
+        await listener.start(address, port, f"{SECTION}.{key}")
+
+    async def _claim(self, application: str, key: str, *, listens: bool) -> Claim:
+        address = resolved(self._listen.host_of(key), SECTION)
+        port = self._listen.ports()[key]
+
+        def make() -> list[socket.socket]:
+            return [open_socket(address, port, f"{SECTION}.{key}", listens=listens)]
+
+        claimed = await claim(address, port, application, make)
+        self._claims.append(claimed)
+        return claimed
