@@ -1,7 +1,7 @@
 """The composition root: builds the Serve application from a deployment file's ``args``.
 
-One controller, one router deployment per model, one gateway deployment, which listens by itself. The
-controller creates the expert actors. Everything is checked before anything is deployed.
+One controller, one router deployment per model, one gateway deployment. The controller creates the
+expert actors. Everything is checked before anything is deployed.
 """
 
 from __future__ import annotations

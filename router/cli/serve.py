@@ -123,11 +123,12 @@ def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
     termination.install()
     preflight.tell_progress(document, starts_ray)
     context = ray.init(ray_address, namespace="serve")
+    termination.handle_sigterm()
     termination.serves()
     if starts_ray:
         preflight.tell_other_shells(context.dashboard_url or "", variables)
     written = _written(document, folder / path.name)
-    _run_command(path, ["run", str(written)])
+    _run_command(path, ["run", "--address", "auto", str(written)])
 
 
 def _written(document: Mapping[str, Any], path: Path) -> Path:

@@ -42,7 +42,13 @@ from router.security.config import SecurityConfig
 from router.security.keyring import Keyring
 from router.security.reach import check_listen, is_loopback
 from router.serve.autoscaling import USE
-from router.serve.process import collector_paused, setup_logging, take_turns, torch_hidden
+from router.serve.process import (
+    collector_paused,
+    failures_logged,
+    setup_logging,
+    take_turns,
+    torch_hidden,
+)
 from router.served import Served, ServedMixture, ServedModel
 
 MESSAGE_ROOM = 4
@@ -126,7 +132,8 @@ class GatewayReplica:
         )
         listeners = self._make_listeners(limits, predictions, admin)
         await self._deployment.take_turn([model.key for model in models])
-        await listeners.open(f"{application} of Ray session {context.get_session_name()}")
+        with failures_logged("a gateway"):
+            await listeners.open(f"{application} of Ray session {context.get_session_name()}")
         self._listeners = listeners
 
     def _let_in(self, listen: ListenConfig, security: SecurityConfig, metrics: Metrics) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cluster.errors import ExpertMeshError
+
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
@@ -68,8 +70,11 @@ def failures_logged(name: str) -> Iterator[None]:
     """Log an exception that Serve would write to a file only, as one of ``name``'s start."""
     try:
         yield
-    except Exception:
-        logging.getLogger("expertmesh").exception("%s could not start", name)
+    except Exception as error:
+        stack = None if isinstance(error, ExpertMeshError) else error
+        logging.getLogger("expertmesh").error(
+            "%s could not start: %s", name, error, exc_info=stack
+        )
         raise
 
 

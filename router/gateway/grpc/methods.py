@@ -169,7 +169,7 @@ class GrpcMethods:
 
 
 def _by_path(service: Any, methods: dict[str, Method]) -> dict[str, Method]:
-    if methods.keys() != service.methods_by_name.keys():
+    if set(methods) != set(service.methods_by_name.keys()):
         raise ValueError(f"{service.full_name} has other methods than {', '.join(methods)}")
     return {f"/{service.full_name}/{name}": method for name, method in methods.items()}
 
