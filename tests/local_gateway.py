@@ -21,7 +21,7 @@ from router.engine.constraints import Grammars
 from router.gateway.app import create_app
 from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
-from router.gateway.grpc.service import GrpcMethods
+from router.gateway.grpc.methods import GrpcMethods
 from router.gateway.limits import Room
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
@@ -127,7 +127,7 @@ def grammars_of(folder: Path, vocab_size: int, eos: int) -> Grammars:
     return Grammars(lambda: tokenizer.vocabulary(vocab_size, (eos,)), vocab_size)
 
 
-class LocalGateway(GrpcMethods):
+class LocalGateway:
     """The HTTP app and the gRPC methods over a cluster's engine."""
 
     def __init__(
@@ -150,8 +150,9 @@ class LocalGateway(GrpcMethods):
         controller = admin(self.upstream, metrics)
         self.access = everybody()
         self.app = create_app(service, predictions, controller, self.access)
-        self.grpc_handlers = GrpcHandlers(service, controller)
-        self.prediction_handlers = PredictionHandlers(predictions)
+        self.methods = GrpcMethods(
+            GrpcHandlers(service, controller), PredictionHandlers(predictions)
+        )
 
     def post(self, **body: Any) -> httpx.Response:
         """Return the answer of ``/v1/completions`` to a body for the model."""

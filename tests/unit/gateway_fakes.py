@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Protocol
 
 import grpc
 from fastapi import FastAPI
@@ -45,12 +46,9 @@ from router.gateway.app import create_app
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
-from router.gateway.grpc.service import (
-    GrpcMethods,
-    add_admin_to_server,
-    add_services_to_server,
-)
+from router.gateway.grpc.methods import GrpcMethods
 from router.gateway.limits import Room
+from router.gateway.listen.door import Door
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
 from router.gateway.predict.service import PredictionService
@@ -370,8 +368,8 @@ def everybody() -> Access:
     return Access(None, Metrics().refused_caller)
 
 
-class Servicer(GrpcMethods):
-    """The gRPC methods as Serve's replica has them, without Serve."""
+class Servicer:
+    """The gRPC methods of a gateway, without Serve."""
 
     def __init__(
         self,
@@ -383,8 +381,17 @@ class Servicer(GrpcMethods):
     ) -> None:
         self.access = access or everybody()
         generation, predicting = services(upstream, limits, predictions, clock)
-        self.prediction_handlers = PredictionHandlers(predicting)
-        self.grpc_handlers = GrpcHandlers(generation, admin(upstream, generation.metrics))
+        operators = admin(upstream, generation.metrics)
+        self.methods = GrpcMethods(
+            GrpcHandlers(generation, operators), PredictionHandlers(predicting)
+        )
+
+
+class HasMethods(Protocol):
+    """The gRPC methods of a gateway, and who may call them."""
+
+    access: Access
+    methods: GrpcMethods
 
 
 @contextmanager
@@ -400,7 +407,7 @@ def grpc_server(
 
 
 @contextmanager
-def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
+def serve_grpc(servicer: HasMethods, port: int = 0) -> Iterator[str]:
     """Run a real gRPC server of all services on a loopback port, in a thread; gives its address.
 
     It listens on the next port too, where clients look for operators' methods. Its end breaks the
@@ -411,9 +418,8 @@ def serve_grpc(servicer: GrpcMethods, port: int = 0) -> Iterator[str]:
     thread.start()
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server()
-        add_services_to_server(servicer, server)
-        add_admin_to_server(servicer, server)
+        methods = servicer.methods.for_clients() | servicer.methods.for_operators()
+        server = grpc.aio.server(interceptors=[Door(servicer.access, methods)])
         bound = port or free_ports(1)[0]
         for number in (bound, bound + 1):
             server.add_insecure_port(f"127.0.0.1:{number}")

@@ -38,7 +38,7 @@ METHODS = [
     for service in (INFERENCE_SERVICE, PREDICTION_SERVICE, ADMIN_SERVICE)
     for rpc in service.methods
 ]
-OPEN = {"/health", "/ready"}
+OPEN = {"/-/healthz", "/health", "/ready"}
 
 
 class Keys:
