@@ -17,7 +17,6 @@ import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,7 @@ def _deployed() -> Any:
         "experts": {"actors": ACTORS},
         "router": {"cache_tokens": CACHE_TOKENS, "max_queue_requests": QUEUE},
     }
-    with served(partial(build, args)) as ports:
+    with served(build, args) as ports:
         yield ports
 
 

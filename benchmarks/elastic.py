@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +88,19 @@ def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
     return measured
 
 
-def _application(folder: Path, experts: Mapping[str, Any], routers: int) -> Any:
+def _application(args: dict[str, Any]) -> Any:
     from benchmarks.recording import RecordingController
     from router.app import application
 
-    args = {
+    return application(args, RecordingController)
+
+
+def _args(folder: Path, experts: Mapping[str, Any], routers: int) -> dict[str, Any]:
+    return {
         "models": [{"id": MODEL, "path": str(folder)}],
         "experts": dict(experts),
         "router": {"replicas": routers},
     }
-    return application(args, RecordingController)
 
 
 def zipf_experts(with_copies: bool) -> dict[str, Any]:
@@ -137,12 +139,13 @@ def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
         steered.save(folder)
         for case, with_copies in (("one copy", False), ("copies follow", True)):
             begin(f"Zipf's load, {case}")
-            with served(partial(_application, folder, zipf_experts(with_copies), ROUTERS)) as ports:
+            args = _args(folder, zipf_experts(with_copies), ROUTERS)
+            with served(_application, args) as ports:
                 result["zipf"][case] = measure_zipf(ports, seconds)
         for case, standby_actors in STANDBY_ACTORS.items():
             begin(f"a load that steps, {case}")
-            experts = step_experts(standby_actors)
-            with served(partial(_application, folder, experts, STEP_ROUTERS)) as ports:
+            args = _args(folder, step_experts(standby_actors), STEP_ROUTERS)
+            with served(_application, args) as ports:
                 result["steps"][case] = run_step(ports, plan, ACTORS, seed)
     alone, copied = (result["zipf"][case]["tokens_per_s"] for case in ("one copy", "copies follow"))
     result["gain"] = copied / alone

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         _make_random(Path(temporary))
         for name, folder in zip(MODELS, (BUNDLED, Path(temporary)), strict=True):
             args = {"models": [{"id": MODEL, "path": str(folder)}]}
-            with served(partial(build, args)) as ports:
+            with served(build, args) as ports:
                 rates[name] = asyncio.run(_rounds(ports.grpc_address, options, begin))
     return {
         "benchmark": "forms",

@@ -75,7 +75,7 @@ def deployed(folder: Path, network: Network, variables: Mapping[str, str]) -> It
     from ray.cluster_utils import Cluster
 
     from benchmarks.serve_clients import Ports
-    from benchmarks.shipped import free_ports, serve_options
+    from benchmarks.shipped import free_ports, serve_options, with_ports
     from router.app import application
     from tests.fault.gray import GrayController
     from tests.fault.partition import running, start_node, wait_for
@@ -96,8 +96,8 @@ def deployed(folder: Path, network: Network, variables: Mapping[str, str]) -> It
                 "env_vars": dict(variables),
             },
         )
-        serve.start(**serve_options(ports.http, ports.grpc) | {"proxy_location": "HeadOnly"})
-        app = application(args, GrayController)
+        serve.start(**serve_options())
+        app = application(with_ports(args, ports.http, ports.grpc), GrayController)
         serving = threading.Thread(target=lambda: serve.run(app, route_prefix="/"))
         serving.start()
         # One after the other, so that each part has one kind of node with room for it.

@@ -126,7 +126,7 @@ def ways(environment: Path, clients: int, begin: Callable[[str], None]) -> Itera
         begin("MLServer")
         theirs = stack.enter_context(mlserver.running(environment, folder, estimators))
         begin("deployment")
-        ours: Ports = stack.enter_context(served(lambda: build(args)))
+        ours: Ports = stack.enter_context(served(build, args))
         found: dict[str, Way] = {
             OURS: Grpc(ours.grpc),
             THEIRS: Grpc(theirs.grpc_port),

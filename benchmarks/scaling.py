@@ -21,7 +21,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -227,14 +226,14 @@ def run(devices: Sequence[int], seconds: float, is_quick: bool) -> dict[str, Any
         steered.save(folder)
         for count in devices:
             begin(f"{count} devices")
-            with served(partial(_application, folder, count, ROUTERS)) as ports:
+            with served(_application, _args(folder, count, ROUTERS)) as ports:
                 for traffic in TRAFFICS:
                     begin(f"{count} devices, {TITLES[traffic]}")
                     result["traffic"][traffic][str(count)] = measure(ports, traffic, seconds)
         for routers in others:
             begin(f"{routers} routers")
             measured = result["by_routers"][str(routers)] = {}
-            with served(partial(_application, folder, devices[-1], routers)) as ports:
+            with served(_application, _args(folder, devices[-1], routers)) as ports:
                 for traffic in ROUTER_TRAFFICS:
                     begin(f"{routers} routers, {TITLES[traffic]}")
                     measured[traffic] = measure(ports, traffic, seconds)
@@ -242,16 +241,19 @@ def run(devices: Sequence[int], seconds: float, is_quick: bool) -> dict[str, Any
     return result
 
 
-def _application(folder: Path, devices: int, routers: int) -> Any:
+def _application(args: dict[str, Any]) -> Any:
     from benchmarks.recording import RecordingController
     from router.app import application
 
-    args = {
+    return application(args, RecordingController)
+
+
+def _args(folder: Path, devices: int, routers: int) -> dict[str, Any]:
+    return {
         "models": [{"id": MODEL, "path": str(folder)}],
         "experts": {"actors": devices, "emulate": {"batch_s": BATCH_S, "row_s": ROW_S}},
         "router": {"replicas": routers},
     }
-    return application(args, RecordingController)
 
 
 def gains(traffic: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

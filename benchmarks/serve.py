@@ -48,7 +48,7 @@ from benchmarks.common import (
 )
 from benchmarks.processor_time import per_token
 from benchmarks.serve_clients import WAYS, Ports, Timed
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 
 TRANSFORMERS = "grouped_mm"
 FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
@@ -69,13 +69,15 @@ def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -
         "experts": {"actors": actors, "min_copies": min_copies},
         "router": {"cache_tokens": CACHE_TOKENS, "replicas": routers},
     }
-    with served(lambda: build(args)) as ports:
+    with served(build, args) as ports:
         yield ports
 
 
 @contextmanager
-def served(application: Callable[[], Any], num_gpus: int | None = None) -> Iterator[Ports]:
-    """Run a Serve application as :func:`deployed` does.
+def served(
+    build: Callable[[dict[str, Any]], Any], args: Mapping[str, Any], num_gpus: int | None = None
+) -> Iterator[Ports]:
+    """Run the application that ``build`` makes of ``args``, as :func:`deployed` does.
 
     Ray has ``num_gpus`` GPUs, by default those that it finds.
     """
@@ -92,8 +94,8 @@ def served(application: Callable[[], Any], num_gpus: int | None = None) -> Itera
         log_to_driver=False,
     )
     try:
-        serve.start(**serve_options(ports.http, ports.grpc))
-        serve.run(application(), name=MODEL, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(build(with_ports(args, ports.http, ports.grpc)), name=MODEL, route_prefix="/")
         wait_ready(ports)
         yield ports
     finally:

@@ -6,7 +6,7 @@ import random
 import socket
 import sys
 import sysconfig
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,10 @@ import deploy
 from router.serve.options import completed
 
 DEPLOYED = Path(deploy.__file__).parent / "cluster.yaml"
-OWN_PORTS = (
-    "RAY_SERVE_HAPROXY_STATS_PORT",
-    "RAY_SERVE_HAPROXY_METRICS_PORT",
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
-    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
-)
-"""Serve's other ports of fixed numbers."""
 QUIET_PORTS = range(20_000, 30_000, 2)
 """Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux); the port
 after each is for operators."""
-SERVE_KEYS = (
-    "proxy_location",
-    "http_options",
-    "grpc_options",
-    "logging_config",
-    "controller_options",
-)
+SERVE_KEYS = ("proxy_location", "logging_config", "controller_options")
 
 
 _INTERRUPTIBLE = (
@@ -64,8 +51,8 @@ def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
 
     Nor does anybody listen on the port after each.
 
-    They are none that systems give to outgoing connections: HAProxy begins to listen when the
-    gateways are there, and by then such a port may be taken.
+    They are none that systems give to outgoing connections: a gateway begins to listen late, and by
+    then such a port may be taken.
     """
     found: list[int] = []
     for port in random.sample(QUIET_PORTS, len(QUIET_PORTS)):
@@ -80,18 +67,22 @@ def free_ports(count: int, apart_from: Collection[int] = ()) -> list[int]:
     return found
 
 
+def with_ports(args: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[str, Any]:
+    """Return an application's args whose gateways listen on these ports and the one after."""
+    ports = {"http_port": http_port, "grpc_port": grpc_port, "admin_port": grpc_port + 1}
+    gateway = dict(args.get("gateway") or {})
+    return {**args, "gateway": {**gateway, "listen": {**gateway.get("listen", {}), **ports}}}
+
+
 def shipped_document(http_port: int, grpc_port: int, file: Path = DEPLOYED) -> dict[str, Any]:
-    """Return a deployment file with these ports, and free ones for all that Serve opens."""
+    """Return a deployment file with these ports."""
     document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    own_ports = free_ports(len(OWN_PORTS), (http_port, grpc_port))
-    variables = dict(zip(OWN_PORTS, map(str, own_ports), strict=True))
-    document["http_options"]["port"] = http_port
-    document["grpc_options"] = {"port": grpc_port}
-    document["controller_options"] = {"runtime_env": {"env_vars": variables}}
+    [application] = document["applications"]
+    application["args"] = with_ports(application["args"], http_port, grpc_port)
     return document
 
 
-def serve_options(http_port: int, grpc_port: int) -> dict[str, Any]:
+def serve_options() -> dict[str, Any]:
     """Return the arguments of ``serve.start`` that make it serve as the deployment file does."""
-    document = completed(shipped_document(http_port, grpc_port))
+    document = completed({})
     return {key: document[key] for key in SERVE_KEYS}

@@ -153,18 +153,21 @@ class Weights:
 
     def served(self) -> AbstractContextManager[Ports]:
         """Serve the bundled model until the block ends."""
-        return served(lambda: self._application(MODEL_PATH))
+        return served(self._build, self._args(MODEL_PATH))
 
-    def _application(self, folder: str) -> Any:
-        from router.app import application
-        from router.serve.controller import ControllerDeployment
-        from tests.fault.damage import DamagingController
-
-        args = {
+    def _args(self, folder: str) -> dict[str, Any]:
+        return {
             "models": [{"id": MODEL, "path": folder}],
             "experts": {"actors": ACTORS},
             "router": {"cache_tokens": CACHE_TOKENS, "replicas": ROUTERS},
         }
+
+    def _build(self, args: dict[str, Any]) -> Any:
+        from router.app import application
+        from router.serve.controller import ControllerDeployment
+        from tests.fault.damage import DamagingController
+
+        self._listen = args["gateway"]["listen"]
         return application(args, DamagingController if self._is_damaging else ControllerDeployment)
 
     def redeploy(self, client: Client) -> None:
@@ -173,7 +176,8 @@ class Weights:
 
         before = client.status()
         weight_bytes = sum(actor.weight_bytes for actor in before.actors)
-        serve.run(self._application(next(self._folders)), name=MODEL, route_prefix="/")
+        args = {**self._args(next(self._folders)), "gateway": {"listen": self._listen}}
+        serve.run(self._build(args), name=MODEL, route_prefix="/")
         old = {router.pid for router in before.routers}
         deadline_s = time.monotonic() + REDEPLOY_S
         while True:

@@ -11,6 +11,7 @@ the answer. The machine's own speed is told by a loop of Python, for starts are 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
 import signal
@@ -42,15 +43,26 @@ OURS, ALONE = "expertmesh", "Serve alone"
 RAY = "Ray and Serve"
 
 
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+
+
 class Hello:
-    """An application that needs nothing."""
+    """An application that needs nothing, and listens by itself as a gateway does."""
 
-    def __call__(self, request: object) -> str:
+    async def __init__(self, port: int) -> None:  # type: ignore[misc]  # Serve awaits it
         """Answer any request."""
-        return "hello"
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWER)
+            writer.close()
+
+        self._server = await asyncio.start_server(answer, "127.0.0.1", port)
 
 
-hello = serve.deployment(Hello).bind()
+def hello(args: Mapping[str, Any]) -> serve.Application:
+    """Build the application."""
+    return serve.deployment(Hello).bind(args["port"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +140,13 @@ def start_ours() -> Start:
 
 def start_alone() -> Start:
     """Start the application of one line, with the same options of Serve."""
-    http, grpc = free_ports(2)
-    application = {"name": "hello", "route_prefix": "/", "import_path": "benchmarks.start:hello"}
-    document = completed(shipped_document(http, grpc)) | {"applications": [application]}
+    [http] = free_ports(1)
+    application = {
+        "name": "hello",
+        "import_path": "benchmarks.start:hello",
+        "args": {"port": http},
+    }
+    document = completed({"applications": [application]})
 
     def answers() -> bool:
         try:

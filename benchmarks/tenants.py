@@ -131,7 +131,7 @@ def run(seconds: float, rounds: int, factor: float) -> dict[str, Any]:
             "security": {"keys_file": str(file)},
         }
         begin("deployment")
-        with served(lambda: build(args)) as ports:
+        with served(build, args) as ports:
             asyncio.run(_phase(ports, keys, QUOTA_PER_S, 3.0))  # makes the connections
             for _ in range(rounds):
                 for kind, phase in phases.items():

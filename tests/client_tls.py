@@ -48,11 +48,11 @@ class Pair:
             self.server, self.key, self.authority if self.asks_clients else None
         )
 
-    def http_options(self) -> dict[str, str]:
-        """Return Serve's options that name the files."""
+    def listen(self) -> dict[str, str]:
+        """Return the deployment file's ``gateway.listen.tls``, which names the files."""
         files = self.files
-        told = {"ssl_certfile": files.certificate, "ssl_keyfile": files.key}
-        return told if files.authority is None else told | {"ssl_ca_certs": files.authority}
+        told = {"certificate": files.certificate, "key": files.key}
+        return told if files.authority is None else told | {"client_authority": files.authority}
 
     def tls(self, has_certificate: bool = True) -> ClientTls:
         """Return what a client is given that trusts the authority."""

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from transformers import MixtralForCausalLM
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.errors import ExpertMeshError
 from cluster.reports import ActorStatus, ClusterStatus
 from router.client import Client, Reply, Sampling
@@ -366,10 +366,10 @@ def served_cluster(folder: Path, shape: Shape) -> Iterator[ServedCluster]:
             **shape.num_gpus(),
         },
         "router": {"replicas": 1, **shape.num_gpus()},
-        "gateway": {},
     }
+    args = with_ports(args, http_port, grpc_port)
     with _running_ray({FOLDER_VARIABLE: str(spans_folder)}, shape.ray_options()):
-        serve.start(**serve_options(http_port, grpc_port), tracing_config=TRACING)
+        serve.start(**serve_options(), tracing_config=TRACING)
         deploy(args)
         address = f"127.0.0.1:{grpc_port}"
         http_url = f"http://127.0.0.1:{http_port}"

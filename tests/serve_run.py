@@ -15,7 +15,7 @@ import httpx
 import psutil
 import yaml
 
-from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document
+from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document, with_ports
 from router.client import Client
 from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
@@ -144,9 +144,11 @@ def copy_with_ports(folder: Path, http_port: int, grpc_port: int, shipped: Path 
 
 def ten_lines_with_ports(folder: Path, http_port: int, grpc_port: int) -> Path:
     """Write a file of ten lines, and where it listens."""
-    ports = f"http_options: {{port: {http_port}}}\ngrpc_options: {{port: {grpc_port}}}\n"
+    document = yaml.safe_load(TEN_LINES)
+    [application] = document["applications"]
+    application["args"] = with_ports(application["args"], http_port, grpc_port)
     file = folder / "my.yaml"
-    file.write_text(TEN_LINES + ports)
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
     return file
 
 

@@ -57,7 +57,7 @@ def run(settings: Settings) -> dict[str, Any]:
         Scenario(KILL, settings.kill_s, kill_actor, actor_is_back),
     ]
     print("starting the deployment", flush=True)
-    application = served(lambda: build(args(settings)), num_gpus=int(settings.has_device))
+    application = served(build, args(settings), num_gpus=int(settings.has_device))
     # Without retries, so that what the server lets through is seen.
     with application as ports, Client(ports.grpc_address, retry=None) as client:
         print("answers without a fault", flush=True)

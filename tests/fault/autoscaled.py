@@ -25,7 +25,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FakeMultiNodeProvider,
 )
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client, Sampling
@@ -156,8 +156,8 @@ def main(work: Path) -> int:
             )
 
         before = workers()
-        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(build(args), name=APP, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(build(with_ports(args, http_port, grpc_port)), name=APP, route_prefix="/")
         note("start", is_whole)
         more = client.scale(2)
         note("more", lambda told: is_whole(told) and len(told.actors) == 2)

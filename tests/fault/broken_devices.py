@@ -22,7 +22,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.reports import ClusterStatus
 from cluster.spec import ActorSpec
 from cluster.wire.frames import Buffer
@@ -132,8 +132,12 @@ def main(work: Path, mode: str) -> int:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS})
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(application(args, FragileController), name=APP, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(
+            application(with_ports(args, http_port, grpc_port), FragileController),
+            name=APP,
+            route_prefix="/",
+        )
         for _ in range(3):  # only now, so that Serve's processes are on the head
             cluster.add_node(num_cpus=NUM_CPUS)
         with Client(f"127.0.0.1:{grpc_port}") as client:

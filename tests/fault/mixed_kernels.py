@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client
@@ -94,8 +94,8 @@ def main(work: Path) -> int:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS})
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(build(args), name=APP, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(build(with_ports(args, http_port, grpc_port)), name=APP, route_prefix="/")
         # Only now, so that Serve's processes are on the head.
         cluster.add_node(num_cpus=4, resources={"native": 2})
         variables = {"PYTHONPATH": str(hidden)}

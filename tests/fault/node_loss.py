@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 from transformers import MixtralForCausalLM
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.errors import ExpertMeshError
 from cluster.reports import ActorStatus, ClusterStatus
 from cluster.spec import ACTOR_NAMESPACE, actor_name
@@ -185,8 +185,8 @@ def main(work: Path, copies: int) -> int:
     try:
         cluster.add_node(num_cpus=0, env_vars=full)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        serve.run(build(args), name=APP, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(build(with_ports(args, http_port, grpc_port)), name=APP, route_prefix="/")
         for _ in range(2):  # only now, so that Serve's processes are on the head
             cluster.add_node(num_cpus=WORKER_CPUS, resources={FAST: 2}, env_vars=empty)
         with Client(f"127.0.0.1:{grpc_port}") as client:

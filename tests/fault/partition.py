@@ -20,7 +20,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.errors import ExpertMeshError
 from cluster.reports import ClusterStatus
 from router.app import build
@@ -58,8 +58,12 @@ def main() -> int:
     workers: list[subprocess.Popen[bytes]] = []
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-        serve.start(**serve_options(http_port, grpc_port) | {"proxy_location": "HeadOnly"})
-        deployed = threading.Thread(target=lambda: serve.run(build(ARGS), route_prefix="/"))
+        serve.start(**serve_options())
+        deployed = threading.Thread(
+            target=lambda: serve.run(
+                build(with_ports(ARGS, http_port, grpc_port)), route_prefix="/"
+            )
+        )
         deployed.start()
         # One after the other, so that each part has one node with room for it.
         wait_for(lambda: running("Controller") and running("Gateway"), "controller and gateway run")

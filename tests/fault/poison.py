@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from benchmarks.shipped import free_ports, serve_options
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.errors import ExpertMeshError
 from router.app import build
 from router.client import Client
@@ -99,8 +99,8 @@ def main(work: Path) -> int:
         },
     )
     try:
-        serve.start(**serve_options(http_port, grpc_port))
-        serve.run(build(args), name=APP, route_prefix="/")
+        serve.start(**serve_options())
+        serve.run(build(with_ports(args, http_port, grpc_port)), name=APP, route_prefix="/")
         result: dict[str, Any] = {}
         with Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
             for what, prompt in (("actor", ACTOR_POISON), ("router", ROUTER_POISON)):

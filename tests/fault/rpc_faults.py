@@ -21,13 +21,13 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import worker
-from ray.exceptions import ActorUnavailableError
 
+from benchmarks.shipped import free_ports, serve_options, with_ports
 from cluster.errors import ExpertMeshError
 from router.app import build
 from router.client import Client
 from tests.checkpoints import save_mixtral
-from tests.cluster_fixture import free_ports, prompt_of, transformers_tokens
+from tests.cluster_fixture import prompt_of, transformers_tokens
 from tests.fault.load import Case, Load
 from tests.fault.node_loss import wait_status
 
@@ -124,22 +124,14 @@ def main(folder: Path) -> int:
         logging_level="warning",
     )
     try:
-        # Serve's own start may lose the call by which it waits for its proxies; they start anyway.
-        with suppress(ActorUnavailableError):
-            serve.start(
-                http_options={"port": http_port},
-                grpc_options={
-                    "port": grpc_port,
-                    "grpc_servicer_functions": [
-                        "router.gateway.grpc.service:add_services_to_server"
-                    ],
-                },
-            )
+        serve.start(**serve_options())
         args = {
             "models": [{"id": MODEL, "path": str(folder)}],
             "experts": {"actors": ACTORS, "transport": "ray"},
         }
-        serve.run(build(args), name="expertmesh", route_prefix="/")
+        serve.run(
+            build(with_ports(args, http_port, grpc_port)), name="expertmesh", route_prefix="/"
+        )
         with Client(f"127.0.0.1:{grpc_port}") as client:
             print(json.dumps(lose_calls(client, cases)))
         serve.shutdown()
