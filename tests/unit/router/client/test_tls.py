@@ -15,7 +15,9 @@ from cluster.errors import ConfigError
 from router.cli.app import app
 from router.client import AsyncClient, Client, ClientTls, UnreachableError
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
-from router.gateway.grpc.server import CLIENTS, OPERATORS, GrpcServer
+from router.gateway.listen.door import Door
+from router.gateway.listen.grpc import GrpcListener
+from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says
@@ -34,17 +36,18 @@ def address(pair: Pair) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
-    async def start() -> tuple[int, list[GrpcServer]]:
+    async def start() -> tuple[int, list[GrpcListener]]:
         servicer = Servicer(FakeUpstream(says(" one")))
         certificates = Certificates(pair.files)
         [port] = free_ports(1)
-        servers = [
-            GrpcServer(servicer, surface, HOST, on, MAX_MESSAGE_BYTES, certificates)
-            for surface, on in ((CLIENTS, port), (OPERATORS, port + 1))
-        ]
-        for server in servers:
-            server.start()
-            await server.wait_listening()
+        servers = []
+        for methods, on in (
+            (servicer.methods.for_clients(), port),
+            (servicer.methods.for_operators(), port + 1),
+        ):
+            door = Door(servicer.access, methods)
+            servers.append(GrpcListener(door, (), ListenConfig(), MAX_MESSAGE_BYTES, certificates))
+            await servers[-1].start(HOST, on, "")
         return port, servers
 
     port, servers = asyncio.run_coroutine_threadsafe(start(), loop).result(LIMIT_S)

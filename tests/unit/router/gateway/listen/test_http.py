@@ -7,7 +7,6 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,13 +16,18 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from router.gateway.listen import http as module
-from router.gateway.listen.http import HttpLimits, HttpListener
+from router.gateway.listen.http import HttpListener
+from router.listen_config import ListenConfig
 
-LIMITS = HttpLimits(
+LIMITS = ListenConfig(
     max_connections=64, max_connections_per_address=64, head_timeout_s=20.0, max_head_bytes=8192
 )
 HEAD = b"GET /path HTTP/1.1\r\nhost: localhost\r\n"
 Address = tuple[str, int]
+
+
+def limited(**limits: float) -> ListenConfig:
+    return LIMITS.model_copy(update=limits)
 
 
 class Echo:
@@ -53,7 +57,9 @@ class Echo:
 
 
 @asynccontextmanager
-async def served(limits: HttpLimits = LIMITS) -> AsyncIterator[tuple[HttpListener, Echo, Address]]:
+async def served(
+    limits: ListenConfig = LIMITS,
+) -> AsyncIterator[tuple[HttpListener, Echo, Address]]:
     app = Echo()
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.setblocking(False)
@@ -154,7 +160,7 @@ def test_a_head_that_does_not_come_in_time_ends_the_connection(
     monkeypatch.setattr(module, "KEEP_ALIVE_S", 0.3)
 
     async def body() -> None:
-        async with served(replace(LIMITS, head_timeout_s=0.3)) as (listener, _, address):
+        async with served(limited(head_timeout_s=0.3)) as (listener, _, address):
             first = HEAD + b"\r\n" if follows_answer else b""
             reader, writer = await asyncio.open_connection(*address)
             writer.write(first)
@@ -197,7 +203,7 @@ def test_old_clients_are_answered_and_cut() -> None:
 
 def test_idle_connections_give_way_to_new_ones_and_busy_ones_do_not() -> None:
     async def body() -> None:
-        async with served(replace(LIMITS, max_connections=3)) as (listener, app, address):
+        async with served(limited(max_connections=3)) as (listener, app, address):
             waiting = asyncio.create_task(
                 answer_to(address, b"GET /wait HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
             )
@@ -215,7 +221,7 @@ def test_idle_connections_give_way_to_new_ones_and_busy_ones_do_not() -> None:
 
 def test_one_address_has_its_share_of_connections(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
-        limits = replace(LIMITS, max_connections_per_address=2)
+        limits = limited(max_connections_per_address=2)
         async with served(limits) as (listener, _, address):
             opened = [await asyncio.open_connection(*address) for _ in range(2)]
             await until(lambda: listener.connections == 2)
