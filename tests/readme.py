@@ -201,16 +201,16 @@ def _lined(output: str) -> str:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Place]:
-    """Serve the shipped deployment with ``serve run``, ready, with a copy of it in ``folder``."""
+    """Run ``expertmesh serve`` of the shipped deployment, ready, with a copy of it in ``folder``."""
     import deploy
     from benchmarks.shipped import free_ports
-    from tests.serve_run import copy_with_ports, other_shell, ready_serve_run
+    from tests.serve_run import copy_with_ports, expertmesh_serve, other_shell, ready_serve
 
     http_port, grpc_port = free_ports(2)
     work = folder / "work"
     shutil.copytree(Path(deploy.__file__).parent, work / "deploy", dirs_exist_ok=True)
     file, log = copy_with_ports(folder, http_port, grpc_port), folder / "log"
-    with ready_serve_run(file, log, http_port) as process:
+    with ready_serve(file, log, http_port, expertmesh_serve) as process:
         variables = {k: v for k, v in other_shell(log).items() if k != "RAY_AUTH_MODE"}
         yield Place(http_port, grpc_port, work, variables)
         process.send_signal(signal.SIGINT)

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,8 +21,8 @@ from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
 READY_S = 180.0
 ASK_S = 60.0
-RAYS_LIMITS = ("The current node timed out during startup", "timeout=HTTP_PROXY_TIMEOUT")
-"""How `serve run` ends where Ray (in 30 s) or Serve's proxies (in 60 s) did not start in time."""
+RAYS_LIMIT = "The current node timed out during startup"
+"""How a command ends where Ray did not start in its 30 s."""
 IN_ANOTHER_SHELL = "in another shell: export "
 TEN_LINES = """\
 applications:
@@ -55,18 +55,23 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
         yield process
 
 
-@contextmanager
-def ready_serve_run(file: Path, log: Path, http_port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``serve run`` as :func:`serve_run` does, once every expert has a live copy.
+Start = Callable[[Path, Path], AbstractContextManager[subprocess.Popen[bytes]]]
 
-    One busy core may exceed Ray's own limits of a start, which nothing sets. Then it starts again.
+
+@contextmanager
+def ready_serve(
+    file: Path, log: Path, http_port: int, start: Start = serve_run
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as :func:`serve_run` does, until every expert has a live copy, and on.
+
+    One busy core may exceed Ray's own limit of a start, which nothing sets. Then it starts again.
     """
     for is_last in (False, False, True):
-        with serve_run(file, log) as process:
+        with start(file, log) as process:
             try:
                 wait_ready(process, log, http_port)
             except AssertionError:
-                if is_last or not any(limit in log.read_text() for limit in RAYS_LIMITS):
+                if is_last or RAYS_LIMIT not in log.read_text():
                     raise
                 continue
             yield process
@@ -74,10 +79,10 @@ def ready_serve_run(file: Path, log: Path, http_port: int) -> Iterator[subproces
 
 
 @contextmanager
-def expertmesh_serve(file: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def expertmesh_serve(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``expertmesh serve`` as :func:`serve_run` runs ``serve run``."""
     command = interruptible("expertmesh", "serve", "--ray-address", "local", str(file))
-    with _run(command, file.parent, log, {}) as process:
+    with _run(command, file.parent, log, variables) as process:
         yield process
 
 

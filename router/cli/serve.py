@@ -110,7 +110,7 @@ def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
     from router.config import load_deployment, read_document
     from router.ops.doctor.running_ray import target_of
     from router.ops.startup import preflight
-    from router.ops.startup.ray_token import require_token
+    from router.ops.startup.ray_token import dashboard_variable, require_token
     from router.ops.startup.termination import Termination
     from router.serve.options import completed
 
@@ -126,7 +126,7 @@ def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
     termination.handle_sigterm()
     termination.serves()
     if starts_ray:
-        preflight.tell_other_shells(context.dashboard_url or "", variables)
+        preflight.tell_other_shells(variables | dashboard_variable(context.dashboard_url or ""))
     written = _written(document, folder / path.name)
     _run_command(path, ["run", "--address", "auto", str(written)])
 

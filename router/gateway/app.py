@@ -70,7 +70,7 @@ def create_app(
         EdgeMiddleware,
         browsers=browsers,
         access=access,
-        rate_headers=service.charges.headers,
+        charges=service.charges,
     )
     if browsers.origins:
         app.add_middleware(

@@ -1,4 +1,4 @@
-"""What a gateway charges callers: each call takes from its name's quotas, and gives back the rest.
+"""What a gateway charges callers: requests, and calls' tokens, of which the rest is given back.
 
 The quotas themselves are :mod:`router.gateway.quotas`.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from cluster.reports import KeyUse
 from router.gateway.metrics import KeyTokens, Metrics
-from router.gateway.quotas import Account
+from router.gateway.quotas import Account, Refusal
 from router.security.keys import Caller
 
 SILENCE_S = 5.0
@@ -31,21 +31,29 @@ class Charges:
         self._others: Uses = {}
         self._heard_at_s = self._clock()
 
+    def begin(self, caller: Caller) -> None:
+        """Charge a caller for one request, at its head.
+
+        Raises :class:`OverloadedError`, with the time to come back, where the caller's name has had
+        its requests.
+        """
+        account, now_s = self._account(caller), self._clock()
+        if account is not None:
+            self._raise_refusal(caller, account.request_refusal(now_s))
+            account.take_request(now_s)
+        if caller.name:
+            self._metrics.key_request(caller.name)
+
     def charge(self, caller: Caller, num_tokens: int) -> Charge:
-        """Charge a caller for one call that may have so many tokens; see :class:`Charge`.
+        """Charge a caller for a request's call that may have so many tokens; see :class:`Charge`.
 
         Raises :class:`TooLargeError` where that is more than a limit of the caller's name ever
         allows, and :class:`OverloadedError`, with the time to come back, where it is now.
         """
         account, now_s = self._account(caller), self._clock()
         if account is not None:
-            refusal = account.refusal(num_tokens, now_s)
-            if refusal is not None:
-                self._metrics.key_refused(caller.name, refusal.limit)
-                raise refusal.error
+            self._raise_refusal(caller, account.refusal(num_tokens, now_s))
             account.take(num_tokens, now_s)
-        if caller.name:
-            self._metrics.key_request(caller.name)
         return Charge(caller, num_tokens, account, self._metrics, self._clock)
 
     def headers(self, caller: Caller | None) -> dict[str, str]:
@@ -68,6 +76,11 @@ class Charges:
         for name, account in self._accounts.items():
             account.take_off(_of_name(others, name), known, now_s)
         self._others, self._heard_at_s = others, now_s
+
+    def _raise_refusal(self, caller: Caller, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            self._metrics.key_refused(caller.name, refusal.limit)
+            raise refusal.error
 
     def _is_silent(self, now_s: float) -> bool:
         return now_s - self._heard_at_s > SILENCE_S

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from cluster.errors import (
     TooLargeError,
 )
 from router.gateway.browsers import BrowserRules
+from router.gateway.charges import Charges
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
 from router.gateway.limits import Budget, Share
@@ -175,8 +176,9 @@ class EdgeMiddleware:
 
     A well-formed id of the client's own is kept, and the reply has it. A request that ``browsers``
     or ``access`` refuse goes no further. ``request.state.caller`` is ``None`` for a request without
-    a key of a path that needs none. Each reply has the ``rate_headers`` of its caller, as they are
-    when it begins. An exception becomes a 500 without details; the log has them.
+    a key of a path that needs none. A caller is charged for a POST before its body is read. Each
+    reply has the headers of its caller's rates, as they are when it begins. An exception becomes a
+    500 without details; the log has them.
     """
 
     def __init__(
@@ -184,12 +186,12 @@ class EdgeMiddleware:
         app: ASGIApp,
         browsers: BrowserRules,
         access: Access,
-        rate_headers: Callable[[Caller | None], Mapping[str, str]],
+        charges: Charges,
     ) -> None:
         self._app = app
         self._browsers = browsers
         self._access = access
-        self._rate_headers = rate_headers
+        self._charges = charges
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; the ASGI interface."""
@@ -208,14 +210,16 @@ class EdgeMiddleware:
             if message["type"] == "http.response.start":
                 has_started = True
                 added = MutableHeaders(scope=message)
-                added.update(self._rate_headers(state.get("caller")))
+                added.update(self._charges.headers(state.get("caller")))
                 added[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
             path = str(scope["path"])
             self._browsers.check(scope["method"], path, headers)
-            state["caller"] = await self._caller(path, headers)
+            state["caller"] = caller = await self._caller(path, headers)
+            if caller is not None and scope["method"] == "POST":
+                self._charges.begin(caller)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise

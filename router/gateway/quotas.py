@@ -1,8 +1,9 @@
 """The quotas of keys: what each name may use, what it has used, and when it may come back.
 
 A rate is a bucket that fills steadily and that requests empty: of requests it holds a second's
-worth, of tokens a minute's. A call is charged the most tokens that it can have when it is accepted,
-and gets back what it has not used at its end. Nothing waits here.
+worth, of tokens a minute's. A request is charged at its head, before its body is read. Its call is
+charged the most tokens that it can have when it is accepted, and gets back what it has not used at
+its end. Nothing waits here.
 
 All gateways of a deployment share a name's quotas. Each has the whole bucket, and takes off what
 the others report that they have used (:class:`cluster.reports.KeyUse`). While no report comes, each
@@ -12,7 +13,7 @@ has an equal share of every limit. :mod:`router.gateway.charges` has the account
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from cluster.errors import ExpertMeshError, OverloadedError, TooLargeError
@@ -91,17 +92,26 @@ class Account:
         self._others: Mapping[str, KeyUse] = {}
         self.take_off(others, (), now_s)
 
+    def request_refusal(self, now_s: float) -> Refusal | None:
+        """Return why one more request is refused now, if it is."""
+        if self._requests is None:
+            return None
+        return self._to_come_back([(self._requests.wait_s(1, now_s), "requests_per_s")])
+
+    def take_request(self, now_s: float) -> None:
+        """Take one request."""
+        if self._requests is not None:
+            self._requests.take(1, now_s)
+        self.used_requests += 1
+
     def refusal(self, num_tokens: int, now_s: float) -> Refusal | None:
         """Return why a call of so many tokens is refused now, if it is."""
         return self._too_large(num_tokens) or self._too_early(num_tokens, now_s)
 
     def take(self, num_tokens: int, now_s: float) -> None:
-        """Take one call of so many tokens, which are then under way."""
-        if self._requests is not None:
-            self._requests.take(1, now_s)
+        """Take a call's tokens, which are then under way."""
         if self._tokens is not None:
             self._tokens.take(num_tokens, now_s)
-        self.used_requests += 1
         self.used_tokens += num_tokens
         self.held_tokens += num_tokens
 
@@ -192,14 +202,16 @@ class Account:
 
     def _too_early(self, num_tokens: int, now_s: float) -> Refusal | None:
         waits = []
-        if self._requests is not None:
-            waits.append((self._requests.wait_s(1, now_s), "requests_per_s"))
         if self._tokens is not None:
             # A call that is larger than a share needs all of it, and owes the rest.
             amount = min(num_tokens, self._tokens.capacity)
             waits.append((self._tokens.wait_s(amount, now_s), "tokens_per_min"))
         if not self._has_room(num_tokens):
             waits.append((HELD_RETRY_S, "concurrent_tokens"))
+        return self._to_come_back(waits)
+
+    def _to_come_back(self, waits: Sequence[tuple[float, str]]) -> Refusal | None:
+        """Return the refusal for the longest of these times, each with its limit."""
         wait_s, limit = max(waits, default=(0.0, ""))
         if not wait_s:
             return None

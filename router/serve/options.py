@@ -44,9 +44,7 @@ def check_serve_part(document: Mapping[str, Any]) -> None:
     http, grpc = document.get("http_options"), document.get("grpc_options")
     if http is not None or grpc is not None:
         section = "grpc_options" if http is None else "http_options"
-        lines = yaml.safe_dump(
-            {"listen": _listen_of(http or {}, grpc or {})}, default_flow_style=True
-        )
+        lines = yaml.safe_dump({"listen": _listen_of(http, grpc)}, default_flow_style=True)
         raise ConfigError(
             "is of Serve's proxies, and the gateways listen by themselves; write instead, under "
             f"the application's args.gateway: {' '.join(lines.split())}",
@@ -67,8 +65,9 @@ def check_serve_part(document: Mapping[str, Any]) -> None:
             )
 
 
-def _listen_of(http: Mapping[str, Any], grpc: Mapping[str, Any]) -> dict[str, Any]:
+def _listen_of(http: Any, grpc: Any) -> dict[str, Any]:
     """Return what ``gateway.listen`` says in place of options of Serve's proxies."""
+    http, grpc = (given if isinstance(given, Mapping) else {} for given in (http, grpc))
     tls = {
         "certificate": http.get("ssl_certfile"),
         "key": http.get("ssl_keyfile"),

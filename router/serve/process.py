@@ -72,9 +72,7 @@ def failures_logged(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         stack = None if isinstance(error, ExpertMeshError) else error
-        logging.getLogger("expertmesh").error(
-            "%s could not start: %s", name, error, exc_info=stack
-        )
+        logging.getLogger("expertmesh").error("%s could not start: %s", name, error, exc_info=stack)
         raise
 
 

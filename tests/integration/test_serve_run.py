@@ -1,4 +1,4 @@
-"""``serve run`` of the shipped file: ready, quiet, gone in the end."""
+"""``expertmesh serve`` and ``serve run`` of the shipped file: ready, quiet, gone in the end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ import yaml
 from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
-from router.serve.options import completed, serve_variables
 from tests.cluster_fixture import TINY, TLS, StreamReader, greedy, is_alive, wait_until
 from tests.fault.signals import named_pids
 from tests.serve_run import (
     READY_S,
+    answers_everywhere,
     copy_with_ports,
+    expertmesh_serve,
     other_shell,
-    ready_serve_run,
+    ready_serve,
     serve_environments,
     serve_run,
 )
@@ -57,11 +58,11 @@ OF_THE_MACHINE = (
 
 
 @pytest.mark.timeout(400)
-def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_expertmesh_serve_drains_and_leaves_nothing_behind(tmp_path: Path) -> None:
     http_port, grpc_port = free_ports(2)
     file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
     with (
-        ready_serve_run(file, log, http_port) as process,
+        ready_serve(file, log, http_port, expertmesh_serve) as process,
         Client(f"127.0.0.1:{grpc_port}", retry=None) as client,
         ThreadPoolExecutor(1) as pool,
     ):
@@ -82,7 +83,7 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
         has_serves_part_in_every_process(file, process)
-        listens_on_loopback_alone(pids)
+        listens_on_loopback_alone(pids, {http_port, grpc_port, grpc_port + 1})
         # The commands of another shell: tests/integration/test_readme.py.
         assert other_shell(log)["RAY_AUTH_MODE"] == "token"
 
@@ -127,32 +128,36 @@ def test_serve_run_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
     )
 
 
-def listens_on_loopback_alone(pids: Collection[int]) -> None:
-    """Assert that on one node all can be reached from this machine alone, but Ray itself.
+def listens_on_loopback_alone(pids: Collection[int], ports: set[int]) -> None:
+    """Assert that gateways listen on their ports alone, and others as Ray and Serve do.
 
-    Each worker of Ray has one port of Ray's, on all interfaces. Links and streams have Unix
-    sockets, for which Ray's calls give the secret.
+    Each worker of Ray has one port of Ray's, and each replica one of Serve's between replicas, on
+    all interfaces; both ask for Ray's token. Links and streams have Unix sockets, for which Ray's
+    calls give the secret.
     """
-    found: dict[str, Counter[str]] = {}
+    own: set[int] = set()
+    gateways = 0
     for pid in pids:
         process = psutil.Process(pid)
-        if not process.name().startswith(("ray::", "haproxy")) or process.name() in RAYS:
+        name = process.name()
+        if not name.startswith("ray::") or name in RAYS:
             continue
-        kinds = found.setdefault(f"{process.name()} {pid}", Counter())
-        for one in process.net_connections("inet"):
-            if one.status == psutil.CONN_LISTEN:
-                address = ip_address(one.laddr.ip.removeprefix("::ffff:"))
-                kinds["all" if address.is_unspecified else str(address)] += 1
-    assert sum(name.startswith("haproxy") for name in found) == 1
-    assert sum(name.startswith("ray::ServeReplica") for name in found) == 3
-    for name, kinds in found.items():
-        of_ray = kinds.pop("all", 0)
-        assert of_ray == (0 if name.startswith("haproxy") else 1), (name, found)
-        kinds.pop("127.0.0.1", 0)
-        assert not kinds, (name, found)
-    gateways = [psutil.Process(int(name.split()[-1])) for name in found if "Gateway" in name]
-    names = [str(one.laddr) for process in gateways for one in process.net_connections("unix")]
-    assert any(name.startswith("@expertmesh-") for name in names), names
+        listens = [
+            one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN
+        ]
+        hosts = {
+            one.laddr.port: ip_address(one.laddr.ip.removeprefix("::ffff:")) for one in listens
+        }
+        everywhere = {port for port, host in hosts.items() if host.is_unspecified}
+        assert len(everywhere) == 1 + name.startswith("ray::ServeRepli"), (name, listens)
+        rest = hosts.keys() - everywhere
+        assert all(hosts[port].is_loopback for port in rest), (name, listens)
+        gateways += bool(rest)
+        own |= rest
+        if rest:
+            names = [str(one.laddr) for one in process.net_connections("unix")]
+            assert any(name.startswith("@expertmesh-") for name in names), names
+    assert (own, gateways) == (ports, 1)
 
 
 def assert_ended_with(log: Path, lines: list[str]) -> None:
@@ -182,19 +187,44 @@ def prompt_tokens(http_port: int) -> float:
 
 
 def has_serves_part_in_every_process(file: Path, process: subprocess.Popen[bytes]) -> None:
-    """Assert that the variables of the completed file have reached all of Serve's processes."""
+    """Assert that the file's variables have reached all of Serve's processes, and no proxy runs."""
     document = yaml.safe_load(file.read_text())
-    expected = serve_variables(completed(document))
-    assert len(serve_variables(document)) < 0.5 * len(expected)
+    expected: dict[str, str] = document["controller_options"]["runtime_env"]["env_vars"]
     found = serve_environments(process)
     kinds = Counter(name.partition("#")[0].partition("-")[0] for name in found)
-    assert kinds == {
-        "SERVE_CONTROLLER_ACTOR": 1,
-        "SERVE_PROXY_ACTOR": 2,  # one is the fallback
-        "SERVE_REPLICA::expertmesh": 3,
-    }
+    assert kinds == {"SERVE_CONTROLLER_ACTOR": 1, "SERVE_REPLICA::expertmesh": 3}
     for name, variables in found.items():
         assert {key: variables.get(key) for key in expected} == expected, name
+
+
+@pytest.mark.timeout(400)
+def test_serve_run_serves_and_ends(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with (
+        ready_serve(file, log, http_port) as process,
+        Client(f"127.0.0.1:{grpc_port}", retry=None) as client,
+    ):
+        answers_everywhere(http_port, client)
+        wait_until(lambda: READY in log.read_text(), "the command says so", SAYS_S)
+        assert other_shell(log)["RAY_AUTH_MODE"] == "token"
+        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        process.send_signal(signal.SIGINT)
+        process.wait(GONE_S)
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "no process is left", GONE_S)
+    assert process.returncode == 0
+
+
+def test_serve_run_with_proxies_is_refused_by_the_builder(tmp_path: Path) -> None:
+    file, log = copy_with_ports(tmp_path, *free_ports(2)), tmp_path / "log"
+    document = yaml.safe_load(file.read_text())
+    del document["applications"][0]["deployments"]  # no class of ours, so no check in the command
+    del document["proxy_location"]
+    document["http_options"] = {"port": free_ports(1)[0]}
+    file.write_text(yaml.safe_dump(document))
+    with serve_run(file, log):
+        said = "write `proxy_location: Disabled` at the top of the deployment file"
+        wait_until(lambda: said in log.read_text(), "the builder refuses", READY_S)
 
 
 def test_serve_run_on_a_bad_file_ends_with_one_clear_line(tmp_path: Path) -> None:

@@ -55,13 +55,15 @@ Stream = Callable[[bytes, Any, Context], AsyncGenerator[Any, None]]
 class Method:
     """A method, and the role that its callers need; without one any key will do.
 
-    An open method also answers callers without a key.
+    An open method also answers callers without a key. ``charge`` is called with the caller before
+    the request is read, and may refuse by :class:`OverloadedError`.
     """
 
     role: Role | None
     answer: Unary | Stream
     is_stream: bool = False
     is_open: bool = False
+    charge: Callable[[Caller], None] | None = None
 
     def handler(self, caller: Caller | None) -> grpc.RpcMethodHandler:
         """Return what answers one call of ``caller``."""
@@ -81,17 +83,18 @@ class GrpcMethods:
 
     def for_clients(self) -> dict[str, Method]:
         """Return the methods for inference and health."""
+        charged = partial(Method, Role.INFERENCE, charge=self._inference.service.charges.begin)
         inference = {
-            "Generate": Method(Role.INFERENCE, self._generate),
-            "GenerateStream": Method(Role.INFERENCE, self._generate_stream, is_stream=True),
-            "GetModelInfo": _without_caller(self._inference.get_model_info),
-            "Tokenize": _without_caller(self._inference.tokenize),
-            "Detokenize": _without_caller(self._inference.detokenize),
+            "Generate": charged(self._generate),
+            "GenerateStream": charged(self._generate_stream, is_stream=True),
+            "GetModelInfo": Method(Role.INFERENCE, _without_caller(self._inference.get_model_info)),
+            "Tokenize": charged(_without_caller(self._inference.tokenize)),
+            "Detokenize": charged(_without_caller(self._inference.detokenize)),
         }
         predictions = {
             name: Method(Role.INFERENCE, partial(self._predict, name))
             for name in PREDICTION_SERVICE.methods_by_name
-        }
+        } | {"ModelInfer": charged(partial(self._predict, "ModelInfer"))}
         health = {
             "Check": Method(None, self._check, is_open=True),
             "Watch": Method(None, self._watch, is_stream=True),
@@ -174,11 +177,11 @@ def _by_path(service: Any, methods: dict[str, Method]) -> dict[str, Method]:
     return {f"/{service.full_name}/{name}": method for name, method in methods.items()}
 
 
-def _without_caller(handler: Callable[[bytes], Awaitable[Any]]) -> Method:
+def _without_caller(handler: Callable[[bytes], Awaitable[Any]]) -> Unary:
     async def answer(request: bytes, caller: Caller | None, context: Context) -> Any:
         return await handler(request)
 
-    return Method(Role.INFERENCE, answer)
+    return answer
 
 
 async def _answer(method: Any, caller: Caller | None, request: bytes, context: Context) -> Any:

@@ -44,7 +44,10 @@ class Door(grpc.aio.ServerInterceptor):
         given = [value if isinstance(value, str) else "" for value in values]
         if method.is_open and not given and not self._access.is_open:
             return None
-        return await self._access.admit("grpc", given, method.role)
+        caller = await self._access.admit("grpc", given, method.role)
+        if method.charge is not None:
+            method.charge(caller)
+        return caller
 
 
 def _refusal(error: ExpertMeshError) -> grpc.RpcMethodHandler:

@@ -39,7 +39,6 @@ from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.ray_token import (
     dashboard_of,
-    dashboard_variable,
     require_token,
     send_token,
 )
@@ -93,7 +92,7 @@ def attend(argv: Sequence[str]) -> None:
     document = read_document(file)
     check_start(file, document, address)
     if starts_ray:
-        require_token()
+        tell_other_shells(require_token())
     tell_progress(document, starts_ray)
 
 
@@ -105,10 +104,9 @@ def tell_progress(document: Mapping[str, Any], starts_ray: bool) -> None:
         explain_slow_start(say, starts)
 
 
-def tell_other_shells(dashboard: str, variables: Mapping[str, str]) -> None:
-    """Print the variables that Serve's commands need to reach a Ray that has been started."""
-    variables = {**variables, **dashboard_variable(dashboard)}
-    if dashboard and variables:
+def tell_other_shells(variables: Mapping[str, str]) -> None:
+    """Print the variables that Serve's commands need to reach a Ray that this process starts."""
+    if variables:
         assignments = " ".join(f"{name}={value}" for name, value in variables.items())
         print(
             "expertmesh: for `serve deploy`, `serve status` and `serve shutdown` in another shell: "

@@ -61,8 +61,10 @@ def _is_local(url: str) -> bool:
 def dashboard_variable(dashboard: str) -> dict[str, str]:
     """Return the variable by which Serve's commands find a dashboard at this host and port.
 
-    They find the default one without it.
+    They find the default one without it; ``dashboard`` is empty where there is none.
     """
+    if not dashboard:
+        return {}
     url = f"http://{dashboard}"
     if _is_local(url) and urlsplit(url).port == urlsplit(DEFAULT_DASHBOARD).port:
         return {}

@@ -48,6 +48,7 @@ class Fleet:
             gateway.hear({str(i): use for i, use in enumerate(uses) if i != index})
 
     def charge(self, who: Caller, num_tokens: int = 1, gateway: int = 0) -> Charge:
+        self.gateways[gateway].begin(who)
         return self.gateways[gateway].charge(who, num_tokens)
 
     def is_let_in(self, who: Caller, num_tokens: int = 1, gateway: int = 0) -> bool:
@@ -112,7 +113,9 @@ def test_less_than_a_request_a_second_lets_one_in() -> None:
 def test_whoever_comes_back_at_the_announced_time_is_let_in_and_not_before(seed: int) -> None:
     chance = random.Random(seed)
     fleet = Fleet()
-    alice = caller(requests_per_s=chance.uniform(0.1, 9), tokens_per_min=chance.randint(100, 9000))
+    rates = {"requests_per_s": chance.uniform(0.1, 9), "tokens_per_min": chance.randint(100, 9000)}
+    limit = chance.choice(sorted(rates))  # one alone: a call refused for its tokens was a request
+    alice = caller(**{limit: rates[limit]})
     num_refused = 0
     for _ in range(300):
         num_tokens = chance.randint(1, 100)
@@ -167,13 +170,16 @@ def test_a_call_that_never_fits_is_too_large_and_takes_nothing(limit: str) -> No
     assert counted(fleet.metrics[0], "expertmesh_key_refusals_total") == {("alice", limit): 1.0}
 
 
-def test_a_refusal_takes_nothing_of_any_limit() -> None:
-    fleet, alice = Fleet(), caller(requests_per_s=2, tokens_per_min=100)
-    for _ in range(5):
-        fleet.is_let_in(alice, 101)
+def test_a_request_whose_call_is_refused_is_one_and_takes_no_tokens() -> None:
+    fleet, alice = Fleet(), caller(requests_per_s=4, tokens_per_min=100)
     assert fleet.is_let_in(alice, 99)
     assert not fleet.is_let_in(alice, 50)
     assert fleet.is_let_in(alice, 1)
+    assert not fleet.is_let_in(alice, 50)
+    with pytest.raises(OverloadedError, match="requests_per_s, 4"):
+        fleet.charge(alice, 0)
+    fleet.clock.now_s += 0.25  # the refused request has taken nothing
+    assert fleet.is_let_in(alice, 0)
 
 
 def test_names_are_counted_apart_and_nobody_is_not_counted() -> None:
@@ -237,7 +243,7 @@ def test_gateways_share_a_rate_but_for_one_report(num_gateways: int) -> None:
 
 
 def test_what_one_gateway_has_used_is_refused_by_the_others_after_a_report() -> None:
-    fleet, alice = Fleet(3), caller(tokens_per_min=600, requests_per_s=2)
+    fleet, alice = Fleet(3), caller(tokens_per_min=600, requests_per_s=5)
     fleet.report()
     assert fleet.is_let_in(alice, 599, gateway=0)
     fleet.report()
@@ -245,7 +251,7 @@ def test_what_one_gateway_has_used_is_refused_by_the_others_after_a_report() -> 
         assert not fleet.is_let_in(alice, 2, gateway)
     assert fleet.is_let_in(alice, 1, gateway=2)
     fleet.report()
-    with pytest.raises(OverloadedError, match="requests_per_s, 2"):
+    with pytest.raises(OverloadedError, match="requests_per_s, 5"):
         fleet.charge(alice, 0, gateway=1)
 
 
