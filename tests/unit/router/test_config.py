@@ -14,6 +14,7 @@ import yaml
 from ray.serve.exceptions import RayServeException
 
 import deploy
+from benchmarks.shipped import SERVE_KEYS
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
 from cluster.spec import ScalingTargets, budgets_of
 from experts.checkpoint.checkpoint import open_checkpoint
@@ -29,13 +30,13 @@ from router.config import (
     parse_args,
 )
 from router.expert_config import PoolConfig, TlsConfig
+from router.serve.options import check_serve_part, completed
 from router.served import ServedModel, check_file, inspect_models, pool_specs, with_identity
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 
 DEPLOY = Path(deploy.__file__).parent
 DEPLOYMENT_FILES = sorted(DEPLOY.rglob("*.yaml"))
-BASE = DEPLOY / "base.yaml"
-SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts and file != BASE]
+SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts]
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
 TLS = {"certificate": "c", "key": "k", "authority": "a", "cert": "x"}
 PREFLIGHT = "router.ops.startup.preflight:PowerOfTwoChoicesRequestRouter"
@@ -406,15 +407,20 @@ def test_the_deployment_files_are_those_that_the_documents_name() -> None:
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
-def test_a_deployment_file_of_ours_says_no_more_of_serve_than_where_it_listens(file: Path) -> None:
+def test_each_deployment_file_of_ours_has_all_of_serves_part(file: Path) -> None:
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert document.keys() == {"http_options", "applications"}
-    # Gateways listen where http_options says, and HAProxy of another machine must reach them.
+    part = {key: value for key, value in document.items() if key != "applications"}
+    assert part == {key: completed({})[key] for key in SERVE_KEYS}
+    check_serve_part(document)
+
+
+@pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)
+def test_a_deployment_file_of_ours_listens_on_loopback_or_has_keys(file: Path) -> None:
+    [(_, config)] = load_deployment(file)
     is_local = file.name in ("cluster.yaml", "mixtures.yaml", "smol.yaml")
-    host = "127.0.0.1" if is_local else "0.0.0.0"
-    assert document["http_options"] == {"host": host}
-    [application] = document["applications"]
-    assert ("keys_file" in application["args"].get("security", {})) is not is_local
+    assert config.gateway.listen.host == ("127.0.0.1" if is_local else "0.0.0.0")
+    assert config.gateway.listen.admin_host == "127.0.0.1"
+    assert (config.security.keys_file is None) is is_local
 
 
 @pytest.mark.parametrize("file", SERVE_CONFIGS, ids=lambda f: f.name)

@@ -8,7 +8,6 @@ import pytest
 
 OLD_AND_NEW = (
     ("router.preflight", "router.ops.startup.preflight", "PowerOfTwoChoicesRequestRouter"),
-    ("router.gateway.grpc_service", "router.gateway.grpc.service", "add_services_to_server"),
     ("router.otlp", "router.observability.otlp", "span_processors"),
 )
 

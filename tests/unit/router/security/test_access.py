@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, ForbiddenError, UnauthenticatedError
+from router.listen_config import ListenConfig
 from router.security import access as module
 from router.security.access import Access
+from router.security.config import SecurityConfig
 from router.security.keyring import Keyring
 from router.security.keys import ANYBODY, Caller, Role
 from router.security.keys_file import add_key
-from router.security.reach import check_reach
+from router.security.reach import check_listen, is_loopback
 
 
 class Gate:
@@ -174,13 +176,25 @@ def test_refusals_are_logged_now_and_then(gate: Gate, caplog: pytest.LogCaptureF
     assert gate.key not in record.getMessage()
 
 
+KEYS = SecurityConfig(keys_file="keys.yaml")
+OPEN = SecurityConfig(open=True)
+HOSTS = pytest.mark.parametrize("key", ["host", "admin_host"])
+
+
+@HOSTS
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_this_machine_needs_no_key(host: str) -> None:
-    check_reach(host, False, "http_options.host")
+def test_this_machine_needs_no_key(key: str, host: str) -> None:
+    check_listen(ListenConfig(**{key: host}), SecurityConfig(), "gateway.listen")
+    assert is_loopback(host)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.lan", ""])
-def test_other_machines_need_a_key_or_an_open_word(host: str) -> None:
-    check_reach(host, True, "http_options.host")
-    with pytest.raises(ConfigError, match="and no keys: make a key by `expertmesh keys new"):
-        check_reach(host, False, "http_options.host")
+@HOSTS
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.lan"])
+def test_other_machines_need_a_key_or_an_open_word(key: str, host: str) -> None:
+    listen = ListenConfig(**{key: host})
+    for security in (KEYS, OPEN):
+        check_listen(listen, security, "gateway.listen")
+    reason = f"^gateway.listen.{key}: given '{host}', which other machines reach, and no keys: make"
+    with pytest.raises(ConfigError, match=reason):
+        check_listen(listen, SecurityConfig(), "gateway.listen")
+    assert not is_loopback(host)
