@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.shipped import free_ports
 from router.ops.doctor.access import check_encryption, check_token
-from router.ops.doctor.probe import access_checks
+from router.ops.doctor.probe import access_checks, is_open
 from router.ops.doctor.running_ray import RunningRay, Target, look_at_dashboard
 
 
@@ -26,8 +26,8 @@ from router.ops.doctor.running_ray import RunningRay, Target, look_at_dashboard
         (2, False, True, "ok", "asks for it"),
         (2, False, False, "problem", "2 nodes, and Ray asks nobody for a token"),
         (2, True, False, "problem", "2 nodes, and"),
-        (1, True, False, "problem", "http_options.host is not loopback, and Ray asks nobody"),
-        (None, True, False, "problem", "http_options.host is not loopback"),
+        (1, True, False, "problem", "gateway.listen.host is not loopback, and Ray asks nobody"),
+        (None, True, False, "problem", "gateway.listen.host is not loopback"),
         (1, True, True, "ok", "asks for it"),
         (None, True, None, "ok", "not known"),
         (2, False, None, "ok", "not known"),
@@ -65,6 +65,34 @@ def test_streams_and_rays_calls_are_encrypted_together(
     assert bool(check.advice) == (level != "ok")
 
 
+def listening(*listens: dict[str, str]) -> dict[str, Any]:
+    """Return a deployment file with an application for each section of ``gateway.listen``."""
+    return {
+        "applications": [
+            {"import_path": "router.app:build", "args": {"gateway": {"listen": listen}}}
+            for listen in listens
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("document", "is_found_open"),
+    [
+        ({}, False),
+        (listening({}), False),
+        (listening({"host": "0.0.0.0"}), True),
+        (listening({"admin_host": "10.1.2.3"}), True),
+        (listening({}, {"host": "::1", "admin_host": "localhost"}), False),
+        (listening({}, {"host": "gateway.lan"}), True),
+        ({"applications": [{"import_path": "other:app"}]}, False),
+    ],
+)
+def test_a_file_is_open_where_any_gateway_is_reached_from_elsewhere(
+    document: dict[str, Any], is_found_open: bool
+) -> None:
+    assert is_open(document) == is_found_open
+
+
 @pytest.mark.parametrize(
     ("host", "variables", "levels"),
     [
@@ -79,7 +107,7 @@ def test_streams_and_rays_calls_are_encrypted_together(
 def test_a_ray_of_a_starts_own_has_the_token_that_the_start_gives_it(
     host: str | None, variables: dict[str, str], levels: list[str]
 ) -> None:
-    document = {} if host is None else {"http_options": {"host": host}}
+    document = {} if host is None else listening({"host": host})
     checks = access_checks(document, False, None, variables)
     assert [check.level for check in checks] == levels
 

@@ -136,15 +136,15 @@ def test_rays_folder_needs_room_and_a_short_name(disk: Disk, level: str, words: 
 
 
 def test_each_taken_port_is_a_problem_and_free_ones_are_one_line() -> None:
-    port = Port(8000, "127.0.0.1", "HTTP", "http_options.port")
+    port = Port(8000, "127.0.0.1", "HTTP", "gateway.listen.http_port")
     [problem] = doctor.check_ports([8000, 9000], [TakenPort(port, "taken by nginx (pid 3)")])
     assert problem == Check(
         "port 8000",
         "problem",
         "for HTTP: taken by nginx (pid 3)",
-        "End that process, or set http_options.port to another port.",
+        "End that process, or set gateway.listen.http_port to another port.",
     )
-    [joined] = doctor.check_ports([8000], [TakenPort(port, "taken by haproxy (pid 3)")], joins=True)
+    [joined] = doctor.check_ports([8000], [TakenPort(port, "taken by ray (pid 3)")], joins=True)
     assert joined.level == "warning"
     assert doctor.check_ports([8000, 9000], []) == [Check("ports", "ok", "8000, 9000 are free")]
 
@@ -174,16 +174,6 @@ def test_native_code_that_was_not_built_is_told_with_what_to_do(is_built: bool, 
     check = doctor.check_native(is_built)
     assert check.level == level
     assert ("compiler" in check.advice) == (not is_built)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "binary", "level"),
-    [(True, "/bin/haproxy", "ok"), (True, None, "problem"), (False, None, "ok")],
-)
-def test_haproxy_is_a_problem_only_where_it_is_asked_for(
-    wanted: bool, binary: str | None, level: str
-) -> None:
-    assert doctor.check_haproxy(wanted, binary).level == level
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])

@@ -8,46 +8,72 @@ import runpy
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
-from benchmarks.shipped import DEPLOYED, OWN_PORTS, free_ports, shipped_document
+from benchmarks.shipped import DEPLOYED, free_ports, shipped_document
 from cluster.native import built
 from router.ops.doctor import machine, probe, running_ray
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Gpu
 from router.ops.doctor.ports import Port, ports_of, taken_ports
 from router.ops.doctor.running_ray import RunningRay, Target, judged, look_at, target_of
-from router.serve.options import HAPROXY, completed, serve_variables
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
 
 
+def document_of(*listens: dict[str, Any]) -> dict[str, Any]:
+    """Return a deployment file with an application for each section of ``gateway.listen``."""
+    return {
+        "applications": [
+            {"import_path": "router.app:build", "args": {"gateway": {"listen": listen}}}
+            for listen in listens
+        ]
+    }
+
+
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
-    ports = ports_of(completed(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8"))))
-    assert {port.number for port in ports} == {8000, 9000, 9001, 8404, 9101, 8500, 9500}
+    ports = ports_of(yaml.safe_load(DEPLOYED.read_text(encoding="utf-8")))
+    assert [(port.number, port.purpose, port.key) for port in ports] == [
+        (8000, "HTTP", "gateway.listen.http_port"),
+        (9000, "gRPC", "gateway.listen.grpc_port"),
+        (9001, "gRPC for operators", "gateway.listen.admin_port"),
+    ]
     assert {port.host for port in ports} == {"127.0.0.1"}
-    everywhere = ports_of(completed({"http_options": {"host": "0.0.0.0"}}))
-    assert [port.host for port in everywhere] == ["", "", "127.0.0.1", "127.0.0.1", "", ""]
-    document = completed(shipped_document(1111, 2222))
-    numbers = [port.number for port in ports_of(document)]
-    variables = serve_variables(document)
-    assert numbers[:2] == [1111, 2222]
-    assert numbers[-1] == 2223
-    assert {str(number) for number in numbers[2:-1]} <= set(variables.values())
-    del variables[HAPROXY]
-    assert [port.number for port in ports_of(document)] == [1111, 2222, 2223]
-    document["applications"][0]["args"]["gateway"] = {"admin_host": "::1", "admin_port": 77}
-    assert (ports_of(document)[-1].host, ports_of(document)[-1].number) == ("::1", 77)
-    document["grpc_options"]["port"] = 0
-    del document["applications"][0]["args"]["gateway"]
-    assert [port.number for port in ports_of(document)] == [1111, 0]
-    assert [port.number for port in ports_of({})] == [8000, 9000]
+    assert [port.number for port in ports_of(shipped_document(1111, 2222))] == [1111, 2222, 2223]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_each_application_opens_its_ports_on_its_hosts() -> None:
+    assert ports_of({}) == []
+    assert ports_of({"applications": [{"import_path": "other:app"}]}) == []
+    for args in ({}, None, {"gateway": None}, {"gateway": {}}):
+        application = {"import_path": "router.app:build", "args": args}
+        assert [one.number for one in ports_of({"applications": [application]})] == [
+            8000,
+            9000,
+            9001,
+        ]
+    ports = ports_of(
+        document_of(
+            {"host": "0.0.0.0", "http_port": 1, "grpc_port": 2, "health_port": 4},
+            {"admin_host": "::1", "admin_port": 77},
+        )
+    )
+    assert [(port.host, port.number) for port in ports] == [
+        ("0.0.0.0", 1),
+        ("0.0.0.0", 2),
+        ("127.0.0.1", 9001),
+        ("127.0.0.1", 4),
+        ("127.0.0.1", 8000),
+        ("127.0.0.1", 9000),
+        ("::1", 77),
+    ]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
 def test_a_port_is_taken_while_somebody_listens(host: str) -> None:
     [number] = free_ports(1)
     port = Port(number, host, "HTTP", "key")
@@ -56,7 +82,7 @@ def test_a_port_is_taken_while_somebody_listens(host: str) -> None:
         [taken] = taken_ports([port])
         assert taken.port == port
         name = psutil.Process().name()
-        assert taken.reason == f"taken by {name} (pid {os.getpid()})"
+        assert taken.reason == f"given {number}: it is taken by {name} (pid {os.getpid()})"
     assert taken_ports([port]) == []
 
 
@@ -73,8 +99,14 @@ def test_a_port_of_a_connection_that_is_closing_is_free() -> None:
 def test_what_cannot_be_opened_for_other_reasons_says_which(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    [taken] = taken_ports([Port(70_000, "127.0.0.1", "HTTP", "key")])
-    assert "cannot be opened on 127.0.0.1" in taken.reason
+    [number] = free_ports(1)
+    elsewhere = Port(number, "192.0.2.1", "HTTP", "key")
+    nameless = Port(number, "nowhere.invalid", "HTTP", "key")
+    fine = Port(number, "127.0.0.1", "HTTP", "key")
+    first, second = taken_ports([elsewhere, fine, nameless])
+    assert (first.port, second.port) == (elsewhere, nameless)
+    assert "192.0.2.1 is no address of this machine" in first.reason
+    assert second.reason.startswith("nowhere.invalid has no address (")
 
     def denied(self: socket.socket, address: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -82,9 +114,9 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
     class Denied(socket.socket):
         bind = denied  # type: ignore[assignment]
 
-    monkeypatch.setattr("router.ops.doctor.ports.socket.socket", Denied)
+    monkeypatch.setattr("router.gateway.listen.sockets.socket.socket", Denied)
     [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
-    assert taken.reason == "not allowed to this user"
+    assert taken.reason == "given 80: this user may not open it"
 
 
 def test_a_folder_that_does_not_exist_yet_is_tried_where_it_would_be(tmp_path: Path) -> None:
@@ -230,7 +262,7 @@ def test_everything_is_looked_at(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(shipped_document(*free_ports(2))))
     found = levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))
     assert {"versions", "devices", "memory", "/dev/shm", "Ray's folder", "ray"} <= found.keys()
-    assert (found["haproxy"], found["ports"], found["file"]) == ("ok", "ok", "ok")
+    assert (found["ports"], found["file"]) == ("ok", "ok")
     alone = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
     assert alone.keys() == found.keys() - {"ports", "file"}
 
@@ -271,8 +303,7 @@ def test_no_two_of_the_ports_that_a_test_is_served_on_are_the_same(
 ) -> None:
     monkeypatch.setattr("random.sample", lambda ports, count: list(ports)[:count])
     given = free_ports(2)
-    document = shipped_document(*given)
-    variables = document["controller_options"]["runtime_env"]["env_vars"]
-    own = [int(variables[name]) for name in OWN_PORTS]
-    assert len({*given, *own}) == len(given) + len(own)
+    numbers = [port.number for port in ports_of(shipped_document(*given))]
+    assert numbers[:2] == given
+    assert len(set(numbers)) == 3
     assert free_ports(1, given) != free_ports(1)

@@ -28,10 +28,10 @@ DEPLOY = Path(__file__).parents[5] / "deploy"
 LIMIT_S = 20.0
 
 
-def document(**http_options: Any) -> dict[str, Any]:
-    """Return the deployment file, completed, with these HTTP options."""
+def document(**listen: Any) -> dict[str, Any]:
+    """Return the deployment file, completed, with these keys of ``gateway.listen``."""
     told = completed(yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8")))
-    told["http_options"] |= http_options
+    told["applications"][0]["args"]["gateway"]["listen"] = listen
     return told
 
 
@@ -100,17 +100,31 @@ def test_the_shipped_file_is_reached_at_the_default_addresses() -> None:
     assert endpoint.command() == 'expertmesh generate "In the beginning" --stream'
 
 
-def test_other_addresses_and_prefixes_are_told() -> None:
-    told = document(host="0.0.0.0", port=81, root_path="/x", ssl_keyfile="k", ssl_certfile="c")
-    told["grpc_options"]["port"] = 91
-    told["applications"][0]["route_prefix"] = "/llm/"
+def test_other_addresses_are_told_as_this_machine_reaches_them() -> None:
+    told = document(
+        host="0.0.0.0",
+        http_port=81,
+        grpc_port=91,
+        admin_host="10.1.2.3",
+        tls={"certificate": "c", "key": "k"},
+    )
     told["applications"].append({"name": "other", "import_path": "other:app"})
     [endpoint] = endpoints(told)
     assert endpoint == Endpoint(
-        "https://127.0.0.1:81/x/llm", "127.0.0.1:91", ("mesh-tiny",), "127.0.0.1:92"
+        "https://127.0.0.1:81", "127.0.0.1:91", ("mesh-tiny",), "10.1.2.3:9001"
     )
     assert endpoint.command().endswith(" --address 127.0.0.1:91")
     assert endpoint.command().startswith("expertmesh --tls-ca FILE generate ")
+
+
+def test_each_application_of_ours_has_an_endpoint() -> None:
+    told = document()
+    args = {"models": [{"id": "a"}, {"id": "b"}], "gateway": {"listen": {"http_port": 82}}}
+    told["applications"].append({"import_path": "router.app:build", "args": args})
+    shipped, other = endpoints(told)
+    assert (shipped.http_url, shipped.models) == ("http://127.0.0.1:8000", ("mesh-tiny",))
+    assert (other.http_url, other.models) == ("http://127.0.0.1:82", ("a", "b"))
+    assert endpoints({"applications": []}) == []
 
 
 def test_a_server_that_asks_for_a_certificate_gets_the_one_of_the_environment(
@@ -208,7 +222,7 @@ def test_one_line_is_said_once_all_is_there(
     serving.append(Gateway([(404, b""), *[missing(2)] * 5, (200, b"{}")]))
     port = serving[0].port
     said: Queue[str] = Queue()
-    [start] = announce.announce(document(port=port), said.put, time.monotonic() - 100.0)
+    [start] = announce.announce(document(http_port=port), said.put, time.monotonic() - 100.0)
     lines = [said.get(timeout=LIMIT_S) for _ in range(2)]
     assert start.is_ready.is_set()
     assert said.empty()

@@ -1,4 +1,4 @@
-"""What ends a ``serve run`` or ``serve deploy`` before it begins, with a line of what to do."""
+"""What ends a ``serve run`` or ``serve deploy`` before it begins, and what it tells."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu
 from router.ops.doctor.running_ray import RunningRay, Target
 from router.ops.startup import preflight
-from router.ops.startup.preflight import checked_document, deployment_file, given_address
+from router.ops.startup.preflight import attend, deployment_file, given_address, tell_other_shells
 from router.security.keys import Role
 from router.security.keys_file import add_key
-from router.serve.options import CALLBACK, HAPROXY, NARROW_PROXIES, completed, serve_variables
 from tests.checkpoints import save_mixtral
 from tests.client_tls import Pair
 from tests.unit.certificates import new_authority
@@ -58,6 +57,9 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     temp.mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (None, None))
+    monkeypatch.setattr(preflight, "require_token", dict)
+    monkeypatch.setattr(preflight, "send_token", lambda address: None)
+    monkeypatch.setattr(preflight, "tell_progress", lambda document, starts_ray: None)
     monkeypatch.setenv("RAY_TMPDIR", str(temp))
     # Where pytest's own folders have long names, sockets would not fit in them.
     monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
@@ -67,7 +69,7 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Return the one line with which a command line is refused."""
     with pytest.raises(SystemExit) as caught:
-        checked_document(argv)
+        attend(argv)
     assert caught.value.code == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -124,16 +126,69 @@ def test_a_bad_file_ends_the_serve_command_with_one_line(
 def test_other_programs_are_left_alone(
     bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checked_document([*words, str(bad_file)])
+    attend([*words, str(bad_file)])
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_good_file_lets_the_serve_command_go_on_with_all_of_serves_part(
-    file: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "done"),
+    [
+        (["run"], ["progress of our Ray"]),
+        (["run", "-a", "local"], ["progress of our Ray"]),
+        (["run", "--address", "head:6379"], ["progress of a Ray"]),
+        (["deploy"], ["token to None"]),
+        (["deploy", "-a", "http://d:1"], ["token to http://d:1"]),
+    ],
+)
+def test_a_good_file_lets_the_serve_command_go_on(
+    file: Path,
+    words: list[str],
+    done: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    document = checked_document(["serve", "run", str(file)])
+    found: list[str] = []
+
+    def tell_progress(document: dict[str, Any], starts_ray: bool) -> None:
+        assert document == yaml.safe_load(file.read_text(encoding="utf-8"))
+        found.append(f"progress of {'our' if starts_ray else 'a'} Ray")
+
+    def send_token(address: str | None) -> None:
+        found.append(f"token to {address}")
+
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
+    monkeypatch.setattr(preflight, "tell_progress", tell_progress)
+    monkeypatch.setattr(preflight, "send_token", send_token)
+    attend(["serve", *words, str(file)])
     assert capsys.readouterr() == ("", "")
-    assert document == completed(yaml.safe_load(file.read_text(encoding="utf-8")))
+    assert found == done
+
+
+@pytest.mark.parametrize(("words", "is_told"), [([], True), (["-a", "head:6379"], False)])
+def test_a_start_of_ray_tells_other_shells_of_its_token(
+    file: Path,
+    words: list[str],
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
+    monkeypatch.setattr(preflight, "require_token", lambda: {"RAY_AUTH_MODE": "token"})
+    attend(["serve", "run", *words, str(file)])
+    line = capsys.readouterr().out
+    assert line.endswith(" in another shell: export RAY_AUTH_MODE=token\n") if is_told else not line
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"), [({}, ""), ({"A": "1"}, "export A=1"), ({"A": "1", "B": "2"}, "A=1 B=2")]
+)
+def test_variables_for_other_shells_are_one_line_or_none(
+    variables: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_other_shells(variables)
+    output = capsys.readouterr().out
+    assert output.splitlines() == ([output.strip()] if variables else [])
+    assert output.strip().endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +214,10 @@ def test_a_taken_port_is_named_with_its_key_and_who_has_it(
     file = write(tmp_path / "busy.yaml", shipped_document(http_port, grpc_port))
     with socket.create_server(("127.0.0.1", grpc_port)):
         line = refusal(["serve", "run", str(file)], capsys)
-    assert line.startswith(f"expertmesh: port {grpc_port}: for gRPC: taken by ")
-    assert f"(pid {os.getpid()}). End that process, or set grpc_options.port to another" in line
+    assert line.startswith(
+        f"expertmesh: port {grpc_port}: for gRPC: given {grpc_port}: it is taken"
+    )
+    assert f"(pid {os.getpid()}). End that process, or set gateway.listen.grpc_port to an" in line
 
 
 def test_an_address_file_of_a_ray_that_is_gone_ends_the_command_at_once(
@@ -173,7 +230,7 @@ def test_an_address_file_of_a_ray_that_is_gone_ends_the_command_at_once(
     line = refusal(["serve", "run", str(file)], capsys)
     assert f"127.0.0.1:{nobody} (named by {named}) does not answer (Connection refused)" in line
     assert "`ray stop`" in line
-    checked_document(["serve", "run", "-a", "local", str(file)])  # which does as it was told
+    attend(["serve", "run", "-a", "local", str(file)])  # which does as it was told
 
 
 def test_a_ray_of_another_version_ends_the_command(
@@ -199,14 +256,13 @@ def test_too_little_memory_ends_the_command(
 
 def gpu_file(tmp_path: Path, **router: Any) -> Path:
     """The shipped file for GPUs, on ports that are free."""
-    document = yaml.safe_load((DEPLOY / "gpu.yaml").read_text(encoding="utf-8"))
-    shipped = shipped_document(*free_ports(2))
-    shipped["applications"] = document["applications"]
-    document["applications"][0]["args"]["router"] |= router
-    del document["applications"][0]["args"]["security"]  # it listens on loopback
+    document = shipped_document(*free_ports(2), DEPLOY / "gpu.yaml")
+    args = document["applications"][0]["args"]
+    args["router"] |= router
+    del args["security"], args["gateway"]["listen"]["host"]  # it listens on loopback
     if router.get("num_gpus") == 0:
-        document["applications"][0]["args"]["experts"] = {}
-    return write(tmp_path / "gpu.yaml", shipped)
+        args["experts"] = {}
+    return write(tmp_path / "gpu.yaml", document)
 
 
 def on_gpus(monkeypatch: pytest.MonkeyPatch, ray_gpus: int, *gpus: Gpu) -> None:
@@ -244,11 +300,11 @@ def test_a_gpu_without_room_for_weights_and_caches_ends_the_command(
     line = refusal(["serve", "run", str(gpu_file(tmp_path))], capsys)
     assert "GPU 0 (tiny) of 100 MB lacks " in line
     on_gpus(monkeypatch, 1, Gpu("small", 500_000_000))
-    checked_document(["serve", "run", str(gpu_file(tmp_path))])
+    attend(["serve", "run", str(gpu_file(tmp_path))])
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith("expertmesh: devices: 2 CPUs, 1 GPU (small); GPU 0 (small) of 500 MB")
     on_gpus(monkeypatch, 1, Gpu("enough", 2_000_000_000))
-    checked_document(["serve", "run", str(gpu_file(tmp_path))])
+    attend(["serve", "run", str(gpu_file(tmp_path))])
     assert capsys.readouterr().err == ""
 
 
@@ -258,7 +314,7 @@ def test_a_cluster_that_is_joined_may_get_its_gpus_later(
     on_gpus(monkeypatch, 0)
     monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     for command in (["run", "--address", "head:6379"], ["deploy"]):
-        checked_document(["serve", *command, str(gpu_file(tmp_path))])
+        attend(["serve", *command, str(gpu_file(tmp_path))])
     assert capsys.readouterr() == ("", "")
 
 
@@ -292,7 +348,7 @@ def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
 ) -> None:
     monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     file = str(nowhere_file)
-    checked_document(["serve", *(file if word == "FILE" else word for word in words)])
+    attend(["serve", *(file if word == "FILE" else word for word in words)])
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("expertmesh: ")
     assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
@@ -307,46 +363,8 @@ def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
     assert "serve run --address=auto" in line
 
 
-@pytest.fixture
-def no_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend to be a system for which ray[serve] brings no HAProxy."""
-    monkeypatch.setattr(probe, "find_spec", lambda name: None)
-    monkeypatch.setattr(probe, "which", lambda name: None)
-
-
-def test_without_haproxy_the_file_that_asks_for_it_is_refused_with_one_line(
-    no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    serve_variables(document)[HAPROXY] = "1"
-    line = refusal(["serve", "run", str(write(file, document))], capsys)
-    assert "haproxy: there is none here" in line
-    assert "leave out RAY_SERVE_ENABLE_HA_PROXY" in line
-
-
-def test_without_haproxy_a_file_that_says_nothing_of_it_is_served_without(
-    no_haproxy: None, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    document = checked_document(["serve", "run", str(file)])
-    assert HAPROXY not in serve_variables(document)
-    assert serve_variables(document)["RAY_SERVE_LOG_TO_STDERR"] == "0"
-    output = capsys.readouterr()
-    assert output.out == ""
-    [line] = output.err.splitlines()
-    assert line == "expertmesh: there is no HAProxy here: Serve's own proxy listens, more slowly"
-
-
-@pytest.mark.parametrize("wanted", ["0", "1"])
-def test_what_a_file_says_of_haproxy_is_left_as_it_is(file: Path, wanted: str) -> None:
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    serve_variables(document)[HAPROXY] = wanted
-    checked = checked_document(["serve", "run", str(write(file, document))])
-    assert serve_variables(checked)[HAPROXY] == wanted
-
-
 @pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
 def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
-    no_haproxy: None,
     file: Path,
     words: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -360,7 +378,7 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
 
     monkeypatch.setattr(preflight, "look_at", fine)
     monkeypatch.setattr(probe, "memory", lambda: Memory(1, 1))
-    checked_document(["serve", "run", str(file), *words])
+    attend(["serve", "run", str(file), *words])
     assert capsys.readouterr() == ("", "")
     assert asked == [Target("ray://head:10001", "--address")]
 
@@ -435,7 +453,7 @@ def test_a_start_hashes_checkpoints_before_it_starts_anything(
     own_model: tuple[Path, Path], command: str
 ) -> None:
     file, folder = own_model
-    checked_document(["serve", command, str(file)])
+    attend(["serve", command, str(file)])
     # A deploy does not know whether the cluster builds the application on this machine.
     assert (folder / BESIDE).exists() == (command == "run")
 
@@ -493,7 +511,7 @@ def test_one_node_needs_no_token(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     of_nodes(monkeypatch, num_nodes, has_token)
-    checked_document(["serve", *command, str(file)])
+    attend(["serve", *command, str(file)])
     assert capsys.readouterr() == ("", "")
 
 
@@ -519,7 +537,7 @@ def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
     monkeypatch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
     if variable is not None:
         monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", variable)
-    checked_document(["serve", "deploy", str(file), *words])
+    attend(["serve", "deploy", str(file), *words])
     assert urls == [asked]
 
 
@@ -527,7 +545,7 @@ def test_several_nodes_without_encryption_are_warned_of(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of_nodes(monkeypatch, 2, has_token=True)
-    checked_document(["serve", *JOINING[0], str(file)])
+    attend(["serve", *JOINING[0], str(file)])
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith("expertmesh: encryption: 2 nodes send each other prompts")
 
@@ -547,62 +565,46 @@ def test_tls_of_streams_without_that_of_ray_ends_the_command(
     line = refusal(command, capsys)
     assert line.startswith("expertmesh: encryption: experts.tls needs RAY_USE_TLS=1 in the ")
     monkeypatch.setenv("RAY_USE_TLS", "1")
-    checked_document(command)
+    attend(command)
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_open_host_and_a_ray_without_a_token_end_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = shipped_document(*free_ports(2))
-    document["http_options"]["host"] = "0.0.0.0"
-    document["applications"][0]["args"]["security"] = "open"
-    file = write(tmp_path / "open.yaml", document)
+    secured(file, "open", host="0.0.0.0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     line = refusal(["serve", "run", str(file)], capsys)
-    assert line.startswith("expertmesh: token: http_options.host is not loopback, and Ray asks")
+    assert line.startswith("expertmesh: token: gateway.listen.host is not loopback, and Ray asks")
     monkeypatch.delenv("RAY_AUTH_MODE")  # the start sets it
-    checked_document(["serve", "run", str(file)])
+    attend(["serve", "run", str(file)])
     assert capsys.readouterr() == ("", "")
 
 
-def secured(file: Path, security: object, **options: Any) -> Path:
-    """The file with a section of security, and other options of HTTP and gRPC."""
+def secured(file: Path, security: object, **listen: Any) -> Path:
+    """The file with a section of security, and with other keys of ``gateway.listen``."""
     document = yaml.safe_load(file.read_text())
+    args = document["applications"][0]["args"]
     if security is not None:
-        document["applications"][0]["args"]["security"] = security
-    document["applications"][0]["args"]["gateway"] = options.pop("gateway", {})
-    for name, values in options.items():
-        document[name] |= values
+        args["security"] = security
+    args["gateway"]["listen"] |= listen
     return write(file, document)
 
 
-EVERYWHERE = {"host": "0.0.0.0"}
-
-
 @pytest.mark.parametrize("command", ["run", "deploy"])
+@pytest.mark.parametrize("key", ["host", "admin_host"])
 def test_a_host_that_others_reach_needs_keys_or_an_open_word(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, key: str
 ) -> None:
-    secured(file, None, http_options=EVERYWHERE)
+    secured(file, None, **{key: "0.0.0.0"})
     line = refusal(["serve", command, str(file)], capsys)
-    assert "http_options.host: given '0.0.0.0', which other machines reach, and no keys" in line
+    assert f"gateway.listen.{key}: given '0.0.0.0', which other machines reach, and no keys" in line
     secured(file, "open")
-    checked_document(["serve", command, str(file)])
+    attend(["serve", command, str(file)])
     keys = tmp_path / "keys.yaml"
     add_key(keys, "alice", [Role.INFERENCE])
     secured(file, {"keys_file": str(keys)})
-    document = checked_document(["serve", command, str(file)])
-    assert document is not None
-    assert document["grpc_options"]["enable_reflection"] is False
-
-
-def test_operators_need_keys_where_others_reach_them(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    secured(file, None, gateway={"admin_host": "10.1.2.3"})
-    line = refusal(["serve", "run", str(file)], capsys)
-    assert "gateway.admin_host: given '10.1.2.3', which other machines reach" in line
+    attend(["serve", command, str(file)])
 
 
 def test_a_file_of_keys_must_be_usable_where_gateways_start(
@@ -611,53 +613,67 @@ def test_a_file_of_keys_must_be_usable_where_gateways_start(
     missing = tmp_path / "keys.yaml"
     secured(file, {"keys_file": str(missing)})
     assert f"{missing}: cannot be read" in refusal(["serve", "run", str(file)], capsys)
-    checked_document(["serve", "deploy", str(file)])  # its gateways are elsewhere
+    attend(["serve", "deploy", str(file)])  # its gateways are elsewhere
     add_key(missing, "alice", [Role.INFERENCE])
     missing.chmod(0o644)
     assert "may be used by everybody" in refusal(["serve", "run", str(file)], capsys)
-
-
-def test_reflection_beside_keys_is_refused(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    keys = tmp_path / "keys.yaml"
-    add_key(keys, "alice", [Role.INFERENCE])
-    secured(file, {"keys_file": str(keys)}, grpc_options={"enable_reflection": True})
-    line = refusal(["serve", "run", str(file)], capsys)
-    assert "grpc_options.enable_reflection: given true, must be false" in line
 
 
 def test_a_certificate_must_be_usable_where_gateways_start(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pair = Pair(tmp_path / "tls")
-    secured(file, None, http_options=pair.http_options())
-    checked_document(["serve", "run", str(file)])
+    secured(file, None, tls=pair.listen())
+    attend(["serve", "run", str(file)])
     pair.replace(ends_at=datetime.now(UTC) - timedelta(days=1))
     line = refusal(["serve", "run", str(file)], capsys)
-    assert f"http_options.ssl_certfile: {pair.server} is refused by TLS: certificate has" in line
-    checked_document(["serve", "deploy", str(file)])  # its gateways are elsewhere
+    key = "gateway.listen.tls.certificate"
+    assert f"{key}: {pair.server} is refused by TLS: certificate has" in line
+    attend(["serve", "deploy", str(file)])  # its gateways are elsewhere
 
 
-def test_a_certificate_that_haproxy_would_not_get_is_refused(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["run", "deploy"])
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        (
+            {"http_options": {"port": 81}},
+            "http_options: is of Serve's proxies, and the gateways listen by themselves; write "
+            "instead, under the application's args.gateway: {listen: {host: 0.0.0.0, http_port: "
+            "81}}",
+        ),
+        (
+            {"proxy_location": "EveryNode"},
+            "proxy_location: given EveryNode, must be Disabled: the gateways listen by themselves",
+        ),
+    ],
+)
+def test_what_serves_proxies_would_need_ends_the_command(
+    file: Path,
+    command: str,
+    part: dict[str, Any],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    secured(file, None, http_options=Pair(tmp_path / "tls").http_options())
-    document = yaml.safe_load(file.read_text())
-    document["controller_options"]["runtime_env"]["env_vars"][CALLBACK] = "other:function"
-    line = refusal(["serve", "run", str(write(file, document))], capsys)
-    assert f"ssl_certfile: needs {NARROW_PROXIES} in controller_options" in line
+    write(file, yaml.safe_load(file.read_text()) | part)
+    assert refusal(["serve", command, str(file)], capsys) == f"expertmesh: {file}: {line}"
 
 
-def test_two_applications_need_two_ports_for_operators(
-    file: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("key", ["http_port", "grpc_port", "admin_port"])
+def test_two_applications_need_their_own_ports(
+    file: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = yaml.safe_load(file.read_text())
-    other = yaml.safe_load(yaml.safe_dump(document["applications"][0]))
-    other |= {"name": "other", "route_prefix": "/other"}
+    [first] = document["applications"]
+    other = yaml.safe_load(yaml.safe_dump(first)) | {"name": "other"}
+    listen = other["args"]["gateway"]["listen"]
+    taken = listen[key]
+    listen |= dict(zip(listen, free_ports(3, apart_from=listen.values()), strict=True))
     document["applications"].append(other)
+    attend(["serve", "run", str(write(file, document))])
+    listen[key] = taken
     line = refusal(["serve", "run", str(write(file, document))], capsys)
-    port = document["grpc_options"]["port"] + 1
-    assert f"gateway.admin_port: {port} is the port for operators of 2 applications" in line
-    other["args"]["gateway"] = {"admin_port": free_ports(1)[0]}
-    checked_document(["serve", "run", str(write(file, document))])
+    assert line == (
+        f"expertmesh: {file}: gateway.listen.{key}: given {taken} for the applications expertmesh "
+        "and other; each needs its own ports"
+    )

@@ -95,6 +95,7 @@ def test_without_a_token_nothing_is_sent(ray_setup: FakeRay) -> None:
 @pytest.mark.parametrize(
     ("dashboard", "variables"),
     [
+        ("", {}),
         ("127.0.0.1:8265", {}),
         ("localhost:8265", {}),
         ("127.0.0.1:8266", {"RAY_DASHBOARD_ADDRESS": "http://127.0.0.1:8266"}),

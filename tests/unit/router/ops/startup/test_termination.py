@@ -1,18 +1,14 @@
-"""What each signal does to a ``serve run``, in each of its phases."""
+"""What each signal does to an ``expertmesh serve``, in each of its phases."""
 
 from __future__ import annotations
 
 import atexit
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from ray._private import utils, worker
 
 from router.ops.startup import drain, termination
 from router.ops.startup.drain import UnderWay
@@ -56,7 +52,7 @@ class Command:
         raise LeftError(exit_code)
 
     def sleep_as_serve_run(self) -> None:
-        """Sleep as the main thread of ``serve run``; a signal has to wake it."""
+        """Sleep as the main thread of Serve's ``run``; a signal has to wake it."""
         self.asleep.set()
         time.sleep(LIMIT_S)
 
@@ -76,9 +72,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     monkeypatch.setattr(termination, "kill_descendants", made.kill)
     monkeypatch.setattr(termination, "_leave_at_once", made.leave)
     monkeypatch.setattr(made.termination, "_wake_main_thread", made.wake)
-    monkeypatch.setattr(termination, "_install_rays_handlers", lambda: None)
-    monkeypatch.setattr(utils, "set_sigterm_handler", utils.set_sigterm_handler)
-    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
     before = {number: signal.getsignal(number) for number in (INT, TERM, termination._WAKE)}
     made.termination.install()
     yield made
@@ -198,49 +191,11 @@ def test_ctrl_c_while_it_starts_is_serves_own(command: Command) -> None:
     assert command.done == ["kill"]
 
 
-def test_rays_start_leaves_the_handler_of_sigterm(command: Command) -> None:
+def test_the_handler_of_sigterm_that_rays_start_leaves_is_replaced_again(command: Command) -> None:
     ours = signal.getsignal(TERM)
-    utils.set_sigterm_handler(lambda *_: None)
+    signal.signal(TERM, signal.SIG_DFL)  # as Ray's start does by its own
+    command.termination.handle_sigterm()
     assert signal.getsignal(TERM) == ours
-
-
-def test_calls_that_fail_as_serves_controller_ends_are_not_printed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    printed: list[Any] = []
-    monkeypatch.setattr(worker, "print_to_stdstream", lambda data, **_: printed.append(data))
-    termination._mute_lost_calls()
-    other = {"lines": ["a worker died"], "pid": "raylet"}
-    for data in (
-        {"lines": ["Task ServeController.listen_for_change failed. There are infinite retries"]},
-        other,
-    ):
-        worker.print_to_stdstream(data, ignore_prefix=False)
-    assert printed == [other]
-
-
-_HANDLERS = """
-import signal, sys
-from ray._private import worker
-from router.ops.startup import termination
-if sys.argv[1] == "ours":
-    termination._install_rays_handlers()
-import ctypes, ray
-signal.signal(signal.SIGTERM, lambda *_: print("ours", flush=True))
-library = ctypes.CDLL(ray._raylet.__file__)
-library[termination._INSTALL_HANDLERS](None, ctypes.c_bool(True))  # as Ray does while it connects
-signal.raise_signal(signal.SIGTERM)
-"""
-
-
-@pytest.mark.parametrize(("first", "has_stack"), [("ours", False), ("rays", True)])
-def test_ray_installs_its_handlers_once(first: str, has_stack: bool) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _HANDLERS, first],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "ours" in done.stdout
-    assert ("*** SIGTERM received" in done.stderr) == has_stack
+    command.termination.serves()
+    signal.raise_signal(TERM)
+    assert ended(command) == 0
