@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -305,10 +306,29 @@ def test_check_refuses_a_host_that_others_reach_without_keys(
 ) -> None:
     stub_check(monkeypatch, ["two models"])
     file = tmp_path / "cluster.yaml"
-    file.write_text(DEPLOYED.read_text().replace("host: 127.0.0.1", "host: 0.0.0.0"))
+    document = yaml.safe_load(DEPLOYED.read_text())
+    document["applications"][0]["args"]["gateway"]["listen"] = {"host": "0.0.0.0"}
+    file.write_text(yaml.safe_dump(document))
     result = run("check", str(file))
     assert result.exit_code == 2
-    assert "http_options.host: given '0.0.0.0', which other machines reach" in result.stderr
+    assert "gateway.listen.host: given '0.0.0.0', which other machines reach" in result.stderr
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_check_refuses_options_of_serves_proxies(
+    form: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub_check(monkeypatch, ["two models"])
+    file = tmp_path / "cluster.yaml"
+    file.write_text("http_options: {port: 81}\n" + DEPLOYED.read_text())
+    result = run("check", str(file), *form)
+    assert result.exit_code == 2
+    if form:
+        assert json.loads(result.stdout)["error"]["field"] == "http_options"
+    else:
+        [line] = result.stderr.splitlines()
+        assert "http_options: is of Serve's proxies" in line
+        assert line.endswith("args.gateway: {listen: {host: 0.0.0.0, http_port: 81}}")
 
 
 @pytest.mark.parametrize(

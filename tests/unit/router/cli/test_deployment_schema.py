@@ -20,7 +20,7 @@ from router.config import load_deployment, parse_args
 from router.serve.options import completed
 
 DEPLOY = Path(__file__).resolve().parents[4] / "deploy"
-FILES = [file for file in sorted(DEPLOY.glob("*.yaml")) if file.name != "base.yaml"]
+FILES = sorted(DEPLOY.glob("*.yaml"))
 FULL = {
     "models": [{"id": "a", "path": "/a", "dtype": "bfloat16", "max_model_len": 2}],
     "experts": {"actors": 3, "tls": {"certificate": "c", "key": "k", "authority": "a"}},
@@ -80,6 +80,8 @@ WRONG: list[tuple[str, Change]] = [
     ("models missing", lambda a: a.pop("models")),
     ("half of tls", lambda a: a["experts"].update(tls={"key": "k"})),
     ("not above 0", lambda a: a["gateway"].update(default_timeout_s=0)),
+    ("a port's number", lambda a: a["gateway"].update(listen={"http_port": "many"})),
+    ("no such port", lambda a: a["gateway"].update(listen={"port": 8000})),
 ]
 
 
@@ -102,7 +104,7 @@ def test_wrong_args_are_invalid_alone_and_in_a_file(
         lambda d: d.update(applications=[]),
         lambda d: d["applications"][0].pop("args"),
         lambda d: d["applications"][0].update(import_path="other:build"),
-        lambda d: d["http_options"].update(port="many"),
+        lambda d: d["logging_config"].update(enable_access_log="many"),
     ],
 )
 def test_wrong_files_are_invalid(change: Change, whole: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
-"""``expertmesh serve``: what it refuses with a line, and what it hands to Serve's command."""
+"""``expertmesh serve`` and ``deploy``: what they refuse, and what they hand to Serve's commands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
+import yaml
 from click.testing import Result
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
@@ -15,64 +18,148 @@ import deploy
 from router.cli import serve as module
 from router.cli.app import app
 from router.config import read_document
+from router.serve.options import completed
 
 SHIPPED = Path(deploy.__file__).parent / "cluster.yaml"
 
 
 class FakeServe:
-    """Stands in for Serve's command; keeps what it was run with."""
+    """Stands in for Serve's command, for Ray and for the checks; keeps what each was given."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
+        self.steps: list[str] = []
         self.told: list[list[str]] = []
-        self.attended: list[tuple[list[str], str]] = []
-        """The command lines whose files were checked and completed before."""
-
-    def attend(self, command_line: list[str], file: Path) -> None:
-        self.attended.append((command_line, str(file)))
+        """The words of Serve's command, without the file that comes last."""
+        self.files: list[Path] = []
+        self.documents: list[dict[str, Any]] = []
+        """What these files had while the command ran."""
+        self.checked: list[tuple[Path, dict[str, Any], str | None]] = []
+        self.joined: list[tuple[str | None, str]] = []
 
     def load(self) -> FakeServe:
         return self
 
     def main(self, args: list[str], **options: Any) -> None:
-        self.told.append([*args])
         assert options == {"prog_name": "serve", "standalone_mode": False}
+        self.steps.append("serve")
+        *words, file = args
+        self.told.append(words)
+        self.files.append(Path(file))
+        self.documents.append(read_document(Path(file)))
         if self.error is not None:
             raise self.error
 
+    def check(self, file: Path, document: dict[str, Any], address: str | None) -> None:
+        self.steps.append("check")
+        self.checked.append((file, document, address))
 
-def run(monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str) -> Result:
-    asked: list[Any] = []
+    def init(self, address: str | None, namespace: str) -> SimpleNamespace:
+        self.steps.append("ray")
+        self.joined.append((address, namespace))
+        return SimpleNamespace(dashboard_url="127.0.0.1:8266")
 
+
+class FakeTermination:
+    """Stands in for the handlers of signals; keeps the steps of its life."""
+
+    def __init__(self, serve: FakeServe, owns_ray: bool) -> None:
+        self._serve = serve
+        serve.steps.append(f"termination of {'our' if owns_ray else 'a'} Ray")
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        return lambda: self._serve.steps.append(name)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str, command: str = "serve"
+) -> Result:
     def entry_points(**wanted: str) -> list[FakeServe]:
-        asked.append(wanted)
+        assert wanted == {"group": "console_scripts", "name": "serve"}
         return [serve]
 
+    def tell_progress(document: dict[str, Any], starts_ray: bool) -> None:
+        serve.steps.append("progress")
+
+    def require_token() -> dict[str, str]:
+        serve.steps.append("token")
+        return {"RAY_AUTH_MODE": "token"}
+
+    startup = "router.ops.startup"
     monkeypatch.setattr(module, "entry_points", entry_points)
-    monkeypatch.setattr("router.ops.startup.preflight.attend", serve.attend)
-    return CliRunner().invoke(app, ["serve", *args])
+    monkeypatch.setattr(f"{startup}.preflight.check_start", serve.check)
+    monkeypatch.setattr(f"{startup}.preflight.check_deploy", serve.check)
+    monkeypatch.setattr(f"{startup}.preflight.tell_progress", tell_progress)
+    monkeypatch.setattr(f"{startup}.ray_token.require_token", require_token)
+    monkeypatch.setattr(
+        f"{startup}.termination.Termination", lambda say, owns_ray: FakeTermination(serve, owns_ray)
+    )
+    monkeypatch.setattr("ray.init", serve.init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return CliRunner().invoke(app, [command, *args])
+
+
+@pytest.mark.parametrize("args", [[], [str(SHIPPED)], ["SHORT"]])
+def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump({"applications": read_document(SHIPPED)["applications"]}))
+    file = short if args == ["SHORT"] else SHIPPED
+    serve = FakeServe()
+    result = run(monkeypatch, serve, *(str(short) if word == "SHORT" else word for word in args))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith(
+        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266\n"
+    )
+    whole = completed(read_document(file))
+    assert serve.checked == [(file, whole, None)]
+    assert serve.joined == [(None, "serve")]
+    assert (serve.told, serve.documents) == ([["run", "--address", "auto"]], [whole])
+    [written] = serve.files
+    assert written.name == file.name
+    assert not written.exists()
+    assert serve.steps == [
+        *("check", "token", "termination of our Ray", "install", "progress"),
+        *("ray", "handle_sigterm", "serves", "serve"),
+    ]
+
+
+def test_a_running_cluster_is_joined_and_keeps_its_own_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serve = FakeServe()
+    result = run(monkeypatch, serve, "--ray-address", "head:6379")
+    assert (result.exit_code, result.output) == (0, "")
+    assert [address for _, _, address in serve.checked] == ["head:6379"]
+    assert serve.joined == [("head:6379", "serve")]
+    assert "token" not in serve.steps
+    assert "termination of a Ray" in serve.steps
 
 
 @pytest.mark.parametrize(
-    ("args", "expected"),
-    [
-        ([], ["run", str(SHIPPED)]),
-        ([str(SHIPPED)], ["run", str(SHIPPED)]),
-        (["--ray-address", "auto"], ["run", "--address", "auto", str(SHIPPED)]),
-    ],
+    ("options", "address"), [([], None), (["--address", "http://d:1"], "http://d:1")]
 )
-def test_serves_command_is_run_on_the_file_or_the_bundled_one(
-    args: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+def test_deploy_sends_the_completed_file_and_starts_nothing(
+    options: list[str], address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text(yaml.safe_dump({"applications": read_document(SHIPPED)["applications"]}))
     serve = FakeServe()
-    result = run(monkeypatch, serve, *args)
-    assert (result.exit_code, serve.told) == (0, [expected])
-    assert serve.attended == [(["serve", *expected], expected[-1])]
+    result = run(monkeypatch, serve, str(file), *options, command="deploy")
+    assert (result.exit_code, result.output) == (0, "")
+    whole = completed(read_document(file))
+    assert serve.steps == ["check", "serve"]
+    assert serve.checked == [(file, whole, address)]
+    assert (serve.told, serve.documents) == ([["deploy", *options]], [whole])
+    [written] = serve.files
+    assert written.name == file.name
+    assert not written.exists()
 
 
 def test_what_is_run_is_the_serve_command_of_ray() -> None:
     [command] = module.entry_points(group="console_scripts", name=module.PROGRAM)
-    assert "run" in command.load().commands
+    assert {"run", "deploy"} <= command.load().commands.keys()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +182,23 @@ def test_a_wrong_path_or_file_is_a_line_and_starts_nothing(
     [line] = result.stderr.splitlines()
     assert line.startswith(f"expertmesh: {path}")
     assert reason in line
-    assert (result.exit_code, serve.told) == (2, [])
+    assert (result.exit_code, serve.steps) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "cannot be read"), ("a: b: c", "is not YAML")]
+)
+def test_deploy_of_a_wrong_file_is_a_line_and_sends_nothing(
+    content: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, serve = tmp_path / "a.yaml", FakeServe()
+    if content is not None:
+        path.write_text(content)
+    result = run(monkeypatch, serve, str(path), command="deploy")
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"expertmesh: {path}")
+    assert reason in line
+    assert (result.exit_code, serve.steps) == (2, [])
 
 
 @pytest.mark.parametrize("marker", ["mixture.yaml", "config.json"])
@@ -107,31 +210,29 @@ def test_a_models_folder_is_served_under_its_name_as_the_bundled_model_is(
     (model / marker).touch()
     monkeypatch.chdir(tmp_path)
     serve = FakeServe()
-    documents = []
-    monkeypatch.setattr(serve, "attend", lambda _line, file: documents.append(read_document(file)))
     result = run(monkeypatch, serve, "houses")
-    assert (result.exit_code, result.output) == (0, "")
-    [document] = documents
+    assert (result.exit_code, result.stderr) == (0, "")
     expected = read_document(SHIPPED)
     expected["applications"][0]["args"]["models"] = [{"id": "houses", "path": str(model)}]
-    assert document == expected
-    [[_, file]] = serve.told
-    assert Path(file).name == "houses.yaml"
-    assert not Path(file).exists()
+    assert serve.documents == [expected]
+    [file] = serve.files
+    assert file.name == "houses.yaml"
+    assert not file.exists()
 
 
 def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match="port") as caught:
-        ServeDeploySchema.model_validate({"applications": [], "grpc_options": {"port": "many"}})
+    wrong = {"applications": [], "logging_config": {"enable_access_log": "many"}}
+    with pytest.raises(ValueError, match="enable_access_log") as caught:
+        ServeDeploySchema.model_validate(wrong)
     result = run(monkeypatch, FakeServe(caught.value), str(SHIPPED))
     [line] = result.stderr.splitlines()
-    assert line.startswith(f"expertmesh: {SHIPPED}: grpc_options.port: ")
+    assert line.startswith(f"expertmesh: {SHIPPED}: logging_config.enable_access_log: ")
     assert line.endswith("(given: 'many')")
     assert result.exit_code == 2
 
 
 def test_ctrl_c_before_serve_minds_it_is_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, FakeServe(click.Abort()), str(SHIPPED))
-    assert (result.exit_code, result.output) == (130, "")
+    assert (result.exit_code, result.stderr) == (130, "")
