@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import yaml
 
 from router.cli.app import app
+from router.listen_config import ListenConfig
 from tests.lock import FOLDER, PYTHON, ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -94,15 +94,14 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert ignored("deploy/models/smol/model.safetensors")
 
 
-def test_it_serves_and_exposes_what_the_base_file_opens() -> None:
+def test_it_serves_and_exposes_the_ports_for_clients() -> None:
     program, command = json.loads(given("ENTRYPOINT")[0])
     assert program == "expertmesh"
     assert command in {one.name or one.callback.__name__ for one in app.registered_commands}
     assert given("CMD") == []
-    base = yaml.safe_load((ROOT / "deploy" / "base.yaml").read_text(encoding="utf-8"))
-    ports = [base["http_options"]["port"], base["grpc_options"]["port"]]
-    assert given("EXPOSE") == [" ".join(map(str, ports))]
-    assert f"http://127.0.0.1:{ports[0]}/ready" in given("HEALTHCHECK")[0]
+    listen = ListenConfig()
+    assert given("EXPOSE") == [f"{listen.http_port} {listen.grpc_port}"]
+    assert f"http://127.0.0.1:{listen.http_port}/ready" in given("HEALTHCHECK")[0]
 
 
 @pytest.mark.parametrize(("status", "is_healthy"), [(200, True), (503, False)])
