@@ -11,8 +11,10 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,13 +23,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from benchmarks.fuzzing.target import Target
 from router.gateway.browsers import BrowserRules
-from router.gateway.grpc.service import GrpcMethods
+from router.gateway.charges import Charges
+from router.gateway.grpc.methods import Method
 from router.gateway.http_io import OPEN_PATHS, EdgeMiddleware
+from router.gateway.listen.door import Door
+from router.gateway.metrics import Metrics
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, error_from_grpc
 from router.security.access import FIELD, Access
 from router.security.keyring import Keyring
-from router.security.keys import Role
+from router.security.keys import Caller, Role
 
 KEY, OTHER_KEY = "em-the-right-one", "em-for-metrics"
 HOST, ORIGIN = "mesh.lan", "https://page.example"
@@ -37,6 +42,7 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?")
 """A host as browsers send it."""
 _OWN_NAME = re.compile(r"(.*\.)?localhost|[\d.]+|mesh\.lan")
 _REFUSED = (400, 401, 403, 415)
+_METHOD = "/any/method"
 Lines = Sequence[tuple[bytes, bytes]]
 
 
@@ -64,7 +70,7 @@ def http() -> Target:
         await send({"type": "http.response.body", "body": b""})
 
     rules = BrowserRules(is_local=True, hosts=[HOST], origins=[ORIGIN])
-    edge = EdgeMiddleware(app, True, rules, access(), lambda caller: {})
+    edge = EdgeMiddleware(app, rules, access(), Charges(Metrics()))
 
     def run(data: bytes) -> None:
         reached.clear()
@@ -128,19 +134,26 @@ def is_of_other_site(headers: Lines) -> bool:
 
 def metadata() -> Target:
     """Return the target of gRPC's metadata, as grpcio gives it: texts, and bytes of ``-bin``."""
-    methods = _Methods(access())
+    reached: list[Caller | None] = []
+
+    async def answer(request: bytes, caller: Caller | None, context: Any) -> Any:
+        reached.append(caller)
+        return inference_pb2.GetModelInfoReply()
+
+    door = Door(access(), {_METHOD: Method(Role.INFERENCE, answer)})
 
     def run(data: bytes) -> None:
-        context = _Context(list(_metadata_of(data)))
-        methods.reached = 0
-        asyncio.run(methods.GetModelInfo(b"", context))
-        given = [value for name, value in context.given if name == FIELD]
-        if methods.reached:
-            texts = [value if isinstance(value, str) else "" for value in given]
+        given = list(_metadata_of(data))
+        reached.clear()
+        context = _Context()
+        asyncio.run(_call(door, given, context))
+        values = [value for name, value in given if name == FIELD]
+        if reached:
+            texts = [value if isinstance(value, str) else "" for value in values]
             assert is_right(texts, ""), "let in without a key"
             assert context.code is None, "an answer with an error"
             return
-        assert given != [RIGHT], "refused the right key"
+        assert values != [RIGHT], "refused the right key"
         assert context.code in (
             grpc.StatusCode.UNAUTHENTICATED,
             grpc.StatusCode.PERMISSION_DENIED,
@@ -152,40 +165,38 @@ def metadata() -> Target:
     return Target(_GRPC_SEEDS, run)
 
 
-class _Methods(GrpcMethods):
-    """The methods of a gateway; counts the calls that get past the check."""
+async def _call(door: Door, given: Sequence[tuple[str, str | bytes]], context: _Context) -> None:
+    """Call the door's one method with this metadata, as grpcio does."""
 
-    def __init__(self, check: Access) -> None:
-        self.access = check
-        handlers: Any = self
-        self.grpc_handlers = handlers
-        self.reached = 0
+    async def no_method(details: Any) -> None:
+        raise AssertionError("a method was passed on")
 
-    async def get_model_info(self, data: bytes) -> Any:
-        self.reached += 1
-        return inference_pb2.GetModelInfoReply()
+    call: Any = SimpleNamespace(method=_METHOD, invocation_metadata=given)
+    handler: Any = await door.intercept_service(no_method, call)
+    if handler.unary_unary is not None:
+        await handler.unary_unary(b"", context)
+        return
+    with suppress(_AbortedError):
+        await handler.stream_unary(None, context)
+
+
+class _AbortedError(Exception):
+    """What ends a call that a gateway aborts."""
 
 
 class _Context:
-    """A call's context: what came, and what is answered."""
+    """A call's context: keeps what the call is ended by."""
 
-    def __init__(self, given: list[tuple[str, str | bytes]]) -> None:
-        self.given = given
+    def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.trailing: dict[str, Any] = {}
 
-    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
-        return self.given
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        self.trailing = dict(trailing_metadata)
+    async def abort(
+        self, code: grpc.StatusCode, details: str, trailing_metadata: Iterable[tuple[str, Any]]
+    ) -> None:
+        self.code, self.details, self.trailing = code, details, dict(trailing_metadata)
+        raise _AbortedError
 
 
 def _request_of(data: bytes) -> tuple[str, str, list[tuple[bytes, bytes]]]:
