@@ -1,58 +1,70 @@
-"""What a Serve that was started by a file alone lacks, and when it may be told to be quiet."""
+"""The Serve that runs an application: which of its applications are ours, and its proxies."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
-from ray.serve.schema import LoggingConfig, ServeApplicationSchema
+from ray.serve.exceptions import RayServeException
 
-from router.serve.instance import grpc_address, logs_by_default, warn_and_quieten
-
-OURS = ["router.gateway.grpc.service:add_services_to_server"]
+from router.serve import instance
+from router.serve.instance import our_applications, refuse_proxies
 
 
-@pytest.mark.parametrize(
-    ("grpc", "location", "missing"),
-    [
-        ({}, ProxyLocation.EveryNode, ("0.0.0.0", 9000)),
-        ({"port": 91}, ProxyLocation.HeadOnly, ("0.0.0.0", 91)),
-        ({"port": 0}, ProxyLocation.EveryNode, None),
-        ({"grpc_servicer_functions": OURS}, ProxyLocation.EveryNode, None),
-        ({}, ProxyLocation.Disabled, None),
-        ({}, None, ("0.0.0.0", 9000)),
-    ],
-)
-def test_gateways_answer_grpc_where_serve_was_not_told_to(
-    grpc: dict[str, Any], location: ProxyLocation | None, missing: tuple[str, int] | None
-) -> None:
-    assert grpc_address(gRPCOptions(**grpc), HTTPOptions(host="0.0.0.0"), location) == missing
-
-
-def application(import_path: str = "router.app:build", **others: Any) -> ServeApplicationSchema:
-    return ServeApplicationSchema(name="a", import_path=import_path, **others)
+def runs(monkeypatch: pytest.MonkeyPatch, *import_paths: str) -> None:
+    """A Serve whose files have these applications, named by their place."""
+    configs = {str(i): SimpleNamespace(import_path=path) for i, path in enumerate(import_paths)}
+    controller = SimpleNamespace(get_app_configs=SimpleNamespace(remote=lambda: configs))
+    monkeypatch.setattr(instance, "serve_controller", lambda: controller)
+    monkeypatch.setattr(instance.ray, "get", lambda answer, timeout: answer)
 
 
 @pytest.mark.parametrize(
-    ("applications", "log", "environment", "may_be"),
+    ("import_paths", "ours"),
     [
-        ([application()], LoggingConfig(), {}, True),
-        ([application(), application()], LoggingConfig(), {}, True),
-        ([application(), application("other:app")], LoggingConfig(), {}, False),
-        ([application(logging_config={"log_level": "INFO"})], LoggingConfig(), {}, False),
-        ([application()], LoggingConfig(log_level="DEBUG"), {}, False),
-        ([application()], LoggingConfig(), {"RAY_SERVE_LOG_TO_STDERR": "1"}, False),
+        ([], []),
+        (["other:app"], []),
+        (["router.app:build"], ["0"]),
+        (["router.app:build", "other:app", "router.app:build"], ["0", "2"]),
     ],
 )
-def test_serve_is_quietened_only_where_nobody_has_said_how_it_logs(
-    applications: list[ServeApplicationSchema],
-    log: LoggingConfig,
-    environment: dict[str, str],
-    may_be: bool,
+def test_applications_are_ours_by_their_import_path(
+    import_paths: list[str], ours: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert logs_by_default(applications, log, environment) == may_be
+    runs(monkeypatch, *import_paths)
+    assert our_applications() == ours
 
 
-def test_outside_serves_own_task_nothing_is_done() -> None:
-    warn_and_quieten()  # there is no Ray here, nor a Serve to be asked
+def test_without_a_serve_no_application_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Any:
+        raise ValueError("no actor has the name")
+
+    monkeypatch.setattr(instance, "serve_controller", nobody)
+    assert our_applications() == []
+
+
+def has_proxies(monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
+    """A Serve with a proxy on each of these nodes."""
+    status = SimpleNamespace(proxies=dict.fromkeys(nodes, "HEALTHY"))
+    monkeypatch.setattr(instance.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(instance.serve, "status", lambda: status)
+
+
+@pytest.mark.parametrize("nodes", [["a"], ["a", "b"]])
+def test_a_serve_with_proxies_is_refused(nodes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    has_proxies(monkeypatch, *nodes)
+    with pytest.raises(RayServeException, match="`proxy_location: Disabled` at the top of") as no:
+        refuse_proxies()
+    assert "shut Serve down" in str(no.value)
+
+
+def test_a_serve_without_proxies_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_proxies(monkeypatch)
+    refuse_proxies()
+
+
+def test_where_there_is_no_ray_serve_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(instance.serve, "status", lambda: pytest.fail("asked"))
+    refuse_proxies()

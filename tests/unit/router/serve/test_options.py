@@ -1,4 +1,4 @@
-"""Serve's part of a deployment file: what is filled in, and what the file's own word is."""
+"""Serve's part of a deployment file: what is filled in, what stays, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.serve.config import gRPCOptions
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 import deploy
-from router.config import parse_deployment
+from benchmarks.shipped import SERVE_KEYS
+from cluster.errors import ConfigError
+from router.config import GatewayConfig, parse_deployment
 from router.serve.options import (
-    HAPROXY,
+    NO_PROXIES,
     REPLICA_VARIABLES,
-    base_document,
+    check_serve_part,
     completed,
-    replica_variables,
-    serve_variables,
     starter_text,
 )
 
 DEPLOY = Path(deploy.__file__).parent
-SERVE_KEYS = {
-    "proxy_location",
-    "http_options",
-    "grpc_options",
-    "logging_config",
-    "controller_options",
-}
 APPLICATIONS = [
     {
         "name": "a",
@@ -38,87 +31,134 @@ APPLICATIONS = [
         "args": {"models": [{"id": "m", "path": "models/mesh-tiny"}]},
     }
 ]
-SHORT = {"applications": APPLICATIONS}
+SHORT: dict[str, Any] = {"applications": APPLICATIONS}
+
+
+def variables(document: dict[str, Any]) -> dict[str, str]:
+    """Return the environment that a document gives Serve's own processes."""
+    found: dict[str, str] = document["controller_options"]["runtime_env"]["env_vars"]
+    return found
 
 
 def test_a_file_of_applications_alone_gets_all_of_serves_part() -> None:
     document = completed(SHORT)
-    assert document == base_document() | SHORT
-    assert document.keys() - {"applications"} == SERVE_KEYS
+    assert document.keys() == {*SERVE_KEYS, "applications"}
+    assert document["applications"] == APPLICATIONS
+    assert document == completed({}) | SHORT
     config = ServeDeploySchema.model_validate(document)
-    assert config.http_options.host == "127.0.0.1"
-    [add_services] = gRPCOptions(**config.grpc_options.model_dump()).grpc_servicer_func_callable
-    assert add_services.__name__ == "add_services_to_server"
-    assert config.controller_options.runtime_env["env_vars"][HAPROXY] == "1"
+    assert config.proxy_location == ProxyLocation.Disabled
+    assert config.logging_config is not None
+    assert config.logging_config.log_level == "WARNING"
+    check_serve_part(document)
 
 
 def test_what_a_file_says_stays_key_by_key() -> None:
     document = {
         **SHORT,
-        "proxy_location": "HeadOnly",
-        "http_options": {"port": 81, "root_path": "/x"},
-        "grpc_options": {"port": 91},
-        "controller_options": {"runtime_env": {"env_vars": {HAPROXY: "0", "OWN": "1"}}},
+        "logging_config": {"log_level": "DEBUG"},
+        "controller_options": {"runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "2", "OWN": "1"}}},
         "tracing_config": {"enabled": True},
     }
     given = deepcopy(document)
-    whole = completed(document)
-    base = base_document()
+    whole, base = completed(document), completed({})
     assert document == given
-    assert whole["proxy_location"] == "HeadOnly"
-    assert whole["http_options"] == base["http_options"] | given["http_options"]
-    assert whole["grpc_options"] == base["grpc_options"] | {"port": 91}
-    assert serve_variables(whole) == serve_variables(base) | {HAPROXY: "0", "OWN": "1"}
-    assert whole["logging_config"] == base["logging_config"]
+    assert whole["logging_config"] == base["logging_config"] | {"log_level": "DEBUG"}
+    assert variables(whole) == variables(base) | {"MALLOC_ARENA_MAX": "2", "OWN": "1"}
+    assert whole["proxy_location"] == "Disabled"
     assert whole["tracing_config"] == {"enabled": True}
     assert completed(whole) == whole
 
 
-@pytest.mark.parametrize("key", sorted(SERVE_KEYS - {"proxy_location"}))
+@pytest.mark.parametrize("key", ["logging_config", "controller_options"])
 def test_a_key_with_nothing_below_it_is_as_if_it_was_left_out(key: str) -> None:
     assert completed({**SHORT, key: None}) == completed(SHORT)
 
 
-@pytest.mark.parametrize("wrong", ["9000", [9000], 3])
+@pytest.mark.parametrize("wrong", ["WARNING", [1], 3])
 def test_what_is_no_section_is_left_for_serve_to_refuse(wrong: Any) -> None:
-    whole = completed({**SHORT, "grpc_options": wrong})
-    assert whole["grpc_options"] == wrong
-    with pytest.raises(ValueError, match="grpc_options"):
+    whole = completed({**SHORT, "logging_config": wrong})
+    assert whole["logging_config"] == wrong
+    with pytest.raises(ValueError, match="logging_config"):
         ServeDeploySchema.model_validate(whole)
 
 
-def test_a_cluster_that_runs_is_listened_to_by_other_machines_too() -> None:
-    assert "host" not in completed(SHORT, joins=True)["http_options"]
-    own = {**SHORT, "http_options": {"host": "127.0.0.1"}}
-    assert completed(own, joins=True)["http_options"]["host"] == "127.0.0.1"
-
-
-def test_haproxy_is_not_asked_for_where_there_is_none() -> None:
-    assert HAPROXY not in serve_variables(completed(SHORT, has_haproxy=False))
-    own = {**SHORT, "controller_options": {"runtime_env": {"env_vars": {HAPROXY: "1"}}}}
-    assert serve_variables(completed(own, has_haproxy=False))[HAPROXY] == "1"
-
-
-@pytest.mark.parametrize("document", [{}, {"controller_options": None}, base_document()])
-def test_the_variables_of_any_document_can_be_read(document: dict[str, Any]) -> None:
-    assert (HAPROXY in serve_variables(document)) == (document == base_document())
-
-
-def test_a_starter_file_is_whole_and_has_the_comments_of_the_base() -> None:
+def test_a_starter_file_is_whole_and_has_comments() -> None:
     text = starter_text()
     document = yaml.safe_load(text)
+    assert text == (DEPLOY / "cluster.yaml").read_text(encoding="utf-8")
     assert document == completed(document)
-    assert document.keys() == {*SERVE_KEYS, "applications"}
-    shipped = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
-    assert document["applications"] == shipped["applications"]
-    assert "# HAProxy, which comes with ray[serve] on Linux" in text
+    assert f"{NO_PROXIES} # the gateways listen by themselves" in text
     [(name, config)] = parse_deployment(document, Path("new"))
     assert (name, config.models[0].id) == ("expertmesh", "mesh-tiny")
 
 
-def test_a_replica_gets_what_its_builder_does_not_have_from_serve() -> None:
-    base = serve_variables(base_document())
-    assert replica_variables({}) == {name: base[name] for name in REPLICA_VARIABLES}
-    assert replica_variables(base) == {}
-    one = REPLICA_VARIABLES[0]
-    assert one not in replica_variables({one: "1"})
+def test_a_replica_gets_what_the_file_gives_serve() -> None:
+    given = variables(completed({}))
+    shared = REPLICA_VARIABLES.keys() & given.keys()
+    assert shared == {"RAY_SERVE_LOG_TO_STDERR"}
+    assert all(REPLICA_VARIABLES[name] == given[name] for name in shared)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "instead"),
+    [
+        (
+            {"http_options": {"host": "127.0.0.1", "port": 81}},
+            "http_options",
+            {"host": "127.0.0.1", "http_port": 81},
+        ),
+        ({"http_options": {}}, "http_options", {}),
+        ({"grpc_options": {}}, "grpc_options", {}),
+        ({"http_options": None, "grpc_options": {"port": 91}}, "grpc_options", {"grpc_port": 91}),
+        # Serve's own default of the host is all interfaces.
+        (
+            {"http_options": {"port": 81}, "grpc_options": {"port": 91}},
+            "http_options",
+            {"host": "0.0.0.0", "http_port": 81, "grpc_port": 91},
+        ),
+        (
+            {"http_options": {"host": "::", "ssl_certfile": "c", "ssl_keyfile": "k"}},
+            "http_options",
+            {"host": "::", "tls": {"certificate": "c", "key": "k"}},
+        ),
+        (
+            {"http_options": {"ssl_certfile": "c", "ssl_keyfile": "k", "ssl_ca_certs": "a"}},
+            "http_options",
+            {
+                "host": "0.0.0.0",
+                "tls": {"certificate": "c", "key": "k", "client_authority": "a"},
+            },
+        ),
+        ({"http_options": "many"}, "http_options", {}),
+        ({"grpc_options": [9000]}, "grpc_options", {}),
+    ],
+)
+def test_options_of_serves_proxies_are_refused_with_what_to_write_instead(
+    options: dict[str, Any], key: str, instead: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: is of Serve's proxies") as refused:
+        check_serve_part(completed({**SHORT, **options}))
+    _, told = refused.value.message.split("args.gateway: ")
+    gateway = yaml.safe_load(told)
+    assert gateway == {"listen": instead}
+    GatewayConfig.model_validate(gateway)
+
+
+@pytest.mark.parametrize("location", ["HeadOnly", "EveryNode", None])
+def test_proxies_anywhere_are_refused(location: str | None) -> None:
+    with pytest.raises(ConfigError, match=f"^proxy_location: given {location}, must be Disabled"):
+        check_serve_part({**SHORT, "proxy_location": location})
+
+
+def with_prefixes(*prefixes: str | None) -> dict[str, Any]:
+    """Return a file with an application for each prefix."""
+    return {"applications": [{**APPLICATIONS[0], "route_prefix": prefix} for prefix in prefixes]}
+
+
+def test_an_application_has_its_own_ports_and_no_prefix() -> None:
+    for document in ({}, SHORT, with_prefixes("/"), with_prefixes("/", None)):
+        check_serve_part(document)
+    with pytest.raises(ConfigError, match=r"^applications\[0\]\.route_prefix: given /llm, must be"):
+        check_serve_part(with_prefixes("/llm"))
+    with pytest.raises(ConfigError, match=r"^applications\[1\]\.route_prefix: given /b, must be /"):
+        check_serve_part(with_prefixes("/", "/b"))
