@@ -79,6 +79,10 @@ class InvalidRequestError(ExpertMeshError):
     code = Code.INVALID_ARGUMENT
 
 
+class SlowBodyError(InvalidRequestError):
+    """A body does not come in its time."""
+
+
 class MediaTypeError(InvalidRequestError):
     """A body is of another type than the API takes."""
 

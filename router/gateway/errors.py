@@ -13,6 +13,7 @@ from cluster.errors import (
     ExpertMeshError,
     InternalError,
     MediaTypeError,
+    SlowBodyError,
     TooLargeError,
     UnknownModelError,
 )
@@ -35,6 +36,7 @@ HTTP_STATUS: dict[Code, tuple[int, str]] = {
 BY_CLASS: dict[type[ExpertMeshError], tuple[int, str]] = {
     TooLargeError: (413, "invalid_request_error"),
     MediaTypeError: (415, "invalid_request_error"),
+    SlowBodyError: (408, "invalid_request_error"),
 }
 """Classes that HTTP has a status for: 429 would invite a later try of a request too large."""
 

@@ -20,13 +20,14 @@ from cluster.errors import (
     CancelledRequestError,
     ExpertMeshError,
     InvalidRequestError,
+    SlowBodyError,
     TooLargeError,
 )
 from router.gateway.browsers import BrowserRules
 from router.gateway.charges import Charges
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
-from router.gateway.limits import Budget, Share
+from router.gateway.limits import Bodies, Share
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
 
@@ -38,6 +39,8 @@ OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready"})
 """What a load balancer asks without a key. Without one, readiness has no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
+BODY_TIMEOUT_S, BODY_BYTES_PER_S = 10.0, 64 << 10
+"""How long a body may take to come: this, and so much more as it would take at this rate."""
 T = TypeVar("T")
 
 
@@ -52,12 +55,12 @@ def error_response(error: ExpertMeshError, path: str) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-async def read_json(request: Request, max_bytes: int, bodies: Budget) -> dict[str, Any]:
+async def read_json(request: Request, max_bytes: int, bodies: Bodies) -> dict[str, Any]:
     """Return the body, a JSON object; ``bodies`` bounds all bodies that are read at one time.
 
     Raises :class:`InvalidRequestError`, and as :func:`read_body` does.
     """
-    with bodies.share() as share:
+    with bodies.share_of(request.state.caller.name) as share:
         return parse_json(await read_body(request, max_bytes, share))
 
 
@@ -70,24 +73,43 @@ async def read_body(
     """Return the body, for which ``share`` takes bytes as they come.
 
     With ``consume`` each piece goes there, and nothing is kept. Raises :class:`TooLargeError`
-    beyond ``max_bytes`` (before the body is read if its content-length says so) and
-    ``OverloadedError`` if the budget of ``share`` is used up.
+    beyond ``max_bytes`` (before the body is read if its content-length says so),
+    ``OverloadedError`` if the budget of ``share`` is used up, and :class:`SlowBodyError` where the
+    body comes too slowly.
     """
-    too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
-        raise too_large
+    stated_bytes = int(length[:20]) if length.isdecimal() else max_bytes
+    if stated_bytes > max_bytes:
+        raise _too_large(max_bytes)
+    limit_s = BODY_TIMEOUT_S + stated_bytes / BODY_BYTES_PER_S
+    try:
+        async with asyncio.timeout(limit_s):
+            return await _read(request, max_bytes, share, consume)
+    except TimeoutError:
+        raise SlowBodyError(
+            f"the body did not come within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, and one more for "
+            f"each {BODY_BYTES_PER_S // 1024} KiB"
+        ) from None
+
+
+async def _read(
+    request: Request, max_bytes: int, share: Share, consume: Callable[[bytes], None] | None
+) -> bytes:
     body, num_bytes = bytearray(), 0
     async for piece in request.stream():
         num_bytes += len(piece)
         if num_bytes > max_bytes:
-            raise too_large
+            raise _too_large(max_bytes)
         if consume is None:
             share.take(len(piece))
             body += piece
         else:
             consume(piece)
     return bytes(body)
+
+
+def _too_large(max_bytes: int) -> TooLargeError:
+    return TooLargeError(f"the body is over the limit of {max_bytes} bytes")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

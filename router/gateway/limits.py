@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine
 from types import TracebackType
 from typing import Any
@@ -143,6 +144,42 @@ class _ModelPlaces(Budget):
         self.taken -= amount
 
 
+class Bodies(Budget):
+    """The bytes of requests' bodies. One key's may be as many as it leaves free for the others."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit, "bytes of bodies")
+        self.by_name: Counter[str] = Counter()
+
+    def share_of(self, name: str) -> Share:
+        """Return an empty share of a request of a key's name; see :meth:`Budget.share`.
+
+        The name is empty where there are no keys.
+        """
+        return _BodiesOfName(self, self._limit, name).share()
+
+
+class _BodiesOfName(Budget):
+    """One name's part of the bytes."""
+
+    def __init__(self, bodies: Bodies, limit: int, name: str) -> None:
+        super().__init__(limit, "bytes of bodies")
+        self._bodies, self._name = bodies, name
+
+    def _take(self, amount: int) -> None:
+        bodies, own = self._bodies, self._bodies.by_name[self._name] + amount
+        if self._name and own > self._limit - bodies.taken - amount:
+            raise _full("the bodies of this key take as many bytes as they leave free for others")
+        bodies._take(amount)
+        bodies.by_name[self._name] = own
+
+    def _give_back(self, amount: int) -> None:
+        self._bodies._give_back(amount)
+        self._bodies.by_name[self._name] -= amount
+        if not self._bodies.by_name[self._name]:
+            del self._bodies.by_name[self._name]
+
+
 def _full(reason: str) -> OverloadedError:
     return OverloadedError(f"the gateway is full: {reason}", retry_after_s=RETRY_AFTER_S)
 
@@ -177,7 +214,7 @@ class Room:
     def __init__(self, limits: GatewayConfig, models: Collection[str]) -> None:
         self._max_requests = limits.max_ongoing_requests
         self.places = Places(limits.max_ongoing_requests, models)
-        self.bodies = Budget(BODIES_AT_ONCE * limits.max_body_bytes, "bytes of bodies")
+        self.bodies = Bodies(BODIES_AT_ONCE * limits.max_body_bytes)
 
     def use(self) -> float:
         """Return the requests under way as a share of the limit."""

@@ -72,7 +72,7 @@ class GrpcHandlers:
 
     async def generate(self, data: bytes, caller: Caller) -> Any:
         """Run a caller's ``GenerateRequest`` to its end and return one ``GenerateReply``."""
-        with self.service.room.bodies.share() as share:
+        with self.service.room.bodies.share_of(caller.name) as share:
             checked = await self._check(data, False, share)
             wholes = [Collected() for _ in range(checked.request.sampling.n)]
             usage: Usage | None = None
@@ -89,7 +89,7 @@ class GrpcHandlers:
 
     async def generate_stream(self, data: bytes, caller: Caller) -> AsyncGenerator[Any, None]:
         """Run a caller's ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
-        with self.service.room.bodies.share() as share:
+        with self.service.room.bodies.share_of(caller.name) as share:
             checked = await self._check(data, True, share)
             async with aclosing(self._deltas(checked, caller)) as deltas:
                 async for delta in deltas:

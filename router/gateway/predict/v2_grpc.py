@@ -60,7 +60,7 @@ class PredictionHandlers:
         limit = self._service.limits.max_body_bytes
         is_infer = method == "ModelInfer"
         # The arrays of a request are views of its message, so the share lasts as long.
-        with self._service.room.bodies.share() as share:
+        with self._service.room.bodies.share_of(caller.name) as share:
             with self._service.metrics.refusals("grpc") if is_infer else nullcontext():
                 if len(data) > limit:
                     raise TooLargeError(f"the message is over the limit of {limit} bytes")

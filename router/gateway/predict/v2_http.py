@@ -109,7 +109,7 @@ async def _infer(
     request: Request, service: PredictionService, model_id: str, version: str
 ) -> Response:
     # The arrays of a request are views of its body, so the body's share lasts as long.
-    with service.room.bodies.share() as share:
+    with service.room.bodies.share_of(request.state.caller.name) as share:
         with service.metrics.refusals("http"):
             service.validator.mixture(model_id, version)
             body = await _read(request, service.limits.max_body_bytes, share)
