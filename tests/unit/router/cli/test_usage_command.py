@@ -31,10 +31,13 @@ BOB = Caller("bob", frozenset(Role))
 def used(charges: Charges) -> None:
     """Two calls of bob's, one of alice's, and two of hers that are refused."""
     for _ in range(2):
+        charges.begin(BOB)
         with charges.charge(BOB, 5):
             pass
+    charges.begin(ALICE)
     with charges.charge(ALICE, 60) as charge:
         for _ in range(2):
+            charges.begin(ALICE)
             with pytest.raises(OverloadedError, match="concurrent_tokens"):
                 charges.charge(ALICE, 60)
         charge.use("prompt", 1500)
@@ -51,19 +54,20 @@ def test_counts_are_summed_over_gateways_and_names() -> None:
         processes.append(ProcessSamples("gateway", process, metrics.samples()))
     processes.append(ProcessSamples("router", ProcessStatus(3, "n"), Metrics().samples()))
     assert usage_of(Measurements(None, (), tuple(processes))) == UsageReport(
-        2, (KeyUsage("alice", 2, 3000, 40, 0, 4), KeyUsage("bob", 4, 0, 0, 0, 0))
+        2, (KeyUsage("alice", 6, 3000, 40, 0, 4), KeyUsage("bob", 4, 0, 0, 0, 0))
     )
 
 
 def test_both_clients_and_the_command_show_what_keys_have_used() -> None:
     upstream = FakeUpstream(says(""))
     servicer = Servicer(upstream)
-    charges = servicer.grpc_handlers.service.charges
+    charges = servicer.methods._inference.service.charges
     used(charges)
+    charges.begin(BOB)
     with charges.charge(BOB, 7) as charge:
         charge.use("rows", 7)
     expected = UsageReport(
-        1, (KeyUsage("alice", 1, 1500, 20, 0, 2), KeyUsage("bob", 3, 0, 0, 7, 0))
+        1, (KeyUsage("alice", 3, 1500, 20, 0, 2), KeyUsage("bob", 3, 0, 0, 7, 0))
     )
 
     async def ask(address: str) -> UsageReport:
@@ -82,7 +86,7 @@ def test_both_clients_and_the_command_show_what_keys_have_used() -> None:
     assert shown.exit_code == 0
     rows = [line.split() for line in shown.stdout.splitlines() if "alice" in line or "bob" in line]
     assert [[word for word in row if word != "│"] for row in rows] == [
-        ["alice", "1", "1,500", "20", "0", "2"],
+        ["alice", "3", "1,500", "20", "0", "2"],
         ["bob", "3", "0", "0", "7", "0"],
     ]
     assert told["gateways"] == 1
