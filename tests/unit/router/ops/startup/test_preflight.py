@@ -256,7 +256,7 @@ def test_too_little_memory_ends_the_command(
 
 def gpu_file(tmp_path: Path, **router: Any) -> Path:
     """The shipped file for GPUs, on ports that are free."""
-    document = shipped_document(*free_ports(2), DEPLOY / "gpu.yaml")
+    document = shipped_document(*free_ports(2), file=DEPLOY / "gpu.yaml")
     args = document["applications"][0]["args"]
     args["router"] |= router
     del args["security"], args["gateway"]["listen"]["host"]  # it listens on loopback
