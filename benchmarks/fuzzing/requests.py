@@ -31,6 +31,7 @@ from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import Validator
 from router.protos import inference_pb2
 from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error
+from router.security.keys import ANYBODY
 from router.served import inspect_models, language_models
 
 MODEL = "mesh-tiny"
@@ -85,7 +86,8 @@ def http() -> Target:
             return {"type": "http.request", "body": data, "more_body": False}
 
         async def parsed(parse: Parse) -> None:
-            request = Request({"type": "http", "headers": []}, receive)
+            scope = {"type": "http", "headers": [], "state": {"caller": ANYBODY}}
+            request = Request(scope, receive)
             body = await read_json(request, served.limits.max_body_bytes, served.room.bodies)
             parse(body, served.validator, "id")
 
