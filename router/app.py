@@ -20,7 +20,7 @@ from cluster.tls import require_ray_tls
 from experts.checkpoint.remote_reader import RayNeighbours
 from router.config import AppConfig, RouterConfig, parse_args
 from router.security.reach import check_listen
-from router.serve.autoscaling import replica_options
+from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import GatewayReplica
 from router.serve.instance import refuse_proxies
@@ -159,7 +159,7 @@ def held_requests(router: RouterConfig) -> int:
 def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
         name="Gateway",
-        **replica_options(config.gateway.replicas, config.gateway.autoscaling),
+        **gateway_options(config.gateway),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
             "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT),

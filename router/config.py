@@ -24,6 +24,7 @@ from router.security.config import SecurityConfig, with_open_word
 IMPORT_PATH = "router.app:build"
 MAX_DEFAULT_CACHE_TOKENS = 65_536
 BODIES_AT_ONCE = 16
+EACH_NODE, MAX_GATEWAYS = "each_node", 1000
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 _ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
@@ -194,11 +195,10 @@ class RouterConfig(Section):
 class GatewayConfig(Section):
     """The gateway replicas, and the limits that requests are checked against."""
 
-    replicas: int = Field(
+    replicas: Annotated[int, Field(ge=1, le=MAX_GATEWAYS)] | Literal["each_node"] = Field(
         default=1,
-        ge=1,
-        le=1000,
-        description="Gateways. With `autoscaling`, their number at the start.",
+        description="Gateways. With `autoscaling`, their number at the start. `each_node` is one on "
+        "each node that has `num_cpus`.",
     )
     autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs that one gateway reserves in Ray.")
@@ -253,6 +253,17 @@ class GatewayConfig(Section):
         description="For requests that name nothing else, while an expert has no live copy. "
         "`strict` waits; `next_expert` and `drop` go on with a reply that is not `exact`.",
     )
+
+    @property
+    def on_one_node(self) -> int:
+        """The number of gateways at the start where there is one node."""
+        return self.replicas if isinstance(self.replicas, int) else 1
+
+    @model_validator(mode="after")
+    def _number_has_one_source(self) -> GatewayConfig:
+        if self.replicas == EACH_NODE and self.autoscaling is not None:
+            raise ValueError(f"replicas: {EACH_NODE} cannot be given together with autoscaling")
+        return self
 
     @field_validator("hosts")
     @classmethod

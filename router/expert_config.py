@@ -150,8 +150,8 @@ def starts_within_bounds(key: str) -> AfterValidator:
     """Check that the bounds of ``autoscaling`` contain ``key``, the number at the start."""
 
     def check(autoscaling: Section | None, info: ValidationInfo) -> Section | None:
-        number = info.data.get(key)  # absent when wrong
-        if autoscaling is not None and number is not None:
+        number = info.data.get(key)  # absent when wrong, and may be a word
+        if autoscaling is not None and isinstance(number, int):
             least, most = getattr(autoscaling, f"min_{key}"), getattr(autoscaling, f"max_{key}")
             if not least <= number <= most:
                 raise ValueError(f"{key}, {number}, must be from min_{key} to max_{key}")

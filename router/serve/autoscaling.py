@@ -1,14 +1,18 @@
-"""The number of routers and gateways, by Serve's own autoscaler and their use."""
+"""The number of routers and gateways, by Serve's own autoscaler: their use, or the nodes there are."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ray
 from ray.serve.config import AutoscalingContext
 
-from router.config import ReplicaScalingConfig
+from router.config import MAX_GATEWAYS, GatewayConfig, ReplicaScalingConfig
 
+NODE_GONE_S = 5.0
+"""A node that comes back so soon finds its gateway."""
 USE = "use"
 """The name under which a replica reports to Serve the share of it that is in use."""
 
@@ -31,6 +35,44 @@ def replica_options(replicas: int, scaling: ReplicaScalingConfig | None) -> dict
             },
         },
     }
+
+
+def gateway_options(gateway: GatewayConfig) -> dict[str, Any]:
+    """Return the options of ``serve.deployment`` for the number of gateways."""
+    if isinstance(gateway.replicas, int):
+        return replica_options(gateway.replicas, gateway.autoscaling)
+    return {
+        "num_replicas": "auto",
+        "max_replicas_per_node": 2,  # a redeploy's second one, until the first has ended
+        "autoscaling_config": {
+            "min_replicas": 1,
+            "max_replicas": MAX_GATEWAYS,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": NODE_GONE_S,
+            "policy": {
+                "policy_function": "router.serve.autoscaling:EachNode",
+                "policy_kwargs": {"num_cpus": gateway.num_cpus},
+            },
+        },
+    }
+
+
+class EachNode:
+    """Serve's autoscaling policy: as many replicas as there are nodes that can hold one."""
+
+    def __init__(self, num_cpus: float) -> None:
+        self._num_cpus = num_cpus
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Return the number of replicas, and no state of its own."""
+        return max(1, able_nodes(ray.nodes(), self._num_cpus)), {}
+
+
+def able_nodes(nodes: Iterable[Mapping[str, Any]], num_cpus: float) -> int:
+    """Return how many of ``ray.nodes()`` live and have CPUs for a gateway."""
+    return sum(
+        node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(num_cpus, 1e-4) for node in nodes
+    )
 
 
 class FollowUse:

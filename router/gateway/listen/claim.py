@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from cluster.errors import ConfigError
+from router.gateway.listen.sockets import wait_readable
 
 ANSWER_TIMEOUT_S, RETRY_S, CLAIM_TIMEOUT_S = 2.0, 0.05, 10.0
 _MAX_NAME_BYTES, _MAX_SOCKETS, _BACKLOG = 512, 4, 64
@@ -41,6 +42,8 @@ class Claim:
 
     def close(self) -> None:
         """Answer nobody any more, and close the sockets; other gateways keep theirs."""
+        # While another gateway has the socket, a closed one would still wake this event loop.
+        asyncio.get_running_loop().remove_reader(self._lock)
         self._answering.cancel()
         for one in (self._lock, *self.sockets):
             one.close()
@@ -64,13 +67,15 @@ class Claim:
             peer.send(_OTHER + self._application)
 
 
-async def claim(host: str, port: int, application: str, make: MakeSockets) -> Claim:
+async def claim(
+    host: str, port: int, application: str, make: MakeSockets, key: str = "gateway.listen"
+) -> Claim:
     """Return the claim of ``application`` on an address; needs a running event loop.
 
     Where no gateway has the address, ``make`` opens its sockets. Where a gateway of the same
     application has it, its sockets are shared. ``application`` names one deployment of one Ray
-    cluster, in at most 511 bytes. Raises :class:`ConfigError` where another application has the
-    address, and what ``make`` raises.
+    cluster, in at most 511 bytes. Raises :class:`ConfigError`, with the port's ``key``, where
+    another application has the address, and what ``make`` raises.
     """
     name = f"\0expertmesh-{os.getuid()}-{host}:{port}"
     where = f"port {port} of {host}"
@@ -81,14 +86,14 @@ async def claim(host: str, port: int, application: str, make: MakeSockets) -> Cl
                 if lock is not None:
                     return Claim(application, lock, _made(lock, make))
                 with suppress(ConnectionError, TimeoutError):  # its holder ends, or is busy
-                    lock, *sockets = await _shared(name, application, where)
+                    lock, *sockets = await _shared(name, application, where, key)
                     return Claim(application, lock, sockets)
                 await asyncio.sleep(RETRY_S)
     except TimeoutError:
         raise ConfigError(
             f"{where}: a process that claims it does not answer within {CLAIM_TIMEOUT_S:g} s; "
             "end it, or choose another port",
-            "gateway.listen",
+            key,
         ) from None
 
 
@@ -118,7 +123,7 @@ def _made(lock: socket.socket, make: MakeSockets) -> Sequence[socket.socket]:
         raise
 
 
-async def _shared(name: str, application: str, where: str) -> list[socket.socket]:
+async def _shared(name: str, application: str, where: str, key: str) -> list[socket.socket]:
     """Return the lock and the listening sockets of the gateway that has an address."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as peer:
@@ -127,7 +132,7 @@ async def _shared(name: str, application: str, where: str) -> list[socket.socket
             if uid_of(peer) != os.getuid():
                 raise ConfigError(
                     f"{where} is claimed by a process of another user; choose another port",
-                    "gateway.listen",
+                    key,
                 )
             await loop.sock_sendall(peer, application.encode())
             answer, descriptors = await _received(peer)
@@ -143,18 +148,12 @@ async def _shared(name: str, application: str, where: str) -> list[socket.socket
     raise ConfigError(
         f"{where} is used by the application {answer[1:].decode()}, and this is {application}; "
         "each application needs its own ports",
-        "gateway.listen",
+        key,
     )
 
 
 async def _received(peer: socket.socket) -> tuple[bytes, list[int]]:
     """Return a message and the descriptors that came with it."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(peer, readable.set)
-    try:
-        await readable.wait()
-    finally:
-        loop.remove_reader(peer)
+    await wait_readable(peer)
     message, descriptors, _, _ = socket.recv_fds(peer, 1 + _MAX_NAME_BYTES, 1 + _MAX_SOCKETS)
     return message, descriptors

@@ -24,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from router.gateway.listen.sockets import wait_readable
 from router.listen_config import ListenConfig
 
 LOG_PERIOD_S = 10.0
@@ -102,11 +103,13 @@ class HttpListener:
         await asyncio.gather(*state.tasks, *self._handshakes, *self._tasks, return_exceptions=True)
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._connections.wait_for_room()
+            await wait_readable(listening)
             try:
-                accepted, address = await loop.sock_accept(listening)
+                accepted, address = listening.accept()
+            except BlockingIOError:  # another gateway was quicker
+                continue
             except OSError as error:  # no descriptors are left, or the client has gone
                 logger.warning("HTTP: a connection cannot be accepted: %s", error)
                 await asyncio.sleep(_ACCEPT_RETRY_S)
@@ -115,6 +118,7 @@ class HttpListener:
                 accepted.close()
                 self._log_refusal(str(address[0]))
                 continue
+            accepted.setblocking(False)
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = asyncio.create_task(self._connect(accepted, str(address[0])))
             self._handshakes.add(task)

@@ -100,12 +100,13 @@ class Listeners:
         await listener.start(address, port, f"{SECTION}.{key}")
 
     async def _claim(self, application: str, key: str, *, listens: bool) -> Claim:
-        address = resolved(self._listen.host_of(key), SECTION)
-        port = self._listen.ports()[key]
+        host_key = "admin_host" if key == "admin_port" else "host"
+        address = resolved(self._listen.host_of(key), f"{SECTION}.{host_key}")
+        port, where = self._listen.ports()[key], f"{SECTION}.{key}"
 
         def make() -> list[socket.socket]:
-            return [open_socket(address, port, f"{SECTION}.{key}", listens=listens)]
+            return [open_socket(address, port, where, listens=listens)]
 
-        claimed = await claim(address, port, application, make)
+        claimed = await claim(address, port, application, make, where)
         self._claims.append(claimed)
         return claimed

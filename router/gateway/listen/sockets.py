@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from contextlib import suppress
@@ -38,16 +39,30 @@ def open_socket(host: str, port: int, where: str, *, listens: bool) -> socket.so
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # A former server's connections that still close do not hold the port.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if not listens:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         made.bind((host, port))
         if listens:
             made.listen(BACKLOG)
+        else:  # Set before, it would share the port with a program that sets it, too.
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     except OSError as error:
         made.close()
         raise ConfigError(f"given {port}: {_reason(host, port, error)}", where) from None
     made.setblocking(False)
     return made
+
+
+async def wait_readable(one: socket.socket) -> None:
+    """Return once a socket has something to read or to accept.
+
+    A cancelled ``loop.sock_accept`` may lose the connection that it has accepted.
+    """
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(one, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(one)
 
 
 def holder_of(port: int) -> str:

@@ -60,7 +60,7 @@ def needs_of(applications: Iterable[tuple[AppConfig, Mapping[str, Size]]]) -> Ne
             experts += math.ceil(one_copy * copies)
         processes += config.experts.num_actors * ACTOR_BYTES
         processes += config.router.replicas * len(config.models) * ROUTER_BYTES
-        processes += config.gateway.replicas * GATEWAY_BYTES
+        processes += config.gateway.on_one_node * GATEWAY_BYTES
     return Needs(experts, routers, processes)
 
 
