@@ -579,6 +579,24 @@ def test_the_builder_reports_what_is_wrong_as_serve_shows_it(folder: Path) -> No
         build({"models": clashing})
 
 
+@pytest.mark.parametrize("key", ["host", "admin_host"])
+def test_the_builder_refuses_a_host_that_others_reach_without_keys(key: str) -> None:
+    args = {"models": [MODEL], "gateway": {"listen": {key: "0.0.0.0"}}}
+    with pytest.raises(
+        RayServeException, match=rf"args\.gateway\.listen\.{key}: given '0\.0\.0\.0'"
+    ):
+        build(args)
+
+
+def test_the_builder_refuses_a_serve_with_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RayServeException("Serve runs proxies")
+
+    monkeypatch.setattr("router.app.refuse_proxies", refuse)
+    with pytest.raises(RayServeException, match="Serve runs proxies"):
+        build({"models": [MODEL]})
+
+
 def test_every_error_of_a_check_is_one_of_ours(tmp_path: Path) -> None:
     for args in ({"models": [{**MODEL, "path": "nowhere"}]}, {"models": [MODEL], "experts": 3}):
         with pytest.raises(ExpertMeshError):

@@ -236,3 +236,16 @@ def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(
 def test_ctrl_c_before_serve_minds_it_is_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, FakeServe(click.Abort()), str(SHIPPED))
     assert (result.exit_code, result.stderr) == (130, "")
+
+
+def test_a_line_is_printed_past_pythons_buffers_and_may_have_no_reader(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.write_line("expertmesh: SIGTERM: ending")
+    assert capfd.readouterr().out == "expertmesh: SIGTERM: ending\n"
+
+    def no_reader(file: int, data: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module.os, "write", no_reader)
+    module.write_line("nobody reads it")

@@ -179,6 +179,25 @@ def test_a_start_of_ray_tells_other_shells_of_its_token(
     assert line.endswith(" in another shell: export RAY_AUTH_MODE=token\n") if is_told else not line
 
 
+@pytest.mark.parametrize("starts_ray", [True, False])
+def test_only_the_start_of_a_ray_of_ones_own_is_explained_when_slow(
+    starts_ray: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[object] = []
+
+    def announce(document: object, say: Callable[[str], None], *rest: object) -> list[str]:
+        told.append(document)
+        say("ready")
+        return ["start"]
+
+    monkeypatch.undo()  # the fixture has another function in its place
+    monkeypatch.setattr(preflight, "announce", announce)
+    monkeypatch.setattr(preflight, "explain_slow_start", lambda say, starts: told.append(starts))
+    preflight.tell_progress({}, starts_ray)
+    assert told == ([{}, ["start"]] if starts_ray else [{}])
+    assert capsys.readouterr().out == "ready\n"
+
+
 @pytest.mark.parametrize(
     ("variables", "told"), [({}, ""), ({"A": "1"}, "export A=1"), ({"A": "1", "B": "2"}, "A=1 B=2")]
 )
