@@ -7,9 +7,11 @@ expert actors. Everything is checked before anything is deployed.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
@@ -22,13 +24,15 @@ from router.config import AppConfig, RouterConfig, parse_args
 from router.security.reach import check_listen
 from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
-from router.serve.gateway import GatewayReplica
+from router.serve.gateway import GATEWAY, GatewayReplica
 from router.serve.instance import refuse_proxies
 from router.serve.options import REPLICA_VARIABLES
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
 
 MAX_CONTROL_CALLS = 10_000
+HANDOVER_S = 7 * 86_400.0
+"""How long a gateway of a former deployment waits for its successors at most."""
 GRACEFUL_SHUTDOWN_S = 5.0
 SURGE_PERCENT = 1
 """Rounded up by Serve: one replica more than there are to be, while a redeploy replaces them."""
@@ -158,11 +162,13 @@ def held_requests(router: RouterConfig) -> int:
 
 def _gateway(config: AppConfig) -> Any:
     return serve.deployment(
-        name="Gateway",
-        **gateway_options(config.gateway),
+        # Another name each time: the former gateways then end by themselves, once the new ones
+        # listen, and Serve need not find two places on one node for one deployment.
+        name=f"{GATEWAY}-{secrets.token_hex(3)}",
+        **gateway_options(config.gateway, ray.nodes() if ray.is_initialized() else ()),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
             "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT),
         },
-        **_draining(config),
+        **(REPLICA_OPTIONS | {"graceful_shutdown_timeout_s": HANDOVER_S}),
     )(GatewayReplica)

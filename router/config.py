@@ -197,8 +197,8 @@ class GatewayConfig(Section):
 
     replicas: Annotated[int, Field(ge=1, le=MAX_GATEWAYS)] | Literal["each_node"] = Field(
         default=1,
-        description="Gateways. With `autoscaling`, their number at the start. `each_node` is one on "
-        "each node that has `num_cpus`.",
+        description="Gateways. With `autoscaling`, their number at the start. `each_node` is one "
+        "on each node that has `num_cpus`.",
     )
     autoscaling: ReplicaScaling = None
     num_cpus: float = Field(default=0.1, ge=0, description="CPUs that one gateway reserves in Ray.")

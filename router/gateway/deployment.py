@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,9 @@ from router.control.readiness import Readiness, is_its_turn, model_readiness, re
 from router.gateway.charges import Uses
 
 TURN_S, TURN_CHECK_S = 10.0, 0.1
+SUCCESSOR_CHECK_S = 0.5
+
+logger = logging.getLogger("expertmesh.gateway")
 
 
 class Deployment:
@@ -28,17 +32,20 @@ class Deployment:
         models: Collection[str],
         on_expert_loss: OnExpertLoss,
         is_wanted: Callable[[], bool],
+        is_replaced_later: Callable[[], bool],
         samples: Callable[[], Samples],
         hear_uses: Callable[[Uses], None],
     ) -> None:
         """``models`` are the ids of the served models. Needs a running event loop.
 
         ``on_expert_loss`` is the deployment's; readiness depends on it. ``is_wanted`` asks Serve
-        whether the application shall run. ``samples`` returns the gateway's own samples;
+        whether the application shall run, ``is_replaced_later`` whether gateways are to come that
+        do not run yet; both may block. ``samples`` returns the gateway's own samples;
         ``hear_uses`` gets what the other gateways have used of quotas.
         """
         self._models = models
         self._on_expert_loss = on_expert_loss
+        self._is_replaced_later = is_replaced_later
         self._ends: list[Callable[[], None]] = []
         self._refuses_new = False
         self.is_deleted = False
@@ -85,6 +92,16 @@ class Deployment:
             if self._view.placement is None and loop.time() > until_s:
                 return
             await asyncio.sleep(TURN_CHECK_S)
+
+    async def wait_for_successors(self) -> None:
+        """Return once all gateways of the next deployment listen, or this is to end at once."""
+        while not (self._refuses_new or self.is_deleted):
+            try:
+                if not await asyncio.to_thread(self._is_replaced_later):
+                    return
+            except Exception as error:  # Serve itself is away
+                logger.warning("Serve does not answer (%s)", type(error).__name__)
+            await asyncio.sleep(SUCCESSOR_CHECK_S)
 
     def ready(self) -> Readiness:
         """Return whether every expert of every model has a live copy, and if not, why."""

@@ -1,4 +1,4 @@
-"""The number of routers and gateways, by Serve's own autoscaler: their use, or the nodes there are."""
+"""The number of routers and gateways, by Serve's own autoscaler: their use, or the nodes."""
 
 from __future__ import annotations
 
@@ -37,15 +37,19 @@ def replica_options(replicas: int, scaling: ReplicaScalingConfig | None) -> dict
     }
 
 
-def gateway_options(gateway: GatewayConfig) -> dict[str, Any]:
-    """Return the options of ``serve.deployment`` for the number of gateways."""
+def gateway_options(gateway: GatewayConfig, nodes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the options of ``serve.deployment`` for the number of gateways.
+
+    ``nodes`` are ``ray.nodes()`` at the start.
+    """
     if isinstance(gateway.replicas, int):
         return replica_options(gateway.replicas, gateway.autoscaling)
     return {
         "num_replicas": "auto",
-        "max_replicas_per_node": 2,  # a redeploy's second one, until the first has ended
+        "max_replicas_per_node": 1,  # else Serve puts two on one node
         "autoscaling_config": {
             "min_replicas": 1,
+            "initial_replicas": max(1, able_nodes(nodes, gateway.num_cpus)),
             "max_replicas": MAX_GATEWAYS,
             "upscale_delay_s": 0.0,
             "downscale_delay_s": NODE_GONE_S,

@@ -13,7 +13,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.controller.application import app_is_wanted
+from cluster.controller.application import app_is_wanted, is_replaced_later
 from cluster.reports import ProcessSamples, ProcessStatus, Samples
 from cluster.tls import TlsFiles
 from router.config import GatewayConfig
@@ -51,6 +51,8 @@ from router.serve.process import (
 )
 from router.served import Served, ServedMixture, ServedModel
 
+GATEWAY = "Gateway"
+"""The deployments' name, before a hyphen and what distinguishes one from its successor."""
 MESSAGE_ROOM = 4
 """A gRPC message up to so many times ``gateway.max_body_bytes`` is read, to be refused by name."""
 
@@ -95,12 +97,14 @@ class GatewayReplica:
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
         context = ray.get_runtime_context()
         node = context.get_node_id()
-        application = serve.get_replica_context().app_name
+        replica = serve.get_replica_context()
+        application, deployment = replica.app_name, replica.deployment
         self._deployment = Deployment(
             controller,
             [model.id for model in models],
             limits.on_expert_loss,
             partial(app_is_wanted, application),
+            partial(is_replaced_later, application, deployment),
             samples,
             charges.hear,
         )
@@ -185,8 +189,13 @@ class GatewayReplica:
         return {USE: self._room.use()}
 
     async def __del__(self) -> None:
-        """Serve awaits this at a graceful end of the replica."""
+        """Serve awaits this at a graceful end of the replica.
+
+        On a redeploy that is when its successors start, so that this gateway goes on until they
+        listen.
+        """
         if self._listeners is not None:
+            await self._deployment.wait_for_successors()
             await self._listeners.close(self._service.limits.max_timeout_s)
 
 

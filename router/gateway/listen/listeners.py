@@ -78,8 +78,8 @@ class Listeners:
         """Accept nothing more; return when all requests are done, or cut off after ``grace_s``."""
         listeners: list[HttpListener | GrpcListener] = [*self._http, self._clients, self._operators]
         await asyncio.gather(*(one.stop(grace_s) for one in listeners))
-        for one in self._claims:
-            one.close()
+        while self._claims:
+            self._claims.pop().close()
 
     async def _open_http(
         self, application: str, key: str, app: ASGIApp, certificates: Certificates | None
