@@ -282,6 +282,7 @@ def test_an_answer_that_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch)
     async def body() -> None:
         async with served() as (listener, _, address):
             _, writer = await asyncio.open_connection(*address, limit=1024)
+            assert isinstance(writer.transport, asyncio.Transport)
             writer.transport.pause_reading()
             writer.write(b"GET /large HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
             await until(lambda: listener.connections == 1)

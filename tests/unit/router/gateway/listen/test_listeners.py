@@ -1,30 +1,94 @@
-"""A gateway's own gRPC server: it answers, waits for its port, and ends without losing a call."""
+"""All ports of a gateway: shared with its like, refused to others, and closed behind requests."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import http.client
+import re
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import replace
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import grpc
+import httpx
+import psutil
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from benchmarks.shipped import free_ports
-from cluster.errors import ExpertMeshError
-from router.client import ClientTls, Sampling, UnreachableError
+from cluster.errors import ConfigError, ExpertMeshError
+from router.client import ClientTls, Sampling, UnreachableError, aio
 from router.client.aio import AsyncClient
-from router.gateway.grpc.server import CLIENTS, GrpcServer
+from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
+from router.gateway.grpc.methods import Method
+from router.gateway.listen.door import Door
+from router.gateway.listen.grpc import MAX_STREAMS, GrpcListener
+from router.gateway.listen.listeners import Listeners, Surface
+from router.gateway.metrics import Metrics
+from router.listen_config import ListenConfig
 from router.messages.request import GenerationRequest, TokenEvent
+from router.security.access import FIELD, Access
 from router.security.certificates import Certificates
+from router.security.keyring import Keyring
+from router.security.keys import Caller, Role
+from router.security.keys_file import add_key
 from tests.client_tls import Pair
-from tests.unit.gateway_fakes import FakeUpstream, Servicer, says
+from tests.unit.gateway_fakes import FakeUpstream, Servicer, everybody, says
 
-HOST = "127.0.0.1"
-LIMIT_S = 20.0
-MAX_MESSAGE_BYTES = 10_000_000
+HOST, LIMIT_S, MAX_MESSAGE_BYTES, MIB = "127.0.0.1", 60.0, 10_000_000, 1 << 20
+PORTS = ("http_port", "grpc_port", "admin_port", "health_port")
 SAMPLING = Sampling(max_tokens=4, temperature=0.0)
+
+
+class Named:
+    """An HTTP app that answers with its name, and counts the answers."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count = name, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.count += 1
+        await PlainTextResponse(self.name)(scope, receive, send)
+
+    async def answers(self, more: int) -> None:
+        """Return once so many more requests have come."""
+        wanted = self.count + more
+        await until(lambda: self.count >= wanted)
+
+
+class Gateway:
+    """The listeners of a gateway that answers with its name everywhere."""
+
+    def __init__(
+        self,
+        listen: ListenConfig,
+        name: str = "one",
+        upstream: FakeUpstream | None = None,
+        access: Access | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.app = Named(name)
+        self.upstream = upstream or FakeUpstream(says(f" {name}"))
+        servicer = Servicer(self.upstream, access=access)
+        self.listeners = Listeners(
+            listen,
+            self.app,
+            Surface(servicer.methods.for_clients(), SERVICES),
+            Surface(servicer.methods.for_operators(), (ADMIN_SERVICE.full_name,)),
+            servicer.access,
+            max_message_bytes,
+            None if listen.tls is None else Certificates(listen.tls.files()),
+        )
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -35,84 +99,145 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-def server_of(text: str, port: int, host: str = HOST) -> GrpcServer:
-    servicer = Servicer(FakeUpstream(says(text)))
-    return GrpcServer(servicer, CLIENTS, host, port, MAX_MESSAGE_BYTES)
+def own_ports(host: str = HOST, **others: Any) -> ListenConfig:
+    """Return a section with free ports; operators' comes after gRPC's, where clients look."""
+    http_port, grpc_port, health_port = free_ports(3)
+    return ListenConfig(
+        host=host,
+        admin_host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        admin_port=grpc_port + 1,
+        health_port=health_port,
+    ).model_copy(update=others)
 
 
-async def answer_of(port: int, host: str = HOST) -> str:
-    async with AsyncClient(f"{host}:{port}", retry=None) as client:
+@pytest.fixture(autouse=True)
+def clients_share_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*aio.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    monkeypatch.setattr(aio, "CHANNEL_OPTIONS", options)
+
+
+@asynccontextmanager
+async def opened(*gateways: Gateway, application: str = "app") -> AsyncIterator[None]:
+    try:
+        for one in gateways:
+            await one.listeners.open(application)
+        yield
+    finally:
+        for one in gateways:
+            await one.listeners.close(0.0)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def generated(port: int, host: str = HOST, tls: ClientTls | None = None) -> str:
+    """Return what a gateway says, on a connection of its own."""
+    async with AsyncClient(f"{host}:{port}", retry=None, tls=tls) as client:
         [reply] = await client.generate("in", SAMPLING, model="tiny")
         return reply.text
 
 
+async def status_asked(port: int, host: str = HOST) -> None:
+    """Ask the operators' port, which comes after this one."""
+    async with AsyncClient(f"{host}:{port}", retry=None) as client:
+        await client.status()
+
+
+async def fetched(port: int, path: str = "/", host: str = HOST) -> str:
+    async with httpx.AsyncClient() as client:
+        return (await client.get(f"http://{host}:{port}{path}")).text
+
+
+def check_free(listen: ListenConfig, apart_from: str = "") -> None:
+    """Bind all ports of a section, alone and without any option."""
+    for key, port in listen.ports().items():
+        if key != apart_from:
+            host = listen.host_of(key)
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+                one.bind((host, port))
+
+
+def connections_on(port: int, status: str) -> int:
+    """Return how many sockets of this process have a local port, as the system tells it."""
+    all_of_them = psutil.Process().net_connections(kind="tcp")
+    return sum(one.laddr.port == port and one.status == status for one in all_of_them if one.laddr)
+
+
 @pytest.mark.parametrize(("host", "asked"), [(HOST, HOST), ("0.0.0.0", HOST), ("::1", "[::1]")])
-def test_it_answers_on_its_port_and_not_once_it_has_stopped(host: str, asked: str) -> None:
+def test_it_answers_on_its_ports_and_not_once_it_has_closed(host: str, asked: str) -> None:
     async def work() -> None:
-        [port] = free_ports(1)
-        server = server_of(" one", port, host)
-        server.start()
-        await server.wait_listening()
-        assert await answer_of(port, asked) == " one"
-        await server.stop(0.0)
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection(host.strip("[]"), port)
+        listen = own_ports(host)
+        gateway = Gateway(listen)
+        async with opened(gateway):
+            assert await fetched(listen.http_port, host=asked) == "one"
+            assert await generated(listen.grpc_port, asked) == " one"
+            await status_asked(listen.grpc_port, asked)
+            assert gateway.upstream.controller.calls
+        for key, port in listen.ports().items():
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(listen.host_of(key).replace("0.0.0.0", HOST), port)
 
     run(work)
 
 
-def test_a_second_gateway_of_the_machine_takes_over_when_the_first_ends(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_gateways_of_one_application_share_all_ports_and_each_answers() -> None:
     async def work() -> None:
-        [port] = free_ports(1)
-        first, second = server_of(" one", port), server_of(" two", port)
-        first.start()
-        await first.wait_listening()
-        second.start()
-        for _ in range(3):
-            assert await answer_of(port) == " one"
-        await first.stop(0.0)
-        await second.wait_listening()
-        assert await answer_of(port) == " two"
-        await second.stop(0.0)
+        listen = own_ports()
+        both = [Gateway(listen, name) for name in ("one", "two")]
+        async with opened(*both):
+            while not all(gateway.app.count for gateway in both):
+                await asyncio.gather(*(fetched(listen.http_port) for _ in range(8)))
+            while not all(gateway.upstream.requests for gateway in both):
+                assert await generated(listen.grpc_port) in (" one", " two")
+            while not all(gateway.upstream.controller.calls for gateway in both):
+                await status_asked(listen.grpc_port)
+            assert listen.health_port is not None
+            assert await fetched(listen.health_port, "/-/healthz") == "success"
 
-    with caplog.at_level(logging.INFO, "expertmesh.gateway"):
-        run(work)
-    waits = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(waits) == 1
-    assert "cannot be opened (Address already in use)" in waits[0].getMessage()
-    assert "this gateway answers there once it is free" in waits[0].getMessage()
+    run(work)
 
 
-def test_a_port_of_another_program_is_said_and_waited_for(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def answers_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[str]:
+    """Return how often each gateway has answered; every request is sent once."""
+    told: Counter[str] = Counter()
+    connection = http.client.HTTPConnection(HOST, port, timeout=LIMIT_S)
+    while not is_over.is_set():
+        connection.request("GET", "/")
+        told[connection.getresponse().read().decode()] += 1
+        if not keeps:
+            connection.close()
+    connection.close()
+    return told
+
+
+def test_no_request_fails_while_gateways_replace_one_another() -> None:
+    """The clients have kept connections and new ones, and send no request again."""
+
     async def work() -> None:
-        with socket.create_server((HOST, 0)) as other:
-            port = other.getsockname()[1]
-            server = server_of(" one", port)
-            server.start()
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.5):
-                    await server.wait_listening()
-        await server.wait_listening()
-        assert await answer_of(port) == " one"
-        await server.stop(0.0)
-
-    with caplog.at_level(logging.INFO, "expertmesh.gateway"):
-        run(work)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "Failed to" not in capfd.readouterr().err  # gRPC's own line, at every attempt
-
-
-def test_one_that_still_waits_can_be_stopped() -> None:
-    async def work() -> None:
-        with socket.create_server((HOST, 0)) as other:
-            server = server_of(" one", other.getsockname()[1])
-            server.start()
-            await asyncio.sleep(0)
-            await server.stop(0.0)
+        listen, is_over = own_ports(), threading.Event()
+        gateways = [Gateway(listen, str(number)) for number in range(6)]
+        async with opened(gateways[0]):
+            callers = [
+                asyncio.create_task(
+                    asyncio.to_thread(answers_until, listen.http_port, is_over, keeps)
+                )
+                for keeps in (True, False) * 4
+            ]
+            try:
+                for former, later in pairwise(gateways):
+                    await later.listeners.open("app")
+                    await asyncio.gather(former.app.answers(20), later.app.answers(20))
+                    await former.listeners.close(LIMIT_S)
+                    await later.app.answers(20)
+            finally:
+                is_over.set()
+            told = sum(await asyncio.gather(*callers), Counter[str]())
+            assert told == {gateway.app.name: gateway.app.count for gateway in gateways}
+            await gateways[-1].listeners.close(LIMIT_S)
 
     run(work)
 
@@ -133,84 +258,357 @@ class HeldUpstream(FakeUpstream):
 
 def test_a_call_under_way_is_finished_while_new_ones_go_elsewhere() -> None:
     async def work() -> None:
-        [port] = free_ports(1)
-        upstream = HeldUpstream(" one")
-        first, second = (
-            GrpcServer(Servicer(upstream), CLIENTS, HOST, port, MAX_MESSAGE_BYTES),
-            server_of(" two", port),
-        )
-        first.start()
-        await first.wait_listening()
-        call = asyncio.create_task(answer_of(port))
-        await upstream.is_asked.wait()
-        stopping = asyncio.create_task(first.stop(LIMIT_S))
-        second.start()
-        await second.wait_listening()
-        assert await answer_of(port) == " two"
-        assert not stopping.done()
-        upstream.goes_on.set()
-        assert await call == " one"
-        await stopping
-        await second.stop(0.0)
+        listen, upstream = own_ports(), HeldUpstream(" one")
+        first, second = Gateway(listen, upstream=upstream), Gateway(listen, "two")
+        async with opened(first):
+            call = asyncio.create_task(generated(listen.grpc_port))
+            await upstream.is_asked.wait()
+            async with opened(second):
+                assert connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 2
+                closing = asyncio.create_task(first.listeners.close(LIMIT_S))
+                await until(lambda: connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 1)
+                assert [await generated(listen.grpc_port) for _ in range(3)] == [" two"] * 3
+                assert not closing.done()
+                upstream.goes_on.set()
+                assert await call == " one"
+                await closing
+
+    run(work)
+
+
+@pytest.mark.parametrize("key", PORTS)
+def test_another_application_is_refused_by_name_and_keeps_no_port(key: str) -> None:
+    async def work() -> None:
+        listen = own_ports()
+        other = own_ports(**{key: listen.ports()[key]})
+        first, second = Gateway(listen), Gateway(other, "two")
+        async with opened(first, application="app one"):
+            with pytest.raises(ConfigError) as refused:
+                await second.listeners.open("app two")
+            assert refused.value.field == f"gateway.listen.{key}"
+            words = f"port {listen.ports()[key]} of {HOST} is used by the application app one,"
+            assert words in str(refused.value)
+            assert "\n" not in str(refused.value)
+            check_free(other, apart_from=key)
+            assert await fetched(listen.http_port) == "one"
+            assert await generated(listen.grpc_port) == " one"
+        async with opened(Gateway(other, "two"), application="app two"):
+            assert await generated(other.grpc_port) == " two"
+
+    run(work)
+
+
+OTHER_PROGRAM = """
+import socket, sys
+with socket.create_server((sys.argv[1], int(sys.argv[2])), reuse_port=sys.argv[3] == "True"):
+    print("listens", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_program(port: int, shares: bool) -> Iterator[str]:
+    """Run a program that listens on a port; gives its name and number as errors have them."""
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROGRAM, HOST, str(port), str(shares)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listens\n"
+        name = Path(f"/proc/{process.pid}/comm").read_text().strip()
+        yield f"{name} (pid {process.pid})"
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("key", "shares"), [*((key, False) for key in PORTS), ("grpc_port", True), ("http_port", True)]
+)
+def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shares: bool) -> None:
+    """Whether or not the program lets others of this user share its port."""
+
+    async def work() -> None:
+        listen = own_ports()
+        with other_program(listen.ports()[key], shares) as named:
+            with pytest.raises(ConfigError) as refused:
+                await Gateway(listen).listeners.open("app")
+            check_free(listen, apart_from=key)
+        port = listen.ports()[key]
+        assert str(refused.value) == f"gateway.listen.{key}: given {port}: it is taken by {named}"
+        async with opened(Gateway(listen)):
+            assert await generated(listen.grpc_port) == " one"
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("others", "field", "words"),
+    [
+        ({"host": "192.0.2.7"}, "http_port", "192.0.2.7 is no address of this machine"),
+        ({"admin_host": "2001:db8::7"}, "admin_port", "2001:db8::7 is no address of this machine"),
+        ({"host": "no-such-name.invalid"}, "host", "no-such-name.invalid has no address"),
+        ({"admin_host": "no-such-name.invalid"}, "admin_host", "no-such-name.invalid has no"),
+    ],
+)
+def test_a_host_that_is_not_ours_is_refused(others: Any, field: str, words: str) -> None:
+    async def work() -> None:
+        listen = own_ports(**others)
+        with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+            await Gateway(listen).listeners.open("app")
+        assert refused.value.field == f"gateway.listen.{field}"
+        assert "\n" not in str(refused.value)
+        check_free(listen.model_copy(update={"host": HOST, "admin_host": HOST}))
+
+    run(work)
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    return add_key(tmp_path / "keys.yaml", "operator", list(Role))
+
+
+@pytest.fixture
+def access(tmp_path: Path, key: str) -> Access:
+    """The access of those who have the key; others are refused at once."""
+    return Access(Keyring(tmp_path / "keys.yaml"), Metrics().refused_caller, slow_s=0.0)
+
+
+async def services_told(port: int, key: str | None = None) -> set[str]:
+    metadata = () if key is None else ((FIELD, f"Bearer {key}"),)
+    async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        [reply] = [one async for one in stub.ServerReflectionInfo(asked, metadata=metadata)]
+        return {service.name for service in reply.list_services_response.service}
+
+
+def test_services_are_described_where_the_access_is_open() -> None:
+    async def work() -> None:
+        listen = own_ports()
+        async with opened(Gateway(listen)):
+            by_itself = {"grpc.reflection.v1alpha.ServerReflection"}
+            assert await services_told(listen.grpc_port) == {*SERVICES} | by_itself
+            admin = {"expertmesh.v1.Admin"}
+            assert await services_told(listen.admin_port) == admin | by_itself
+
+    run(work)
+
+
+def test_services_are_not_described_where_keys_are_asked_for(access: Access, key: str) -> None:
+    async def work() -> None:
+        listen = own_ports()
+        async with opened(Gateway(listen, access=access)):
+            for port in (listen.grpc_port, listen.admin_port):
+                for given in (None, key):
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await services_told(port, given)
+                    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    run(work)
+
+
+def test_methods_that_a_port_does_not_have_are_unimplemented(access: Access, key: str) -> None:
+    async def code_of(port: int, path: str, metadata: Any) -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(path)(b"", metadata=metadata)
+            return refused.value.code()
+
+    async def work() -> None:
+        for judge in (access, everybody()):
+            listen = own_ports()
+            async with opened(Gateway(listen, access=judge)):
+                codes = {
+                    await code_of(port, path, metadata)
+                    for port, path in (
+                        (listen.grpc_port, "/expertmesh.v1.Inference/Missing"),
+                        (listen.grpc_port, "/expertmesh.v1.Admin/GetStatus"),
+                        (listen.admin_port, "/expertmesh.v1.Inference/Generate"),
+                        (listen.admin_port, "/none/Missing"),
+                    )
+                    for metadata in ((), ((FIELD, f"Bearer {key}"),))
+                }
+                assert codes == {grpc.StatusCode.UNIMPLEMENTED}
+
+    run(work)
+
+
+def test_with_a_certificate_it_answers_by_tls_alone(tmp_path: Path) -> None:
+    pair = Pair(tmp_path / "tls", asks_clients=True)
+
+    async def secured(port: int, has_certificate: bool = True) -> str:
+        async with httpx.AsyncClient(verify=pair.context(has_certificate)) as client:
+            return (await client.get(f"https://{HOST}:{port}/")).text
+
+    async def work() -> None:
+        listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
+        async with opened(Gateway(listen)):
+            assert await secured(listen.http_port) == "one"
+            with pytest.raises(httpx.TransportError):
+                await secured(listen.http_port, has_certificate=False)
+            with pytest.raises(httpx.TransportError):
+                await fetched(listen.http_port)
+            assert await generated(listen.grpc_port, tls=pair.tls()) == " one"
+            for tls in (None, pair.tls(has_certificate=False)):
+                with pytest.raises(UnreachableError):
+                    await generated(listen.grpc_port, tls=tls)
+
+    run(work)
+
+
+def test_a_probe_without_tls_has_its_own_port(tmp_path: Path) -> None:
+    pair = Pair(tmp_path / "tls", asks_clients=True)
+
+    async def work() -> None:
+        listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
+        async with opened(Gateway(listen)), httpx.AsyncClient() as client:
+            url = f"http://{HOST}:{listen.health_port}"
+            answer = await client.get(f"{url}/-/healthz")
+            assert (answer.status_code, answer.text) == (200, "success")
+            for path in ("/", "/health", "/v1/models", "/-/healthz/more"):
+                assert (await client.get(f"{url}{path}")).status_code == 404
 
     run(work)
 
 
 def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
     async def work() -> None:
-        [port] = free_ports(1)
-        server = server_of(" one", port)
-        server.start()
-        await server.wait_listening()
-        async with AsyncClient(f"{HOST}:{port}", retry=None) as client:
+        listen = own_ports()
+        async with (
+            opened(Gateway(listen)),
+            AsyncClient(f"{HOST}:{listen.grpc_port}", retry=None) as client,
+        ):
             with pytest.raises(ExpertMeshError, match="over the limit of 4194304 bytes"):
                 await client.generate("x" * 5_000_000, SAMPLING, model="tiny")
             with pytest.raises(ExpertMeshError, match="larger than max"):
                 await client.generate("x" * 11_000_000, SAMPLING, model="tiny")
-        await server.stop(0.0)
 
     run(work)
 
 
-def test_a_server_that_cannot_start_is_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def fails(servicer: object, server: object) -> None:
-        raise RuntimeError("no such service")
+async def greeted(port: int) -> tuple[asyncio.StreamWriter, bytes]:
+    """Return a new HTTP/2 connection, and the first bytes of the server."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        return writer, await reader.read(9)
+    except ConnectionError:
+        return writer, b""
 
+
+def test_a_grpc_connection_beyond_the_limit_is_refused_until_another_one_ends() -> None:
     async def work() -> None:
-        servicer = Servicer(FakeUpstream(says(" one")))
-        surface = replace(CLIENTS, add=fails)
-        server = GrpcServer(servicer, surface, HOST, free_ports(1)[0], MAX_MESSAGE_BYTES)
-        server.start()
-        with pytest.raises(RuntimeError, match="no such service"):
-            await server.wait_listening()
-        await server.stop(0.0)
+        listen = own_ports(max_connections=2)
+        async with opened(Gateway(listen)):
+            writers = []
+            for is_answered in (True, True, False, False):
+                writer, told = await greeted(listen.grpc_port)
+                writers.append(writer)
+                assert bool(told) == is_answered
+            writers[0].close()
+            told = b""
+            while not told:
+                writer, told = await greeted(listen.grpc_port)
+                writers.append(writer)
+            for writer in writers:
+                writer.close()
 
     run(work)
-    assert "gRPC: the server cannot start" in caplog.text
-    assert "no such service" in caplog.text
 
 
-def test_with_credentials_it_answers_by_tls_alone(tmp_path: Path) -> None:
-    pair = Pair(tmp_path / "tls", asks_clients=True)
+LARGE, PIECE = b"large", BytesValue(value=bytes(64 << 10))
 
-    async def ask(port: int, tls: ClientTls | None) -> str:
-        async with AsyncClient(f"{HOST}:{port}", retry=None, tls=tls) as client:
-            [reply] = await client.generate("in", SAMPLING, model="tiny")
-            return reply.text
 
+def test_a_stream_that_nobody_reads_holds_up_none_of_its_connection() -> None:
     async def work() -> None:
+        num_begun, all_begun, is_written = 0, asyncio.Event(), asyncio.Event()
+
+        async def write(
+            request: bytes, caller: Caller | None, context: Any
+        ) -> AsyncGenerator[BytesValue, None]:
+            nonlocal num_begun
+            num_begun += 1
+            if num_begun == MAX_STREAMS:
+                all_begun.set()
+            await all_begun.wait()
+            for _ in range(128 if request == LARGE else 2):
+                yield PIECE
+            if request == LARGE:
+                is_written.set()
+
         [port] = free_ports(1)
-        certificates = Certificates(pair.files)
-        servicer = Servicer(FakeUpstream(says(" one")))
-        server = GrpcServer(servicer, CLIENTS, HOST, port, MAX_MESSAGE_BYTES, certificates)
-        server.start()
-        await server.wait_listening()
-        assert await ask(port, pair.tls()) == " one"
-        for tls in (None, pair.tls(has_certificate=False)):
-            with pytest.raises(UnreachableError):
-                await ask(port, tls)
-        await server.stop(0.0)
+        door = Door(everybody(), {"/s/Stream": Method(None, write, is_stream=True)})
+        listener = GrpcListener(door, (), ListenConfig(), MAX_MESSAGE_BYTES, None)
+        await listener.start(HOST, port, "")
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            stream = channel.unary_stream("/s/Stream")
+            unread = stream(LARGE)
+
+            async def num_pieces(call: Any) -> int:
+                return sum([1 async for _ in call])
+
+            others = [asyncio.create_task(num_pieces(stream(b""))) for _ in range(MAX_STREAMS - 1)]
+            assert await asyncio.gather(*others) == [2] * len(others)
+            assert not is_written.is_set()
+            assert connections_on(port, psutil.CONN_ESTABLISHED) == 1
+            assert await num_pieces(unread) == 128
+        await listener.stop(0.0)
+
+    run(work)
+
+
+class Crowd(Access):
+    """Judges no call before all of them have come."""
+
+    def __init__(self, access: Access, size: int) -> None:
+        self._judge, self._size, self._num_come = access, size, 0
+        self._all_come = asyncio.Event()
+
+    @property
+    def is_open(self) -> bool:
+        return False
+
+    async def admit(self, *call: Any) -> Caller:
+        self._num_come += 1
+        if self._num_come == self._size:
+            self._all_come.set()
+        await self._all_come.wait()
+        return await self._judge.admit(*call)
+
+
+STRANGER = f"""
+import sys, grpc
+message = bytes({15 * MIB})
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    method = channel.unary_unary("/expertmesh.v1.Inference/Generate")
+    print(*[call.code().name for call in [method.future(message) for _ in range(24)]])
+"""
+
+
+def memory_bytes(name: str) -> int:
+    """Return what the system tells of this process's memory: ``VmRSS``, or its peak ``VmHWM``."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def test_what_strangers_send_takes_no_memory(access: Access) -> None:
+    async def work() -> None:
+        listen = own_ports()
+        crowd = Crowd(access, 24)
+        async with opened(Gateway(listen, access=crowd, max_message_bytes=16 * MIB)):
+            before = memory_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+            stranger = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                STRANGER,
+                f"{HOST}:{listen.grpc_port}",
+                stdout=asyncio.subprocess.PIPE,
+            )
+            told, _ = await stranger.communicate()
+            assert told.split() == [b"UNAUTHENTICATED"] * 24
+            assert memory_bytes("VmHWM") - before < 64 * MIB
 
     run(work)
