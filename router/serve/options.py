@@ -40,7 +40,10 @@ def completed(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_serve_part(document: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` for what Serve's proxies would need, which do not run here."""
+    """Raise :class:`ConfigError` for what Serve's proxies would need, which do not run here.
+
+    Serve itself runs them where a document does not say that it must not.
+    """
     http, grpc = document.get("http_options"), document.get("grpc_options")
     if http is not None or grpc is not None:
         section = "grpc_options" if http is None else "http_options"
@@ -50,10 +53,12 @@ def check_serve_part(document: Mapping[str, Any]) -> None:
             f"the application's args.gateway: {' '.join(lines.split())}",
             section,
         )
-    location = document.get("proxy_location", "Disabled")
+    location = document.get("proxy_location")
     if location != "Disabled":
+        given = "missing" if location is None else f"given {location}"
         raise ConfigError(
-            f"given {location}, must be Disabled: the gateways listen by themselves",
+            f"{given}, must be Disabled: the gateways listen by themselves; write "
+            f"`{NO_PROXIES}` at the top of the file",
             "proxy_location",
         )
     for index, application in enumerate(document.get("applications") or ()):

@@ -144,10 +144,17 @@ def test_options_of_serves_proxies_are_refused_with_what_to_write_instead(
     GatewayConfig.model_validate(gateway)
 
 
-@pytest.mark.parametrize("location", ["HeadOnly", "EveryNode", None])
-def test_proxies_anywhere_are_refused(location: str | None) -> None:
+@pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
+def test_proxies_anywhere_are_refused(location: str) -> None:
     with pytest.raises(ConfigError, match=f"^proxy_location: given {location}, must be Disabled"):
         check_serve_part({**SHORT, "proxy_location": location})
+
+
+@pytest.mark.parametrize("document", [SHORT, {**SHORT, "proxy_location": None}])
+def test_serve_itself_must_be_told_to_run_no_proxies(document: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^proxy_location: missing, must be Disabled") as refused:
+        check_serve_part(document)
+    assert f"write `{NO_PROXIES}` at the top of the file" in refused.value.message
 
 
 def with_prefixes(*prefixes: str | None) -> dict[str, Any]:
@@ -157,8 +164,8 @@ def with_prefixes(*prefixes: str | None) -> dict[str, Any]:
 
 def test_an_application_has_its_own_ports_and_no_prefix() -> None:
     for document in ({}, SHORT, with_prefixes("/"), with_prefixes("/", None)):
-        check_serve_part(document)
+        check_serve_part(completed(document))
     with pytest.raises(ConfigError, match=r"^applications\[0\]\.route_prefix: given /llm, must be"):
-        check_serve_part(with_prefixes("/llm"))
+        check_serve_part(completed(with_prefixes("/llm")))
     with pytest.raises(ConfigError, match=r"^applications\[1\]\.route_prefix: given /b, must be /"):
-        check_serve_part(with_prefixes("/", "/b"))
+        check_serve_part(completed(with_prefixes("/", "/b")))

@@ -663,7 +663,13 @@ def test_a_certificate_must_be_usable_where_gateways_start(
         ),
         (
             {"proxy_location": "EveryNode"},
-            "proxy_location: given EveryNode, must be Disabled: the gateways listen by themselves",
+            "proxy_location: given EveryNode, must be Disabled: the gateways listen by themselves; "
+            "write `proxy_location: Disabled` at the top of the file",
+        ),
+        (
+            {"proxy_location": None},
+            "proxy_location: missing, must be Disabled: the gateways listen by themselves; write "
+            "`proxy_location: Disabled` at the top of the file",
         ),
     ],
 )
