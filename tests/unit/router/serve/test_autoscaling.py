@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 from router.app import _gateway, _router, held_requests
 from router.config import parse_args
 from router.engine.scheduler import Limits, Scheduler
-from router.serve.autoscaling import USE, FollowUse
+from router.serve.autoscaling import USE, FollowUse, able_nodes, gateway_options
 from tests.local_cluster import greedy_request
 
 SCALING = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 0, "downscale_delay_s": 0}
@@ -67,6 +67,54 @@ def test_without_it_the_number_is_fixed() -> None:
         assert isinstance(deployment, serve.Deployment)
         assert deployment._deployment_config.autoscaling_config is None
         assert deployment.num_replicas == number
+
+
+def nodes(*cpus: float | None) -> list[dict[str, Any]]:
+    """Return nodes as Ray lists them, with these CPUs; ``None`` is a node that has gone."""
+    return [
+        {"Alive": amount is not None, "Resources": {"CPU": amount} if amount else {}}
+        for amount in cpus
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_cpus", "number"),
+    [
+        ((), 0.1, 0),
+        ((4.0,), 0.1, 1),
+        ((4.0, 0.1, 1.0), 0.1, 3),
+        ((4.0, 0.05, None), 0.1, 1),
+        ((4.0, 0.0), 0.0, 1),  # a node without any CPU is not for gateways
+    ],
+)
+def test_nodes_that_can_hold_a_gateway_are_counted(
+    cpus: tuple[float | None, ...], num_cpus: float, number: int
+) -> None:
+    assert able_nodes(nodes(*cpus), num_cpus) == number
+
+
+@pytest.mark.parametrize(("cpus", "number"), [((), 1), ((2.0,), 1), ((2.0, 2.0, 2.0), 3)])
+def test_each_node_that_comes_gets_a_gateway(
+    cpus: tuple[float, ...], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = parse_args({"models": [MODEL], "gateway": {"replicas": "each_node"}}).gateway
+    options = gateway_options(gateway, nodes(*cpus))
+    assert options["max_replicas_per_node"] == 1
+    told = AutoscalingConfig(**options["autoscaling_config"])
+    assert (told.min_replicas, told.initial_replicas, told.upscale_delay_s) == (1, number, 0)
+    policy = _resolve_policy_callable(told.policy)
+    for now in (cpus, (*cpus, 2.0)):
+        monkeypatch.setattr("ray.nodes", lambda now=now: nodes(*now))
+        assert policy(context({}, number, config=told))[0] == max(1, len(now))
+
+
+def test_a_gateway_on_each_node_does_not_follow_its_use() -> None:
+    gateway = {"replicas": "each_node", "autoscaling": SCALING}
+    with pytest.raises(ConfigError, match="each_node cannot be given together with autoscaling"):
+        parse_args({"models": [MODEL], "gateway": gateway})
+    for wrong in ("every_node", 0, 1001, 1.5):
+        with pytest.raises(ConfigError, match=r"^args\.gateway\.replicas"):
+            parse_args({"models": [MODEL], "gateway": {"replicas": wrong}})
 
 
 def test_gateways_let_through_what_the_most_routers_would_hold() -> None:
