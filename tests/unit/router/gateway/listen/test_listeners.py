@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,8 @@ def test_no_request_fails_while_gateways_replace_one_another() -> None:
     async def work() -> None:
         listen, is_over = own_ports(), threading.Event()
         gateways = [Gateway(listen, str(number)) for number in range(6)]
-        async with opened(gateways[0]):
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(opened(gateways[0]))
             callers = [
                 asyncio.create_task(
                     asyncio.to_thread(answers_until, listen.http_port, is_over, keeps)
@@ -229,7 +230,7 @@ def test_no_request_fails_while_gateways_replace_one_another() -> None:
             ]
             try:
                 for former, later in pairwise(gateways):
-                    await later.listeners.open("app")
+                    await stack.enter_async_context(opened(later))
                     await asyncio.gather(former.app.answers(20), later.app.answers(20))
                     await former.listeners.close(LIMIT_S)
                     await later.app.answers(20)
@@ -237,7 +238,6 @@ def test_no_request_fails_while_gateways_replace_one_another() -> None:
                 is_over.set()
             told = sum(await asyncio.gather(*callers), Counter[str]())
             assert told == {gateway.app.name: gateway.app.count for gateway in gateways}
-            await gateways[-1].listeners.close(LIMIT_S)
 
     run(work)
 
