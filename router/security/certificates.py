@@ -10,9 +10,7 @@ import logging
 import ssl
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -119,10 +117,6 @@ class Certificates:
         """Return the certificate in force: the same object until the files change."""
         return self._followed.current()
 
-    def context(self) -> ssl.SSLContext:
-        """Return a context of the side that listens, which follows the files."""
-        return _CurrentContext(self)
-
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one port of a gRPC server, which follow the files."""
         shown = self.current()
@@ -138,30 +132,6 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(shown), fetch, shown.authority is not None
         )
-
-
-@cache
-def certificates_of(files: CertificateFiles) -> Certificates:
-    """Return this process's one follower of some files; raises as :class:`Certificates` does."""
-    return Certificates(files)
-
-
-class _CurrentContext(ssl.SSLContext):
-    """A context that makes each connection with the certificate in force."""
-
-    def __new__(cls, certificates: Certificates) -> _CurrentContext:
-        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
-
-    def __init__(self, certificates: Certificates) -> None:
-        self._certificates = certificates
-
-    def wrap_socket(self, *args: Any, **options: Any) -> ssl.SSLSocket:
-        """See :class:`ssl.SSLContext`."""
-        return self._certificates.current().context.wrap_socket(*args, **options)
-
-    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
-        """See :class:`ssl.SSLContext`; event loops call it for each connection."""
-        return self._certificates.current().context.wrap_bio(*args, **options)
 
 
 def _configuration(certificate: Certificate) -> grpc.ServerCertificateConfiguration:

@@ -7,16 +7,21 @@ import logging
 import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 import trustme
+from starlette.responses import PlainTextResponse
 
 from cluster.errors import ConfigError
 from router.client import ClientTls
+from router.gateway.listen.http import HttpListener
+from router.gateway.listen.sockets import open_socket
+from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 from tests.client_tls import Pair, shown_number
 
@@ -143,30 +148,35 @@ def h2_context(pair: Pair) -> ssl.SSLContext:
 
 
 @pytest.mark.usefixtures("looks_at_once")
-def test_an_event_loop_shows_each_new_certificate_and_keeps_its_connections(pair: Pair) -> None:
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            writer.write(line)
-            await writer.drain()
-        writer.close()
-
+def test_an_http_port_shows_each_new_certificate_and_keeps_its_connections(pair: Pair) -> None:
     async def work() -> None:
-        context = Certificates(pair.files).context()
-        server = await asyncio.start_server(echo, HOST, 0, ssl=context)
-        port = server.sockets[0].getsockname()[1]
-        reader, writer = await asyncio.open_connection(HOST, port, ssl=pair.context())
-        number = pair.replace()
-        assert await asyncio.to_thread(shown_number, HOST, port, pair.context()) == number
-        writer.write(b"still here\n")
-        assert await reader.readline() == b"still here\n"
-        stranger = pair.context(has_certificate=False)
-        refused, unknown = await asyncio.open_connection(HOST, port, ssl=stranger)
-        unknown.write(b"let me in\n")
-        with suppress(OSError):
-            assert await refused.readline() == b""
-        unknown.close()
-        writer.close()
-        server.close()
+        certificates = Certificates(pair.files)
+        listening = open_socket(HOST, 0, "http_port", listens=True)
+        port = listening.getsockname()[1]
+        url = f"https://{HOST}:{port}/"
+        listener = HttpListener(
+            PlainTextResponse("here"),
+            [listening],
+            ListenConfig(),
+            lambda: certificates.current().context,
+        )
+        listener.start()
+
+        async def connection_of(client: httpx.AsyncClient) -> object:
+            answer = await client.get(url)
+            assert answer.text == "here"
+            return answer.extensions["network_stream"].get_extra_info("client_addr")
+
+        async with httpx.AsyncClient(verify=pair.context()) as client:
+            before = await connection_of(client)
+            number = pair.replace()
+            assert await asyncio.to_thread(shown_number, HOST, port, pair.context()) == number
+            assert await connection_of(client) == before
+        async with httpx.AsyncClient(verify=pair.context(has_certificate=False)) as stranger:
+            with pytest.raises(httpx.TransportError):
+                await stranger.get(url)
+        await listener.stop(0.0)
+        listening.close()
 
     async def bounded() -> None:
         async with asyncio.timeout(LIMIT_S):

@@ -133,7 +133,7 @@ def test_a_server_that_asks_for_a_certificate_gets_the_one_of_the_environment(
     pair = Pair(tmp_path / "tls", asks_clients=True)
     gateway = Gateway([(200, b"{}")])
     serving.append(gateway)
-    context = Certificates(pair.files).context()
+    context = Certificates(pair.files).current().context
     gateway.server.socket = context.wrap_socket(gateway.server.socket, server_side=True)
     endpoint = Endpoint(f"https://127.0.0.1:{gateway.port}", "")
     wanted = "asks clients for a certificate: name one in EXPERTMESH_TLS_CERT"
