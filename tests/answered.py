@@ -55,25 +55,24 @@ class Group(Enum):
     PATHS = "`/v1`, `/v2`, `/tokenize`, `/detokenize`, `/openapi.json`"
     METRICS = "`/metrics`"
     PROBES = "`/health`, `/ready`"
+    LISTENS = "`/-/healthz`"
     NOWHERE = "any other path"
-    SERVE_PATHS = "`/-/healthz`, `/-/routes`"
     INFERENCE = "`Inference`, `GRPCInferenceService`"
     ADMIN = "`Admin`"
     CHECK = "`Health/Check`"
     WATCH = "`Health/Watch`"
     REFLECTION = "reflection"
-    SERVE_HEALTH = "Serve's `Healthz`"
-    SERVE_LIST = "Serve's `ListApplications`"
+    NO_METHOD = "any other method"
     OTHER_PROTOCOL = "all of the other protocol"
-    OWN_PAGE = "its page"
     ALL = "all else"
 
 
-HTTP_GROUPS = (Group.PATHS, Group.METRICS, Group.PROBES, Group.NOWHERE, Group.SERVE_PATHS)
+HTTP_GROUPS = (Group.PATHS, Group.METRICS, Group.PROBES, Group.LISTENS, Group.NOWHERE)
 GRPC_GROUPS = (
-    Group.INFERENCE, Group.ADMIN, Group.CHECK, Group.WATCH, Group.REFLECTION, Group.SERVE_HEALTH,
-    Group.SERVE_LIST,
+    Group.INFERENCE, Group.ADMIN, Group.CHECK, Group.WATCH, Group.REFLECTION, Group.NO_METHOD,
 )  # fmt: skip
+OPEN_GROUPS = frozenset({Group.PROBES, Group.LISTENS, Group.CHECK})
+"""Answered to callers without a key; a bad key is refused."""
 ROLES = {
     Group.PATHS: Role.INFERENCE,
     Group.METRICS: Role.METRICS,
@@ -82,15 +81,13 @@ ROLES = {
     Group.ADMIN: Role.ADMIN,
 }
 """The role that a group's methods need."""
-SERVES_OWN = frozenset({Group.SERVE_PATHS, Group.SERVE_HEALTH})
-"""What Serve answers to everybody: whether it is healthy, and the names of applications."""
 
 
 @dataclass(frozen=True)
 class Port:
     """A kind of port of a deployment with keys and a certificate.
 
-    ``groups`` are answered there. With ``has_keys`` the others need their key or are absent.
+    ``groups`` are answered there, with ``has_keys`` only to callers who have the right key.
     """
 
     name: str
@@ -100,26 +97,14 @@ class Port:
     has_keys: bool = True
 
 
-_CLIENTS_GRPC = (Group.INFERENCE, Group.CHECK, Group.WATCH)
-_SERVES_GRPC = (*_CLIENTS_GRPC, Group.SERVE_HEALTH)
-HAPROXY_HTTP = Port("HAProxy, HTTP", True, HTTP_GROUPS, True)
-HAPROXY_GRPC = Port("HAProxy, gRPC", True, _SERVES_GRPC, False)
-PROXY_HTTP = Port("Serve's Python proxy, HTTP", True, HTTP_GROUPS, True)
-PROXY_GRPC = Port("Serve's Python proxy, gRPC", True, _SERVES_GRPC, False)
+HTTP = Port("HTTP", True, HTTP_GROUPS, True)
+GRPC = Port("gRPC", True, (Group.INFERENCE, Group.CHECK, Group.WATCH), False)
 OPERATORS = Port("operators' gRPC", True, (Group.ADMIN,), False)
-GATEWAY_HTTP = Port("a gateway's own HTTP", False, HTTP_GROUPS, True)
-GATEWAY_GRPC = Port("a gateway's own gRPC", False, _SERVES_GRPC, False)
-FALLBACK_HTTP = Port("fallback proxy, HTTP", False, HTTP_GROUPS, True)
-FALLBACK_GRPC = Port("fallback proxy, gRPC", False, _SERVES_GRPC, False)
-HAPROXY_METRICS = Port("HAProxy's metrics", False, (Group.METRICS,), True, False)
-HAPROXY_PAGE = Port("HAProxy's statistics", False, (Group.OWN_PAGE,), True, False)
+PROBE = Port("probes (`health_port`)", False, (Group.LISTENS,), True, False)
 _OF_RAY = (Group.REFLECTION, Group.CHECK, Group.WATCH)
 RAY = Port("Ray's own, of each process", False, _OF_RAY, False, False)
 OTHERS = Port("links, and Serve's between replicas", False, (), True, False)
-PORTS = (
-    HAPROXY_HTTP, PROXY_HTTP, HAPROXY_GRPC, PROXY_GRPC, OPERATORS, GATEWAY_HTTP, FALLBACK_HTTP,
-    GATEWAY_GRPC, FALLBACK_GRPC, HAPROXY_METRICS, HAPROXY_PAGE, RAY, OTHERS,
-)  # fmt: skip
+PORTS = (HTTP, GRPC, OPERATORS, PROBE, RAY, OTHERS)
 
 Cells = Mapping[tuple[Port, Group], Mapping[State, Outcome]]
 
@@ -128,8 +113,6 @@ def groups_of(port: Port) -> tuple[Group, ...]:
     """Return the rows of a port."""
     if port in (RAY, OTHERS):
         return (*port.groups, Group.ALL)
-    if port in (HAPROXY_METRICS, HAPROXY_PAGE):
-        return (*dict.fromkeys((*port.groups, *HTTP_GROUPS)), Group.OTHER_PROTOCOL)
     return (*(HTTP_GROUPS if port.is_http else GRPC_GROUPS), Group.OTHER_PROTOCOL)
 
 
@@ -149,16 +132,13 @@ def _by_key(port: Port, group: Group, state: State) -> Outcome:
     if group in (Group.OTHER_PROTOCOL, Group.ALL):
         return Outcome.NOTHING
     if group not in port.groups:
-        return Outcome.NOTHING if not port.has_keys else Outcome.ABSENT
-    if not port.has_keys or group in SERVES_OWN:
-        return Outcome.ANSWERED
-    return _of_gateway(group, state)
+        return Outcome.ABSENT
+    return _by_role(group, state) if port.has_keys else Outcome.ANSWERED
 
 
-def _of_gateway(group: Group, state: State) -> Outcome:
-    """Return what the gateway's one check makes of a call."""
-    is_open = group in (Group.PROBES, Group.CHECK)
-    if state is State.BAD_KEY or (state is State.NO_KEY and not is_open):
+def _by_role(group: Group, state: State) -> Outcome:
+    """Return what the gateway's check of callers makes of a call."""
+    if state is State.BAD_KEY or (state is State.NO_KEY and group not in OPEN_GROUPS):
         return Outcome.NO_KEY
     if state is State.WRONG_ROLE and group in ROLES:
         return Outcome.FORBIDDEN

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -34,17 +33,17 @@ from cluster.tls import shake_hands
 from router.client import ClientTls
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.gateway.grpc.handlers import ADMIN_SERVICE, INFERENCE_SERVICE
+from router.gateway.health import HEALTH_PATH
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, is_from_server
 from router.security.keys import Role
-from router.serve.options import serve_variables
 from tests import answered
 from tests.answered import CERTIFICATES, ROLES, Group, Outcome, Port, State
 from tests.client_tls import Pair
 from tests.cluster_fixture import TINY, wait_until
-from tests.long.test_client_tls import HOST, deployment, is_announced, is_own, listeners
-from tests.long.test_keys import Keys, bearer
+from tests.long.test_client_tls import HOST, deployment, is_announced, is_own
+from tests.long.test_keys import Keys, bearer, listeners
 from tests.serve_run import READY_S, serve_run
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 
@@ -65,14 +64,13 @@ GROUPS = {
     REFLECTION.full_name: Group.REFLECTION,
     f"{HEALTH.full_name}/Check": Group.CHECK,
     f"{HEALTH.full_name}/Watch": Group.WATCH,
-    f"{SERVE.full_name}/Healthz": Group.SERVE_HEALTH,
-    f"{SERVE.full_name}/ListApplications": Group.SERVE_LIST,
+    SERVE.full_name: Group.NO_METHOD,
 }
 SAMPLING = {"max_tokens": 1, "temperature": 0.0}
 BODY = {"model": TINY, "prompt": "In the", **SAMPLING}
 BODY["messages"] = [{"role": "user", "content": "In the"}]
-NOWHERE = (("GET", "/nowhere"), ("POST", "/v3/"), ("GET", "/docs"))
-OF_SERVE = (("GET", "/-/healthz"), ("GET", "/-/routes"))
+NOWHERE = (("GET", "/nowhere"), ("POST", "/v3/"), ("GET", "/docs"), ("GET", "/-/routes"))
+"""Serve's proxies would answer the last one."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,16 @@ def http_calls() -> Iterator[Call]:
         for verb in route.methods or ()
     }
     assert len(routes) > 12
-    groups = {"/metrics": Group.METRICS, "/health": Group.PROBES, "/ready": Group.PROBES}
+    groups = {
+        "/metrics": Group.METRICS,
+        "/health": Group.PROBES,
+        "/ready": Group.PROBES,
+        HEALTH_PATH: Group.LISTENS,
+    }
     for verb, path in sorted(routes):
         assert "{" not in path
         yield Call(groups.get(path, Group.PATHS), path, b"", verb)
     yield from (Call(Group.NOWHERE, path, b"", verb) for verb, path in NOWHERE)
-    yield from (Call(Group.SERVE_PATHS, path, b"", verb) for verb, path in OF_SERVE)
 
 
 @dataclass
@@ -253,24 +255,15 @@ def _of_status(error: Any) -> Outcome:
     return Outcome.CLOSED if code is grpc.StatusCode.UNAVAILABLE else Outcome.NOTHING
 
 
-def kinds_of(
-    ports: Mapping[int, set[str]], fronts: Mapping[int, Port], walk: Walk
-) -> dict[int, Port]:
-    """Return what each port is: of those without fixed numbers, what answers a key's owner."""
-    left = [port for port in ports if port not in fronts]
-    walk.connect(left)
-    probe_http = Call(Group.PATHS, "/v1/models", b"", "GET")
-    probe_grpc = Call(Group.INFERENCE, f"/{INFERENCE_SERVICE.full_name}/GetModelInfo")
+def kinds_of(ports: Mapping[int, set[str]], own: Mapping[int, Port], walk: Walk) -> dict[int, Port]:
+    """Return the kind of each port: the gateway's ``own``, Ray's, and others."""
+    left = [port for port in ports if port not in own]
 
     def kind(port: int) -> Port:
-        if walk.outcomes(port, False, probe_http, State.RIGHT) == {Outcome.ANSWERED}:
-            return answered.GATEWAY_HTTP
-        if walk.outcomes(port, False, probe_grpc, State.RIGHT) == {Outcome.ANSWERED}:
-            return answered.GATEWAY_GRPC
         return answered.RAY if is_of_ray(walk, port) else answered.OTHERS
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return {**fronts, **dict(zip(left, pool.map(kind, left), strict=True))}
+        return {**own, **dict(zip(left, pool.map(kind, left), strict=True))}
 
 
 def is_of_ray(walk: Walk, port: int) -> bool:
@@ -298,11 +291,7 @@ def calls_to(port: Port) -> list[tuple[Group, Call]]:
             for call in (*http, *rpcs)
         ]
     own, other = (http, rpcs) if port.is_http else (rpcs, http)
-    page = [Call(Group.OWN_PAGE, "/stats", b"", "GET")]
-    pages = page if Group.OWN_PAGE in port.groups else []
-    return [(call.group, call) for call in (*pages, *own)] + [
-        (Group.OTHER_PROTOCOL, call) for call in other
-    ]
+    return [(call.group, call) for call in own] + [(Group.OTHER_PROTOCOL, call) for call in other]
 
 
 Found = dict[tuple[Port, Group], dict[State, dict[Outcome, str]]]
@@ -329,7 +318,7 @@ def asked(
         for (port, group, state, name, _), outcomes in zip(
             tasks, pool.map(lambda task: task[-1](), tasks), strict=True
         ):
-            if group in (Group.ALL, Group.OTHER_PROTOCOL) or not port.has_keys:
+            if group in (Group.ALL, Group.OTHER_PROTOCOL):
                 outcomes = {_nothing(one, port, state) for one in outcomes}
             cell = found.setdefault((port, group), {}).setdefault(state, {})
             cell.update(dict.fromkeys(outcomes, name))
@@ -357,34 +346,33 @@ def counts(walk: Walk, http: int) -> dict[str, float]:
 
 
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize(
-    ("has_haproxy", "asks_clients"), [(True, True), (True, False), (False, True)]
-)
-def test_every_port_answers_as_the_rule_says(
-    tmp_path: Path, has_haproxy: bool, asks_clients: bool
-) -> None:
+@pytest.mark.parametrize("asks_clients", [True, False])
+def test_every_port_answers_as_the_rule_says(tmp_path: Path, asks_clients: bool) -> None:
     pair, keys = Pair(tmp_path / "tls", asks_clients), Keys(tmp_path)
-    http, grpc_port = free_ports(2)
-    file, log = deployment(tmp_path, pair, http, grpc_port, has_haproxy), tmp_path / "log"
+    http, grpc_port, probe = free_ports(3)
+    file, log = deployment(tmp_path, pair, http, grpc_port), tmp_path / "log"
     document = yaml.safe_load(file.read_text())
-    document["applications"][0]["args"]["security"] = {"keys_file": str(keys.file)}
+    args = document["applications"][0]["args"]
+    args["security"] = {"keys_file": str(keys.file)}
+    args["gateway"]["listen"]["health_port"] = probe
     file.write_text(yaml.safe_dump(document))
+    own = {
+        http: answered.HTTP,
+        grpc_port: answered.GRPC,
+        grpc_port + 1: answered.OPERATORS,
+        probe: answered.PROBE,
+    }
     variables = {CERTIFICATE_VARIABLE: pair.client, KEY_VARIABLE: pair.client_key}
     variables[AUTHORITY_VARIABLE] = pair.authority
     with serve_run(file, log, **variables) as process, ExitStack() as stack:
         wait_until(lambda: is_announced(process, log), "serve run is ready", READY_S)
         walk = Walk(shown_by(tmp_path, pair, keys), stack)
-        fronts = fronts_of(document, http, grpc_port, has_haproxy)
         ports = listeners(process)
-        assert fronts.keys() <= ports.keys()
-        kinds = kinds_of(ports, fronts, walk)
-        walk.connect(fronts)
-        numbers = Counter(kinds.values())
-        for number, port in kinds.items():
-            if port not in (answered.RAY, answered.OTHERS):
-                assert numbers[port] == 1, port.name
-                assert port.has_tls or all(map(is_own, ports[number])), port.name
-        assert (answered.GATEWAY_HTTP in numbers) == has_haproxy
+        assert own.keys() <= ports.keys()
+        assert all(map(is_own, ports[probe]))
+        walk.connect(ports)
+        kinds = kinds_of(ports, own, walk)
+        assert set(kinds.values()) == {*answered.PORTS}
         found = refused_before_anything_is_computed(kinds, walk, asks_clients, http)
         for row, outcomes in asked(kinds, walk, asks_clients, [State.RIGHT, State.PLAIN]).items():
             found[row] |= outcomes
@@ -392,25 +380,7 @@ def test_every_port_answers_as_the_rule_says(
         assert len(tls_ports) == 3
         for number in tls_ports:
             speaks_no_old_tls(number, pair)
-    assert_is(found, answered.rule(dict.fromkeys(kinds.values()), asks_clients))
-
-
-def fronts_of(
-    document: Mapping[str, Any], http: int, grpc_port: int, has_haproxy: bool
-) -> dict[int, Port]:
-    """Return the ports whose numbers the deployment file has."""
-    operators = {grpc_port + 1: answered.OPERATORS}
-    if not has_haproxy:
-        return {http: answered.PROXY_HTTP, grpc_port: answered.PROXY_GRPC, **operators}
-    names = {
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": answered.FALLBACK_HTTP,
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": answered.FALLBACK_GRPC,
-        "RAY_SERVE_HAPROXY_METRICS_PORT": answered.HAPROXY_METRICS,
-        "RAY_SERVE_HAPROXY_STATS_PORT": answered.HAPROXY_PAGE,
-    }
-    given = serve_variables(document)
-    fronts = {http: answered.HAPROXY_HTTP, grpc_port: answered.HAPROXY_GRPC, **operators}
-    return fronts | {int(given[name]): port for name, port in names.items()}
+    assert_is(found, answered.rule(asks_clients=asks_clients))
 
 
 def refused_before_anything_is_computed(

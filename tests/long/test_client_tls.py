@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
-import psutil
 import pytest
 import yaml
 
@@ -22,10 +20,9 @@ from benchmarks.shipped import free_ports
 from router.client import Client, UnreachableError
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.protos import inference_pb2
-from router.serve.options import HAPROXY
 from tests.client_tls import Pair, shown_number
 from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
-from tests.long.test_keys import OURS
+from tests.long.test_keys import listeners
 from tests.serve_run import READY_S, copy_with_ports, serve_run
 
 STREAMS, LENGTH = 16, 400
@@ -36,26 +33,24 @@ HOST = "127.0.0.1"
 logger = logging.getLogger(__name__)
 
 
-def deployment(folder: Path, pair: Pair, http: int, grpc_port: int, has_haproxy: bool) -> Path:
+def deployment(folder: Path, pair: Pair, http: int, grpc_port: int) -> Path:
     file = copy_with_ports(folder, http, grpc_port)
     document = yaml.safe_load(file.read_text())
-    document["http_options"] |= {"host": "0.0.0.0", **pair.http_options()}
-    document["applications"][0]["args"]["security"] = "open"
-    if not has_haproxy:
-        document["controller_options"]["runtime_env"]["env_vars"][HAPROXY] = "0"
+    args = document["applications"][0]["args"]
+    args["security"] = "open"
+    args["gateway"]["listen"] |= {"host": "0.0.0.0", "tls": pair.listen()}
     file.write_text(yaml.safe_dump(document))
     return file
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("has_haproxy", [True, False])
 @pytest.mark.parametrize("asks_clients", [True, False])
 def test_clients_ports_have_tls_and_a_new_certificate_breaks_no_stream(
-    tmp_path: Path, has_haproxy: bool, asks_clients: bool
+    tmp_path: Path, asks_clients: bool
 ) -> None:
     pair, stranger = Pair(tmp_path / "tls", asks_clients), Pair(tmp_path / "other")
     http, grpc_port = free_ports(2)
-    file, log = deployment(tmp_path, pair, http, grpc_port, has_haproxy), tmp_path / "log"
+    file, log = deployment(tmp_path, pair, http, grpc_port), tmp_path / "log"
     shown = {CERTIFICATE_VARIABLE: pair.client, KEY_VARIABLE: pair.client_key}
     shown[AUTHORITY_VARIABLE] = pair.authority
     with (
@@ -63,13 +58,10 @@ def test_clients_ports_have_tls_and_a_new_certificate_breaks_no_stream(
         Client(f"{HOST}:{grpc_port}", tls=pair.tls(), retry=None) as client,
     ):
         wait_until(lambda: is_announced(process, log), "serve run is ready", READY_S)
-        fronts = {http, grpc_port, grpc_port + 1}
         ports = listeners(process)
-        assert fronts <= ports.keys()
-        plain = table(ports, pair, stranger, has_haproxy)
-        assert plain.isdisjoint(fronts)
-        assert not [port for port in plain if not all(is_own(host) for host in ports[port])]
-        assert bool(plain) == has_haproxy  # the gateway and the fallback proxy, on loopback
+        assert not [host for port in (http, grpc_port) for host in ports[port] if is_own(host)]
+        assert all(map(is_own, ports[grpc_port + 1]))
+        answers_clients_with_tls(ports, http, grpc_port, pair, stranger)
         operators_port_is_closed(pair, stranger, f"{HOST}:{grpc_port}")
         streams_outlive_a_replacement(pair, client, http, grpc_port)
         unusable_files_are_told(pair, client, http, log)
@@ -80,24 +72,14 @@ def is_announced(process: subprocess.Popen[bytes], log: Path) -> bool:
     return "expertmesh: ready after" in log.read_text()
 
 
-def listeners(process: subprocess.Popen[bytes]) -> dict[int, set[str]]:
-    """Return the ports of Serve's processes and ours, and the addresses where they are open."""
-    found: dict[int, set[str]] = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if child.name().startswith(OURS) or "haproxy" in child.name():
-                for one in child.net_connections("inet"):
-                    if one.status == psutil.CONN_LISTEN:
-                        found.setdefault(one.laddr.port, set()).add(one.laddr.ip)
-    return found
-
-
 def is_own(host: str) -> bool:
     return host.removeprefix("::ffff:") in (HOST, "::1")
 
 
-def table(ports: dict[int, set[str]], pair: Pair, stranger: Pair, has_haproxy: bool) -> set[int]:
-    """Assert what each port answers to whom; returns those that answer in plain text."""
+def answers_clients_with_tls(
+    ports: Iterable[int], http: int, grpc_port: int, pair: Pair, stranger: Pair
+) -> None:
+    """Assert that clients are answered only with TLS, and only on their two ports."""
     trusts = {
         "nothing to show": pair.context(has_certificate=False),
         "own certificate": pair.context(),
@@ -125,13 +107,11 @@ def table(ports: dict[int, set[str]], pair: Pair, stranger: Pair, has_haproxy: b
         by_case.setdefault(case, set()).update({port} if is_answered else ())
     for case, found in sorted(by_case.items()):
         logger.warning("%s: %s", case, sorted(found))
-    assert len(by_case["HTTP, own certificate"]) == 1
-    assert len(by_case["gRPC, own certificate"]) == 1
-    for kind in ("HTTP", "gRPC"):
+    for kind, port in (("HTTP", http), ("gRPC", grpc_port)):
+        assert by_case[f"plain {kind}"] == set()
+        assert by_case[f"{kind}, own certificate"] == {port}
         assert by_case[f"{kind}, another authority"] == set()
-        without = set() if pair.asks_clients else by_case[f"{kind}, own certificate"]
-        assert by_case[f"{kind}, nothing to show"] == without
-    return by_case["plain HTTP"] | by_case["plain gRPC"]
+        assert by_case[f"{kind}, nothing to show"] == (set() if pair.asks_clients else {port})
 
 
 def operators_port_is_closed(pair: Pair, stranger: Pair, address: str) -> None:

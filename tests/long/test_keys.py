@@ -23,11 +23,10 @@ from router.protos.errors import DETAILS_KEY, is_from_server
 from router.security.keys import Role
 from router.security.keys_file import add_key, revoke
 from router.security.limits import KeyLimits
-from router.serve.options import serve_variables
 from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
 from tests.serve_run import copy_with_ports, serve_run, wait_ready
 
-OURS = ("haproxy", "ray::ServeReplica", "ray::ProxyActor", "ray::HAProxyManager")
+OURS = ("ray::ServeController", "ray::ServeReplica", "ray::RemoteExpertActor")
 ASK_S, LEAVES_S = 2.0, 20.0
 STREAMS, LENGTH = 32, 150
 GUEST_TOKENS = 100
@@ -37,8 +36,6 @@ CALLS = {
     "/ray.serve.RayServeAPIService/ListApplications": admin_pb2.GetStatusRequest(),
 }
 PATHS = ("/v1/models", "/metrics", "/v2")
-OF_HAPROXY = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""Ports of HAProxy's own, on loopback, which tell of its work and not of ours."""
 
 
 class Keys:
@@ -79,14 +76,11 @@ def test_nobody_is_answered_without_a_key_and_owners_are(tmp_path: Path) -> None
         with pytest.raises(ForbiddenError, match="needed is inference"):
             operator.generate("In the beginning", greedy(5), model=TINY)
 
-        ports = listening_ports(process)
+        ports = listeners(process).keys()
         assert {http_port, grpc_port, grpc_port + 1} < ports
-        assert len(ports) > 8  # the gateway's own, the fallback's, HAProxy's others
-        variables = serve_variables(yaml.safe_load(file.read_text()))
-        shows_strangers_nothing(ports - {int(variables[name]) for name in OF_HAPROXY})
-        answered = answers_owners_over_http(ports, keys)
-        assert http_port in answered
-        assert len(answered) == 3  # of HAProxy, the gateway itself, the fallback
+        assert len(ports) > 8  # Ray has one in each process, and Serve one in each replica
+        shows_strangers_nothing(ports)
+        assert answers_owners_over_http(ports, keys) == {http_port}
 
         limits_hold_on_both_surfaces(keys, http_port, address, operator)
         keys_change_under_streams(keys, address)
@@ -132,18 +126,16 @@ def bearer(key: str | None) -> dict[str, str]:
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
-def listening_ports(process: subprocess.Popen[bytes]) -> set[int]:
-    """Return the ports of all processes that Serve and we have started."""
-    ports: set[int] = set()
+def listeners(process: subprocess.Popen[bytes]) -> dict[int, set[str]]:
+    """Return the ports of Serve's processes and ours, and the addresses where they are open."""
+    found: dict[int, set[str]] = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if child.name().startswith(OURS) or "haproxy" in child.name():
-                ports |= {
-                    one.laddr.port
-                    for one in child.net_connections("inet")
-                    if one.status == psutil.CONN_LISTEN
-                }
-    return ports
+            if child.name().startswith(OURS):
+                for one in child.net_connections("inet"):
+                    if one.status == psutil.CONN_LISTEN:
+                        found.setdefault(one.laddr.port, set()).add(one.laddr.ip)
+    return found
 
 
 def shows_strangers_nothing(ports: Collection[int]) -> None:
@@ -155,9 +147,9 @@ def shows_strangers_nothing(ports: Collection[int]) -> None:
         codes = dict(zip(called, pool.map(lambda one: of_grpc(*one), called), strict=True))
     assert not [one for one, status in answers.items() if status == 200]
     assert not [one for one, (code, _) in codes.items() if code is grpc.StatusCode.OK]
-    assert sum(status == 401 for status in answers.values()) == 3 * len(PATHS) * 2
+    assert sum(status == 401 for status in answers.values()) == len(PATHS) * 2
     refused = [code for code, is_ours in codes.values() if is_ours]
-    assert refused == [grpc.StatusCode.UNAUTHENTICATED] * (3 * 2 + 2)  # one port is for operators
+    assert refused == [grpc.StatusCode.UNAUTHENTICATED] * 2 * 2  # for clients, and for operators
 
 
 def of_http(port: int, path: str, key: str | None) -> int | None:

@@ -25,7 +25,6 @@ from tests.answered import (
 )
 from tests.long.test_answered import grpc_calls, http_calls
 
-STRANGERS = (State.NO_KEY, State.BAD_KEY, State.WRONG_ROLE)
 MADE_OF_KEYS = (Outcome.NO_KEY, Outcome.FORBIDDEN)
 
 
@@ -44,21 +43,31 @@ def test_every_method_and_path_is_asked_for() -> None:
     paths = {call.path: call.group for call in http_calls()}
     named = tuple(name.strip("`") for name in Group.PATHS.value.split(", "))
     assert all(path.startswith(named) for path, group in paths.items() if group is Group.PATHS)
-    assert {path for path, group in paths.items() if group is Group.PROBES} == OPEN_PATHS
+    assert {path for path, group in paths.items() if group in answered.OPEN_GROUPS} == OPEN_PATHS
     for path, group in paths.items():
-        if group not in (Group.PROBES, Group.SERVE_PATHS):
+        if group not in answered.OPEN_GROUPS:
             assert ROLES[group] is ROLES_OF_PATHS.get(path, Role.INFERENCE), path
 
 
-def test_a_stranger_gets_no_more_than_probes_and_what_serve_and_ray_tell() -> None:
+def test_a_stranger_gets_no_more_than_probes_and_what_ray_tells() -> None:
     told = {
-        (port.name, group)
+        (port, group)
         for (port, group), outcomes in rule().items()
         if any(outcomes[state] is Outcome.ANSWERED for state in (State.NO_KEY, State.BAD_KEY))
-        and port not in (answered.RAY, answered.HAPROXY_METRICS, answered.HAPROXY_PAGE)
     }
-    open_groups = {Group.PROBES, Group.CHECK, *answered.SERVES_OWN}
-    assert {group for _, group in told} == open_groups
+    of_ray = {(answered.RAY, group) for group in answered.RAY.groups}
+    assert told == of_ray | {
+        (answered.HTTP, Group.PROBES),
+        (answered.HTTP, Group.LISTENS),
+        (answered.GRPC, Group.CHECK),
+        (answered.PROBE, Group.LISTENS),
+    }
+
+
+def test_reflection_is_absent_where_there_are_keys() -> None:
+    for port in PORTS:
+        if not port.is_http and port.has_keys:
+            assert expected(port, Group.REFLECTION, State.RIGHT) is Outcome.ABSENT
 
 
 @pytest.mark.parametrize("asks_clients", [True, False])
@@ -71,7 +80,7 @@ def test_certificates_matter_where_they_are_asked_for_and_keys_where_there_is_a_
             of_certificates = {expected(port, group, state, asks_clients) for state in CERTIFICATES}
             wanted = Outcome.CLOSED if port.has_tls and asks_clients else Outcome.NOT_APPLICABLE
             assert of_certificates == {wanted}
-            assert port.has_keys or not set(outcomes) & {*MADE_OF_KEYS, Outcome.ABSENT}
+            assert port.has_keys or not set(outcomes) & {*MADE_OF_KEYS}
             plain = expected(port, group, State.PLAIN, asks_clients)
             right = expected(port, group, State.RIGHT, asks_clients)
             assert plain is (Outcome.CLOSED if port.has_tls else right)
