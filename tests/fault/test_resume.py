@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,12 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
-import psutil
 import pytest
-import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.util import list_named_actors
 
 from cluster.reports import ClusterStatus
 from router.app import build
@@ -29,12 +24,10 @@ from tests.cluster_fixture import (
     ServedCluster,
     StreamReader,
     greedy,
-    is_alive,
     wait_until,
 )
 from tests.fault import faults
 from tests.fault.faults import BEFORE, LENGTH, kill, named_pids
-from tests.fault.signals import HIT_S
 
 PROMPTS = faults.PROMPTS[:4]
 TWIN = "twin"
@@ -284,31 +277,3 @@ def test_our_client_goes_on_when_the_gateway_is_killed(served: ServedCluster) ->
     after = served.wait_whole()
     assert not {one.pid for one in after.gateways} & {one.pid for one in told.gateways}
     assert after.routers == told.routers
-
-
-@pytest.mark.timeout(300)
-def test_our_client_goes_on_when_the_proxy_is_killed(served: ServedCluster) -> None:
-    expected, told = expected_tokens(served), served.status()
-    [pid] = haproxy_pids()
-    with Client(served.grpc_address) as client:
-        streams = start_own_streams(client)
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_alive(pid), "the proxy is killed", HIT_S)
-        assert not any(stream.ended for stream in streams)
-        assert [stream.result(BACK_S) for stream in streams] == expected
-    after = served.wait_whole(BACK_S)
-    assert pid not in haproxy_pids()
-    assert (after.gateways, after.routers) == (told.gateways, told.routers)
-
-
-def haproxy_pids() -> list[int]:
-    """Return the HAProxy processes, children of Serve's proxy actors."""
-    names = [entry["name"] for entry in list_named_actors(all_namespaces=True)]
-    proxies = [ray.get_actor(name, namespace="serve") for name in names if "PROXY_ACTOR" in name]
-    asked = [proxy.__ray_call__.remote(lambda _: os.getpid()) for proxy in proxies]
-    return [
-        child.pid
-        for pid in ray.get(asked, timeout=ANSWER_S)
-        for child in psutil.Process(pid).children()
-        if child.name() == "haproxy"
-    ]

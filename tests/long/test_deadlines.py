@@ -17,6 +17,7 @@ import httpx
 import pytest
 from ray import serve
 
+from benchmarks.shipped import free_ports, with_ports
 from router.app import build
 from tests.cluster_fixture import RANDOM, ServedCluster, wait_until
 from tests.fault.faults import PROMPTS
@@ -41,8 +42,9 @@ def emulated_devices(served: ServedCluster) -> Iterator[str]:
         "models": [model for model in served.args["models"] if model["id"] == RANDOM],
         "experts": {"actors": DEVICES, "emulate": {"batch_s": BATCH_S}},
     }
-    serve.run(build(args), name=EMULATED, route_prefix=f"/{EMULATED}")
-    url = f"{served.http_url}/{EMULATED}/v1/completions"
+    http_port, grpc_port = free_ports(2)
+    serve.run(build(with_ports(args, http_port, grpc_port)), name=EMULATED, route_prefix=None)
+    url = f"http://127.0.0.1:{http_port}/v1/completions"
     try:
         wait_until(lambda: complete(url, PROMPTS[0], 1, PATIENT_S).is_success, "it answers", BACK_S)
         yield url

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from ray import serve
 
+from benchmarks.shipped import free_ports, with_ports
 from router.app import build
 from tests.cluster_fixture import ServedCluster, wait_until
 from tests.mixtures import NUM_FEATURES, save_given
@@ -31,8 +32,9 @@ def emulated_devices(served: ServedCluster, folder: Path) -> Iterator[str]:
         "models": [{"id": "given", "path": str(save_given(folder, DEVICES))}],
         "experts": {"actors": DEVICES, "emulate": {"batch_s": BATCH_S}},
     }
-    serve.run(build(args), name=EMULATED, route_prefix=f"/{EMULATED}")
-    url = f"{served.http_url}/{EMULATED}/v2/models/given/infer"
+    http_port, grpc_port = free_ports(2)
+    serve.run(build(with_ports(args, http_port, grpc_port)), name=EMULATED, route_prefix=None)
+    url = f"http://127.0.0.1:{http_port}/v2/models/given/infer"
     try:
         with httpx.Client(timeout=BACK_S) as client:
             wait_until(lambda: _ask(client, url, 0).is_success, "it answers", BACK_S)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from ray import serve
 
+from benchmarks.shipped import free_ports, with_ports
 from cluster.reports import ClusterStatus
 from cluster.spec import ActorSpec
 from experts.compute.device_experts import Block
@@ -109,11 +110,12 @@ def deployed(
 ) -> Iterator[str]:
     """Serve another application on the devices; gives its URL."""
     share = {"num_gpus": DEVICE_SHARE}
-    whole = {**args, "experts": {"actors": 1, **share}, "gateway": {}}
+    http_port, grpc_port = free_ports(2)
+    whole = with_ports({**args, "experts": {"actors": 1, **share}}, http_port, grpc_port)
     whole["router"] = {**args.get("router", {}), **share}
-    serve.run(application(whole, controller_class), name=name, route_prefix=f"/{name}")
+    serve.run(application(whole, controller_class), name=name, route_prefix=None)
     try:
-        yield f"{served.http_url}/{name}"
+        yield f"http://127.0.0.1:{http_port}"
     finally:
         serve.delete(name)
 

@@ -40,7 +40,7 @@ def test_a_commit_beside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert result["old"] == result["new"]
     assert list(result["cases"]) == [*pairs.DECODE_STREAMS, pairs.SERVE]
     serving = {case: {"router", "RemoteExpertActor"} for case in pairs.DECODE_STREAMS}
-    serving[pairs.SERVE] = {"Router-bench", "Gateway", "Controller", "ServeController", "haproxy"}
+    serving[pairs.SERVE] = {"Router-bench", "Gateway", "Controller", "ServeController"}
     for case, summary in result["cases"].items():
         [pair] = summary["pairs"]
         assert summary["verdict"] == "too few pairs"

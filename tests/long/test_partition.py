@@ -11,7 +11,7 @@ LIMIT_S = 280.0
 
 @pytest.mark.timeout(300)
 def test_a_controller_that_is_cut_off_from_its_actors_kills_none() -> None:
-    outcome = run("partition", limit_s=LIMIT_S, RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60")
+    outcome = run("partition", limit_s=LIMIT_S)
     # Each part is on a node of its own.
     assert [len(networks) for networks in outcome["networks"]] == [1, 1, 1]
     assert len({networks[0] for networks in outcome["networks"]}) == 3
