@@ -6,6 +6,7 @@ All of it is zero, or as it was, when nobody asks for anything.
 from __future__ import annotations
 
 import os
+import re
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ RAY = {
 STORE = "object store, MB"
 RAYS = (*RAY, STORE)
 LOOK_S, LOOKS = 0.25, 12
+_OF_ONE_DEPLOYMENT = re.compile(r"(?<=\bGateway)-[0-9a-f]{6}$")
+"""What tells the gateways of one deployment from those of another."""
 
 
 def metrics(ports: Ports) -> dict[str, float]:
@@ -77,6 +80,11 @@ def memory_mb() -> dict[str, float]:
     return _by_name(lambda process: process.memory_info().rss / 1e6)
 
 
+def group_of(name: str) -> str:
+    """Return the name under which a process is counted: all gateways have one."""
+    return _OF_ONE_DEPLOYMENT.sub("", name)
+
+
 def _by_name(measure: Callable[[Any], float]) -> dict[str, float]:
     import psutil
 
@@ -85,7 +93,7 @@ def _by_name(measure: Callable[[Any], float]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            name, value = name_of(process.cmdline()), measure(process)
+            name, value = group_of(name_of(process.cmdline())), measure(process)
         except psutil.Error:  # it ended a moment ago
             continue
         sums[name] = sums.get(name, 0.0) + value

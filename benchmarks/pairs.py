@@ -19,6 +19,7 @@ import signal
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from rich.console import Console
 
 from benchmarks.checkout import Commit, Side, check_out, commit_of, running, uncommitted
 from benchmarks.common import SIZES, machine, make_checkpoint, progress, show
+from benchmarks.held import group_of
 from benchmarks.processor_time import spent_between
 
 MIN_PAIRS = 10
@@ -154,7 +156,10 @@ def take_turn(side: Side, work: str, do: Callable[[], int]) -> Turn:
     """Return what a side's processes spend on some work; ``do`` does it and returns its tokens."""
     before = side.times()
     tokens = do()
-    return Turn(work, tokens, spent_between(before, side.times()))
+    cpu_s: defaultdict[str, float] = defaultdict(float)
+    for name, spent_s in spent_between(before, side.times()).items():
+        cpu_s[group_of(name)] += spent_s
+    return Turn(work, tokens, dict(cpu_s))
 
 
 def measure_decode(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pairs
-from benchmarks.checkout import Commit, commit_of
+from benchmarks.checkout import Commit, Side, commit_of
 from benchmarks.pairs import (
     MOST_RATIO,
     Pair,
@@ -25,6 +25,7 @@ from benchmarks.pairs import (
     ms_per_token,
     report,
     summarize,
+    take_turn,
     to_json,
 )
 from benchmarks.processor_time import (
@@ -191,7 +192,7 @@ def test_a_commit_that_is_none_is_refused_before_the_run(
     ("line", "name"),
     [
         ("ray::ServeReplica:expertmesh:Router-bench", "Router-bench"),
-        ("ray::ServeReplica:expertmesh:Gateway.handle_request", "Gateway"),
+        ("ray::ServeReplica:expertmesh:Gateway-1a2b3c.handle_request", "Gateway-1a2b3c"),
         ("ray::RemoteExpertActor.load", "RemoteExpertActor"),
         ("ray::ServeController", "ServeController"),
         ("ray::IDLE", None),
@@ -229,6 +230,26 @@ def test_a_worker_that_ended_is_no_measurement() -> None:
     before = {ROUTER: ProcessTime("router", 0, 5.0), ACTOR: ProcessTime("Actor", 9, 3.0)}
     with pytest.raises(ServingProcessEndedError, match="Actor"):
         spent_between(before, {ROUTER: ProcessTime("router", 0, 6.0)})
+
+
+class TwoGateways(Side):
+    """A side whose gateways are of two deployments, one of which has followed the other."""
+
+    def __init__(self) -> None:
+        self._spent_s = iter([1.0, 3.0])
+
+    def times(self) -> dict[ProcessId, ProcessTime]:
+        spent_s = next(self._spent_s)
+        names = ("Router-bench", "Gateway-1a2b3c", "Gateway-0f0f0f", "Gateway-of-another")
+        return {
+            ProcessId(pid, 0.0): ProcessTime(name, 0, spent_s) for pid, name in enumerate(names)
+        }
+
+
+def test_gateways_of_all_deployments_count_as_one_process() -> None:
+    turn = take_turn(TwoGateways(), "HTTP", lambda: 8)
+    assert turn.tokens == 8
+    assert turn.cpu_s == {"Router-bench": 2.0, "Gateway": 4.0, "Gateway-of-another": 2.0}
 
 
 ROOT_CODE = """
