@@ -19,7 +19,7 @@ TOKENS = 32
 SETTLE_S, CAPACITY_S = 5.0, 15.0
 BEFORE_S, AFTER_S = 10.0, 15.0
 CLOSE_S = 30.0
-"""How long HAProxy is given to close connections that nobody uses any more: 16 s were seen."""
+"""How long gateways are given to close connections that nobody uses any more."""
 PROBES_PER_S = 4.0
 """Before and after the overload: few enough to be normal."""
 NORMAL_FACTOR = 1.25

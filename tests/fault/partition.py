@@ -116,11 +116,13 @@ def start_node(
     return process
 
 
-def running(deployment: str) -> bool:
-    """Return whether a replica of a deployment runs."""
-    [application] = serve.status().applications.values() or [None]
-    found = None if application is None else application.deployments.get(deployment)
-    return found is not None and found.replica_states.get("RUNNING", 0) > 0
+def running(kind: str) -> bool:
+    """Return whether a replica of a kind of deployment runs; a gateway's name goes on."""
+    return any(
+        f"{name}-".startswith(f"{kind}-") and deployment.replica_states.get("RUNNING", 0) > 0
+        for application in serve.status().applications.values()
+        for name, deployment in application.deployments.items()
+    )
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from benchmarks.shipped import free_ports, with_ports
 from cluster.reports import ClusterStatus
 from router.app import build
 from router.client import Client
@@ -124,10 +125,11 @@ def twin_routers(served: ServedCluster) -> Iterator[str]:
         "experts": {"actors": 1},
         "router": {"replicas": 2},
     }
-    serve.run(build(args), name=TWIN, route_prefix=f"/{TWIN}")
+    http_port, grpc_port = free_ports(2)
+    serve.run(build(with_ports(args, http_port, grpc_port)), name=TWIN, route_prefix=None)
     try:
         wait_until(lambda: len(twin_status().routers) == 2, "two routers are there", BACK_S)
-        yield f"{served.http_url}/{TWIN}/v1/completions"
+        yield f"http://127.0.0.1:{http_port}/v1/completions"
     finally:
         serve.delete(TWIN)
 

@@ -46,7 +46,7 @@ def leave_unary(served: ServedCluster) -> None:
     body = json.dumps(document | {"temperature": 0, "ignore_eos": True}).encode()
 
     def late_body() -> Iterator[bytes]:
-        # An answer to another request shows that HAProxy has had the head.
+        # An answer to another request shows that the gateway has had the head.
         assert httpx.get(f"{served.http_url}/v1/models").status_code == 200
         yield body
 

@@ -163,6 +163,7 @@ class Gateway:
             [MODEL],
             "strict",
             lambda: serve.app_is_wanted(APP),
+            lambda: False,
             lambda: None,
             lambda uses: None,
         )
