@@ -28,6 +28,7 @@ from router.gateway.charges import Charges
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
 from router.gateway.limits import Bodies, Share
+from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
 
@@ -242,6 +243,7 @@ class EdgeMiddleware:
             state["caller"] = caller = await self._caller(path, headers)
             if caller is not None and scope["method"] == "POST":
                 self._charges.begin(caller)
+                continue_trace(headers)
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise

@@ -112,7 +112,7 @@ class Metrics:
         self._refused_callers.labels(surface, reason).inc()
 
     def key_request(self, name: str) -> None:
-        """Count an accepted call by the name of its key."""
+        """Count a request by the name of its key."""
         self._key_requests.labels(name).inc()
 
     def key_tokens(self, name: str, kind: KeyTokens, count: int) -> None:

@@ -99,7 +99,10 @@ REFUSED_CALLERS = _counter(
     "Requests refused for want of a key or a role: no_key, unknown_key, wrong_role.",
 )
 KEY_REQUESTS = _counter(
-    "key_requests", "key_name replica", "Calls that were accepted, by the name of their key."
+    "key_requests",
+    "key_name replica",
+    "Requests counted at their heads, by the name of their key: also those that are refused later, "
+    "for their body or their tokens.",
 )
 KEY_TOKENS = _counter(
     "key_tokens",

@@ -1,11 +1,10 @@
-"""Spans of gateways and routers, within the traces that Serve's tracing begins.
+"""Spans of gateways and routers, as Serve's tracing samples and exports them.
 
-Serve takes a request's W3C context from HTTP headers or gRPC metadata, decides whether to sample
-it, and brings the context from the gateway to the router. ``docs/observability.md`` explains how to
-switch tracing on. This module adds the spans that Serve cannot see: a request in the gateway; its
-queue, prefill and decode in the router; the MoE layers of its first steps. Frames bring the context
-of a layer to the expert actors (:mod:`experts.tracing`). A request that is not sampled has no spans
-and costs no memory.
+A gateway takes a request's W3C context from HTTP headers or gRPC metadata; Serve brings it from the
+gateway to the router. ``docs/observability.md`` explains how to switch tracing on. The spans are a
+request in the gateway; its queue, prefill and decode in the router; the MoE layers of its first
+steps. Frames bring the context of a layer to the expert actors (:mod:`experts.tracing`). A request
+that is not sampled has no spans and costs no memory.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.trace import (
     Link,
     Span,
@@ -24,6 +23,7 @@ from opentelemetry.trace import (
     format_span_id,
     format_trace_id,
 )
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cluster.errors import ExpertMeshError
 from experts.tracing import wall_ns
@@ -33,6 +33,19 @@ from router.messages.request import GenerationRequest
 
 STEPS_IN_DETAIL = 4
 """The number of a request's steps with spans for their layers; all steps would make thousands."""
+
+
+_PARENT = "traceparent"
+_W3C = TraceContextTextMapPropagator()
+
+
+def continue_trace(headers: Mapping[str, str]) -> None:
+    """Let the current task go on in the trace that a request's headers or metadata name, if any.
+
+    The keys are in lower case.
+    """
+    if _PARENT in headers:
+        context.attach(_W3C.extract(headers))
 
 
 def _tracer() -> trace.Tracer:
@@ -45,11 +58,11 @@ def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Spa
 
     It does not become the current span, since a generator runs in the contexts of its callers.
     """
-    parent = trace.get_current_span()
-    if not parent.is_recording():
+    span = _tracer().start_span("expertmesh.request")
+    if not span.is_recording():
         yield trace.INVALID_SPAN
         return
-    span = _tracer().start_span("expertmesh.request", attributes=_attributes_of(request))
+    span.set_attributes(_attributes_of(request))
     try:
         yield span
     except Exception as error:
@@ -65,7 +78,8 @@ def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Spa
 @contextmanager
 def prediction_span(request: PredictionRequest) -> Iterator[Span]:
     """Yield the span of a prediction in the gateway, without a recording if it is not sampled."""
-    if not trace.get_current_span().is_recording():
+    span = _tracer().start_span("expertmesh.prediction")
+    if not span.is_recording():
         yield trace.INVALID_SPAN
         return
     attributes: dict[str, str | int] = {
@@ -73,7 +87,7 @@ def prediction_span(request: PredictionRequest) -> Iterator[Span]:
         "gen_ai.request.model": request.model,
         "expertmesh.rows": request.num_rows,
     }
-    span = _tracer().start_span("expertmesh.prediction", attributes=attributes)
+    span.set_attributes(attributes)
     try:
         yield span
     except Exception as error:
@@ -194,9 +208,9 @@ def begin_step(
     return StepTrace(detailed, num_sequences, num_tokens) if detailed else None
 
 
-def traceparent(context: SpanContext) -> str:
+def traceparent(of_span: SpanContext) -> str:
     """Return a span's context as the W3C's header ``traceparent``."""
     return (
-        f"00-{format_trace_id(context.trace_id)}-{format_span_id(context.span_id)}"
-        f"-{context.trace_flags:02x}"
+        f"00-{format_trace_id(of_span.trace_id)}-{format_span_id(of_span.span_id)}"
+        f"-{of_span.trace_flags:02x}"
     )

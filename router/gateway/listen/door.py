@@ -13,6 +13,7 @@ import grpc
 
 from cluster.errors import ExpertMeshError
 from router.gateway.grpc.methods import Method, abort
+from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller
 
@@ -47,6 +48,7 @@ class Door(grpc.aio.ServerInterceptor):
         caller = await self._access.admit("grpc", given, method.role)
         if method.charge is not None:
             method.charge(caller)
+            continue_trace({key: value for key, value in metadata if isinstance(value, str)})
         return caller
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from router.observability.tracing import (
     RequestTrace,
     as_current,
     begin_step,
+    continue_trace,
     gateway_span,
     traceparent,
 )
@@ -206,10 +208,24 @@ def fail(error: Exception) -> None:
         raise error
 
 
-def test_without_a_sampled_call_there_is_no_span_in_the_gateway(spans: SpanKeeper) -> None:
-    with gateway_span(asked(), Receipts(asked())) as span:
-        assert not span.is_recording()
-    assert spans.told() == []
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_a_request_goes_on_in_the_trace_that_its_headers_name(
+    spans: SpanKeeper, is_sampled: bool
+) -> None:
+    trace_id, parent_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace_id}-{parent_id}-0{is_sampled:d}"}
+
+    def ask() -> None:
+        continue_trace({"authorization": "Bearer x"})
+        continue_trace(headers)
+        with gateway_span(asked(), Receipts(asked())) as span:
+            assert span.is_recording() == is_sampled
+
+    contextvars.copy_context().run(ask)
+    parents = [
+        (f"{one.parent.trace_id:032x}", f"{one.parent.span_id:016x}") for one in spans.told()
+    ]
+    assert parents == [(trace_id, parent_id)] * is_sampled
 
 
 @pytest.mark.parametrize(
