@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -44,6 +44,9 @@ def serve(
     A folder of a mixture or of a checkpoint is served under its name, as cluster.yaml serves the
     bundled model.
     """
+    from router.ops.startup.supervisor import supervised
+
+    handles_signals = supervised(write_line)
     with TemporaryDirectory(prefix="expertmesh-") as folder:
         if file is not None and file.is_dir():
             path = _file_of(file, Path(folder))
@@ -55,7 +58,7 @@ def serve(
                     "or a model's folder",
                     BAD_USAGE,
                 )
-        _serve(path, ray_address, Path(folder))
+        _serve(path, ray_address, Path(folder), handles_signals)
 
 
 def _bundled() -> Path:
@@ -104,7 +107,9 @@ def deploy(
         _run_command(file, ["deploy", *options, str(written)])
 
 
-def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
+def _serve(
+    path: Path, ray_address: str | None, folder: Path, handles_signals: Callable[[], None]
+) -> None:
     import ray
 
     from router.config import load_deployment, read_document
@@ -119,12 +124,10 @@ def _serve(path: Path, ray_address: str | None, folder: Path) -> None:
     preflight.check_start(path, document, ray_address)
     starts_ray = target_of(ray_address, os.environ) is None
     variables = require_token() if starts_ray else {}
-    termination = Termination(write_line, starts_ray)
-    termination.install()
     preflight.tell_progress(document, starts_ray)
     context = ray.init(ray_address, namespace="serve")
-    termination.handle_sigterm()
-    termination.serves()
+    Termination(write_line).install()
+    handles_signals()
     if starts_ray:
         preflight.tell_other_shells(variables | dashboard_variable(context.dashboard_url or ""))
     written = _written(document, folder / path.name)

@@ -1,8 +1,4 @@
-"""Ends the processes of a command's own Ray that would outlive the command.
-
-Ray ends its processes when the command ends. A command that is interrupted while Ray starts leaves
-agents behind: their parent is gone, and Ray is not yet ready to end them.
-"""
+"""Ends the processes of a command's own Ray that would outlive the command."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
-import ray
 
 GRACE_S = 3.0
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -19,7 +14,9 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 def end_descendants() -> None:
     """End Ray, and kill the descendants that are still alive :data:`GRACE_S` later."""
-    _adopt_orphans()
+    import ray  # kill_descendants is for a process that does without it
+
+    adopt_orphans()
     descendants = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, left = psutil.wait_procs(descendants, timeout=GRACE_S)
@@ -28,11 +25,11 @@ def end_descendants() -> None:
 
 def kill_descendants() -> None:
     """Kill all descendants of this process."""
-    _adopt_orphans()
+    adopt_orphans()
     _kill(psutil.Process().children(recursive=True))
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, where the system can.
 
     Otherwise the system's first process becomes their parent, and they cannot be found from here.

@@ -4,13 +4,11 @@ systemd, Docker and Kubernetes send SIGTERM, and kill what is still there after 
 
 | Signal | while | Effect |
 |---|---|---|
-| either | it starts | it ends, with its Ray |
+| either | it starts | it is killed, with its Ray (:mod:`router.ops.startup.supervisor`) |
 | SIGTERM | it serves | new requests are refused, those under way end, then Serve and Ray end |
 | SIGINT | it serves | requests end with UNAVAILABLE, then Serve and Ray end |
 | either | requests end | they end with UNAVAILABLE now |
 | either | Serve and Ray end | their processes are killed |
-
-While Ray starts it handles SIGTERM itself, and prints a stack of C++.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from enum import Enum, auto
 from queue import SimpleQueue
 from types import FrameType
 
-import ray
 from ray import serve
 
 from router.ops.startup.drain import Gateways, ServedGateways, UnderWay, drain, end_requests
@@ -39,7 +36,6 @@ _WAKE, _WAKE_PERIOD_S = signal.SIGUSR1, 0.1
 
 
 class _Phase(Enum):
-    STARTING = auto()
     SERVING = auto()
     DRAINING = auto()
     ENDING = auto()
@@ -48,14 +44,10 @@ class _Phase(Enum):
 class Termination:
     """The end of one command. Signal handlers run on the main thread."""
 
-    def __init__(self, say: Callable[[str], None], owns_ray: bool) -> None:
-        """``say`` prints a line, and may be called in a signal handler.
-
-        ``owns_ray`` tells whether this command starts its Ray.
-        """
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """``say`` prints a line, and may be called in a signal handler."""
         self._say = say
-        self._owns_ray = owns_ray
-        self._phase = _Phase.STARTING
+        self._phase = _Phase.SERVING
         self._asked: SimpleQueue[int] = SimpleQueue()  # a signal handler may put into it
         self._cut = threading.Event()
         self._has_left = False
@@ -63,29 +55,19 @@ class Termination:
         self._exit_code = INTERRUPTED
 
     def install(self) -> None:
-        """Handle SIGTERM and SIGINT from now on; call it on the main thread, before Ray starts.
+        """Handle SIGTERM and SIGINT from now on; call it on the main thread, once Ray runs.
 
-        A SIGINT that is ignored, as in a shell's background, stays ignored. Where this command
-        starts its Ray, all descendants of this process end before it.
+        Ray's start sets handlers of its own. A SIGINT that is ignored, as in a shell's background,
+        stays ignored. All descendants of this process end before it. The main thread is to do
+        nothing but wait from now on.
         """
         threading.Thread(target=self._end_when_asked, name="termination", daemon=True).start()
-        self.handle_sigterm()
-        signal.signal(_WAKE, self._on_wake)
-        usual = signal.getsignal(signal.SIGINT)
-        if callable(usual):
-            self._interrupt = usual
-            signal.signal(signal.SIGINT, self._on_signal)
-        if self._owns_ray:
-            # Exit handlers run in the opposite order of their registration: before Ray's own.
-            atexit.register(self._at_exit)
-
-    def handle_sigterm(self) -> None:
-        """Handle SIGTERM; to be called again once Ray has started and set its own handlers."""
         signal.signal(signal.SIGTERM, self._on_signal)
-
-    def serves(self) -> None:
-        """Note that this command serves, and that its main thread only sleeps from now on."""
-        self._phase = _Phase.SERVING
+        signal.signal(_WAKE, self._on_wake)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_signal)
+        # Exit handlers run in the opposite order of their registration: before Ray's own.
+        atexit.register(end_descendants)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._phase is _Phase.ENDING:
@@ -94,16 +76,9 @@ class Termination:
             self._say(f"expertmesh: {signal.Signals(number).name}: ending the requests now")
             self._phase = _Phase.ENDING
             self._cut.set()
-        elif self._phase is _Phase.SERVING:
+        else:
             self._phase = _Phase.DRAINING if number == signal.SIGTERM else _Phase.ENDING
             self._asked.put(number)
-        elif number == signal.SIGTERM:
-            self._phase, self._exit_code = _Phase.ENDING, TERMINATED
-            self._say("expertmesh: SIGTERM: ending")
-            raise SystemExit(TERMINATED)
-        else:
-            self._phase = _Phase.ENDING
-            self._interrupt(number, frame)
 
     def _on_wake(self, number: int, frame: FrameType | None) -> None:
         if not self._has_left:
@@ -158,21 +133,8 @@ class Termination:
 
     def _kill(self, number: int) -> None:
         self._say(f"expertmesh: {signal.Signals(number).name}: killing what is left")
-        if self._owns_ray:
-            kill_descendants()
+        kill_descendants()
         _leave_at_once(128 + number)
-
-    def _at_exit(self) -> None:
-        """End Ray, and all descendants of this process.
-
-        Where a signal came while Ray started, this ends the process, too: Ray's half-made
-        connection would crash the interpreter at its end.
-        """
-        is_half_made = self._phase is _Phase.ENDING and not ray.is_initialized()
-        self._phase = _Phase.ENDING
-        end_descendants()
-        if is_half_made:
-            _leave_at_once(self._exit_code)
 
 
 def _leave_at_once(exit_code: int) -> None:

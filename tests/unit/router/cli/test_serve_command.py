@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,17 +59,6 @@ class FakeServe:
         return SimpleNamespace(dashboard_url="127.0.0.1:8266")
 
 
-class FakeTermination:
-    """Stands in for the handlers of signals; keeps the steps of its life."""
-
-    def __init__(self, serve: FakeServe, owns_ray: bool) -> None:
-        self._serve = serve
-        serve.steps.append(f"termination of {'our' if owns_ray else 'a'} Ray")
-
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        return lambda: self._serve.steps.append(name)
-
-
 def run(
     monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str, command: str = "serve"
 ) -> Result:
@@ -91,8 +79,10 @@ def run(
     monkeypatch.setattr(f"{startup}.preflight.check_deploy", serve.check)
     monkeypatch.setattr(f"{startup}.preflight.tell_progress", tell_progress)
     monkeypatch.setattr(f"{startup}.ray_token.require_token", require_token)
+    handlers = SimpleNamespace(install=lambda: serve.steps.append("handlers"))
+    monkeypatch.setattr(f"{startup}.termination.Termination", lambda say: handlers)
     monkeypatch.setattr(
-        f"{startup}.termination.Termination", lambda say, owns_ray: FakeTermination(serve, owns_ray)
+        f"{startup}.supervisor.supervised", lambda say: lambda: serve.steps.append("told")
     )
     monkeypatch.setattr("ray.init", serve.init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -120,8 +110,8 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     assert written.name == file.name
     assert not written.exists()
     assert serve.steps == [
-        *("check", "token", "termination of our Ray", "install", "progress"),
-        *("ray", "handle_sigterm", "serves", "serve"),
+        *("check", "token", "progress"),
+        *("ray", "handlers", "told", "serve"),
     ]
 
 
@@ -134,7 +124,6 @@ def test_a_running_cluster_is_joined_and_keeps_its_own_token(
     assert [address for _, _, address in serve.checked] == ["head:6379"]
     assert serve.joined == [("head:6379", "serve")]
     assert "token" not in serve.steps
-    assert "termination of a Ray" in serve.steps
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class Command:
         self.done: list[str] = []
         self.requests = 0
         self.begun, self.asleep = threading.Event(), threading.Event()
-        self.termination = Termination(self.say, owns_ray=True)
+        self.termination = Termination(self.say)
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -75,7 +75,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     before = {number: signal.getsignal(number) for number in (INT, TERM, termination._WAKE)}
     made.termination.install()
     yield made
-    atexit.unregister(made.termination._at_exit)
+    atexit.unregister(termination.end_descendants)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -91,7 +91,6 @@ def ended(command: Command) -> int:
 
 
 def test_an_idle_command_ends_by_a_sigterm(command: Command) -> None:
-    command.termination.serves()
     signal.raise_signal(TERM)
     assert ended(command) == 0
     assert command.done == ["shutdown"]
@@ -99,7 +98,6 @@ def test_an_idle_command_ends_by_a_sigterm(command: Command) -> None:
 
 
 def test_requests_under_way_end_before_a_sigterm_does(command: Command) -> None:
-    command.termination.serves()
     command.requests = 3
     signal.raise_signal(TERM)
     assert command.begun.wait(LIMIT_S)
@@ -115,7 +113,6 @@ def test_requests_under_way_end_before_a_sigterm_does(command: Command) -> None:
 
 @pytest.mark.parametrize("second", [INT, TERM])
 def test_a_second_signal_ends_the_requests(command: Command, second: signal.Signals) -> None:
-    command.termination.serves()
     command.requests = 3
     signal.raise_signal(TERM)
     assert command.begun.wait(LIMIT_S)
@@ -126,7 +123,6 @@ def test_a_second_signal_ends_the_requests(command: Command, second: signal.Sign
 
 
 def test_ctrl_c_ends_the_requests(command: Command) -> None:
-    command.termination.serves()
     command.requests = 3
     signal.raise_signal(INT)
     assert ended(command) == 0
@@ -145,7 +141,6 @@ def test_a_signal_while_serve_ends_kills_what_is_left(
         may_end.wait(LIMIT_S)
 
     monkeypatch.setattr(termination.serve, "shutdown", shutdown)
-    command.termination.serves()
     signal.raise_signal(INT)
     assert ends.wait(LIMIT_S)
     with pytest.raises(LeftError) as caught:
@@ -164,38 +159,8 @@ def test_a_serve_that_is_gone_is_a_line_and_no_stack(
         raise ConnectionError("no GCS")
 
     monkeypatch.setattr(termination.serve, "shutdown", gone)
-    command.termination.serves()
     signal.raise_signal(TERM)
     assert ended(command) == 143
     assert command.lines[1:] == [
         "expertmesh: Serve did not end by itself (ConnectionError: no GCS)"
     ]
-
-
-def test_a_sigterm_while_it_starts_ends_it_at_once(command: Command) -> None:
-    with pytest.raises(SystemExit) as caught:
-        signal.raise_signal(TERM)
-    assert caught.value.code == 143
-    assert command.lines == ["expertmesh: SIGTERM: ending"]
-    with pytest.raises(LeftError):
-        signal.raise_signal(TERM)
-    assert command.done == ["kill"]
-
-
-def test_ctrl_c_while_it_starts_is_serves_own(command: Command) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(INT)
-    assert (command.lines, command.done) == ([], [])
-    with pytest.raises(LeftError):
-        signal.raise_signal(INT)
-    assert command.done == ["kill"]
-
-
-def test_the_handler_of_sigterm_that_rays_start_leaves_is_replaced_again(command: Command) -> None:
-    ours = signal.getsignal(TERM)
-    signal.signal(TERM, signal.SIG_DFL)  # as Ray's start does by its own
-    command.termination.handle_sigterm()
-    assert signal.getsignal(TERM) == ours
-    command.termination.serves()
-    signal.raise_signal(TERM)
-    assert ended(command) == 0
