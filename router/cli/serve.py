@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Annotated, Any
 
 import typer
@@ -46,19 +46,19 @@ def serve(
     """
     from router.ops.startup.supervisor import supervised
 
-    handles_signals = supervised(write_line)
-    with TemporaryDirectory(prefix="expertmesh-") as folder:
-        if file is not None and file.is_dir():
-            path = _file_of(file, Path(folder))
-        else:
-            path = file or _bundled()
-            if not path.is_file():
-                fail(
-                    f"{path}: does not exist; a deployment file is needed, as deploy/cluster.yaml, "
-                    "or a model's folder",
-                    BAD_USAGE,
-                )
-        _serve(path, ray_address, Path(folder), handles_signals)
+    folder = Path(mkdtemp(prefix="expertmesh-"))
+    handles_signals = supervised(write_line, folder)
+    if file is not None and file.is_dir():
+        path = _file_of(file, folder)
+    else:
+        path = file or _bundled()
+        if not path.is_file():
+            fail(
+                f"{path}: does not exist; a deployment file is needed, as deploy/cluster.yaml, or "
+                "a model's folder",
+                BAD_USAGE,
+            )
+    _serve(path, ray_address, folder, handles_signals)
 
 
 def _bundled() -> Path:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from router.ops.startup.leftovers import adopt_orphans, kill_descendants
@@ -22,17 +24,18 @@ from router.ops.startup.leftovers import adopt_orphans, kill_descendants
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def supervised(say: Callable[[str], None]) -> Callable[[], None]:
+def supervised(say: Callable[[str], None], folder: Path) -> Callable[[], None]:
     """Go on in a child of this process, which ends as the child does; does not return here.
 
     In the child it returns what is to be called once the child handles signals itself. No other
-    thread may run yet. ``say`` prints a line, and may be called in a signal handler.
+    thread may run yet. ``say`` prints a line, and may be called in a signal handler. ``folder`` is
+    removed at the end.
     """
     reader, writer = os.pipe()
     parent, child = os.getpid(), os.fork()
     if child:
         os.close(writer)
-        _Supervisor(child, reader, say).wait()
+        _Supervisor(child, reader, say, folder).wait()
     os.close(reader)
     os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone
     with suppress(AttributeError, OSError):  # Linux alone has it
@@ -45,9 +48,9 @@ def supervised(say: Callable[[str], None]) -> Callable[[], None]:
 class _Supervisor:
     """The parent of a command."""
 
-    def __init__(self, child: int, reader: int, say: Callable[[str], None]) -> None:
+    def __init__(self, child: int, reader: int, say: Callable[[str], None], folder: Path) -> None:
         """The other end of ``reader`` is closed once the child handles signals, or has ended."""
-        self._child, self._reader, self._say = child, reader, say
+        self._child, self._reader, self._say, self._folder = child, reader, say, folder
 
     def wait(self) -> None:
         """Exit as the child does, once nothing is left below this process."""
@@ -69,6 +72,7 @@ class _Supervisor:
 
     def _exit(self, code: int) -> None:
         kill_descendants()
+        shutil.rmtree(self._folder, ignore_errors=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,7 @@ class FakeServe:
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.steps: list[str] = []
+        self.folder = Path("none")
         self.told: list[list[str]] = []
         """The words of Serve's command, without the file that comes last."""
         self.files: list[Path] = []
@@ -35,6 +38,10 @@ class FakeServe:
         """What these files had while the command ran."""
         self.checked: list[tuple[Path, dict[str, Any], str | None]] = []
         self.joined: list[tuple[str | None, str]] = []
+
+    def supervised(self, say: Callable[[str], None], folder: Path) -> Callable[[], None]:
+        self.folder = folder
+        return lambda: self.steps.append("told")
 
     def load(self) -> FakeServe:
         return self
@@ -81,12 +88,13 @@ def run(
     monkeypatch.setattr(f"{startup}.ray_token.require_token", require_token)
     handlers = SimpleNamespace(install=lambda: serve.steps.append("handlers"))
     monkeypatch.setattr(f"{startup}.termination.Termination", lambda say: handlers)
-    monkeypatch.setattr(
-        f"{startup}.supervisor.supervised", lambda say: lambda: serve.steps.append("told")
-    )
+    monkeypatch.setattr(f"{startup}.supervisor.supervised", serve.supervised)
     monkeypatch.setattr("ray.init", serve.init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return CliRunner().invoke(app, [command, *args])
+    try:
+        return CliRunner().invoke(app, [command, *args])
+    finally:
+        rmtree(serve.folder, ignore_errors=True)  # as the parent does
 
 
 @pytest.mark.parametrize("args", [[], [str(SHIPPED)], ["SHORT"]])
@@ -108,7 +116,7 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     assert (serve.told, serve.documents) == ([["run", "--address", "auto"]], [whole])
     [written] = serve.files
     assert written.name == file.name
-    assert not written.exists()
+    assert written.parent == serve.folder
     assert serve.steps == [
         *("check", "token", "progress"),
         *("ray", "handlers", "told", "serve"),
@@ -206,7 +214,7 @@ def test_a_models_folder_is_served_under_its_name_as_the_bundled_model_is(
     assert serve.documents == [expected]
     [file] = serve.files
     assert file.name == "houses.yaml"
-    assert not file.exists()
+    assert file.parent == serve.folder
 
 
 def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(

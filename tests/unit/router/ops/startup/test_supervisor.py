@@ -8,6 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import psutil
 import pytest
@@ -17,8 +20,9 @@ from tests.cluster_fixture import is_alive, wait_until
 LIMIT_S = 60.0
 COMMAND = """
 import os, signal, subprocess, sys, time
+from pathlib import Path
 from router.ops.startup.supervisor import supervised
-handles_signals = supervised(lambda line: print(line, flush=True))
+handles_signals = supervised(lambda line: print(line, flush=True), Path(sys.argv[2]))
 # As Ray's agents do: in a session of its own, and below a process that has ended.
 words = "import subprocess, sys; subprocess.Popen(['sleep', '600'], start_new_session=True)"
 subprocess.run([sys.executable, "-c", words], check=True)
@@ -34,14 +38,17 @@ if sys.argv[1] != "ends":
 
 @contextmanager
 def command(how: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run a supervised command; gives it, and the pid of the child."""
-    words = [sys.executable, "-c", COMMAND, how]
+    """Run a supervised command; gives it, and the pid of the child. Its folder is gone then."""
+    folder = mkdtemp()
+    words = [sys.executable, "-c", COMMAND, how, folder]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield process, int(process.stdout.readline().split()[1])
+            assert process.poll() == -signal.SIGKILL or not Path(folder).exists()
         finally:
             process.kill()
+            rmtree(folder, ignore_errors=True)
 
 
 def below(pid: int) -> list[int]:
