@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import ray
@@ -11,8 +12,15 @@ from ray.serve.exceptions import RayServeException
 
 from router.config import IMPORT_PATH
 from router.serve.options import NO_PROXIES
+from router.serve.process import setup_logging
 
 SERVE_TIMEOUT_S = 30.0
+_HAS_PROXIES = (
+    "Serve runs proxies, and the gateways listen by themselves: shut Serve down, and write "
+    f"`{NO_PROXIES}` at the top of the deployment file, or start it by `expertmesh serve`"
+)
+
+logger = logging.getLogger("expertmesh.serve")
 
 
 def serve_controller() -> Any:
@@ -34,9 +42,11 @@ def our_applications(timeout_s: float = SERVE_TIMEOUT_S) -> list[str]:
 
 
 def refuse_proxies() -> None:
-    """Raise ``RayServeException`` where proxies of Serve run: they would hold a gateway's port."""
+    """Raise ``RayServeException`` where proxies of Serve run: they would hold a gateway's port.
+
+    It is logged, too, since Serve tells of it in its status alone.
+    """
     if ray.is_initialized() and serve.status().proxies:
-        raise RayServeException(
-            "Serve runs proxies, and the gateways listen by themselves: shut Serve down, and write "
-            f"`{NO_PROXIES}` at the top of the deployment file, or start it by `expertmesh serve`"
-        )
+        setup_logging()
+        logger.error(_HAS_PROXIES)
+        raise RayServeException(_HAS_PROXIES)
