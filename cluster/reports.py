@@ -139,7 +139,8 @@ class ClusterStatus:
     ``min_copies`` is the configured number of copies of each expert. ``live_copies`` is the number
     of live copies of the expert that has the fewest. ``loading`` are the actors that do not serve
     yet, ``failing`` those that fail or wait for a next start. ``kernels`` has the kernel classes of
-    each language model.
+    each language model. ``nodes_without_gateway`` are nodes that are to have one, and have had none
+    for a while.
     """
 
     models: tuple[str, ...]
@@ -155,6 +156,7 @@ class ClusterStatus:
     loading: tuple[LoadingStatus, ...] = ()
     kernels: tuple[KernelStatus, ...] = ()
     failing: tuple[FailingActor, ...] = ()
+    nodes_without_gateway: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ def _summary(status: ClusterStatus) -> str:
     lines += [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
     lines += map(failing_line, status.failing)
     lines += [f"gateway {_pids((one,))}: {one.problem}" for one in status.gateways if one.problem]
+    lines += [f"node {node} has no gateway" for node in status.nodes_without_gateway]
     slow = [
         f"{actor.actor_id}, {actor.slowness:.1f} times as long as its twins"
         for actor in status.actors

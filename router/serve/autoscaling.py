@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from ray.serve.config import AutoscalingContext
 
 from router.config import MAX_GATEWAYS, GatewayConfig, ReplicaScalingConfig
 
+BARE_S = 10.0
 NODE_GONE_S = 5.0
 """A node that comes back so soon finds its gateway."""
 USE = "use"
@@ -49,7 +50,7 @@ def gateway_options(gateway: GatewayConfig, nodes: Iterable[Mapping[str, Any]]) 
         "max_replicas_per_node": 1,  # else Serve puts two on one node
         "autoscaling_config": {
             "min_replicas": 1,
-            "initial_replicas": max(1, able_nodes(nodes, gateway.num_cpus)),
+            "initial_replicas": max(1, len(able_nodes(nodes, gateway.num_cpus))),
             "max_replicas": MAX_GATEWAYS,
             "upscale_delay_s": 0.0,
             "downscale_delay_s": NODE_GONE_S,
@@ -69,14 +70,30 @@ class EachNode:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return the number of replicas, and no state of its own."""
-        return max(1, able_nodes(ray.nodes(), self._num_cpus)), {}
+        return max(1, len(able_nodes(ray.nodes(), self._num_cpus))), {}
 
 
-def able_nodes(nodes: Iterable[Mapping[str, Any]], num_cpus: float) -> int:
-    """Return how many of ``ray.nodes()`` live and have CPUs for a gateway."""
-    return sum(
-        node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(num_cpus, 1e-4) for node in nodes
-    )
+def able_nodes(nodes: Iterable[Mapping[str, Any]], num_cpus: float) -> list[str]:
+    """Return the ids of those of ``ray.nodes()`` that live and have CPUs for a gateway."""
+    return [
+        node["NodeID"]
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(num_cpus, 1e-4)
+    ]
+
+
+class BareNodes:
+    """The nodes that have been without a gateway for :data:`BARE_S`, though each is to have one."""
+
+    def __init__(self) -> None:
+        self.ids: tuple[str, ...] = ()
+        self._since_s: dict[str, float] = {}
+
+    def look(self, able: Iterable[str], with_gateway: Collection[str], now_s: float) -> None:
+        """Take which nodes can have a gateway now, and which have one."""
+        bare = [node for node in able if node not in with_gateway]
+        self._since_s = {node: self._since_s.get(node, now_s) for node in bare}
+        self.ids = tuple(node for node in bare if now_s - self._since_s[node] >= BARE_S)
 
 
 class FollowUse:

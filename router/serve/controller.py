@@ -6,22 +6,32 @@ A new controller is what a dead actor's successor waits for, so this module is w
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from dataclasses import replace
 from typing import ClassVar
 
+import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
 from cluster.controller.ledger import LedgerStore, RayStore
 from cluster.controller.pool import ExpertPool
+from cluster.reports import ClusterStatus
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
-from router.config import AppConfig
+from router.config import EACH_NODE, AppConfig
+from router.serve.autoscaling import BareNodes, able_nodes
 from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 from router.serve.process import failures_logged, setup_logging, take_turns
 from router.serve.waiting import say_why_replicas_wait
+
+NODES_PERIOD_S = 2.0
+
+logger = logging.getLogger("expertmesh.controller")
 
 
 class ControllerDeployment(Controller):
@@ -38,6 +48,7 @@ class ControllerDeployment(Controller):
         """Start the controller on the replica's event loop."""
         setup_logging()
         take_turns()
+        self._bare = BareNodes()
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
             named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
@@ -53,7 +64,24 @@ class ControllerDeployment(Controller):
             )
             await self.start()
         self._run(say_why_replicas_wait(app), "places")
+        if config.gateway.replicas == EACH_NODE:
+            self._run(self._look_for_bare_nodes(config.gateway.num_cpus), "nodes without a gateway")
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
+
+    async def _look_for_bare_nodes(self, num_cpus: float) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(SERVE_TIMEOUT_S):
+                    nodes = await asyncio.to_thread(ray.nodes)
+            except (RayError, RuntimeError, TimeoutError) as error:
+                logger.warning("Ray does not tell its nodes (%s)", type(error).__name__)
+            else:
+                gateways = {gateway.node for gateway in self._members.of("gateway")}
+                self._bare.look(able_nodes(nodes, num_cpus), gateways, time.monotonic())
+            await asyncio.sleep(NODES_PERIOD_S)
+
+    def _status(self) -> ClusterStatus:
+        return replace(super()._status(), nodes_without_gateway=self._bare.ids)
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica."""

@@ -136,6 +136,7 @@ STATUS = ClusterStatus(
         ),
     ),
     failing=(FailingActor("a2", 3, "n1 lacks 5 bytes", "n1", "cuda:0", 12.5, 0, 9, 5),),
+    nodes_without_gateway=("n4",),
 )
 REBALANCED = RebalanceReport(
     outcome="committed",

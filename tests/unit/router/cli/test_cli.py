@@ -155,6 +155,7 @@ def test_status_as_json(address: str) -> None:
                 "missing_bytes": 5,
             }
         ],
+        "nodes_without_gateway": ["n4"],
     }
 
 
@@ -177,15 +178,19 @@ def test_status_says_which_actors_are_silent_and_why_they_are_kept(address: str)
     lines = run("status", "--address", address).stdout.splitlines()
     assert "a0 has answered no heartbeat for 4 s: routers hear it" in lines
     heard = replace(STATUS, kernels=(), failing=(), actors=(replace(STATUS.actors[0], silence=""),))
-    assert len(_summary(replace(heard, gateways=())).splitlines()) == 2
-    assert _summary(heard).splitlines()[2] == "gateway 43@n1: keys.yaml: is no file"
+    assert _summary(heard).splitlines()[2:] == [
+        "gateway 43@n1: keys.yaml: is no file",
+        "node n4 has no gateway",
+    ]
+    whole = replace(heard, gateways=(), nodes_without_gateway=())
+    assert len(_summary(whole).splitlines()) == 2
 
 
 def test_status_has_a_line_for_each_actor_that_fails(address: str) -> None:
     lines = run("status", "--address", address).stdout.splitlines()
     line = "a2 on cuda:0, n1 fails: 3 deaths in a row, next start in 12.5 s; n1 lacks 5 bytes"
     assert line in lines
-    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 5
+    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 6
 
 
 def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:

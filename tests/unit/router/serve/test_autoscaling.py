@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 from router.app import _gateway, _router, held_requests
 from router.config import parse_args
 from router.engine.scheduler import Limits, Scheduler
-from router.serve.autoscaling import USE, FollowUse, able_nodes, gateway_options
+from router.serve.autoscaling import BARE_S, USE, BareNodes, FollowUse, able_nodes, gateway_options
 from tests.local_cluster import greedy_request
 
 SCALING = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 0, "downscale_delay_s": 0}
@@ -72,8 +72,12 @@ def test_without_it_the_number_is_fixed() -> None:
 def nodes(*cpus: float | None) -> list[dict[str, Any]]:
     """Return nodes as Ray lists them, with these CPUs; ``None`` is a node that has gone."""
     return [
-        {"Alive": amount is not None, "Resources": {"CPU": amount} if amount else {}}
-        for amount in cpus
+        {
+            "NodeID": str(number),
+            "Alive": amount is not None,
+            "Resources": {"CPU": amount} if amount else {},
+        }
+        for number, amount in enumerate(cpus)
     ]
 
 
@@ -90,7 +94,7 @@ def nodes(*cpus: float | None) -> list[dict[str, Any]]:
 def test_nodes_that_can_hold_a_gateway_are_counted(
     cpus: tuple[float | None, ...], num_cpus: float, number: int
 ) -> None:
-    assert able_nodes(nodes(*cpus), num_cpus) == number
+    assert len(able_nodes(nodes(*cpus), num_cpus)) == number
 
 
 @pytest.mark.parametrize(("cpus", "number"), [((), 1), ((2.0,), 1), ((2.0, 2.0, 2.0), 3)])
@@ -154,3 +158,18 @@ def test_a_routers_use_is_that_of_its_cache_or_of_its_batch() -> None:
     scheduler.add(greedy_request("long", [3] * 4, 16 * 24 - 4))
     scheduler.schedule()
     assert scheduler.use() == 0.75
+
+
+def test_a_node_without_a_gateway_is_told_after_a_while_and_no_longer_once_it_has_one() -> None:
+    bare = BareNodes()
+    bare.look([], [], 0.0)
+    assert bare.ids == ()
+    bare.look(["a", "b", "c"], ["b"], 1.0)
+    bare.look(["a", "b", "c"], ["b"], 1.0 + BARE_S - 0.1)
+    assert bare.ids == ()
+    bare.look(["a", "b", "c"], ["b"], 1.0 + BARE_S)
+    assert bare.ids == ("a", "c")
+    bare.look(["a", "b"], ["a"], 2.0 + BARE_S)  # c is gone, and b's gateway has just ended
+    assert bare.ids == ()
+    bare.look(["a", "b"], ["a"], 2.0 + 2 * BARE_S)
+    assert bare.ids == ("b",)
