@@ -155,5 +155,9 @@ def file_schema() -> dict[str, Any]:
     application["properties"]["args"] = {"$ref": "#/$defs/AppConfig"}
     application["properties"]["import_path"] = {"const": IMPORT_PATH}
     application["required"] = sorted({*application.get("required", []), "args", "import_path"})
-    schema["properties"]["applications"]["minItems"] = 1
+    properties = schema["properties"]
+    properties["applications"]["minItems"] = 1
+    properties["proxy_location"] = {"const": "Disabled"}
+    for refused in ("http_options", "grpc_options"):  # of Serve's proxies
+        del properties[refused]
     return schema

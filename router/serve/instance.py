@@ -1,4 +1,4 @@
-"""The Serve that runs an application: its controller, our applications, and its proxies."""
+"""The Serve that runs an application: its controller, and our applications."""
 
 from __future__ import annotations
 

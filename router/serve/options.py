@@ -47,11 +47,15 @@ def check_serve_part(document: Mapping[str, Any]) -> None:
     http, grpc = document.get("http_options"), document.get("grpc_options")
     if http is not None or grpc is not None:
         section = "grpc_options" if http is None else "http_options"
-        lines = yaml.safe_dump({"listen": _listen_of(http, grpc)}, default_flow_style=True)
+        listen = _listen_of(http, grpc)
+        advice = "leave it out"
+        if listen:
+            lines = yaml.safe_dump({"listen": listen}, default_flow_style=True)
+            advice = (
+                f"write instead, under the application's args.gateway: {' '.join(lines.split())}"
+            )
         raise ConfigError(
-            "is of Serve's proxies, and the gateways listen by themselves; write instead, under "
-            f"the application's args.gateway: {' '.join(lines.split())}",
-            section,
+            f"is of Serve's proxies, and the gateways listen by themselves; {advice}", section
         )
     location = document.get("proxy_location")
     if location != "Disabled":

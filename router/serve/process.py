@@ -79,7 +79,7 @@ def failures_logged(name: str) -> Iterator[None]:
 def take_turns() -> None:
     """Let no thread of this process interrupt another process the moment that it wakes.
 
-    Gateways, proxies and controllers wake often, for little. Each time an expert actor that
+    Gateways and controllers wake often, for little. Each time an expert actor that
     computes on the same core would stand still, and its router would wait for it. By
     ``SCHED_BATCH`` (sched(7)) a thread has the same share of the processor, but waits until the
     other's turn is over. Threads and processes that are started later have it from these. A policy

@@ -33,6 +33,22 @@ def open_socket(host: str, port: int, where: str, *, listens: bool) -> socket.so
     by ``SO_REUSEPORT``, and nobody else may. Raises :class:`ConfigError` with the key ``where`` and
     the process that has the port.
     """
+    try:
+        return _opened(host, port, listens)
+    except OSError as error:
+        raise ConfigError(f"given {port}: {_reason(host, port, error)}", where) from None
+
+
+def why_taken(host: str, port: int) -> str | None:
+    """Return why nobody can listen on a port now, if so."""
+    try:
+        _opened(host, port, listens=True).close()
+    except OSError as error:
+        return _reason(host, port, error)
+    return None
+
+
+def _opened(host: str, port: int, listens: bool) -> socket.socket:
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         if host == "::":
@@ -44,9 +60,9 @@ def open_socket(host: str, port: int, where: str, *, listens: bool) -> socket.so
             made.listen(BACKLOG)
         else:  # Set before, it would share the port with a program that sets it, too.
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    except OSError as error:
+    except OSError:
         made.close()
-        raise ConfigError(f"given {port}: {_reason(host, port, error)}", where) from None
+        raise
     made.setblocking(False)
     return made
 

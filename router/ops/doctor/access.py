@@ -26,7 +26,7 @@ def check_token(num_nodes: int | None, is_open: bool, has_token: bool | None) ->
         return Check(TOKEN, "ok", "not known of this cluster")
     if has_token:
         return Check(TOKEN, "ok", "Ray asks for it")
-    why = f"{num_nodes} nodes" if _are_several(num_nodes) else "gateway.listen.host is not loopback"
+    why = f"{num_nodes} nodes" if _are_several(num_nodes) else "a gateway listens beyond loopback"
     return Check(
         TOKEN,
         "problem",

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import ConfigError
 from router.config import IMPORT_PATH, GatewayConfig
-from router.gateway.listen.sockets import open_socket, resolved
+from router.gateway.listen.sockets import resolved, why_taken
 from router.listen_config import ListenConfig
 
 _PURPOSES = {
@@ -57,10 +56,5 @@ def ports_of(document: Mapping[str, Any]) -> list[Port]:
 
 def taken_ports(ports: list[Port]) -> list[TakenPort]:
     """Try to open each port for a moment; return the ports that cannot be opened."""
-    taken = []
-    for port in ports:
-        try:
-            open_socket(resolved(port.host, port.key), port.number, port.key, listens=True).close()
-        except ConfigError as error:
-            taken.append(TakenPort(port, error.message))
-    return taken
+    reasons = {port: why_taken(resolved(port.host, port.key), port.number) for port in ports}
+    return [TakenPort(port, reason) for port, reason in reasons.items() if reason is not None]

@@ -82,7 +82,7 @@ def test_a_port_is_taken_while_somebody_listens(host: str) -> None:
         [taken] = taken_ports([port])
         assert taken.port == port
         name = psutil.Process().name()
-        assert taken.reason == f"given {number}: it is taken by {name} (pid {os.getpid()})"
+        assert taken.reason == f"it is taken by {name} (pid {os.getpid()})"
     assert taken_ports([port]) == []
 
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
 
     monkeypatch.setattr("router.gateway.listen.sockets.socket.socket", Denied)
     [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
-    assert taken.reason == "given 80: this user may not open it"
+    assert taken.reason == "this user may not open it"
 
 
 def test_a_folder_that_does_not_exist_yet_is_tried_where_it_would_be(tmp_path: Path) -> None:

@@ -233,9 +233,7 @@ def test_a_taken_port_is_named_with_its_key_and_who_has_it(
     file = write(tmp_path / "busy.yaml", shipped_document(http_port, grpc_port))
     with socket.create_server(("127.0.0.1", grpc_port)):
         line = refusal(["serve", "run", str(file)], capsys)
-    assert line.startswith(
-        f"expertmesh: port {grpc_port}: for gRPC: given {grpc_port}: it is taken"
-    )
+    assert line.startswith(f"expertmesh: port {grpc_port}: for gRPC: it is taken")
     assert f"(pid {os.getpid()}). End that process, or set gateway.listen.grpc_port to an" in line
 
 
@@ -594,7 +592,7 @@ def test_an_open_host_and_a_ray_without_a_token_end_the_command(
     secured(file, "open", host="0.0.0.0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     line = refusal(["serve", "run", str(file)], capsys)
-    assert line.startswith("expertmesh: token: gateway.listen.host is not loopback, and Ray asks")
+    assert line.startswith("expertmesh: token: a gateway listens beyond loopback, and Ray asks")
     monkeypatch.delenv("RAY_AUTH_MODE")  # the start sets it
     attend(["serve", "run", str(file)])
     assert capsys.readouterr() == ("", "")
