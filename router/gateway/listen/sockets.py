@@ -40,11 +40,14 @@ def open_socket(host: str, port: int, where: str, *, listens: bool) -> socket.so
 
 
 def why_taken(host: str, port: int) -> str | None:
-    """Return why nobody can listen on a port now, if so."""
+    """Return why nobody can listen on a port of a host now, if so."""
     try:
-        _opened(host, port, listens=True).close()
+        address = resolved(host, "")
+        _opened(address, port, listens=True).close()
+    except ConfigError as error:
+        return error.message
     except OSError as error:
-        return _reason(host, port, error)
+        return _reason(address, port, error)
     return None
 
 

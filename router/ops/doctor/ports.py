@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from router.config import IMPORT_PATH, GatewayConfig
-from router.gateway.listen.sockets import resolved, why_taken
+from router.gateway.listen.sockets import why_taken
 from router.listen_config import ListenConfig
 
 _PURPOSES = {
@@ -56,5 +56,5 @@ def ports_of(document: Mapping[str, Any]) -> list[Port]:
 
 def taken_ports(ports: list[Port]) -> list[TakenPort]:
     """Try to open each port for a moment; return the ports that cannot be opened."""
-    reasons = {port: why_taken(resolved(port.host, port.key), port.number) for port in ports}
+    reasons = {port: why_taken(port.host, port.number) for port in ports}
     return [TakenPort(port, reason) for port, reason in reasons.items() if reason is not None]
