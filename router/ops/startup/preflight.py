@@ -2,9 +2,9 @@
 
 Serve builds an application in a task of the cluster, long after the command has told the user that
 all is well, and ``serve run`` does not end when that fails. But while the command reads its file,
-it imports the class that a ``request_router_config`` names. Our files name the one below (Serve's
-own default). So importing this module attends the command in its own process: a bad file ends it
-with one line and status 2, and a ``serve run`` tells when it is ready. ``expertmesh serve`` and
+it imports the class that a ``request_router_config`` names. Our files name one of this module, for
+the controller. So importing it attends the command in its own process: a bad file ends it with one
+line and status 2, and a ``serve run`` tells when it is ready. ``expertmesh serve`` and
 ``expertmesh deploy`` check any file, and fill in Serve's part. Everywhere else importing this does
 nothing.
 """
@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
@@ -44,8 +43,7 @@ from router.ops.startup.ray_token import (
 )
 from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
-
-__all__ = ["PowerOfTwoChoicesRequestRouter"]
+from router.serve.any_replica import AnyReplica
 
 COMMANDS = ("run", "deploy")
 EXIT_BAD_CONFIG = 2
@@ -198,5 +196,8 @@ def _end(message: str) -> NoReturn:
 def _warn(message: str) -> None:
     print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
+
+PowerOfTwoChoicesRequestRouter = AnyReplica
+"""The name in deployment files of earlier releases, for one release."""
 
 attend(sys.argv)

@@ -39,7 +39,7 @@ DEPLOYMENT_FILES = sorted(DEPLOY.rglob("*.yaml"))
 SERVE_CONFIGS = [file for file in DEPLOYMENT_FILES if "models" not in file.parts]
 MODEL = {"id": "a", "path": "models/mesh-tiny"}
 TLS = {"certificate": "c", "key": "k", "authority": "a", "cert": "x"}
-PREFLIGHT = "router.ops.startup.preflight:PowerOfTwoChoicesRequestRouter"
+PREFLIGHT = "router.ops.startup.preflight:AnyReplica"
 
 
 @pytest.fixture(scope="module")
