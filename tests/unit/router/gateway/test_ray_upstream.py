@@ -229,7 +229,13 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[RayUpstream,
         samples = Samples(0.0, {})
         routers: Any = {"m": router}
         deployment = Deployment(
-            None, routers, "strict", lambda: True, lambda: samples, lambda uses: None
+            None,
+            routers,
+            "strict",
+            lambda: True,
+            lambda: False,
+            lambda: samples,
+            lambda uses: None,
         )
         return RayUpstream(deployment, routers, MAX_HELD), router
 

@@ -122,7 +122,13 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call
             handles: Any = {"m": routers}
             samples = Samples(0.0, {})
             deployment = Deployment(
-                None, handles, "strict", lambda: True, lambda: samples, lambda uses: None
+                None,
+                handles,
+                "strict",
+                lambda: True,
+                lambda: False,
+                lambda: samples,
+                lambda uses: None,
             )
             predictions = Predictions(deployment, handles, MAX_CALLS)
             await test(predictions, routers)
