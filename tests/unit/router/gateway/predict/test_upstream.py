@@ -39,7 +39,7 @@ from router.gateway.predict.upstream import (
 )
 from router.messages.call_link import LinkBrokenError
 from router.messages.prediction import PredictionReply, PredictionRequest
-from router.observability.tracing import as_current
+from router.observability.tracing import as_current, continue_trace
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
 
@@ -200,6 +200,7 @@ def test_calls_know_the_span_of_their_request(
         for call in await routers.until(2):
             call.answer()
         await work
+        continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
         failing = asked(upstream, request())  # is not sampled
         (await routers.until(3))[2].refuse(InternalError("failed"))
         await asyncio.gather(failing, return_exceptions=True)
