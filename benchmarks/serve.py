@@ -75,17 +75,21 @@ def deployed(folder: Path, actors: int, routers: int = 1, min_copies: int = 1) -
 
 @contextmanager
 def served(
-    build: Callable[[dict[str, Any]], Any], args: Mapping[str, Any], num_gpus: int | None = None
+    build: Callable[[dict[str, Any]], Any],
+    args: Mapping[str, Any],
+    num_gpus: int | None = None,
+    ports: Ports | None = None,
 ) -> Iterator[Ports]:
     """Run the application that ``build`` makes of ``args``, as :func:`deployed` does.
 
-    Ray has ``num_gpus`` GPUs, by default those that it finds.
+    Ray has ``num_gpus`` GPUs, by default those that it finds. The ``ports`` are free ones by
+    default.
     """
     import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ports = Ports(*free_ports(2))
+    ports = ports or Ports(*free_ports(2))
     ray.init(
         address="local",
         num_gpus=num_gpus,
