@@ -88,7 +88,8 @@ class GatewayReplica:
         take_turns()
         metrics = Metrics()
         charges = Charges(metrics)
-        self._let_in(limits.listen, security, metrics)
+        with failures_logged("a gateway"):
+            self._let_in(limits.listen, security, metrics)
 
         def samples() -> Samples:
             return replace(metrics.samples(), problem=self._problem(), uses=charges.uses())
