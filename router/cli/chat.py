@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, suppress
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ from router.cli.common import (
     write,
     write_generated,
 )
-from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, Message, Reply, Sampling
+from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, AsyncClient, Message, Reply, Sampling
 from router.client.wire import first_model
 
 ROOM_TOKENS = 256
@@ -40,7 +41,7 @@ _HELP = """\
 //text  say a text that begins with /
 Ctrl-C ends an answer; the text up to there counts as the answer."""
 
-Ask = Callable[[list[Message]], Generator[Reply, None, None]]
+Ask = Callable[[list[Message]], AsyncGenerator[Reply, None]]
 
 
 def chat(
@@ -70,8 +71,11 @@ def chat(
     When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
     the first failure ends the command.
     """
-    with Client(address, api_key=api_key) as client:
-        info = first_model(client.model_info(model))
+    # Ctrl-C raises an error at any place of grpc's blocking client, which then may hold a lock for
+    # ever. In an event loop it cancels a task.
+    with asyncio.Runner() as runner:
+        client = runner.run(_opened(address, api_key))
+        info = first_model(runner.run(client.model_info(model)))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
         sampling = Sampling(
@@ -83,19 +87,26 @@ def chat(
             stop=stop or (),
         )
 
-        def ask(messages: list[Message]) -> Generator[Reply, None, None]:
+        def ask(messages: list[Message]) -> AsyncGenerator[Reply, None]:
             return client.stream(
                 messages=messages, sampling=sampling, model=info.id, timeout_s=timeout
             )
 
-        _Chat(ask, Conversation(system), info.id).run()
+        _Chat(runner, ask, Conversation(system), info.id).run()
+        runner.run(client.close())
+
+
+async def _opened(address: str, api_key: str | None) -> AsyncClient:
+    return AsyncClient(address, api_key=api_key)
 
 
 class _Chat:
     """The loop of questions and answers, at a terminal or in a pipe."""
 
-    def __init__(self, ask: Ask, conversation: Conversation, model: str) -> None:
-        self._ask = ask
+    def __init__(
+        self, runner: asyncio.Runner, ask: Ask, conversation: Conversation, model: str
+    ) -> None:
+        self._runner, self._ask = runner, ask
         self._conversation = conversation
         self._model = model
         self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -170,25 +181,28 @@ class _Chat:
                 num_forgotten += 1
 
     def _stream(self, question: str, num_forgotten: int) -> str:
-        answer, begun = "", False
-        with closing(self._ask(self._conversation.messages(question, num_forgotten))) as pieces:
-            try:
-                for piece in pieces:
-                    if not begun:
-                        begun = True
+        texts: list[str] = []
+
+        async def show() -> None:
+            asked = self._ask(self._conversation.messages(question, num_forgotten))
+            async with aclosing(asked) as pieces:
+                async for piece in pieces:
+                    if not texts:
                         self._begin(num_forgotten)
-                    new = piece.text if answer else piece.text.lstrip()
-                    answer += new
-                    write_generated(new)
-            except KeyboardInterrupt:
-                if not self._is_terminal:
-                    raise
-                begun = True
-                self._note(" (stopped)", end="")
-            finally:
-                if begun:
-                    write("\n")
-        return answer
+                    texts.append(piece.text if any(texts) else piece.text.lstrip())
+                    write_generated(texts[-1])
+
+        try:
+            self._runner.run(show())
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+            texts.append("")
+            self._note(" (stopped)", end="")
+        finally:
+            if texts:
+                write("\n")
+        return "".join(texts)
 
     def _begin(self, num_forgotten: int) -> None:
         """Begin an answer: report the forgotten exchanges, print the model's name."""

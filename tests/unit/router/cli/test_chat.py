@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncGenerator, Iterator
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
@@ -10,8 +14,8 @@ from typer.testing import CliRunner
 
 from cluster.errors import UnavailableError
 from router.cli.app import app
-from router.cli.chat import Conversation
-from router.client import Message
+from router.cli.chat import Conversation, _Chat
+from router.client import Message, Reply
 from router.messages.request import GenerationRequest
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer
 from tests.unit.terminal import Terminal
@@ -147,3 +151,27 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_command(address: str, upstream: Fa
     assert prompt(upstream.requests[-1]) == (
         "user: in\nassistant: was \x1b[2J\nuser: the end\nassistant:"
     )
+
+
+def test_ctrl_c_never_breaks_off_the_client_between_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Grpc's blocking client would keep a lock there, and the next answer would never come."""
+    released = []
+
+    async def ask(messages: list[Message]) -> AsyncGenerator[Reply, None]:
+        yield Reply(0, " was", (1,), (), None, True, None)
+        signal.raise_signal(signal.SIGINT)
+        released.append("lock")
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = iter(["in", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    conversation = Conversation()
+    with asyncio.Runner() as runner:
+        _Chat(runner, ask, conversation, "tiny").run()
+    assert released == ["lock"]
+    assert "(stopped)" in capsys.readouterr().out
+    assert conversation.messages("on")[1] == Message("assistant", "was")
