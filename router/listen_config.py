@@ -113,6 +113,10 @@ class ListenConfig(Section):
         }
         return {key: port for key, port in ports.items() if port is not None}
 
+    def hosts(self) -> dict[str, str]:
+        """Return the hosts of other machines' requests, by their keys."""
+        return {"host": self.host, "admin_host": self.admin_host}
+
     def host_of(self, key: str) -> str:
         """Return where the port of a key listens."""
         hosts = {"admin_port": self.admin_host, "health_port": PROBE_HOST}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_address
 
 from cluster.errors import ConfigError
-from router.listen_config import ListenConfig
 from router.security.config import SecurityConfig
 
 
@@ -17,12 +17,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_listen(listen: ListenConfig, security: SecurityConfig, where: str) -> None:
+def check_listen(hosts: Mapping[str, str], security: SecurityConfig, where: str) -> None:
     """Raise :class:`ConfigError` for a host that others reach, where nothing asks for a key.
 
-    ``where`` is the key of ``listen``.
+    ``hosts`` are by their keys in the section ``where``.
     """
-    for key, host in (("host", listen.host), ("admin_host", listen.admin_host)):
+    for key, host in hosts.items():
         if security.is_protected or is_loopback(host):
             continue
         raise ConfigError(

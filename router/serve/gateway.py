@@ -51,8 +51,8 @@ from router.serve.process import (
 )
 from router.served import Served, ServedMixture, ServedModel
 
-GATEWAY = "Gateway"
-"""The deployments' name, before a hyphen and what distinguishes one from its successor."""
+ENDED_S = 2.0
+"""How long clients of a deleted application may read how their requests ended."""
 MESSAGE_ROOM = 4
 """A gRPC message up to so many times ``gateway.max_body_bytes`` is read, to be refused by name."""
 
@@ -143,7 +143,7 @@ class GatewayReplica:
 
     def _let_in(self, listen: ListenConfig, security: SecurityConfig, metrics: Metrics) -> None:
         """Find out who is let in; follow changes of the keys and the certificate."""
-        check_listen(listen, security, "gateway.listen")
+        check_listen(listen.hosts(), security, "gateway.listen")
         keyring = None if security.keys_file is None else Keyring(Path(security.keys_file))
         self._access = Access(keyring, metrics.refused_caller)
         self._certificates = None if listen.tls is None else Certificates(listen.tls.files())
@@ -197,7 +197,10 @@ class GatewayReplica:
         """
         if self._listeners is not None:
             await self._deployment.wait_for_successors()
-            await self._listeners.close(self._service.limits.max_timeout_s)
+            is_deleted = self._deployment.is_deleted
+            await self._listeners.close(
+                ENDED_S if is_deleted else self._service.limits.max_timeout_s
+            )
 
 
 def _calls_to(

@@ -48,7 +48,7 @@ from tests.quantise import CASES, make
 BACK_S = 40.0
 BOTH_BACK_S = 40.0
 """For Serve to notice, a controller to start, and then an actor."""
-GONE_S = 10.0
+GONE_S = 60.0
 SCORED = [prompt_of(length, length) for length in (40, 97, 130)]
 SCORED_LENGTH = 120
 THROWAWAY = "throwaway"

@@ -25,7 +25,7 @@ def check_document(document: Mapping[str, Any], file: Path, reads_files: bool) -
     owners: dict[int, str] = {}
     for name, config in parse_deployment(document, file):
         listen, security = config.gateway.listen, config.security
-        check_listen(listen, security, "gateway.listen")
+        check_listen(listen.hosts(), security, "gateway.listen")
         for key, port in listen.ports().items():
             if port in owners:
                 raise ConfigError(

@@ -184,7 +184,7 @@ HOSTS = pytest.mark.parametrize("key", ["host", "admin_host"])
 @HOSTS
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_this_machine_needs_no_key(key: str, host: str) -> None:
-    check_listen(ListenConfig(**{key: host}), SecurityConfig(), "gateway.listen")
+    check_listen(ListenConfig(**{key: host}).hosts(), SecurityConfig(), "gateway.listen")
     assert is_loopback(host)
 
 
@@ -193,8 +193,8 @@ def test_this_machine_needs_no_key(key: str, host: str) -> None:
 def test_other_machines_need_a_key_or_an_open_word(key: str, host: str) -> None:
     listen = ListenConfig(**{key: host})
     for security in (KEYS, OPEN):
-        check_listen(listen, security, "gateway.listen")
+        check_listen(listen.hosts(), security, "gateway.listen")
     reason = f"^gateway.listen.{key}: given '{host}', which other machines reach, and no keys: make"
     with pytest.raises(ConfigError, match=reason):
-        check_listen(listen, SecurityConfig(), "gateway.listen")
+        check_listen(listen.hosts(), SecurityConfig(), "gateway.listen")
     assert not is_loopback(host)

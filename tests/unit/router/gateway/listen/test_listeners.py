@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
@@ -376,9 +376,14 @@ def access(tmp_path: Path, key: str) -> Access:
 async def services_told(port: int, key: str | None = None) -> set[str]:
     metadata = () if key is None else ((FIELD, f"Bearer {key}"),)
     async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        [reply] = [one async for one in stub.ServerReflectionInfo(asked, metadata=metadata)]
+        # One message: grpcio's stream of them may be written to after its end.
+        ask = channel.unary_unary(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        reply: Any = await ask(asked, metadata=metadata)
         return {service.name for service in reply.list_services_response.service}
 
 
