@@ -201,7 +201,7 @@ def _lined(output: str) -> str:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Place]:
-    """Run ``expertmesh serve`` of the shipped deployment, ready, with a copy of it in ``folder``."""
+    """Run ``expertmesh serve`` of the shipped file, ready, with a copy of it in ``folder``."""
     import deploy
     from benchmarks.shipped import free_ports
     from tests.serve_run import copy_with_ports, expertmesh_serve, other_shell, ready_serve

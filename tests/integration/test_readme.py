@@ -22,7 +22,7 @@ from tests.readme import (
     run_documents,
     serving,
 )
-from tests.serve_run import serve_cli
+from tests.serve_run import copy_with_ports, serve_cli
 
 README = ROOT / "README.md"
 GONE_S = 20.0
@@ -58,6 +58,7 @@ def test_the_commands_for_another_shell_work_as_written(place_that_ends: Place) 
     assert re.findall(r"^serve (\w+)", block.text, re.MULTILINE) == ["deploy", "status", "shutdown"]
     with pytest.raises(AssertionError, match="Authentication required"):
         serve_cli("status", **place.variables)  # the token is on
+    copy_with_ports(place.folder / "deploy", place.http_port, place.grpc_port)
     output = place.run(["bash", "-ec"], block.text)
     assert "Sent deploy request successfully" in output
     assert "status: RUNNING" in output
