@@ -20,9 +20,9 @@ import ray
 
 from cluster.controller.last_words import LastWords
 from cluster.controller.lease import Lease, end_when_orphaned
-from cluster.controller.ledger import RayStore
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.memory import memory
+from cluster.ray_private import ray_store
 from cluster.spec import EMULATED, ActorReport, ActorSpec, ExpertKey, ModelKernel
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import StreamServer
@@ -304,7 +304,7 @@ def _device_of(spec: ActorSpec, actor_id: str, generation: int) -> ExpertDevice:
     from experts.compute.expert_device import ExpertDevice
 
     device = device_of("auto", spec.num_gpus, "args.experts.num_gpus")
-    say_last = partial(LastWords(spec.app, RayStore()).leave, actor_id, generation)
+    say_last = partial(LastWords(spec.app, ray_store()).leave, actor_id, generation)
     return ExpertDevice(device, actor_id, say_last)
 
 

@@ -11,18 +11,21 @@ import os
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.spec import model_id_of
 from cluster.wire.frames import DispatchFrame
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import Tracer
 
 EXPORTER_VARIABLE = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
 """Serve's variable: ``module:function`` of a function that returns span processors, or empty."""
-TO_FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
-"""Serve's own exporter to files, which takes the file's name."""
+TO_FILES = "experts.tracing:to_file"
+"""The exporter where Serve's replicas export to files."""
 
 
 def open_spans(actor_id: str, generation: int) -> BatchSpans | None:
@@ -38,11 +41,24 @@ def open_spans(actor_id: str, generation: int) -> BatchSpans | None:
 
     module, _, name = path.replace(":", ".").rpartition(".")
     exporter = getattr(import_module(module), name)
-    file_name = [f"expert_actor_{actor_id}_g{generation}_tracing.json"]
+    # An exporter to files takes the file's name.
+    names = [f"expert_actor_{actor_id}_g{generation}_tracing.json"]
     provider = TracerProvider(ParentBased(ALWAYS_OFF))
-    for processor in exporter(*file_name if path == TO_FILES else []):
+    for processor in exporter(*names[: len(signature(exporter).parameters)]):
         provider.add_span_processor(processor)
     return BatchSpans(provider.get_tracer("expertmesh"), actor_id)
+
+
+def to_file(name: str) -> list[SpanProcessor]:
+    """Return an exporter to a file beside those that Serve's replicas write."""
+    import ray
+    from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+
+    session = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray")
+    session /= ray.get_runtime_context().get_session_name()
+    folder = session / "logs" / "serve" / "spans"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [SimpleSpanProcessor(ConsoleSpanExporter(out=(folder / name).open("a", buffering=1)))]
 
 
 class BatchSpans:

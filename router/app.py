@@ -24,9 +24,9 @@ from router.config import AppConfig, RouterConfig, parse_args
 from router.security.reach import check_listen
 from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
-from router.serve.gateway import GATEWAY, GatewayReplica
+from router.serve.gateway import GatewayReplica
 from router.serve.instance import refuse_proxies
-from router.serve.options import REPLICA_VARIABLES
+from router.serve.options import GATEWAY, REPLICA_VARIABLES
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
 
@@ -65,7 +65,7 @@ def application(
         config = parse_args(args)
         if config.experts.tls is not None:
             require_ray_tls("args.experts.tls")
-        check_listen(config.gateway.listen, config.security, "args.gateway.listen")
+        check_listen(config.gateway.listen.hosts(), config.security, "args.gateway.listen")
         models = inspect_models(config, neighbours=RayNeighbours())
         names = deployment_names(models)
     except ExpertMeshError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from cluster.controller.ledger import KeyValueStore
+from cluster.ray_private import KeyValueStore
 
 LEAVE_TIMEOUT_S = 0.5
 """How long an actor waits for the store before it ends without words."""

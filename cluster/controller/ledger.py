@@ -14,22 +14,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
-
-from ray.experimental.internal_kv import (
-    _internal_kv_del,
-    _internal_kv_get,
-    _internal_kv_list,
-    _internal_kv_put,
-)
 
 from cluster.controller.fleet import PoolMembers
 from cluster.errors import StaleEpochError
+from cluster.ray_private import KeyValueStore
 from cluster.spec import ModelExperts
-
-KV_NAMESPACE = b"expertmesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,50 +54,6 @@ class Ledger:
             for model in fields.pop("models", ())
         )
         return cls(**fields, pools=pools, models=models)
-
-
-class KeyValueStore(Protocol):
-    """A store whose every call is one step; Ray's is :class:`RayStore`."""
-
-    def create(self, key: str, value: bytes) -> bool:
-        """Store a value under a new key; returns false where there is one, which stays."""
-        ...
-
-    def get(self, key: str) -> bytes | None:
-        """Return the value of a key."""
-        ...
-
-    def keys(self, prefix: str) -> Sequence[str]:
-        """Return all keys with this prefix."""
-        ...
-
-    def delete(self, key: str) -> None:
-        """Delete a key, if it is there."""
-        ...
-
-
-class RayStore:
-    """Ray's key-value store; every call is one short round trip to Ray's head.
-
-    Works in a process that is connected to Ray.
-    """
-
-    def create(self, key: str, value: bytes) -> bool:
-        """See :class:`KeyValueStore`."""
-        existed = _internal_kv_put(key, value, overwrite=False, namespace=KV_NAMESPACE)
-        return not existed
-
-    def get(self, key: str) -> bytes | None:
-        """See :class:`KeyValueStore`."""
-        return _internal_kv_get(key, namespace=KV_NAMESPACE)
-
-    def keys(self, prefix: str) -> Sequence[str]:
-        """See :class:`KeyValueStore`."""
-        return [key.decode() for key in _internal_kv_list(prefix, namespace=KV_NAMESPACE)]
-
-    def delete(self, key: str) -> None:
-        """See :class:`KeyValueStore`."""
-        _internal_kv_del(key, namespace=KV_NAMESPACE)
 
 
 class LedgerStore:

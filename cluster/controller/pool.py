@@ -11,15 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node, state  # nothing public tells these
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller.last_words import LastWords
-from cluster.controller.ledger import RayStore
 from cluster.environment import actor_environment
+from cluster.ray_private import draining_nodes, free_resources, ray_store
 from cluster.spec import (
     ACTOR_NAMESPACE,
     ActorReport,
@@ -111,7 +110,7 @@ class ExpertPool:
 
     def last_words(self, actor_id: str, generation: int) -> str:
         """Return why an actor ended its own process, empty where it did not say; once."""
-        return LastWords(self._app, RayStore()).take(actor_id, generation)
+        return LastWords(self._app, ray_store()).take(actor_id, generation)
 
     def shortage(self, spec: ActorSpec) -> str:
         """Say which resources an actor waits for that Ray has not started."""
@@ -119,7 +118,7 @@ class ExpertPool:
 
     def nodes_for(self, spec: ActorSpec) -> list[str]:
         """Return the living nodes that have free resources for an actor and are not draining."""
-        needed, free = _needed(spec), available_resources_per_node()
+        needed, free = _needed(spec), free_resources()
         draining = self.draining()
         return [
             node["NodeID"]
@@ -133,7 +132,7 @@ class ExpertPool:
 
     def draining(self) -> set[str]:
         """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
-        return set(state.get_draining_nodes())
+        return draining_nodes()
 
     async def describe(self, handle: ActorHandle, timeout_s: float, epoch: int = 0) -> ActorReport:
         """Return an actor's report without renewing its lease.

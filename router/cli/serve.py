@@ -94,6 +94,9 @@ def deploy(
 
     It replaces what the cluster serves; requests under way go on.
     """
+    from router.ops.startup.ray_token import send_token
+
+    send_token(address)
     from router.config import load_deployment, read_document
     from router.ops.startup.preflight import check_deploy
     from router.serve.options import completed
@@ -110,20 +113,22 @@ def deploy(
 def _serve(
     path: Path, ray_address: str | None, folder: Path, handles_signals: Callable[[], None]
 ) -> None:
+    from router.ops.doctor.running_ray import target_of
+    from router.ops.startup.ray_token import dashboard_variable, token_variable
+
+    starts_ray = target_of(ray_address, os.environ) is None
+    variables = token_variable() if starts_ray else {}
+    os.environ.update(variables)
     import ray
 
     from router.config import load_deployment, read_document
-    from router.ops.doctor.running_ray import target_of
     from router.ops.startup import preflight
-    from router.ops.startup.ray_token import dashboard_variable, require_token
     from router.ops.startup.termination import Termination
     from router.serve.options import completed
 
     load_deployment(path)  # Serve's command shows no more than a stack for what is no YAML
     document = completed(read_document(path))
     preflight.check_start(path, document, ray_address)
-    starts_ray = target_of(ray_address, os.environ) is None
-    variables = require_token() if starts_ray else {}
     preflight.tell_progress(document, starts_ray)
     context = ray.init(ray_address, namespace="serve")
     Termination(write_line).install()

@@ -17,19 +17,19 @@ from ray.exceptions import RayError
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import LedgerStore, RayStore
+from cluster.controller.ledger import LedgerStore
 from cluster.controller.pool import ExpertPool
+from cluster.ray_private import ray_store, tracing_config
 from cluster.reports import ClusterStatus
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
 from router.config import EACH_NODE, AppConfig
 from router.serve.autoscaling import BareNodes, able_nodes
-from router.serve.instance import SERVE_TIMEOUT_S, serve_controller
 from router.serve.process import failures_logged, setup_logging, take_turns
-from router.serve.waiting import say_why_replicas_wait
+from router.serve.waiting import log_what_serve_says
 
-NODES_PERIOD_S = 2.0
+NODES_PERIOD_S, ASK_TIMEOUT_S = 2.0, 30.0
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -57,13 +57,13 @@ class ControllerDeployment(Controller):
                 app,
                 named,
                 ExpertPool(app, self.actor_class, await tracing_environment()),
-                LedgerStore(app, RayStore()),
+                LedgerStore(app, ray_store()),
                 experts.min_copies,
                 experts.rebalance_period_s,
                 experts.redeploy_drain_s,
             )
             await self.start()
-        self._run(say_why_replicas_wait(app), "places")
+        self._run(log_what_serve_says(app), "deployments")
         if config.gateway.replicas == EACH_NODE:
             self._run(self._look_for_bare_nodes(config.gateway.num_cpus), "nodes without a gateway")
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
@@ -71,7 +71,7 @@ class ControllerDeployment(Controller):
     async def _look_for_bare_nodes(self, num_cpus: float) -> None:
         while True:
             try:
-                async with asyncio.timeout(SERVE_TIMEOUT_S):
+                async with asyncio.timeout(ASK_TIMEOUT_S):
                     nodes = await asyncio.to_thread(ray.nodes)
             except (RayError, RuntimeError, TimeoutError) as error:
                 logger.warning("Ray does not tell its nodes (%s)", type(error).__name__)
@@ -93,8 +93,7 @@ async def tracing_environment() -> dict[str, str]:
 
     There are none where Serve itself goes by its variables, which actors inherit too.
     """
-    async with asyncio.timeout(SERVE_TIMEOUT_S):
-        config: TracingConfig | None = await serve_controller().get_tracing_config.remote()
+    config = await asyncio.to_thread(tracing_config)
     return {} if config is None else {EXPORTER_VARIABLE: exporter_of(config)}
 
 

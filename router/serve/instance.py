@@ -1,20 +1,20 @@
-"""The Serve that runs an application: its controller, and our applications."""
+"""The Serve that runs an application: its proxies, and our applications."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
 
-from router.config import IMPORT_PATH
-from router.serve.options import NO_PROXIES
+from router.serve.options import GATEWAY, NO_PROXIES
 from router.serve.process import setup_logging
 
-SERVE_TIMEOUT_S = 30.0
 _HAS_PROXIES = (
     "Serve runs proxies, and the gateways listen by themselves: shut Serve down, and write "
     f"`{NO_PROXIES}` at the top of the deployment file, or start it by `expertmesh serve`"
@@ -23,22 +23,31 @@ _HAS_PROXIES = (
 logger = logging.getLogger("expertmesh.serve")
 
 
-def serve_controller() -> Any:
-    """Return Serve's own controller, an actor."""
-    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-
-
-def our_applications(timeout_s: float = SERVE_TIMEOUT_S) -> list[str]:
-    """Return the names of the applications of ExpertMesh that Serve runs by a file.
+def our_applications(timeout_s: float) -> list[str]:
+    """Return the names of the applications of ExpertMesh that Serve runs.
 
     There is none where no Serve runs. Raises :class:`TimeoutError` when Serve does not answer.
     """
+    answers: SimpleQueue[Mapping[str, Any] | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(serve.status().applications)
+        except Exception as error:
+            answers.put(error)
+
+    Thread(target=ask, name="Serve's status", daemon=True).start()
     try:
-        controller = serve_controller()
-    except ValueError:  # no actor has the name
-        return []
-    applications = ray.get(controller.get_app_configs.remote(), timeout=timeout_s)
-    return [name for name, app in applications.items() if app.import_path == IMPORT_PATH]
+        answer = answers.get(timeout=timeout_s)
+    except Empty:
+        raise TimeoutError(f"Serve does not answer within {timeout_s:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return [
+        name
+        for name, application in answer.items()
+        if any(deployment.startswith(f"{GATEWAY}-") for deployment in application.deployments)
+    ]
 
 
 def refuse_proxies() -> None:

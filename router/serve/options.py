@@ -15,6 +15,8 @@ import yaml
 from cluster.errors import ConfigError
 
 NO_PROXIES = "proxy_location: Disabled"
+GATEWAY = "Gateway"
+"""The name of gateways' deployments, before a hyphen and what tells one from its successor."""
 REPLICA_VARIABLES = {
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines go to its log files; ours come to stderr
     # One event loop in a replica: a gateway then sees how fast each client reads.

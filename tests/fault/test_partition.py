@@ -8,7 +8,8 @@ from __future__ import annotations
 import ray
 from ray.actor import ActorHandle
 
-from cluster.controller.ledger import LedgerStore, RayStore
+from cluster.controller.ledger import LedgerStore
+from cluster.ray_private import ray_store
 from cluster.reports import ActorStatus
 from cluster.spec import ACTOR_NAMESPACE, ActorReport, actor_name
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, wait_until
@@ -57,7 +58,7 @@ def test_a_controller_that_is_not_the_newest_ends_and_replaces_nobody(
 ) -> None:
     told, before = served.status(), served.actors()
     streams = start_streams(served)
-    claimed = LedgerStore(APP, RayStore()).claim()
+    claimed = LedgerStore(APP, ray_store()).claim()
     assert claimed.epoch == told.epoch + 1
     kill(told, before["expert-1"].pid)
     after = wait_until(

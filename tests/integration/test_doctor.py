@@ -26,10 +26,8 @@ def target(served: ServedCluster) -> Target:
 
 
 def test_the_ray_that_runs_can_be_joined(target: Target) -> None:
-    import ray
-
     found = look_at(target)
-    assert (found.reason, found.ray_version) == ("", ray.__version__)
+    assert found.reason == ""
     assert found.num_nodes == 1
     assert found.has_token == (os.environ.get("RAY_AUTH_MODE") == "token")
     assert check_ray(found, []).level == "ok"
@@ -41,7 +39,7 @@ def test_a_ray_that_wants_a_token_is_said_to_want_it(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
     found = look_at(replace(target, named_by="RAY_ADDRESS"))
-    assert "AuthenticationError" in found.reason
+    assert found.reason == "asks for Ray's token, and this user's is another or none"
     assert check_ray(found, []).level == "problem"
 
 

@@ -15,10 +15,11 @@ import ray
 import torch
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import LedgerStore, RayStore
+from cluster.controller.ledger import LedgerStore
 from cluster.controller.pool import ExpertPool
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.memory import Memory
+from cluster.ray_private import ray_store
 from cluster.spec import (
     ActorSpec,
     ModelExperts,
@@ -412,7 +413,7 @@ class World:
             APP,
             pools,
             ExpertPool(APP, RemoteExpertActor),
-            LedgerStore(APP, RayStore()),
+            LedgerStore(APP, ray_store()),
             setting.min_copies,
             setting.rebalance_period_s,
             setting.redeploy_drain_s,

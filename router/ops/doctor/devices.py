@@ -1,7 +1,4 @@
-"""Judges whether this machine's GPUs take the routers and actors of a deployment: pure functions.
-
-Ray counts GPUs by their driver, and torch finds those that it was built for; a process needs both.
-"""
+"""Judges whether this machine's GPUs take the processes of a deployment: pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +10,11 @@ from router.ops.plan.devices import DevicesOfFile, Tenant, place
 
 DEVICES = "devices"
 """The name of the check."""
-_ASK = "`python -c 'import torch; print(torch.__version__, torch.accelerator.is_available())'`"
+_INSTALL = (
+    "install a torch that is built for the GPU: see `python -c 'import torch; "
+    "print(torch.__version__, torch.accelerator.is_available())'`."
+)
+_ON_CPU = "Have it computed on the CPU (num_gpus: 0, router.device: cpu)"
 _ELSEWHERE = "Ignore this if other machines of the cluster have them. Else: "
 _FEWER = "Change num_gpus, router.replicas or the actors of a pool, or add machines to Ray."
 
@@ -28,18 +29,12 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Processors, the GPUs that torch finds, and the number of GPUs that a Ray here counts.
-
-    ``reason`` says why torch gave no answer. ``ray_gpus`` is ``None`` where Ray was not asked, or
-    gave no answer for ``ray_reason``.
-    """
+    """Processors, and the GPUs that torch finds; ``reason`` says why torch gave no answer."""
 
     num_cpus: int
     gpus: tuple[Gpu, ...] = ()
     torch_version: str = ""
     reason: str = ""
-    ray_gpus: int | None = None
-    ray_reason: str = ""
 
 
 def check_devices(devices: Devices, tenants: Sequence[Tenant], joins: bool = False) -> Check:
@@ -57,8 +52,6 @@ def check_devices(devices: Devices, tenants: Sequence[Tenant], joins: bool = Fal
     found = f"{cpus}, {_count(len(devices.gpus))}{f' ({names})' if names else ''}"
     if not tenants:
         return Check(DEVICES, "ok", found)
-    if devices.ray_reason:
-        found += f" (torch alone was asked: Ray fails with {devices.ray_reason})"
     level, why, advice = _verdict(devices, tenants)
     if level == "ok":
         return Check(DEVICES, "ok", found)
@@ -69,14 +62,13 @@ def check_devices(devices: Devices, tenants: Sequence[Tenant], joins: bool = Fal
 
 def _verdict(devices: Devices, tenants: Sequence[Tenant]) -> tuple[Level, str, str]:
     """Return the level of the first problem, the problem, and what to do."""
-    num_gpus = len(devices.gpus) if devices.ray_gpus is None else devices.ray_gpus
     reserving = [tenant for tenant in tenants if tenant.shares]
-    if line := place(reserving, num_gpus).unplaced_line():
-        counted = "" if devices.ray_gpus is None else f"Ray counts {_count(num_gpus)}: "
-        return "problem", f"{counted}{line}", _FEWER
+    if line := place(reserving, len(devices.gpus)).unplaced_line():
+        counted = f"torch {devices.torch_version} finds {_count(len(devices.gpus))}"
+        return "problem", f"{counted}: {line}", f"{_FEWER} Or {_INSTALL}"
     planned = place(tenants)
     if len(devices.gpus) < len(planned.devices):
-        return "problem", _not_found(devices, planned), _install(devices)
+        return "problem", _not_found(devices, planned), f"{_ON_CPU}, or {_INSTALL}"
     for number, (device, gpu) in enumerate(zip(planned.devices, devices.gpus, strict=False)):
         name = f"GPU {number} ({gpu.name})"
         if gpu.memory_bytes:
@@ -89,17 +81,10 @@ def _verdict(devices: Devices, tenants: Sequence[Tenant]) -> tuple[Level, str, s
 
 def _not_found(devices: Devices, planned: DevicesOfFile) -> str:
     named = planned.devices[len(devices.gpus)].tenants[0]
-    counted = "" if not devices.ray_gpus else f"Ray counts {_count(devices.ray_gpus)}, but "
     return (
-        f"{counted}torch {devices.torch_version} finds {_count(len(devices.gpus))}, and "
+        f"torch {devices.torch_version} finds {_count(len(devices.gpus))}, and "
         f"{named.name} needs one"
     )
-
-
-def _install(devices: Devices) -> str:
-    if devices.ray_gpus:
-        return f"Install a torch that is built for them; see {_ASK}."
-    return f"Have it computed on the CPU (num_gpus: 0, router.device: cpu), or see {_ASK}."
 
 
 def _count(number: int) -> str:

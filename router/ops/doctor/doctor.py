@@ -151,14 +151,10 @@ def check_ray(running: RunningRay | None, raylets: Iterable[int]) -> Check:
     target = running.target
     where = f"{target.address or 'a Ray'} (named by {target.named_by})"
     if running.reason:
-        own_ray = "a Ray of its own: `serve run -a local FILE`."
-        if running.ray_version:
-            advice = f"Start that cluster again from this virtual environment, or {own_ray}"
-        else:
-            advice = (
-                "If that cluster has ended, run `ray stop` and unset RAY_ADDRESS; or start "
-                f"{own_ray}"
-            )
+        advice = (
+            "If that cluster has ended, run `ray stop` and unset RAY_ADDRESS. If it has other "
+            "versions, start it again from this virtual environment. Or start a Ray of its own: "
+            "`expertmesh serve FILE` without RAY_ADDRESS."
+        )
         return Check("ray", "problem", f"{where} {running.reason}", advice)
-    version = f", Ray {running.ray_version}" if running.ray_version else ""
-    return Check("ray", "ok", f"a start joins {where}{version}")
+    return Check("ray", "ok", f"a start joins {where}")

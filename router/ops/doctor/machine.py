@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -45,14 +46,21 @@ def shared_memory_bytes() -> int | None:
     return disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
-def run_python(program: str, *arguments: str, timeout_s: float) -> Any:
+def run_python(
+    program: str,
+    *arguments: str,
+    timeout_s: float,
+    variables: Mapping[str, str] | None = None,
+) -> Any:
     """Run a Python program in a process of its own; return the JSON in its last line of output.
+
+    Its environment is ``variables``, or that of this process.
 
     Raises :class:`subprocess.TimeoutExpired`, and :class:`ValueError` with the last line of stderr
     when the output does not end in JSON.
     """
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=variables)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

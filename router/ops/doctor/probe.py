@@ -37,7 +37,6 @@ from router.serve.options import completed
 from router.served import check_file
 
 TORCH_TIMEOUT_S = 60.0
-RAY_TIMEOUT_S = 20.0
 _ASK_TORCH = """
 import json, torch
 kind = torch.accelerator.current_accelerator(check_available=True)
@@ -47,11 +46,6 @@ properties = getattr(module, "get_device_properties", lambda i: None)
 memory = lambda i: getattr(properties(i), "total_memory", 0)
 count = 0 if kind is None else torch.accelerator.device_count()
 print(json.dumps([torch.__version__, [[name(i), memory(i)] for i in range(count)]]))
-"""
-# As a Ray that starts on this machine does. Of a visible GPU it asks the driver, not torch.
-_ASK_RAY = """
-from ray._private.resource_and_label_spec import ResourceAndLabelSpec
-print(int(ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1").num_gpus))
 """
 
 
@@ -104,7 +98,7 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
     tenants = deployment.tenants
     return [
         *access_checks(deployment.document, deployment.has_tls, None, variables),
-        *([check_devices(find_devices(asks_ray=True), tenants)] if tenants else []),
+        *([check_devices(find_devices(), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
         doctor.check_memory(memory(), deployment.needs),
@@ -148,7 +142,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     found = [
         *doctor.check_versions(find_installed()),
         doctor.check_native(native is not None),
-        check_devices(find_devices(asks_ray=bool(tenants)), tenants, joins=target is not None),
+        check_devices(find_devices(), tenants, joins=target is not None),
         doctor.check_memory(memory(), None if deployment is None else deployment.needs),
         doctor.check_shared_memory(machine.shared_memory_bytes()),
         _temp_folder(variables),
@@ -200,27 +194,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def find_devices(asks_ray: bool = False) -> Devices:
-    """Ask torch for its GPUs, and Ray where a deployment wants some.
-
-    Each is asked in a process of its own: a driver may hang or kill that process.
-    """
+def find_devices() -> Devices:
+    """Ask torch for its GPUs, in a process of its own: a driver may hang or kill that process."""
     devices = Devices(num_cpus())
-    if asks_ray:
-        count, reason = _answer(_ASK_RAY, RAY_TIMEOUT_S)
-        devices = replace(devices, ray_gpus=count, ray_reason=reason)
-    answer, reason = _answer(_ASK_TORCH, TORCH_TIMEOUT_S)
-    if reason:
-        return replace(devices, reason=reason)
-    version, gpus = answer
-    return replace(devices, torch_version=version, gpus=tuple(Gpu(*gpu) for gpu in gpus))
-
-
-def _answer(program: str, timeout_s: float) -> tuple[Any, str]:
-    """Return what a Python program says, or why it says nothing."""
     try:
-        return machine.run_python(program, timeout_s=timeout_s), ""
+        version, gpus = machine.run_python(_ASK_TORCH, timeout_s=TORCH_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return None, f"no answer within {timeout_s:.0f} s"
+        return replace(devices, reason=f"no answer within {TORCH_TIMEOUT_S:.0f} s")
     except ValueError as error:
-        return None, str(error)
+        return replace(devices, reason=str(error))
+    return replace(devices, torch_version=version, gpus=tuple(Gpu(*gpu) for gpu in gpus))

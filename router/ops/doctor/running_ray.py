@@ -1,21 +1,19 @@
 """The Ray cluster that a ``serve run`` would join, and whether it answers.
 
 ``ray start`` writes the address of its cluster into a file. A command without an address joins that
-cluster. When the cluster is gone, Ray tries for minutes; when it has another version, Ray prints a
-stack.
+cluster. When the cluster is gone, Ray tries for minutes.
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.client import HTTPException
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -28,37 +26,22 @@ CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 15.0
 MAX_ANSWER_BYTES = 16 << 20
 ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
+MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"
 _CLIENT = "ray://"
 _ALL_NODES = "/api/v0/nodes?limit=1000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
-# First without a token: a cluster that answers then asks nobody for one. Ray's metadata of a
-# cluster has the versions that started it; a driver compares them with its own. A cluster that was
-# found, not named, gets this user's token without a setting.
 _ASK = """
-import json, os, sys
-from ray._common.usage.usage_lib import get_cluster_metadata
-from ray._private.authentication import authentication_token_setup
-from ray._raylet import Config, GcsClient
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
-from ray.exceptions import AuthenticationError
-mode = os.environ.get("RAY_AUTH_MODE")
-os.environ["RAY_AUTH_MODE"] = "disabled"
-Config.initialize("")
+import json, sys
+import ray
 try:
-    get_cluster_metadata(GcsClient(address=sys.argv[1]))
-    has_token = False
-except AuthenticationError:
-    has_token = True
-del os.environ["RAY_AUTH_MODE"]
-if mode is not None:
-    os.environ["RAY_AUTH_MODE"] = mode
-Config.initialize("")
-if sys.argv[2] == "found":
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-client = GcsClient(address=sys.argv[1])
-metadata = get_cluster_metadata(client)
-nodes = [n for n in client.get_all_node_info().values() if n.state == GcsNodeInfo.ALIVE]
-print(json.dumps([metadata["ray_version"], metadata["python_version"], len(nodes), has_token]))
+    context = ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except RuntimeError as error:  # another version, and it says which
+    print(json.dumps([str(error), 0, ""]))
+else:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    print(json.dumps(["", len(nodes), context.dashboard_url or ""]))
 """
+_NO_TOKEN = "Unauthenticated"
+"""What Ray's log says while a client without the token tries to connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +59,12 @@ class Target:
 class RunningRay:
     """The state of a cluster; ``reason`` says why a command cannot join it, and is empty otherwise.
 
-    ``ray_version`` and ``python_version`` are empty where the cluster did not report them, the
-    number of its living nodes and whether it refuses clients without its token are ``None``.
+    The number of its living nodes, and whether it refuses clients without its token, are ``None``
+    where they are not known.
     """
 
     target: Target
     reason: str
-    ray_version: str = ""
-    python_version: str = ""
     num_nodes: int | None = None
     has_token: bool | None = None
 
@@ -118,7 +99,7 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
 
 
 def look_at(target: Target) -> RunningRay:
-    """Ask a cluster for its versions, its nodes and its token.
+    """Try to join a cluster as a start does; returns its nodes, and whether it has a token.
 
     Takes at most :data:`CONNECT_TIMEOUT_S` plus :data:`ASK_TIMEOUT_S`.
     """
@@ -138,18 +119,37 @@ def look_at(target: Target) -> RunningRay:
 
 
 def _ask(target: Target) -> RunningRay:
-    origin = "named" if target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE) else "found"
     try:
-        ray_version, python_version, num_nodes, has_token = run_python(
-            _ASK, target.address, origin, timeout_s=ASK_TIMEOUT_S
+        error, num_nodes, dashboard = run_python(
+            _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=_variables(target)
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:
+        if _NO_TOKEN in str(late.stderr):
+            return RunningRay(target, "asks for Ray's token, and this user's is another or none")
         return RunningRay(target, f"answers nothing within {ASK_TIMEOUT_S:.0f} s")
-    except ValueError as error:
-        reason = f"does not answer as a Ray of this version does ({error!s:.300})"
-        return RunningRay(target, reason)
-    found = judged(target, ray_version, python_version)
-    return replace(found, num_nodes=num_nodes, has_token=has_token)
+    except ValueError as wrong:
+        return RunningRay(target, f"does not answer as a Ray does ({wrong!s:.300})")
+    if error:
+        return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
+    _, has_token = look_at_dashboard(f"http://{dashboard}") if dashboard else (None, None)
+    return RunningRay(target, "", num_nodes, has_token)
+
+
+def _variables(target: Target) -> dict[str, str]:
+    """Return the environment of a client: a cluster that was found, not named, gets the token."""
+    variables = dict(os.environ)
+    is_named = target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE)
+    if not is_named and has_token(variables):
+        variables.setdefault(MODE_VARIABLE, TOKEN)
+    return variables
+
+
+def has_token(variables: Mapping[str, str]) -> bool:
+    """Return whether this user has a token of Ray, in the places that Ray documents."""
+    if variables.get("RAY_AUTH_TOKEN"):
+        return True
+    given = variables.get("RAY_AUTH_TOKEN_PATH")
+    return (Path(given) if given else Path.home() / ".ray" / "auth_token").is_file()
 
 
 def look_at_dashboard(url: str) -> tuple[int | None, bool | None]:
@@ -170,18 +170,6 @@ def look_at_dashboard(url: str) -> tuple[int | None, bool | None]:
 def _json_of(url: str) -> Any:
     with urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer:
         return json.loads(answer.read(MAX_ANSWER_BYTES))
-
-
-def judged(target: Target, ray_version: str, python_version: str) -> RunningRay:
-    """Compare a cluster's versions with the versions of this process, as a driver of Ray does."""
-    ours = (version("ray"), platform.python_version())
-    reason = ""
-    if (ray_version, python_version) != ours:
-        reason = (
-            f"is Ray {ray_version} on Python {python_version}; here is Ray {ours[0]} on Python "
-            f"{ours[1]}"
-        )
-    return RunningRay(target, reason, ray_version, python_version)
 
 
 def raylets() -> list[int]:

@@ -36,11 +36,7 @@ from router.ops.doctor.probe import (
 from router.ops.doctor.running_ray import Target, look_at, look_at_dashboard, target_of
 from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
-from router.ops.startup.ray_token import (
-    dashboard_of,
-    require_token,
-    send_token,
-)
+from router.ops.startup.ray_token import dashboard_of, token_variable
 from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
 from router.serve.any_replica import AnyReplica
@@ -90,7 +86,7 @@ def attend(argv: Sequence[str]) -> None:
     document = read_document(file)
     check_start(file, document, address)
     if starts_ray:
-        tell_other_shells(require_token())
+        tell_other_shells(token_variable())
     tell_progress(document, starts_ray)
 
 
@@ -136,7 +132,6 @@ def check_deploy(file: Path, document: Mapping[str, Any], address: str | None) -
     _check_document(file, document, reads_files=False)
     num_nodes, has_token = look_at_dashboard(dashboard_of(address))
     _heed([check_token(num_nodes, is_open(document), has_token)])
-    send_token(address)
 
 
 def _checkpoints(file: Path, is_needed: bool) -> Sequence[Stored]:

@@ -1,10 +1,9 @@
-"""Ray's token, for a ``serve run`` that starts a Ray and for the commands of another shell.
+"""Ray's token, for a start of a Ray of its own and for the commands of another shell.
 
 A Ray that ``ray.init`` starts asks every client for a token. A client sends its token only where
-its mode is ``token``, and Ray reads the mode from one variable of the client's own environment
-(``ray/_private/authentication/http_token_authentication.py``). No file and no cluster can set it.
-``serve deploy FILE`` imports this package, which sets the mode for it. ``serve status`` and
-``serve shutdown`` import nothing of ours, so ``serve run`` prints the line that they need.
+``RAY_AUTH_MODE`` is ``token`` in its own environment. Ray reads it once, as it is imported: so
+``expertmesh serve`` and ``deploy`` set it before. Serve's own commands import nothing of ours, so a
+start prints the line that they need.
 """
 
 from __future__ import annotations
@@ -13,36 +12,30 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from ray._private.authentication import authentication_token_setup as setup
+from router.ops.doctor.running_ray import MODE_VARIABLE, TOKEN, has_token
 
-MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"
 DASHBOARD_VARIABLE = "RAY_DASHBOARD_ADDRESS"
 DEFAULT_DASHBOARD = "http://localhost:8265"
 """The dashboard that Serve's commands ask, unless they are given another one."""
 
 
-def require_token() -> dict[str, str]:
-    """Have the Ray that this process starts require the token, unless the user set the mode.
+def token_variable() -> dict[str, str]:
+    """Return the variable that another shell needs for a Ray that this process starts.
 
-    Ray does the same by itself, and tells the user how to switch the token off. Returns the
-    variable that another shell needs then. Where the user set it, another shell has it, too.
+    Where the user set it, another shell has it, too.
     """
-    if MODE_VARIABLE in os.environ:
-        return {}
-    setup._enable_token_auth()
-    return {MODE_VARIABLE: TOKEN}
+    return {} if MODE_VARIABLE in os.environ else {MODE_VARIABLE: TOKEN}
 
 
 def send_token(address: str | None) -> None:
     """Have this process send its user's token to the dashboard of this machine's cluster.
 
     ``address`` is the command's ``--address``. As with Ray's own commands, a cluster of another
-    machine gets the token only where the user has set the mode.
+    machine gets the token only where the user has set the mode. To be called before Ray is
+    imported.
     """
-    if MODE_VARIABLE in os.environ or not _is_local(dashboard_of(address)):
-        return
-    if setup.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        setup._enable_token_auth()
+    if _is_local(dashboard_of(address)) and has_token(os.environ):
+        os.environ.update(token_variable())
 
 
 def dashboard_of(address: str | None) -> str:

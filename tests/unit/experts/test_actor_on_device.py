@@ -13,6 +13,7 @@ import torch
 
 from cluster.controller.last_words import LastWords
 from cluster.errors import UnavailableError
+from cluster.ray_private import MemoryStore
 from cluster.spec import ExpertKey
 from cluster.staging import RING, Staging
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, joined
@@ -22,7 +23,6 @@ from experts.compute import expert_device
 from experts.compute.device_experts import Block, DeviceExpert
 from experts.compute.expert_device import RESERVED_ROWS
 from tests.emulated_device import EmulatedDevice, emulated_device
-from tests.unit.cluster.controller.fakes import MemoryStore
 from tests.unit.experts.local_actor import Actor, frame_of, local_actor, rows_of
 
 KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 2) for expert_id in range(4)]
@@ -154,7 +154,7 @@ def test_a_device_found_in_error_when_memory_is_pinned_ends_the_process(
 ) -> None:
     ended: list[str] = []
     monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))
-    monkeypatch.setattr(actor_module, "RayStore", MemoryStore)
+    monkeypatch.setattr(actor_module, "ray_store", MemoryStore)
 
     def failing(*args: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -220,7 +220,7 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
     )
     store = MemoryStore()
     words = LastWords("app", store)
-    monkeypatch.setattr(actor_module, "RayStore", lambda: store)
+    monkeypatch.setattr(actor_module, "ray_store", lambda: store)
     actor = on_device(folder, KEYS[:2])
     # It tests on a thread of its own, which might end this process once the patches are undone.
     monkeypatch.setattr(actor._queue.self_test, "note_failed", lambda frames: None)

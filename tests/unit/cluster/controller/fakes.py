@@ -18,6 +18,7 @@ from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.errors import StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
 from cluster.placement.placement import Placement
+from cluster.ray_private import MemoryStore
 from cluster.reports import (
     ChangeReport,
 )
@@ -111,25 +112,6 @@ class FakeActor:
                 raise StaleEpochError(f"is older than {self.epoch}", "epoch")
             self.epoch = epoch
         return self.report()
-
-
-class MemoryStore:
-    """Stands in for :class:`cluster.controller.ledger.RayStore`."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
-
-    def create(self, key: str, value: bytes) -> bool:
-        return self.values.setdefault(key, value) is value
-
-    def get(self, key: str) -> bytes | None:
-        return self.values.get(key)
-
-    def keys(self, prefix: str) -> Sequence[str]:
-        return [key for key in list(self.values) if key.startswith(prefix)]
-
-    def delete(self, key: str) -> None:
-        self.values.pop(key, None)
 
 
 class FakePool:

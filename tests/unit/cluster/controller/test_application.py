@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
-from cluster.controller import application
 from cluster.controller.application import app_is_wanted, is_replaced_later
 
 RUNNING, DELETING = ApplicationStatus.RUNNING, ApplicationStatus.DELETING
@@ -32,7 +31,7 @@ def serve_says(
         return told
 
     client = None if status is None else SimpleNamespace(get_serve_status=get_serve_status)
-    patch.setattr(application, "_get_global_client", lambda **_: client)
+    patch.setattr("ray.serve.context._get_global_client", lambda **_: client)
 
 
 @pytest.mark.parametrize(

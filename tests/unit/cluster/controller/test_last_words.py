@@ -10,7 +10,7 @@ import pytest
 
 from cluster.controller import last_words
 from cluster.controller.last_words import MOST_CHARACTERS, LastWords
-from tests.unit.cluster.controller.fakes import MemoryStore
+from cluster.ray_private import MemoryStore
 
 LIMIT_S = 20.0
 

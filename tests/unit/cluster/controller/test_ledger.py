@@ -9,7 +9,7 @@ import pytest
 
 from cluster.controller.ledger import Ledger, LedgerStore
 from cluster.errors import StaleEpochError
-from tests.unit.cluster.controller.fakes import MemoryStore
+from cluster.ray_private import MemoryStore
 
 
 def test_a_claim_begins_the_next_epoch_and_keeps_the_rest() -> None:

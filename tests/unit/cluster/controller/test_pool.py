@@ -98,6 +98,6 @@ def test_a_node_without_free_room_is_no_place_to_move_to(monkeypatch: pytest.Mon
         "dead": {"CPU": 4.0},
         "leaving": {"CPU": 4.0},
     }
-    monkeypatch.setattr(pool_module, "available_resources_per_node", lambda: free)
-    monkeypatch.setattr(pool_module.state, "get_draining_nodes", lambda: {"leaving": 0})
+    monkeypatch.setattr(pool_module, "free_resources", lambda: free)
+    monkeypatch.setattr(pool_module, "draining_nodes", lambda: {"leaving"})
     assert pool.nodes_for(spec) == ["free"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
@@ -38,6 +39,8 @@ class FakeServe:
         """What these files had while the command ran."""
         self.checked: list[tuple[Path, dict[str, Any], str | None]] = []
         self.joined: list[tuple[str | None, str]] = []
+        self.modes: list[str | None] = []
+        """Ray's mode of the token while it started."""
 
     def supervised(self, say: Callable[[str], None], folder: Path) -> Callable[[], None]:
         self.folder = folder
@@ -62,6 +65,7 @@ class FakeServe:
 
     def init(self, address: str | None, namespace: str) -> SimpleNamespace:
         self.steps.append("ray")
+        self.modes.append(os.environ.get("RAY_AUTH_MODE"))
         self.joined.append((address, namespace))
         return SimpleNamespace(dashboard_url="127.0.0.1:8266")
 
@@ -76,21 +80,19 @@ def run(
     def tell_progress(document: dict[str, Any], starts_ray: bool) -> None:
         serve.steps.append("progress")
 
-    def require_token() -> dict[str, str]:
-        serve.steps.append("token")
-        return {"RAY_AUTH_MODE": "token"}
-
     startup = "router.ops.startup"
     monkeypatch.setattr(module, "entry_points", entry_points)
     monkeypatch.setattr(f"{startup}.preflight.check_start", serve.check)
     monkeypatch.setattr(f"{startup}.preflight.check_deploy", serve.check)
     monkeypatch.setattr(f"{startup}.preflight.tell_progress", tell_progress)
-    monkeypatch.setattr(f"{startup}.ray_token.require_token", require_token)
     handlers = SimpleNamespace(install=lambda: serve.steps.append("handlers"))
     monkeypatch.setattr(f"{startup}.termination.Termination", lambda say: handlers)
     monkeypatch.setattr(f"{startup}.supervisor.supervised", serve.supervised)
     monkeypatch.setattr("ray.init", serve.init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(f"{startup}.ray_token.has_token", lambda variables: True)
     try:
         return CliRunner().invoke(app, [command, *args])
     finally:
@@ -118,9 +120,10 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     assert written.name == file.name
     assert written.parent == serve.folder
     assert serve.steps == [
-        *("check", "token", "progress"),
+        *("check", "progress"),
         *("ray", "handlers", "told", "serve"),
     ]
+    assert serve.modes == ["token"]
 
 
 def test_a_running_cluster_is_joined_and_keeps_its_own_token(
@@ -131,7 +134,7 @@ def test_a_running_cluster_is_joined_and_keeps_its_own_token(
     assert (result.exit_code, result.output) == (0, "")
     assert [address for _, _, address in serve.checked] == ["head:6379"]
     assert serve.joined == [("head:6379", "serve")]
-    assert "token" not in serve.steps
+    assert serve.modes == [None]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,11 @@ from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, StatusCode
-from ray.serve._private import constants, logging_utils
 from ray.serve.schema import TracingConfig
 
 from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
-from experts.tracing import EXPORTER_VARIABLE, open_spans
+from experts.tracing import EXPORTER_VARIABLE, TO_FILES, open_spans
 from router.engine.sequence import Sequence
 from router.messages.receipts import Receipts
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
@@ -232,7 +232,7 @@ def test_a_request_goes_on_in_the_trace_that_its_headers_name(
     ("enabled", "path", "expected"),
     [
         (True, "a.b:c", "a.b:c"),
-        (True, "", constants.DEFAULT_TRACING_EXPORTER_IMPORT_PATH),
+        (True, "", "experts.tracing:to_file"),
         (False, "a.b:c", ""),
     ],
 )
@@ -296,15 +296,17 @@ def test_an_actor_exports_what_was_sampled_where_its_frame_began(
     assert abs(time.time_ns() - told.end_time) < 10e9
 
 
-def test_serves_own_exporter_writes_an_actors_file(
+def test_an_actors_spans_are_written_beside_those_of_replicas(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(logging_utils, "get_serve_logs_dir", lambda: str(tmp_path))
-    monkeypatch.setenv(EXPORTER_VARIABLE, constants.DEFAULT_TRACING_EXPORTER_IMPORT_PATH)
+    context = SimpleNamespace(get_session_name=lambda: "session_1")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv(EXPORTER_VARIABLE, TO_FILES)
     spans = open_spans("pool-0", 3)
     assert spans is not None
-    context = f"00-{7:032x}-{8:016x}-01"
-    frame = frame_of((4,), (1,), context)
+    frame = frame_of((4,), (1,), f"00-{7:032x}-{8:016x}-01")
     spans.computed([(frame, time.monotonic())], time.monotonic())
-    text = (tmp_path / "spans" / "expert_actor_pool-0_g3_tracing.json").read_text("utf-8")
+    folder = tmp_path / "ray" / "session_1" / "logs" / "serve" / "spans"
+    text = (folder / "expert_actor_pool-0_g3_tracing.json").read_text("utf-8")
     assert json.loads(text)["parent_id"] == f"0x{8:016x}"

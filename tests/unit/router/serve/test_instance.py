@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
 from router.serve import instance
 from router.serve.instance import our_applications, refuse_proxies
 
 
-def runs(monkeypatch: pytest.MonkeyPatch, *import_paths: str) -> None:
-    """A Serve whose files have these applications, named by their place."""
-    configs = {str(i): SimpleNamespace(import_path=path) for i, path in enumerate(import_paths)}
-    controller = SimpleNamespace(get_app_configs=SimpleNamespace(remote=lambda: configs))
-    monkeypatch.setattr(instance, "serve_controller", lambda: controller)
-    monkeypatch.setattr(instance.ray, "get", lambda answer, timeout: answer)
+def runs(monkeypatch: pytest.MonkeyPatch, **deployments: list[str]) -> None:
+    """A Serve whose applications, by name, have these deployments."""
+    applications = {
+        name: SimpleNamespace(deployments=dict.fromkeys(names))
+        for name, names in deployments.items()
+    }
+    status = SimpleNamespace(applications=applications)
+    monkeypatch.setattr(instance.serve, "status", lambda: status)
 
 
-@pytest.mark.parametrize(
-    ("import_paths", "ours"),
-    [
-        ([], []),
-        (["other:app"], []),
-        (["router.app:build"], ["0"]),
-        (["router.app:build", "other:app", "router.app:build"], ["0", "2"]),
-    ],
-)
-def test_applications_are_ours_by_their_import_path(
-    import_paths: list[str], ours: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs(monkeypatch, *import_paths)
-    assert our_applications() == ours
+def test_applications_are_ours_by_their_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs(monkeypatch)
+    assert our_applications(10) == []
+    ours = ["Controller", "Router-m", "Gateway-12ab34"]
+    runs(monkeypatch, a=ours, other=["Gateway", "GatewayOfOthers"], b=[*ours, "Gateway-56cd78"])
+    assert our_applications(10) == ["a", "b"]
 
 
-def test_without_a_serve_no_application_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> Any:
-        raise ValueError("no actor has the name")
+def test_a_serve_that_fails_or_is_silent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RayActorError
 
-    monkeypatch.setattr(instance, "serve_controller", nobody)
-    assert our_applications() == []
+    monkeypatch.setattr(instance.serve, "status", fails)
+    with pytest.raises(RayActorError):
+        our_applications(10)
+    never = threading.Event()
+    monkeypatch.setattr(instance.serve, "status", never.wait)
+    with pytest.raises(TimeoutError, match="does not answer"):
+        our_applications(0.01)
+    never.set()
 
 
 def has_proxies(monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 import deploy
-from router.ops.doctor import machine, probe
+from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu, check_devices
 from router.ops.plan.devices import Tenant
 
 GB = 10**9
 H100 = Gpu("H100", 80 * GB)
-NONE = Devices(2, (), "2.13.0+cpu", ray_gpus=0)
+NONE = Devices(2, (), "2.13.0+cpu")
 ROUTER = Tenant("router of m", "router.cache_tokens", 0.2, 3 * GB, GB, GB, 8 * GB, 100_000)
 ACTOR = Tenant("gpu-0", "memory_budget_bytes of the pool gpu", 0.8, 30 * GB, GB, GB)
 
 
-def has(*gpus: Gpu, ray_gpus: int | None = None) -> Devices:
-    return Devices(8, gpus, "2.13.0", ray_gpus=ray_gpus)
+def has(*gpus: Gpu) -> Devices:
+    return Devices(8, gpus, "2.13.0")
 
 
 @pytest.mark.parametrize(
@@ -31,9 +29,8 @@ def has(*gpus: Gpu, ray_gpus: int | None = None) -> Devices:
     [
         (NONE, (), "2 CPUs, no GPU"),
         (has(H100, H100), (), "8 CPUs, 2 GPUs (H100, H100)"),
-        (has(H100, ray_gpus=1), (ROUTER, ACTOR), "8 CPUs, 1 GPU (H100)"),
-        (has(H100, ray_gpus=None), (ROUTER, ACTOR), "8 CPUs, 1 GPU (H100)"),
-        (has(Gpu("mps"), ray_gpus=1), (ROUTER, ACTOR), "8 CPUs, 1 GPU (mps)"),  # says no memory
+        (has(H100), (ROUTER, ACTOR), "8 CPUs, 1 GPU (H100)"),
+        (has(Gpu("mps")), (ROUTER, ACTOR), "8 CPUs, 1 GPU (mps)"),  # says no memory
     ],
 )
 def test_enough_gpus_are_ok(devices: Devices, tenants: tuple[Tenant, ...], words: str) -> None:
@@ -51,25 +48,26 @@ SIXTY = (replace(ACTOR, num_gpus=0.6), replace(ACTOR, name="gpu-1", num_gpus=0.6
         (
             NONE,
             (WHOLE,),
-            "2 CPUs, no GPU; Ray counts no GPU: gpu-0 would wait for ever: it needs 1 of a GPU, "
-            "and there is none",
-            "Change num_gpus, router.replicas",
+            "2 CPUs, no GPU; torch 2.13.0+cpu finds no GPU: gpu-0 would wait for ever: it needs 1 "
+            "of a GPU, and there is none",
+            "Change num_gpus, router.replicas or the actors of a pool, or add machines to Ray. Or "
+            "install a torch that is built for the GPU",
         ),
         (
-            has(H100, ray_gpus=1),
+            has(H100),
             SIXTY,
-            "Ray counts 1 GPU: gpu-1 would wait for ever: it needs 0.6 of a GPU, and the 1 that "
-            "there are have gpu-0 0.6",
+            "torch 2.13.0 finds 1 GPU: gpu-1 would wait for ever: it needs 0.6 of a GPU, and "
+            "the 1 that there are have gpu-0 0.6",
             "or add machines to Ray",
         ),
         (
-            has(H100, ray_gpus=1),
+            has(H100),
             (WHOLE, replace(WHOLE, name="gpu-1")),
             "gpu-1 would wait for ever: it needs 1 of a GPU",
             "Change num_gpus",
         ),
         (
-            has(H100, H100, ray_gpus=2),
+            has(H100, H100),
             (ROUTER, ROUTER, ACTOR, replace(ACTOR, name="gpu-1")),
             "gpu-1 would wait for ever: it needs 0.8 of a GPU, and the 2 that there are have "
             "router of m 0.2, router of m 0.2; gpu-0 0.8",
@@ -79,22 +77,10 @@ SIXTY = (replace(ACTOR, num_gpus=0.6), replace(ACTOR, name="gpu-1", num_gpus=0.6
             NONE,
             (replace(ROUTER, num_gpus=0),),
             "2 CPUs, no GPU; torch 2.13.0+cpu finds no GPU, and router of m needs one",
-            "Have it computed on the CPU (num_gpus: 0, router.device: cpu), or see `python -c",
+            "Have it computed on the CPU (num_gpus: 0, router.device: cpu), or install a torch",
         ),
         (
-            replace(NONE, ray_gpus=1),
-            (ROUTER, ACTOR),
-            "Ray counts 1 GPU, but torch 2.13.0+cpu finds no GPU, and router of m needs one",
-            "Install a torch that is built for them",
-        ),
-        (
-            has(H100, ray_gpus=2),
-            (ROUTER, WHOLE),
-            "Ray counts 2 GPUs, but torch 2.13.0 finds 1 GPU, and gpu-0 needs one",
-            "Install a torch",
-        ),
-        (
-            has(Gpu("A10", 40 * GB), ray_gpus=1),
+            has(Gpu("A10", 40 * GB)),
             (ROUTER, ACTOR),
             "GPU 0 (A10) of 40.0 GB lacks 5,000,000,000 bytes for router of m 13.0 GB, gpu-0 "
             "32.0 GB",
@@ -118,11 +104,11 @@ def test_a_process_without_its_gpu_is_a_problem(
 
 def test_what_a_process_may_take_later_is_a_warning() -> None:
     spare = replace(ACTOR, spare_bytes=40 * GB)
-    check = check_devices(has(H100, ray_gpus=1), (ROUTER, spare))
+    check = check_devices(has(H100), (ROUTER, spare))
     assert check.level == "warning"
     assert "GPU 0 (H100) of 80.0 GB lacks 5,000,000,000 bytes" in check.found
     assert check.advice == "Lower memory_budget_bytes of the pool gpu to 65,000,000,000."
-    tight = check_devices(has(Gpu("A", 42 * GB), ray_gpus=1), (ROUTER, ACTOR))
+    tight = check_devices(has(Gpu("A", 42 * GB)), (ROUTER, ACTOR))
     assert tight.level == "warning"  # weights and cache fit, and small steps
 
 
@@ -137,57 +123,27 @@ def test_a_torch_that_cannot_be_asked_is_a_problem_whatever_is_wanted() -> None:
 # The probes.
 
 
-def test_ray_and_torch_are_asked_as_processes_here_would_find_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 3}')
-    found = probe.find_devices(asks_ray=True)
+def test_torch_is_asked_in_a_process_of_its_own() -> None:
+    found = probe.find_devices()
     assert found.torch_version
     assert found.reason == ""
-    assert found.ray_gpus == 3
-
-
-def answers(torch: Any, ray: Any) -> Callable[..., Any]:
-    def run_python(program: str, *arguments: str, timeout_s: float) -> Any:
-        answer = ray if "ray" in program else torch
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    return run_python
-
-
-def test_a_ray_that_gives_no_answer_leaves_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = ["2.13.0", [["H100", 80 * GB]]]
-    monkeypatch.setattr(machine, "run_python", answers(torch, ValueError("no such class")))
-    found = probe.find_devices(asks_ray=True)
-    assert (found.gpus, found.ray_gpus) == ((H100,), None)
-    monkeypatch.setattr(machine, "run_python", answers(torch, 2))
-    assert probe.find_devices().ray_gpus is None
-    check = check_devices(found, (ROUTER, ACTOR))
-    assert (check.level, "Ray fails with no such class" in check.found) == ("ok", True)
-    monkeypatch.setattr(machine, "run_python", answers(ValueError("ImportError: torch"), 2))
-    found = probe.find_devices(asks_ray=True)
-    assert (found.reason, found.ray_gpus) == ("ImportError: torch", 2)
 
 
 def test_a_file_without_gpus_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(deploy.__file__).parent
     assert probe.read_deployment(folder / "cluster.yaml").tenants == ()
-    asked: list[bool] = []
-    monkeypatch.setattr(
-        probe, "find_devices", lambda asks_ray=False: asked.append(asks_ray) or NONE
-    )
+    asked: list[Devices] = []
+    monkeypatch.setattr(probe, "find_devices", lambda: asked.append(NONE) or NONE)
     deployment = probe.read_deployment(folder / "cluster.yaml")
     probe.checks_of_a_start(deployment, {})
     assert asked == []
     checks = probe.checks_of_a_start(probe.read_deployment(folder / "gpu.yaml"), {})
-    assert asked == [True]
+    assert asked == [NONE]
     assert [check.level for check in checks if check.name == "devices"] == ["problem"]
 
 
 def test_doctor_judges_a_files_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "find_devices", lambda asks_ray=False: NONE)
+    monkeypatch.setattr(probe, "find_devices", lambda: NONE)
     document = yaml.safe_load((Path(deploy.__file__).parent / "gpu.yaml").read_text())
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump(document), encoding="utf-8")

@@ -154,10 +154,10 @@ def test_each_taken_port_is_a_problem_and_free_ones_are_one_line() -> None:
     [
         (None, [], "ok", "none runs"),
         (None, [7, 9], "warning", "raylet pid 7, 9"),
-        (RunningRay(Target("h:1", "F"), "", "2.60.0", "3.11.7"), [7], "ok", "joins h:1"),
+        (RunningRay(Target("h:1", "F"), "", 1), [7], "ok", "joins h:1"),
         (RunningRay(Target("ray://h:1", "F"), ""), [], "ok", "joins ray://h:1 (named by F)"),
         (RunningRay(Target("h:1", "F"), "does not answer"), [], "problem", "does not answer"),
-        (RunningRay(Target("h:1", "F"), "is Ray 2.9", "2.9", "3"), [], "problem", "is Ray 2.9"),
+        (RunningRay(Target("h:1", "F"), "is Ray 2.9"), [], "problem", "is Ray 2.9"),
     ],
 )
 def test_the_ray_that_a_start_would_join_is_judged(

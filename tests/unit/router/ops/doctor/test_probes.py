@@ -20,7 +20,7 @@ from router.ops.doctor import machine, probe, running_ray
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Gpu
 from router.ops.doctor.ports import Port, ports_of, taken_ports
-from router.ops.doctor.running_ray import RunningRay, Target, judged, look_at, target_of
+from router.ops.doctor.running_ray import Target, look_at, target_of
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
 
@@ -192,10 +192,15 @@ def test_nobody_and_nonsense_do_not_answer() -> None:
         ("import time; time.sleep(60)", "answers nothing within 1 s"),
         (
             "raise RuntimeError('rpc error')",
-            "does not answer as a Ray of this version does (RuntimeError: rpc error)",
+            "does not answer as a Ray does (RuntimeError: rpc error)",
         ),
-        ("print('[1')", "does not answer as a Ray of this version does"),
-        ('print(\'["2.9.0", "3.9.1", 1, true]\')', "is Ray 2.9.0 on Python 3.9.1; here is Ray "),
+        ("print('[1')", "does not answer as a Ray does"),
+        ('print(\'["Version\\\\n  mismatch", 0, ""]\')', "cannot be joined: Version mismatch"),
+        (
+            "import sys, time; print('Unauthenticated: x', file=sys.stderr, flush=True); "
+            "time.sleep(60)",
+            "asks for Ray's token, and this user's is another or none",
+        ),
     ],
 )
 def test_a_server_that_is_no_ray_of_ours_is_not_waited_for(
@@ -209,11 +214,25 @@ def test_a_server_that_is_no_ray_of_ours_is_not_waited_for(
         assert look_at(Target(f"ray://{target.address}", "F")).reason == ""
 
 
-def test_the_same_versions_can_be_joined() -> None:
-    from ray._private.utils import compute_version_info
-
-    target, ours = Target("h:1", "F"), compute_version_info()
-    assert judged(target, *ours) == RunningRay(target, "", *ours)
+@pytest.mark.parametrize(
+    ("given", "is_there"),
+    [
+        ({}, False),
+        ({"HOME": "with"}, True),
+        ({"RAY_AUTH_TOKEN": "x"}, True),
+        ({"RAY_AUTH_TOKEN_PATH": "with/.ray/auth_token"}, True),
+        ({"RAY_AUTH_TOKEN_PATH": "nothing", "HOME": "with"}, False),
+    ],
+)
+def test_a_token_is_found_where_ray_has_it(
+    given: dict[str, str], is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "with" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("0123")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", given.get("HOME", str(tmp_path)))
+    assert running_ray.has_token(given) == is_there
 
 
 def test_what_is_installed_here_is_read_from_our_own_requirements() -> None:

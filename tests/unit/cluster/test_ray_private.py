@@ -1,0 +1,137 @@
+"""Private names of Ray: they stand in one file, and something public takes the place of each."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PRIVATE = re.compile(
+    r"\bray(\.\w+)*\.(_\w+|core\.generated|experimental|autoscaler)|_internal_kv|SERVE_CONTROLLER"
+)
+ROOT = Path(__file__).parents[3]
+ALLOWED = {
+    "ray._private.state",
+    "ray.experimental.internal_kv",
+    "ray.serve.context._get_global_client",
+}
+
+
+def private_names(source: str) -> Iterator[str]:
+    """Yield what a module names of Ray's own: by import, attribute or string, not in docstrings."""
+    if not re.search(r"\bray\b", source):
+        return
+    tree = ast.parse(source)
+    told = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node).replace("serve.", "ray.serve.")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [] if id(node) in told else [node.value]
+        yield from (name for name in names if PRIVATE.search(name))
+
+
+@pytest.mark.parametrize(
+    ("source", "num_names"),
+    [
+        ("import ray._private.state", 1),
+        ("from ray.serve.context import _get_global_client", 1),
+        ("import ray\nray._private.worker", 1),
+        ("from ray import serve\nserve._private.api", 1),
+        ("getattr(ray, 'x'); import_module('ray._raylet')", 1),
+        ("'''It uses ray._private, which is no use of it.'''", 0),
+        ("import ray\nray.get(1); x._private", 0),
+    ],
+)
+def test_private_names_are_found_however_they_are_written(source: str, num_names: int) -> None:
+    assert bool(list(private_names(source))) == bool(num_names)
+
+
+def test_three_private_names_stand_in_one_file() -> None:
+    found = {
+        (path.name, name)
+        for folder in ("cluster", "experts", "router", "deploy")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in private_names(path.read_text(encoding="utf-8"))
+    }
+    assert {file for file, _ in found} == {"ray_private.py"}
+    assert len({name for _, name in found if name.startswith("ray.")} - ALLOWED) == 0
+
+
+PROGRAM = """
+import sys
+import ray
+from ray import serve
+from cluster import ray_private
+
+gone = len(sys.argv) > 1
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+         logging_level="error")
+serve.start(proxy_location="Disabled")
+if gone:
+    def import_module(name: str):
+        raise ImportError(name)
+
+    ray_private.import_module = import_module
+
+@serve.deployment
+class Echo:
+    pass
+
+serve.run(Echo.bind(), name="app", route_prefix=None)
+status = ray_private.app_status("app")
+print("status", status.status.value, [one.status.value for one in status.deployments.values()])
+other = ray_private.app_status("other")
+print("other", other is None or other.status.value)
+[free] = ray_private.free_resources().values()
+print("free", free["CPU"] == (2.0 if gone else 1.0))
+print("draining", ray_private.draining_nodes())
+print("tracing", ray_private.tracing_config())
+store, second = ray_private.ray_store(), ray_private.ray_store()
+print("store", store.create("a/1", b"x"), second.create("a/1", b"y"), second.get("a/1"))
+print("keys", store.create("b", b""), list(second.keys("a/")), second.get("c"))
+second.delete("a/1")
+print("gone", store.get("a/1"))
+serve.shutdown()
+"""
+
+
+@pytest.mark.parametrize("gone", [[], ["gone"]], ids=["private", "public"])
+def test_a_ray_without_the_private_names_serves_as_well(gone: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *gone],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
+    assert lines == [
+        "status RUNNING ['HEALTHY']",
+        f"other {bool(gone) or 'NOT_STARTED'}",
+        "free True",
+        "draining set()",
+        "tracing None",
+        "store True False b'x'",
+        "keys True ['a/1'] None",
+        "gone None",
+    ]
+    missing = re.findall(r"this Ray has no (\S+):", done.stderr)
+    assert len(missing) == (4 if gone else 0)
