@@ -19,6 +19,7 @@ import yaml
 from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
+from router.gateway.listen.sockets import why_taken
 from tests.cluster_fixture import TINY, TLS, StreamReader, greedy, is_alive, wait_until
 from tests.fault.signals import named_pids
 from tests.serve_run import (
@@ -126,6 +127,21 @@ def test_expertmesh_serve_drains_and_leaves_nothing_behind(tmp_path: Path) -> No
             "expertmesh: SIGINT: ending the requests now",
         ],
     )
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_command_leaves_nothing_behind(tmp_path: Path) -> None:
+    http_port, grpc_port = free_ports(2)
+    file, log = copy_with_ports(tmp_path, http_port, grpc_port), tmp_path / "log"
+    with ready_serve(file, log, http_port, expertmesh_serve) as process:
+        pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        with Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
+            pids |= named_pids(client.status())
+        assert len(pids) > 5
+        process.kill()
+        wait_until(lambda: not [pid for pid in pids if is_alive(pid)], "none is left", GONE_S)
+    for port in (http_port, grpc_port, grpc_port + 1):
+        assert why_taken("127.0.0.1", port) is None  # the next start comes up
 
 
 def listens_on_loopback_alone(pids: Collection[int], ports: set[int]) -> None:

@@ -21,7 +21,7 @@ def serve_says(
     told = SimpleNamespace(
         app_status=SimpleNamespace(status=status),
         deployment_statuses=[
-            SimpleNamespace(name=name.replace("_", "-"), status=one)
+            SimpleNamespace(name=name.replace("_", "-"), status=one, message="")
             for name, one in deployments.items()
         ],
     )
