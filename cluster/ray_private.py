@@ -6,6 +6,9 @@
 | ``ray.experimental.internal_kv`` | the ledger, last words | an actor, which dies with its node |
 | ``ray.serve.context._get_global_client`` | one application's status, Serve's tracing | \
 ``serve.status()``, which costs Serve more; expert actors without spans |
+
+Serve is imported where it is asked: expert actors take their store from here, and would be half as
+large again with it.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-from ray import serve
-from ray.serve.schema import ApplicationStatus, DeploymentStatus, TracingConfig
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatus, DeploymentStatus, TracingConfig
 
 TIMEOUT_S = 30.0
 NAMESPACE = "expertmesh"
@@ -80,6 +84,8 @@ def app_status(app: str) -> AppStatus | None:
     """
     get_client = _private("ray.serve.context", "_get_global_client")
     if get_client is None:
+        from ray import serve
+
         found = serve.status().applications.get(app)
         if found is None:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def test_the_ray_that_runs_can_be_joined(target: Target) -> None:
     found = look_at(target)
     assert found.reason == ""
     assert found.num_nodes == 1
-    assert found.has_token == (os.environ.get("RAY_AUTH_MODE") == "token")
+    assert not found.has_token  # the dashboard would tell, and does not run here
     assert check_ray(found, []).level == "ok"
 
 

@@ -119,9 +119,10 @@ def look_at(target: Target) -> RunningRay:
 
 
 def _ask(target: Target) -> RunningRay:
+    variables = _variables(target)
     try:
         error, num_nodes, dashboard = run_python(
-            _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=_variables(target)
+            _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=variables
         )
     except subprocess.TimeoutExpired as late:
         if _NO_TOKEN in str(late.stderr):
@@ -131,8 +132,10 @@ def _ask(target: Target) -> RunningRay:
         return RunningRay(target, f"does not answer as a Ray does ({wrong!s:.300})")
     if error:
         return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
-    _, has_token = look_at_dashboard(f"http://{dashboard}") if dashboard else (None, None)
-    return RunningRay(target, "", num_nodes, has_token)
+    asks = False if variables.get(MODE_VARIABLE, "").lower() != TOKEN else None
+    if dashboard:
+        _, asks = look_at_dashboard(f"http://{dashboard}")
+    return RunningRay(target, "", num_nodes, asks)
 
 
 def _variables(target: Target) -> dict[str, str]:

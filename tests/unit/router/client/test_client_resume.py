@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.shipped import free_ports
 from cluster.errors import (
     ExpertMeshError,
     InternalError,
@@ -262,8 +263,8 @@ def drop_first_call(listener: socket.socket) -> None:
 
 
 def test_a_first_call_that_a_proxy_took_and_dropped_is_made_again(connect: Connect) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    [port] = free_ports(1)
+    with socket.create_server(("127.0.0.1", port)) as listener:
         client = connect(f"127.0.0.1:{port}", retry=QUICK)
         stream = client.stream("in", Sampling(max_tokens=20), model="tiny", timeout_s=30)
         pieces: list[Reply] = []
