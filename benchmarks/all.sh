@@ -59,6 +59,7 @@ if [ -n "$quick" ]; then
   run scaling --quick
   run elastic --quick
   run failover --rounds 1 --seconds 20
+  run handover --redeploys 2
   run simulate
   run diurnal --devices 2000 --routers 200 --hours 24
   run mixture_fit --quick
@@ -86,6 +87,7 @@ else
   run scaling
   run elastic
   run failover
+  run handover
   run simulate
   run diurnal
   run mixture_fit

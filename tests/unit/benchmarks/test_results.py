@@ -59,7 +59,7 @@ def test_a_folder_with_nothing_is_an_error(tmp_path: Path) -> None:
 def test_the_script_runs_benchmarks_that_there_are_with_options_that_they_know() -> None:
     script = (BENCHMARKS / "all.sh").read_text()
     lines = re.findall(r"^  run (\w+)(.*)$", script, re.MULTILINE)
-    assert len(lines) == 52
+    assert len(lines) == 54
     for name, options in lines:
         source = (BENCHMARKS / f"{name}.py").read_text() + (BENCHMARKS / "common.py").read_text()
         for option in ["--json", *re.findall(r"--[a-z-]+", options)]:
