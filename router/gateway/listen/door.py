@@ -26,11 +26,14 @@ class Door(grpc.aio.ServerInterceptor):
     def __init__(self, access: Access, methods: Mapping[str, Method]) -> None:
         """Other calls are passed on, to be answered as calls of no method."""
         self._access, self._methods = access, methods
+        self.num_calls = 0
+        """How many calls grpcio has taken."""
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler | None:
         """Return the handler of a call; grpcio awaits this at the call's head."""
+        self.num_calls += 1
         method = self._methods.get(handler_call_details.method)
         if method is None:
             return await continuation(handler_call_details)

@@ -6,6 +6,7 @@ one as soon as a gateway has ended.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
@@ -18,6 +19,8 @@ from router.security.certificates import Certificates
 
 MAX_STREAMS = 1024
 """Calls of one connection at one time."""
+QUIET_S, TAKE_S = 0.005, 5.0
+"""A call that has come is taken within the first. A stop waits at most the second for such a pause."""
 IDLE_S = 300.0
 """A connection without a call for so long is closed; its client opens another one by itself."""
 
@@ -39,7 +42,7 @@ class GrpcListener:
         ``max_message_bytes`` ends its call with RESOURCE_EXHAUSTED. Handlers refuse by a typed
         error, so their own limit is lower.
         """
-        self._certificates = certificates
+        self._door, self._certificates = door, certificates
         self._server = grpc.aio.server(
             interceptors=[door],
             options=[
@@ -74,5 +77,19 @@ class GrpcListener:
         await self._server.start()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls at once, and end those under way after ``grace_s``."""
+        """Refuse new calls, and end those under way after ``grace_s``."""
+        if grace_s:
+            await self._take_calls(min(grace_s, TAKE_S))
         await self._server.stop(grace_s)
+
+    async def _take_calls(self, timeout_s: float) -> None:
+        """Return at a moment at which grpcio has taken all calls that have come.
+
+        It takes one after the other, and its stop cancels those that it has not taken: with a busy
+        event loop nearly all that are under way.
+        """
+        loop = asyncio.get_running_loop()
+        until_s, taken = loop.time() + timeout_s, -1
+        while taken != self._door.num_calls and loop.time() < until_s:
+            taken = self._door.num_calls
+            await asyncio.sleep(QUIET_S)

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -272,6 +274,42 @@ def test_a_call_under_way_is_finished_while_new_ones_go_elsewhere() -> None:
                 upstream.goes_on.set()
                 assert await call == " one"
                 await closing
+
+    run(work)
+
+
+def asked_at_once(port: int, goes: threading.Event, is_ready: threading.Event) -> str:
+    """Make a connection, and a call on it once ``goes`` is set; returns its status."""
+    options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(f"{HOST}:{port}", options=options) as channel:
+        grpc.channel_ready_future(channel).result(LIMIT_S)
+        is_ready.set()
+        goes.wait(LIMIT_S)
+        try:
+            channel.unary_unary("/expertmesh.v1.Inference/GetModelInfo")(b"", timeout=LIMIT_S)
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}"
+    return "answered"
+
+
+def test_calls_that_have_come_and_that_nobody_has_taken_yet_are_answered() -> None:
+    """Grpc's own stop cancels them: with a busy event loop, all calls but one."""
+
+    async def work() -> None:
+        listen, goes = own_ports(), threading.Event()
+        gateway, loop = Gateway(listen), asyncio.get_running_loop()
+        async with opened(gateway):
+            ready = [threading.Event() for _ in range(16)]
+            loop.set_default_executor(ThreadPoolExecutor(len(ready)))
+            calls = [
+                asyncio.create_task(asyncio.to_thread(asked_at_once, listen.grpc_port, goes, one))
+                for one in ready
+            ]
+            await until(lambda: all(one.is_set() for one in ready))
+            goes.set()
+            time.sleep(1.0)  # the event loop takes no call
+            await gateway.listeners.close(LIMIT_S)
+            assert Counter(await asyncio.gather(*calls)) == {"answered": 16}
 
     run(work)
 
