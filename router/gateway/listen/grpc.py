@@ -20,7 +20,7 @@ from router.security.certificates import Certificates
 MAX_STREAMS = 1024
 """Calls of one connection at one time."""
 QUIET_S, TAKE_S = 0.005, 5.0
-"""A call that has come is taken within the first. A stop waits at most the second for such a pause."""
+"""Calls that have come are taken within the first. A stop waits for such a pause."""
 IDLE_S = 300.0
 """A connection without a call for so long is closed; its client opens another one by itself."""
 
@@ -86,7 +86,7 @@ class GrpcListener:
         """Return at a moment at which grpcio has taken all calls that have come.
 
         It takes one after the other, and its stop cancels those that it has not taken: with a busy
-        event loop nearly all that are under way.
+        event loop nearly all that are under way. Where clients leave no pause, some are cancelled.
         """
         loop = asyncio.get_running_loop()
         until_s, taken = loop.time() + timeout_s, -1

@@ -101,7 +101,7 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
 def look_at(target: Target) -> RunningRay:
     """Try to join a cluster as a start does; returns its nodes, and whether it has a token.
 
-    Takes at most :data:`CONNECT_TIMEOUT_S` plus :data:`ASK_TIMEOUT_S`.
+    Takes at most :data:`CONNECT_TIMEOUT_S` plus twice :data:`ASK_TIMEOUT_S`.
     """
     if not target.address:
         return RunningRay(target, "" if raylets() else "is not there: no Ray runs here")
@@ -132,22 +132,37 @@ def _ask(target: Target) -> RunningRay:
         return RunningRay(target, f"does not answer as a Ray does ({wrong!s:.300})")
     if error:
         return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
-    asks = False if variables.get(MODE_VARIABLE, "").lower() != TOKEN else None
+    if variables.get(MODE_VARIABLE, "").lower() != TOKEN:
+        return RunningRay(target, "", num_nodes, has_token=False)
     if dashboard:
         _, asks = look_at_dashboard(f"http://{dashboard}")
+    else:
+        asks = _refuses_strangers(target, variables)
     return RunningRay(target, "", num_nodes, asks)
+
+
+def _refuses_strangers(target: Target, variables: Mapping[str, str]) -> bool | None:
+    """Try to join a cluster without its token."""
+    without = {**variables, MODE_VARIABLE: "disabled"}
+    try:
+        run_python(_ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=without)
+    except subprocess.TimeoutExpired as late:
+        return True if _NO_TOKEN in str(late.stderr) else None
+    except ValueError:
+        return None
+    return False
 
 
 def _variables(target: Target) -> dict[str, str]:
     """Return the environment of a client: a cluster that was found, not named, gets the token."""
     variables = dict(os.environ)
     is_named = target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE)
-    if not is_named and has_token(variables):
+    if not is_named and user_has_token(variables):
         variables.setdefault(MODE_VARIABLE, TOKEN)
     return variables
 
 
-def has_token(variables: Mapping[str, str]) -> bool:
+def user_has_token(variables: Mapping[str, str]) -> bool:
     """Return whether this user has a token of Ray, in the places that Ray documents."""
     if variables.get("RAY_AUTH_TOKEN"):
         return True

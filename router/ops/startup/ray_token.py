@@ -12,7 +12,7 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from router.ops.doctor.running_ray import MODE_VARIABLE, TOKEN, has_token
+from router.ops.doctor.running_ray import MODE_VARIABLE, TOKEN, user_has_token
 
 DASHBOARD_VARIABLE = "RAY_DASHBOARD_ADDRESS"
 DEFAULT_DASHBOARD = "http://localhost:8265"
@@ -34,7 +34,7 @@ def send_token(address: str | None) -> None:
     machine gets the token only where the user has set the mode. To be called before Ray is
     imported.
     """
-    if _is_local(dashboard_of(address)) and has_token(os.environ):
+    if _is_local(dashboard_of(address)) and user_has_token(os.environ):
         os.environ.update(token_variable())
 
 

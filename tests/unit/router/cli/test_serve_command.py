@@ -92,7 +92,7 @@ def run(
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.setenv(name, "")  # so that it is as before in the end
         monkeypatch.delenv(name)
-    monkeypatch.setattr(f"{startup}.ray_token.has_token", lambda variables: True)
+    monkeypatch.setattr(f"{startup}.ray_token.user_has_token", lambda variables: True)
     try:
         return CliRunner().invoke(app, [command, *args])
     finally:

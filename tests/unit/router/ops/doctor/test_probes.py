@@ -232,7 +232,7 @@ def test_a_token_is_found_where_ray_has_it(
     token.write_text("0123")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", given.get("HOME", str(tmp_path)))
-    assert running_ray.has_token(given) == is_there
+    assert running_ray.user_has_token(given) == is_there
 
 
 def test_what_is_installed_here_is_read_from_our_own_requirements() -> None:
