@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -121,13 +121,19 @@ asyncio.run(hold(int(sys.argv[1])))
 """
 
 
+@contextmanager
+def holding(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process with a claim on the port, until it is killed."""
+    command = [sys.executable, "-c", HOLDER, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        yield holder
+
+
 def test_a_killed_gateway_leaves_the_port_free() -> None:
     async def body(port: int) -> None:
-        with subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(port)], stdout=subprocess.PIPE
-        ) as holder:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == b"held\n"
+        with holding(port) as holder:
             shared = await claim(HOST, port, "app", none_made)
             shared.close()
             holder.kill()
@@ -140,11 +146,7 @@ def test_a_gateway_that_hangs_is_told_and_one_that_ends_gives_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def body(port: int) -> None:
-        with subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(port)], stdout=subprocess.PIPE
-        ) as holder:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == b"held\n"
+        with holding(port) as holder:
             holder.send_signal(signal.SIGSTOP)
             monkeypatch.setattr(module, "CLAIM_TIMEOUT_S", 0.5)
             with pytest.raises(ConfigError, match=rf"port {port} .* does not answer within 0.5 s"):
