@@ -19,7 +19,9 @@ from router.security.certificates import Certificates
 
 MAX_STREAMS = 1024
 """Calls of one connection at one time."""
-QUIET_S, TAKE_S = 0.005, 5.0
+MAX_PENDING = 16 * MAX_STREAMS
+"""Calls that grpcio has not taken yet. Beyond 1,000 of its own it cancels some at random."""
+QUIET_S, TAKE_S = 0.02, 5.0
 """Calls that have come are taken within the first. A stop waits for such a pause."""
 IDLE_S = 300.0
 """A connection without a call for so long is closed; its client opens another one by itself."""
@@ -49,6 +51,8 @@ class GrpcListener:
                 ("grpc.so_reuseport", 1),
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_concurrent_streams", MAX_STREAMS),
+                ("grpc.server.max_pending_requests", MAX_PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
                 ("grpc.max_allowed_incoming_connections", limits.max_connections),
                 ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_timeout_s)),
                 ("grpc.max_connection_idle_ms", int(1000 * IDLE_S)),
