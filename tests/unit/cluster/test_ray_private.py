@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve_run import RAYS_LIMIT
+
 PRIVATE = re.compile(
     r"\bray(\.\w+)*\.(_\w+|core\.generated|experimental|autoscaler)|_internal_kv|SERVE_CONTROLLER"
 )
@@ -113,14 +115,17 @@ show()
 
 @pytest.mark.timeout(400)
 def test_a_ray_without_the_private_names_tells_the_same_or_less() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        check=False,
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "RAY_ADDRESS": "local"},
+            check=False,
+        )
+        if RAYS_LIMIT not in done.stderr:  # a busy machine may exceed Ray's own limit of a start
+            break
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
     running, store = "RUNNING ['HEALTHY']", ["True False b'x'", "True ['a/1'] None", "None"]

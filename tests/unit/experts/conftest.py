@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import EmulatedDevice, emulated_device
-from tests.unit.experts.local_actor import end_self_tests
+from tests.unit.experts.local_actor import self_tests_ended
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def device() -> Iterator[EmulatedDevice]:
     """An emulated accelerator, where torch looks for one."""
-    with emulated_device() as device:
+    with emulated_device() as device, self_tests_ended():
         yield device
-        end_self_tests()

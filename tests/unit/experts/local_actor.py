@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -54,11 +55,14 @@ class Actor(ExpertActor):
 _actors: list[Actor] = []
 
 
-def end_self_tests() -> None:
-    """End the self-tests of all actors of :func:`local_actor`, which a test leaves behind.
+@contextmanager
+def self_tests_ended() -> Iterator[None]:
+    """End the self-tests of the actors that the block makes by :func:`local_actor`.
 
-    Without the test's device they would fail, and be repeated for ever.
+    Without the block's device they would fail, and be repeated for ever.
     """
+    _actors.clear()
+    yield
     healthy = RowsFrame(0, 0, (HIDDEN,), "float32", ())
     for actor in _actors:
         self_test = actor._queue.self_test
@@ -67,7 +71,6 @@ def end_self_tests() -> None:
         while self_test._suspected is not None or self_test._sample is not None:
             assert time.monotonic() < deadline_s, self_test.failure
             threading.Event().wait(0.002)
-    _actors.clear()
 
 
 def local_actor(
