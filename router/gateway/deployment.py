@@ -93,15 +93,16 @@ class Deployment:
                 return
             await asyncio.sleep(TURN_CHECK_S)
 
-    async def wait_for_successors(self) -> None:
-        """Return once all gateways of the next deployment listen, or this is to end at once."""
+    async def wait_for_successors(self) -> bool:
+        """Return true once all gateways of the next deployment listen, false to end at once."""
         while not (self._refuses_new or self.is_deleted):
             try:
                 if not await asyncio.to_thread(self._is_replaced_later):
-                    return
+                    return True
             except Exception as error:  # Serve itself is away
                 logger.warning("Serve does not answer (%s)", type(error).__name__)
             await asyncio.sleep(SUCCESSOR_CHECK_S)
+        return False
 
     def ready(self) -> Readiness:
         """Return whether every expert of every model has a live copy, and if not, why."""

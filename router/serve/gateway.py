@@ -196,11 +196,10 @@ class GatewayReplica:
         listen.
         """
         if self._listeners is not None:
-            await self._deployment.wait_for_successors()
+            hands_over = await self._deployment.wait_for_successors()
             is_deleted = self._deployment.is_deleted
-            await self._listeners.close(
-                ENDED_S if is_deleted else self._service.limits.max_timeout_s
-            )
+            grace_s = ENDED_S if is_deleted else self._service.limits.max_timeout_s
+            await self._listeners.close(grace_s, hands_over=hands_over and not is_deleted)
 
 
 def _calls_to(

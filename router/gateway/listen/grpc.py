@@ -7,6 +7,7 @@ one as soon as a gateway has ended.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import ConfigError
 from router.gateway.listen.door import Door
+from router.gateway.listen.leave import leave, listening_on
 from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 
@@ -21,8 +23,13 @@ MAX_STREAMS = 1024
 """Calls of one connection at one time."""
 MAX_PENDING = 16 * MAX_STREAMS
 """Calls that grpcio has not taken yet. Beyond 1,000 of its own it cancels some at random."""
-QUIET_S, TAKE_S = 0.02, 5.0
-"""Calls that have come are taken within the first. A stop waits for such a pause."""
+AGE_S = 30.0
+"""A connection takes no more calls after so long, give or take a tenth: it says GOAWAY, and its
+client opens another one by itself. So clients leave a gateway that ends, and find new ones."""
+QUIET_S, HANDOVER_QUIET_S = 0.02, 0.5
+"""Calls that have come are taken within the first. A stop waits for such a pause, and a handover
+for one in which clients that call now and then are not likely to call."""
+TAKE_S = 5.0
 IDLE_S = 300.0
 """A connection without a call for so long is closed; its client opens another one by itself."""
 
@@ -45,6 +52,7 @@ class GrpcListener:
         error, so their own limit is lower.
         """
         self._door, self._certificates = door, certificates
+        self._descriptors: set[int] = set()
         self._server = grpc.aio.server(
             interceptors=[door],
             options=[
@@ -56,6 +64,7 @@ class GrpcListener:
                 ("grpc.max_allowed_incoming_connections", limits.max_connections),
                 ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_timeout_s)),
                 ("grpc.max_connection_idle_ms", int(1000 * IDLE_S)),
+                ("grpc.max_connection_age_ms", int(1000 * AGE_S)),
                 # A refused call's message stays in the network, beyond 64 KiB.
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.lookahead_bytes", 65_535),
@@ -70,6 +79,7 @@ class GrpcListener:
 
         Raises :class:`ConfigError` where grpcio cannot listen there.
         """
+        others = listening_on(port)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._certificates is None:
@@ -79,21 +89,29 @@ class GrpcListener:
         except RuntimeError as error:
             raise ConfigError(f"given {port}: gRPC cannot listen on it ({error})", where) from None
         await self._server.start()
+        self._descriptors = listening_on(port) - others
 
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, and end those under way after ``grace_s``."""
-        if grace_s:
-            await self._take_calls(min(grace_s, TAKE_S))
-        await self._server.stop(grace_s)
+    async def stop(self, grace_s: float, *, hands_over: bool = False) -> None:
+        """Refuse new calls, and end those under way after ``grace_s``.
 
-    async def _take_calls(self, timeout_s: float) -> None:
-        """Return at a moment at which grpcio has taken all calls that have come.
-
-        It takes one after the other, and its stop cancels those that it has not taken: with a busy
-        event loop nearly all that are under way. Where clients leave no pause, some are cancelled.
+        Where it ``hands_over``, other gateways have the port: new connections go to them at once,
+        and open ones before anything is refused, at the latest at the end of their age.
         """
-        loop = asyncio.get_running_loop()
-        until_s, taken = loop.time() + timeout_s, -1
-        while taken != self._door.num_calls and loop.time() < until_s:
+        until_s = time.monotonic() + grace_s
+        if hands_over:
+            await leave(self._descriptors, min(grace_s, TAKE_S))
+            await self._wait_for_pause(HANDOVER_QUIET_S, min(grace_s, 1.1 * AGE_S + TAKE_S))
+        elif grace_s:
+            await self._wait_for_pause(QUIET_S, min(grace_s, TAKE_S))
+        await self._server.stop(max(0.0, until_s - time.monotonic()))
+
+    async def _wait_for_pause(self, quiet_s: float, timeout_s: float) -> None:
+        """Return when no call has come for ``quiet_s``.
+
+        grpcio takes one call after the other, and its stop cancels those that it has not taken:
+        with a busy event loop nearly all that are under way.
+        """
+        until_s, taken = time.monotonic() + timeout_s, -1
+        while taken != self._door.num_calls and time.monotonic() < until_s:
             taken = self._door.num_calls
-            await asyncio.sleep(QUIET_S)
+            await asyncio.sleep(quiet_s)

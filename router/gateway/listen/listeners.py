@@ -74,10 +74,15 @@ class Listeners:
             await self.close(0.0)
             raise
 
-    async def close(self, grace_s: float) -> None:
-        """Accept nothing more; return when all requests are done, or cut off after ``grace_s``."""
-        listeners: list[HttpListener | GrpcListener] = [*self._http, self._clients, self._operators]
-        await asyncio.gather(*(one.stop(grace_s) for one in listeners))
+    async def close(self, grace_s: float, *, hands_over: bool = False) -> None:
+        """Accept nothing more; return when all requests are done, or cut off after ``grace_s``.
+
+        Where it ``hands_over``, other gateways listen on the same ports.
+        """
+        await asyncio.gather(
+            *(one.stop(grace_s) for one in self._http),
+            *(one.stop(grace_s, hands_over=hands_over) for one in (self._clients, self._operators)),
+        )
         while self._claims:
             self._claims.pop().close()
 
