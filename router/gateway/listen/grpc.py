@@ -97,13 +97,12 @@ class GrpcListener:
         Where it ``hands_over``, other gateways have the port: new connections go to them at once,
         and open ones before anything is refused, at the latest at the end of their age.
         """
-        until_s = time.monotonic() + grace_s
         if hands_over:
-            await leave(self._descriptors, min(grace_s, TAKE_S))
-            await self._wait_for_pause(HANDOVER_QUIET_S, min(grace_s, 1.1 * AGE_S + TAKE_S))
+            await leave(self._descriptors, TAKE_S)
+            await self._wait_for_pause(HANDOVER_QUIET_S, 1.1 * AGE_S + TAKE_S)
         elif grace_s:
             await self._wait_for_pause(QUIET_S, min(grace_s, TAKE_S))
-        await self._server.stop(max(0.0, until_s - time.monotonic()))
+        await self._server.stop(grace_s)
 
     async def _wait_for_pause(self, quiet_s: float, timeout_s: float) -> None:
         """Return when no call has come for ``quiet_s``.
