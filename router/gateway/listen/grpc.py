@@ -30,8 +30,6 @@ QUIET_S, HANDOVER_QUIET_S = 0.02, 0.5
 """Calls that have come are taken within the first. A stop waits for such a pause, and a handover
 for one in which clients that call now and then are not likely to call."""
 TAKE_S = 5.0
-IDLE_S = 300.0
-"""A connection without a call for so long is closed; its client opens another one by itself."""
 
 
 class GrpcListener:
@@ -63,7 +61,6 @@ class GrpcListener:
                 ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
                 ("grpc.max_allowed_incoming_connections", limits.max_connections),
                 ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_timeout_s)),
-                ("grpc.max_connection_idle_ms", int(1000 * IDLE_S)),
                 ("grpc.max_connection_age_ms", int(1000 * AGE_S)),
                 # A refused call's message stays in the network, beyond 64 KiB.
                 ("grpc.http2.bdp_probe", 0),
