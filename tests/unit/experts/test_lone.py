@@ -154,12 +154,13 @@ def test_reports_count_lone_frames(served: Served) -> None:
 
 
 def test_a_look_at_answers_is_left_to_the_self_test(served: Served) -> None:
-    until_s = time.monotonic() + 4 * MOST_WAIT_MS / 1000
-    count = 0
-    while time.monotonic() < until_s:
+    began_s, count = time.monotonic(), 0
+    while len(served.by_python) < 2 or count <= len(served.by_python):
+        assert time.monotonic() < began_s + LIMIT_S, (count, len(served.by_python))
         served.ask(frame_of(rows_of(1)))
         count += 1
-    assert 2 <= len(served.by_python) <= 8 < count
+    waits = (time.monotonic() - began_s) / (MOST_WAIT_MS / 1000)
+    assert len(served.by_python) <= 2 + 2 * waits
 
 
 Damage = Callable[[bytearray], None]
