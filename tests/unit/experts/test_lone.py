@@ -154,13 +154,13 @@ def test_reports_count_lone_frames(served: Served) -> None:
 
 
 def test_a_look_at_answers_is_left_to_the_self_test(served: Served) -> None:
-    began_s, count = time.monotonic(), 0
-    while len(served.by_python) < 2 or count <= len(served.by_python):
+    began_s, count, waits = time.monotonic(), 0, 0.0
+    while waits < 4 or len(served.by_python) < 2 or count <= len(served.by_python):
         assert time.monotonic() < began_s + LIMIT_S, (count, len(served.by_python))
         served.ask(frame_of(rows_of(1)))
         count += 1
-    waits = (time.monotonic() - began_s) / (MOST_WAIT_MS / 1000)
-    assert len(served.by_python) <= 2 + 2 * waits
+        waits = (time.monotonic() - began_s) / (MOST_WAIT_MS / 1000)
+    assert len(served.by_python) <= 2 * waits
 
 
 Damage = Callable[[bytearray], None]
