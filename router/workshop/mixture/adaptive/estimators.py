@@ -5,21 +5,22 @@ Dimension letters: N rows, E experts, F inputs, T steps of a sequence, W outputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from sklearn.utils._param_validation import StrOptions
 
-from router.workshop.mixture.adaptive.base import ABOVE_0, AdaptiveMixture
-from router.workshop.mixture.adaptive.network import Cell
+from router.workshop.mixture.adaptive.base import AdaptiveMixture
 from router.workshop.mixture.adaptive.parts import Scales
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
+from router.workshop.mixture.iterative import ABOVE_0, parameter
 from router.workshop.mixture.parts import Array
 from router.workshop.mixture.scale import Scale
 
 
+@dataclass(eq=False, repr=False)
 class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     """A mixture of local experts for regression, fitted by gradient descent.
 
@@ -76,73 +77,9 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     - ``verbose``: 1 shows a progress bar.
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **AdaptiveMixture._parameter_constraints,
-        "deviation": [StrOptions({"shared", "expert"}), *ABOVE_0],
-    }
-
-    def __init__(
-        self,
-        n_experts: int = 4,
-        *,
-        experts: Literal["linear", "mlp", "rnn"] = "linear",
-        hidden_layer_sizes: int | Sequence[int] = (16,),
-        gate_hidden_layer_sizes: int | Sequence[int] = (),
-        activation: Literal["tanh", "relu"] = "tanh",
-        cell: Cell | Sequence[Cell] = "gru",
-        pool: Literal["flatten", "mean", "last"] = "mean",
-        loss: Literal["competitive", "cooperative"] = "competitive",
-        deviation: Literal["shared", "expert"] | float = "shared",
-        top_k: int | None = None,
-        noisy_gate: bool = False,
-        importance_weight: float = 0.0,
-        load_weight: float = 0.0,
-        init: Literal["kmeans", "random"] = "kmeans",
-        n_init: int = 3,
-        solver: Literal["auto", "lbfgs", "adam"] = "auto",
-        alpha: float = 0.1,
-        learning_rate: float = 0.01,
-        batch_size: Literal["auto"] | int = "auto",
-        max_iter: int = 500,
-        tol: float = 1e-5,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            n_experts,
-            experts=experts,
-            hidden_layer_sizes=hidden_layer_sizes,
-            gate_hidden_layer_sizes=gate_hidden_layer_sizes,
-            activation=activation,
-            cell=cell,
-            pool=pool,
-            loss=loss,
-            top_k=top_k,
-            noisy_gate=noisy_gate,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            init=init,
-            n_init=n_init,
-            solver=solver,
-            alpha=alpha,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_iter=max_iter,
-            tol=tol,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            n_iter_no_change=n_iter_no_change,
-            warm_start=warm_start,
-            n_jobs=n_jobs,
-            random_state=random_state,
-            verbose=verbose,
-        )
-        self.deviation = deviation
+    deviation: Literal["shared", "expert"] | float = parameter(
+        "shared", StrOptions({"shared", "expert"}), ABOVE_0
+    )
 
     def _kind(self) -> Literal["mean", "density", "probabilities"]:
         return "density" if self.loss == "competitive" else "mean"
@@ -150,8 +87,8 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     def _width(self, targets: Targets) -> int:
         return targets.shape[1]
 
-    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Scale:
-        return Scale.of(targets[used], weights[used])
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
+        return Scale.of(targets, weights)
 
     def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
         if self.loss == "cooperative" or not isinstance(self.deviation, str):
@@ -183,5 +120,5 @@ class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
     def _width(self, targets: Targets) -> int:
         return len(self.classes_)
 
-    def _target_scale(self, targets: Targets, weights: Array, used: np.ndarray) -> Scale:
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
         return Scale.none(len(self.classes_))

@@ -35,8 +35,9 @@ from router.workshop.mixture.adaptive.network import (
 )
 from router.workshop.mixture.adaptive.noisy_gate import importance_loss, load_loss
 from router.workshop.mixture.adaptive.starts import place_experts
+from router.workshop.mixture.ascent import Ascent, Limits
 
-Advance = Callable[[str], None]
+Advance = Callable[[str], object]
 """Takes a remark after each iteration."""
 _LEAST_GRADIENT = 1e-9
 _MEMORY = 50
@@ -76,9 +77,7 @@ class FitSettings:
     alpha: float
     learning_rate: float
     batch_size: int
-    max_iter: int
-    tol: float
-    n_iter_no_change: int
+    limits: Limits
     deviations: Tensor | None = None
     first: Callable[[AdaptiveNetwork], None] | None = None
 
@@ -106,7 +105,7 @@ def fit_network(
     rows: Rows,
     validation: Rows | None,
     seed: int,
-    advance: Advance,
+    advance: Advance = lambda remark: None,
 ) -> Fit:
     """Fit a network from one start.
 
@@ -123,19 +122,17 @@ def fit_network(
         elif settings.init == "kmeans":
             place_experts(network, rows.x, rows.targets, rows.sample_weight, random)
         objective = _Objective(network, settings)
-        record = _Record(objective, validation, advance)
+        progress = _Progress(objective, validation, advance)
         if settings.solver == "lbfgs":
-            _minimise(objective, rows, record)
+            has_converged = _minimise(objective, rows, progress)
         else:
-            _descend(objective, rows, record, generator)
-        record.restore_best()
+            has_converged = _descend(objective, rows, progress, generator)
+        progress.restore_best()
         with torch.no_grad():
             _, log_likelihood = objective.served(rows)
             score = log_likelihood if validation is None else objective.served(validation)[1]
             deviations = objective.deviations()
-    return Fit(
-        network, record.log_likelihoods, log_likelihood, score, deviations, record.has_converged
-    )
+    return Fit(network, progress.log_likelihoods, log_likelihood, score, deviations, has_converged)
 
 
 @contextmanager
@@ -233,47 +230,34 @@ class _Objective:
             return float(rows.mean(normal_log_likelihoods(zeros, left, deviations)[:, 0]))
 
 
-class _Record:
-    """What each iteration reached, and when the fit is over."""
+class _Progress:
+    """The iterations so far, judged by the loss: that of validation rows if there are some."""
 
     def __init__(self, objective: _Objective, validation: Rows | None, advance: Advance) -> None:
         self.log_likelihoods: list[float] = []
-        self.has_converged = False
+        self._ascent: Ascent[Tensor | None] = Ascent(objective.settings.limits, None)
         self._objective = objective
         self._validation = validation
         self._advance = advance
-        self._best_loss = math.inf
-        self._best_weights: Tensor | None = None
-        self._num_without_gain = 0
 
     def is_over(self, loss: float, log_likelihood: float) -> bool:
-        """Take over an iteration's mean loss and log likelihood; return whether to stop.
-
-        The fit is over when ``n_iter_no_change`` iterations in a row have not lowered the least
-        loss, that of the validation rows where there are some, by ``tol``.
-        """
-        settings = self._objective.settings
+        """Take an iteration's mean loss and log likelihood; return whether the loss has settled."""
         self.log_likelihoods.append(log_likelihood)
+        weights = None
         if self._validation is not None:
             with torch.no_grad():
                 loss, _ = self._objective.served(self._validation)
+            weights = parameters_to_vector(self._objective.network.parameters()).detach().clone()
         if not math.isfinite(loss):
             raise _not_finite(loss, len(self.log_likelihoods))
-        has_gained = loss < self._best_loss - settings.tol
-        self._num_without_gain = 0 if has_gained else self._num_without_gain + 1
-        if loss < self._best_loss:
-            self._best_loss = loss
-            if self._validation is not None:
-                parameters = self._objective.network.parameters()
-                self._best_weights = parameters_to_vector(parameters).detach().clone()
+        self._ascent.take(weights, -loss)
         self._advance(f"log likelihood {log_likelihood:.4f}")
-        self.has_converged = self._num_without_gain >= settings.n_iter_no_change
-        return self.has_converged
+        return self._ascent.is_converged
 
     def restore_best(self) -> None:
         """Bring back the weights that were best for the validation rows."""
-        if self._best_weights is not None:
-            vector_to_parameters(self._best_weights, self._objective.network.parameters())
+        if self._ascent.best is not None:
+            vector_to_parameters(self._ascent.best, self._objective.network.parameters())
 
 
 def _not_finite(loss: float, iteration: int) -> NotFiniteError:
@@ -283,8 +267,9 @@ def _not_finite(loss: float, iteration: int) -> NotFiniteError:
     )
 
 
-def _minimise(objective: _Objective, rows: Rows, record: _Record) -> None:
-    """Minimise by L-BFGS over all rows (Liu and Nocedal 1989)."""
+def _minimise(objective: _Objective, rows: Rows, progress: _Progress) -> bool:
+    """Minimise by L-BFGS over all rows (Liu and Nocedal 1989); return whether it converged."""
+    limits, has_settled = objective.settings.limits, False
     parameters = list(objective.network.parameters())
     weight = float(rows.sample_weight.sum())
     unused = torch.Generator()
@@ -295,7 +280,7 @@ def _minimise(objective: _Objective, rows: Rows, record: _Record) -> None:
         mean_loss, log_likelihood = objective.training(rows, unused)
         total = mean_loss + objective.penalty(weight)
         if not torch.isfinite(total):
-            raise _not_finite(total.item(), len(record.log_likelihoods) + 1)
+            raise _not_finite(total.item(), len(progress.log_likelihoods) + 1)
         gradient = parameters_to_vector(torch.autograd.grad(total, parameters)).numpy()
         latest.update(vector=vector.copy(), loss=total.item(), log_likelihood=log_likelihood)
         return total.item(), gradient
@@ -303,13 +288,15 @@ def _minimise(objective: _Objective, rows: Rows, record: _Record) -> None:
     def after_iteration(vector: np.ndarray) -> None:
         if not np.array_equal(vector, latest["vector"]):
             value_and_gradient(vector)
-        if record.is_over(latest["loss"], latest["log_likelihood"]):
+        nonlocal has_settled
+        has_settled = progress.is_over(latest["loss"], latest["log_likelihood"])
+        if has_settled:
             raise StopIteration
 
     start = parameters_to_vector(parameters).detach().numpy().copy()
     options = {
-        "maxiter": objective.settings.max_iter,
-        "maxfun": 20 * objective.settings.max_iter,
+        "maxiter": limits.max_iter,
+        "maxfun": 20 * limits.max_iter,
         "ftol": 0.0,
         "gtol": _LEAST_GRADIENT,
         "maxcor": _MEMORY,
@@ -323,20 +310,23 @@ def _minimise(objective: _Objective, rows: Rows, record: _Record) -> None:
         options=options,
     )
     vector_to_parameters(torch.from_numpy(result.x.copy()), parameters)
+    if not progress.log_likelihoods:  # the start is the minimum
+        progress.is_over(latest["loss"], latest["log_likelihood"])
     # Success is a gradient of 0; status 2 is a line search that finds nothing lower.
-    record.has_converged |= bool(result.success) or result.status == 2
-    if not record.log_likelihoods:  # the start is the minimum
-        record.is_over(latest["loss"], latest["log_likelihood"])
+    return has_settled or bool(result.success) or result.status == 2
 
 
 def _descend(
-    objective: _Objective, rows: Rows, record: _Record, generator: torch.Generator
-) -> None:
-    """Minimise by Adam over batches of rows in a new order each time (Kingma and Ba 2015)."""
+    objective: _Objective, rows: Rows, progress: _Progress, generator: torch.Generator
+) -> bool:
+    """Minimise by Adam over batches of rows in a new order each time (Kingma and Ba 2015).
+
+    Returns whether the loss settled.
+    """
     parameters = list(objective.network.parameters())
     optimiser = torch.optim.Adam(parameters, objective.settings.learning_rate)
     weight = float(rows.sample_weight.sum())
-    for _ in range(objective.settings.max_iter):
+    for _ in range(objective.settings.limits.max_iter):
         order = torch.randperm(len(rows.x), generator=generator)
         loss, log_likelihood = 0.0, 0.0
         for places in order.split(objective.settings.batch_size):
@@ -349,5 +339,6 @@ def _descend(
             share = float(batch.sample_weight.sum()) / weight
             loss += share * total.item()
             log_likelihood += share * batch_log_likelihood
-        if record.is_over(loss, log_likelihood):
-            return
+        if progress.is_over(loss, log_likelihood):
+            return True
+    return False

@@ -48,6 +48,11 @@ class Scales:
         """Return those which undo these."""
         return Scales(self.inputs.inverse(), self.targets.inverse())
 
+    @property
+    def log_units(self) -> float:
+        """How much a log density of raw targets is below one of scaled targets."""
+        return float(np.log(self.targets.deviation).sum())
+
 
 def gate_part(network: AdaptiveNetwork, top_k: int | None, names: tuple[str, ...]) -> GatePart:
     """Return the gate, for standardised rows and without its noise."""
