@@ -5,21 +5,19 @@ Dimension letters: N rows, F features, D outputs of a regression, K classes, E e
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 
 from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
-from router.workshop.mixture.hierarchical.base import (
-    ABOVE_0,
-    NEWTON_STEPS,
-    HierarchicalMixture,
-)
+from router.workshop.mixture.hierarchical.base import NEWTON_STEPS, HierarchicalMixture
 from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
+from router.workshop.mixture.iterative import ABOVE_0, AT_LEAST_1, parameter
 from router.workshop.mixture.parts import Array
 from router.workshop.mixture.scale import Scale
 
 
+@dataclass(eq=False, repr=False)
 class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
     """A tree of softmax gates over linear experts, fitted by expectation-maximisation.
 
@@ -67,47 +65,9 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
     ``validation_scores_`` [n_iter_] is the log likelihood of the rows of early stopping.
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **HierarchicalMixture._parameter_constraints,
-        "min_variance": ABOVE_0,
-    }
-
-    def __init__(
-        self,
-        branching: tuple[int, ...] = (2, 2),
-        *,
-        top_k: int | tuple[int | None, ...] | None = None,
-        ridge: float = 1.0,
-        gate_ridge: float = 0.01,
-        min_variance: float = 1e-6,
-        n_init: int = 8,
-        max_iter: int = 200,
-        tol: float = 1e-5,
-        n_iter_no_change: int = 5,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            branching,
-            top_k=top_k,
-            ridge=ridge,
-            gate_ridge=gate_ridge,
-            n_init=n_init,
-            max_iter=max_iter,
-            tol=tol,
-            n_iter_no_change=n_iter_no_change,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            warm_start=warm_start,
-            n_jobs=n_jobs,
-            random_state=random_state,
-            verbose=verbose,
-        )
-        self.min_variance = min_variance
+    gate_ridge: float = parameter(0.01, ABOVE_0)
+    min_variance: float = parameter(1e-6, ABOVE_0)
+    n_init: int = parameter(8, AT_LEAST_1)
 
     def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
         return Scale.of(targets, weights)
@@ -121,6 +81,7 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
         return GaussianLeaves.empty(num_experts, num_outputs, penalty, least)
 
 
+@dataclass(eq=False, repr=False)
 class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
     """A tree of softmax gates over softmax experts, fitted by expectation-maximisation.
 
@@ -131,40 +92,7 @@ class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
     classes the same. The prediction is ``sum_i g_i sum_j g_{j|i} P_ij``.
     """
 
-    def __init__(
-        self,
-        branching: tuple[int, ...] = (2, 2),
-        *,
-        top_k: int | tuple[int | None, ...] | None = None,
-        ridge: float = 1.0,
-        gate_ridge: float = 0.1,
-        n_init: int = 6,
-        max_iter: int = 200,
-        tol: float = 1e-5,
-        n_iter_no_change: int = 5,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            branching,
-            top_k=top_k,
-            ridge=ridge,
-            gate_ridge=gate_ridge,
-            n_init=n_init,
-            max_iter=max_iter,
-            tol=tol,
-            n_iter_no_change=n_iter_no_change,
-            early_stopping=early_stopping,
-            validation_fraction=validation_fraction,
-            warm_start=warm_start,
-            n_jobs=n_jobs,
-            random_state=random_state,
-            verbose=verbose,
-        )
+    n_init: int = parameter(6, AT_LEAST_1)
 
     def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
         return None

@@ -18,17 +18,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from router.workshop.mixture.ascent import Limits
 from router.workshop.mixture.choices import Array
 from router.workshop.mixture.em import least_squares
 from router.workshop.mixture.hierarchical.grouping import grouped
-from router.workshop.mixture.hierarchical.tree import Rows, Stopping, Tree, empty_gates, fit_tree
+from router.workshop.mixture.hierarchical.tree import Rows, Tree, empty_gates, fit_tree
 
 REGIONS_PER_EXPERT = 4
 NUM_CUTS = 16
 """The random cuts among which the best is taken."""
 RIDGE = 0.01
 """The ridge of the regressions that find the pieces."""
-_FLAT = Stopping(max_iter=30, tol=1e-4, patience=2)
+_FLAT = Limits(max_iter=30, tol=1e-4, n_iter_no_change=2)
 _SOFTNESS = 0.05
 _TIE = 1e-9
 

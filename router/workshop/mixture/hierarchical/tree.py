@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from router.workshop.mixture.ascent import Ascent, Limits
 from router.workshop.mixture.choices import Array, log_softmax, log_sum_exp, sum_of_choices
 from router.workshop.mixture.em import ROUGH, SoftmaxProblem, ascend
 from router.workshop.mixture.hierarchical.leaves import Leaves
@@ -95,85 +96,45 @@ def empty_gates(branching: Sequence[int], num_columns: int) -> tuple[Array, ...]
     )
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """When a fit ends: after ``max_iter`` iterations, or when ``patience`` gain less than ``tol``.
-
-    The gain of one iteration is in nats a row, of the objective or, with ``held_out``, of the best
-    log-likelihood of rows that the fit does not see.
-    """
-
-    max_iter: int
-    tol: float
-    patience: int
-    held_out: Rows | None = None
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A fit: ``objectives`` has the objective after each iteration, in nats a row.
-
-    ``best`` is the tree of the best ``score``: of the log-likelihood of rows held out, or of the
-    objective. ``last`` is the tree of the last iteration, after ``waited`` without a gain.
-    """
-
-    best: Tree
-    score: float
-    last: Tree
-    objectives: tuple[float, ...]
-    held_out: tuple[float, ...]
-    waited: int
-
-    def is_converged(self, stopping: Stopping) -> bool:
-        """Return whether the fit ended by itself."""
-        return self.waited >= stopping.patience
-
-
 def fit_tree(
     tree: Tree,
     rows: Rows,
-    stopping: Stopping,
+    limits: Limits,
     posteriors: Array | None = None,
-    advance: Callable[[float], object] = lambda objective: None,
-) -> Fitted:
+    held_out: Rows | None = None,
+    advance: Callable[[str], object] = lambda remark: None,
+) -> Ascent[Tree]:
     """Fit a tree by expectation-maximisation, from ``posteriors`` [N, E] if they are given.
 
-    The objective is (log-likelihood + log prior) / Σ weights. It never falls: each M step raises a
-    lower bound of it that touches it at the E step's tree. With held-out rows the result is the
-    tree of their best log-likelihood. ``advance`` is called with each objective. Raises
-    ``ArithmeticError`` where the objective falls by more than rounding.
+    The objective is (log-likelihood + log prior) / Σ weights, in nats a row. It never falls: each
+    M step raises a lower bound of it that touches it at the E step's tree. The best tree is judged
+    by it, or by the log-likelihood of rows ``held_out`` a row. Raises ``ArithmeticError`` if the
+    objective falls by more than rounding.
     """
     # The first M step from given posteriors has no tree before it to fall from.
     previous = best_score = -math.inf
     if posteriors is None:
         posteriors, likelihood = tree.expectation(rows)
         previous = best_score = (likelihood + tree.log_prior()) / rows.mass
-        if stopping.held_out is not None:
-            best_score = _mean_likelihood(tree, stopping.held_out)
-    objectives: list[float] = []
-    held_out: list[float] = []
-    best, waited = tree, 0
-    while len(objectives) < stopping.max_iter and waited < stopping.patience:
+        if held_out is not None:
+            best_score = _mean_likelihood(tree, held_out)
+    ascent = Ascent(limits, tree, best_score)
+    while not ascent.is_over:
         tree = tree.maximised(rows, posteriors)
         posteriors, likelihood = tree.expectation(rows)
         prior = tree.log_prior()
-        objective = score = (likelihood + prior) / rows.mass
+        objective = (likelihood + prior) / rows.mass
         scale = (abs(likelihood) + abs(prior)) / rows.mass + 1.0
         if not objective >= previous - _ROUNDING * scale:
             raise ArithmeticError(
                 f"the objective fell from {previous!r} to {objective!r} nats a row in iteration "
-                f"{len(objectives) + 1}; a larger ridge makes the M steps better conditioned"
+                f"{len(ascent.objectives) + 1}; a larger ridge makes the M steps better conditioned"
             )
-        objectives.append(objective)
-        if stopping.held_out is not None:
-            score = _mean_likelihood(tree, stopping.held_out)
-            held_out.append(score)
-        waited = 0 if score > best_score + stopping.tol else waited + 1
-        if score > best_score:
-            best, best_score = tree, score
+        score = None if held_out is None else _mean_likelihood(tree, held_out)
+        ascent.take(tree, objective, score)
+        advance(f"objective {objective:.6g}")
         previous = objective
-        advance(objective)
-    return Fitted(best, best_score, tree, tuple(objectives), tuple(held_out), waited)
+    return ascent
 
 
 def _mean_likelihood(tree: Tree, rows: Rows) -> float:

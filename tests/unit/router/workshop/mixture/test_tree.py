@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import norm
 
+from router.workshop.mixture.ascent import Limits
 from router.workshop.mixture.em import design_of, penalty_of
 from router.workshop.mixture.hierarchical.grouping import grouped
 from router.workshop.mixture.hierarchical.leaves import VARIANCE_ROWS, GaussianLeaves, SoftmaxLeaves
 from router.workshop.mixture.hierarchical.starts import random_start
 from router.workshop.mixture.hierarchical.tree import (
     Rows,
-    Stopping,
     Tree,
     empty_gates,
     fit_tree,
@@ -129,7 +129,7 @@ def test_the_objective_never_falls(
     rng = np.random.default_rng(seed)
     experts = math.prod(branching)
     start = rng.dirichlet(np.full(experts, 0.2), size=num_rows) if by_posteriors else None
-    fitted = fit_tree(tree, rows, Stopping(12, 0.0, 12), start)
+    fitted = fit_tree(tree, rows, Limits(12, 0.0, 12), start)
     objectives = np.array(fitted.objectives)
     if not by_posteriors:
         before = (tree.expectation(rows)[1] + tree.log_prior()) / rows.mass
@@ -156,12 +156,12 @@ class Forgetful:
 
 def test_a_fall_of_the_objective_is_an_error() -> None:
     tree, rows = drawn(1, (2,), "gaussian")
-    fitted = fit_tree(tree, rows, Stopping(20, 0.0, 20)).best
+    fitted = fit_tree(tree, rows, Limits(20, 0.0, 20)).best
     wrong = replace(fitted, leaves=Forgetful(fitted.leaves))
     with pytest.raises(
         ArithmeticError, match=r"the objective fell from .* in iteration 1; a larger"
     ):
-        fit_tree(wrong, rows, Stopping(5, 0.0, 5))
+        fit_tree(wrong, rows, Limits(5, 0.0, 5))
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "classes"])
@@ -187,21 +187,21 @@ def test_held_out_rows_choose_the_tree() -> None:
     train = Rows(rows.design[:25], rows.targets[:25], rows.weight[:25])
     held_out = Rows(rows.design[25:], rows.targets[25:], rows.weight[25:])
     start = np.random.default_rng(0).dirichlet(np.ones(4), size=25)
-    fitted = fit_tree(tree, train, Stopping(50, 0.0, 5, held_out), start)
+    fitted = fit_tree(tree, train, Limits(50, 0.0, 5), start, held_out)
     score = fitted.best.expectation(held_out)[1] / held_out.mass
-    np.testing.assert_allclose(score, max(fitted.held_out), rtol=1e-12)
-    assert len(fitted.held_out) == len(fitted.objectives) < 50
-    assert fitted.waited == 5
-    assert int(np.argmax(fitted.held_out)) == len(fitted.held_out) - 6
+    np.testing.assert_allclose(score, max(fitted.scores), rtol=1e-12)
+    assert len(fitted.scores) == len(fitted.objectives) < 50
+    assert fitted.is_converged
+    assert int(np.argmax(fitted.scores)) == len(fitted.scores) - 6
 
 
 def test_a_tree_is_judged_by_the_rows_held_out_from_the_beginning() -> None:
     """Rows held out are less likely than those of the fit, and yet a later tree can be best."""
     tree, rows = drawn(6, (2,), "gaussian")
     far = Rows(rows.design, 3 * rows.targets, rows.weight)
-    fitted = fit_tree(tree, rows, Stopping(5, 0.0, 5, far))
+    fitted = fit_tree(tree, rows, Limits(5, 0.0, 5), held_out=far)
     scores = [t.expectation(far)[1] / far.mass for t in (tree, fitted.best)]
-    assert fitted.score == max(scores[0], *fitted.held_out) == pytest.approx(scores[1])
+    assert fitted.score == max(scores[0], *fitted.scores) == pytest.approx(scores[1])
 
 
 def test_cells_are_cut_level_by_level() -> None:
