@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import KMeans
 
+from router.workshop.mixture.base import distinct
 from router.workshop.mixture.em import design_of
 from router.workshop.mixture.general.fits import Data
 from router.workshop.mixture.parts import Array
@@ -73,9 +74,8 @@ def _by_planes(data: Data, num_experts: int, source: np.random.RandomState) -> A
     It grows as a tree does: the best cut of a cell comes first. The planes to cut by have random
     directions. Where there are too few rows for lines, constants take their place.
     """
-    columns = np.column_stack([data.X, data.targets])
-    _, first, places = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    weights: Array = np.bincount(places.reshape(-1), data.weights).astype(np.float64)
+    first, places = distinct(data.X, data.targets)
+    weights: Array = np.bincount(places, data.weights).astype(np.float64)
     if len(first) > _MOST_ROWS:
         drawn = source.permutation(len(first))[:_MOST_ROWS]
         first, weights = first[drawn], weights[drawn]

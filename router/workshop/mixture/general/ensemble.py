@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
@@ -36,7 +37,6 @@ from router.workshop.mixture.general.folds import Fold, Rows
 from router.workshop.mixture.general.gates import (
     ConstantLearner,
     GateLearner,
-    gate_part,
     least_squares_weights,
 )
 from router.workshop.mixture.parts import (
@@ -125,12 +125,24 @@ class EnsembleEM:
         An expert without a share is fitted to all rows. Raises :class:`FitFailedError`.
         """
         weights = self._data.weights
-        begun = shares * weights[:, None]
-        begun[:, begun.max(axis=0) <= self._data.least_share] = weights[:, None]
-        self._fit_first(begun)
-        for number in range(len(self._experts)):
-            self._set_deviations(number, begun[:, number])
-        self._set_gate(shares, is_first=True)
+        given = shares * weights[:, None]
+        given[:, given.max(axis=0) <= self._data.least_share] = weights[:, None]
+        self._begin(given, shares)
+
+    def start_whole(self) -> None:
+        """Begin with experts that are fitted to all rows; raises :class:`FitFailedError`."""
+        self._begin(np.tile(self._data.weights[:, None], len(self._experts)), None)
+
+    def _begin(self, given: Array, shares: Array | None) -> None:
+        """Fit all experts to ``given``, then the gate to ``shares``, by default the posteriors."""
+        numbers = range(len(self._experts))
+        for number, result in zip(numbers, self._fits(given, numbers), strict=True):
+            if isinstance(result, FitFailedError):
+                raise result
+            self._parts[number], self._outputs[:, number] = result
+            self._given[number] = self._tried[number] = given[:, number]
+            self._set_deviations(number, given[:, number])
+        self._set_gate(self._posterior() if shares is None else shares, is_first=True)
 
     def on(self, data: Data, folds: Sequence[Fold]) -> EnsembleEM:
         """Return a state of other data, not started."""
@@ -142,14 +154,6 @@ class EnsembleEM:
         other = self.copied()
         other.start(shares)
         return other
-
-    def start_whole(self) -> None:
-        """Begin with experts that are fitted to all rows; raises :class:`FitFailedError`."""
-        weights = self._data.weights
-        self._fit_first(np.tile(weights[:, None], len(self._experts)))
-        for number in range(len(self._experts)):
-            self._set_deviations(number, weights)
-        self._set_gate(posterior(self._log_gates, self._log_likelihoods(slice(None))), True)
 
     def with_mean(self) -> EnsembleEM:
         """Return a state whose gate gives all rows the weights of least squares."""
@@ -163,7 +167,7 @@ class EnsembleEM:
         """Return a state whose gate begins with equal weights."""
         other = self.copied()
         other._log_gates = np.full_like(self._log_gates, -np.log(len(self._experts)))
-        other._set_gate(posterior(other._log_gates, other._log_likelihoods(slice(None))), True)
+        other._set_gate(other._posterior(), is_first=True)
         return other
 
     def with_expert(self, number: int) -> EnsembleEM:
@@ -172,23 +176,14 @@ class EnsembleEM:
 
     def _with_weights(self, weights: Array) -> EnsembleEM:
         other = self.copied()
-        other._learner = ConstantLearner(self._scaled.shape[1], weights)
+        other._learner = ConstantLearner(weights)
         other._set_gate(np.exp(self._log_gates), is_first=True)
         return other
 
-    def _fit_first(self, given: Array) -> None:
-        numbers = range(len(self._experts))
-        for number, result in zip(numbers, self._fits(given, numbers), strict=True):
-            if isinstance(result, FitFailedError):
-                raise result
-            self._parts[number], self._outputs[:, number] = result
-            self._given[number] = self._tried[number] = given[:, number]
-
     def resume(self, mixture: FittedMixture) -> None:
         """Begin with the experts and the gate of an earlier fit."""
-        gate = mixture.gates[GATE]
-        self._layers, self._activation = gate.layers, gate.activation
-        self._log_gates = self.gate().log_weights(self._data.X)
+        self._gate = replace(mixture.gates[GATE], top_k=None)
+        self._log_gates = self._gate.log_weights(self._data.X)
         self._given = [np.zeros_like(self._data.weights)] * len(self._experts)
         self._parts = [part for part in mixture.experts.values() if isinstance(part, EstimatorPart)]
         if len(self._parts) != len(self._experts):
@@ -207,7 +202,8 @@ class EnsembleEM:
         :class:`FitFailedWarning` for an expert that cannot be fitted to its rows. It keeps its
         earlier fit.
         """
-        shares = self._shares()
+        shares = self._posterior()
+        shares = _one_hot(shares) if self._is_hard else shares
         given = shares * self._data.weights[:, None]
         fitted = self._given_rows(given)
         numbers = [
@@ -239,7 +235,7 @@ class EnsembleEM:
 
     def step_of_gate(self) -> float:
         """Do a step of EM that leaves the experts as they are; returns the mean log likelihood."""
-        shares = posterior(self._log_gates, self._log_likelihoods(slice(None)))
+        shares = self._posterior()
         for number in range(len(self._experts)):
             self._set_deviations(number, shares[:, number] * self._data.weights)
         self._set_gate(shares)
@@ -317,9 +313,8 @@ class EnsembleEM:
                     stacklevel=4,
                 )
 
-    def _shares(self) -> Array:
-        shares = posterior(self._log_gates, self._log_likelihoods(slice(None)))
-        return _one_hot(shares) if self._is_hard else shares
+    def _posterior(self) -> Array:
+        return posterior(self._log_gates, self._log_likelihoods(slice(None)))
 
     def _given_rows(self, given: Array) -> Array:
         """Return the shares that the fits take: all of the largest for those without weights."""
@@ -369,21 +364,17 @@ class EnsembleEM:
 
     def gate(self, top_k: int | None = None) -> GatePart:
         """Return the gate as it is."""
-        names = tuple(expert.name for expert in self._experts)
-        return gate_part(self._layers, self._activation, names, top_k)
+        return replace(self._gate, top_k=top_k)
 
     def _set_gate(self, shares: Array, is_first: bool = False) -> None:
         weights = self._data.weights
         layers, activation = self._learner.fit(self._scaled, shares, weights)
         layers = (self._scale.before(layers[0]), *layers[1:])
-        names = tuple(expert.name for expert in self._experts)
-        log_gates = gate_part(layers, activation, names).log_weights(self._data.X)
-        if is_first or _gain(shares, log_gates, self._log_gates, weights) >= 0:
-            self._layers, self._activation, self._log_gates = layers, activation, log_gates
-
-
-def _gain(shares: Array, new: Array, old: Array, weights: Array) -> float:
-    return float(weights @ (shares * (new - old)).sum(axis=1))
+        gate = GatePart(layers, tuple(self.names), activation=activation)
+        log_gates = gate.log_weights(self._data.X)
+        gain = weights @ (shares * (log_gates - self._log_gates)).sum(axis=1)
+        if is_first or gain >= 0:
+            self._gate, self._log_gates = gate, log_gates
 
 
 def _one_hot(values: Array) -> Array:

@@ -5,26 +5,22 @@ Dimension letters: N rows, F features, E experts, D outputs of a regression, K c
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import _name_estimators
-from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval
 from sklearn.utils.metaestimators import _BaseComposition
 
 from experts.mixture.parts import checked_name
+from router.workshop.mixture.ascent import Ascent, Limits
 from router.workshop.mixture.base import (
     MixtureClassifier,
-    MixtureEstimator,
     MixtureRegressor,
     Targets,
     progress,
@@ -32,70 +28,34 @@ from router.workshop.mixture.base import (
 from router.workshop.mixture.general.divisions import divisions_of
 from router.workshop.mixture.general.ensemble import GATE, EnsembleEM
 from router.workshop.mixture.general.fits import MOST_VALUE, Data, Expert
-from router.workshop.mixture.general.folds import Fold, Rows, folds_of, given_folds
+from router.workshop.mixture.general.folds import Fold, folds_of, given_folds
 from router.workshop.mixture.general.gates import learner_of
-from router.workshop.mixture.general.search import Limits, Run, best_start, run
+from router.workshop.mixture.general.search import Judge, best_start, run, score_of
 from router.workshop.mixture.general.unseen import UnseenSearch
+from router.workshop.mixture.iterative import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    MAX_SEED,
+    IterativeMixture,
+    parameter,
+)
 from router.workshop.mixture.parts import Array
 
 
-class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
+@dataclass(eq=False, repr=False)
+class _MixtureOfExperts(IterativeMixture, _BaseComposition):
     """The fit by EM, of regression and classification."""
 
-    log_likelihoods_: Array
     _method: ClassVar[str]
     """The method of an expert that the mixture calls."""
-
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
-        "experts": [list, None],
-        "gate": "no_validation",
-        "top_k": [Interval(Integral, 1, None, closed="left"), None],
-        "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "cv": ["cv_object"],
-        "n_init": [Interval(Integral, 1, None, closed="left")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "warm_start": ["boolean"],
-        "n_jobs": [Integral, None],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-    }
-
-    def __init__(
-        self,
-        experts: Any = None,
-        *,
-        gate: Any = "linear",
-        top_k: int | None = None,
-        cv: Any = 10,
-        n_init: int = 4,
-        max_iter: int = 100,
-        tol: float = 1e-4,
-        n_iter_no_change: int = 3,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        """Keep the parameters; :meth:`fit` checks them."""
-        self.experts = experts
-        self.gate = gate
-        self.top_k = top_k
-        self.cv = cv
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.tol = tol
-        self.n_iter_no_change = n_iter_no_change
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.warm_start = warm_start
-        self.n_jobs = n_jobs
-        self.random_state = random_state
-        self.verbose = verbose
+    experts: Any = parameter(None, list, None, by_keyword=False)
+    gate: Any = parameter("linear", object)
+    top_k: int | None = parameter(None, AT_LEAST_1, None)
+    cv: Any = parameter(10, "cv_object")
+    n_init: int = parameter(4, AT_LEAST_1)
+    max_iter: int = parameter(100, AT_LEAST_1)
+    tol: float = parameter(1e-4, AT_LEAST_0)
+    n_iter_no_change: int = parameter(3, AT_LEAST_1)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the parameters, with those of named experts as ``NAME__PARAMETER``."""
@@ -114,29 +74,21 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
             super().set_params(**params)
         return self
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Fit experts and gate to rows X [N, F], their targets, and optional weights [N].
-
-        Raises ``ValueError`` for wrong parameters and data, for fewer rows than experts, and, as
-        :class:`router.workshop.mixture.general.fits.FitFailedError`, which names the expert, for
-        one that cannot be fitted to its first rows. The estimator is then as before. Warns
-        :class:`FitFailedWarning` where that happens later, and :class:`ConvergenceWarning` after
-        ``max_iter`` iterations.
-        """
-        with self._as_before_on_failure():
-            self._fit(X, y, sample_weight)
-        return self
-
-    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
-        self._validate_params()
-        source = check_random_state(self.random_state)
-        experts = self._named_experts(source)
-        is_warm = bool(self.warm_start) and hasattr(self, "mixture_")
+    def _fit(
+        self, X: Any, y: Any, sample_weight: Any, is_warm: bool, random: np.random.RandomState
+    ) -> None:
+        experts = self._named_experts(random)
         given = X, y
         X, targets, weights = self._check_fit(X, y, sample_weight, reset=not is_warm)
         self._check_numbers(experts, X, targets, weights)
-        train, held_out, places = self._divided(X, targets, weights, source)
-        seed = source.randint(2**31 - 1)
+        places, others = self._split(targets, random)
+        data = Data(X, targets, weights, getattr(self, "classes_", None))
+        train = data if others is None else data.of(places)
+        judge: Judge | None = None
+        if others is not None:
+            held_out = data.of(others)
+            judge = lambda em: score_of(em.mixture(self.top_k), held_out)  # noqa: E731
+        seed = random.randint(MAX_SEED)
         folds: list[Fold] = []
         if isinstance(self.cv, Integral):
             is_classification = train.classes is not None
@@ -150,41 +102,35 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
         begun = EnsembleEM(experts, learner, train, self.n_jobs, folds)
         if is_warm:
             self._check_same(experts)
-        limits = Limits(self.max_iter, self.tol, self.n_iter_no_change, self.top_k)
-        divisions = [] if is_warm else divisions_of(train, len(experts), self.n_init, source)
+        divisions = [] if is_warm else divisions_of(train, len(experts), self.n_init, random)
+        losses: dict[str, float] | None = None
+        chosen: str | None = None
         if folds:
             if is_warm:
                 divisions = [np.exp(self.mixture_.log_gates(train.X))]
-            run_em = partial(self._run, held_out=held_out)
-            search = UnseenSearch(begun, train, folds, divisions, limits, run_em)
-            result = search.best()
-            self._set_records(cv_losses_=search.losses, chosen_=search.chosen)
+            run_em = partial(self._run, judge=judge)
+            search = UnseenSearch(begun, train, folds, divisions, self._limits, run_em)
+            ascent = search.best()
+            losses, chosen = search.losses, search.chosen
         else:
             if is_warm:
                 begun.resume(self.mixture_)
             else:
                 starts = [partial(begun.started, shares) for shares in divisions]
-                _, begun = best_start(starts, limits, held_out)
-            result = self._run(begun, limits, held_out)
-            self._set_records(cv_losses_=None, chosen_=None)
-        self._set_run(result)
-        self._set_fitted(result.em.mixture(self.top_k), train.X, train.targets, train.weights)
-        result.em.warn_of_refusals()
+                begun = best_start(starts, self._limits, judge)
+            ascent = self._run(begun, self._limits, judge)
+        self._set_records(cv_losses_=losses, chosen_=chosen)
+        is_cut = not ascent.is_converged and len(ascent.objectives) >= self.max_iter
+        warning = f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol"
+        scores = np.array(ascent.scores) if ascent.scores else None
+        self._set_run(np.array(ascent.objectives), scores, warning if is_cut else None)
+        mixture = ascent.best.mixture(self.top_k)
+        self._set_fitted(mixture, train.X, train.targets, train.weights)
+        ascent.best.warn_of_refusals()
 
-    def _run(self, em: EnsembleEM, limits: Limits, held_out: Data | None) -> Run:
+    def _run(self, em: EnsembleEM, limits: Limits, judge: Judge | None) -> Ascent[EnsembleEM]:
         with progress(self.verbose, self.max_iter, type(self).__name__) as advance:
-            return run(em, EnsembleEM.step, limits, held_out, advance)
-
-    def _set_run(self, result: Run) -> None:
-        self.n_iter_ = len(result.objectives)
-        self.log_likelihoods_ = result.objectives
-        self._set_records(validation_scores_=result.scores)
-        if not result.is_converged and self.n_iter_ >= self.max_iter:
-            warnings.warn(
-                f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
+            return run(em, EnsembleEM.step, limits, judge, advance)
 
     def _has_names(self) -> bool:
         experts = self.experts
@@ -238,22 +184,6 @@ class _MixtureOfExperts(MixtureEstimator, _BaseComposition):
                 f"warm_start: the experts are {', '.join(names)}, and those fitted before are "
                 f"{', '.join(self.mixture_.experts)}"
             )
-
-    def _divided(
-        self, X: Array, targets: Targets, weights: Array, source: np.random.RandomState
-    ) -> tuple[Data, Data | None, Rows]:
-        """Return the rows to fit, those to validate with, and the numbers of those to fit.
-
-        Only early stopping validates.
-        """
-        classes: npt.NDArray[Any] | None = getattr(self, "classes_", None)
-        train, held_out = self._split(targets, source)
-        if held_out is None:
-            return Data(X, targets, weights, classes), None, train
-        fit, validation = (
-            Data(X[rows], targets[rows], weights[rows], classes) for rows in (train, held_out)
-        )
-        return fit, validation, train
 
 
 class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):

@@ -82,7 +82,7 @@ class Data:
         targets = self.targets[rows]
         return targets[:, 0] if targets.shape[1] == 1 else targets
 
-    def of(self, rows: Rows) -> Data:
+    def of(self, rows: Rows | slice) -> Data:
         """Return some of the rows."""
         return Data(self.X[rows], self.targets[rows], self.weights[rows], self.classes)
 
@@ -174,16 +174,6 @@ def outputs_of(expert: Expert, part: EstimatorPart, data: Data, rows: Any = slic
     return outputs
 
 
-def unseen_outputs(expert: Expert, data: Data, shares: Array, fold: Fold) -> Array:
-    """Return the outputs for a fold of the expert fitted to its shares of the other folds.
-
-    Raises :class:`FitFailedError`.
-    """
-    train, test = fold
-    part = fitted_part(expert, data.of(train), shares[train])
-    return outputs_of(expert, part, data, test)
-
-
 Fit = tuple[EstimatorPart | None, Array]
 """An expert, ``None`` where only folds of it were fitted, and its outputs [N, W]."""
 
@@ -200,42 +190,31 @@ def fits(
     With ``folds`` the outputs of a row are those of a fit to the other folds. An error is a value
     of the list, so that it does not end the fits of the other experts.
     """
-    found: list[Fit | FitFailedError] = []
-    run = Parallel(n_jobs=n_jobs)
-    if not folds:
-        found += run(
-            delayed(_whole)(expert, data, share)
-            for expert, share in zip(experts, shares, strict=True)
-        )
-        return found
-    results = run(
-        delayed(_unseen)(expert, data, share, fold)
+    parts: Sequence[Fold | None] = folds or [None]
+    results = Parallel(n_jobs=n_jobs)(
+        delayed(_fit)(expert, data, share, fold)
         for expert, share in zip(experts, shares, strict=True)
-        for fold in folds
+        for fold in parts
     )
-    for first in range(0, len(results), len(folds)):
-        of_expert = results[first : first + len(folds)]
+    found: list[Fit | FitFailedError] = []
+    for first in range(0, len(results), len(parts)):
+        of_expert = results[first : first + len(parts)]
         error = next((one for one in of_expert if isinstance(one, FitFailedError)), None)
-        if error is not None:
-            found.append(error)
+        if error is not None or not folds:
+            found.append(error or of_expert[0])
             continue
         outputs = np.empty((len(data.X), data.width))
-        for (_, test), of_fold in zip(folds, of_expert, strict=True):
+        for (_, test), (_, of_fold) in zip(folds, of_expert, strict=True):
             outputs[test] = of_fold
         found.append((None, outputs))
     return found
 
 
-def _whole(expert: Expert, data: Data, shares: Array) -> Fit | FitFailedError:
+def _fit(expert: Expert, data: Data, shares: Array, fold: Fold | None) -> Fit | FitFailedError:
+    """Fit an expert to its shares of all rows, or of the other folds to predict a fold."""
+    train, test = fold or (slice(None), slice(None))
     try:
-        part = fitted_part(expert, data, shares)
-        return part, outputs_of(expert, part, data)
-    except FitFailedError as error:
-        return error
-
-
-def _unseen(expert: Expert, data: Data, shares: Array, fold: Fold) -> Array | FitFailedError:
-    try:
-        return unseen_outputs(expert, data, shares, fold)
+        part = fitted_part(expert, data.of(train), shares[train])
+        return part if fold is None else None, outputs_of(expert, part, data, test)
     except FitFailedError as error:
         return error

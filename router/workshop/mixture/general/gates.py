@@ -27,7 +27,7 @@ from router.workshop.mixture.em import (
     design_of,
     penalty_of,
 )
-from router.workshop.mixture.parts import Array, GatePart, Layers
+from router.workshop.mixture.parts import Array, Layers
 
 HIDDEN_SIZES = (16,)
 MLP_STEPS = 50
@@ -110,7 +110,7 @@ class ClassifierLearner(GateLearner):
             else:
                 labels = shares.argmax(axis=1)
                 if np.ptp(labels) == 0:  # no classifier is needed, and most would refuse
-                    return _constant(X.shape[1], count, labels[0]), "tanh"
+                    return ConstantLearner(np.eye(count)[labels[0]]).fit(X, shares, weights)
                 self._classifier.fit(X, labels)
         layers, activation = layers_of(self._classifier, count)
         _check_decision(self._classifier, layers, X[:_NUM_CHECKED])
@@ -143,13 +143,13 @@ def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateL
     ``draw`` sets an estimator's random states. Raises ``ValueError`` for another value.
     """
     if num_experts == 1:
-        return _OneExpert()
+        return ConstantLearner(np.ones(1))
     if isinstance(gate, str) and gate == "linear":
         return LinearLearner()
     if isinstance(gate, str) and gate == "mlp":
         network = MLPClassifier(
             HIDDEN_SIZES, activation="tanh", solver="lbfgs", alpha=MLP_ALPHA, max_iter=MLP_STEPS,
-            warm_start=has_fit_parameter(MLPClassifier(), "sample_weight"),
+            warm_start=True,
         )  # fmt: skip
         return ClassifierLearner(draw(network), is_partial=True)
     if isinstance(gate, BaseEstimator) and is_classifier(gate):
@@ -159,22 +159,16 @@ def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateL
     )
 
 
-class _OneExpert(GateLearner):
-    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
-        return _constant(X.shape[1], 1, 0), "tanh"
-
-
 class ConstantLearner(GateLearner):
     """A gate that learns nothing: all rows have the same weights of experts."""
 
-    def __init__(self, num_features: int, weights_of_experts: Array) -> None:
+    def __init__(self, weights_of_experts: Array) -> None:
         """Take the weights [E], of sum 1."""
-        bias = np.log(np.maximum(weights_of_experts, np.exp(_FORGOTTEN)))
-        self._layers = ((np.zeros((len(bias), num_features)), bias),)
+        self._scores = np.log(np.maximum(weights_of_experts, np.exp(_FORGOTTEN)))
 
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
         """Return one layer, whose weight is 0."""
-        return self._layers, "tanh"
+        return ((np.zeros((len(self._scores), X.shape[1])), self._scores),), "tanh"
 
 
 def least_squares_weights(errors: Array, weights: Array) -> Array:
@@ -194,13 +188,6 @@ def least_squares_weights(errors: Array, weights: Array) -> Array:
     solution, _ = nnls(np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0))
     found: Array = solution / solution.sum()
     return found
-
-
-def _constant(num_features: int, count: int, expert: int) -> Layers:
-    """Return a layer that gives every row to one expert."""
-    bias = np.full(count, _FORGOTTEN)
-    bias[expert] = 0.0
-    return ((np.zeros((count, num_features)), bias),)
 
 
 def layers_of(classifier: Any, num_experts: int) -> tuple[Layers, Activation]:
@@ -249,10 +236,3 @@ def _product(layers: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     for next_weight, next_bias in layers[1:]:
         weight, bias = next_weight @ weight, next_weight @ bias + next_bias
     return weight, bias
-
-
-def gate_part(
-    layers: Layers, activation: Activation, names: tuple[str, ...], top_k: int | None = None
-) -> GatePart:
-    """Return layers as the gate over the experts of these names."""
-    return GatePart(layers, names, top_k, activation)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.workshop.mixture.ascent import Ascent, Limits
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
 from router.workshop.mixture.general.folds import Fold
@@ -22,110 +23,82 @@ GATE_ITERATIONS = 3
 _ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When a run of EM ends: the estimator's parameters of these names."""
-
-    max_iter: int
-    tol: float
-    n_iter_no_change: int
-    top_k: int | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A mixture fitted by some iterations of EM: the state to take, and the records.
-
-    ``scores`` are those of rows held out, ``None`` without such rows.
-    """
-
-    em: EnsembleEM
-    objectives: Array
-    scores: Array | None
-    is_converged: bool
+Judge = Callable[[EnsembleEM], float]
+"""Scores a state by rows held out."""
 
 
 def run(
     em: EnsembleEM,
     step: Callable[[EnsembleEM], float],
     limits: Limits,
-    held_out: Data | None = None,
-    advance: Callable[[str], None] = lambda remark: None,
-) -> Run:
-    """Do steps until the score stops rising; returns the last state, or that of best score.
+    judge: Judge | None = None,
+    advance: Callable[[str], object] = lambda remark: None,
+) -> Ascent[EnsembleEM]:
+    """Do steps until the score stops rising.
 
-    The score is the objective of EM, or the mean log likelihood of the rows held out.
+    The score is the objective of EM, and the best state is then the last one; with a ``judge`` it
+    is what this says.
     """
-    objectives: list[float] = []
-    scores: list[float] = []
-    best, best_score, since_rise = em, -np.inf, 0
-    while len(objectives) < limits.max_iter and since_rise < limits.n_iter_no_change:
-        objectives.append(step(em))
-        score = objectives[-1]
-        if held_out is not None:
-            score = score_of(em.mixture(limits.top_k), held_out)
-            scores.append(score)
-            best = em.copied() if score > best_score else best
-        since_rise = 0 if score > best_score + limits.tol else since_rise + 1
-        best_score = max(score, best_score)
-        advance(f"log likelihood {score:.6g}")
-    found = None if held_out is None else np.array(scores)
-    is_converged = since_rise >= limits.n_iter_no_change
-    return Run(best, np.array(objectives), found, is_converged)
+    ascent = Ascent(limits, em)
+    while not ascent.is_over:
+        objective = step(em)
+        if judge is None:
+            ascent.take(em, objective)
+        else:
+            score = judge(em)
+            ascent.take(em.copied(), objective, score)
+        advance(f"log likelihood {objective:.6g}")
+    return ascent
+
+
+def _begun(starts: Sequence[Callable[[], EnsembleEM]]) -> list[tuple[int, EnsembleEM]]:
+    """Return the states that begin, with the numbers of their starts.
+
+    A start that an expert cannot be fitted to is left out. Raises the first
+    :class:`FitFailedError` if all of them fail.
+    """
+    begun, errors = [], []
+    for number, start in enumerate(starts):
+        try:
+            begun.append((number, start()))
+        except FitFailedError as error:
+            errors.append(error)
+    if not begun:
+        raise errors[0]
+    return begun
 
 
 def best_start(
-    starts: Sequence[Callable[[], EnsembleEM]], limits: Limits, held_out: Data | None
-) -> tuple[int, EnsembleEM]:
-    """Try starts by a few iterations of EM; returns the best one's number, and its state as begun.
+    starts: Sequence[Callable[[], EnsembleEM]], limits: Limits, judge: Judge | None
+) -> EnsembleEM:
+    """Return the state of the start that is best after a few iterations of EM, as it began.
 
-    The first of equal ones is the best. A start that an expert cannot be fitted to is left out.
-    Raises the first :class:`FitFailedError` where that is so for all of them.
+    Of equal ones it is the first. Raises :class:`FitFailedError` if no start begins.
     """
-    best: tuple[float, int, EnsembleEM] | None = None
-    error: FitFailedError | None = None
-    for number, start in enumerate(starts):
-        try:
-            begun = start()
-        except FitFailedError as failure:
-            error = error or failure
-            continue
-        if len(starts) == 1:
-            return 0, begun
-        em = begun.copied()
+    begun = [em for _, em in _begun(starts)]
+    if len(starts) == 1:
+        return begun[0]
+    scores = []
+    for em in begun:
+        tried = em.copied()
         for _ in range(min(TRIAL_ITERATIONS, limits.max_iter)):
-            score = em.step()
-        if held_out is not None:
-            score = score_of(em.mixture(limits.top_k), held_out)
-        if best is None or score > best[0]:
-            best = score, number, begun
-    if best is None:
-        assert error is not None  # at least one start was tried
-        raise error
-    return best[1:]
+            score = tried.step()
+        scores.append(score if judge is None else judge(tried))
+    return begun[int(np.argmax(scores))]
 
 
 def raced_start(starts: Sequence[Callable[[], EnsembleEM]]) -> tuple[int, EnsembleEM]:
     """Try starts with few fits; returns the best one's number, and its state after the trial.
 
-    The two best by a few iterations of the gate alone do one of EM. A start that an expert cannot
-    be fitted to is left out. Raises the first :class:`FitFailedError` where that is so for all.
+    The two best by a few iterations of the gate alone do one of EM. Raises
+    :class:`FitFailedError` if no start begins.
     """
-    begun: list[tuple[float, int, EnsembleEM]] = []
-    error: FitFailedError | None = None
-    for number, start in enumerate(starts):
-        try:
-            em = start()
-        except FitFailedError as failure:
-            error = error or failure
-            continue
+    trials = []
+    for number, em in _begun(starts):
         for _ in range(GATE_ITERATIONS):
             em.step_of_gate()
-        begun.append((em.objective(), number, em))
-    if not begun:
-        assert error is not None  # at least one start was tried
-        raise error
-    best = sorted(begun, key=lambda trial: -trial[0])[:2]
+        trials.append((em.objective(), number, em))
+    best = sorted(trials, key=lambda trial: -trial[0])[:2]
     if len(best) > 1:
         best = [(em.step(), number, em) for _, number, em in best]
     return max(best, key=lambda trial: trial[0])[1:]
@@ -170,7 +143,7 @@ def unseen_losses(
     outputs = np.empty((len(data.X), data.width))
     for train, test in folds:
         fitted = run(start(em.of(train)), EnsembleEM.step_of_gate, limits)
-        outputs[test] = em.combined(test, fitted.em.gate())
+        outputs[test] = em.combined(test, fitted.best.gate())
     return losses_of(outputs, data)
 
 

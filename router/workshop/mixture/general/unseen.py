@@ -13,13 +13,12 @@ from functools import partial
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
+from router.workshop.mixture.ascent import Ascent, Limits
 from router.workshop.mixture.general.ensemble import EnsembleEM
 from router.workshop.mixture.general.fits import Data, FitFailedError
 from router.workshop.mixture.general.folds import Fold, merged
 from router.workshop.mixture.general.search import (
     Gain,
-    Limits,
-    Run,
     losses_of,
     raced_start,
     run,
@@ -62,7 +61,7 @@ class UnseenSearch:
         folds: Sequence[Fold],
         divisions: Sequence[Array],
         limits: Limits,
-        run_em: Callable[[EnsembleEM, Limits], Run],
+        run_em: Callable[[EnsembleEM, Limits], Ascent[EnsembleEM]],
     ) -> None:
         """Take a state that is not started, and the first shares [N, E] of EM's starts.
 
@@ -74,7 +73,7 @@ class UnseenSearch:
         self.losses: dict[str, float] = {}
         self.chosen = ""
 
-    def best(self) -> Run:
+    def best(self) -> Ascent[EnsembleEM]:
         """Return the run of the chosen mixture.
 
         Raises :class:`FitFailedError` where an expert cannot be fitted to all rows of some folds.
@@ -125,7 +124,7 @@ class UnseenSearch:
                 first = mixture, num_iter
             else:
                 em = self._started(fold, number)
-                mixture = run(em, EnsembleEM.step, self._limited(num_iter + 1)).em.mixture()
+                mixture = run(em, EnsembleEM.step, self._limited(num_iter + 1)).last.mixture()
             of_em[fold[1]] = self._judged(mixture, fold)
             judged = np.concatenate([judged, fold[1]])
             gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
