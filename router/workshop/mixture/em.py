@@ -12,16 +12,12 @@ choices, O outputs.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.linalg import cho_solve
-from scipy.linalg.lapack import dpotrf
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_array, check_consistent_length
+from scipy.linalg.lapack import dpotrf, dpotrs
 
 from router.workshop.mixture.choices import Array, centred, log_softmax, sum_of_choices
 
@@ -84,7 +80,7 @@ def _solved(
     factor, failed = dpotrf(normal + np.diag(penalty), lower=True)
     pivots = np.diag(factor)
     if not failed and pivots.min() > _LEAST_PIVOT * pivots.max():
-        solution = cho_solve((factor, True), cross, check_finite=False)
+        solution, _ = dpotrs(factor, cross, lower=True)
         return solution
     root = np.sqrt(weight)[:, None]
     rows = np.vstack([root * design, np.diag(np.sqrt(penalty))])
@@ -169,76 +165,6 @@ def ascend(
         coefficients[:, active] += step
         active = active[gain > decrement * mass[active]]
     return coefficients, not len(active)
-
-
-def fit_softmax(
-    X: Array,
-    targets: Array,
-    sample_weight: Array | None = None,
-    *,
-    ridge: float = 1e-3,
-    bias_ridge: float = 1e-6,
-    start: tuple[Array, Array] | None = None,
-    max_iter: int = 100,
-) -> tuple[Array, Array]:
-    """Fit a softmax regression to soft targets: return weight [C, F] and bias [C].
-
-    ``X`` is [N, F] and ``targets`` [N, C], the probabilities of the classes or the posteriors of
-    the experts. The result maximises
-    Σ_n sample_weight[n] Σ_c targets[n, c] log softmax(weight x_n + bias)_c
-    − ½ ridge ‖weight‖² − ½ bias_ridge ‖bias‖². Rows of weight
-    and values of bias add up to 0 over the classes. With 0/1 targets and ``bias_ridge`` 0 this is
-    scikit-learn's multinomial ``LogisticRegression`` of ``C = 1 / ridge``. ``start`` is a weight
-    and a bias to begin with, by default zeros.
-
-    Raises ``ValueError`` for values that are not finite, for negative targets, weights or ridges,
-    for shapes that do not fit, and for a class whose targets are all 0 under ``bias_ridge`` 0: its
-    bias would be -inf. Warns :class:`ConvergenceWarning` after ``max_iter`` Newton steps. Where
-    classes are separable and ``ridge`` is 0 there is no maximum: the weight grows until a step
-    gains less than 1e-10 nats a row.
-    """
-    rows = check_array(X, dtype=np.float64)
-    soft = check_array(targets, dtype=np.float64, input_name="targets")
-    check_consistent_length(rows, soft)
-    if (soft < 0).any():
-        raise ValueError("targets must not be negative")
-    if ridge < 0 or bias_ridge < 0:
-        raise ValueError(f"ridges must not be negative (given: {ridge} and {bias_ridge})")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1 (given: {max_iter})")
-    if sample_weight is not None:
-        weights = check_array(
-            sample_weight, dtype=np.float64, ensure_2d=False, input_name="sample_weight"
-        )
-        if weights.shape != (len(rows),) or (weights < 0).any():
-            raise ValueError(f"sample_weight must be {len(rows)} values, none of them negative")
-        soft = soft * weights[:, None]
-    if bias_ridge == 0 and (empty := np.flatnonzero(soft.sum(axis=0) == 0)).size:
-        raise ValueError(
-            f"the targets of class {empty[0]} are all 0: bias_ridge must be above 0, or the bias "
-            "of the class would be -inf"
-        )
-    num_features, num_classes = rows.shape[1], soft.shape[1]
-    coefficients = np.zeros((num_features + 1, 1, num_classes))
-    if start is not None:
-        weight, bias = (np.asarray(part, dtype=np.float64) for part in start)
-        if weight.shape != (num_classes, num_features) or bias.shape != (num_classes,):
-            raise ValueError(
-                f"start must be a weight [{num_classes}, {num_features}] and a bias "
-                f"[{num_classes}] (given: {list(weight.shape)} and {list(bias.shape)})"
-            )
-        coefficients[:, 0] = np.vstack([weight.T, bias])
-    penalty = penalty_of(num_features, ridge, bias_ridge)
-    problem = SoftmaxProblem(design_of(rows), soft[:, None, :], penalty)
-    coefficients, is_converged = ascend(problem, coefficients, max_iter)
-    if not is_converged:
-        warnings.warn(
-            f"fit_softmax did not converge in {max_iter} Newton steps; a larger ridge or max_iter "
-            "helps",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    return coefficients[:-1, 0].T.copy(), coefficients[-1, 0].copy()
 
 
 def _dot(left: Array, right: Array) -> Array:

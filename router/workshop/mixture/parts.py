@@ -220,6 +220,17 @@ class FittedMixture:
         return log_sum_exp(joint)[:, 0]
 
 
+def named_tensors(layers: Layers) -> dict[str, Array]:
+    """Return the arrays of layers by the names that they have in a served file."""
+    if len(layers) == 1:
+        return {"weight": layers[0][0], "bias": layers[0][1]}
+    return {
+        f"{place}.{name}": tensor
+        for place, layer in enumerate(layers)
+        for name, tensor in zip(("weight", "bias"), layer, strict=True)
+    }
+
+
 def normal_log_densities(targets: Array, means: Array, deviations: Array) -> Array:
     """Return the log densities [N, E] of ``targets`` [N, D].
 

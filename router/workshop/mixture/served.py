@@ -42,6 +42,7 @@ from router.workshop.mixture.parts import (
     Layers,
     NetworkPart,
     RecurrentPart,
+    named_tensors,
 )
 from router.workshop.mixture.weights import estimator_bytes, tensor_bytes
 
@@ -72,7 +73,7 @@ def content_of(
     gates = {}
     for name, gate in mixture.gates.items():
         gates[name] = _gate(name, gate)
-        tensors |= {f"{name}/{key}": tensor for key, tensor in _tensors(gate.layers).items()}
+        tensors |= {f"{name}/{key}": tensor for key, tensor in named_tensors(gate.layers).items()}
     files[GATES_FILE] = tensor_bytes(tensors, _DTYPE)
     rows = {"name": ROWS, "datatype": "FP64", "shape": list(mixture.row_shape)}
     document = {
@@ -160,7 +161,7 @@ def _expert(name: str, part: ExpertPart, widened: Array | None) -> tuple[dict[st
     if len(part.layers) > 1:
         section |= {"kind": "mlp", "activation": part.activation}
     layers = (*part.layers[:-1], _widened(part.layers[-1], widened))
-    return section, tensor_bytes(_tensors(layers), _DTYPE)
+    return section, tensor_bytes(named_tensors(layers), _DTYPE)
 
 
 def _widened(layer: tuple[Array, Array], deviations: Array | None) -> tuple[Array, Array]:
@@ -170,16 +171,6 @@ def _widened(layer: tuple[Array, Array], deviations: Array | None) -> tuple[Arra
     weight, bias = layer
     zeros = np.zeros((len(deviations), weight.shape[1]))
     return np.concatenate([weight, zeros]), np.concatenate([bias, deviations])
-
-
-def _tensors(layers: Layers) -> dict[str, Array]:
-    if len(layers) == 1:
-        return {"weight": layers[0][0], "bias": layers[0][1]}
-    return {
-        f"{place}.{name}": tensor
-        for place, layer in enumerate(layers)
-        for name, tensor in zip(("weight", "bias"), layer, strict=True)
-    }
 
 
 def mixture_of(opened: Mixture) -> FittedMixture:

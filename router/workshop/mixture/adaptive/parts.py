@@ -28,6 +28,7 @@ from router.workshop.mixture.parts import (
     Link,
     NetworkPart,
     RecurrentPart,
+    named_tensors,
 )
 from router.workshop.mixture.scale import Layer, Scale
 
@@ -126,21 +127,13 @@ def take_over(network: AdaptiveNetwork, mixture: FittedMixture, scales: Scales) 
     if len(parts) != network.architecture.num_experts:
         raise _differs("n_experts", len(parts), network.architecture.num_experts)
     back = scales.inverse()
-    gate = folded_gate(mixture.gates[mixture.root], back)
-    own_gate = gate_part(network, None, gate.choices)
-    if _gate_kind(gate) != _gate_kind(own_gate):
-        raise _differs("the gate", _gate_kind(gate), _gate_kind(own_gate))
-    pairs: list[Pair] = list(_pairs(gate.layers, own_gate.layers, "the gate"))
+    pairs: list[Pair] = []
+    gate = mixture.gates[mixture.root]
+    pairs += _pairs("the gate", folded_gate(gate, back), gate_part(network, None, gate.choices))
     for number, part in enumerate(parts):
         assert isinstance(part, NetworkPart | RecurrentPart)
         own = expert_part(network, number, part.link == "softmax")
-        folded = folded_expert(part, back)
-        if _kind(own) != _kind(part):
-            raise _differs("experts", _kind(part), _kind(own))
-        if isinstance(own, NetworkPart) and isinstance(folded, NetworkPart):
-            pairs += _pairs(folded.layers, own.layers, "experts")
-        elif isinstance(own, RecurrentPart) and isinstance(folded, RecurrentPart):
-            pairs += _tensor_pairs(folded.tensors, own.tensors)
+        pairs += _pairs("experts", folded_expert(part, back), own)
     # The arrays of ``gate_part`` and ``expert_part`` are views of the network's parameters.
     for given, parameter in pairs:
         parameter[...] = given
@@ -159,34 +152,29 @@ def _folded(layers: Layers, inputs: Scale) -> Layers:
     return (inputs.tiled(copies).before(first), *rest)
 
 
-def _pairs(given: tuple[Layer, ...], own: tuple[Layer, ...], name: str) -> Iterator[Pair]:
-    shapes = [[array.shape for layer in layers for array in layer] for layers in (given, own)]
-    if shapes[0] != shapes[1]:
-        raise _differs(name, shapes[0], shapes[1])
-    for layer, own_layer in zip(given, own, strict=True):
-        yield from zip(layer, own_layer, strict=True)
+def _pairs(
+    name: str, given: GatePart | NetworkExpert, own: GatePart | NetworkExpert
+) -> Iterator[Pair]:
+    """Yield each array of a part with that of the network; raises unless they are alike."""
+    arrays, own_arrays = _arrays(given), _arrays(own)
+    shapes = [{key: a.shape for key, a in sorted(of.items())} for of in (arrays, own_arrays)]
+    for before, now in ((_kind(given), _kind(own)), shapes):
+        if before != now:
+            raise _differs(name, before, now)
+    for key, array in arrays.items():
+        yield array, own_arrays[key]
 
 
-def _tensor_pairs(given: Mapping[str, Array], own: Mapping[str, Array]) -> Iterator[Pair]:
-    shapes = [{name: a.shape for name, a in sorted(part.items())} for part in (given, own)]
-    if shapes[0] != shapes[1]:
-        raise _differs("experts", shapes[0], shapes[1])
-    for name, array in given.items():
-        yield array, own[name]
+def _arrays(part: GatePart | NetworkExpert) -> Mapping[str, Array]:
+    return part.tensors if isinstance(part, RecurrentPart) else named_tensors(part.layers)
 
 
-def _kind(part: NetworkExpert) -> str:
-    return f"rnn, cell {part.cell}" if isinstance(part, RecurrentPart) else _layers_kind(part)
-
-
-def _gate_kind(part: GatePart) -> str:
-    return f"{_layers_kind(part)}, pool {part.pool}"
-
-
-def _layers_kind(part: GatePart | NetworkPart) -> str:
-    return (
-        f"{len(part.layers)} layers, activation {part.activation}" if part.layers[1:] else "linear"
-    )
+def _kind(part: GatePart | NetworkExpert) -> str:
+    if isinstance(part, RecurrentPart):
+        return f"rnn, cell {part.cell}"
+    is_deep = len(part.layers) > 1
+    kind = f"{len(part.layers)} layers, activation {part.activation}" if is_deep else "linear"
+    return f"{kind}, pool {part.pool}" if isinstance(part, GatePart) else kind
 
 
 def _differs(name: str, given: object, own: object) -> ValueError:

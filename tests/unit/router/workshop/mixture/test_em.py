@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 
 from router.workshop.mixture.choices import log_softmax, log_sum_exp
@@ -16,10 +15,28 @@ from router.workshop.mixture.em import (
     SoftmaxProblem,
     ascend,
     design_of,
-    fit_softmax,
     least_squares,
     penalty_of,
 )
+
+
+def fit_softmax(
+    rows: np.ndarray,
+    targets: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    *,
+    ridge: float = 1e-3,
+    bias_ridge: float = 1e-6,
+    start: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight [C, F] and the bias [C] of one softmax regression, from ``start``."""
+    weighted = targets if sample_weight is None else targets * sample_weight[:, None]
+    penalty = penalty_of(rows.shape[1], ridge, bias_ridge)
+    problem = SoftmaxProblem(design_of(rows), weighted[:, None], penalty)
+    begun = np.zeros(problem.shape) if start is None else start
+    coefficients, is_converged = ascend(problem, begun, max_iter=100)
+    assert is_converged
+    return coefficients[:-1, 0].T, coefficients[-1, 0]
 
 
 def probabilities(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -110,7 +127,7 @@ def test_weights_count_as_repetitions_and_the_start_does_not_matter() -> None:
     rng = np.random.default_rng(5)
     rows, soft = rng.normal(size=(50, 2)), rng.dirichlet(np.ones(3), size=50)
     counts = rng.integers(0, 4, size=50)
-    start = (rng.normal(size=(3, 2)), rng.normal(size=3))
+    start = rng.normal(size=(3, 1, 3))
     weighted = fit_softmax(rows, soft, counts, start=start)
     repeated = fit_softmax(np.repeat(rows, counts, axis=0), np.repeat(soft, counts, axis=0))
     for part, peer in zip(weighted, repeated, strict=True):
@@ -125,8 +142,6 @@ def test_a_class_without_rows_has_a_small_probability() -> None:
     found = probabilities(rows, *fit_softmax(rows, targets))
     assert np.all(found[:, 2] > 0)
     assert np.all(found[:, 2] < 1e-3)
-    with pytest.raises(ValueError, match="targets of class 2 are all 0: bias_ridge must be above"):
-        fit_softmax(rows, targets, bias_ridge=0.0)
 
 
 def test_separable_classes_end_and_all_are_right() -> None:
@@ -138,30 +153,11 @@ def test_separable_classes_end_and_all_are_right() -> None:
     np.testing.assert_allclose(found[np.arange(40), labels], 1.0, atol=1e-3)
 
 
-def test_too_few_steps_are_a_warning() -> None:
+def test_too_few_steps_do_not_converge() -> None:
     rng = np.random.default_rng(7)
-    with pytest.warns(ConvergenceWarning, match="did not converge in 1 Newton steps"):
-        fit_softmax(rng.normal(size=(30, 2)), rng.dirichlet(np.ones(3), size=30), max_iter=1)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"targets": [[0.5, -0.5], [1.0, 0.0]]}, "must not be negative"),
-        ({"targets": [[np.nan, 0.5], [1.0, 0.0]]}, "targets contains NaN"),
-        ({"X": [[np.inf], [1.0]]}, "infinity"),
-        ({"X": [[1.0]]}, "inconsistent numbers of samples"),
-        ({"sample_weight": [1.0]}, "sample_weight must be 2 values"),
-        ({"sample_weight": [1.0, -1.0]}, "none of them negative"),
-        ({"ridge": -1.0}, "ridges must not be negative"),
-        ({"max_iter": 0}, "max_iter must be at least 1"),
-        ({"start": (np.zeros((1, 2)), np.zeros(2))}, r"start must be a weight \[2, 1\]"),
-    ],
-)
-def test_bad_input_is_refused(change: dict, message: str) -> None:
-    arguments = {"X": [[0.0], [1.0]], "targets": [[0.5, 0.5], [1.0, 0.0]]} | change
-    with pytest.raises(ValueError, match=message):
-        fit_softmax(**arguments)
+    targets = rng.dirichlet(np.ones(3), size=(30, 1))
+    problem = SoftmaxProblem(design_of(rng.normal(size=(30, 2))), targets, np.full(3, 1e-3))
+    assert not ascend(problem, np.zeros(problem.shape), max_iter=1)[1]
 
 
 @settings(max_examples=60)
