@@ -26,6 +26,7 @@ from sklearn.utils.validation import (
 )
 
 from router.workshop.mixture.parts import Array, FittedMixture, Rows, posterior
+from router.workshop.mixture.scale import Scale
 from router.workshop.mixture.sequences import Sequences, check_columns, sequences_of
 
 Targets = npt.NDArray[Any]
@@ -237,6 +238,15 @@ class MixtureEstimator(BaseEstimator):
         """Take over the kind of targets of a new fit."""
         raise NotImplementedError
 
+    @property
+    def _width(self) -> int:
+        """The values of a prediction: D outputs or K probabilities."""
+        raise NotImplementedError
+
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
+        """Return the scale of the targets of rows with ``weights`` [N]."""
+        raise NotImplementedError
+
     def _check_targets(self, y: Any) -> Targets:
         """Return targets as numbers; raises ``ValueError`` for those that do not fit."""
         raise NotImplementedError
@@ -258,6 +268,13 @@ class MixtureRegressor(RegressorMixin, MixtureEstimator):
         X = self._check_rows(X)
         values = self.mixture_.combine(X)
         return values[:, 0] if self.n_outputs_ == 1 else values
+
+    @property
+    def _width(self) -> int:
+        return self.n_outputs_
+
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
+        return Scale.of(targets, weights)
 
     def _set_targets(self, y: Any) -> None:
         self.n_outputs_ = self._values(y).shape[1]
@@ -291,6 +308,13 @@ class MixtureClassifier(ClassifierMixin, MixtureEstimator):
         """Return the likeliest labels [N]; of equally likely classes the first."""
         places = self.predict_proba(X).argmax(axis=1)
         return self.classes_[places]
+
+    @property
+    def _width(self) -> int:
+        return len(self.classes_)
+
+    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
+        return Scale.none(self._width)
 
     def _set_targets(self, y: Any) -> None:
         labels = self._labels(y)

@@ -66,3 +66,20 @@ class Scale:
     def undone_after(self, layer: Layer) -> Layer:
         """Return the layer whose outputs are raw in place of scaled."""
         return layer[0] * self.deviation[:, None], layer[1] * self.deviation + self.mean
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of inputs and of targets; those of classes change nothing."""
+
+    inputs: Scale
+    targets: Scale
+
+    def inverse(self) -> Scales:
+        """Return the scales that undo these."""
+        return Scales(self.inputs.inverse(), self.targets.inverse())
+
+    @property
+    def log_units(self) -> float:
+        """How much a log density of raw targets is below one of scaled targets."""
+        return float(np.log(self.targets.deviation).sum())

@@ -18,7 +18,7 @@ from sklearn.utils._param_validation import StrOptions
 from router.workshop.mixture.adaptive.fit import Fit, FitSettings, Rows, fit_network
 from router.workshop.mixture.adaptive.network import Architecture, Cell
 from router.workshop.mixture.adaptive.packed import PackedRows
-from router.workshop.mixture.adaptive.parts import Scales, fitted_mixture, take_over
+from router.workshop.mixture.adaptive.parts import fitted_mixture, take_over
 from router.workshop.mixture.base import Targets
 from router.workshop.mixture.iterative import (
     ABOVE_0,
@@ -30,7 +30,7 @@ from router.workshop.mixture.iterative import (
 )
 from router.workshop.mixture.parts import Array
 from router.workshop.mixture.parts import Rows as RawRows
-from router.workshop.mixture.scale import Scale
+from router.workshop.mixture.scale import Scale, Scales
 from router.workshop.mixture.sequences import Sequences
 
 BATCH_ROWS = 200
@@ -97,7 +97,7 @@ class AdaptiveMixture(IterativeMixture):
             for places in (used, held_out)
         )
         assert rows is not None
-        architecture = self._architecture(X, self._width(targets))
+        architecture = self._architecture(X)
         settings = self._settings(len(rows.x), scales, is_warm)
         seeds = random.randint(MAX_SEED, size=1 if is_warm else self.n_init).tolist()
         best = self._best_of(
@@ -178,7 +178,7 @@ class AdaptiveMixture(IterativeMixture):
             )
         return tuple(cast(Cell, str(cell)) for cell in cells)  # an array has texts of its own
 
-    def _architecture(self, rows: RawRows, width: int) -> Architecture:
+    def _architecture(self, rows: RawRows) -> Architecture:
         is_sequence = rows.ndim == 3
         if isinstance(rows, Sequences) and self.pool == "flatten":
             raise ValueError(
@@ -190,7 +190,7 @@ class AdaptiveMixture(IterativeMixture):
             num_experts=int(self.n_experts),
             gate_inputs=flattened if self.pool == "flatten" else rows.shape[-1],
             num_inputs=rows.shape[-1],
-            width=width,
+            width=self._width,
             experts=self.experts,
             hidden_sizes=tuple(map(int, _sizes(self.hidden_layer_sizes))),
             gate_hidden_sizes=tuple(map(int, _sizes(self.gate_hidden_layer_sizes))),
@@ -218,12 +218,6 @@ class AdaptiveMixture(IterativeMixture):
         )
 
     def _kind(self) -> Literal["mean", "density", "probabilities"]:
-        raise NotImplementedError
-
-    def _width(self, targets: Targets) -> int:
-        raise NotImplementedError
-
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
         raise NotImplementedError
 
     def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:

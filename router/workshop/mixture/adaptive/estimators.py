@@ -13,11 +13,9 @@ import torch
 from sklearn.utils._param_validation import StrOptions
 
 from router.workshop.mixture.adaptive.base import AdaptiveMixture
-from router.workshop.mixture.adaptive.parts import Scales
-from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor, Targets
+from router.workshop.mixture.base import MixtureClassifier, MixtureRegressor
 from router.workshop.mixture.iterative import ABOVE_0, parameter
-from router.workshop.mixture.parts import Array
-from router.workshop.mixture.scale import Scale
+from router.workshop.mixture.scale import Scales
 
 
 @dataclass(eq=False, repr=False)
@@ -84,12 +82,6 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
     def _kind(self) -> Literal["mean", "density", "probabilities"]:
         return "density" if self.loss == "competitive" else "mean"
 
-    def _width(self, targets: Targets) -> int:
-        return targets.shape[1]
-
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
-        return Scale.of(targets, weights)
-
     def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
         if self.loss == "cooperative" or not isinstance(self.deviation, str):
             return "none"
@@ -116,9 +108,3 @@ class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
 
     def _kind(self) -> Literal["mean", "density", "probabilities"]:
         return "probabilities"
-
-    def _width(self, targets: Targets) -> int:
-        return len(self.classes_)
-
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale:
-        return Scale.none(len(self.classes_))

@@ -9,7 +9,7 @@ Dimension letters: N rows, E experts, F inputs, T steps, W outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -30,29 +30,12 @@ from router.workshop.mixture.parts import (
     RecurrentPart,
     named_tensors,
 )
-from router.workshop.mixture.scale import Layer, Scale
+from router.workshop.mixture.scale import Layer, Scale, Scales
 
 NetworkExpert = NetworkPart | RecurrentPart
 Pair = tuple[Array, Array]
 """A given array, and the array of the network that it replaces."""
 ROOT = "gate"
-
-
-@dataclass(frozen=True)
-class Scales:
-    """The scales of inputs and of targets; those of classes change nothing."""
-
-    inputs: Scale
-    targets: Scale
-
-    def inverse(self) -> Scales:
-        """Return those which undo these."""
-        return Scales(self.inputs.inverse(), self.targets.inverse())
-
-    @property
-    def log_units(self) -> float:
-        """How much a log density of raw targets is below one of scaled targets."""
-        return float(np.log(self.targets.deviation).sum())
 
 
 def gate_part(network: AdaptiveNetwork, top_k: int | None, names: tuple[str, ...]) -> GatePart:

@@ -30,7 +30,7 @@ from router.workshop.mixture.iterative import (
     parameter,
 )
 from router.workshop.mixture.parts import Array
-from router.workshop.mixture.scale import Scale
+from router.workshop.mixture.scale import Scale, Scales
 
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""
@@ -59,12 +59,11 @@ class HierarchicalMixture(IterativeMixture):
             )
         used, held_out = self._split(targets, random)
         train = _merged(X[used], targets[used], weights[used])
-        rows_scale = Scale.of(train[0], train[2])
-        targets_scale = self._target_scale(train[1], train[2])
+        scales = Scales(Scale.of(train[0], train[2]), self._target_scale(train[1], train[2]))
 
         def rows_of(X: Array, targets: Targets, weights: Array) -> Rows:
-            values = self._fit_targets(targets, targets_scale)
-            return Rows(design_of(rows_scale(X)), values, weights)
+            values = self._fit_targets(targets, scales.targets)
+            return Rows(design_of(scales.inputs(X)), values, weights)
 
         rows, validation = rows_of(*train), None
         if held_out is not None:
@@ -73,13 +72,13 @@ class HierarchicalMixture(IterativeMixture):
         ridge = penalty_of(num_features, self.ridge, self.ridge)
         tree = Tree(
             empty_gates(branching, num_features + 1),
-            self._empty_leaves(num_experts, rows.targets.shape[1], ridge),
+            self._empty_leaves(num_experts, ridge),
             penalty_of(num_features, self.gate_ridge, self.gate_ridge),
             NEWTON_STEPS,
         )
         limits, seeds = self._limits, [None]
         if is_warm:
-            tree = tree_of(self.mixture_, tree, rows_scale, targets_scale)
+            tree = tree_of(self.mixture_, tree, scales)
         else:
             seeds = random.randint(MAX_SEED, size=1 if num_experts == 1 else self.n_init).tolist()
         # Every start is fitted to its end: the order of half-finished fits often turns.
@@ -89,14 +88,12 @@ class HierarchicalMixture(IterativeMixture):
                 for place, seed in enumerate(seeds)
             ]
         )
-        mixture = mixture_of(ascent.best, rows_scale, targets_scale, top_k)
+        mixture = mixture_of(ascent.best, scales, top_k)
         self._set_fitted(mixture, X[used], targets[used], weights[used])
-        shift = 0.0 if targets_scale is None else float(np.log(targets_scale.deviation).sum())
-        scores = None if held_out is None else np.array(ascent.scores) - shift
+        log_likelihoods = np.array(ascent.objectives) - scales.log_units
+        scores = None if held_out is None else np.array(ascent.scores) - scales.log_units
         warning = f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol"
-        self._set_run(
-            np.array(ascent.objectives) - shift, scores, None if ascent.is_converged else warning
-        )
+        self._set_run(log_likelihoods, scores, None if ascent.is_converged else warning)
 
     def _branching(self) -> tuple[int, ...]:
         """Return the branching; raises ``ValueError`` for one that is no tree to serve."""
@@ -128,15 +125,11 @@ class HierarchicalMixture(IterativeMixture):
                 )
         return tuple(None if kept is None else int(kept) for kept in top_k)
 
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
-        """Return the scale of a regression's targets."""
-        raise NotImplementedError
-
-    def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
+    def _fit_targets(self, targets: Targets, scale: Scale) -> Array:
         """Return the targets [N, O] that the experts are fitted to."""
         raise NotImplementedError
 
-    def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> Leaves:
+    def _empty_leaves(self, num_experts: int, penalty: Array) -> Leaves:
         """Return experts without rows."""
         raise NotImplementedError
 

@@ -69,16 +69,12 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
     min_variance: float = parameter(1e-6, ABOVE_0)
     n_init: int = parameter(8, AT_LEAST_1)
 
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
-        return Scale.of(targets, weights)
-
-    def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
-        assert scale is not None
+    def _fit_targets(self, targets: Targets, scale: Scale) -> Array:
         return scale(targets)
 
-    def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> GaussianLeaves:
+    def _empty_leaves(self, num_experts: int, penalty: Array) -> GaussianLeaves:
         least = float(self.min_variance)
-        return GaussianLeaves.empty(num_experts, num_outputs, penalty, least)
+        return GaussianLeaves.empty(num_experts, self._width, penalty, least)
 
 
 @dataclass(eq=False, repr=False)
@@ -94,11 +90,8 @@ class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
 
     n_init: int = parameter(6, AT_LEAST_1)
 
-    def _target_scale(self, targets: Targets, weights: Array) -> Scale | None:
-        return None
+    def _fit_targets(self, targets: Targets, scale: Scale) -> Array:
+        return np.eye(self._width)[targets]
 
-    def _fit_targets(self, targets: Targets, scale: Scale | None) -> Array:
-        return np.eye(len(self.classes_))[targets]
-
-    def _empty_leaves(self, num_experts: int, num_outputs: int, penalty: Array) -> SoftmaxLeaves:
-        return SoftmaxLeaves.empty(num_experts, num_outputs, penalty, NEWTON_STEPS)
+    def _empty_leaves(self, num_experts: int, penalty: Array) -> SoftmaxLeaves:
+        return SoftmaxLeaves.empty(num_experts, self._width, penalty, NEWTON_STEPS)

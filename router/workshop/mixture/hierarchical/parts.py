@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, Leaves, SoftmaxLeaves
+from router.workshop.mixture.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
 from router.workshop.mixture.hierarchical.tree import Tree
 from router.workshop.mixture.parts import Array, FittedMixture, GatePart, NetworkPart
-from router.workshop.mixture.scale import Layer, Scale
+from router.workshop.mixture.scale import Layer, Scale, Scales
 
 
-def mixture_of(
-    tree: Tree, rows_scale: Scale, targets_scale: Scale | None, top_k: Sequence[int | None]
-) -> FittedMixture:
+def mixture_of(tree: Tree, scales: Scales, top_k: Sequence[int | None]) -> FittedMixture:
     """Return the mixture that a fitted tree is, for raw rows.
 
-    ``targets_scale`` is that of a regression, and ``None`` for classes. A gate of level l keeps its
-    ``top_k[l]`` best choices.
+    A gate of level l keeps its ``top_k[l]`` best choices.
     """
     branching = [level.shape[2] for level in tree.gates]
     gates = {}
@@ -32,34 +30,25 @@ def mixture_of(
         kind = "gate" if depth + 1 < len(branching) else "expert"
         for number, path in enumerate(_paths(branching[:depth])):
             choices = tuple(_name(kind, (*path, place)) for place in range(branching[depth]))
-            layer = _raw_layer(level[:, number], rows_scale)
+            layer = _raw_layer(level[:, number], scales.inputs)
             gates[_name("gate", path)] = GatePart((layer,), choices, top_k[depth])
     leaves = tree.leaves
+    assert isinstance(leaves, GaussianLeaves | SoftmaxLeaves)
     names = [_name("expert", path) for path in _paths(branching)]
-    row_shape = (len(rows_scale.mean),)
-    if isinstance(leaves, SoftmaxLeaves):
-        of_classes = {
-            name: NetworkPart(
-                (_raw_layer(leaves.coefficients[:, number], rows_scale),), link="softmax"
-            )
-            for number, name in enumerate(names)
-        }
-        width = leaves.coefficients.shape[2]
-        return FittedMixture("gate", gates, of_classes, "probabilities", row_shape, width)
-    assert isinstance(leaves, GaussianLeaves)
-    assert targets_scale is not None
+    is_softmax = isinstance(leaves, SoftmaxLeaves)
     experts = {}
     for number, name in enumerate(names):
-        layer = _raw_layer(leaves.coefficients[number], rows_scale)
-        experts[name] = NetworkPart((targets_scale.undone_after(layer),))
-    deviations = np.sqrt(leaves.variances) * targets_scale.deviation
-    width = len(targets_scale.mean)
+        own = leaves.coefficients[:, number] if is_softmax else leaves.coefficients[number]
+        layer = scales.targets.undone_after(_raw_layer(own, scales.inputs))
+        experts[name] = NetworkPart((layer,), link="softmax" if is_softmax else "none")
+    width, row_shape = len(scales.targets.mean), (len(scales.inputs.mean),)
+    if isinstance(leaves, SoftmaxLeaves):
+        return FittedMixture("gate", gates, experts, "probabilities", row_shape, width)
+    deviations = np.sqrt(leaves.variances) * scales.targets.deviation
     return FittedMixture("gate", gates, experts, "density", row_shape, width, deviations)
 
 
-def tree_of(
-    mixture: FittedMixture, empty: Tree, rows_scale: Scale, targets_scale: Scale | None
-) -> Tree:
+def tree_of(mixture: FittedMixture, empty: Tree, scales: Scales) -> Tree:
     """Return ``empty`` with the coefficients of a mixture that :func:`mixture_of` made.
 
     Raises ``ValueError`` for a mixture of another tree.
@@ -74,30 +63,27 @@ def tree_of(
     gates = tuple(
         np.stack(
             [
-                _coefficients(mixture.gates[_name("gate", path)].layers[0], rows_scale)
+                _coefficients(mixture.gates[_name("gate", path)].layers[0], scales.inputs)
                 for path in _paths(branching[:depth])
             ],
             axis=1,
         )
         for depth in range(len(branching))
     )
-    layers = []
+    back = scales.inverse().targets
+    coefficients = []
     for part in mixture.experts.values():
         assert isinstance(part, NetworkPart)
-        layers.append(part.layers[0])
-    leaves: Leaves = empty.leaves
+        coefficients.append(_coefficients(back.undone_after(part.layers[0]), scales.inputs))
+    leaves = empty.leaves
     if isinstance(leaves, SoftmaxLeaves):
-        coefficients = np.stack([_coefficients(layer, rows_scale) for layer in layers], axis=1)
-        leaves = SoftmaxLeaves(coefficients, leaves.penalty, leaves.newton_steps)
+        leaves = replace(leaves, coefficients=np.stack(coefficients, axis=1))
     else:
         assert isinstance(leaves, GaussianLeaves)
-        assert targets_scale is not None
         assert mixture.deviations is not None
-        scaled = [targets_scale.inverse().undone_after(layer) for layer in layers]
-        coefficients = np.stack([_coefficients(layer, rows_scale) for layer in scaled])
-        variances = (mixture.deviations / targets_scale.deviation) ** 2
+        variances = (mixture.deviations / scales.targets.deviation) ** 2
         variances = np.maximum(variances, leaves.min_variance)
-        leaves = GaussianLeaves(coefficients, variances, leaves.penalty, leaves.min_variance)
+        leaves = replace(leaves, coefficients=np.stack(coefficients), variances=variances)
     return Tree(gates, leaves, empty.penalty, empty.newton_steps)
 
 
