@@ -1,4 +1,4 @@
-"""The rule by which every fit here ends, and its records: a score that is to rise."""
+"""When a fit ends, and the records of its iterations. Every fit of mixtures uses it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Ascent(Generic[State]):
     """The iterations of a fit so far.
 
     ``best`` is the state of the best ``score``, ``last`` that of the latest iteration.
-    ``objectives`` has a value for each iteration, and ``scores`` one if something else than the
-    objective judges them, such as rows held out.
+    ``objectives`` has a value for each iteration. So has ``scores`` if rows held out judge the
+    fit in place of the objective.
     """
 
     def __init__(self, limits: Limits, first: State, score: float = -math.inf) -> None:

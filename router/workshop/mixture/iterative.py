@@ -25,7 +25,7 @@ ABOVE_0 = Interval(Real, 0, None, closed="neither")
 
 
 def parameter(default: Any, *allowed: Any, by_keyword: bool = True) -> Any:
-    """Return the field of an estimator's parameter, with the values that scikit-learn allows it."""
+    """Return a dataclass field: a parameter's default, and the values that scikit-learn accepts."""
     return field(default=default, kw_only=by_keyword, metadata={"allowed": list(allowed)})
 
 
