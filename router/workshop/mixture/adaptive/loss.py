@@ -55,8 +55,3 @@ def cooperative_values(log_gates: Tensor, outputs: Tensor) -> Tensor:
 def cooperative_losses(log_gates: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
     """Return ``||d - sum_i p_i o_i||^2`` [N] of the targets d [N, W] (equation 1.1)."""
     return (targets - cooperative_values(log_gates, outputs)).square().sum(dim=1)
-
-
-def posteriors(log_gates: Tensor, log_likelihoods: Tensor) -> Tensor:
-    """Return the posterior ``h_i = p_i P_i / sum_j p_j P_j`` [N, E] of each expert."""
-    return (log_gates + log_likelihoods).softmax(dim=1)

@@ -16,7 +16,6 @@ from router.workshop.mixture.adaptive.loss import (
     competitive_losses,
     cooperative_losses,
     normal_log_likelihoods,
-    posteriors,
 )
 
 N, E, W = 7, 4, 3
@@ -46,7 +45,6 @@ def test_the_competitive_error_and_its_gradient_are_the_papers(source: np.random
     error = -np.log(shares.sum(axis=1))
     np.testing.assert_allclose(losses.detach(), error + W / 2 * np.log(2 * np.pi), rtol=1e-12)
     h = shares / shares.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(posteriors(log_gates, likelihoods).detach(), h, rtol=1e-12)
     np.testing.assert_allclose(o.grad, -h[:, :, None] * left, rtol=1e-10, atol=1e-14)
 
 
