@@ -6,7 +6,6 @@ The actor loads and releases experts, reports, and keeps its lease. Its frames w
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -42,8 +41,6 @@ from experts.tracing import open_spans
 
 if TYPE_CHECKING:
     from experts.compute.expert_device import ExpertDevice
-
-logger = logging.getLogger("expertmesh.actor")
 
 
 class ExpertActor:

@@ -1,47 +1,61 @@
-"""The asynchronous client: the methods of :class:`router.client.Client` as coroutines."""
+"""The asynchronous client, of which ``python -m tests.sync_client`` makes the synchronous one.
+
+``generate``, ``stream`` and ``predict`` survive the loss of a gateway, its proxy or the connection:
+they retry within their deadline, and a stream resumes after the tokens that have arrived.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
 from cluster.errors import ExpertMeshError
-from router.client.admin import AsyncAdminClient
-from router.client.attempts import Attempts
+from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport, UsageReport
+from router.client.admin import report_of
+from router.client.attempts import Attempts, RequestAttempts
 from router.client.session import (
     DEFAULT_ADDRESS,
     DEFAULT_RETRY,
     DEFAULT_TIMEOUT_S,
-    Answer,
-    Call,
-    Session,
+    AsyncSession,
 )
-from router.client.tls import ClientTls, channel_opener
-from router.client.types import (
-    Message,
-    MixtureInfo,
-    ModelInfo,
-    Prediction,
-    Reply,
-    Sampling,
-    Token,
-    UnreachableError,
+from router.client.tls import ClientTls
+from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling, Token
+from router.client.wire import (
+    conversation,
+    first_model,
+    generate_request,
+    models_of,
+    sendable,
+    tokens_of,
 )
-from router.client.wire import CHANNEL_OPTIONS, first_model
+from router.protos import admin_pb2, inference_pb2
 from router.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+_INFO_TIMEOUT_S = 10.0
+_CHANGE_TIMEOUT_S = 930.0
+"""Longer than a gateway waits, so that its own error comes first."""
 
-class AsyncClient(AsyncAdminClient):
-    """Talks to one gateway address from one event loop, the loop in which the client is made.
 
-    It is an asynchronous context manager. The options are as in :class:`router.client.Client`.
+class AsyncClient:
+    """Talks to one gateway address; an asynchronous context manager, for the loop that makes it.
+
+    A cancelled task's request is cancelled at the server.
+
+    ``generate``, ``stream`` and ``predict`` are retried by ``retry`` when no server answers or it
+    answers UNAVAILABLE. Retries end with the request's ``timeout_s``, and all requests of a client
+    share one :class:`RetryBudget`. The client draws a seed where none is given, so that another
+    attempt gives the same tokens. An address that has never taken a connection is not tried again.
+    A ``retry`` of ``None`` makes a single attempt.
+
+    ``api_key`` is sent with every call, by default the one in ``EXPERTMESH_API_KEY``.
+    ``admin_address`` is where gateways answer operators (``status``, ``scale`` and so on), by
+    default the port after that of ``address``. ``tls`` encrypts both, by default as
+    ``EXPERTMESH_TLS_CA``, ``_CERT`` and ``_KEY`` say; without it connections are not encrypted.
     """
 
     def __init__(
@@ -53,9 +67,7 @@ class AsyncClient(AsyncAdminClient):
         admin_address: str | None = None,
         tls: ClientTls | None = None,
     ) -> None:
-        open_channel = channel_opener(grpc.aio, tls, CHANNEL_OPTIONS)
-        self._session = Session(open_channel, address, retry, api_key, admin_address)
-        self._closed = asyncio.Event()
+        self._session = AsyncSession(address, retry, api_key, admin_address, tls)
 
     async def __aenter__(self) -> AsyncClient:
         """Return the client itself."""
@@ -66,10 +78,8 @@ class AsyncClient(AsyncAdminClient):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls under way raise :class:`UnreachableError`."""
-        self._closed.set()
-        for channel in self._session.channels:
-            await channel.close()
+        """Close the connection; calls in flight raise :class:`UnreachableError`."""
+        await self._session.close()
 
     async def generate(
         self,
@@ -83,22 +93,22 @@ class AsyncClient(AsyncAdminClient):
         priority: int = 0,
         cache_salt: str = "",
     ) -> list[Reply]:
-        """Return all choices of a prompt or of messages; see :meth:`router.client.Client.generate`.
+        """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
-        A cancelled task's request is cancelled at the server.
+        Exactly one of the two is given. The model's chat template renders ``messages``, and the
+        reply is the assistant's next message. An empty ``model`` is the first served model.
+        ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the
+        deployment's. A request of a lower ``priority`` is handled earlier. Only requests with the
+        same ``cache_salt`` share the key/value cache of a prompt. Raises
+        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         model = model or await self._first_model()
-        attempts = self._session.attempts(
+        request = generate_request(
             prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
+        attempts = Attempts(request, timeout_s, self._session.retries())
         with self._session.unknown_model_forgotten():
-            while True:
-                try:
-                    answer = await self._call(attempts.start(self._session.generate))
-                except ExpertMeshError as error:
-                    await self._wait(self._session.retry_delay_s(attempts, error), error)
-                else:
-                    return attempts.whole(answer)
+            return attempts.whole(await self._retried(attempts, self._session.inference.Generate))
 
     async def stream(
         self,
@@ -112,35 +122,30 @@ class AsyncClient(AsyncAdminClient):
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncGenerator[Reply, None]:
-        """Yield pieces of all choices as they come; see :meth:`router.client.Client.stream`.
+        """Yield pieces of all choices as they come; see :meth:`generate` for the arguments.
 
-        Closing the generator (``contextlib.aclosing``) cancels the request. Leaving the loop alone
-        cancels it only once Python finalises the generator.
+        A stream that breaks and resumes neither loses nor repeats a token. Closing the generator,
+        as ``contextlib.aclosing`` does, cancels the request. Leaving the loop early cancels it when
+        Python finalises the generator. Raises as :meth:`generate` does, at any piece.
         """
         model = model or await self._first_model()
-        attempts = self._session.attempts(
+        request = generate_request(
             prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
         )
+        attempts = Attempts(request, timeout_s, self._session.retries())
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():
+                call = attempts.start(self._session.inference.GenerateStream)
                 try:
-                    async with aclosing(self._stream(attempts)) as replies:
-                        async for reply in replies:
-                            yield reply
+                    while (message := await self._session.read(call)) is not None:
+                        yield attempts.piece(message)
+                    attempts.check_finished()
                 except ExpertMeshError as error:
                     if not attempts.all_finished():  # else nothing is missing
-                        await self._wait(self._session.retry_delay_s(attempts, error), error)
+                        await self._wait(attempts, error)
+                finally:
+                    call.cancel()
             attempts.succeeded()
-
-    async def _stream(self, attempts: Attempts) -> AsyncGenerator[Reply, None]:
-        """Yield the pieces of one attempt; raises unless the end of every choice comes."""
-        call = attempts.start(self._session.generate_stream)
-        try:
-            while (message := await self._call(call.read())) is not grpc.aio.EOF:
-                yield attempts.piece(message)
-        finally:
-            call.cancel()
-        attempts.check_finished()
 
     async def predict(
         self,
@@ -150,72 +155,140 @@ class AsyncClient(AsyncAdminClient):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_expert_loss: str | None = None,
     ) -> Prediction:
-        """Return a mixture's outputs; see :meth:`router.client.Client.predict`.
+        """Return a mixture's outputs for the rows of ``inputs``, arrays [P, *shape] by name.
 
-        A cancelled task's request is cancelled at the server.
+        The dtypes are the inputs' own; :meth:`mixture_info` returns them. ``outputs`` are the names
+        of the wanted outputs; by default all. ``on_expert_loss`` is as in :meth:`generate`. Raises
+        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
-        session = self._session
-        attempts = session.prediction_attempts(model, inputs, outputs, timeout_s, on_expert_loss)
-        while True:
-            try:
-                answer = await self._call(attempts.start(session.infer))
-            except ExpertMeshError as error:
-                await self._wait(session.retry_delay_s(attempts, error), error)
-            else:
-                return attempts.whole(answer)
+        from router.client.prediction import PredictionAttempts, request_of
+
+        request = request_of(model, inputs, outputs, on_expert_loss)
+        attempts = PredictionAttempts(request, timeout_s, self._session.retries())
+        method = self._session.predictions.ModelInfer
+        return attempts.whole(await self._retried(attempts, method))
 
     async def mixture_info(self, model: str) -> MixtureInfo:
         """Return the description of a served mixture."""
-        return await self._ask(self._session.mixture_info(model))
+        from router.client.prediction import info_of, metadata_request
+
+        method = self._session.predictions.ModelMetadata
+        return info_of(await self._ask(method, metadata_request(model)))
 
     async def model_info(self, model: str = "") -> list[ModelInfo]:
-        """Return the description of one model, or of all served models where none is named."""
-        return await self._ask(self._session.model_info(model))
+        """Return the description of one model, or of all served models if none is named."""
+        request = inference_pb2.GetModelInfoRequest(model=model)
+        return models_of(await self._ask(self._session.inference.GetModelInfo, request))
 
     async def tokenize(
         self, prompt: str | None = None, *, messages: Sequence[Message] = (), model: str = ""
     ) -> tuple[int, ...]:
-        """Return token ids; see :meth:`router.client.Client.tokenize`."""
+        """Return the token ids of a prompt, or of messages as the model's template renders them.
+
+        Raises :class:`ExpertMeshError`.
+        """
         model = model or await self._first_model()
-        return await self._ask(self._session.tokenize(prompt, messages, model))
+        with sendable():
+            request = inference_pb2.TokenizeRequest(
+                model=model, prompt=prompt, messages=conversation(messages)
+            )
+        reply = await self._ask(self._session.inference.Tokenize, request)
+        return tuple(reply.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], model: str = "") -> str:
-        """Return the text of token ids; see :meth:`router.client.Client.detokenize`."""
-        model = model or await self._first_model()
-        return await self._ask(self._session.detokenize(token_ids, model))
+        """Return the text of token ids, special ones by their names; raises as :meth:`tokenize`."""
+        reply = await self._detokenized(token_ids, model)
+        return str(reply.text)
 
     async def tokens(self, token_ids: Sequence[int], model: str = "") -> tuple[Token, ...]:
-        """Return the single tokens of ids; see :meth:`router.client.Client.tokens`."""
+        """Return the single tokens of ids, with their texts; raises as :meth:`tokenize`."""
+        return tokens_of(token_ids, await self._detokenized(token_ids, model))
+
+    async def status(self) -> ClusterStatus:
+        """Return the processes of the cluster, and the experts of each actor."""
+        return await self._administer("GetStatus", admin_pb2.GetStatusRequest())
+
+    async def load(self) -> LoadStatus:
+        """Return the recent load of experts and devices, and the last rebalancings."""
+        return await self._administer("GetLoad", admin_pb2.GetLoadRequest())
+
+    async def usage(self) -> UsageReport:
+        """Return what the keys of each name have used at all gateways that run."""
+        return await self._administer("GetUsage", admin_pb2.GetUsageRequest())
+
+    async def rebalance(self, dry_run: bool = False) -> RebalanceReport:
+        """Move and copy experts to follow the load; with ``dry_run``, only report the changes.
+
+        Returns when the changes are done. Raises :class:`UnavailableError` while experts are
+        missing.
+        """
+        request = admin_pb2.RebalanceRequest(dry_run=dry_run)
+        return await self._administer("Rebalance", request, _CHANGE_TIMEOUT_S)
+
+    async def scale(self, actors: int, pool: str = "", dry_run: bool = False) -> ChangeReport:
+        """Bring a pool to a number of actors; with ``dry_run``, only report the changes.
+
+        Returns when the experts are spread over the actors, or while an actor waits for a device.
+        Raises :class:`InvalidRequestError` if the number is out of bounds or the experts do not
+        fit.
+        """
+        request = admin_pb2.ScaleRequest(actors=actors, pool=pool, dry_run=dry_run)
+        return await self._administer("Scale", request, _CHANGE_TIMEOUT_S)
+
+    async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
+        """Empty and end an actor, or all actors of a node, given by its id or the id's beginning.
+
+        Raises as :meth:`scale` does.
+        """
+        request = admin_pb2.DrainRequest(target=target, dry_run=dry_run)
+        return await self._administer("Drain", request, _CHANGE_TIMEOUT_S)
+
+    async def set_copies(
+        self, model: str, layer: int, expert: int, copies: int, dry_run: bool = False
+    ) -> ChangeReport:
+        """Bring one expert to a number of copies, until a rebalancing changes it again.
+
+        Raises as :meth:`scale` does.
+        """
+        request = admin_pb2.SetCopiesRequest(
+            model=model, layer=layer, expert=expert, copies=copies, dry_run=dry_run
+        )
+        return await self._administer("SetCopies", request, _CHANGE_TIMEOUT_S)
+
+    async def _retried(self, attempts: RequestAttempts, method: Callable[..., Any]) -> Any:
+        """Return the reply of the first attempt that succeeds."""
+        while True:
+            try:
+                return await self._session.answer(partial(attempts.start, method))
+            except ExpertMeshError as error:
+                await self._wait(attempts, error)
+
+    async def _wait(self, attempts: RequestAttempts, error: ExpertMeshError) -> None:
+        """Wait for the next attempt; raises ``error`` if there is none.
+
+        An address that has never taken a connection is not tried again.
+        """
+        if not self._session.was_reached:
+            raise error
+        await self._session.wait(attempts.failed(error), error)
+
+    async def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+        """Return the reply of a call without retries."""
+        return await self._session.answer(partial(method, request, timeout=_INFO_TIMEOUT_S))
+
+    async def _administer(self, name: str, request: Any, timeout_s: float = _INFO_TIMEOUT_S) -> Any:
+        """Return the report of a method of the Admin service, which is called once."""
+        call = partial(getattr(self._session.admin, name), request, timeout=timeout_s)
+        return report_of(await self._session.answer(call, self._session.admin_place))
+
+    async def _detokenized(self, token_ids: Sequence[int], model: str) -> Any:
         model = model or await self._first_model()
-        return await self._ask(self._session.tokens(token_ids, model))
-
-    async def _ask(self, call: Call[Answer]) -> Answer:
-        return call.read(await self._call(call.start(), call.address))
-
-    async def _call(self, answering: Awaitable[Any], address: str = "") -> Any:
-        try:
-            answer = await answering
-        except grpc.RpcError as error:
-            raise self._session.failed(error, address) from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            # Closing the client cancels its calls, but the caller's task is not cancelled.
-            if self._closed.is_set() and task is not None and not task.cancelling():
-                raise UnreachableError("the client is closed") from None
-            raise
-        self._session.was_reached = True
-        return answer
-
-    async def _wait(self, delay_s: float, error: ExpertMeshError) -> None:
-        """Wait for the next attempt; raises ``error`` if the client is closed before."""
-        try:
-            async with asyncio.timeout(delay_s):
-                await self._closed.wait()
-        except TimeoutError:
-            return
-        raise error
+        with sendable():
+            request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
+        return await self._ask(self._session.inference.Detokenize, request)
 
     async def _first_model(self) -> str:
+        # Remembered, since asking before each request would double the round trips.
         if not self._session.first_model:
             self._session.first_model = first_model(await self.model_info()).id
         return self._session.first_model

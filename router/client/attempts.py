@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -74,8 +75,10 @@ class Attempts(RequestAttempts):
     """The attempts of one request for text, with its tokens so far."""
 
     def __init__(self, request: Any, timeout_s: float, retries: Retries | None) -> None:
-        """``request`` is a ``GenerateRequest``."""
+        """``request`` is a ``GenerateRequest``; it gets a seed if it is to be retried."""
         super().__init__(timeout_s, retries)
+        if retries is not None and not request.sampling.HasField("seed"):
+            request.sampling.seed = secrets.randbits(63)
         self._request = request
         # Filled as choices begin, since the client may ask for a number that is not allowed.
         self._choices: dict[int, Any] = {}

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from cluster.errors import InternalError, InvalidRequestError
 from router.client.attempts import RequestAttempts
 from router.client.types import MixtureInfo, Prediction, TensorInfo
+from router.client.wire import sendable
 from router.messages.tensor_bytes import TEXT, array_of, bytes_of, datatype_of
 from router.protos import open_inference_pb2 as messages
 from router.protos.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -49,14 +50,12 @@ def request_of(
 ) -> Any:
     """Return a ``ModelInferRequest``; raises :class:`InvalidRequestError` for an array that no
     mixture can take. The server checks all else."""
-    try:
+    with sendable():
         request = messages.ModelInferRequest(
             model_name=model, outputs=[{"name": name} for name in outputs or ()]
         )
         if on_expert_loss is not None:
             request.parameters["on_expert_loss"].string_param = on_expert_loss
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"cannot be sent: {error}") from None
     for name, values in inputs.items():
         try:
             array = np.asarray(values)

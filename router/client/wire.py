@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from cluster.errors import ExpertMeshError, UnknownModelError
-from router.client.types import ModelInfo, Reply, Sampling, Token, UnreachableError
+from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
+from router.client.types import Message, ModelInfo, Reply, Sampling, Token, UnreachableError
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 from router.messages.routed import LITTLE_ENDIAN
 from router.protos import inference_pb2
@@ -39,6 +40,48 @@ _LOST = (
 """Codes that mean a lost connection, proxy or gateway where the gateway's details are missing."""
 _NEVER_CONNECTED = ("failed to connect", "errors resolving", "DNS resolution failed")
 """How gRPC's details begin for a call that no connection ever took."""
+
+
+@contextmanager
+def sendable() -> Iterator[None]:
+    """Raise :class:`InvalidRequestError` for a value that no message can carry."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"cannot be sent: {error}") from None
+
+
+def generate_request(
+    prompt: str | Sequence[int] | None,
+    messages: Sequence[Message],
+    sampling: Sampling | None,
+    model: str,
+    timeout_s: float,
+    on_expert_loss: str | None,
+    priority: int,
+    cache_salt: str,
+) -> Any:
+    """Return a ``GenerateRequest``; raises as :func:`sendable`. The server checks all else."""
+    with sendable():
+        request = inference_pb2.GenerateRequest(
+            model=model,
+            prompt=prompt if isinstance(prompt, str) else None,
+            messages=conversation(messages),
+            sampling=sampling_message(sampling or Sampling()),
+            timeout_s=timeout_s,
+            on_expert_loss=on_expert_loss,
+            priority=priority or None,
+            cache_salt=cache_salt or None,
+        )
+        if prompt is not None and not isinstance(prompt, str):
+            request.prompt_token_ids.SetInParent()
+            request.prompt_token_ids.ids.extend(prompt)
+    return request
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages as protobuf's constructors take them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def sampling_message(sampling: Sampling) -> Any:
@@ -154,16 +197,6 @@ def first_model(models: list[ModelInfo]) -> ModelInfo:
     if not models:
         raise UnknownModelError("the server has no language model", "model")
     return models[0]
-
-
-def token_ids_of(answer: Any) -> tuple[int, ...]:
-    """Return the ids of a ``TokenizeReply``."""
-    return tuple(answer.token_ids)
-
-
-def text_of(answer: Any) -> str:
-    """Return the text of a ``DetokenizeReply``."""
-    return str(answer.text)
 
 
 def tokens_of(token_ids: Sequence[int], answer: Any) -> tuple[Token, ...]:

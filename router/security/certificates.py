@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 import time
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from cluster.tls import Followed, Stamp, shake_hands, stamp_of
 
 CERTIFICATE, KEY, AUTHORITY = "certificate", "key", "client_authority"
 SECTION = "gateway.listen.tls"
-
-logger = logging.getLogger("expertmesh.security")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -132,18 +130,3 @@ def test_pre_commit_runs_the_linters_of_ci() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
     assert entries == [line.removesuffix(" .") for line in linters if line]
-
-
-def test_import_paths_of_users_deployment_files_go_on_working() -> None:
-    old, new = "router.preflight", "router.ops.startup.preflight"
-    name = "PowerOfTwoChoicesRequestRouter"
-    code = f"import {old} as old, {new} as new; assert old.{name} is new.{name}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")

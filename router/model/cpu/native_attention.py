@@ -170,7 +170,7 @@ class NativeCache(PagedCache):
         self, num_layers: int, num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         """Allocate ``2 * num_layers`` tensors of ``num_pages`` pages on the CPU."""
-        self._format, self._head_dim = FORMATS[dtype], head_dim
+        self._head_dim = head_dim
         columns: tuple[int, ...] = (head_dim, NATIVE_PAGE_SIZE)
         if dtype == torch.bfloat16:
             columns = ((head_dim + 1) // 2, NATIVE_PAGE_SIZE, 2)

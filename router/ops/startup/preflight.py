@@ -39,7 +39,7 @@ from router.ops.startup.announce import announce
 from router.ops.startup.ray_token import dashboard_of, token_variable
 from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
-from router.serve.any_replica import AnyReplica
+from router.serve.any_replica import AnyReplica as AnyReplica  # the class that a file names
 
 COMMANDS = ("run", "deploy")
 EXIT_BAD_CONFIG = 2
@@ -191,8 +191,5 @@ def _end(message: str) -> NoReturn:
 def _warn(message: str) -> None:
     print(f"expertmesh: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
-
-PowerOfTwoChoicesRequestRouter = AnyReplica
-"""The name in deployment files of earlier releases, for one release."""
 
 attend(sys.argv)

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.client import AsyncClient, Sampling, UnreachableError
+from tests.sync_client import FOLDER, synchronous
 from tests.unit.gateway_fakes import STATUS, FakeUpstream, goes_on, grpc_server, says, tokenizer
 
 TEXT = " was the word"
@@ -127,6 +128,11 @@ def test_what_no_message_can_carry_is_refused_before_it_is_sent() -> None:
                     await client.generate("in", sampling, model="tiny")
 
     run(ask("127.0.0.1:1"))
+
+
+def test_the_synchronous_client_is_made_of_the_asynchronous_one() -> None:
+    source, made = ((FOLDER / name).read_text() for name in ("aio.py", "sync.py"))
+    assert made == synchronous(source), "python -m tests.sync_client"
 
 
 def test_the_client_names_a_priority() -> None:

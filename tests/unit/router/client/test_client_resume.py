@@ -309,7 +309,7 @@ def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
             ],
         )
         with pytest.raises(InvalidRequestError) as caught:
-            client._call(lambda: client._session.generate(request, timeout=10))
+            client._ask(client._session.inference.Generate, request)
         assert caught.value.field == "resume[0].finished"
 
 

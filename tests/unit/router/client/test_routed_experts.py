@@ -222,7 +222,7 @@ def test_wrong_rows_are_refused_alike_by_name(
     message.routed_experts.data = base64.b64decode(rows["data"])
     message.routed_experts.dtype = rows["dtype"]
     message.routed_experts.shape.extend(rows["shape"])
-    monkeypatch.setattr("router.client.session.sampling_message", lambda _: message)
+    monkeypatch.setattr("router.client.wire.sampling_message", lambda _: message)
     with (
         serve_grpc(gateway) as address,
         Client(address, retry=None) as client,

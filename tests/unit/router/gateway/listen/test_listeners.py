@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from benchmarks.shipped import free_ports
 from cluster.errors import ConfigError, ExpertMeshError
-from router.client import ClientTls, Sampling, UnreachableError, aio
+from router.client import ClientTls, Sampling, UnreachableError, session
 from router.client.aio import AsyncClient
 from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
 from router.gateway.grpc.methods import Method
@@ -116,8 +116,8 @@ def own_ports(host: str = HOST, **others: Any) -> ListenConfig:
 
 @pytest.fixture(autouse=True)
 def clients_share_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = [*aio.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-    monkeypatch.setattr(aio, "CHANNEL_OPTIONS", options)
+    options = [*session.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    monkeypatch.setattr(session, "CHANNEL_OPTIONS", options)
 
 
 @asynccontextmanager
