@@ -1,4 +1,4 @@
-"""``expertmesh evaluate``: perplexity of texts and accuracy on questions, in process or served."""
+"""``expertmesh evaluate``: perplexity of texts, in process or served."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ def evaluate(
     text: Annotated[
         list[Path] | None, typer.Option(help="A held-out UTF-8 text, for perplexity. Repeatable.")
     ] = None,
-    choices: Annotated[
-        list[Path] | None,
-        typer.Option(help="A JSONL file with context, choices and answer a line. Repeatable."),
-    ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens of a sequence of text; by default 512, or the whole context."),
@@ -50,21 +46,20 @@ def evaluate(
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model predicts held-out text and answers multiple-choice questions.
+    """Measure how well a model predicts held-out text.
 
-    Example: expertmesh evaluate my-model --text held-out.txt --choices questions.jsonl
+    Example: expertmesh evaluate my-model --text held-out.txt
 
     A text is cut into sequences without overlap, and every token but a sequence's first is scored.
-    A question takes the choice of the largest log-likelihood (acc), or of the largest for each
-    character (acc_norm), as lm-eval does. With --json the figures of every expert are printed too.
+    With --json the figures of every expert are printed too. For multiple-choice questions run
+    lm-eval against a server.
     """
-    from router.workshop.evaluate.run import Served, Task
+    from router.workshop.evaluate.run import Served
     from router.workshop.evaluate.run import evaluate as run
 
-    task = Task(text or [], choices or [], sequence_length)
     asked = Served(address, model, timeout, api_key) if served else None
     with _progress() as on:
-        found = run(folder, task, asked, on)
+        found = run(folder, text or [], sequence_length, asked, on)
     if as_json:
         write_json(asdict(found), indent=2)
     else:
@@ -91,41 +86,24 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _print(found: Evaluation, with_experts: bool) -> None:
     console = Console()
-    if found.all_texts is not None:
-        table = Table("text", "sequences", "tokens", "perplexity")
-        rows = dict(found.texts)
-        if len(rows) > 1:
-            rows["all"] = found.all_texts
-        for name, figures in rows.items():
-            table.add_row(
-                name,
-                f"{figures.sequences:,}",
-                f"{figures.tokens:,}",
-                f"{figures.perplexity:.2f}",
-            )
-        console.print(table)
-    if found.questions:
-        table = Table("questions", "number", "acc", "acc_norm")
-        for name, score in found.questions.items():
-            table.add_row(
-                name,
-                f"{score.questions:,}",
-                f"{score.acc:.4f} ± {score.acc_stderr:.4f}",
-                f"{score.acc_norm:.4f} ± {score.acc_norm_stderr:.4f}",
-            )
-        console.print(table)
+    table = Table("text", "sequences", "tokens", "perplexity")
+    rows = dict(found.texts)
+    if len(rows) > 1:
+        rows["all"] = found.all_texts
+    for name, figures in rows.items():
+        counts = f"{figures.sequences:,}", f"{figures.tokens:,}"
+        table.add_row(name, *counts, f"{figures.perplexity:.2f}")
+    console.print(table)
     if with_experts:
         _print_experts(console, found)
-    exact = [text.exact for text in found.texts.values()]
-    exact += [score.exact for score in found.questions.values()]
-    if not all(exact):
+    if not found.all_texts.exact:
         write("some answers were not exact: an expert was replaced or left out\n")
 
 
 def _print_experts(console: Console, found: Evaluation) -> None:
     """Print a line for each expert: its share of a layer's tokens in each text, its perplexity."""
-    if found.all_texts is None or not found.all_texts.experts:
-        write("the experts of a token are known of a folder's texts alone\n")
+    if not found.all_texts.experts:
+        write("only a folder's own model tells the experts of its tokens, not a served one\n")
         return
     table = Table("layer", "expert", *found.texts, "perplexity")
     for place, layer in enumerate(found.all_texts.experts):

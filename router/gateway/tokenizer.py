@@ -34,12 +34,6 @@ class Tokenizer:
         # No token has more bytes than this, so a prompt's bytes bound its tokens from below.
         self.max_token_bytes = max(len(token.encode()) for token in tokenizer.get_vocab())
 
-    @property
-    def prefix_id(self) -> int | None:
-        """The token that stands for an empty context: that of a beginning, else that of an end."""
-        ids = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-        return next((token_id for token_id in ids if token_id is not None), None)
-
     @functools.cached_property
     def template(self) -> ChatTemplate:
         """The model's chat template."""

@@ -135,7 +135,7 @@ class FolderModel:
 
     def __init__(self, checkpoint: Checkpoint, longest: int) -> None:
         """Load everything, in the checkpoint's dtype, for prompts of at most ``longest`` tokens."""
-        self._checkpoint = checkpoint
+        self._vocab_size = checkpoint.vocab_size
         shape, dtype = checkpoint.shape, checkpoint.dtype
         experts = ModelExperts(_MODEL, shape.layers, shape.num_experts, 1)
         view = PlacementView()
@@ -152,16 +152,6 @@ class FolderModel:
             self._model.attention.page_size,
         )
         self._numbers = itertools.count()
-
-    @property
-    def vocab_size(self) -> int:
-        """See :class:`Scorer`."""
-        return self._checkpoint.vocab_size
-
-    @property
-    def context(self) -> int:
-        """See :class:`Scorer`."""
-        return self._checkpoint.max_position_embeddings
 
     def score(self, prompts: Iterable[Ids]) -> Iterator[Scored]:
         """See :class:`Scorer`; a step has several short prompts.
@@ -192,7 +182,7 @@ class FolderModel:
                 context,
                 *[part.targets for part in packed.scored],
             )
-            found = score(hidden_states, packed.scored, targets, decoder.logits, self.vocab_size)
+            found = score(hidden_states, packed.scored, targets, decoder.logits, self._vocab_size)
             for part, rows in zip(packed.scored, read_scores(found, packed.scored), strict=True):
                 if rows is None or context.not_finite:
                     raise NotFiniteError("the model's output is not finite (NaN or infinity)")

@@ -30,16 +30,6 @@ class Scored:
 class Scorer(Protocol):
     """A model that scores prompts."""
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        ...
-
-    @property
-    def context(self) -> int:
-        """The most tokens of a prompt."""
-        ...
-
     def score(self, prompts: Iterable[Ids]) -> Iterator[Scored]:
         """Score prompts, each of at least one token, in their order; takes few of them ahead."""
         ...

@@ -21,8 +21,6 @@ AT_ONCE = 8
 """The requests under way; a router computes them together."""
 _ASKED = Sampling(max_tokens=0, prompt_logprobs=0, temperature=0.0)
 _MOST_TOKENS_OF_A_CHARACTER = 8
-_SAME = 0.01
-"""Far more than devices round, and far less than other tokens differ by."""
 
 
 class ServedModel:
@@ -37,27 +35,12 @@ class ServedModel:
         self._timeout_s = timeout_s
         self.info: ModelInfo = first_model(client.model_info(model))
 
-    @property
-    def vocab_size(self) -> int:
-        """See :class:`Scorer`."""
-        return self.info.vocab_size
-
-    @property
-    def context(self) -> int:
-        """See :class:`Scorer`."""
-        return self.info.max_model_len
-
     def check_tokenizer(self, tokenizer: Tokenizer, text: str, where: str) -> None:
-        """Raise :class:`TokenizerMisfitError` where the server makes other ids of a text.
-
-        The server scores the beginning of the text, and our ids of it: other ids have other log
-        probabilities.
-        """
-        sample = text[: self.context // _MOST_TOKENS_OF_A_CHARACTER]
+        """Raise :class:`TokenizerMisfitError` if the server makes other ids of a text's start."""
+        sample = text[: self.info.max_model_len // _MOST_TOKENS_OF_A_CHARACTER]
         ids = tokenizer.encode(sample)
-        check_ids(ids, self.vocab_size, where)
-        ours, theirs = (_scored(self._ask(each, _ASKED)).logprobs for each in (ids, sample))
-        if len(ours) != len(theirs) or np.abs(ours - theirs).max(initial=0) > _SAME:
+        check_ids(ids, self.info.vocab_size, where)
+        if tuple(ids) != tuple(self._client.tokenize(sample, model=self.info.id)):
             raise TokenizerMisfitError(
                 f"the tokenizer does not fit: {self.info.id} makes other tokens of a text", where
             )
@@ -68,7 +51,7 @@ class ServedModel:
         with ThreadPoolExecutor(AT_ONCE, "evaluate") as pool:
             try:
                 for ids in prompts:
-                    under_way.append(pool.submit(self._ask, ids, _ASKED))
+                    under_way.append(pool.submit(self._ask, ids))
                     if len(under_way) > AT_ONCE:
                         yield _scored(under_way.popleft().result())
                 while under_way:
@@ -77,15 +60,15 @@ class ServedModel:
                 for future in under_way:
                     future.cancel()
 
-    def _ask(self, prompt: str | Ids, sampling: Sampling) -> Reply:
-        """Return the reply; a server that is full is asked again until the deadline."""
+    def _ask(self, prompt: Ids) -> Reply:
+        """Return the reply; retries an overloaded server until the deadline."""
         until_s = time.monotonic() + self._timeout_s
         while True:
             left_s = max(until_s - time.monotonic(), LEAST_LEFT_S)
             try:
-                return self._client.generate(
-                    prompt, sampling, model=self.info.id, timeout_s=left_s
-                )[0]
+                return self._client.generate(prompt, _ASKED, model=self.info.id, timeout_s=left_s)[
+                    0
+                ]
             except OverloadedError as error:
                 retry_after_s = error.retry_after_s
                 if retry_after_s is None or time.monotonic() + retry_after_s > until_s:

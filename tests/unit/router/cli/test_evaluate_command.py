@@ -16,7 +16,6 @@ from tests.local_cluster import LocalCluster
 from tests.local_gateway import LocalGateway
 from tests.unit.gateway_fakes import serve_grpc
 
-QUESTION = {"context": "the quick", "choices": ["brown", "lazy dog"], "answer": 0}
 TEXT = "the quick brown fox jumps over the lazy dog and then the other things there\n" * 30
 
 
@@ -25,7 +24,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "model"
     save_mixtral(path)
     (path.parent / "held.txt").write_text(TEXT)
-    (path.parent / "q.jsonl").write_text(json.dumps(QUESTION))
     return path
 
 
@@ -49,13 +47,13 @@ def refused(result: Result, code: int) -> str:
 
 
 def files(folder: Path) -> list[str]:
-    return ["--text", f"{folder.parent}/held.txt", "--choices", f"{folder.parent}/q.jsonl"]
+    return ["--text", f"{folder.parent}/held.txt"]
 
 
 def test_it_prints_tables(folder: Path) -> None:
     result = run(folder, *files(folder), "--experts")
     assert result.exit_code == 0, result.output
-    for part in ("held.txt", "perplexity", "q.jsonl", "acc_norm", "layer", "expert"):
+    for part in ("held.txt", "perplexity", "layer", "expert"):
         assert part in result.stdout
 
 
@@ -67,49 +65,31 @@ def test_json_has_every_figure_and_a_server_gives_the_same(folder: Path, address
     assert sum(text["experts"][0]["shares"]) == pytest.approx(1)
     result = run(folder, *files(folder), "--json", "--served", "--address", address)
     served = json.loads(result.stdout)
-    assert served["questions"] == own["questions"]
     assert served["texts"]["held.txt"]["perplexity"] == pytest.approx(text["perplexity"])
     assert served["model"] == "m"
     told = run(folder, *files(folder), "--experts", "--served", "--address", address)
-    assert "known of a folder's texts alone" in told.stdout
+    assert "only a folder's own model tells the experts" in told.stdout
 
 
 BAD_FILES = [
-    ("--text", b"", "the text is empty"),
-    ("--text", b"the quick", "fewer than the 256 of a sequence"),
-    ("--text", b"\xff\xfe\xfa" * 100, "cannot be read as UTF-8"),
-    ("--choices", b"", "has no questions"),
-    ("--choices", b"\n\n", "has no questions"),
-    ("--choices", b"\xff", "cannot be read as UTF-8"),
-    ("--choices", b"{", ":1: is not JSON"),
-    ("--choices", b"[]", ":1: must be an object"),
-    ("--choices", b'\n{"choices": ["a", "b"], "answer": 0}', ":2: context: given nothing"),
-    ("--choices", b'{"context": "c", "choices": ["a"], "answer": 0}', "at least two texts"),
-    ("--choices", b'{"context": "c", "choices": ["a", ""], "answer": 0}', "none empty"),
-    ("--choices", b'{"context": "c", "choices": ["a", "b"], "answer": 2}', "0 to 1"),
-    ("--choices", b'{"context": "c", "choices": ["a", "b"], "answer": true}', "0 to 1"),
-    (
-        "--choices",
-        json.dumps({**QUESTION, "context": "fox " * 300}).encode(),
-        "the context of the model is 256",
-    ),
+    (b"", "the text is empty"),
+    (b"the quick", "fewer than the 256 of a sequence"),
+    (b"\xff\xfe\xfa" * 100, "cannot be read as UTF-8"),
 ]
 
 
-@pytest.mark.parametrize(("option", "content", "says"), BAD_FILES)
-def test_a_wrong_file_is_one_line(
-    folder: Path, tmp_path: Path, option: str, content: bytes, says: str
-) -> None:
+@pytest.mark.parametrize(("content", "says"), BAD_FILES)
+def test_a_wrong_file_is_one_line(folder: Path, tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "wrong"
     path.write_bytes(content)
-    line = refused(run(folder, option, str(path)), 2)
+    line = refused(run(folder, "--text", str(path)), 2)
     assert str(path) in line
     assert says in line
 
 
 def test_wrong_options_are_one_line(folder: Path, tmp_path: Path) -> None:
-    assert "at least one --text or --choices" in refused(run(folder), 2)
-    held = files(folder)[:2]
+    assert "at least one --text" in refused(run(folder), 2)
+    held = files(folder)
     for length in ("0", "1", "257"):
         line = refused(run(folder, *held, "--sequence-length", length), 2)
         assert "--sequence-length" in line
@@ -128,7 +108,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(
 ) -> None:
     own = tmp_path / "own"
     save_mixtral(own, vocab_size=300)  # its tokenizer has 320
-    held = files(folder)[:2]
+    held = files(folder)
     assert "the tokenizer does not fit: it gives the id" in refused(run(own, *held), 2)
     other = tmp_path / "other"
     other.mkdir()
@@ -139,7 +119,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(
 
 
 def test_what_a_server_says_is_one_line(folder: Path, address: str) -> None:
-    held = files(folder)[:2]
+    held = files(folder)
     served = [*held, "--served", "--address"]
     assert "is not served here" in refused(run(folder, *served, address, "--model", "none"), 1)
     assert "no ExpertMesh server answers" in refused(run(folder, *served, "127.0.0.1:1"), 3)

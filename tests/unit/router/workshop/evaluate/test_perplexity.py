@@ -16,7 +16,7 @@ from cluster.errors import ConfigError, OverloadedError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.evaluate.local_model import FolderModel
-from router.workshop.evaluate.run import Evaluation, Served, Task, evaluate
+from router.workshop.evaluate.run import Evaluation, Served, evaluate
 from router.workshop.texts import Sequences, beginning, read_blocks
 from tests.checkpoints import save_mixtral, transformers_tokens
 from tests.family_checkpoints import SAVERS
@@ -48,7 +48,7 @@ def quiet(name: str, done: int, total: int) -> None:
 
 
 def evaluated(folder: Path, paths: list[Path], served: Served | None = None) -> Evaluation:
-    return evaluate(folder, Task(paths, [], LENGTH), served, quiet)
+    return evaluate(folder, paths, LENGTH, served, quiet)
 
 
 def sequences_of(folder: Path, path: Path) -> list[list[int]]:
