@@ -1,7 +1,7 @@
 """Copies and actors that follow the load, on emulated devices, in the whole deployment.
 
     python -m benchmarks.elastic [--seconds 12] [--quick] [--seed N] [--json FILE]
-        [--compare OLD.json] [--plot FOLDER]
+        [--compare OLD.json]
 
 Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
 expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
@@ -18,12 +18,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import scaling, steered
+from benchmarks import steered
 from benchmarks.common import (
     MODEL,
     Figure,
@@ -35,10 +38,12 @@ from benchmarks.common import (
     show,
     show_verdicts,
 )
-from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Plan, run_step
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
+
+if TYPE_CHECKING:
+    from benchmarks.devices import Product
 
 DEVICES, STREAMS, ROUTERS = 8, 64, 8
 """Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there
@@ -47,7 +52,7 @@ SECONDS, QUICK_SECONDS = 12.0, 6.0
 SETTLE_S = 8.0
 """What copies have to come before throughput is measured."""
 BATCH_S, ROW_S = 0.005, 0.035
-"""Of Zipf's devices; a row takes as long as in :mod:`benchmarks.scaling`."""
+"""Of Zipf's devices; a product of one row takes 40 ms, ten times what all processes need for it."""
 BUDGET_BYTES = 10**8
 """For all experts, which are small, on each device."""
 REBALANCE_S = 0.1
@@ -70,21 +75,135 @@ PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
 
 
+APART_S = 0.1
+"""Between the starts of two streams, so that Serve sees which router has fewer."""
+TIMEOUT_S = 600.0
+TOKENS = 3000
+
+
+class Streams:
+    """Clients that each read one endless stream, and when they got how many tokens."""
+
+    def __init__(self, ports: Ports, tokens: Sequence[int], apart_s: float = APART_S) -> None:
+        """Start one for each token, one after the other."""
+        from router.client import Client
+
+        self._client = Client(ports.grpc_address)
+        self._tokens = tokens
+        self._stopping = threading.Event()
+        self._pool = ThreadPoolExecutor(len(tokens))
+        self.arrivals: list[list[tuple[float, int]]] = [[] for _ in tokens]
+        self._reading = []
+        # Streams of one expert start one after the other, so that they go to different routers.
+        order = sorted(range(len(tokens)), key=lambda one: steered.expert_of(0, tokens[one]))
+        for stream in order:
+            self._reading.append(self._pool.submit(self._read, stream))
+            time.sleep(apart_s)
+
+    def _read(self, stream: int) -> None:
+        from router.client import Sampling
+
+        token = self._tokens[stream]
+        sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+        pieces = self._client.stream([token], sampling, model=MODEL, timeout_s=TIMEOUT_S)
+        for piece in pieces:
+            if piece.exact:
+                raise RuntimeError("an answer of emulated experts says that it is exact")
+            for one in piece.token_ids:
+                token = steered.next_token(token)
+                if one != token:
+                    raise RuntimeError(f"stream {stream} said {one}, not {token}: not steered")
+            self.arrivals[stream].append((time.perf_counter(), len(piece.token_ids)))
+            if self._stopping.is_set():
+                pieces.close()
+                return
+
+    def wait_started(self) -> None:
+        """Return when every stream has had a few tokens; raises what a stream failed with."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while min(map(len, self.arrivals)) < 3:
+            self.check()
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("the streams did not start")
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise what a stream has failed with."""
+        for reading in self._reading:
+            if reading.done():
+                reading.result()
+                raise RuntimeError("a stream ended by itself")
+
+    def stop(self) -> None:
+        """End all streams, each at its next token."""
+        self._stopping.set()
+        for reading in self._reading:
+            reading.result(TIMEOUT_S)
+        self._pool.shutdown()
+        self._client.close()
+
+
+def rate(arrivals: Sequence[tuple[float, int]], start_s: float, end_s: float) -> float:
+    """Return a stream's tokens per second within a time, from its first piece there to its last.
+
+    So that it does not matter how the ends of the time lie between two tokens. Zero where there
+    are fewer than two pieces.
+    """
+    within = [(at_s, tokens) for at_s, tokens in arrivals if start_s <= at_s <= end_s]
+    if len(within) < 2:
+        return 0.0
+    return sum(tokens for _, tokens in within[1:]) / (within[-1][0] - within[0][0])
+
+
+def cpu_s() -> float:
+    """Return the processor seconds that this process and all below it have used, Ray's too."""
+    import psutil
+
+    own = psutil.Process()
+    total_s = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):  # it ended a moment ago
+            total_s += sum(process.cpu_times()[:2])
+    return total_s
+
+
+def busy_share(products: Sequence[Product], start_s: float, end_s: float) -> float:
+    """Return the part of a time in which a device was computing."""
+    busy_s = sum(max(0.0, min(one.end_s, end_s) - max(one.start_s, start_s)) for one in products)
+    return busy_s / (end_s - start_s)
+
+
+def measure_streams(streams: Streams, seconds: float) -> dict[str, Any]:
+    """Return throughput and busy shares of streams that run."""
+    from benchmarks.devices import recorded
+
+    start_s, used_s = time.perf_counter(), cpu_s()
+    time.sleep(seconds)
+    end_s = time.perf_counter()
+    used_s = cpu_s() - used_s
+    streams.check()
+    busy = {name: busy_share(one, start_s, end_s) for name, one in recorded(MODEL).items()}
+    return {
+        "tokens_per_s": sum(rate(arrivals, start_s, end_s) for arrivals in streams.arrivals),
+        "busy": busy,
+        "cores_used": used_s / (end_s - start_s),
+    }
+
+
 def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
     """Return throughput and busy shares under Zipf's load, and how many copies there are."""
     from router.client import Client
 
     apart = steered.ZIPF_CYCLE / STREAMS
-    streams = scaling.Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
+    streams = Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
     try:
         streams.wait_started()
         time.sleep(SETTLE_S)
-        measured = scaling.measure_streams(streams, seconds)
+        measured = measure_streams(streams, seconds)
     finally:
         streams.stop()
     with Client(ports.grpc_address) as client:
         measured["copies"] = sum(len(one.actors) for one in client.load().experts)
-    del measured["lines"]
     return measured
 
 
@@ -239,16 +358,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="how long each of Zipf's cases is measured")
     parser.add_argument("--quick", action="store_true", help="6 seconds, and a shorter crowd")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same pauses")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write the picture here")
     output_options(parser)
     options = parser.parse_args()
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     result = run(seconds, QUICK_PLAN if options.quick else PLAN, options.seed)
     report(result)
-    if options.plot is not None:
-        (options.plot / "elastic.svg").write_text(
-            picture(result["steps"]["none stands by"]), encoding="utf-8"
-        )
     missed = not all(one.is_kept for one in judge(result))
     return max(finish(result, comparable(result), options), int(missed))
 

@@ -53,7 +53,7 @@ class Clients:
             time.sleep(over_s / len(experts))
             number, leaving = len(self._running), threading.Event()
             source = random.Random(f"{self._seed} {number}")
-            arguments = (steered.first_token("own", expert), source, leaving)
+            arguments = (steered.own_token(expert), source, leaving)
             thread = threading.Thread(target=self._ask_again, args=arguments)
             self._running.append((thread, leaving))
             thread.start()
@@ -184,7 +184,7 @@ BASE_EXPERT, CROWD_EXPERT = 0, 1
 
 
 def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]:
-    """Have a crowd come and leave; returns what the figures and the picture are made of."""
+    """Have a crowd come and leave; returns what the figures are made of."""
     from benchmarks.devices import recorded
 
     clients, looks = Clients(ports, seed), Looks(ports)
@@ -228,9 +228,6 @@ def run_step(ports: Ports, plan: Plan, fewest: int, seed: int) -> dict[str, Any]
             ),
         },
         "last_answers_s": left_s - leave_s,
-        "come_s": come_s - begin_s,
-        "leave_s": leave_s - begin_s,
-        "course": course(clients.answers, seen, begin_s, end_s),
         "phases": {
             "before": between_ms(clients.answers, begin_s, come_s),
             "crowd, first 10 s": between_ms(clients.answers, come_s, come_s + 10),
@@ -292,29 +289,3 @@ def between_ms(answers: Iterable[Timed], start_s: float, end_s: float) -> dict[s
         "p50_ms": 1e3 * statistics.median(gaps) if gaps else None,
         "p99_ms": 1e3 * percentile(gaps, 0.99) if gaps else None,
     }
-
-
-def course(
-    answers: Sequence[Timed], seen: Sequence[Look], begin_s: float, end_s: float, step_s: float = 1
-) -> list[dict[str, Any]]:
-    """Return for each step: tokens a second, the times between them, actors and copies.
-
-    Of actors and copies the last look that was before the step's end.
-    """
-    told = []
-    for number in range(int((end_s - begin_s) / step_s)):
-        start = begin_s + number * step_s
-        end = start + step_s
-        tokens = sum(n for one in answers for at_s, n in one.pieces if start <= at_s < end)
-        looks = [look for look in seen if look.at_s < end]
-        told.append(
-            {
-                "at_s": (number + 1) * step_s,
-                "tokens_per_s": tokens / step_s,
-                **between_ms(answers, start, end),
-                "actors": len(looks[-1].actors) if looks else None,
-                "empty": looks[-1].empty if looks else None,
-                "copies": len(looks[-1].copies) if looks else None,
-            }
-        )
-    return told

@@ -32,8 +32,7 @@ from rich.console import Console
 
 from benchmarks.checkout import Commit, Side, check_out, commit_of, running, uncommitted
 from benchmarks.common import SIZES, machine, make_checkpoint, progress, show
-from benchmarks.held import group_of
-from benchmarks.processor_time import spent_between
+from benchmarks.processor_time import group_of, spent_between
 
 MIN_PAIRS = 10
 CONFIDENCE = 0.9

@@ -20,6 +20,8 @@ _WORKER = re.compile(r"ray::(?:ServeReplica:[^:]+:)?(?P<name>[\w-]+)")
 """The title of a Ray worker: its class, or the deployment of a Serve replica."""
 _RAYS_OWN = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
 """How the names begin of processes that have such a title and are Ray's own."""
+_OF_ONE_DEPLOYMENT = re.compile(r"(?<=\bGateway)-[0-9a-f]{6}$")
+"""The part of a gateway's name that differs between two deployments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ def worker_name(command_line: str) -> str | None:
     if found is None or found["name"].startswith(_RAYS_OWN):
         return None
     return found["name"]
+
+
+def group_of(name: str) -> str:
+    """Return the name under which a process is counted: all gateways have one."""
+    return _OF_ONE_DEPLOYMENT.sub("", name)
 
 
 def serving_times(root_pid: int, root_name: str | None) -> dict[ProcessId, ProcessTime]:

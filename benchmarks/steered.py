@@ -1,16 +1,12 @@
-"""A checkpoint whose tokens say themselves which expert takes them, so that load can be steered.
+"""A checkpoint whose tokens choose their experts, so that a benchmark can steer the load.
 
 A token's embedding is a direction of its own, and attention and emulated experts add nothing to it:
-so the gate of every layer sees which token it is, and the head which comes next. Every stream has
-tokens of its own, so that a row tells whose it is wherever it is seen.
+so the gate of every layer sees which token it is, and the head knows which comes next.
 
-- ``own``: each stream stays at one token, whose expert is in every layer on the same actor, another
-  one for each stream in turn.
-- ``one``: as that, but the same expert for all streams.
-- ``spread``: a stream goes through a cycle of tokens, each of which takes any expert in each layer.
-
-Beside these there is one cycle for all streams, in which experts are as frequent as Zipf says, and
-the same actor begins with the most popular one of every layer.
+The first tokens repeat themselves; the expert of each is in every layer on the same actor, another
+one for each token in turn. Beside these there is one cycle of tokens for all streams, in which
+experts are as frequent as Zipf says, and the same actor begins with the most popular one of every
+layer.
 """
 
 from __future__ import annotations
@@ -19,16 +15,12 @@ import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
-Traffic = Literal["own", "one", "spread"]
-
-STREAMS = 16
 EXPERTS = 8
 LAYERS = 2
-CYCLE = 14
 ZIPF_CYCLE = 48
-ZIPF_BEGIN = 1 + STREAMS * (2 + CYCLE)
+ZIPF_BEGIN = 257
+"""After the tokens of a byte-level tokenizer."""
 VOCAB = ZIPF_BEGIN + ZIPF_CYCLE
 HIDDEN = 312
 HEADS = 4
@@ -36,10 +28,9 @@ MAX_LENGTH = 4096
 STRENGTH = 8.0
 
 
-def first_token(traffic: Traffic, stream: int) -> int:
-    """Return the token that a stream's prompt consists of."""
-    begins = {"own": 1, "one": 1 + STREAMS, "spread": 1 + 2 * STREAMS}
-    return begins[traffic] + stream * (CYCLE if traffic == "spread" else 1)
+def own_token(number: int) -> int:
+    """Return a token that repeats itself; neighbouring numbers have experts on other actors."""
+    return 1 + number
 
 
 def zipf_token(place: int) -> int:
@@ -70,35 +61,19 @@ def _zipf_ranks(layer: int) -> list[int]:
     return ranks
 
 
-def stream_of(token: int) -> int:
-    """Return the stream that a token belongs to, if it is none of Zipf's."""
-    place = token - 1
-    return place % STREAMS if place < 2 * STREAMS else (place - 2 * STREAMS) // CYCLE
-
-
 def next_token(token: int) -> int:
     """Return the token that the model says after this one."""
-    begin = first_token("spread", 0)
-    if token < begin:
-        return token
-    if token >= ZIPF_BEGIN:
-        return zipf_token(token - ZIPF_BEGIN + 1)
-    cycle, place = divmod(token - begin, CYCLE)
-    return begin + cycle * CYCLE + (place + 1) % CYCLE
+    return token if token < ZIPF_BEGIN else zipf_token(token - ZIPF_BEGIN + 1)
 
 
 def expert_of(layer: int, token: int) -> int:
     """Return the expert that a layer's gate gives a token to.
 
-    Expert e of layer l begins at actor (e + l) mod A, so that ``own`` goes against the layer.
+    Expert e of layer l begins at actor (e + l) mod A, so the layer counts against the token.
     """
-    if token < first_token("one", 0):
-        return (stream_of(token) - layer) % EXPERTS
-    if token < first_token("spread", 0):
-        return -layer % EXPERTS
     if token >= ZIPF_BEGIN:
         return (_zipf_ranks(layer)[token - ZIPF_BEGIN] - layer) % EXPERTS
-    return random.Random(f"{layer} {token}").randrange(EXPERTS)
+    return (token - 1 - layer) % EXPERTS
 
 
 def save(folder: Path) -> None:

@@ -1,19 +1,39 @@
-"""What checking a request costs the gateway's event loop, measured in this process alone."""
+"""Processor time that checking a request costs the gateway's event loop, without a deployment.
+
+    python -m benchmarks.validation [--json FILE] [--compare OLD.json]
+
+Prints the time from a parsed body to a checked request, for each kind of request. The exit status
+is 1 when one takes more than promised.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from benchmarks.common import MODEL
-from benchmarks.open_loop import body_of, prompt_of
+from benchmarks.common import (
+    MODEL,
+    Figure,
+    Verdict,
+    finish,
+    machine,
+    output_options,
+    show_verdicts,
+)
 
 if TYPE_CHECKING:
     from router.gateway.tokenizer import Tokenizer
 
+MODEL_PATH = Path("deploy/models/mesh-tiny")
+VOCAB = 2000
+"""Token ids that the bundled model has for certain."""
+PROMISED_US = 50.0
+"""For a request, with any number of fields."""
 SHORT, LONG, TOKENS = 16, 960, 32
 TEXT = "In the beginning God created the heaven and the earth."
 REPEATS = 7
@@ -66,17 +86,26 @@ def run(folder: Path) -> dict[str, float]:
         return least_us(lambda: parse_completion(body, validator, "id"))
 
     return {
-        f"{SHORT} token ids": check_us(body_of(_ids(SHORT), TOKENS, False)),
-        f"{LONG} token ids": check_us(body_of(_ids(LONG), TOKENS, False)),
-        f"{SHORT} token ids, every field": check_us(
-            body_of(_ids(SHORT), TOKENS, False, **EVERY_FIELD)
-        ),
-        "a text": check_us({**body_of([], TOKENS, False), "prompt": TEXT}),
+        f"{SHORT} token ids": check_us(_body(_ids(SHORT))),
+        f"{LONG} token ids": check_us(_body(_ids(LONG))),
+        f"{SHORT} token ids, every field": check_us({**_body(_ids(SHORT)), **EVERY_FIELD}),
+        "a text": check_us(_body(TEXT)),
+    }
+
+
+def _body(prompt: list[int] | str) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
     }
 
 
 def _ids(count: int) -> list[int]:
-    return [prompt_of(place)[0] for place in range(count)]
+    return [2 + 31 * place % (VOCAB - 2) for place in range(count)]
 
 
 def least_us(work: Callable[[], object]) -> float:
@@ -87,3 +116,28 @@ def least_us(work: Callable[[], object]) -> float:
     timer = timeit.Timer(work, timer=time.process_time)
     number, _ = timer.autorange()
     return min(timer.repeat(REPEATS, number)) / number * 1e6
+
+
+def verdicts(measured: Mapping[str, float]) -> list[Verdict]:
+    """Judge the time of each kind of request, in µs."""
+    return [
+        Verdict(kind, f"{us:.1f} µs", f"at most {PROMISED_US:g} µs", us <= PROMISED_US)
+        for kind, us in measured.items()
+    ]
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    output_options(parser)
+    options = parser.parse_args()
+    measured = run(MODEL_PATH)
+    judged = verdicts(measured)
+    show_verdicts("checking a request", judged)
+    result = {"benchmark": "validation", "machine": machine(), "us": measured}
+    figures = {kind: Figure(us, "lower") for kind, us in measured.items()}
+    return max(finish(result, figures, options), int(not all(one.is_kept for one in judged)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

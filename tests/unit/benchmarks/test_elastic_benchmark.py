@@ -4,18 +4,48 @@ from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
+import torch
+from transformers import MixtralForCausalLM
 
 from benchmarks import elastic, load_step, steered
 from benchmarks.devices import Product
-from benchmarks.elastic_picture import picture
 from benchmarks.load_step import Look
 from benchmarks.serve_clients import Timed
 from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus
 
-SVG = "{http://www.w3.org/2000/svg}"
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> MixtralForCausalLM:
+    folder = tmp_path_factory.mktemp("steered")
+    steered.save(folder)
+    return MixtralForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("first", [steered.own_token(5), steered.zipf_token(40)])
+def test_transformers_sends_steered_tokens_to_the_experts_that_are_meant(
+    model: MixtralForCausalLM, first: int
+) -> None:
+    tokens = [first, *load_step.expected(first, 14)]
+    output = model(torch.tensor([tokens]), output_router_logits=True)
+    for layer, logits in enumerate(output.router_logits):
+        assert logits.argmax(dim=1).tolist() == [steered.expert_of(layer, t) for t in tokens]
+    assert output.logits[0].argmax(dim=1).tolist()[:-1] == tokens[1:]
+
+
+def test_a_rate_is_of_the_tokens_between_the_first_and_the_last_piece() -> None:
+    arrivals = [(0.5, 9), (1.0, 1), (2.0, 2), (3.0, 2), (9.0, 9)]
+    assert elastic.rate(arrivals, 0.9, 5.0) == pytest.approx(4 / 2)
+    assert elastic.rate(arrivals, 8.0, 10.0) == 0.0
+    assert elastic.rate([], 0.0, 1.0) == 0.0
+
+
+def test_the_busy_share_is_cut_at_the_ends() -> None:
+    times = [(0.0, 1.5), (2.0, 2.5), (4.8, 7.0)]
+    products = [Product(0, 0, (1,), start_s, end_s) for start_s, end_s in times]
+    assert elastic.busy_share(products, 1.0, 5.0) == pytest.approx((0.5 + 0.5 + 0.2) / 4)
+    assert elastic.busy_share([], 1.0, 5.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -40,10 +70,9 @@ def test_zipfs_cycle_has_experts_as_often_as_zipf_says_and_one_first_actor() -> 
     assert ranks[0] != ranks[1]
 
 
-def test_what_must_come_after_a_token_is_the_models_own_next_ones() -> None:
-    own, cycled = steered.first_token("own", 3), steered.first_token("spread", 3)
+def test_a_token_of_its_own_repeats_itself() -> None:
+    own = steered.own_token(3)
     assert load_step.expected(own, 3) == [own] * 3
-    assert load_step.expected(cycled, steered.CYCLE)[-1] == cycled
 
 
 def look(at_s: float, *actors: str, layer: int = 0) -> Look:
@@ -94,17 +123,7 @@ def test_times_between_tokens_count_each_token_when_it_comes() -> None:
     assert load_step.between_ms(answers(), 8.0, 9.0) == {"p50_ms": None, "p99_ms": None}
 
 
-def test_the_course_has_a_row_a_second_with_the_last_look_of_it() -> None:
-    told = load_step.course(answers(), [look(0.9, "a"), look(1.9, "a", "b")], 0.0, 3.2)
-    assert [one["at_s"] for one in told] == [1, 2, 3]
-    assert [one["tokens_per_s"] for one in told] == [1, 4, 1]
-    assert [one["actors"] for one in told] == [1, 2, 2]
-    assert [one["p50_ms"] for one in told] == [None, pytest.approx(500), pytest.approx(1000)]
-    assert load_step.course(answers(), [], 0.0, 1.0)[0]["copies"] is None
-
-
 def result() -> dict[str, Any]:
-    seen = [look(0.9, "a"), look(1.9, "a", "b")]
     case = {"tokens_per_s": 10.0, "copies": 16, "busy": {"a": 0.5}, "cores_used": 1.0}
     times = {"p50_ms": 40.0, "p99_ms": 90.0}
     step = {
@@ -114,9 +133,6 @@ def result() -> dict[str, Any]:
         "gone_s": dict.fromkeys(("actors", "copies"), elastic.TARGETS["downscale_delay_s"]),
         "actors": {"before": 2, "most": 4, "after": 2},
         "copies": {"before": 18, "most": 24, "after": 18},
-        "come_s": 1.0,
-        "leave_s": 2.0,
-        "course": load_step.course(answers(), seen, 0.0, 3.0),
         "phases": {"before": times, "after": {"p50_ms": None, "p99_ms": None}},
     }
     return {
@@ -165,14 +181,3 @@ def test_times_that_never_ended_are_not_compared(capsys: pytest.CaptureFixture[s
     assert "step, none stands by, copies gone, s" in elastic.comparable(changed)
     elastic.report(changed)
     assert "missed" in capsys.readouterr().out
-
-
-def test_the_picture_has_a_line_for_each_value_and_marks_where_the_crowd_is() -> None:
-    root = ElementTree.fromstring(picture(result()["steps"]["two stand by"]))
-    lines = list(root.iter(f"{SVG}polyline"))
-    assert [len(one.attrib["points"].split()) for one in lines] == [3, 3, 3, 2, 2]
-    marks = [one for one in root.iter(f"{SVG}line") if one.attrib["stroke-dasharray"] == "4 4"]
-    assert sorted({one.attrib["x1"] for one in marks}) == ["380.0", "680.0"]
-    words = [one.text for one in root.iter(f"{SVG}text")]
-    assert "Tokens a second" in words
-    assert "0 s" in words
