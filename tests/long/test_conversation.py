@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert command.startswith(INSTALL)
     place = tmp_path_factory.mktemp("smol")
     (place / "deploy" / "models").mkdir(parents=True)
-    shutil.copy(ROOT / "ARCHITECTURE.md", place)
+    shutil.copytree(ROOT / "docs", place / "docs")
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     subprocess.run(
         ["bash", "-ec", command.removeprefix(INSTALL)],

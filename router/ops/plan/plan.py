@@ -23,9 +23,9 @@ from router.ops.plan.sizes import format_size
 ROUTER_PROCESS_BYTES = 553_000_000
 ACTOR_PROCESS_BYTES = 346_000_000
 """The memory of a process with torch, without weights and cache, measured by ``benchmarks.serve``
-on a CPU; ``docs/lab-notes.md`` has the figures. On an accelerator they stand for the driver's
-context and code, which torch's users report as 0.3 to 0.5 GB a process. An actor on a CPU has no
-torch and takes a third; a plan does not know whether a device is one."""
+on a CPU in November 2026. On an accelerator they stand for the driver's context and code, which
+torch's users report as 0.3 to 0.5 GB a process. An actor on a CPU has no torch and takes a third;
+a plan does not know whether a device is one."""
 ACTOR_BATCH_ROWS = 1024
 """The most rows of several frames in one batch of an actor; a frame of more is a batch alone."""
 USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
