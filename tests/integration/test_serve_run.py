@@ -54,8 +54,9 @@ OF_THE_MACHINE = (
     "expertmesh: not ready after",
     "expertmesh.controller: loading: ",
     "file_system_monitor",
+    "replicas that have taken more than 30s to",
 )
-"""A start beside busy programs says so, slow loading how far it is, Ray that a disk is full."""
+"""A start beside busy programs says so, and so do slow loading, a full disk and late replicas."""
 
 
 @pytest.mark.timeout(400)

@@ -107,7 +107,7 @@ async def until(condition: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("count", [1, 40])
 def test_requests_are_answered_on_one_connection_and_on_many(count: int) -> None:
     async def body() -> None:
-        async with served() as (listener, _, (host, port)), httpx.AsyncClient() as client:
+        async with served() as (listener, _, (host, port)), httpx.AsyncClient(timeout=60) as client:
             url = f"http://{host}:{port}"
             answers = await asyncio.gather(
                 *(client.post(f"{url}/{n}", content=b"b" * n) for n in range(count))
@@ -144,7 +144,7 @@ def test_what_is_no_request_is_answered_and_the_connection_closed(
 
 def test_a_body_may_be_larger_than_a_head() -> None:
     async def body() -> None:
-        async with served() as (_, _, (host, port)), httpx.AsyncClient() as client:
+        async with served() as (_, _, (host, port)), httpx.AsyncClient(timeout=60) as client:
             large = b"b" * 300_000
             answer = await client.post(f"http://{host}:{port}/x", content=large)
             assert answer.content == b"/x " + large

@@ -150,7 +150,7 @@ async def status_asked(port: int, host: str = HOST) -> None:
 
 
 async def fetched(port: int, path: str = "/", host: str = HOST) -> str:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=LIMIT_S) as client:
         return (await client.get(f"http://{host}:{port}{path}")).text
 
 
@@ -527,7 +527,7 @@ def test_with_a_certificate_it_answers_by_tls_alone(tmp_path: Path) -> None:
     pair = Pair(tmp_path / "tls", asks_clients=True)
 
     async def secured(port: int, has_certificate: bool = True) -> str:
-        async with httpx.AsyncClient(verify=pair.context(has_certificate)) as client:
+        async with httpx.AsyncClient(verify=pair.context(has_certificate), timeout=LIMIT_S) as client:
             return (await client.get(f"https://{HOST}:{port}/")).text
 
     async def work() -> None:
@@ -551,7 +551,7 @@ def test_a_probe_without_tls_has_its_own_port(tmp_path: Path) -> None:
 
     async def work() -> None:
         listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
-        async with opened(Gateway(listen)), httpx.AsyncClient() as client:
+        async with opened(Gateway(listen)), httpx.AsyncClient(timeout=LIMIT_S) as client:
             url = f"http://{HOST}:{listen.health_port}"
             answer = await client.get(f"{url}/-/healthz")
             assert (answer.status_code, answer.text) == (200, "success")
