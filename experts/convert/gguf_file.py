@@ -177,8 +177,8 @@ def attention_config(file: GgufFile, architecture: str) -> Config:
             f"{architecture}.rope.scaling.type {shown(scaling)} is not supported", str(file.path)
         )
     embedding = file.entries.get(OUTER["model.embed_tokens.weight"])
-    if embedding is None:
-        raise CheckpointError("lacks the tensor token_embd.weight", str(file.path))
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError("lacks a matrix token_embd.weight", str(file.path))
     hidden, heads = number("embedding_length"), number("attention.head_count")
     head_dim = number("attention.key_length", hidden // max(heads, 1))
     if number("rope.dimension_count", head_dim) != head_dim:

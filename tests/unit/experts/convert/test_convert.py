@@ -415,6 +415,17 @@ def test_missing_tensors_of_gguf_are_named(original: Original, tmp_path: Path) -
     assert f"lacks tensors: {name}" in result.stderr
 
 
+def test_an_embedding_of_gguf_that_is_no_matrix_is_refused(
+    original: Original, tmp_path: Path
+) -> None:
+    name = "model.embed_tokens.weight"
+    state = original.state | {name: original.state[name][0]}
+    foreign.write_gguf(tmp_path / "in.gguf", original.config, state)
+    result = run(tmp_path / "in.gguf", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "lacks a matrix token_embd.weight" in result.stderr
+
+
 def test_another_architecture_of_gguf_is_refused(original: Original, tmp_path: Path) -> None:
     foreign.write_gguf(
         tmp_path / "in.gguf", original.config, original.state, architecture="qwen2moe"
