@@ -527,7 +527,9 @@ def test_with_a_certificate_it_answers_by_tls_alone(tmp_path: Path) -> None:
     pair = Pair(tmp_path / "tls", asks_clients=True)
 
     async def secured(port: int, has_certificate: bool = True) -> str:
-        async with httpx.AsyncClient(verify=pair.context(has_certificate), timeout=LIMIT_S) as client:
+        async with httpx.AsyncClient(
+            verify=pair.context(has_certificate), timeout=LIMIT_S
+        ) as client:
             return (await client.get(f"https://{HOST}:{port}/")).text
 
     async def work() -> None:
