@@ -33,9 +33,6 @@ ALONE = ("integration", "fault", "long")
 COMMANDS = ("test_readme.py", "test_serve_run.py")
 """Their commands start a Ray of their own, so another worker runs them beside the cluster."""
 
-START_LIMIT_S = 600
-"""The first test that uses the cluster also waits for its start, which busy programs delay."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests that break the cluster after those that look at a fresh one."""
@@ -47,10 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return place, next((rank for rank, name in enumerate(LAST, 1) if name in used), 0)
 
     items.sort(key=place_of)
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        if "served_session" in used and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(START_LIMIT_S))
 
 
 class _ByFile(LoadScopeScheduling):
