@@ -1,8 +1,4 @@
-"""scikit-learn's own checks of all public estimators, and of recurrent ones.
-
-All parameters but the number of starts have their defaults. A fit begins in two ways in turns, so
-two starts take every path.
-"""
+"""scikit-learn's own checks of all public estimators with their defaults, and of recurrent ones."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from tests.unit.router.workshop.mixture.test_adaptive_checks import FAST, RECURR
 BY_ENVIRONMENT = "check_array_api_input"
 """It checks arrays of other libraries, and only where SCIPY_ARRAY_API is set."""
 CHECKED: list[Any] = [
-    *(getattr(estimators, name)(n_init=2) for name in estimators.__all__),
+    *(getattr(estimators, name)() for name in estimators.__all__),
     estimators.AdaptiveMixtureRegressor(**FAST, **RECURRENT),
     estimators.AdaptiveMixtureClassifier(**FAST, **RECURRENT),
 ]
