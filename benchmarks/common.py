@@ -1,4 +1,4 @@
-"""What the benchmarks share: a random checkpoint, percentiles, tables, the JSON file, comparing."""
+"""What the benchmarks share: a random checkpoint, percentiles, tables, the JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,10 +27,6 @@ CACHE_TOKENS = 8192
 PROMISED_MB = {"router": 550.0, "actor": 200.0}
 """The project's own bounds on memory beyond weights and cache."""
 FILE_WIDTH = 160
-SETTINGS = ("benchmark", "machine", "sizes", "clients", "tokens", "actors")
-"""The parts of a result that must be the same for two runs to be comparable."""
-TOLERANCE = 0.15
-"""How much slower a figure may be than before; shared machines differ by that from run to run."""
 
 SIZES: dict[str, int] = {
     "vocab_size": 4096,
@@ -240,124 +236,12 @@ def show_verdicts(title: str, verdicts: Sequence[Verdict]) -> None:
     show(title, rows, ["figure", "measured", "promised", ""])
 
 
-Better = Literal["higher", "lower", "context"]
-"""Which values of a figure are good; ``context`` is for what is not the project's own speed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One number of a result that a later run is compared with."""
-
-    value: float
-    better: Better
-
-
-Figures = Mapping[str, Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One figure in two runs.
-
-    ``ratio`` is new / old. ``verdict`` is ``slower`` or ``faster`` where the change is larger than
-    the tolerance, ``same`` where it is not, ``context`` for a figure without a good direction, and
-    ``new`` or ``missing`` for one that only one run has; those two have no ratio.
-    """
-
-    name: str
-    old: float | None
-    new: float | None
-    ratio: float | None
-    verdict: Literal["slower", "faster", "same", "context", "new", "missing"]
-
-
-def latency_figures(name: str, summary: Mapping[str, float]) -> dict[str, Figure]:
-    """Return the figures of what :func:`summary_ms` gave."""
-    return {f"{name} {p} ms": Figure(summary[f"{p}_ms"], "lower") for p in ("p50", "p99")}
-
-
-def compare(old: Figures, new: Figures, tolerance: float = TOLERANCE) -> list[Comparison]:
-    """Compare two runs' figures: the new run's in its order, then what it misses."""
-    compared = [_compare(name, old.get(name), figure, tolerance) for name, figure in new.items()]
-    missing = [
-        Comparison(name, figure.value, None, None, "missing")
-        for name, figure in old.items()
-        if name not in new
-    ]
-    return compared + missing
-
-
-def _compare(name: str, old: Figure | None, new: Figure, tolerance: float) -> Comparison:
-    if old is None:
-        return Comparison(name, None, new.value, None, "new")
-    if old.value <= 0 or new.value <= 0:  # nothing to divide by; no figure is below zero
-        ratio = 1.0 if old.value == new.value else float("inf") if new.value > 0 else 0.0
-    else:
-        ratio = new.value / old.value
-    if new.better == "context":
-        return Comparison(name, old.value, new.value, ratio, "context")
-    # Times are as bad as they are longer, rates as bad as what they count takes longer.
-    lower, upper = 1 / (1 + tolerance), 1 + tolerance
-    if lower <= ratio <= upper:
-        return Comparison(name, old.value, new.value, ratio, "same")
-    is_slower = (ratio > upper) == (new.better == "lower")
-    return Comparison(name, old.value, new.value, ratio, "slower" if is_slower else "faster")
-
-
-def figures_to_json(figures: Figures) -> dict[str, Any]:
-    """Return figures as they stand under ``compare`` in a result's JSON."""
-    return {name: {"value": f.value, "better": f.better} for name, f in figures.items()}
-
-
-def figures_from_json(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return a result's figures; a result of before there were any has none."""
-    return {name: Figure(**one) for name, one in result.get("compare", {}).items()}
-
-
-def show_comparison(compared: Sequence[Comparison]) -> None:
-    """Print old, new and ratio of each figure, and its verdict."""
-
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-    marks = {"slower": "[red]slower[/red]", "faster": "[green]faster[/green]", "same": ""}
-    rows = [
-        (c.name, number(c.old), number(c.new), number(c.ratio), marks.get(c.verdict, c.verdict))
-        for c in compared
-    ]
-    show("compared with the old run", rows, ["figure", "old", "new", "new/old", ""])
-
-
 def output_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every benchmark has: ``--json`` and ``--compare``."""
+    """Add what every benchmark has: ``--json``."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-    parser.add_argument(
-        "--compare",
-        type=_read_result,
-        metavar="OLD.json",
-        help=f"compare with an older result; status 1 if any figure is {TOLERANCE:.0%}% slower",
-    )
 
 
-def _read_result(name: str) -> dict[str, Any]:
-    """Read an older result when the command line is parsed, before the long run."""
-    try:
-        result: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {name}: {error}") from None
-    return result
-
-
-def finish(result: dict[str, Any], figures: Figures, options: argparse.Namespace) -> int:
-    """Write and compare as the command line says; returns the exit status."""
-    if options.json is not None:
-        written = {**result, "compare": figures_to_json(figures)}
-        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    if options.compare is None:
-        return 0
-    compared = compare(figures_from_json(options.compare), figures)
-    show_comparison(compared)
-    other = [name for name in SETTINGS if options.compare.get(name) != result.get(name)]
-    if other:
-        Console().print(f"Not of one kind: the old run differs in {', '.join(other)}.")
-    return int(any(c.verdict == "slower" for c in compared))
+def write_json(result: Mapping[str, Any], file: Path | None) -> None:
+    """Write a result where ``--json`` says, if it says anything."""
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

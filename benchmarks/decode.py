@@ -1,16 +1,15 @@
-"""Decode speed of one router's engine and its actors, beside peers and the machine's limits.
+"""Decode speed of one router's engine and its actors, beside peers.
 
     python -m benchmarks.decode [--size 14M|111M|445M] [--peers FOLDER] [--prefill] [--passes N]
-        [--json FILE] [--compare OLD.json] [--actors N] [--transport auto|ray|stream ...]
-        [--trace FILE.json] [--avx2]
+        [--json FILE] [--actors N] [--transport auto|ray|stream ...]
+        [--avx2]
 
 Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one, in fp32 and bf16:
 with a router's engine on one thread and its expert actors, without Serve and gateway
 (``benchmarks.serve`` has those), and with each peer in a process of its own on all cores.
 transformers is in this environment; FOLDER has an environment for each other peer
-(``benchmarks/README.md`` says how to make them). The same run measures the machine's limits, and
-prints the bound that they set for this design. Ratios are what to keep: absolute figures move with
-the machine. The exit status is 1 when a peer fails.
+(``benchmarks/README.md`` says how to make them). Keep the ratios: absolute figures move with the
+machine. The exit status is 1 when a peer fails.
 """
 
 from __future__ import annotations
@@ -19,34 +18,36 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks import avx2, bound, engine, limits
+from benchmarks import avx2, engine
 from benchmarks.common import (
     CACHE_TOKENS,
     SIZES,
     Sizes,
-    finish,
     long_prompt,
     machine,
     make_checkpoint,
     output_options,
     progress,
     prompts,
+    write_json,
 )
-from benchmarks.decode_report import PREFILL_PEER, comparable, merged, report, with_ratios
+from benchmarks.decode_report import PREFILL_PEER, merged, report, with_ratios
 from benchmarks.peers.ask import PeerFailedError, ask
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
 from benchmarks.peers.side import Task
-from cluster.processor import CPU_INFO, processor_name
+from cluster.processor import processor_name
 
 STREAMS = ("32", "1")
+VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a weight, by the dtype in which the router and its actors compute."""
 TRANSPORTS = ("auto", "ray", "stream")
 PREFILL_TOKENS = (512, 2048, 4000)
 
@@ -91,7 +92,7 @@ Key = tuple[str, str, str]
 """A side: ("peers", peer, format), or ("cluster", dtype, transport)."""
 
 
-def run(settings: Settings, peers: Mapping[Peer, str], trace: Path | None) -> dict[str, Any]:
+def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
     """Run the whole benchmark; returns the content of ``--json``.
 
     Each pass measures all sides, so that a machine that gets slower meanwhile slows all of them. A
@@ -101,8 +102,7 @@ def run(settings: Settings, peers: Mapping[Peer, str], trace: Path | None) -> di
         folder = Path(name) / "model"
         folder.mkdir()
         sides = {**_peer_sides(settings, folder, peers), **_our_sides(settings, folder)}
-        total = 1 + settings.passes * (1 + len(sides)) + (trace is not None)
-        found: list[limits.Limits] = []
+        total = 1 + settings.passes * len(sides)
         taken: dict[Key, list[dict[str, Any]]] = {key: [] for key in sides}
         failed: dict[str, str] = {}
         with progress("decode", total) as begin:
@@ -110,10 +110,6 @@ def run(settings: Settings, peers: Mapping[Peer, str], trace: Path | None) -> di
             make_checkpoint(folder, sizes=settings.sizes)
             for number in range(settings.passes):
                 where = f"pass {number + 1} of {settings.passes}"
-                begin(f"{where}, limits")
-                found.append(
-                    limits.measure(settings.sizes["hidden_size"] * bound.VALUE_BYTES["float32"])
-                )
                 for key, measure in sides.items():
                     title = f"{key[1]} {key[2]}"
                     begin(f"{where}, {title}")
@@ -123,10 +119,7 @@ def run(settings: Settings, peers: Mapping[Peer, str], trace: Path | None) -> di
                         except PeerFailedError as error:
                             failed[title] = str(error)
                             del taken[key]
-            if trace is not None:
-                begin("trace")
-                _engine(settings, folder, "bfloat16", settings.transports[0], trace)
-    result = _result(settings, taken, limits.best(found))
+    result = _result(settings, taken)
     return with_ratios({**result, "missing": missing(peers), "failed": failed})
 
 
@@ -143,7 +136,7 @@ def _peer_sides(settings: Settings, folder: Path, peers: Mapping[Peer, str]) -> 
 def _our_sides(settings: Settings, folder: Path) -> dict[Key, Measure]:
     return {
         ("cluster", dtype, transport): partial(_measure_ours, settings, folder, dtype, transport)
-        for dtype in bound.VALUE_BYTES
+        for dtype in VALUE_BYTES
         for transport in settings.transports
     }
 
@@ -175,51 +168,32 @@ def _measure_peer(
 
 
 def _measure_ours(settings: Settings, folder: Path, dtype: str, transport: str) -> dict[str, Any]:
-    measured = _engine(settings, folder, dtype, transport)
-    return {**measured, "bits": 8 * bound.VALUE_BYTES[dtype], "version": ""}
-
-
-def _engine(
-    settings: Settings, folder: Path, dtype: str, transport: str, trace: Path | None = None
-) -> dict[str, Any]:
-    return engine.measure(
+    measured = engine.measure(
         folder,
         transport,
         settings.actors,
-        STREAMS if trace is None else STREAMS[:1],
+        STREAMS,
         settings.tokens,
         settings.rounds,
-        trace,
         sizes=settings.sizes,
         dtype=dtype,
         prefill=settings.prefill,
     )
+    return {**measured, "bits": 8 * VALUE_BYTES[dtype], "version": ""}
 
 
-def _result(
-    settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]], found: limits.Limits
-) -> dict[str, Any]:
-    weights = bound.weights_of(settings.sizes)
-    cpu_info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+def _result(settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "benchmark": "decode",
         "machine": machine(),
         "processor": processor_name(),
-        "instructions": ["avx2"] if settings.avx2_alone else limits.instructions(cpu_info),
+        "avx2_alone": settings.avx2_alone,
         "size": settings.size,
         "sizes": settings.sizes,
         "tokens": settings.tokens,
         "actors": settings.actors,
         "streams": list(STREAMS),
         "prefill": [str(length) for length in settings.prefill],
-        "limits": asdict(found),
-        "bounds": {
-            dtype: {
-                n: bound.tokens_per_s(weights, found, settings.actors, int(n), dtype)
-                for n in STREAMS
-            }
-            for dtype in bound.VALUE_BYTES
-        },
         "peers": {},
         "cluster": {},
     }
@@ -256,12 +230,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", type=_positive, default=1, help="over all sides")
     parser.add_argument("--actors", type=_positive, default=2)
     parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=["auto"])
-    parser.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE.json",
-        help="write a Chrome trace of one more round, of 32 streams, and a picture FILE.svg",
-    )
     avx2.add_option(parser)
     output_options(parser)
     options = parser.parse_args(argv)
@@ -281,9 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         PREFILL_TOKENS if options.prefill else (),
         options.avx2,
     )
-    result = run(settings, peers, options.trace)
+    result = run(settings, peers)
     report(result)
-    return max(int(bool(result["failed"])), finish(result, comparable(result), options))
+    write_json(result, options.json)
+    return int(bool(result["failed"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ``benchmarks.decode`` makes of its measurements: medians, ratios, shares, tables."""
+"""What ``benchmarks.decode`` makes of its measurements: medians, ratios, tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import PROMISED_MB, Figure, latency_figures, show, show_memory
+from benchmarks.common import PROMISED_MB, show, show_memory
 
 OURS = "ExpertMesh"
 REFERENCE = "float32"
@@ -66,7 +66,7 @@ def best_prefill_s(peers: Mapping[str, Mapping[str, Any]], length: str) -> float
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """Add the best peers, ratios to them, shares of the bounds, and of equal tokens for tokens."""
+    """Add the best peers and ratios to them; tokens become their share of equal ones."""
     cluster, peers = result["cluster"], result["peers"]
     first = next(iter(cluster[REFERENCE].values()))["streams"]
     reference = {n: figures["tokens"] for n, figures in first.items()}
@@ -75,10 +75,9 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     for one in everything:
         for n, figures in one["streams"].items():
             figures["same_tokens"] = same_tokens(figures.pop("tokens"), reference[n])
-    for dtype, by_transport in cluster.items():
+    for by_transport in cluster.values():
         for one in by_transport.values():
             for n, figures in one["streams"].items():
-                figures["of_bound"] = figures["tokens_per_s"] / result["bounds"][dtype][n]
                 best = best_peer(peers, one["bits"], n)
                 if best is not None:
                     figures["best_peer"], rate = best
@@ -91,41 +90,8 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by; peers and machine are context."""
-    figures: dict[str, Figure] = {}
-    for name, formats in result["peers"].items():
-        for number_format, one in formats.items():
-            for n, measured in one["streams"].items():
-                title = f"{name} {number_format}, {n} streams, tokens/s"
-                figures[title] = Figure(measured["tokens_per_s"], "context")
-    for dtype, by_transport in result["cluster"].items():
-        for transport, one in by_transport.items():
-            figures |= _comparable_of(f"{dtype}, {transport}", one)
-    return figures
-
-
-def _comparable_of(name: str, one: Mapping[str, Any]) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
-    for n, measured in one["streams"].items():
-        case = f"{name}, {n} streams"
-        figures[f"{case}, tokens/s"] = Figure(measured["tokens_per_s"], "higher")
-        if "ratio" in measured:
-            figures[f"{case}, ratio to the best peer"] = Figure(measured["ratio"], "higher")
-        figures[f"{case}, decode step p50 ms"] = Figure(measured["step"]["p50_ms"], "lower")
-        figures |= latency_figures(f"{case}, layer", measured["layer"])
-    for length, time_s in one["prefill_s"].items():
-        figures[f"{name}, prefill of {length} tokens, s"] = Figure(time_s, "lower")
-    for length, ratio in one["prefill_ratio"].items():
-        figures[f"{name}, prefill of {length} tokens, ratio"] = Figure(ratio, "higher")
-    for process, memory in one["memory"].items():
-        figures[f"{name}, {process} beyond MB"] = Figure(memory["beyond_mb"], "lower")
-    return figures
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
-    _report_limits(result)
     _report_speed(result)
     _report_ratios(result)
     _report_steps(result)
@@ -145,21 +111,6 @@ def report(result: Mapping[str, Any]) -> None:
         print(f"Not installed: {name} (pip install {requirement}).")
     for name, problem in result["failed"].items():
         print(f"FAILED: {name}: {problem}")
-
-
-def _report_limits(result: Mapping[str, Any]) -> None:
-    limits = result["limits"]
-    flop = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits["flop_per_s"].items())
-    row = (
-        f"{result['machine']['cpus']}",
-        f"{limits['one_thread_bytes_per_s'] / 1e9:.1f}",
-        f"{limits['all_threads_bytes_per_s'] / 1e9:.1f}",
-        flop,
-        f"{limits['hop_s'] * 1e6:.0f}",
-    )
-    columns = ["cores", "GB/s, one thread", "GB/s, all", "GFLOP/s a thread", "message and back µs"]
-    processor = " ".join([result["processor"], *result["instructions"]])
-    show(f"limits: {processor}", [row], columns)
 
 
 def _sides(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -192,7 +143,7 @@ def _report_speed(result: Mapping[str, Any]) -> None:
     ]
     columns = ["", "weights", "bits", *(f"tok/s, {n} streams" for n in streams)]
     columns += [*(f"same tokens, {n}" for n in streams), "version"]
-    title = f"{result['size']}, tokens/s with prefill; tokens beside {OURS}'s {REFERENCE}"
+    title = f"{result['size']}, {result['processor']}: tokens/s with prefill; {REFERENCE}'s tokens"
     show(title, rows, columns)
 
 
@@ -208,11 +159,9 @@ def _report_ratios(result: Mapping[str, Any]) -> None:
                         f"{figures['tokens_per_s']:,.0f}",
                         "" if ratio is None else f"{ratio:.2f}",
                         figures.get("best_peer", ""),
-                        f"{result['bounds'][dtype][n]:,.0f}",
-                        f"{figures['of_bound']:.2f}",
                     )
                 )
-    columns = ["", "tok/s", "/ best peer", "best peer in as many bits", "bound", "of the bound"]
+    columns = ["", "tok/s", "/ best peer", "best peer in as many bits"]
     show(f"{OURS}: router's engine and {result['actors']} actors", rows, columns)
 
 

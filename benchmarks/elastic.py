@@ -1,7 +1,6 @@
 """Copies and actors that follow the load, on emulated devices, in the whole deployment.
 
     python -m benchmarks.elastic [--seconds 12] [--quick] [--seed N] [--json FILE]
-        [--compare OLD.json]
 
 Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
 expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
@@ -29,14 +28,13 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import steered
 from benchmarks.common import (
     MODEL,
-    Figure,
     Verdict,
-    finish,
     machine,
     output_options,
     progress,
     show,
     show_verdicts,
+    write_json,
 )
 from benchmarks.load_step import Plan, run_step
 from benchmarks.serve import served
@@ -306,22 +304,6 @@ def _within(figure: str, took_s: float | None, most_s: float) -> Verdict:
     return Verdict(figure, told, f"within {most_s:g} s", took_s is not None and took_s <= most_s)
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by; times that never ended are left out."""
-    figures = {
-        f"Zipf, {case}, tokens/s": Figure(one["tokens_per_s"], "higher")
-        for case, one in result["zipf"].items()
-    }
-    figures["Zipf, gain"] = Figure(result["gain"], "higher")
-    for case, step in result["steps"].items():
-        for what in ("served", "gone"):
-            for name, took_s in step[f"{what}_s"].items():
-                if took_s is not None:
-                    # How looks and periods lie to each other is chance, beyond the tolerance.
-                    figures[f"step, {case}, {name} {what}, s"] = Figure(took_s, "context")
-    return figures
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables and the verdicts."""
     rows = [
@@ -363,8 +345,8 @@ def main() -> int:
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     result = run(seconds, QUICK_PLAN if options.quick else PLAN, options.seed)
     report(result)
-    missed = not all(one.is_kept for one in judge(result))
-    return max(finish(result, comparable(result), options), int(missed))
+    write_json(result, options.json)
+    return int(not all(one.is_kept for one in judge(result)))
 
 
 if __name__ == "__main__":

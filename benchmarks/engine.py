@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,6 @@ from benchmarks.common import (
     summary_ms,
 )
 from benchmarks.processor_time import per_token
-from benchmarks.timeline import ROUTER, Recorded, write_trace
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,6 @@ def measure(
     streams: Sequence[str],
     tokens: int,
     rounds: int,
-    trace: Path | None = None,
     *,
     sizes: Sizes = SIZES,
     dtype: str = "bfloat16",
@@ -68,17 +66,15 @@ def measure(
     arguments += ["--sizes", json.dumps(dict(sizes)), "--dtype", dtype]
     if prefill:
         arguments += ["--prefill", *map(str, prefill)]
-    if trace is not None:
-        arguments += ["--trace", str(trace)]
     environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
     return run_module("benchmarks.engine", arguments, environment)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, or with ``--trace`` trace one round, in this process.
+    """Measure in this process.
 
     Returns the figures of each number of streams, the memory of router and actors after them, the
-    prefills' durations by length, and what loading took of each actor.
+    prefills' durations by length.
     """
     import ray
     import torch
@@ -89,21 +85,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             options.folder,
             options.transport,
             options.actors,
-            options.trace is not None,
             sizes=options.sizes,
             dtype=getattr(torch, options.dtype),
         )
         try:
-            if options.trace is not None:
-                bench.trace(int(options.streams[0]), options.tokens, options.trace)
-                return {}
             result: dict[str, Any] = {
                 "streams": {
                     n: bench.measure(int(n), options.tokens, options.rounds)
                     for n in options.streams
                 }
             }
-            result |= {"memory": bench.memory(), "loading": bench.actors.loading}
+            result["memory"] = bench.memory()
             result["prefill_s"] = {
                 str(length): bench.prefill(length, options.rounds) for length in options.prefill
             }
@@ -153,14 +145,13 @@ class Collector:
 
 
 class Bench:
-    """An engine and its actors; with ``traced`` both record what they do."""
+    """An engine and its actors."""
 
     def __init__(
         self,
         folder: Path,
         transport: str,
         actors: int,
-        traced: bool,
         *,
         app: str = APP,
         device: torch.device | None = None,
@@ -172,12 +163,11 @@ class Bench:
         """Start the actors, load their experts, and start the engine with the product's limits.
 
         The router's part computes on ``device``, by default the CPU. Each actor has ``actor_gpus``
-        of a GPU. ``actor_class`` takes the place of the product's, or of the one that records.
+        of a GPU. ``actor_class`` takes the place of the product's.
         ``sizes`` are the checkpoint's; ``dtype`` is by default bf16.
         """
         import torch
 
-        from benchmarks.tracing import Recorder, TracingActor, TracingLayers, TracingTransport
         from cluster.processor import num_cpus
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
@@ -197,18 +187,14 @@ class Bench:
         self._folder = folder
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
-        self.more: Sequence[Mapping[str, Any]] = ()
-        """Further fields of each request of a round, where they have any."""
-        actor_class = actor_class or (TracingActor if traced else RemoteExpertActor)
+        actor_class = actor_class or RemoteExpertActor
         shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
         self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus, stored)
         self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
-        self.recorder = recorder = Recorder()
-        carrier = TracingTransport(self._transport, recorder) if traced else self._transport
-        dispatcher = Dispatcher(MODEL, self.actors.view, carrier, _ignore, experts.call_timeout_s)
-        plain = MoELayers(dispatcher, WeightedSums())
-        layers = TracingLayers(dispatcher, recorder) if traced else plain
+        view, timeout_s = self.actors.view, experts.call_timeout_s
+        dispatcher = Dispatcher(MODEL, view, self._transport, _ignore, timeout_s)
+        layers = MoELayers(dispatcher, WeightedSums())
         steps = self._steps = Steps()
         all_there = self._all_there = threading.Event()
 
@@ -225,10 +211,7 @@ class Bench:
             def step(self, work: Any, trace: Any = None) -> None:
                 self.tally.latest_layers_s.clear()
                 started_s = time.perf_counter()
-                if traced:
-                    recorder.step(lambda: super(TimedEngine, self).step(work, trace))
-                else:
-                    super().step(work, trace)
+                super().step(work, trace)
                 took_s = time.perf_counter() - started_s
                 if all(item.end - item.start == 1 for item in work):
                     steps.decode_s.append(took_s)
@@ -298,7 +281,6 @@ class Bench:
                 sampling,
                 time.monotonic() + TIMEOUT_S,
                 cache_salt=salt,
-                **(self.more[i] if self.more else {}),
             )
             for i, ids in enumerate(given)
         ]
@@ -329,18 +311,6 @@ class Bench:
             "calls": dict(Counter(self._transport.calls) - before),
             "tokens": list(self._collector.tokens.values()),
         }
-
-    def recorded_round(self, streams: int, tokens: int) -> dict[str, list[Recorded]]:
-        """Return the spans of a round by process; the engine and its actors must record."""
-        self.recorder.spans.clear()
-        self.round(streams, tokens)
-        return {ROUTER: list(self.recorder.spans), **self.actors.call("recorded")}
-
-    def trace(self, streams: int, tokens: int, file: Path) -> None:
-        """Write the trace of one round to ``file``, and beside it the picture of some layers."""
-        for _ in range(2):
-            self.round(streams, tokens)
-        write_trace(self.recorded_round(streams, tokens), file)
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Return the memory of this process (it is Ray's driver too) and of the actors."""
@@ -389,7 +359,6 @@ def main() -> None:
     for number in ("actors", "tokens", "rounds"):
         parser.add_argument(number, type=int)
     parser.add_argument("streams", nargs="+")
-    parser.add_argument("--trace", type=Path)
     parser.add_argument("--sizes", type=json.loads, default=SIZES)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prefill", nargs="+", type=int, default=[])

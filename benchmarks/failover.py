@@ -1,6 +1,6 @@
 """What a fault costs the streams that are under way: gaps between tokens, throughput, time back.
 
-    python -m benchmarks.failover [--json FILE] [--compare OLD.json]
+    python -m benchmarks.failover [--json FILE]
 
 Serves the bundled model in fp32 and has 32 streams never stop. With two copies of every expert:
 stretches without a fault and stretches in which an actor is killed, by turns, and an actor that
@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     MODEL,
-    Figure,
-    finish,
     machine,
     output_options,
     percentile,
     progress,
     prompts,
     show,
+    write_json,
 )
 from benchmarks.serve import deployed
 
@@ -329,24 +328,6 @@ def minute_ratio(compared: Sequence[Mapping[str, float]]) -> float:
     return 1 - statistics.mean(one["lost_s"] for one in compared) / MINUTE_S
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by."""
-    quiet = [one for one in result["windows"] if one["name"] == QUIET]
-    rate = statistics.median(one["tokens_per_s"] for one in quiet)
-    above_s = max(one["above_s"] for one in result["kills"])
-    figures = {
-        f"{QUIET}, tokens/s": Figure(rate, "higher"),
-        f"{KILL}, throughput of its minute": Figure(minute_ratio(result["kills"]), "higher"),
-        f"{KILL}, above the normal gap s": Figure(max(0.0, above_s), "lower"),
-    }
-    for one in result["windows"]:
-        if one["back_s"] is None or one["name"] == KILL:
-            continue
-        figures[f"{one['name']}, longest gap s"] = Figure(one["gap_s"]["longest"], "lower")
-        figures[f"{one['name']}, back after s"] = Figure(one["back_s"], "lower")
-    return figures
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = [
@@ -387,7 +368,8 @@ def main() -> int:
     result = run(options.streams, options.rounds, options.seconds)
     report(result)
     failed = any(one["failures"] for one in result["windows"])
-    return max(finish(result, comparable(result), options), int(failed))
+    write_json(result, options.json)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks.common import MODEL, Figure, Verdict, finish, machine, output_options, progress
+from benchmarks.common import MODEL, Verdict, machine, output_options, progress, write_json
 from benchmarks.common import show_verdicts as show
 from benchmarks.serve_clients import Ports
 from benchmarks.shipped import free_ports, with_ports
@@ -253,11 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, calls in result["calls"].items():
         for failure, number in calls["failures"].items():
             print(f"{kind}: {number} x {failure}")
-    figures = {
-        f"{kind} answered": Figure(calls["answered"], "context")
-        for kind, calls in result["calls"].items()
-    }
-    return max(finish(result, figures, options), int(not all(one.is_kept for one in verdicts)))
+    write_json(result, options.json)
+    return int(not all(one.is_kept for one in verdicts))
 
 
 if __name__ == "__main__":

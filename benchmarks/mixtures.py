@@ -35,16 +35,14 @@ from sklearn.datasets import load_diabetes, load_digits
 from benchmarks import mlserver
 from benchmarks.combined import combined
 from benchmarks.common import (
-    Figure,
     Verdict,
-    finish,
-    latency_figures,
     machine,
     output_options,
     progress,
     show,
     show_verdicts,
     summary_ms,
+    write_json,
 )
 from benchmarks.local_mixture import LocalMixture
 from benchmarks.prediction_ways import Grpc, Http, Local, Question, Way, ask_at_once, ask_in_turn
@@ -251,21 +249,6 @@ def verdicts_of(result: Mapping[str, Any]) -> list[Verdict]:
     return found
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by; those of other ways are context."""
-    figures: dict[str, Figure] = {}
-    for name, sizes in result["models"].items():
-        for size, by_way in sizes.items():
-            for way, values in by_way.items():
-                title = f"{name}, {size} rows, {way}"
-                is_ours = way in (OURS, OURS_HTTP)
-                of_way = latency_figures(title, values)
-                of_way[f"{title}, rows/s"] = Figure(values["rows_per_s"], "higher")
-                for key, figure in of_way.items():
-                    figures[key] = figure if is_ours else Figure(figure.value, "context")
-    return figures
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     columns = ["way", *(f"{size} rows: p50 ms, p99 ms, rows/s" for size in BATCHES)]
@@ -303,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = run(options.environment, options.requests, options.rounds, options.clients)
     report(result)
     missed = not all(verdict.is_kept for verdict in verdicts_of(result))
-    return max(int(missed), finish(result, comparable(result), options))
+    write_json(result, options.json)
+    return int(missed)
 
 
 if __name__ == "__main__":

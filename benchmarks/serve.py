@@ -1,6 +1,6 @@
 """The whole deployment under load, over gRPC and HTTP, against one-process transformers.
 
-    python -m benchmarks.serve [--avx2] [--json FILE] [--compare OLD.json]
+    python -m benchmarks.serve [--avx2] [--json FILE]
 
 Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
 generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +30,9 @@ from benchmarks.common import (
     PROMISED_MB,
     PROMPT_TOKENS,
     SIZES,
-    Figure,
     cache_mb,
     dense_mb,
     expert_mb,
-    finish,
-    latency_figures,
     machine,
     make_checkpoint,
     memory_of,
@@ -45,6 +41,7 @@ from benchmarks.common import (
     show,
     show_memory,
     summary_ms,
+    write_json,
 )
 from benchmarks.processor_time import per_token
 from benchmarks.serve_clients import WAYS, Ports, Timed
@@ -271,23 +268,6 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
 LATENCIES = ("first_token", "between_tokens", "request")
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by; transformers' speed is context."""
-    alone = result["transformers"]["tokens_per_s"]
-    figures = {f"transformers {TRANSFORMERS}, tokens/s": Figure(alone, "context")}
-    figures["engine, tokens/s"] = Figure(result["engine"]["tokens_per_s"], "higher")
-    for way, one in result["ways"].items():
-        figures[f"{way}, tokens/s"] = Figure(one["tokens_per_s"], "higher")
-        figures[f"{way}, ratio to transformers"] = Figure(result["ratio"][way], "higher")
-        figures[f"{way}, ratio to the engine"] = Figure(result["of_engine"][way], "higher")
-        for latency in LATENCIES:
-            if latency in one:
-                figures |= latency_figures(f"{way}, {latency.replace('_', ' ')}", one[latency])
-    for process, one in result["memory"].items():
-        figures[f"{process} MB"] = Figure(one["rss_mb"], "lower")
-    return figures
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = []
@@ -333,8 +313,8 @@ def show_processor_time(result: Mapping[str, Any]) -> None:
     show("processor time, µs a token", rows, ["", "all", *names])
 
 
-def main() -> int:
-    """Parse the command line and run; returns the exit status."""
+def main() -> None:
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
@@ -347,8 +327,8 @@ def main() -> int:
         avx2.use_alone(parser)
     result = run(options.clients, options.tokens, options.rounds, options.actors)
     report(result)
-    return finish(result, comparable(result), options)
+    write_json(result, options.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """How long ``serve run`` of the shipped deployment takes to its first answer, beside Serve alone.
 
-    python -m benchmarks.start [--rounds 3] [--json FILE] [--compare OLD.json]
+    python -m benchmarks.start [--rounds 3] [--json FILE]
 
 Runs the command on ports of its own until the bundled model has answered, ends it as Ctrl-C does,
 and has an application of one line started by turns with it, with the same options of Serve: what
@@ -30,7 +30,7 @@ from urllib.request import urlopen
 import yaml
 from ray import serve
 
-from benchmarks.common import Figure, finish, machine, output_options, progress, show
+from benchmarks.common import machine, output_options, progress, show, write_json
 from benchmarks.shipped import free_ports, serve_command, shipped_document
 from router.ops.startup.announce import Endpoint, why_not_ready
 from router.serve.options import completed
@@ -197,17 +197,6 @@ def run(rounds: int) -> dict[str, Any]:
     }
 
 
-def comparable(result: Mapping[str, Any]) -> dict[str, Figure]:
-    """Return the figures that runs are compared by."""
-    return {
-        "first answer s": Figure(result[OURS]["answer_s"], "lower"),
-        "end s": Figure(result[OURS]["end_s"], "lower"),
-        "processor s": Figure(sum(result[OURS]["cpu_s"].values()), "lower"),
-        "Serve alone s": Figure(result[ALONE]["answer_s"], "context"),
-        "loop of Python s": Figure(result["loop_s"], "context"),
-    }
-
-
 def show_result(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = [
@@ -238,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     result = run(options.rounds)
     show_result(result)
-    return finish(result, comparable(result), options)
+    write_json(result, options.json)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,10 @@
-"""The workshop's commands: their time and memory, and what comes of the models that they make.
+"""Pruning and merging a folder of weights: time by phase, and memory.
 
-    python -m benchmarks.workshop folders [--gigabytes 2] [--folder FOLDER]
-        [--json FILE] [--compare OLD.json]
+    python -m benchmarks.workshop [--gigabytes 2] [--folder FOLDER] [--json FILE]
 
 Makes a random bf16 Mixtral checkpoint in a temporary folder, and runs each command in a process of
-its own. Promises: writing reads 100 MB of the source a second or more, and a process
-takes no more than the bytes of a layer and 500 MB at its peak.
-
-    python -m benchmarks.workshop experiments --folder FOLDER
-        --text LANGUAGE=FILE --text LANGUAGE=FILE ... [--seeds 0 1 2]
-        [--json FILE] [--compare OLD.json]
-
-Trains a mixture for each seed; merges, prunes and trains it on, and looks which experts take which
-tokens (:mod:`benchmarks.workshop_experiments`). FOLDER keeps what is done, and the pictures.
+its own. Promises: writing reads 100 MB of the source a second or more, and a process takes at most
+the bytes of a layer and 500 MB at its peak.
 """
 
 from __future__ import annotations
@@ -29,10 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    Figure,
     Verdict,
     begin_peak,
-    finish,
     machine,
     output_options,
     peak_mb,
@@ -40,8 +30,8 @@ from benchmarks.common import (
     save_tokenizer,
     show,
     show_verdicts,
+    write_json,
 )
-from benchmarks.workshop_experiments import run_part, text_option
 
 if TYPE_CHECKING:
     from experts.checkpoint.checkpoint import Checkpoint
@@ -219,16 +209,6 @@ def report(result: dict[str, Any]) -> None:
     show(f"folders, a source of {size}", rows, columns)
 
 
-def figures_of(result: dict[str, Any]) -> dict[str, Figure]:
-    """Return the figures that a later run is compared with."""
-    figures = {}
-    for command, one in result["commands"].items():
-        figures[f"{command} s"] = Figure(one["whole_s"], "lower")
-        figures[f"{command} writing MB/s"] = Figure(write_rate(result, command), "higher")
-        figures[f"{command} peak MB"] = Figure(one["peak_mb"], "lower")
-    return figures
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -236,21 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=["folders", "experiments"], nargs="?", default="folders")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="folders: where the temporary folder is made; experiments: keeps what is done",
-    )
-    parser.add_argument(
-        "--text",
-        type=text_option,
-        action="append",
-        metavar="LANGUAGE=FILE",
-        help="experiments: a UTF-8 text",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="experiments")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
     output_options(parser)
     options = parser.parse_args(argv)
@@ -258,14 +225,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, *paths = options.step
         print(json.dumps(run_command(command, *map(Path, paths))))
         return 0
-    if options.part == "experiments":
-        return run_part(parser, options)
     with tempfile.TemporaryDirectory(prefix="expertmesh-workshop-", dir=options.folder) as name:
         result = run(Path(name), options.gigabytes)
     report(result)
     show_verdicts("promises", verdicts_of(result))
-    missed = not all(verdict.is_kept for verdict in verdicts_of(result))
-    return max(int(missed), finish(result, figures_of(result), options))
+    write_json(result, options.json)
+    return int(not all(verdict.is_kept for verdict in verdicts_of(result)))
 
 
 if __name__ == "__main__":

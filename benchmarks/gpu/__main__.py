@@ -2,9 +2,8 @@
 
     benchmarks/gpu.sh [FOLDER]
 
-Takes less than ten minutes, on a Ray of its own. Writes ``results.json``, ``results.md`` and the
-time line of a layer (``timeline.json`` for https://ui.perfetto.dev, ``timeline.svg``) into the
-folder, by default ``gpu-results``. The exit status is 1 where a part failed or a figure was missed,
+Takes less than ten minutes, on a Ray of its own. Writes ``results.json``, ``results.md`` and a log
+of each part into the folder, by default ``gpu-results``. The exit status is 1 where a part failed or a figure was missed,
 and 2 where nothing could be measured.
 """
 

@@ -23,7 +23,7 @@ CARD_LIMIT_S = 60.0
 def run(settings: Settings, folder: Path, deadline_s: float) -> int:
     """Run the parts until ``deadline_s`` (monotonic); returns the exit status.
 
-    The folder gets ``results.json``, ``results.md``, the parts' files and logs, and the time line.
+    The folder gets ``results.json``, ``results.md``, the parts' files and logs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder)
@@ -41,7 +41,7 @@ def run(settings: Settings, folder: Path, deadline_s: float) -> int:
     (folder / "results.md").write_text(document(result), encoding="utf-8")
     verdicts = verdicts_of(result)
     show_verdicts(f"on {settings.device}", verdicts)
-    say(f"results, logs and pictures are in {folder}")
+    say(f"results and logs are in {folder}")
     is_ok = all(one.status == "ok" for one in outcomes) and all(one.is_kept for one in verdicts)
     return int(not is_ok)
 

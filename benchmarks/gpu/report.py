@@ -7,10 +7,8 @@ from typing import Any
 
 from benchmarks.common import Verdict
 from benchmarks.gpu.kill import kept
-from benchmarks.gpu.speed import TRACE
 
 LEAST_RATIO = 0.9
-MOST_BEYOND_MS = 0.15
 IN_PLACE = "varlen"
 """The attention that reads the cache's pages in place."""
 GROUPED = "grouped"
@@ -52,17 +50,15 @@ def _parity_verdicts(parity: Sequence[Mapping[str, Any]] | None) -> list[Verdict
 
 def _speed_verdicts(models: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> list[Verdict]:
     largest = next((one for one in models if one["is_largest"]), None)
-    promised = f"at least {LEAST_RATIO}", f"at most {MOST_BEYOND_MS} ms"
+    promised = f"at least {LEAST_RATIO}"
     speed = "the largest model at {} streams, experts in one process, of transformers grouped_mm"
-    layer = "a layer's dispatch and combine beyond the products, largest model"
     memory = "the most memory of a process on the card, of its plan, largest model"
     ways = "ways of the largest model's attention and experts"
     is_grouped = card.get("has_grouped_kernel", True)
     wanted = f"{IN_PLACE}, {GROUPED}" if is_grouped else IN_PLACE
     if largest is None:
         return [
-            Verdict(speed.format("the most"), NOT_MEASURED, promised[0], False),
-            Verdict(layer, NOT_MEASURED, promised[1], False),
+            Verdict(speed.format("the most"), NOT_MEASURED, promised, False),
             Verdict(memory, NOT_MEASURED, "at most 1", False),
             Verdict(ways, NOT_MEASURED, wanted, False),
         ]
@@ -71,10 +67,8 @@ def _speed_verdicts(models: Sequence[Mapping[str, Any]], card: Mapping[str, Any]
     found = [_ways(run) for run in largest["actors"].values()]
     are_fast = all(", ".join(way).startswith(wanted) for way in found)
     streams, ratio = next(iter(largest["ratio"]["1"].items()))
-    beyond_ms = largest["layer"]["beyond_ms"]
     return [
-        Verdict(speed.format(streams), f"{ratio:.2f}", promised[0], ratio >= LEAST_RATIO),
-        Verdict(layer, f"{beyond_ms:.3f} ms", promised[1], beyond_ms <= MOST_BEYOND_MS),
+        Verdict(speed.format(streams), f"{ratio:.2f}", promised, ratio >= LEAST_RATIO),
         Verdict(
             memory,
             NOT_MEASURED if most is None else f"{most:.2f}",
@@ -118,10 +112,9 @@ def document(result: Mapping[str, Any]) -> str:
     if result["models"]:
         parts += ["## Tokens per second", *_speed(result["models"])]
     largest = next((one for one in result["models"] if one["is_largest"]), None)
-    if largest is not None:
-        parts += ["## One layer of the largest model", _layer(largest["layer"])]
-        if any(one["memory"] for one in largest["actors"].values()):  # the CPU has none
-            parts += ["## Memory on the device against `expertmesh plan`", _memory(largest)]
+    # The CPU has no memory to compare.
+    if largest is not None and any(one["memory"] for one in largest["actors"].values()):
+        parts += ["## Memory on the device against `expertmesh plan`", _memory(largest)]
     if result["kill"] is not None:
         parts += ["## An actor is killed under load", _kill(result["kill"])]
     if result["parity"]:
@@ -165,20 +158,6 @@ def _speed(models: Sequence[Mapping[str, Any]]) -> list[str]:
     counts = list(models[0]["actors"])
     actors = [f"ExpertMesh, {n} actor process{'es' if n != '1' else ''}" for n in counts]
     return [_table(["Model", "Streams", "transformers", *actors], rows), "\n".join(sizes)]
-
-
-def _layer(layer: Mapping[str, Any]) -> str:
-    table = _table(
-        ["Layers", "Dispatch and combine, ms", "Products, ms", "Beyond the products, ms"],
-        [
-            [
-                str(layer["layers"]),
-                *(f"{layer[key]:.3f}" for key in ("layer_ms", "products_ms", "beyond_ms")),
-            ]
-        ],
-    )
-    picture = TRACE.replace(".json", ".svg")
-    return f"{table}\n\n![Layers of one decode step: copies, products, waits]({picture})"
 
 
 def _memory(largest: Mapping[str, Any]) -> str:

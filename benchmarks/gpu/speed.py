@@ -2,7 +2,7 @@
 
 The router's engine runs in a process of its own, with the environment that the product gives a
 router; its actors are Ray's. All of them are on the device. Of the largest model there are also the
-memory against the plan, and one layer's time beyond the products.
+memory against the plan.
 """
 
 from __future__ import annotations
@@ -22,19 +22,16 @@ from benchmarks.synthetic import normal_pool, write_checkpoint
 
 TRANSFORMERS = "grouped_mm"
 APP = "bench-gpu"
-TRACE = "timeline.json"
-TRACED_TOKENS = 16
 OBJECT_STORE_BYTES = 256 << 20
 """Of the host's shared memory, which may have the checkpoint."""
 
 
 def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
-    """Measure the model of this number; the largest one's trace goes to the folder ``results``."""
+    """Measure the model of this number; the folder ``results`` has the settings."""
     from cluster.environment import router_environment
     from router.config import RouterConfig
 
     config = settings.models[number]
-    is_largest = number == len(settings.models) - 1
     fit = fitted(config, room(settings.device_bytes))
     with tempfile.TemporaryDirectory(prefix=settings.label, dir=fit.folder) as name:
         folder = Path(name)
@@ -50,9 +47,8 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
             settings.device,
         )
         say("router and actors")
-        arguments = [name, str(results), "--largest"] if is_largest else [name, str(results)]
         environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-        ours = baseline.run_module("benchmarks.gpu.speed", arguments, environment)
+        ours = baseline.run_module("benchmarks.gpu.speed", [name, str(results)], environment)
     ratios = {
         count: {
             n: one["streams"][n]["tokens_per_s"] / measured[n]["tokens_per_s"]
@@ -65,7 +61,7 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
         "config": fit.config,
         "parameters": fit.parameters,
         "size": fit.reason,
-        "is_largest": is_largest,
+        "is_largest": number == len(settings.models) - 1,
         "transformers": measured,
         "ratio": ratios,
         **ours,
@@ -77,7 +73,7 @@ def say(what: str) -> None:
     print(what, flush=True)
 
 
-def measure(settings: Settings, folder: Path, results: Path, is_largest: bool) -> dict[str, Any]:
+def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Measure the project's part in this process, on a Ray of its own."""
     import ray
 
@@ -90,12 +86,7 @@ def measure(settings: Settings, folder: Path, results: Path, is_largest: bool) -
         namespace="serve",
     )
     try:
-        measured: dict[str, Any] = {
-            "actors": {str(n): _with_actors(settings, folder, n) for n in settings.actors}
-        }
-        if is_largest:
-            measured["layer"] = _layer(settings, folder, results)
-        return measured
+        return {"actors": {str(n): _with_actors(settings, folder, n) for n in settings.actors}}
     finally:
         ray.shutdown()
 
@@ -119,7 +110,6 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
         folder,
         "auto",
         count,
-        False,
         app=f"{APP}-{count}",
         device=device,
         actor_class=MeasuredActor,
@@ -147,39 +137,14 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
         gc.collect()  # the router's memory on the device goes with it
 
 
-def _layer(settings: Settings, folder: Path, results: Path) -> dict[str, float]:
-    """Measure one layer with one actor, at the most streams."""
-    from benchmarks.engine import Bench
-    from benchmarks.gpu.actors import ProfiledActor
-    from benchmarks.gpu.layer import measure
-    from cluster.device import device_of
-
-    device = device_of(settings.device, 0, "--device")
-    bench = Bench(
-        folder,
-        "auto",
-        1,
-        True,
-        app=f"{APP}-layer",
-        device=device,
-        actor_class=ProfiledActor,
-        actor_gpus=settings.actor_gpus(1),
-    )
-    try:
-        return measure(bench, device, int(settings.streams[0]), TRACED_TOKENS, results / TRACE)
-    finally:
-        bench.close()
-
-
 def main() -> None:
     """Measure in this process; prints a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--largest", action="store_true")
     options = parser.parse_args()
     settings = Settings.load(options.results)
-    print(json.dumps(measure(settings, options.folder, options.results, options.largest)))
+    print(json.dumps(measure(settings, options.folder)))
 
 
 if __name__ == "__main__":

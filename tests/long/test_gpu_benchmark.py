@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -65,10 +64,6 @@ def test_all_parts_run_and_leave_results_and_nothing_else(tmp_path: Path) -> Non
             assert ours[0] == ours[1]
             assert set(model["actors"][count]["streams"]["4"]["calls"]) == {"stream"}
             assert model["ratio"][count]["4"] > 0
-    layer = large["layer"]
-    assert layer["layers"] >= 2 * 16
-    assert 0 < layer["products_ms"] < layer["layer_ms"]
-    ElementTree.parse(tmp_path / "timeline.svg")
     assert "| kill of an actor with copies elsewhere |" in (tmp_path / "results.md").read_text()
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         assert list(folder.glob(f"{SETTINGS.label}*")) == []

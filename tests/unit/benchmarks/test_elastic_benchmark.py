@@ -171,13 +171,3 @@ def test_what_is_missed_is_said(
     [missed] = [one for one in elastic.judge(changed) if not one.is_kept]
     assert figure in missed.figure
     assert key != "new" or value is not None or missed.measured == "never"
-
-
-def test_times_that_never_ended_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    changed = deepcopy(result())
-    changed["steps"]["two stand by"]["gone_s"]["copies"] = None
-    assert "step, two stand by, copies gone, s" in elastic.comparable(result())
-    assert "step, two stand by, copies gone, s" not in elastic.comparable(changed)
-    assert "step, none stands by, copies gone, s" in elastic.comparable(changed)
-    elastic.report(changed)
-    assert "missed" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.start import ALONE, OURS, RAY, Start, comparable, process_name, summary
+from benchmarks.start import RAY, Start, process_name, summary
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,3 @@ def test_starts_are_told_by_their_medians_and_parts_that_one_lacks_count_as_noth
     told = summary(starts)
     assert (told["answer_s"], told["answers_s"], told["end_s"]) == (2.0, [3.0, 1.0, 2.0], 2.0)
     assert told["cpu_s"] == {RAY: 3.0, "router": 1.0}
-
-
-def test_what_serve_takes_alone_is_no_speed_of_ours() -> None:
-    told = summary([Start(2.0, 1.0, {RAY: 3.0, "router": 1.0})])
-    figures = comparable({OURS: told, ALONE: told, "loop_s": 0.5})
-    assert figures["processor s"].value == 4.0
-    assert {name for name, one in figures.items() if one.better == "context"} == {
-        "Serve alone s",
-        "loop of Python s",
-    }

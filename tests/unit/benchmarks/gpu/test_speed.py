@@ -59,8 +59,7 @@ def test_a_model_is_written_measured_and_removed(
         return {n: {"tokens_per_s": 100.0} for n in ("32", "1")}
 
     def run_module(module: str, words: list[str], environment: dict[str, str]) -> dict[str, Any]:
-        largest = ["--largest"] if number == 1 else []
-        assert (module, words) == ("benchmarks.gpu.speed", [str(seen[0]), str(results), *largest])
+        assert (module, words) == ("benchmarks.gpu.speed", [str(seen[0]), str(results)])
         assert environment["RAY_ADDRESS"] == "local"
         assert environment["OMP_NUM_THREADS"] == "1"
         streams = {n: {"tokens_per_s": 90.0} for n in ("32", "1")}
