@@ -3,8 +3,8 @@
     benchmarks/gpu.sh [FOLDER]
 
 Takes less than ten minutes, on a Ray of its own. Writes ``results.json``, ``results.md`` and a log
-of each part into the folder, by default ``gpu-results``. The exit status is 1 where a part failed or a figure was missed,
-and 2 where nothing could be measured.
+of each part into the folder, by default ``gpu-results``. The exit status is 1 if a part failed or a
+figure was missed, and 2 if nothing could be measured.
 """
 
 from __future__ import annotations
