@@ -57,7 +57,9 @@ class Tokenized:
         self.max_token_bytes = tokenizer.max_token_bytes
         self._ids = tokenizer.encode(text)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, where: str = "prompt"
+    ) -> list[int]:
         """Return the tokens of the one text."""
         return self._ids
 
