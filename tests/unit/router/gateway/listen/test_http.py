@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from router.gateway.listen import http as module
+from router.gateway.listen import http, http_protocol
 from router.gateway.listen.http import HttpListener
+from router.gateway.listen.http_protocol import MAX_PIPELINED
 from router.listen_config import ListenConfig
 
 LIMITS = ListenConfig(
@@ -157,7 +158,7 @@ def test_a_body_may_be_larger_than_a_head() -> None:
 def test_a_head_that_does_not_come_in_time_ends_the_connection(
     monkeypatch: pytest.MonkeyPatch, begun: bytes, follows_answer: bool
 ) -> None:
-    monkeypatch.setattr(module, "KEEP_ALIVE_S", 0.3)
+    monkeypatch.setattr(http, "KEEP_ALIVE_S", 0.3)
 
     async def body() -> None:
         async with served(limited(head_timeout_s=0.3)) as (listener, _, address):
@@ -179,14 +180,14 @@ def test_a_head_that_does_not_come_in_time_ends_the_connection(
 def test_pipelined_requests_are_answered_in_order_and_a_flood_ends() -> None:
     async def body() -> None:
         async with served() as (_, _, address):
-            names = [b"/%d" % number for number in range(module.MAX_PIPELINED)]
+            names = [b"/%d" % number for number in range(MAX_PIPELINED)]
             heads = [b"GET " + name + b" HTTP/1.1\r\nhost: a\r\n\r\n" for name in names]
             last = b"GET /last HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
             answers = await answer_to(address, b"".join([*heads, last]))
             places = [answers.index(name + b" ") for name in [*names, b"/last"]]
             assert places == sorted(places)
             flood = await answer_to(address, b"".join(heads * 3))
-            assert flood.count(b"HTTP/1.1") <= module.MAX_PIPELINED + 1
+            assert flood.count(b"HTTP/1.1") <= MAX_PIPELINED + 1
 
     run(body)
 
@@ -277,7 +278,7 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
 
 
 def test_an_answer_that_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UNREAD_S", 0.1)
+    monkeypatch.setattr(http_protocol, "UNREAD_S", 0.1)
 
     async def body() -> None:
         async with served() as (listener, _, address):
