@@ -6,7 +6,8 @@ tenant in the order of their arrival. Pages are the cost. A sequence that
 needs more pages than are free lets later ones pass, until they have taken as many pages as it needs
 itself; from then on all freed pages are kept for it. So neither a large sequence nor the small ones
 behind it wait for ever. A priority holds likewise until others have taken the whole cache
-:data:`AGED_CACHES` times: then a sequence that was overtaken is next, whatever its priority.
+:data:`AGED_CACHES` times: then a sequence that was overtaken is next, whatever its priority. Of
+several such the first that came is next, or others of a higher priority could starve it.
 """
 
 from __future__ import annotations
@@ -41,14 +42,18 @@ class _Waiting:
         """The tenant that the sequence's request is of."""
         return self.sequence.request.tenant
 
+    @property
+    def _priority(self) -> int:
+        """Its request's priority; aged sequences have none, or later ones could still starve it."""
+        return 0 if self.is_aged else self.sequence.request.priority
+
     def turn(self) -> tuple[bool, int, Turn, int]:
         """Return the key by which sequences wait, lowest first."""
-        priority, arrival = self.sequence.request.priority, self.sequence.arrival
-        return not self.is_aged, priority, self.tenant_turn, arrival
+        return not self.is_aged, self._priority, self.tenant_turn, self.sequence.arrival
 
     def own_turn(self) -> tuple[bool, int, int]:
         """Return the key by which the sequences of one tenant wait."""
-        return not self.is_aged, self.sequence.request.priority, self.sequence.arrival
+        return not self.is_aged, self._priority, self.sequence.arrival
 
     def comes_before(self, other: _Waiting) -> bool:
         """Return whether it is its turn before another's, whatever their priorities are."""
