@@ -19,7 +19,7 @@ from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_d
 from router.client import Client
 from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 
-READY_S = 180.0
+READY_S = 400.0
 ASK_S = 60.0
 RAYS_LIMIT = "The current node timed out during startup"
 """How a command ends where Ray did not start in its 30 s."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import pytest
 from ray import serve
 
 from benchmarks.shipped import free_ports, with_ports
@@ -89,7 +88,6 @@ def test_requests_do_not_notice_that_the_controller_is_replaced(served: ServedCl
     assert {i: (a.pid, a.generation, a.experts) for i, a in adopted.items()} == ids
 
 
-@pytest.mark.timeout(180)
 def test_an_actor_that_dies_with_the_controller_is_back_soon(served: ServedCluster) -> None:
     told, before = served.status(), served.actors()
     rows = drawn_experts(served, len(PROMPTS[0]) + LENGTH - 1)
@@ -140,7 +138,6 @@ def start_scored(served: ServedCluster, pool: ThreadPoolExecutor) -> Scored:
     return Scored(streams, answers, expected)
 
 
-@pytest.mark.timeout(180)
 def test_streams_and_log_probabilities_of_prompts_survive_the_loss_of_every_router(
     served: ServedCluster,
 ) -> None:
@@ -183,7 +180,6 @@ def completed(url: str, prompt: list[int], count: int) -> tuple[int, ...]:
     return tuple(choice["token_ids"])
 
 
-@pytest.mark.timeout(180)
 def test_a_second_application_serves_mxfp4_and_takes_its_actors_with_it_and_no_others(
     served: ServedCluster, tmp_path: Path
 ) -> None:

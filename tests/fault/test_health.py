@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.cluster_fixture import TLS, ServedCluster, wait_until
 from tests.fault.faults import kill, let_go, stopped
 
-FALLS_S, BACK_S = 5.0, 45.0
+FALLS_S, BACK_S = 60.0, 120.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

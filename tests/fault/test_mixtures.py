@@ -39,7 +39,6 @@ from tests.mixture_guide import commands, run
 from tests.mixtures import NUM_FEATURES, fitted_estimator
 from tests.readme import Place
 
-pytestmark = pytest.mark.timeout(240)
 """The first test's time has the deployment of all mixtures in it."""
 
 
@@ -67,7 +66,6 @@ def test_a_fitted_estimator_is_served_with_its_own_predictions(mixtures: Mixture
     np.testing.assert_allclose(weights, own.responsibilities(rows), rtol=RTOL, atol=RTOL)
 
 
-@pytest.mark.timeout(240)
 def test_the_guides_commands_scale_and_kill_and_predict_the_same(mixtures: Mixtures) -> None:
     """All of docs/mixtures.md but `fit`, which the fixture runs, and `serve`, which it stands for.
 

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import httpx
-import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -172,7 +171,6 @@ def router_that(is_meant: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(300)
 def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedCluster) -> None:
     asked: list[tuple[list[int], Mapping[str, Any]]] = [(prompt, {}) for prompt in PROMPTS]
     every = [CALLING, *OPTIONS, replayed(served)]
@@ -236,7 +234,6 @@ def read_calls(
     ]
 
 
-@pytest.mark.timeout(300)
 def test_tool_streams_go_on_when_an_actor_and_then_the_controller_is_killed(
     served: ServedCluster,
 ) -> None:
@@ -268,7 +265,6 @@ def start_own_streams(client: Client) -> list[StreamReader]:
     return streams
 
 
-@pytest.mark.timeout(300)
 def test_our_client_goes_on_when_the_gateway_is_killed(served: ServedCluster) -> None:
     expected, told = expected_tokens(served), served.status()
     with Client(served.grpc_address) as client:

@@ -58,7 +58,6 @@ def in_actors(folders: Mapping[str, Path]) -> Iterator[dict[str, LocalCluster]]:
             pool.kill(handle)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.usefixtures("served")
 def test_experts_of_made_folders_give_transformers_tokens(tmp_path: Path) -> None:
     folders = make_folders(FAMILIES, tmp_path) | make_upcycled(tmp_path)

@@ -41,7 +41,6 @@ def place_that_ends(place: Place) -> Place:
     return place
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "document",
     [document for document in run_documents() if document.name not in SLOW],

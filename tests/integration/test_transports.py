@@ -220,7 +220,9 @@ def test_a_stopped_actor_times_out_and_answers_again_when_it_goes_on(
     wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the actor stands still", LIMIT_S)
     for _ in range(12):  # more than a stream's window
         calls = [call(mortal[0], b"lost"), call(mortal[1], b"abc")]
-        assert ask(transport, *calls, timeout_s=0.1) == [CallFailure.TIMED_OUT, b"cba"]
+        # A busy machine may need more time for the other's answer.
+        answers = (ask(transport, *calls, timeout_s=limit_s) for limit_s in (0.1, 1.0, 10.0))
+        assert [CallFailure.TIMED_OUT, b"cba"] in answers
     actors.signal(mortal[0], signal.SIGCONT)
     wait_until(
         lambda: ask(transport, call(mortal[0], b"back")) == [b"kcab"], "it answers again", LIMIT_S
