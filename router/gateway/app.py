@@ -169,7 +169,7 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
         is_slow = asks_form(body) or asks_forced(body) or has_calls(body)
         call = await checked(is_slow, check)
     caller = request.state.caller
-    if not call.streaming.is_on:
+    if not call.is_stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})
     deltas = call.deltas(service, caller)

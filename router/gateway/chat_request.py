@@ -10,18 +10,16 @@ from typing import Any
 from cluster.errors import InvalidRequestError
 from router.gateway.grammar import check_whole
 from router.gateway.models import GatewayModel
+from router.gateway.request.model import ChatRequest, TokenizeRequest
 from router.gateway.tools.answer import AnswerFormat
-from router.gateway.tools.definitions import TOOL_FIELDS, ToolUse, check_tool_use
+from router.gateway.tools.definitions import ToolUse, check_tool_use
 from router.gateway.tools.grammars import grammar_of
 from router.gateway.tools.template import OPTION_FIELDS
 from router.messages.request import SamplingParams
 
-CHAT_FIELDS = (*TOOL_FIELDS, *OPTION_FIELDS)
-"""The fields of a chat request that are no sampling parameters."""
-
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
+class CheckedChat:
     """The checked tools of a request, and the options of its template."""
 
     use: ToolUse | None = None
@@ -56,33 +54,37 @@ class ChatRequest:
         return AnswerFormat(format_, prompt, self.use, is_held)
 
 
-def check_chat(
-    given: Mapping[str, object], sampling: Mapping[str, object], model: GatewayModel
-) -> ChatRequest:
+def check_chat(asked: ChatRequest | TokenizeRequest, model: GatewayModel) -> CheckedChat:
     """Check a client's tools and options of the template.
 
     Raises :class:`InvalidRequestError` with the place of the part at fault, and for a model that
     cannot show tools, or whose format of calls is not known.
     """
     template = model.tokenizer.template
-    if given.get("tools"):
+    if asked.tools:
         if not template.shows_tools:
             raise InvalidRequestError("this model's chat template shows no tools", "tools")
         format_ = model.tokenizer.chat_format
         if not format_.calls and format_.response_template is None:
             raise InvalidRequestError(f"{model.info.id}: {format_.reason}", "tools")
-    use = check_tool_use(given)
-    if use is not None:
-        _check_constrained(use, sampling, model)
-    return ChatRequest(use, template.check_options(given))
+    tools = asked.tools or ()
+    if isinstance(asked, TokenizeRequest):
+        use = check_tool_use(tools)
+    else:
+        use = check_tool_use(tools, asked.tool_choice, asked.parallel_tool_calls)
+        if use is not None:
+            _check_constrained(use, asked, model)
+    given = {name: getattr(asked, name, None) for name in OPTION_FIELDS}
+    options = {name: value for name, value in given.items() if value is not None}
+    return CheckedChat(use, template.check_options(options))
 
 
-def _check_constrained(use: ToolUse, sampling: Mapping[str, object], model: GatewayModel) -> None:
-    if "structured_outputs" in sampling:
+def _check_constrained(use: ToolUse, asked: ChatRequest, model: GatewayModel) -> None:
+    if asked.structured_outputs is not None:
         raise InvalidRequestError(
             "cannot be given together with tools; response_format can", "structured_outputs"
         )
-    if not (use.is_constrained or "response_format" in sampling):
+    if not (use.is_constrained or asked.response_format is not None):
         return
     where = "tool_choice" if use.is_required else "tools"
     if not model.tokenizer.chat_format.calls:
@@ -93,7 +95,7 @@ def _check_constrained(use: ToolUse, sampling: Mapping[str, object], model: Gate
         )
     if not model.info.eos_token_ids:
         raise InvalidRequestError("this model has no token that ends an answer", where)
-    if sampling.get("ignore_eos"):
+    if asked.ignore_eos:
         raise InvalidRequestError("must be false where a grammar makes sure of calls", "ignore_eos")
 
 

@@ -12,11 +12,6 @@ def wrong(value: object, allowed: str) -> str:
     return f"given {shown(value)}, must be {allowed}"
 
 
-def wrong_kind(value: object, allowed: str) -> str:
-    """Return the message for a part of a prompt that is not allowed, without its text."""
-    return f"given a text, must be {allowed}" if isinstance(value, str) else wrong(value, allowed)
-
-
 def integer(value: object, field: str, low: int, high: int) -> int:
     """Return ``value`` if it is an integer from ``low`` to ``high``, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -10,34 +10,31 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
 from router.gateway.form_costs import MAX_REPEATS, most_repeats, schema_fault
 from router.gateway.lark_costs import lark_fault
+from router.gateway.request.model import Generation, OpenAiRequest
+from router.gateway.request.parts import (
+    KINDS,
+    ResponseFormat,
+    SchemaFormat,
+    StructuredOutputs,
+)
 from router.gateway.schemas import has_instance
 from router.grammar_limits import grammar_pool, parser_limits
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-GRAMMAR_FIELDS = ("response_format", "structured_outputs")
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
-"""The forms of ``structured_outputs``, of which one is given."""
-WHITESPACE_FIELDS = ("disable_any_whitespace", "whitespace_pattern")
 WHITESPACE = r" |\n {0,16}"
 """Between JSON's tokens: nothing, a space, or a new line with its indentation. With any whitespace,
 as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
-MAX_CHOICES = 1024
+_SLOW = ("response_format", "structured_outputs", "tools")
 Checked = TypeVar("Checked")
-_OF_JSON_SCHEMA: Mapping[str, Callable[[object, str], object]] = {
-    "name": checks.text,
-    "description": checks.text,
-    "strict": checks.boolean,
-}
-"""The checks of what changes no answer: every answer has the schema's form."""
 _OF_TREE = re.compile(r"^[ \t]*[?!]+(?=[a-z_]\w*\s*:(?!:))", re.MULTILINE)
 """Lark's marks before a rule's name, which shape its trees and not the text; llguidance takes a
 grammar with one before ``start`` for GBNF."""
@@ -46,8 +43,8 @@ MAX_DEPTH = 100
 
 
 def asks_form(given: Mapping[str, object]) -> bool:
-    """Return whether any field asks for a form, or has schemas, whose check may take long."""
-    return any(given.get(name) is not None for name in (*GRAMMAR_FIELDS, "tools"))
+    """Return whether a body asks for a form, or has schemas, whose check may take long."""
+    return any(given.get(name) is not None for name in _SLOW)
 
 
 async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
@@ -55,31 +52,23 @@ async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
     return await asyncio.to_thread(check) if is_slow else check()
 
 
-def check_grammar(
-    given: Mapping[str, object], path: Callable[[str], str], eos_token_ids: Sequence[int]
-) -> str:
-    """Return the grammar among a client's sampling fields, empty where there is none.
+def check_grammar(asked: Generation, eos_token_ids: Sequence[int]) -> str:
+    """Return the grammar of the form that a client asks for, empty where there is none.
 
-    ``path`` gives the client's name of a field. Raises :class:`InvalidRequestError` for a form that
-    is unknown, too large or not supported, with the keyword at fault.
+    Raises :class:`InvalidRequestError` for a form that is too large or not supported, with the
+    keyword at fault.
     """
-    names = [name for name in GRAMMAR_FIELDS if name in given]
-    if len(names) > 1:
-        raise InvalidRequestError(f"cannot be given together with {path(names[0])}", path(names[1]))
-    if not names:
-        return ""
-    name, where = names[0], path(names[0])
-    grammar = _OF_FIELD[name](_mapping(given[name], where), where)
+    form = asked.structured_outputs
+    format_ = asked.response_format if isinstance(asked, OpenAiRequest) else None
+    where = "response_format" if form is None else "structured_outputs"
+    if form is not None and format_ is not None:
+        raise InvalidRequestError("cannot be given together with response_format", where)
+    grammar = _of_structured_outputs(form) if form is not None else _of_response_format(format_)
     if grammar and not eos_token_ids:
         raise InvalidRequestError("this model has no token that ends an answer", where)
-    if grammar and given.get("ignore_eos"):
-        raise InvalidRequestError("must be false where an answer has a form", path("ignore_eos"))
+    if grammar and asked.ignore_eos:
+        raise InvalidRequestError("must be false where an answer has a form", "ignore_eos")
     return grammar
-
-
-def check_schema(schema: object, where: str) -> str:
-    """Return the grammar of a JSON schema; refuses one as :func:`check_grammar` does."""
-    return _of_schema(schema, {}, where)
 
 
 def check_whole(grammar: str, where: str) -> str:
@@ -90,74 +79,52 @@ def check_whole(grammar: str, where: str) -> str:
     return grammar
 
 
-def _of_response_format(given: Mapping[str, Any], where: str) -> str:
-    kind = given.get("type")
-    if kind in ("text", "json_object"):
-        _check_names(given, ("type",), where)
-        return "" if kind == "text" else _of_schema({"type": "object"}, {}, where)
-    if kind != "json_schema":
-        allowed = "text, json_object or json_schema"
-        raise InvalidRequestError(checks.wrong(kind, allowed), f"{where}.type")
-    _check_names(given, ("type", "json_schema"), where)
-    inner = f"{where}.json_schema"
-    spec = _mapping(given.get("json_schema"), inner)
-    _check_names(spec, ("name", "description", "schema", "strict"), inner)
-    for name, check in _OF_JSON_SCHEMA.items():
-        if spec.get(name) is not None:
-            check(spec[name], f"{inner}.{name}")
-    return _of_schema(spec.get("schema"), {}, f"{inner}.schema")
+def _of_response_format(given: ResponseFormat | None) -> str:
+    if isinstance(given, SchemaFormat):
+        return check_schema(given.json_schema.schema_, "response_format.json_schema.schema")
+    is_text = given is None or given.type == "text"
+    return "" if is_text else check_schema({"type": "object"}, "response_format")
 
 
-def _of_structured_outputs(given: Mapping[str, Any], where: str) -> str:
-    given = {name: value for name, value in given.items() if value is not None}
-    _check_names(given, (*KINDS, *WHITESPACE_FIELDS), where)
-    kinds = [kind for kind in KINDS if kind in given]
+def _of_structured_outputs(given: StructuredOutputs) -> str:
+    where = "structured_outputs"
+    forms = {kind: getattr(given, "json_" if kind == "json" else kind) for kind in KINDS}
+    kinds = [kind for kind, form in forms.items() if form is not None]
     if len(kinds) != 1:
         raise InvalidRequestError(f"must have one of {', '.join(KINDS)}", where)
     [kind] = kinds
-    value, inner = given[kind], f"{where}.{kind}"
+    inner = f"{where}.{kind}"
     options = _whitespace(given, where)
     if options and kind not in ("json", "json_object"):
-        raise InvalidRequestError("is allowed only with json or json_object", f"{where}.{kind}")
-    if kind == "json_object":
-        is_wanted = checks.boolean(value, inner)
-        return _of_schema({"type": "object"}, options, inner) if is_wanted else ""
-    if kind == "json":
-        return _of_schema(_parsed(value, inner), options, inner)
-    if kind == "choice":
-        return check_whole(_of_choices(value, inner), inner)
-    text = checks.text(value, inner)
-    if not text:
-        raise InvalidRequestError("is empty", inner)
-    if kind == "regex":
+        raise InvalidRequestError("is allowed only with json or json_object", inner)
+    if given.json_object is not None:
+        return check_schema({"type": "object"}, inner, options) if given.json_object else ""
+    if given.json_ is not None:
+        return check_schema(_parsed(given.json_, inner), inner, options)
+    if given.choice is not None:
+        quoted = (json.dumps(text, ensure_ascii=False) for text in given.choice)
+        return check_whole("start: " + " | ".join(quoted).replace("\x7f", "\\u007f"), inner)
+    if given.regex is not None:
         from llguidance import LLMatcher
 
-        _check_repeats(text, inner)
-        return check_whole(LLMatcher.grammar_from_regex(text), inner)
-    return check_whole(_of_grammar(text, inner), inner)
+        _check_repeats(given.regex, inner)
+        return check_whole(LLMatcher.grammar_from_regex(given.regex), inner)
+    return check_whole(_of_grammar(given.grammar or "", inner), inner)
 
 
-_OF_FIELD: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
-    "response_format": _of_response_format,
-    "structured_outputs": _of_structured_outputs,
-}
-
-
-def _whitespace(given: Mapping[str, Any], where: str) -> JsonCompileOptions:
+def _whitespace(given: StructuredOutputs, where: str) -> JsonCompileOptions:
     """Return llguidance's options of the whitespace between JSON's tokens that a client wants."""
     options: JsonCompileOptions = {}
-    name = "disable_any_whitespace"
-    if given.get(name) is not None and checks.boolean(given[name], f"{where}.{name}"):
+    if given.disable_any_whitespace:
         options["whitespace_flexible"] = False
-    if given.get("whitespace_pattern") is not None:
-        name = "whitespace_pattern"
-        pattern = checks.text(given[name], f"{where}.{name}")
-        _check_repeats(pattern, f"{where}.{name}")
-        options["whitespace_pattern"] = pattern
+    if given.whitespace_pattern is not None:
+        _check_repeats(given.whitespace_pattern, f"{where}.whitespace_pattern")
+        options["whitespace_pattern"] = given.whitespace_pattern
     return options
 
 
-def _of_schema(schema: object, options: JsonCompileOptions, where: str) -> str:
+def check_schema(schema: object, where: str, options: JsonCompileOptions | None = None) -> str:
+    """Return the grammar of a JSON schema; refuses one as :func:`check_grammar` does."""
     from llguidance import LLMatcher
 
     if not isinstance(schema, dict):
@@ -188,18 +155,6 @@ def _parsed(value: object, where: str) -> object:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise InvalidRequestError("is not JSON", where) from None
-
-
-def _of_choices(value: object, where: str) -> str:
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError(checks.wrong(value, "a list of at least one text"), where)
-    if len(value) > MAX_CHOICES:
-        raise InvalidRequestError(f"has {len(value)} texts; at most {MAX_CHOICES}", where)
-    texts = [checks.text(each, f"{where}[{place}]") for place, each in enumerate(value)]
-    if "" in texts:
-        raise InvalidRequestError("is empty", f"{where}[{texts.index('')}]")
-    quoted = (json.dumps(text, ensure_ascii=False) for text in texts)
-    return "start: " + " | ".join(quoted).replace("\x7f", "\\u007f")
 
 
 def _of_grammar(text: str, where: str) -> str:
@@ -243,17 +198,3 @@ def _fault_of(grammar: str) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())[:300]
-
-
-def _mapping(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InvalidRequestError(checks.wrong(value, "a mapping"), where)
-    return value
-
-
-def _check_names(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    for name in given:
-        if name not in allowed:
-            raise InvalidRequestError(
-                f"unknown field; allowed: {', '.join(allowed)}", f"{where}.{name}"
-            )

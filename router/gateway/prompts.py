@@ -12,18 +12,11 @@ import numpy as np
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.chat_request import ChatRequest
+from router.gateway.chat_request import CheckedChat
 from router.gateway.models import GatewayModel
+from router.gateway.request.parts import AssistantMessage, Message, ToolMessage
 from router.gateway.tokenizer import Tokenizer
-from router.gateway.tools.messages import check_calls, check_id
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_FIELDS_OF_ROLE = {
-    "assistant": ("tool_calls", "reasoning_content", "parsed"),
-    "tool": ("tool_call_id",),
-}
-"""The fields beside role, content and name. ``parsed`` is of OpenAI's own client, and not sent."""
-MAX_MESSAGES = 4096
+from router.gateway.tools.messages import template_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +34,13 @@ class Prompt:
 def check_prompt(
     prompt: object,
     where: str,
-    chat: ChatRequest | None,
+    chat: CheckedChat | None,
     model: GatewayModel,
     least_new: int = 1,
 ) -> Prompt:
     """Check an input, and tokenise it where it is no ids.
 
-    With ``chat`` it is a list of messages, which the chat template renders.
+    With ``chat`` it is a list of messages, already read, which the chat template renders.
 
     Raises :class:`InvalidRequestError` for the field ``where``, also for an input that leaves no
     room for ``least_new`` new tokens.
@@ -55,7 +48,7 @@ def check_prompt(
     context = model.info.max_model_len
     given_text: str | None = None
     if chat is not None:
-        messages = check_messages(prompt, where)
+        messages = template_messages(cast("Sequence[Message]", prompt), where)
         prompt = model.tokenizer.chat_prompt(messages, True, chat.tools, chat.options)
     if isinstance(prompt, str):
         given_text = text = checks.text(prompt, where)
@@ -95,7 +88,7 @@ def check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
         for place, token_id in enumerate(prompt):
             path = f"{where}[{place}]"
             if isinstance(token_id, str):
-                raise InvalidRequestError(checks.wrong_kind(token_id, "a token id"), path)
+                raise InvalidRequestError("given a text, must be a token id", path)
             checks.integer(token_id, path, 0, vocab_size - 1)
     return tuple(prompt)
 
@@ -111,18 +104,14 @@ def _are_ids(prompt: Sequence[object], vocab_size: int) -> bool:
     return bool(np.frombuffer(ids, np.uintc).max(initial=0) < vocab_size)
 
 
-def check_messages(given: object, where: str) -> list[dict[str, Any]]:
+def template_messages(given: Sequence[Message], where: str) -> list[dict[str, Any]]:
     """Return the messages for a chat template, ``{"role": …, "content": …}`` each.
 
-    A content may be OpenAI's list of text parts, which are joined. An assistant's message may have
-    ``tool_calls`` and ``reasoning_content``, and no content beside calls; a message of a tool has
-    ``tool_call_id``, and the name of the function where an earlier message has the call. Raises
-    :class:`InvalidRequestError` with the place of the message and its part.
+    Parts of a content are joined. An assistant's message may have ``tool_calls`` and
+    ``reasoning_content``, and no content beside calls; a message of a tool has ``tool_call_id``,
+    and the name of the function where an earlier message has the call. Raises
+    :class:`InvalidRequestError` for a message without a content that it needs.
     """
-    if not isinstance(given, list) or not given:
-        raise InvalidRequestError(checks.wrong_kind(given, "a list of at least one message"), where)
-    if len(given) > MAX_MESSAGES:
-        raise InvalidRequestError(f"has {len(given)} messages; at most {MAX_MESSAGES}", where)
     messages = [_message(message, f"{where}[{place}]") for place, message in enumerate(given)]
     names: dict[str, str] = {}
     for message in messages:
@@ -141,45 +130,20 @@ def has_calls(given: Mapping[str, object]) -> bool:
     )
 
 
-def _message(message: object, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        allowed = "a mapping with role and content"
-        raise InvalidRequestError(checks.wrong_kind(message, allowed), where)
-    given = {name: value for name, value in message.items() if value is not None}
-    role = given.get("role")
-    if role not in ROLES:
-        raise InvalidRequestError(checks.wrong(role, f"one of {', '.join(ROLES)}"), f"{where}.role")
-    allowed_names = ("role", "content", "name", *_FIELDS_OF_ROLE.get(str(role), ()))
-    unknown = [name for name in given if name not in allowed_names]
-    if unknown:
-        raise InvalidRequestError(
-            f"is not supported; allowed: {', '.join(allowed_names)}", f"{where}.{unknown[0]}"
-        )
-    if "name" in given:
-        checks.text(given["name"], f"{where}.name")
+def _message(message: Message, where: str) -> dict[str, Any]:
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
     # Templates do not know OpenAI's newer name of a system message.
-    known_role = "system" if role == "developer" else str(role)
-    checked: dict[str, Any] = {"role": known_role, "content": None}
-    if "content" in given or "tool_calls" not in given:
-        checked["content"] = _content(given.get("content"), f"{where}.content")
-    if "tool_calls" in given:
-        checked["tool_calls"] = check_calls(given["tool_calls"], f"{where}.tool_calls")
-    if "reasoning_content" in given:
-        inner = f"{where}.reasoning_content"
-        checked["reasoning_content"] = checks.text(given["reasoning_content"], inner)
-    if role == "tool":
-        checked["tool_call_id"] = check_id(given.get("tool_call_id"), f"{where}.tool_call_id")
-    return checked
-
-
-def _content(content: object, where: str) -> str:
-    if not isinstance(content, list):
-        return checks.text(content, where)
-    texts: list[str] = []
-    for place, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or set(part) - {"type", "text"}:
-            raise InvalidRequestError(
-                checks.wrong_kind(part, 'a part {"type": "text", "text": …}'), f"{where}[{place}]"
-            )
-        texts.append(checks.text(part.get("text"), f"{where}[{place}].text"))
-    return "".join(texts)
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": content}
+    if isinstance(message, AssistantMessage):
+        if message.tool_calls is not None:
+            found["tool_calls"] = template_calls(message.tool_calls)
+        elif content is None:
+            raise InvalidRequestError("is missing; only beside tool_calls", f"{where}.content")
+        if message.reasoning_content is not None:
+            found["reasoning_content"] = message.reasoning_content
+    if isinstance(message, ToolMessage):
+        found["tool_call_id"] = message.tool_call_id
+    return found

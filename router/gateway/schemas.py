@@ -123,7 +123,11 @@ class _Search:
         required, properties = schema.get("required"), schema.get("properties")
         if not isinstance(required, list) or not isinstance(properties, dict):
             return True
-        return all(ends(properties[name]) for name in required if name in properties)
+        return all(
+            ends(properties[name])
+            for name in required
+            if isinstance(name, str) and name in properties
+        )
 
     def _array_may_fit(self, schema: dict[str, Any], ends: Any) -> bool:
         least = schema.get("minItems", 0)

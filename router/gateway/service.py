@@ -18,8 +18,8 @@ from router.gateway.errors import public_error
 from router.gateway.limits import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.models import GatewayModel
-from router.gateway.tools.answer import ChoiceParser
-from router.gateway.tools.parts import CallPart, Parsed
+from router.gateway.tools.calls import CallPart, Parsed
+from router.gateway.tools.reader import ChoiceParser
 from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import (
     GenerationRequest,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
 from router.gateway.chat_request import check_chat
-from router.gateway.models import GatewayModel
-from router.gateway.prompts import check_ids, check_length, check_messages
+from router.gateway.prompts import check_ids, check_length, template_messages
+from router.gateway.request.model import TokenizeRequest
 from router.gateway.validate import Validator
 
 
@@ -22,41 +21,33 @@ class Tokens:
     max_model_len: int
 
 
-def tokenize(
-    validator: Validator,
-    model_id: object,
-    prompt: object = None,
-    messages: object = None,
-    add_special_tokens: object = None,
-    add_generation_prompt: object = None,
-    chat: Mapping[str, object] | None = None,
-) -> Tokens:
+def tokenize(validator: Validator, asked: TokenizeRequest) -> Tokens:
     """Return the tokens of a prompt, or of messages as the model's chat template renders them.
 
     ``add_special_tokens`` is by default true for a prompt and false for messages, whose template
-    has them; ``add_generation_prompt`` is for messages and by default true. ``chat`` are fields of
-    a chat request that change its prompt, tools and options of the template, and are checked as
-    those are. There may be more tokens than the context has, but no longer text than a context of
-    the longest tokens. Raises :class:`InvalidRequestError` and :class:`UnknownModelError`.
+    has them; ``add_generation_prompt`` is for messages and by default true. There may be more
+    tokens than the context has, but no longer text than a context of the longest tokens. Raises
+    :class:`InvalidRequestError` and :class:`UnknownModelError`.
     """
-    model = validator.model(model_id)
-    if (prompt is None) == (messages is None):
+    model = validator.model(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequestError("give either a prompt or messages", "prompt")
-    text, where = prompt, "prompt"
-    if messages is not None:
+    text, where = asked.prompt or "", "prompt"
+    if asked.messages is not None:
         where = "messages"
-        is_opened = _flag(add_generation_prompt, True, "add_generation_prompt")
-        asked = check_chat(chat or {}, {}, model)
-        checked_messages = check_messages(messages, where)
-        text = model.tokenizer.chat_prompt(checked_messages, is_opened, asked.tools, asked.options)
+        chat = check_chat(asked, model)
+        messages = template_messages(asked.messages, where)
+        is_opened = asked.add_generation_prompt is not False
+        text = model.tokenizer.chat_prompt(messages, is_opened, chat.tools, chat.options)
     else:
-        of_messages = {"add_generation_prompt": add_generation_prompt, **(chat or {})}
-        for name, value in of_messages.items():
-            if value is not None:
+        for name in ("add_generation_prompt", "tools", "chat_template_kwargs"):
+            if getattr(asked, name) is not None:
                 raise InvalidRequestError("is allowed only with messages", name)
     checked = checks.text(text, where)
     check_length(checked, where, model)
-    is_special = _flag(add_special_tokens, messages is None, "add_special_tokens")
+    is_special = asked.add_special_tokens
+    if is_special is None:
+        is_special = asked.messages is None
     ids = tuple(model.tokenizer.encode(checked, is_special, where))
     texts = tuple(map(model.tokenizer.token_text, ids))
     return Tokens(ids, texts, model.info.max_model_len)
@@ -72,16 +63,8 @@ def detokenize(
     """
     model = validator.model(model_id)
     ids = check_ids(token_ids, model.info.vocab_size, where)
-    _check_number(len(ids), model, where)
-    return model.tokenizer.whole_text(ids)
-
-
-def _check_number(number: int, model: GatewayModel, where: str) -> None:
-    if number > model.info.max_model_len:
+    if len(ids) > model.info.max_model_len:
         raise InvalidRequestError(
-            f"has {number} tokens; at most the context of {model.info.max_model_len}", where
+            f"has {len(ids)} tokens; at most the context of {model.info.max_model_len}", where
         )
-
-
-def _flag(value: object, default: bool, where: str) -> bool:
-    return default if value is None else checks.boolean(value, where)
+    return model.tokenizer.whole_text(ids)

@@ -6,6 +6,7 @@ method of the Admin service is a line in :data:`ADMIN_CALLS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
@@ -18,13 +19,15 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
 from router.gateway import tokens
-from router.gateway.grammar import WHITESPACE_FIELDS, checked
+from router.gateway.grammar import checked
 from router.gateway.limits import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
+from router.gateway.request.base import renamed
+from router.gateway.request.model import GrpcRequest, TokenizeRequest
 from router.gateway.routed import rows_shape
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
 from router.gateway.tokenizer import Tokenizer
-from router.gateway.validate import CheckedRequest, RawRequest
+from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 from router.protos.parse import parsed
@@ -55,12 +58,9 @@ EPOCH_KEY = "expertmesh-epoch"
 VERSION_KEY = "expertmesh-placement-version"
 LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
 
-_SAMPLING_FIELDS = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "logprobs", "n",
-    "prompt_logprobs", "echo", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "min_tokens", "return_routed_experts",
-)  # fmt: skip
-_SAMPLING_LISTS = ("stop", "stop_token_ids", "bad_words")
+_SAMPLING = inference_pb2.Sampling.DESCRIPTOR.fields_by_name
+_LISTS = (inference_pb2.TokenIds, inference_pb2.Texts)
+"""Messages that stand for their only field, since a list cannot be in a ``oneof``."""
 
 
 class GrpcHandlers:
@@ -110,12 +110,9 @@ class GrpcHandlers:
 
     async def tokenize(self, data: bytes) -> Any:
         """Return the tokens of a ``TokenizeRequest``."""
-        request = parsed(inference_pb2.TokenizeRequest, data)
-        names = ("prompt", "add_special_tokens", "add_generation_prompt")
-        given = {name: getattr(request, name) for name in names if request.HasField(name)}
-        found = tokens.tokenize(
-            self.service.validator, request.model, messages=_messages(request), **given
-        )
+        given = _plain(parsed(inference_pb2.TokenizeRequest, data))
+        asked = self.service.validator.read(TokenizeRequest, given)
+        found = tokens.tokenize(self.service.validator, asked)
         return inference_pb2.TokenizeReply(
             token_ids=found.token_ids, tokens=found.texts, max_model_len=found.max_model_len
         )
@@ -180,7 +177,7 @@ class GrpcHandlers:
                 raise TooLargeError(f"the message is over the limit of {limit} bytes")
             share.take(len(data))
             request = parsed(inference_pb2.GenerateRequest, data)
-            check = partial(self.service.validator.check, _raw_request(request, streamed))
+            check = partial(_checked, self.service.validator, request, streamed)
             slow = map(request.sampling.HasField, ("structured_outputs", "routed_experts"))
             return await checked(any(slow), check)
 
@@ -201,77 +198,66 @@ def _reply_fields(report: Any) -> dict[str, Any]:
     return fields
 
 
-def _raw_request(request: Any, streamed: bool) -> RawRequest:
-    prompt, prompt_field = _prompt(request)
-    given = request.sampling
-    sampling: dict[str, object] = {
-        name: getattr(given, name) for name in _SAMPLING_FIELDS if given.HasField(name)
-    }
-    for name in _SAMPLING_LISTS:
-        if values := getattr(given, name):
-            sampling[name] = list(values)
-    if given.HasField("structured_outputs"):
-        sampling["structured_outputs"] = _structured_outputs(given.structured_outputs)
-    if given.HasField("routed_experts"):
-        rows = given.routed_experts
-        sampling["routed_experts"] = {
-            "data": rows.data, "dtype": rows.dtype, "shape": list(rows.shape)
-        }  # fmt: skip
-    if given.logit_bias:
-        sampling["logit_bias"] = dict(given.logit_bias)
-    return RawRequest(
-        model=request.model,
-        prompt=prompt,
-        is_chat=prompt_field == "messages",
-        sampling=sampling,
-        options={
-            name: getattr(request, name)
-            for name in ("timeout_s", "on_expert_loss", "priority", "cache_salt")
-            if request.HasField(name)
-        },
-        prompt_field=prompt_field,
-        sampling_prefix="sampling.",
-        streamed=streamed,
-        resume=[
-            Received(
-                tuple(choice.token_ids),
-                choice.finished,
-                not choice.inexact,
-                choice.identity,
-                choice.prompt_logprobs,
-                choice.routed_experts,
-            )
-            for choice in request.resume
-        ],
-    )
+def _plain(message: Any) -> Any:
+    """Return the fields of a message that are given, as JSON would have them."""
+    if isinstance(message, _LISTS):
+        return list(getattr(message, message.DESCRIPTOR.fields[0].name))
+    given: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            if value:
+                given[field.name] = _plain_list(value, field.message_type)
+        elif not field.has_presence or message.HasField(field.name):
+            given[field.name] = value if field.message_type is None else _plain(value)
+    return given
 
 
-def _structured_outputs(given: Any) -> dict[str, object]:
-    """Return the form of an answer as HTTP's bodies have it."""
-    names = ("json", "regex", "grammar", "json_object", *WHITESPACE_FIELDS)
-    found = {name: getattr(given, name) for name in names if given.HasField(name)}
-    if given.HasField("choice"):
-        found["choice"] = list(given.choice.texts)
-    return found
+def _plain_list(values: Any, kind: Any) -> Any:
+    if kind is None:
+        return list(values)
+    return dict(values) if kind.GetOptions().map_entry else [_plain(value) for value in values]
 
 
-def _prompt(request: Any) -> tuple[object, str]:
-    """Return the request's only input, and the name of its field."""
+def _checked(validator: Validator, request: Any, streamed: bool) -> CheckedRequest:
+    """Read and check a ``GenerateRequest``; what is wrong is named by its path in the message."""
+    given = _plain(request)
+    given |= given.pop("sampling", {})
+    given.pop("resume", None)
+    resume = [
+        Received(
+            tuple(one.token_ids),
+            one.finished,
+            not one.inexact,
+            one.identity,
+            one.prompt_logprobs,
+            one.routed_experts,
+        )
+        for one in request.resume
+    ]
+    where = _input(request)
+    with renamed(_path):
+        asked = validator.read(GrpcRequest, given)
+        prompt = getattr(asked, where)
+        where = "prompt_token_ids.ids" if where == "prompt_token_ids" else where
+        return validator.check(asked, prompt, where, streamed, resume)
+
+
+def _path(field: str) -> str:
+    name = re.split(r"[.[]", field, maxsplit=1)[0]
+    return f"sampling.{field}" if name in _SAMPLING else field
+
+
+def _input(request: Any) -> str:
+    """Return the name of the request's only input."""
     given = request.WhichOneof("input")
     if request.messages:
         if given is not None:
             raise InvalidRequestError(f"cannot be given together with {given}", "messages")
-        return _messages(request), "messages"
+        return "messages"
     if given is None:
         raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")
-    if given == "prompt":
-        return request.prompt, "prompt"
-    return list(request.prompt_token_ids.ids), "prompt_token_ids.ids"
-
-
-def _messages(request: Any) -> list[dict[str, str]] | None:
-    """Return the messages for a chat template, ``None`` for a request without any."""
-    return [{"role": m.role, "content": m.content} for m in request.messages] or None
+    return str(given)
 
 
 def _reply(

@@ -10,13 +10,28 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.gateway.openai.fields import Streaming
+from cluster.errors import InvalidRequestError
+from router.gateway.request.model import OpenAiRequest
+from router.gateway.request.parts import StreamOptions
 from router.gateway.routed import rows_object
 from router.gateway.service import Collected, Delta, GenerationService
 from router.gateway.tokenizer import Tokenizer
 from router.gateway.validate import CheckedRequest
 from router.messages.request import GenerationRequest, Usage
 from router.security.keys import Caller
+
+
+def stream_options(asked: OpenAiRequest) -> StreamOptions:
+    """Return what a stream has beside the text; raises :class:`InvalidRequestError`."""
+    options = asked.stream_options or StreamOptions()
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidRequestError("is allowed only with stream true", "stream_options")
+    if options.continuous_usage_stats and not options.include_usage:
+        raise InvalidRequestError(
+            "is allowed only with include_usage true, as in vLLM",
+            "stream_options.continuous_usage_stats",
+        )
+    return options
 
 
 @dataclass(eq=False)
@@ -28,7 +43,8 @@ class OpenAiCall(ABC):
 
     request_id: str
     checked: list[CheckedRequest]
-    streaming: Streaming
+    is_stream: bool
+    options: StreamOptions
     return_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -161,7 +177,7 @@ class OpenAiCall(ABC):
                 if following is None:
                     break
                 index, delta = following
-        if self.streaming.usage_at_end:
+        if self.options.include_usage:
             yield {**self.envelope([], streamed=True), "usage": usage_object(usages)}
 
     def _is_worth_sending(self, delta: Delta) -> bool:
@@ -172,12 +188,12 @@ class OpenAiCall(ABC):
 
     def _finish(self, chunk: dict[str, Any], num_tokens: int) -> dict[str, Any]:
         """Return a chunk with the usage of so many new tokens, where the client wants it."""
-        if self.streaming.usage_so_far:
+        if self.options.continuous_usage_stats:
             prompts = (len(checked.request.prompt_token_ids) for checked in self.checked)
             usage = usage_object([Usage(sum(prompts), num_tokens)])
             del usage["prompt_tokens_details"]  # known at the end
             return {**chunk, "usage": usage}
-        return {**chunk, "usage": None} if self.streaming.usage_at_end else chunk
+        return {**chunk, "usage": None} if self.options.include_usage else chunk
 
 
 def usage_object(usages: list[Usage]) -> dict[str, Any]:

@@ -5,51 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.errors import InvalidRequestError
-from router.gateway import checks
-from router.gateway.chat_request import CHAT_FIELDS, call_id
-from router.gateway.openai.call import OpenAiCall
-from router.gateway.openai.fields import (
-    CHAT,
-    OPTION_FIELDS,
-    SAMPLING_FIELDS,
-    known_fields,
-    streaming_of,
-)
+from router.gateway.chat_request import call_id
+from router.gateway.openai.call import OpenAiCall, stream_options
+from router.gateway.request.base import renamed
+from router.gateway.request.model import ChatRequest
 from router.gateway.service import Collected, Delta
-from router.gateway.tools.parts import CallPart
-from router.gateway.validate import RawRequest, Validator
+from router.gateway.tools.calls import CallPart
+from router.gateway.validate import Validator
 
 
 def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> ChatCall:
     """Check a body; the model's chat template renders its messages."""
-    given = known_fields(body, CHAT)
-    streaming = streaming_of(given)
-    return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
-    sampling = {name: given[name] for name in SAMPLING_FIELDS if name in given}
-    field_names = {"logprobs": "top_logprobs"}
-    if "max_completion_tokens" in given:
-        if "max_tokens" in given:
+    asked = validator.read(ChatRequest, body)
+    options = stream_options(asked)
+    names = {"logprobs": "top_logprobs"}
+    if asked.max_completion_tokens is not None:
+        if asked.max_tokens is not None:
             raise InvalidRequestError(
                 "is the same as max_tokens; give only one of them", "max_completion_tokens"
             )
-        sampling["max_tokens"] = given["max_completion_tokens"]
-        field_names["max_tokens"] = "max_completion_tokens"
-    if checks.boolean(given.get("logprobs", False), "logprobs"):
-        sampling["logprobs"] = given.get("top_logprobs", 0)
-    elif "top_logprobs" in given:
+        asked.max_tokens = asked.max_completion_tokens
+        names["max_tokens"] = "max_completion_tokens"
+    if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidRequestError("is allowed only with logprobs true", "top_logprobs")
-    raw = RawRequest(
-        model=given.get("model", ""),
-        prompt=given.get("messages"),
-        sampling=sampling,
-        options={name: given[name] for name in OPTION_FIELDS if name in given},
-        is_chat=True,
-        chat={name: given[name] for name in CHAT_FIELDS if name in given},
-        prompt_field="messages",
-        field_names=field_names,
-        streamed=streaming.is_on,
-    )
-    return ChatCall(request_id, [validator.check(raw)], streaming, return_token_ids)
+    with renamed(lambda name: names.get(name, name)):
+        checked = validator.check(asked, asked.messages, "messages", asked.stream)
+    return ChatCall(request_id, [checked], asked.stream, options, asked.return_token_ids)
 
 
 class ChatCall(OpenAiCall):

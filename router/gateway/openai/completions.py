@@ -7,59 +7,37 @@ from itertools import accumulate
 from typing import Any
 
 from cluster.errors import InvalidRequestError
-from router.gateway import checks
-from router.gateway.openai.call import OpenAiCall
-from router.gateway.openai.fields import (
-    COMPLETION,
-    OPTION_FIELDS,
-    SAMPLING_FIELDS,
-    known_fields,
-    streaming_of,
-)
+from router.gateway.openai.call import OpenAiCall, stream_options
+from router.gateway.request.model import MAX_PROMPTS, CompletionRequest
 from router.gateway.service import Collected, Delta, prompt_rows
-from router.gateway.validate import CheckedRequest, RawRequest, Validator
+from router.gateway.validate import Validator
 from router.messages.request import PromptLogprobs, TokenLogprobs
-
-MAX_PROMPTS = 128
 
 
 def parse_completion(body: dict[str, Any], validator: Validator, request_id: str) -> CompletionCall:
     """Check a body whole, so that nothing starts when any of its prompts is wrong."""
-    given = known_fields(body, COMPLETION)
-    streaming = streaming_of(given)
-    return_token_ids = checks.boolean(given.get("return_token_ids", False), "return_token_ids")
-    sampling_fields = (*SAMPLING_FIELDS, "logprobs", "echo", "prompt_logprobs")
-    if streaming.is_on and "prompt_logprobs" in given:
+    asked = validator.read(CompletionRequest, body)
+    options = stream_options(asked)
+    if asked.stream and asked.prompt_logprobs is not None:
         raise InvalidRequestError("is not allowed with stream true, as in vLLM", "prompt_logprobs")
-    checked: list[CheckedRequest] = []
-    prompts = _prompts(given.get("prompt"))
-    if len(prompts) > 1 and "routed_experts" in given:
+    prompts = _prompts(asked.prompt)
+    if len(prompts) > 1 and asked.routed_experts is not None:
         raise InvalidRequestError("is allowed only with one prompt", "routed_experts")
-    for prompt, where in prompts:
-        raw = RawRequest(
-            model=given.get("model", ""),
-            prompt=prompt,
-            sampling={name: given[name] for name in sampling_fields if name in given},
-            options={name: given[name] for name in OPTION_FIELDS if name in given},
-            prompt_field=where,
-            streamed=streaming.is_on,
-        )
-        checked.append(validator.check(raw))
+    checked = [validator.check(asked, prompt, where, asked.stream) for prompt, where in prompts]
     validator.check_together(checked)
     return CompletionCall(
         request_id,
         checked,
-        streaming,
-        return_token_ids,
-        has_echo=given.get("echo", False),
-        prompt_logprobs=given.get("prompt_logprobs"),
+        asked.stream,
+        options,
+        asked.return_token_ids,
+        has_echo=asked.echo,
+        prompt_logprobs=asked.prompt_logprobs,
     )
 
 
 def _prompts(prompt: Any) -> list[tuple[Any, str]]:
     """Return the prompts, each with its place in the body."""
-    if prompt is None:
-        raise InvalidRequestError("is missing", "prompt")
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return [(prompt, "prompt")]
     if len(prompt) > MAX_PROMPTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from router.gateway.openapi.bodies import ROUTED_EXPERTS
 from router.gateway.openapi.schema import (
     BOOLEAN,
     NULL,
@@ -26,7 +25,7 @@ _FINISHED = one_of("stop", "length", "tool_calls", None)
 _EXTRAS: Mapping[str, Schema] = {
     "exact": BOOLEAN,
     "token_ids": _IDS,
-    "routed_experts": ROUTED_EXPERTS,
+    "routed_experts": ref("ExpertRows"),
 }
 """What choices have beside OpenAI's fields: in a stream where it is known, and where it is asked
 for."""

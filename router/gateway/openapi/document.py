@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document of a gateway, made of its limits and the models that it serves.
 
-https://spec.openapis.org/oas/v3.1.0. The gateway's validation does not read it; tests hold it to
-the fields that the validation takes, and to what the app answers.
+https://spec.openapis.org/oas/v3.1.0. Bodies are described by the models that read them. Tests
+hold the rest to what the app answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cluster.spec import EXACT_HEADER
 from router.config import GatewayConfig
 from router.gateway.errors import BY_CLASS, HTTP_STATUS
 from router.gateway.openapi.answers import ANSWERS
-from router.gateway.openapi.bodies import BODIES, MESSAGE
+from router.gateway.openapi.bodies import bodies
 from router.gateway.openapi.predictions import PREDICTIONS, request
 from router.gateway.openapi.schema import Schema, one_of, ref, text
 from router.gateway.predict.validate import VERSION
@@ -37,8 +37,8 @@ def document(
     models: Sequence[str], mixtures: Sequence[str], limits: GatewayConfig
 ) -> dict[str, Any]:
     """Return the document of a gateway with these language models and mixtures, as plain JSON."""
-    schemas: dict[str, Schema] = {name: make(models, limits) for name, make in BODIES.items()}
-    schemas |= {"Message": MESSAGE, "InferRequest": request(limits), **ANSWERS, **PREDICTIONS}
+    schemas = bodies(models, limits)
+    schemas |= {"InferRequest": request(limits), **ANSWERS, **PREDICTIONS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ExpertMesh", "version": version("expertmesh")},

@@ -62,15 +62,6 @@ def answer(**properties: Schema) -> Schema:
     return record(properties, list(properties))
 
 
-def body(properties: Mapping[str, Schema], required: Sequence[str]) -> Schema:
-    """Return the schema of a request's fields, where ``null`` is a field that is not given."""
-    nullable = {
-        name: schema if name in required or not schema else either(schema, NULL)
-        for name, schema in properties.items()
-    }
-    return record(nullable, required, NULL)
-
-
 def ref(name: str) -> Schema:
     """Return the reference to a schema of the document."""
     return {"$ref": f"#/components/schemas/{name}"}

@@ -1,4 +1,4 @@
-"""The parsing of one request's choices, each with a parser of its own."""
+"""How the choices of one request are parsed, each by a parser of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from router.gateway.tools.calls import Calls
 from router.gateway.tools.definitions import ToolUse
 from router.gateway.tools.formats import ChatFormat
-from router.gateway.tools.parts import Parsed
+from router.gateway.tools.harmony import HarmonyParser
+from router.gateway.tools.parser import FamilyParser
+from router.gateway.tools.reader import ChoiceParser
+from router.gateway.tools.response_template import TemplateParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +38,10 @@ class AnswerFormat:
 
     def begin(self) -> ChoiceParser:
         """Return the parser of one choice."""
-        return ChoiceParser(self)
-
-
-class ChoiceParser:
-    """Parses the text of one choice, and tells when its calls end it."""
-
-    def __init__(self, answer: AnswerFormat) -> None:
-        use = answer.use
-        names = () if use is None else tuple(tool.name for tool in use.callable)
-        most = 1 if answer.may_end_early else None
-        self._calls = Calls(names, answer.is_held, most)
-        given = None if use is None else use.given
-        self._parser = answer.format.parser(answer.prompt, self._calls, given)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no more may come."""
-        return self._calls.is_full
-
-    def push(self, text: str, is_last: bool) -> Parsed:
-        """Return the parts of more text."""
-        parsed = self._parser.push(text)
-        if is_last or self.is_full:
-            parsed.add(self._parser.flush())
-        return parsed
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """Return why the choice ends: by its calls, or by the given reason."""
-        if reason in (None, "stop") and self.is_full:
-            return "tool_calls"
-        return "tool_calls" if reason == "stop" and self._calls.ends_answer else reason
+        names = () if self.use is None else tuple(tool.name for tool in self.use.callable)
+        calls = Calls(names, self.is_held, 1 if self.may_end_early else None)
+        tools = None if self.use is None else self.use.given
+        if self.format.response_template is not None:
+            return TemplateParser(self.format, self.prompt, calls, tools)
+        kind = HarmonyParser if self.format.calls == "harmony" else FamilyParser
+        return kind(self.format, self.prompt, calls, tools)

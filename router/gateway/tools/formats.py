@@ -4,58 +4,122 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from router.gateway.tools import harmony, thinking
-from router.gateway.tools.calls import Calls
-from router.gateway.tools.harmony import HarmonyParser
-from router.gateway.tools.marked import CallMarks, MarkedParser
-from router.gateway.tools.parts import PlainText, TextParser
-from router.gateway.tools.response_template import ResponseTemplateParser
-from router.gateway.tools.thinking import ThinkingParser
-from router.gateway.tools.xml_call import FUNCTION
-
 CallKind = Literal[
-    "", "tool_call", "qwen3_coder", "mistral", "mistral_v11", "mistral_v13", "deepseek_v3",
-    "deepseek_v3_1", "harmony",
+    "", "harmony", "deepseek_v3", "deepseek_v3_1", "mistral_v11", "mistral_v13", "mistral",
+    "qwen3_coder", "tool_call",
 ]  # fmt: skip
-_DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-_DEEPSEEK_CALL = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
-SEPARATOR = "<｜tool▁sep｜>"
-CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
-_NAME = r"(?P<name>[^\s<｜]{1,64})"
-_MISTRAL_NAME = r"(?P<name>[^\s\[\]]{1,64})"
-_MISTRAL_ID = r"(?:\[CALL_ID\]\s*[^\s\[\]]{1,64}\s*)?"
-_MISTRAL_V11 = CallMarks(
-    "[TOOL_CALLS]",
-    head=rf"\s*{_MISTRAL_NAME}\s*{_MISTRAL_ID}\[ARGS\]\s*",
-    tail="",
-    within=(CALL_ID, ARGS),
+THINK, THINK_ENDS = "<think>", "</think>"
+START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+END, CALL, RETURN, CONSTRAIN = "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
+HARMONY = (START, CHANNEL, MESSAGE, END, CALL, RETURN, CONSTRAIN)
+_LIST, _LIST_ENDS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL, _CALL_ENDS, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+_MISTRAL = r"\[TOOL_CALLS\]"
+FUNCTION, FUNCTION_ENDS = "<function=", "</function>"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How models of a family write calls.
+
+    Their chat templates match all ``signs``. A call stands in a text as ``opens``, ``head``, JSON,
+    ``tail``, ``closes``; signs, head and tail are regular expressions. With a group ``name`` in the
+    head the JSON is the arguments. Without one it is an object with ``name`` and ``arguments``, or
+    a list of such objects. ``around`` stand before the first call and after the last, ``within``
+    are marks of the head. Grammars allow ``written`` between ``opens`` and ``closes``, and
+    ``listed`` before the first call, between two calls and after the last.
+    """
+
+    signs: tuple[str, ...]
+    opens: str
+    written: str
+    listed: tuple[str, str, str]
+    closes: str = ""
+    around: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
+    head: str = r"\s*(?:(?=\{)|\[(?=\s*[{\]]))"
+    tail: str = ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All marks of the family."""
+        return tuple(filter(None, (self.opens, self.closes, *self.around, *self.within)))
+
+    @property
+    def is_xml(self) -> bool:
+        """Whether a call has parameters between marks in place of JSON."""
+        return FUNCTION in self.head
+
+
+_NAME = r"(?P<name>[^\s<｜{]{1,64})"
+_TOOL_CALL = Family(
+    signs=("<tool_call>",),
+    opens="<tool_call>",
+    written='\n{"name": "{name}", "arguments": {arguments}}\n',
+    listed=("", "{blanks}<tool_call>", ""),
+    closes="</tool_call>",
+    tail=r"\s{0,32}",
 )
-_WITH_ID = re.compile(r"\[CALL_ID\](?:(?!\[(?:CALL_ID|TOOL_\w+)\]).){0,256}\[ARGS\]", re.DOTALL)
-"""In a template that writes the id of a call before its arguments: Mistral's version 11."""
-MARKS: Mapping[str, CallMarks] = {
-    "tool_call": CallMarks("<tool_call>", "</tool_call>"),
-    "qwen3_coder": CallMarks("<tool_call>", "</tool_call>", is_xml=True),
-    "mistral": CallMarks("[TOOL_CALLS]", tail=""),
-    "mistral_v11": _MISTRAL_V11,
-    "mistral_v13": _MISTRAL_V11,
-    "deepseek_v3": CallMarks(
-        *_DEEPSEEK_CALL,
-        around=_DEEPSEEK,
-        head=rf"\s*function\s*{SEPARATOR}\s*{_NAME}\s*(?:```json)?\s*",
+_MISTRAL_V13 = Family(
+    signs=(_MISTRAL, r"\[ARGS\]"),
+    opens="[TOOL_CALLS]",
+    written="{name}[ARGS]{arguments}",
+    listed=("", "[TOOL_CALLS]", ""),
+    within=("[CALL_ID]", "[ARGS]"),
+    head=r"\s*(?P<name>[^\s\[\]{]{1,64})\s*(?:\[CALL_ID\]\s*[^\s\[\]{]{1,64}\s*)?"
+    r"\[ARGS\]\s*(?=\{)",
+)
+_DEEPSEEK_V3_1 = Family(
+    signs=(_CALL,),
+    opens=_CALL,
+    written=f"{{name}}{_SEP}{{arguments}}",
+    listed=(_CALL, f"{{blanks}}{_CALL}", _LIST_ENDS),
+    closes=_CALL_ENDS,
+    around=(_LIST, _LIST_ENDS),
+    within=(_SEP,),
+    head=rf"\s*{_NAME}\s*{_SEP}\s*(?=\{{)",
+    tail=r"\s{0,32}",
+)
+FAMILIES: Mapping[CallKind, Family] = {
+    "harmony": Family(
+        signs=(r"<\|channel\|>",),
+        opens=CHANNEL,
+        written=f"commentary to=functions.{{name}} {CONSTRAIN}json{MESSAGE}{{arguments}}",
+        listed=("", "", ""),
+        within=HARMONY,
+    ),
+    "deepseek_v3": replace(
+        _DEEPSEEK_V3_1,
+        signs=(_CALL, "```json"),
+        written=f"function{_SEP}{{name}}\n```json\n{{arguments}}\n```",
+        head=rf"\s*function\s*{_SEP}\s*{_NAME}\s*(?:```json)?\s*(?=\{{)",
         tail=r"\s{0,16}(?:```)?\s{0,16}",
-        within=(SEPARATOR,),
     ),
-    "deepseek_v3_1": CallMarks(
-        *_DEEPSEEK_CALL,
-        around=_DEEPSEEK,
-        head=rf"\s*{_NAME}\s*{SEPARATOR}\s*",
-        within=(SEPARATOR,),
+    "deepseek_v3_1": _DEEPSEEK_V3_1,
+    "mistral_v11": replace(  # an id stands between a name and its arguments
+        _MISTRAL_V13,
+        signs=(_MISTRAL, r"\[CALL_ID\](?:(?!\[(?:CALL_ID|TOOL_\w+)\]).){0,256}\[ARGS\]"),
+        written="{name}[CALL_ID]{id}[ARGS]{arguments}",
     ),
+    "mistral_v13": _MISTRAL_V13,
+    "mistral": Family(
+        signs=(_MISTRAL,),
+        opens="[TOOL_CALLS]",
+        written='{"name": "{name}", "arguments": {arguments}}',
+        listed=("{space}[", ", ", "]"),
+    ),
+    "qwen3_coder": replace(
+        _TOOL_CALL,
+        signs=("<tool_call>", FUNCTION),
+        written=f"\n{FUNCTION}{{name}}>\n{{arguments}}{FUNCTION_ENDS}\n",
+        head=rf"\s*{FUNCTION}(?P<name>[^\s<>]{{1,64}})>",
+    ),
+    "tool_call": _TOOL_CALL,
 }
-"""The formats between marks."""
+"""The families; a chat template is of the first all of whose signs it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +140,7 @@ class ChatFormat:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a text without calls is content alone."""
+        """Whether a text without calls is only content."""
         return not (self.thinks or self.calls == "harmony" or self.response_template is not None)
 
     @property
@@ -84,27 +148,14 @@ class ChatFormat:
         """Whether ids of calls have nine letters and digits, as Mistral's templates want."""
         return self.calls.startswith("mistral")
 
+    @property
+    def family(self) -> Family | None:
+        """How the model writes calls, ``None`` where it is not known."""
+        return FAMILIES[self.calls] if self.calls else None
+
     def is_opened(self, prompt: str) -> bool:
         """Return whether a prompt opens the reasoning of the answer."""
-        return self.thinks and prompt.rstrip().endswith(thinking.OPENS)
-
-    def parser(
-        self, prompt: str, calls: Calls, tools: Sequence[dict[str, Any]] | None
-    ) -> TextParser:
-        """Return the parser of one choice after ``prompt``; without ``tools`` none is called."""
-        if self.response_template is not None:
-            return ResponseTemplateParser(
-                self.response_template, prompt, calls, tools or (), self.special
-            )
-        if self.calls == "harmony":
-            return HarmonyParser(calls)
-        marks = MARKS.get(self.calls)
-        parser: TextParser = PlainText()
-        if tools is not None and marks is not None:
-            functions = [tool["function"] for tool in tools]
-            schemas = {each["name"]: each["parameters"] for each in functions}
-            parser = MarkedParser(marks, calls, self.special, schemas)
-        return ThinkingParser(parser, self.is_opened(prompt)) if self.thinks else parser
+        return self.thinks and prompt.rstrip().endswith(THINK)
 
 
 def format_of(
@@ -119,43 +170,20 @@ def format_of(
     ``added_ids`` are the tokens that a tokenizer has beside its ordinary ones, and ``special_ids``
     those that have no text in an answer.
     """
-    thinks = thinking.OPENS in template or thinking.CLOSES in template
-    kind, reason = _calls_of(template, added_ids)
-    if kind == "harmony":
-        thinks = False
-    marks = _marks_of(kind) + ((thinking.OPENS, thinking.CLOSES) if thinks else ())
-    tokens = {mark: added_ids[mark] for mark in marks if mark in added_ids}
-    tokens = {mark: token_id for mark, token_id in tokens.items() if token_id not in eos_ids}
-    seen = tokens if response_template is None else added_ids
-    special = {
-        mark: token_id
-        for mark, token_id in seen.items()
-        if token_id in special_ids and token_id not in eos_ids
-    }
+    kinds: Sequence[CallKind] = [
+        kind
+        for kind, family in FAMILIES.items()
+        if all(re.search(sign, template, re.DOTALL) for sign in family.signs)
+        and (kind != "harmony" or all(mark in added_ids for mark in family.marks))
+    ]
+    kind: CallKind = kinds[0] if kinds else ""
+    reason = "" if kind else "its chat template writes no tool calls of a known format"
+    if kind in ("qwen3_coder", "tool_call") and "<arg_key>" in template:
+        kind, reason = "", "its template writes calls with <arg_key>, which is not known here"
+    thinks = kind != "harmony" and (THINK in template or THINK_ENDS in template)
+    marks = (*(FAMILIES[kind].marks if kind else ()), *((THINK, THINK_ENDS) if thinks else ()))
+    ids = {mark: token_id for mark, token_id in added_ids.items() if token_id not in eos_ids}
+    tokens = {mark: token_id for mark, token_id in ids.items() if mark in marks}
+    seen = tokens if response_template is None else ids
+    special = {mark: token_id for mark, token_id in seen.items() if token_id in special_ids}
     return ChatFormat(kind, thinks, special, tokens, response_template, reason)
-
-
-def _marks_of(kind: CallKind) -> tuple[str, ...]:
-    if kind == "harmony":
-        return harmony.MARKS
-    marks = MARKS.get(kind)
-    if marks is None:
-        return ()
-    return tuple(filter(None, (marks.opens, marks.closes, *marks.around, *marks.within)))
-
-
-def _calls_of(template: str, added_ids: Mapping[str, int]) -> tuple[CallKind, str]:
-    """Return how a template writes calls, or why that cannot be told."""
-    if harmony.CHANNEL in template and all(mark in added_ids for mark in harmony.MARKS):
-        return "harmony", ""
-    if _DEEPSEEK_CALL[0] in template:
-        return ("deepseek_v3" if "```json" in template else "deepseek_v3_1"), ""
-    if "[TOOL_CALLS]" in template:
-        if ARGS in template:
-            return ("mistral_v11" if _WITH_ID.search(template) else "mistral_v13"), ""
-        return "mistral", ""
-    if "<tool_call>" in template:
-        if "<arg_key>" in template:
-            return "", "its template writes calls with <arg_key>, which is not known here"
-        return ("qwen3_coder" if FUNCTION in template else "tool_call"), ""
-    return "", "its chat template writes no tool calls of a known format"

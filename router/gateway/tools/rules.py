@@ -14,7 +14,7 @@ class Rules:
     """The rules of a grammar; those in capitals are texts.
 
     A mark that is a token of its own is that token, which a text cannot have. A text is not to
-    spell it either, since parsers see text alone.
+    spell it either, since parsers see only text.
     """
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
@@ -25,9 +25,12 @@ class Rules:
         """Return whether a mark is a token of its own."""
         return mark in self._tokens
 
-    def mark(self, mark: str) -> str:
-        """Return a mark: a token, or a text."""
-        return f"<[{self._tokens[mark]}]>" if mark in self._tokens else quoted(mark)
+    def text(self, written: str, arguments: str = "") -> str:
+        """Return a text, in which marks may be tokens, and names in braces stand for rules."""
+        known = {mark: f"<[{token_id}]>" for mark, token_id in self._tokens.items()}
+        known |= {"{blanks}": "BLANKS", "{id}": "ID", "{space}": '" "?', "{arguments}": arguments}
+        parts = re.split(f"({'|'.join(map(re.escape, known))})", written)
+        return " ".join(known.get(part, quoted(part)) for part in parts if part)
 
     def add(self, name: str, body: str) -> str:
         """Add a rule; returns its name without its options."""
@@ -42,7 +45,7 @@ class Rules:
     def up_to(self, name: str, mark: str) -> str:
         """Add a rule for any text up to a mark, and the mark; returns its name."""
         if self.has(mark):
-            return self.add(name, f"{self.text_without(name.upper(), mark)}? {self.mark(mark)}")
+            return self.add(name, f"{self.text_without(name.upper(), mark)}? {self.text(mark)}")
         return self.add(f"{name}[lazy]", rf"/(.|\n)*{escaped(mark)}/")
 
 

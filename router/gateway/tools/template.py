@@ -9,19 +9,13 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway import checks
-from router.gateway.tools.messages import (
-    MAX_NAMES,
-    Empty,
-    Message,
-    names_of_calls,
-    with_contents,
-    with_texts,
-)
+from router.gateway.tools.messages import MAX_NAMES, Message, names_of_calls, shaped
 
 MAX_OPTIONS = 16
 MAX_OPTION_CHARS = 256
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 OPTION_FIELDS = ("chat_template_kwargs", "reasoning_effort")
+_UNREAD = "is allowed only where the model's chat template reads it"
 _RESERVED = frozenset(
     {
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -103,22 +97,16 @@ class ChatTemplate:
         :class:`InvalidRequestError` where the template refuses messages, or does not show calls.
         """
         ready = list(messages)
-        if not any("tool_calls" in message or message["role"] == "tool" for message in ready):
+        places = [i for i, m in enumerate(ready) if "tool_calls" in m or m["role"] == "tool"]
+        if not places:
             return self._render(ready, is_opened, tools, options or {})
         if self._shape is None:
-            place = next(
-                place
-                for place, message in enumerate(ready)
-                if "tool_calls" in message or message["role"] == "tool"
-            )
-            raise InvalidRequestError(
-                "this model's chat template shows no tool calls and results", f"messages[{place}]"
-            )
+            reason = "this model's chat template shows no tool calls and results"
+            raise InvalidRequestError(reason, f"messages[{places[0]}]")
         names = names_of_calls(ready)
         if len(names) > MAX_NAMES:
-            raise InvalidRequestError(
-                f"call {len(names)} functions; at most {MAX_NAMES}", "messages"
-            )
+            reason = f"call {len(names)} functions; at most {MAX_NAMES}"
+            raise InvalidRequestError(reason, "messages")
         text = self._render(self._shape(ready), is_opened, tools, options or {})
         for name, where in names.items():
             if name not in text:
@@ -137,9 +125,7 @@ class ChatTemplate:
                 allowed = f"one of {', '.join(EFFORTS)}"
                 raise InvalidRequestError(checks.wrong(effort, allowed), "reasoning_effort")
             if "reasoning_effort" not in self._names:
-                raise InvalidRequestError(
-                    "is allowed only where the model's chat template reads it", "reasoning_effort"
-                )
+                raise InvalidRequestError(_UNREAD, "reasoning_effort")
             options["reasoning_effort"] = effort
         where = "chat_template_kwargs"
         given_options = given.get(where, {})
@@ -148,10 +134,7 @@ class ChatTemplate:
             raise InvalidRequestError(checks.wrong(given_options, allowed), where)
         for name, value in given_options.items():
             if name in _RESERVED or name.endswith("_token") or name not in self._names:
-                raise InvalidRequestError(
-                    "is allowed only where the model's chat template reads it",
-                    f"{where}.{name[:64]}",
-                )
+                raise InvalidRequestError(_UNREAD, f"{where}.{name[:64]}")
             options[name] = _option(value, f"{where}.{name}")
         return options
 
@@ -163,14 +146,10 @@ class ChatTemplate:
             return ""
 
 
-def _shaped(messages: Sequence[Message], has_texts: bool, empty: Empty) -> list[Message]:
-    return with_contents(with_texts(messages) if has_texts else messages, empty)
-
-
 _SHAPES: tuple[Shape, ...] = tuple(
-    functools.partial(_shaped, has_texts=has_texts, empty=empty)
+    functools.partial(shaped, has_texts=has_texts, empty=empty)
     for has_texts in (False, True)
-    for empty in (Empty.TEXT, Empty.ABSENT, Empty.NONE)
+    for empty in ("", "absent", None)
 )
 """How templates want messages with calls, most of them the first."""
 
@@ -180,14 +159,10 @@ def _option(value: object, where: str) -> object:
         if len(checks.text(value, where)) > MAX_OPTION_CHARS:
             raise InvalidRequestError(f"has more than {MAX_OPTION_CHARS} characters", where)
         return value
-    if value is None or isinstance(value, bool):
+    if value is None or (isinstance(value, int) and abs(value) < 2**31):
         return value
     if isinstance(value, int | float):
-        return (
-            value
-            if isinstance(value, int) and abs(value) < 2**31
-            else checks.number(value, where, -(2.0**31), 2.0**31)
-        )
+        return checks.number(value, where, -(2.0**31), 2.0**31)
     raise InvalidRequestError(checks.wrong(value, "a text, a number, true, false or null"), where)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,50 +14,40 @@ from router.gateway.form_costs import MAX_REPEATS, mappings
 from router.gateway.schemas import target
 from router.gateway.tools.definitions import Tool
 from router.gateway.tools.rules import Rules, escaped, json_rule, quoted
-from router.gateway.tools.xml_call import FUNCTION, FUNCTION_ENDS, PARAMETER, VALUE_ENDS
-from router.gateway.tools.xml_values import TEXT, json_of, kind_of, kinds_of
+from router.gateway.tools.xml_values import CONSTANTS, TEXT, is_of, json_of, kinds_of
 
 MAX_PARTS = 256
 """The most schemas that a parameter's schema is made of, each counted for every reference to it."""
 _MAX_NESTED = 250
 """How deep groups of a pattern are followed; llguidance takes none that are as deep."""
+VALUE_ENDS = "</parameter>"
 _ENDS = f"\n{VALUE_ENDS}"
 _SHARED = ("$defs", "definitions")
 """The schemas that a tool's parameters refer to."""
 _TO_SHARED = tuple(f"#/{name}/" for name in _SHARED)
 _ANY = r"(.|\n)*"
 _NO_MARK_WITHIN = rf"~/{_ANY}{escaped(VALUE_ENDS)}(.|\n)+/"
-_CONSTANT = "|".join(
-    "".join(f"[{letter}{letter.upper()}]" for letter in word)
-    for word in ("true", "false", "null", "none")
-)
+_CONSTANT = "|".join("".join(f"[{c}{c.upper()}]" for c in word) for word in CONSTANTS)
 _NUMBERS_AND_BRACKETS = frozenset({"number", "integer", "array", "object"})
-_KINDS = _NUMBERS_AND_BRACKETS | {"string", "boolean", "null"}
-_WIDER = {"integer": "number"}
-_WORDS = {"boolean": ("true", "false"), "null": ("null",)}
-_NOTES = frozenset(
-    {
-        "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default",
-        "examples", "deprecated", "readOnly", "writeOnly",
-    }
-)  # fmt: skip
+_NOTES = {
+    "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default",
+    "examples", "deprecated", "readOnly", "writeOnly",
+}  # fmt: skip
 """Keywords that hold a value to nothing."""
-_OF_TOOL = frozenset({"type", "properties", "required", "additionalProperties"})
-_OF_OTHER_KINDS = frozenset(
-    {
-        "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "items",
-        "prefixItems", "minItems", "maxItems", "uniqueItems", "properties", "required",
-        "additionalProperties", "patternProperties", "minProperties", "maxProperties",
-    }
-)  # fmt: skip
-_OF_TEXT = frozenset({"type", "minLength", "maxLength", "pattern"})
+_OF_TOOL = {"type", "properties", "required", "additionalProperties"}
+_OF_TYPED = {
+    *_OF_TOOL, "minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "multipleOf", "items", "prefixItems", "minItems", "maxItems", "uniqueItems",
+    "patternProperties", "minProperties", "maxProperties",
+}  # fmt: skip
+"""Those that hold a text, and those that hold only values of other kinds."""
 
 
-def xml_body(rules: Rules, number: int, tool: Tool, where: str) -> str:
-    """Return the grammar of a call of a tool, without the marks around it.
+def parameters_rule(rules: Rules, number: int, tool: Tool, where: str) -> str:
+    """Return the grammar of the parameters of a call, which is the ``number``-th.
 
-    Parameters come in the order of the schema. Raises :class:`InvalidRequestError` with the place
-    of a keyword to which plain text between marks cannot be held.
+    They come in the order of the schema. Raises :class:`InvalidRequestError` with the place of a
+    keyword to which plain text between marks cannot be held.
     """
     schema = tool.parameters
     _check_keywords(schema, _NOTES | _OF_TOOL, where)
@@ -64,7 +55,7 @@ def xml_body(rules: Rules, number: int, tool: Tool, where: str) -> str:
     for name in required:
         if name not in properties:
             _refuse(f"names {name}, which is none of the properties", f"{where}.required")
-    body = [quoted(f"\n{FUNCTION}{tool.name}>\n")]
+    body = []
     for place, (key, value) in enumerate(properties.items()):
         if value is False:
             continue
@@ -73,40 +64,38 @@ def xml_body(rules: Rules, number: int, tool: Tool, where: str) -> str:
             _refuse("is no name that can stand between marks", inner)
         values = _Values(rules, f"{number}_{place}", schema, kinds_of(value, schema), inner)
         alternatives = " | ".join(values.of(value, inner))
-        opens = quoted(f"{PARAMETER}{key}>\n")
+        opens = quoted(f"<parameter={key}>\n")
         rule = rules.add(f"parameter_{number}_{place}", f'{opens} ({alternatives}) "\\n"')
         body.append(rule if key in required else f"{rule}?")
-    return " ".join([*body, quoted(f"{FUNCTION_ENDS}\n")])
+    return " ".join(body)
 
 
+@dataclass
 class _Values:
     """The alternatives of one parameter's value, each up to the mark behind it.
 
     ``kinds`` are those of the whole schema: what reads as another kind is no text.
     """
 
-    def __init__(
-        self, rules: Rules, name: str, root: Mapping[str, Any], kinds: frozenset[str], where: str
-    ) -> None:
-        self._rules = rules
-        self._name = name
-        self._where = where
-        self._root = root
-        self._kinds = kinds
-        self._num_texts = 0
-        self._num_parts = 0
+    rules: Rules
+    name: str
+    root: Mapping[str, Any]
+    kinds: frozenset[str]
+    where: str
+    num_texts: int = 0
+    num_parts: int = 0
 
     def of(self, schema: Any, where: str) -> list[str]:
         """Return the alternatives of a schema."""
-        self._num_parts += 1
-        if self._num_parts > MAX_PARTS:
+        self.num_parts += 1
+        if self.num_parts > MAX_PARTS:
             reason = f"refers to itself, or to over {MAX_PARTS} schemas, where calls are XML"
-            _refuse(reason, self._where)
+            _refuse(reason, self.where)
         if schema is False:
             _refuse("allows nothing, which is not supported where calls are XML", where)
         if not isinstance(schema, Mapping):
             schema = {}
-        if self._kinds.isdisjoint(TEXT):
+        if self.kinds.isdisjoint(TEXT):
             return [self._json(schema)]
         if "$ref" in schema:
             _check_keywords(schema, _NOTES | {"$ref"}, where)
@@ -124,44 +113,42 @@ class _Values:
         return self._typed(schema, where)
 
     def _referred(self, reference: object, where: str) -> list[str]:
-        found = target(reference, self._root)
+        found = target(reference, self.root)
         if found is None:  # an anchor, which llguidance knows
             reason = f"refers to {shown(reference)}, which is not found where calls are XML"
             _refuse(reason, f"{where}.$ref")
         return self.of(found, where)
 
     def _typed(self, schema: Mapping[str, Any], where: str) -> list[str]:
-        kinds = kinds_of(schema, self._root)
-        words = [word for kind in _WORDS if kind in kinds for word in _WORDS[kind]]
+        kinds = kinds_of(schema, self.root)
+        words = [word for word, kind in CONSTANTS.items() if kind in kinds and word != "none"]
         found = [quoted(f"{word}{_ENDS}") for word in words]
         if others := sorted(kinds & _NUMBERS_AND_BRACKETS):
             found.append(self._json({**schema, "type": others}))
         if not kinds.isdisjoint(TEXT):
-            _check_keywords(schema, _NOTES | _OF_TEXT | _OF_OTHER_KINDS, where)
+            _check_keywords(schema, _NOTES | _OF_TYPED, where)
             found.append(self._text(schema, where))
         return found
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         own = {name: part for name, part in schema.items() if name not in _SHARED}
-        shared = {name: self._root[name] for name in _SHARED if name in self._root}
+        shared = {name: self.root[name] for name in _SHARED if name in self.root}
         for part in mappings([own, shared]):
             reference = part.get("$ref")
             if isinstance(reference, str) and not unquote(reference).startswith(_TO_SHARED):
                 # The rule has the shared schemas, and not the whole of which this is a part.
                 reason = f"refers to {shown(reference)}, and not to {_TO_SHARED[0]}…"
-                _refuse(f"{reason}, which is not supported where calls are XML", self._where)
+                _refuse(f"{reason}, which is not supported where calls are XML", self.where)
         return f"{json_rule({**own, **shared})} {quoted(_ENDS)}"
 
     def _listed(self, schema: Mapping[str, Any], where: str) -> list[str]:
         """Return alternatives of values, of which each must read as itself."""
-        given = schema.get("type", [*_KINDS])
-        allowed = {given} if isinstance(given, str) else {*given}
+        allowed = kinds_of({"type": schema["type"]}, {}) if "type" in schema else None
         found = []
         for value in schema.get("enum", [schema.get("const")]):
             text = value if isinstance(value, str) else json.dumps(value)
-            kind = kind_of(value)
-            is_read = VALUE_ENDS not in text and bool(allowed & {kind, _WIDER.get(kind, kind)})
-            if is_read and json.loads(json_of(text, self._kinds)) == value:
+            is_read = VALUE_ENDS not in text and (allowed is None or is_of(value, allowed))
+            if is_read and json.loads(json_of(text, self.kinds)) == value:
                 found.append(quoted(f"{text}{_ENDS}"))
         if not found:
             _refuse("has no value that can stand between marks", where)
@@ -178,12 +165,12 @@ class _Values:
         parts = [rf"/(.|\n){{{least},{most}}}{ends}/", _NO_MARK_WITHIN]
         if "pattern" in schema:
             parts.append(f"/{_whole(schema['pattern'], f'{where}.pattern')}{ends}/")
-        if self._kinds & _NUMBERS_AND_BRACKETS:
+        if self.kinds & _NUMBERS_AND_BRACKETS:
             parts.append(rf"~/[ \t\n]*[-0-9\[\{{]{_ANY}/")
-        if self._kinds != TEXT:
+        if self.kinds != TEXT:
             parts.append(rf"~/[ \t\n]*({_CONSTANT})[ \t\n]*{ends}/")
-        self._num_texts += 1
-        return self._rules.add(f"TEXT_{self._name}_{self._num_texts}", " & ".join(parts))
+        self.num_texts += 1
+        return self.rules.add(f"TEXT_{self.name}_{self.num_texts}", " & ".join(parts))
 
 
 def _whole(pattern: str, where: str) -> str:
@@ -203,7 +190,7 @@ def _whole(pattern: str, where: str) -> str:
     return f"{'' if begin else _ANY}({core}){'' if end else _ANY}"
 
 
-def _check_keywords(schema: Mapping[str, Any], known: frozenset[str], where: str) -> None:
+def _check_keywords(schema: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in schema:
         if name not in known:
             _refuse("is not supported where calls are XML and have a grammar", f"{where}.{name}")

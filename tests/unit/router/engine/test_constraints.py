@@ -27,6 +27,7 @@ from router.engine.constraints import MAX_KEPT, Constraint, Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, flags_of
 from router.gateway.grammar import check_grammar
+from router.gateway.request.model import Generation
 from router.gateway.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
@@ -761,7 +762,8 @@ AT_LIMITS: dict[str, dict[str, Any]] = {
 def test_a_form_at_the_limits_is_answered_or_ended_soon(
     grammars: Grammars, form: dict[str, Any]
 ) -> None:
-    grammar = check_grammar({"structured_outputs": form}, str, (EOS,))
+    asked = Generation.model_validate({"structured_outputs": form})
+    grammar = check_grammar(asked, (EOS,))
     random, begun_at_s = Random(0), time.process_time()
     for _ in range(3):
         choice = grammars.begin(grammar)
@@ -782,12 +784,14 @@ import sys, threading
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from router.gateway.grammar import check_grammar
+from router.gateway.request.model import Generation
 from router.grammar_limits import parser_limits
 
 tokens = LLTokenizer(sys.argv[1])  # as transformers would read it, in a tenth of the time
 names = "\\n".join(f'T{i}: "a" T{i + 1}? | "b" T{i + 1}' for i in range(1_500))
 lark = f'start: T0\\n{names}\\nT1500: "c"\\n'
-grammar = check_grammar({"structured_outputs": {"grammar": lark}}, str, (0,))
+asked = Generation.model_validate({"structured_outputs": {"grammar": lark}})
+grammar = check_grammar(asked, (0,))
 matcher = LLMatcher(tokens, grammar, log_level=0, limits=parser_limits())
 
 def follow():

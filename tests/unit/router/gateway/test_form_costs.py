@@ -10,6 +10,7 @@ import pytest
 from cluster.errors import InvalidRequestError
 from router.gateway.form_costs import MAX_TOGETHER, most_repeats
 from router.gateway.grammar import check_grammar
+from router.gateway.request.model import Generation
 
 FIELD = "structured_outputs"
 COUNT = MAX_TOGETHER + 1
@@ -24,7 +25,7 @@ REPEATS, TOGETHER, MULTIPLE = "repeats a part", "patterns together", "multipleOf
 
 
 def grammar_of(**form: Any) -> str:
-    return check_grammar({FIELD: form}, str, (0,))
+    return check_grammar(Generation.model_validate({FIELD: form}), (0,))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from cluster.errors import DeadlineExceededError, OverloadedError, SlowReaderErr
 from router.client import Client, Sampling
 from router.config import GatewayConfig
 from router.gateway.limits import Places
+from router.gateway.request.model import GrpcRequest
 from router.gateway.service import Delta, GenerationService
-from router.gateway.validate import RawRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
 from router.security.keys import ANYBODY
@@ -46,11 +46,14 @@ class Flood(FakeUpstream):
             self.closed.set()
 
 
-RAW = RawRequest("tiny", "in", {}, streamed=True)
+ASKED = {"model": "tiny"}
 
 
-def start(served: GenerationService, raw: RawRequest = RAW) -> AsyncGenerator[Delta, None]:
-    checked = served.validator.check(raw)
+def start(
+    served: GenerationService, given: dict[str, object] = ASKED
+) -> AsyncGenerator[Delta, None]:
+    asked = served.validator.read(GrpcRequest, given)
+    checked = served.validator.check(asked, "in", streamed=True)
     return served.generate(checked, "grpc", served.charge([checked], ANYBODY, "grpc"))
 
 
@@ -85,9 +88,9 @@ def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
     async def run() -> None:
         upstream = FakeUpstream(lambda request: (), endless=True)
         served = service(upstream)
-        raw = RawRequest("tiny", "in", {}, {"timeout_s": 0.01}, streamed=True)
+        given = {**ASKED, "timeout_s": 0.01}
         with pytest.raises(DeadlineExceededError):
-            await anext(start(served, raw))
+            await anext(start(served, given))
         await until_closed(upstream)
         assert counted(served, "expertmesh_requests_in_flight") == 0
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.errors import InvalidRequestError
 from router.client import Client, Sampling
+from router.gateway.request.model import Generation
 from router.gateway.token_rules import check_rules
 from router.messages.request import TokenEvent
 from router.messages.rules import TokenRules
@@ -80,7 +81,7 @@ def test_a_word_that_the_tokenizer_fails_on_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(found, "_tokenizer", fails)
     model = replace(served(), tokenizer=found)
     with pytest.raises(InvalidRequestError, match=r"bad_words\[0\].*the model's tokenizer fails"):
-        check_rules({"bad_words": ["word"]}, str, model, 5)
+        check_rules(Generation(bad_words=["word"]), model, 5)
 
 
 def test_no_stop_string_ends_an_answer_before_its_least_number_of_tokens() -> None:
@@ -105,12 +106,12 @@ def test_a_resumed_choice_may_not_go_on_after_its_stop_token() -> None:
 def test_rules_that_leave_no_token_are_refused(vocab_size: int, is_refused: bool) -> None:
     model = served()
     small = replace(model, info=replace(model.info, vocab_size=vocab_size))
-    given = {"stop_token_ids": list(range(128)), "min_tokens": 1}
+    given = Generation(stop_token_ids=list(range(128)), min_tokens=1)
     if not is_refused:
-        assert check_rules(given, str, small, 4) is not None
+        assert check_rules(given, small, 4) is not None
         return
     with pytest.raises(InvalidRequestError, match="leaves no token"):
-        check_rules(given, str, small, 4)
+        check_rules(given, small, 4)
 
 
 def test_usage_may_come_with_every_chunk() -> None:

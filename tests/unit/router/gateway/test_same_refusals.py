@@ -10,14 +10,18 @@ import pytest
 
 from cluster.errors import InvalidRequestError, UnknownModelError
 from router.client import Client, Message, Sampling
-from router.gateway.openai.fields import ANY, CHAT, COMPLETION, Fields
+from router.gateway.request.harmless import ANY
+from router.gateway.request.model import ChatRequest, CompletionRequest, Request
 from tests.unit import http_calls
 from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, vocab_size
 from tests.unit.http_calls import HELLO, call, refusal
 
 UPSTREAM = FakeUpstream(says("x"))
 """Never asked: all that is sent here is refused."""
-PATHS = {http_calls.COMPLETIONS: COMPLETION, http_calls.CHAT: CHAT}
+PATHS: dict[str, type[Request]] = {
+    http_calls.COMPLETIONS: CompletionRequest,
+    http_calls.CHAT: ChatRequest,
+}
 GOOD: dict[str, dict[str, Any]] = {
     http_calls.COMPLETIONS: {"model": "tiny", "prompt": "in"},
     http_calls.CHAT: {"model": "tiny", "messages": HELLO},
@@ -145,13 +149,15 @@ def test_a_least_number_of_tokens_is_not_passed_over(path: str) -> None:
     refusal(call(UPSTREAM, path, body), 400, "min_tokens")
 
 
-def known() -> list[tuple[str, Fields, str]]:
-    return [(path, fields, name) for path, fields in PATHS.items() for name in fields.harmless]
+def known() -> list[tuple[str, type[Request], str]]:
+    return [(path, kind, name) for path, kind in PATHS.items() for name in kind.others]
 
 
-@pytest.mark.parametrize(("path", "fields", "name"), known())
-def test_a_known_field_passes_at_its_defaults_alone(path: str, fields: Fields, name: str) -> None:
-    harmless = fields.harmless[name]
+@pytest.mark.parametrize(("path", "kind", "name"), known())
+def test_a_known_field_passes_at_its_defaults_alone(
+    path: str, kind: type[Request], name: str
+) -> None:
+    harmless = kind.others[name]
     upstream = FakeUpstream(says("x"))
     passing = [None, {"any": "thing"}] if harmless is ANY else [None, *harmless]
     for value in passing:

@@ -26,6 +26,7 @@ from router.client import Client, Message, Sampling, UnreachableError, Usage
 from router.config import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.grpc import methods as grpc_methods
+from router.gateway.request.model import GrpcRequest, TokenizeRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import admin_pb2, inference_pb2
 from router.security.keys import ANYBODY
@@ -254,6 +255,14 @@ def test_only_fields_that_are_set_replace_defaults(upstream: FakeUpstream) -> No
     assert with_zero.HasField("max_tokens")
     _, context = call(upstream, "Generate", request(max_tokens=0))
     assert context.details.startswith("sampling.max_tokens:")
+
+
+def test_the_models_have_the_fields_of_the_messages_and_no_others() -> None:
+    of_request = set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name)
+    of_sampling = set(inference_pb2.Sampling.DESCRIPTOR.fields_by_name)
+    assert not of_request & of_sampling  # the model has both, side by side
+    assert GrpcRequest.names == (of_request | of_sampling) - {"sampling", "resume"}
+    assert set(inference_pb2.TokenizeRequest.DESCRIPTOR.fields_by_name) <= TokenizeRequest.names
 
 
 @pytest.mark.parametrize("method", UNARY + STREAMS)

@@ -114,7 +114,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (CHAT, {"priority": "high"}, "priority"),
         (CHAT, {"cache_salt": ""}, "cache_salt"),
         (CHAT, {"prompt": "x"}, "prompt"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
         (CHAT, {"messages": []}, "messages"),
@@ -132,7 +132,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
         ),
         (CHAT, {"messages": [*HELLO, {"role": "system", "content": "x"}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "x" * 100_000}]}, "messages"),

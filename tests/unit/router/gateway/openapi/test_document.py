@@ -11,11 +11,9 @@ import pytest
 from starlette.routing import Route
 
 from router.config import GatewayConfig
-from router.gateway.openai.fields import CHAT as CHAT_FIELDS
-from router.gateway.openai.fields import COMPLETION as COMPLETION_FIELDS
-from router.gateway.openai.fields import Fields
-from router.gateway.openai.tokens import DETOKENIZE, TOKENIZE
+from router.gateway.openapi.bodies import BODIES
 from router.gateway.predict.validate import PARAMETERS
+from router.gateway.request.model import Request
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, events, refusal
 from tests.unit.router.gateway.tools.chat_models import says as says_of
@@ -23,12 +21,6 @@ from tests.unit.router.gateway.tools.test_parsers import QWEN_CALL
 from tests.unit.router.gateway.tools.test_refusals import CALL, TOOL, USER, post
 
 UPSTREAM = FakeUpstream(says(" was"))
-BODIES = {
-    "CompletionRequest": COMPLETION_FIELDS,
-    "ChatRequest": CHAT_FIELDS,
-    "TokenizeRequest": TOKENIZE,
-    "DetokenizeRequest": DETOKENIZE,
-}
 INFER = "/v2/models/digits/infer"
 PIXELS = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 1, 2, 3]}
 
@@ -62,14 +54,14 @@ def test_every_route_is_described_and_no_other(document: dict[str, Any]) -> None
     assert len(of_models) == 6
 
 
-@pytest.mark.parametrize(("name", "fields"), BODIES.items())
+@pytest.mark.parametrize("kind", BODIES)
 def test_a_body_has_the_fields_that_the_validation_takes(
-    document: dict[str, Any], name: str, fields: Fields
+    document: dict[str, Any], kind: type[Request]
 ) -> None:
-    described = document["components"]["schemas"][name]["properties"]
-    assert described.keys() == fields.supported | fields.harmless.keys()
-    for field, values in fields.harmless.items():
-        check = validator(document, name)
+    described = document["components"]["schemas"][kind.__name__]["properties"]
+    assert described.keys() == kind.names | kind.others.keys()
+    for field, values in kind.others.items():
+        check = validator(document, kind.__name__)
         wrong = [error for error in check.iter_errors({field: "nonsense"}) if error.path]
         assert bool(wrong) == (values is not None), field
 

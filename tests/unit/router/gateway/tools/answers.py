@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.gateway.tools.answer import AnswerFormat, ChoiceParser
+from router.gateway.tools.answer import AnswerFormat
 from router.gateway.tools.definitions import Tool, ToolUse
 from router.gateway.tools.formats import ChatFormat
+from router.gateway.tools.reader import ChoiceParser
 
 WEATHER: dict[str, Any] = {
     "type": "object",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 from transformers.utils.chat_parsing import parse_response
 
 from cluster.errors import CheckpointError
-from router.gateway.tools.calls import Calls
-from router.gateway.tools.response_template import ResponseTemplateParser
+from router.gateway.tools.definitions import ToolUse
+from router.gateway.tools.formats import ChatFormat
 from tests.unit.gateway_fakes import FakeUpstream
 from tests.unit.router.gateway.tools.answers import TOOLS as CHECKED
-from tests.unit.router.gateway.tools.answers import Whole
+from tests.unit.router.gateway.tools.answers import Whole, parsed
 from tests.unit.router.gateway.tools.chat_models import ask, model_in, save_tokenizer, says
 from tests.unit.router.gateway.tools.test_openai_tools import ASKED, TOOLS
 from tests.unit.router.gateway.tools.test_parsers import PARIS, QWEN_CALL, cuts
@@ -41,15 +42,12 @@ PREFIX = "<|im_start|>assistant\n"
 
 
 def whole_of(pieces: list[str], prefix: str = PREFIX, hidden: tuple[str, ...] = ()) -> Whole:
-    calls = Calls(["get_weather"])
-    tools = [tool.given for tool in CHECKED]
-    parser = ResponseTemplateParser(TEMPLATE, prefix, calls, tools, hidden)
-    whole = Whole()
-    for part in [*(parser.push(piece) for piece in pieces), parser.flush()]:
-        whole.content += part.content
-        whole.reasoning += part.reasoning
-        whole.calls += [(call.name, call.arguments) for call in part.calls]
-    return whole
+    special = {mark: place for place, mark in enumerate(hidden)}
+    use = ToolUse(CHECKED, CHECKED[:1])
+    whole = parsed(
+        ChatFormat(special=special, response_template=TEMPLATE), pieces, False, use, prefix
+    )
+    return replace(whole, finish_reason=None)
 
 
 def test_pieces_are_what_transformers_makes_of_the_whole() -> None:
