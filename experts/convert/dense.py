@@ -1,6 +1,7 @@
 """Dense Llama-like checkpoints, which are not served, as sources of mixtures.
 
-A folder with ``config.json`` and safetensors, or a GGUF file. Tensors have transformers' names.
+A folder with ``config.json`` and safetensors, or a GGUF file of llama.cpp's architectures
+``llama``, which is Mistral's too, and ``qwen2``. Tensors have transformers' names.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from pathlib import Path
 
 from cluster.errors import CheckpointError, shown
 from experts.checkpoint.config import read_json
-from experts.convert.gguf_dense import open_dense_gguf
-from experts.convert.gguf_file import is_gguf
+from experts.convert.gguf_file import IN_LAYER, OUTER, GgufFile, attention_config, is_gguf
 from experts.convert.huggingface import CONFIG_FILE, is_huggingface, shards_of
+from experts.convert.mixtral_names import takes_by_part
 from experts.convert.safetensors_files import SafetensorsFiles
-from experts.convert.source import Source, Take
+from experts.convert.source import Source
 from experts.families.base import Config
 
 DENSE_CLASSES = {
@@ -30,6 +31,12 @@ REFUSED = {
     "phi3": "its matrices are fused",
 }
 """Why other dense models cannot be upcycled."""
+_IN_GGUF = ("llama", "qwen2")
+_FEED_FORWARD = {
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 _UNSUPPORTED = ("quantization_config", "mlp_bias", "attention_bias")
 
 
@@ -40,7 +47,7 @@ def open_dense(path: Path) -> Source:
     :data:`DENSE_CLASSES`, and for biases or quantised weights, which are not supported.
     """
     if path.is_file() and is_gguf(path):
-        return open_dense_gguf(path)
+        return _open_gguf(path)
     if not path.is_dir() or not is_huggingface(path):
         raise CheckpointError(
             "is no dense model; allowed: a folder with config.json and safetensors, or a .gguf "
@@ -51,10 +58,25 @@ def open_dense(path: Path) -> Source:
     config = read_json(file)
     _check(config, file)
     shards = shards_of(path)
-    tensors = SafetensorsFiles(shards)
-    return Source(
-        "huggingface", path, file, config, tensors, lambda name: [Take(name)], (file, *shards)
-    )
+    return Source("huggingface", path, file, config, SafetensorsFiles(shards), (file, *shards))
+
+
+def _open_gguf(path: Path) -> Source:
+    file = GgufFile(path)
+    architecture = str(file.field("general.architecture"))
+    if architecture not in _IN_GGUF:
+        raise CheckpointError(
+            f"has the architecture {shown(architecture)}; possible: {', '.join(_IN_GGUF)}",
+            str(path),
+        )
+    if file.number(f"{architecture}.expert_count", 0):
+        raise CheckpointError("has experts already, so it is no dense model", str(path))
+    config = attention_config(file, architecture) | {
+        "architectures": [DENSE_CLASSES[architecture]],
+        "model_type": architecture,
+    }
+    takes = takes_by_part(config, "blk", OUTER, IN_LAYER | _FEED_FORWARD)
+    return Source("gguf", path, path, config, file, (path,), takes)
 
 
 def _check(config: Config, file: Path) -> None:

@@ -53,14 +53,12 @@ def open_gguf(path: Path) -> Source:
     """Open a file and read its metadata; raises :class:`CheckpointError`."""
     file = GgufFile(path)
     architecture = str(file.field("general.architecture"))
-    if architecture not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
+    if architecture != "llama":
         raise CheckpointError(
-            f"has the architecture {shown(architecture)}; known: {known}", str(path)
+            f"has the architecture {shown(architecture)}; known: llama", str(path)
         )
-    make_config, make_takes = _ARCHITECTURES[architecture]
-    config = make_config(file)
-    return Source("gguf", path, path, config, file, make_takes(config), (path,))
+    config = _mixtral_config(file)
+    return Source("gguf", path, path, config, file, (path,), _mixtral_takes(config))
 
 
 class GgufFile:
@@ -224,6 +222,3 @@ def _mixtral_takes(config: Config) -> Callable[[str], list[Take]]:
         ]
 
     return takes_by_part(config, "blk", OUTER, IN_LAYER, expert_takes)
-
-
-_ARCHITECTURES = {"llama": (_mixtral_config, _mixtral_takes)}

@@ -15,7 +15,7 @@ from experts.checkpoint.config import read_json
 from experts.checkpoint.quantization import quantization_of
 from experts.checkpoint.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 from experts.convert.safetensors_files import SafetensorsFiles
-from experts.convert.source import QUANTISED, Entry, Source, Take, Tensors
+from experts.convert.source import QUANTISED, Entry, MadeTensors, Source, Take, Tensors
 from experts.families.grok import GROK_1, GROK_1_OF_XAI, name_of_xai
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def open_huggingface(path: Path) -> Source:
     if quantization_of(config, config_file) is None:
         tensors: Tensors = SafetensorsFiles(shards)
     else:
-        tensors = _DequantisedFiles(open_checkpoint(path))
+        tensors = _dequantised(open_checkpoint(path))
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     files = (config_file, *shards)
     old_name: Callable[[str], str] = str
@@ -51,28 +51,26 @@ def open_huggingface(path: Path) -> Source:
     def takes(name: str) -> list[Take]:
         return [Take(old_name(name))]
 
-    return Source("huggingface", path, config_file, config, tensors, takes, files)
+    return Source("huggingface", path, config_file, config, tensors, files, takes)
 
 
-class _DequantisedFiles:
-    """The tensors of a checkpoint with quantised tensors."""
+def _dequantised(checkpoint: Checkpoint) -> MadeTensors:
+    """Return the tensors of a checkpoint with quantised tensors."""
+    packed = checkpoint.packed.values()
+    stored = {name for tensor in packed for name in (tensor.codes, tensor.scales)}
+    entries = {
+        name: Entry(info.shape, DTYPES[info.dtype])
+        for name, info in checkpoint.tensors.items()
+        if name not in stored
+    } | {name: Entry(tensor.shape, QUANTISED) for name, tensor in checkpoint.packed.items()}
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        packed = checkpoint.packed.values()
-        stored = {name for tensor in packed for name in (tensor.codes, tensor.scales)}
-        self.entries = {
-            name: Entry(info.shape, DTYPES[info.dtype])
-            for name, info in checkpoint.tensors.items()
-            if name not in stored
-        } | {name: Entry(tensor.shape, QUANTISED) for name, tensor in checkpoint.packed.items()}
-
-    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor; only these rows are read and dequantised."""
+    def make(name: str) -> torch.Tensor:
         from cluster.wire.tensors import from_array
         from experts.checkpoint.expert_weights import read_tensor
 
-        return from_array(read_tensor(self._checkpoint, name, "float32", (begin, end)))
+        return from_array(read_tensor(checkpoint, name, "float32"))
+
+    return MadeTensors(entries, make)
 
 
 def shards_of(path: Path) -> tuple[Path, ...]:

@@ -48,10 +48,9 @@ def open_mistral(path: Path) -> Source:
     params_file = path / PARAMS_FILE
     config = _config(read_json(params_file), params_file)
     shards = tuple(sorted(path.glob(_PATTERN)))
+    files = (params_file, *shards)
     tensors = SafetensorsFiles(shards)
-    return Source(
-        "mistral", path, params_file, config, tensors, _takes(config), (params_file, *shards)
-    )
+    return Source("mistral", path, params_file, config, tensors, files, _takes(config))
 
 
 def _config(params: dict[str, Any], file: Path) -> Config:

@@ -1,4 +1,4 @@
-"""The places of Mixtral's tensors in other layouts, by the names of their parts."""
+"""The places of Mixtral's and dense tensors in other layouts, by the names of their parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from experts.convert.source import Take
 from experts.families.base import Config
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
 
 
@@ -17,26 +17,27 @@ def takes_by_part(
     layers: str,
     outer: Mapping[str, str],
     in_layer: Mapping[str, str],
-    rest: Callable[[str, str], list[Take]],
+    rest: Callable[[str, str], list[Take]] = lambda prefix, part: [],
 ) -> Callable[[str], list[Take]]:
-    """Return the function from a tensor's name to its takes, for a layout with rotary pairs.
+    """Return the function from a tensor's name to its takes, for a layout of llama.cpp or Mistral.
 
     ``layers`` is the prefix of all layers' names. ``outer`` and ``in_layer`` have the layout's name
     of a tensor outside and inside of a layer. ``rest(prefix of the layer, part)`` returns the takes
-    of all other tensors of a layer.
+    of all other tensors of a layer. Queries and keys are rotary pairs, but not those of Qwen2.
     """
     rotary = {
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],
     }
+    rotary = {} if config["model_type"] == "qwen2" else rotary
 
     def takes(name: str) -> list[Take]:
         match = _LAYER.fullmatch(name)
         if match is None:
-            return [Take(outer[name])]
-        prefix, part = f"{layers}.{int(match[1])}", match[2]
+            return [Take(outer[name])] if name in outer else []
+        prefix, part, kind = f"{layers}.{int(match[1])}", match[2], match[3]
         if part in in_layer:
-            return [Take(f"{prefix}.{in_layer[part]}.weight", rotary_heads=rotary.get(part))]
+            return [Take(f"{prefix}.{in_layer[part]}.{kind}", rotary_heads=rotary.get(part))]
         return rest(prefix, part)
 
     return takes

@@ -38,6 +38,18 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class MadeTensors:
+    """Tensors that are made as they are read: ``make`` returns a whole one of the ``entries``."""
+
+    entries: Mapping[str, Entry]
+    make: Callable[[str], torch.Tensor]
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows of a tensor."""
+        return self.make(name)[begin:end]
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """The steps from a tensor of the source to a tensor of the model.
 
@@ -52,6 +64,11 @@ class Take:
     rotary_heads: int | None = None
 
 
+def as_named(name: str) -> list[Take]:
+    """Return the take of a tensor that has the model's name in the source."""
+    return [Take(name)]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """An opened source; ``takes`` returns the possible takes of a tensor, of which one exists.
@@ -64,8 +81,8 @@ class Source:
     config_file: Path
     config: Config
     tensors: Tensors
-    takes: Callable[[str], list[Take]]
     files: tuple[Path, ...]
+    takes: Callable[[str], list[Take]] = as_named
     text_folder: Path | None = None
 
     @property

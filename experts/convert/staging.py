@@ -38,11 +38,6 @@ def staging_folder(dest: Path) -> Path:
     return dest.parent / f".{dest.name}.converting"
 
 
-def finished_shards(dest: Path) -> int:
-    """Return the number of complete shards of a broken-off command for ``dest``."""
-    return len(list((staging_folder(dest) / _MODEL_FOLDER).glob("*.safetensors")))
-
-
 def check_dest(dest: Path) -> None:
     """Raise :class:`ConfigError` unless ``dest`` is new or an empty folder."""
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
@@ -58,13 +53,15 @@ def check_dest(dest: Path) -> None:
 
 
 @contextmanager
-def staged(dest: Path, wanted_job: dict[str, Any]) -> Iterator[Path]:
-    """Yield the folder for the model, with the complete shards of an earlier run of the same job.
+def staged(dest: Path, source: Source, options: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder for the model, which becomes ``dest`` when the body ends.
 
-    All files of any other job are deleted. Raises :class:`ConvertFailedError` when the folder
-    cannot be written or another command uses it.
+    It has the complete shards of an earlier run of the same job: the same files of the source, and
+    the same options. All files of any other job are deleted. Raises :class:`ConvertFailedError`
+    when the folder cannot be written or another command uses it, and :class:`CheckpointError` when
+    a file of the source is missing or changes meanwhile.
     """
-    staging = staging_folder(dest)
+    staging, begun = staging_folder(dest), _job(source, options)
     try:
         staging.mkdir(parents=True, exist_ok=True)
         lock = os.open(staging, os.O_RDONLY)
@@ -72,8 +69,12 @@ def staged(dest: Path, wanted_job: dict[str, Any]) -> Iterator[Path]:
         raise ConvertFailedError(f"cannot be made: {error.strerror}", str(staging)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _prepare(staging, wanted_job)
+        _prepare(staging, begun)
         yield staging / _MODEL_FOLDER
+        if _job(source, options) != begun:
+            raise CheckpointError("has changed meanwhile; run the command again", str(source.path))
+        (staging / _MODEL_FOLDER).replace(dest.absolute())
+        shutil.rmtree(staging)
     except BlockingIOError:
         raise ConvertFailedError("another command uses this folder", str(staging)) from None
     except OSError as error:
@@ -86,22 +87,13 @@ def staged(dest: Path, wanted_job: dict[str, Any]) -> Iterator[Path]:
         os.close(lock)
 
 
-def job(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the identity of a command: the source's files with their stamps, and the options.
-
-    Raises :class:`CheckpointError` when a file of the source is missing.
-    """
+def _job(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a command: the source's files with their stamps, and the options."""
     try:
         stats = [(str(file.resolve()), file.stat()) for file in source.files]
     except OSError as error:
         raise CheckpointError(f"has changed: {error}", str(source.path)) from None
     return {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], **options}
-
-
-def publish(staging: Path, dest: Path) -> None:
-    """Rename the finished model to ``dest``, and remove the staging folder."""
-    (staging / _MODEL_FOLDER).replace(dest)
-    shutil.rmtree(staging)
 
 
 def is_whole(file: Path, shard: Shard) -> bool:

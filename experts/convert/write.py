@@ -25,8 +25,6 @@ from experts.convert.staging import (
     check_dest,
     finish,
     is_whole,
-    job,
-    publish,
     staged,
     write_whole,
 )
@@ -67,13 +65,9 @@ def convert(
     check_dest(dest)
     plan = make_plan(open_source(path), dtype, max_shard_bytes)
     options = {"dtype": plan.dtype, "max_shard_bytes": max_shard_bytes}
-    begun = job(plan.source, options)
-    with staged(dest, begun) as folder:
+    with staged(dest, plan.source, options) as folder:
         kept_shards = write_model(plan, folder, progress)
-        if job(plan.source, options) != begun:
-            raise CheckpointError("has changed meanwhile; run the command again", str(path))
         open_checkpoint(folder)
-        publish(folder.parent, dest.absolute())
     return Converted(
         source=str(path),
         layout=plan.source.layout,

@@ -27,18 +27,16 @@ from router.cli.doctor import doctor
 from router.cli.evaluate import evaluate
 from router.cli.explain import explain
 from router.cli.fit import fit
+from router.cli.folders import merge, prune, upcycle
 from router.cli.generate import generate
 from router.cli.keys import keys
 from router.cli.load import load, placement, rebalance
-from router.cli.merge import merge
 from router.cli.plan import plan
 from router.cli.predict import predict
-from router.cli.prune import prune
 from router.cli.scale import copies, drain, scale
 from router.cli.serve import deploy, serve
 from router.cli.status import status
 from router.cli.train import train
-from router.cli.upcycle import upcycle
 from router.cli.usage import usage
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from router.cli.common import (
@@ -25,6 +24,7 @@ from router.cli.common import (
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
 from router.client.wire import first_model
 from router.ops.load_test import LoadTest, Results, run_load_test
+from router.workshop.progress import bar
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
 _NUM_RANDOM_PROMPTS = 64
@@ -89,20 +89,11 @@ def _random_prompts(info: ModelInfo, length: int) -> list[Sequence[int]]:
 
 
 def _run(address: str, api_key: str | None, test: LoadTest, results: Results) -> None:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{test.clients} at once", total=test.requests, failed="")
+    with bar(f"{test.clients} at once", test.requests) as update:
 
         def on_end() -> None:
             failed = f"[red]{results.failed} failed" if results.failed else ""
-            progress.update(task, advance=1, failed=failed)
+            update(advance=1, remark=failed)
 
         asyncio.run(run_load_test(address, api_key, test, results, on_end))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -150,6 +151,21 @@ def exit_codes() -> Iterator[None]:
         fail(str(error), REFUSED)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
+
+
+def check_picture(option: str, file: Path | None, formats: Sequence[str] = ()) -> None:
+    """End a command before its work where matplotlib could not draw to the file of an option."""
+    if file is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        fail(f"{option}: needs matplotlib: pip install 'expertmesh[plots]'", BAD_USAGE)
+    allowed = formats or sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in allowed:
+        fail(f"{option}: {file}: the suffix must be one of {', '.join(allowed)}", BAD_USAGE)
+    if not file.absolute().parent.is_dir():
+        fail(f"{option}: {file}: the folder does not exist", BAD_USAGE)
 
 
 def write(text: str) -> None:

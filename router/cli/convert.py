@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
+from router.cli.common import AsJson, write, write_json
+from router.cli.folders import MaxShardSize, again_after_ctrl_c
 from router.ops.plan.sizes import format_size, parse_size
+from router.workshop.progress import phases
 
 if TYPE_CHECKING:
     from experts.convert.write import Converted
@@ -31,7 +30,7 @@ def convert(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
     ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file, like 5GB.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     as_json: AsJson = False,
 ) -> None:
     """Convert a model into the served layout, or change its dtype or shard size.
@@ -43,46 +42,21 @@ def convert(
 
     DEST appears at the end, complete. The same command resumes an interrupted run.
     """
-    from experts.convert.staging import finished_shards, staging_folder
     from experts.convert.write import convert as run
 
     max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    try:
-        with _bar() as bar:
-            task = bar.add_task("converting", total=None, visible=False)
-            done = run(
-                source,
-                dest,
-                dtype,
-                max_shard_bytes,
-                lambda done_bytes, all_bytes: bar.update(
-                    task, completed=done_bytes, total=all_bytes, visible=True
-                ),
-            )
-    except KeyboardInterrupt:
-        if kept := finished_shards(dest):
-            again = ["expertmesh", "convert", str(source), str(dest), "--dtype", dtype]
-            again += ["--max-shard-size", max_shard_size]
-            fail(
-                f"interrupted; {kept} whole shards are kept in {staging_folder(dest)}; "
-                f"go on with: {shlex.join(again)}",
-                INTERRUPTED,
-            )
-        fail("interrupted before a shard was whole; run the same command again", INTERRUPTED)
+    with again_after_ctrl_c(dest), phases("reading") as on:
+        done = run(
+            source,
+            dest,
+            dtype,
+            max_shard_bytes,
+            lambda done, total: on("converting, MB", done >> 20, total >> 20),
+        )
     if as_json:
         write_json(asdict(done))
     else:
         _print(done)
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _print(done: Converted) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from router.cli.common import Address, ApiKey, AsJson, Model, Timeout, write, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
+from router.workshop.progress import phases
 
 if TYPE_CHECKING:
     from router.workshop.evaluate.run import Evaluation
@@ -58,30 +56,12 @@ def evaluate(
     from router.workshop.evaluate.run import evaluate as run
 
     asked = Served(address, model, timeout, api_key) if served else None
-    with _progress() as on:
+    with phases("loading") as on:
         found = run(folder, text or [], sequence_length, asked, on)
     if as_json:
         write_json(asdict(found), indent=2)
     else:
         _print(found, experts)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how much of each file is done, at a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        waiting = progress.add_task("loading", total=None)
-
-        def on(name: str, done: int, total: int) -> None:
-            progress.update(waiting, visible=False)
-            if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.advance(tasks[name], done)
-
-        yield on
 
 
 def _print(found: Evaluation, with_experts: bool) -> None:

@@ -18,6 +18,7 @@ from router.cli.common import (
     AsJson,
     Model,
     Timeout,
+    check_picture,
     fail,
     printable,
     write,
@@ -65,7 +66,7 @@ def explain(
 
     Generated tokens are the likeliest ones. The last of them is not computed, and has no experts.
     """
-    _check_picture(picture)
+    check_picture("--picture", picture, ("png", "svg"))
     with Client(address, api_key=api_key) as client:
         explained = _ask(client, prompt, model, max_tokens, timeout)
     place = _place_of(explained, layer)
@@ -80,18 +81,6 @@ def explain(
         write_json(explained.to_json(), indent=2)
     else:
         _show(explained, place)
-
-
-def _check_picture(picture: Path | None) -> None:
-    """End the command before it asks anything, where no picture can be drawn."""
-    if picture is None:
-        return
-    from router.cli.explain_picture import SUFFIXES, can_draw
-
-    if picture.suffix not in SUFFIXES:
-        fail(f"--picture: given {picture}, must end in {' or '.join(SUFFIXES)}", BAD_USAGE)
-    if not can_draw():
-        fail("--picture needs matplotlib: pip install 'expertmesh[plots]'", BAD_USAGE)
 
 
 def _ask(client: Client, prompt: str, model: str, max_tokens: int, timeout_s: float) -> Explained:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 
@@ -11,16 +10,10 @@ import numpy as np
 from router.cli.common import printable
 from router.cli.explained import Explained
 
-SUFFIXES = (".png", ".svg")
 MOST_NAMED = 160
 """The most tokens that have their texts under the picture."""
 _DPI = 120
 _DISTINCT = 20
-
-
-def can_draw() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(explained: Explained, path: Path) -> None:

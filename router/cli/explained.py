@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from router.client import ModelInfo, Token
-from router.workshop.kinds import KINDS, SPECIAL, token_kind
 
-ALL_KINDS = (*KINDS, SPECIAL)
+SPECIAL = "special tokens"
+"""The kind of tokens that are no text, such as those that begin and end one."""
+ALL_KINDS = (
+    "punctuation", "numbers", "capitals", "words", "parts of words", "line ends and spaces",
+    SPECIAL,
+)  # fmt: skip
 """Each token is of one of these kinds."""
 
 
@@ -121,6 +125,23 @@ class Explained:
             ],
             "layers": layers,
         }
+
+
+def token_kind(text: str) -> str:
+    """Return the kind of a token, by its text and the space before it.
+
+    A word begins after a space. Any other token with letters is a part of a word.
+    """
+    bare = text.strip()
+    if not bare:
+        return "line ends and spaces"
+    if any(map(str.isdigit, bare)):
+        return "numbers"
+    if not any(map(str.isalpha, bare)):
+        return "punctuation"
+    if bare[0].isupper():
+        return "capitals"
+    return "words" if text[0].isspace() else "parts of words"
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

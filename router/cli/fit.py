@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +16,21 @@ from rich.console import Console
 from rich.table import Table as ShownTable
 
 from cluster.errors import ConfigError, InvalidRequestError
-from router.cli.common import BAD_USAGE, AsJson, fail, printable, write, write_json
+from router.cli.common import (
+    BAD_USAGE,
+    AsJson,
+    check_picture,
+    fail,
+    printable,
+    write,
+    write_json,
+)
 from router.cli.fit_table import Columns, DataError, read_columns
 from router.cli.rows import read_table
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from router.workshop.mixture.alone import Score
     from router.workshop.mixture.fit_config import FitConfig
 
 MIXTURE = "this mixture"
@@ -31,11 +38,11 @@ MIXTURE = "this mixture"
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A mixture or one of its experts alone: its fit's time, and its score on held-out rows."""
+    """A mixture or one of its experts alone: its fit's time, and its scores on held-out rows."""
 
     name: str
     fit_s: float
-    score: Score | None
+    scores: dict[str, float | None]
 
 
 def fit(
@@ -68,7 +75,7 @@ def fit(
     settings = load_fit_config(config)
     estimator = build(settings, config)
     _check_out(out)
-    _check_plot(plot)
+    check_picture("--plot", plot)
     columns = _read(data, settings)
     train, held_out = _split(columns, settings, data)
     with _warnings_as_lines():
@@ -90,21 +97,6 @@ def fit(
 def _check_out(out: Path) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         fail(f"--out: {out}: holds other files; name a new or empty folder", BAD_USAGE)
-
-
-def _check_plot(plot: Path | None) -> None:
-    """Refuse a picture that could not be written, before the fit."""
-    if plot is None:
-        return
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        fail("--plot: needs pip install 'expertmesh[plots]'", BAD_USAGE)
-    formats = sorted(FigureCanvasBase.get_supported_filetypes())
-    if plot.suffix.removeprefix(".").lower() not in formats:
-        fail(f"--plot: {plot}: the suffix must be one of {', '.join(formats)}", BAD_USAGE)
-    if not plot.absolute().parent.is_dir():
-        fail(f"--plot: {plot}: the folder does not exist", BAD_USAGE)
 
 
 def _read(data: Path, settings: FitConfig) -> Columns:
@@ -174,8 +166,7 @@ def _fit_all(
         model.fit(columns.rows_at(train), targets[train])
         fit_s = time.monotonic() - began_at_s
         rows = columns.rows_at(held_out)
-        found = score(model, rows, targets[held_out]) if len(held_out) else None
-        fits.append(Fitted(name, fit_s, found))
+        fits.append(Fitted(name, fit_s, score(model, rows, targets[held_out]) if len(rows) else {}))
 
     with _errors_of_a_fit(config, data):
         fitted(MIXTURE, estimator)
@@ -260,27 +251,10 @@ def _document(
         "held_out_rows": num_held_out,
         "iterations": estimator.n_iter_,
         "log_likelihood": estimator.log_likelihood_,
-        "fits": [
-            {
-                "name": fitted.name,
-                "fit_s": fitted.fit_s,
-                **({} if fitted.score is None else _by_metric(estimator, fitted.score)),
-            }
-            for fitted in fits
-        ],
+        "fits": [{"name": fitted.name, "fit_s": fitted.fit_s, **fitted.scores} for fitted in fits],
         "usage": shares,
         "next": list(commands),
     }
-
-
-def _by_metric(estimator: Any, score: Score) -> dict[str, float | None]:
-    return dict(zip(_metrics(estimator), asdict(score).values(), strict=True))
-
-
-def _metrics(estimator: Any) -> tuple[str, str]:
-    from sklearn.base import is_classifier
-
-    return ("accuracy", "log_loss") if is_classifier(estimator) else ("r2", "rmse")
 
 
 def _print(estimator: Any, fits: list[Fitted], num_held_out: int, shares: dict[str, float]) -> None:
@@ -292,11 +266,10 @@ def _print(estimator: Any, fits: list[Fitted], num_held_out: int, shares: dict[s
     if num_held_out:
         names = {"r2": "R²", "rmse": "RMSE", "log_loss": "log loss"}
         table = ShownTable(f"{num_held_out:,} held-out rows")
-        for name in (*_metrics(estimator), "fit, s"):
+        for name in (*fits[0].scores, "fit, s"):
             table.add_column(names.get(name, name), justify="right")
         for fitted in fits:
-            values = [] if fitted.score is None else asdict(fitted.score).values()
-            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            cells = ["" if value is None else f"{value:.4g}" for value in fitted.scores.values()]
             table.add_row(printable(fitted.name), *cells, f"{fitted.fit_s:.2f}")
         console.print(table)
     usage = ShownTable("expert", "usage")

@@ -13,7 +13,6 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as ShownTable
 from rich.text import Text
 
@@ -36,6 +35,7 @@ from router.client import (
     Prediction,
     TensorInfo,
 )
+from router.workshop.progress import bar
 
 STDIN = "-"
 SHOWN_DIGITS = 6
@@ -90,11 +90,12 @@ def predict(
             fail(f"{data}: {error}", BAD_USAGE)
 
         def replies() -> Iterator[Prediction]:
-            with _progress(len(rows), batch_rows) as advance:
+            is_shown = None if len(rows) > batch_rows else False
+            with bar("rows", len(rows), is_shown) as update:
                 for inputs in batches(rows, info, batch_rows):
                     reply = client.predict(model, inputs, output, timeout, on_expert_loss)
                     yield reply
-                    advance(len(next(iter(inputs.values()))))
+                    update(advance=len(next(iter(inputs.values()))))
 
         with _opened(out) as file:
             num_inexact = _write(replies(), outputs, file, as_json)
@@ -139,17 +140,6 @@ def _opened(out: Path | None) -> Iterator[TextIO | None]:
         fail(f"--out: {out}: {error.strerror}", BAD_USAGE)
     with file:
         yield file
-
-
-@contextmanager
-def _progress(num_rows: int, batch_rows: int) -> Iterator[Any]:
-    """Show the rows that are done, on a terminal and where there are several requests."""
-    console = Console(stderr=True)
-    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_shown = console.is_terminal and num_rows > batch_rows
-    with Progress(*columns, console=console, disable=not is_shown, transient=True) as progress:
-        task = progress.add_task("rows", total=num_rows)
-        yield lambda count: progress.advance(task, count)
 
 
 def _write(

@@ -6,7 +6,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from router.workshop.picture import PICTURE_FILE, can_draw, draw_experts
 from router.workshop.report import RECORD_FILE, Record, model_card
 from router.workshop.settings import TrainingError, TrainingFailedError
 from router.workshop.state import STATE_FILE
@@ -61,7 +60,7 @@ def make_out(out: Path, num_parameters: int) -> None:
 def write_checkpoint(
     trainer: Trainer, tokenizer: PreTrainedTokenizerFast, record: Record, out: Path
 ) -> None:
-    """Write model, tokenizer, training.json, card and picture into `out`, each file atomically.
+    """Write model, tokenizer, training.json and card into `out`, each file atomically.
 
     The training state is deleted last, so that an interrupted run can resume. Raises
     TrainingFailedError when a write fails; the state stays then.
@@ -97,9 +96,5 @@ def _stage(
         raise OSError(str(error)) from error
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(staging)
-    picture = None
-    if can_draw() and record.config.model.num_local_experts > 1:
-        picture = PICTURE_FILE
-        draw_experts(record.figures, staging / picture)
-    (staging / CARD_FILE).write_text(model_card(record, picture), encoding="utf-8")
+    (staging / CARD_FILE).write_text(model_card(record), encoding="utf-8")
     (staging / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")

@@ -11,51 +11,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from router.workshop.groups import capacity_of, second_by_chance, within_capacity
+from router.workshop.mixture.adaptive.noisy_gate import chosen_probabilities, squared_variation
 from router.workshop.settings import GatingSettings, GroupSettings
-
-
-def top_k_gates(
-    logits: torch.Tensor, num_experts_per_tok: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return topk_weights and topk_ids, both [T, k]: a softmax over the k largest logits.
-
-    Equals Softmax(KeepTopK(H, k)), equations 3 and 5; all other gates are zero.
-    """
-    topk_logits, topk_ids = logits.topk(num_experts_per_tok, dim=-1)
-    return topk_logits.float().softmax(dim=-1), topk_ids
-
-
-def dense_gates(
-    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
-) -> torch.Tensor:
-    """Scatter topk_weights [T, k] over all experts: [T, E] with exactly k nonzeros a row."""
-    zeros = topk_weights.new_zeros(len(topk_ids), num_experts)
-    return zeros.scatter(1, topk_ids, topk_weights)
-
-
-def load_probability(
-    clean_logits: torch.Tensor,
-    noisy_logits: torch.Tensor,
-    noise_std: torch.Tensor,
-    num_experts_per_tok: int,
-) -> torch.Tensor:
-    """Return P [T, E]: the probability that an expert is in the top k when only its noise changes.
-
-    All inputs are [T, E], and P is differentiable in them; k < E. Equations 8 and 9. The sum of P
-    over the tokens is the load.
-    """
-    largest, topk_ids = noisy_logits.topk(num_experts_per_tok + 1, dim=-1)
-    is_chosen = torch.zeros_like(noisy_logits, dtype=torch.bool)
-    is_chosen.scatter_(1, topk_ids[:, :-1], True)
-    # kth_excluding(H, k, i): a chosen expert must stay above the (k+1)-th logit; an expert that is
-    # not chosen must pass the k-th.
-    threshold = torch.where(is_chosen, largest[:, -1:], largest[:, -2:-1])
-    return torch.special.ndtr((clean_logits - threshold) / noise_std)
-
-
-def squared_variation(per_expert: torch.Tensor) -> torch.Tensor:
-    """Return the squared coefficient of variation of [E] values: zero iff they are equal."""
-    return per_expert.var(unbiased=False) / per_expert.mean().square()
 
 
 class TrainingGate(MixtralTopKRouter):
@@ -90,10 +47,12 @@ class TrainingGate(MixtralTopKRouter):
             noise_std = F.softplus(F.linear(hidden_states, self.noise_weight))
             noise = torch.empty_like(noise_std).normal_(generator=self.noise_generator)
             noisy_logits = router_logits + noise * noise_std
-            load = load_probability(router_logits, noisy_logits, noise_std, self.top_k).sum(0)
-            loss = loss + self.gating.load_weight * squared_variation(load)
-        topk_weights, topk_ids = top_k_gates(noisy_logits, self.top_k)
-        importance = dense_gates(topk_weights, topk_ids, self.num_experts).sum(0)
+            chosen = chosen_probabilities(router_logits, noise_std, noisy_logits, self.top_k)
+            loss = loss + self.gating.load_weight * squared_variation(chosen.sum(0))
+        topk_logits, topk_ids = noisy_logits.topk(self.top_k, dim=-1)
+        topk_weights = topk_logits.float().softmax(dim=-1)  # equations 3 and 5
+        zeros = topk_weights.new_zeros(len(topk_ids), self.num_experts)
+        importance = zeros.scatter(1, topk_ids, topk_weights).sum(0)
         self.balancing_loss = loss + self.gating.importance_weight * squared_variation(importance)
         if self.gating.groups is not None:
             topk_weights = self._within_groups(topk_weights, topk_ids, self.gating.groups)

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
-from rich.table import Table
 
 from router.workshop.settings import DenseSize, ModelSettings, TrainingConfig, TrainingError
+from router.workshop.tables import hashes, table
 
 RECORD_FILE = "training.json"
-STRONGEST = 8
 _DENSE_SIZES: tuple[DenseSize, ...] = ("active", "total")
 
 
@@ -33,8 +32,6 @@ class Figures(BaseModel):
     unigram_perplexity: float
     sources: dict[str, SourceFigures]
     expert_shares: list[list[float]]
-    kind_shares: dict[str, list[list[float]]]
-    source_shares: dict[str, list[list[float]]]
     training_tokens: int
     distinct_training_tokens: int
     tokens_per_s: float
@@ -103,34 +100,19 @@ def num_active_parameters(num_parameters: int, model: ModelSettings) -> int:
     return num_parameters - model.num_hidden_layers * idle * expert
 
 
-def shares_table(expert_shares: Sequence[Sequence[float]]) -> Table:
-    """Return a terminal's table of the share of assignments per layer and expert."""
-    table = Table(title="Share of held-out tokens' assignments, %")
-    table.add_column("layer", justify="right")
-    for expert_id in range(len(expert_shares[0])):
-        table.add_column(f"expert {expert_id}", justify="right")
-    for layer_id, row in enumerate(expert_shares):
-        table.add_row(str(layer_id), *(f"{100 * share:.1f}" for share in row))
-    return table
-
-
-def model_card(record: Record, picture: str | None) -> str:
-    """Return the model card: the model's sizes, its figures, and the commands that reproduce it.
-
-    `picture` is the name of the picture file of :mod:`router.workshop.picture`, if there is one.
-    """
+def model_card(record: Record) -> str:
+    """Return the model card: the model's sizes, its figures, and the commands that reproduce it."""
     config, figures = record.config, record.figures
     model, run = config.model, config.optimization
-    hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
     sizes = {
-        "Parameters, in fp32": f"{figures.num_parameters:,}",
-        "Parameters that compute a token": f"{figures.num_active_parameters:,}",
+        "Parameters, in fp32": figures.num_parameters,
+        "Parameters that compute a token": figures.num_active_parameters,
         "Layers": model.num_hidden_layers,
         "Experts per layer": model.num_local_experts,
         "Experts per token": model.num_experts_per_tok,
         "Hidden size": model.hidden_size,
         "Expert size": model.intermediate_size,
-        "Vocabulary (byte-level BPE)": f"{model.vocab_size:,}",
+        "Vocabulary (byte-level BPE)": model.vocab_size,
         "Tokens per sequence in training": run.sequence_length,
     }
     return f"""# {config.card.name}
@@ -140,26 +122,21 @@ CPU thread. It writes in the styles of its texts and knows nothing. It is not tu
 instructions or chat. Its input and output embeddings are tied. Its text gets worse beyond the \
 sequence length of the training.
 
-{_two_columns("Size", sizes)}
+{table(("Size", ""), sizes.items())}
 
 ## Text
 
 {config.card.text.strip()}
 
-{hashes}
+{hashes(record.text_sha256)}
 
 ## Figures
 
 {_perplexities(record)}
 
-{_experts(record, picture)}
+{_experts(figures)}
 
 {_recipe(record)}"""
-
-
-def _two_columns(head: str, rows: Mapping[str, object]) -> str:
-    lines = (f"| {name} | {value} |" for name, value in rows.items())
-    return "\n".join([f"| {head} | |", "|---|---|", *lines])
 
 
 def _perplexities(record: Record) -> str:
@@ -167,79 +144,35 @@ def _perplexities(record: Record) -> str:
     models = {"this model": figures}
     for size, dense in record.beside.items():
         models[f"dense, same {size} size"] = dense
-    rows = [
-        f"| {name} | {model.num_parameters:,} | {model.num_active_parameters:,} "
-        f"| {model.heldout_perplexity:.2f} |"
+    head = f"On {figures.heldout_tokens:,} held-out tokens", "Parameters", "of them active"
+    rows: list[tuple[str, object, object, float]] = [
+        (name, model.num_parameters, model.num_active_parameters, model.heldout_perplexity)
         for name, model in models.items()
     ]
-    if record.origin is not None:
-        perplexity = record.origin.heldout_perplexity
-        rows.append(f"| `{record.origin.name}`, from which it went on | | | {perplexity:.2f} |")
+    if (origin := record.origin) is not None:
+        rows.append((f"`{origin.name}`, from which it went on", "", "", origin.heldout_perplexity))
+    rows.append(("unigram counts of the training text", "", "", figures.unigram_perplexity))
     by_source = [
-        f"| `{name}` | {source.heldout_tokens:,} | "
-        + " | ".join(f"{model.sources[name].perplexity:.2f}" for model in models.values())
-        + f" | {source.unigram_perplexity:.2f} |"
+        (
+            f"`{name}`",
+            source.heldout_tokens,
+            *(model.sources[name].perplexity for model in models.values()),
+            source.unigram_perplexity,
+        )
         for name, source in figures.sources.items()
     ]
-    return "\n".join(
-        [
-            f"| On {figures.heldout_tokens:,} held-out tokens | Parameters | of them active "
-            "| Perplexity per token |",
-            "|---|---|---|---|",
-            *rows,
-            f"| unigram counts of the training text | | | {figures.unigram_perplexity:.2f} |",
-            "",
-            f"| Perplexity by text | Tokens | {' | '.join(models)} | unigram |",
-            "|---" * (len(models) + 3) + "|",
-            *by_source,
-        ]
-    )
+    whole = table((*head, "Perplexity per token"), rows)
+    return f"{whole}\n\n{table(('Perplexity by text', 'Tokens', *models, 'unigram'), by_source)}"
 
 
-def _experts(record: Record, picture: str | None) -> str:
-    figures = record.figures
-    num_experts = record.config.model.num_local_experts
-    num_experts_per_tok = record.config.model.num_experts_per_tok
-    lines = [
-        "Share of the held-out tokens' expert assignments, in %:",
-        "",
-        f"| Layer | {' | '.join(f'Expert {expert_id}' for expert_id in range(num_experts))} |",
-        f"|---|{'---|' * num_experts}",
+def _experts(figures: Figures) -> str:
+    head = [f"Expert {expert_id}" for expert_id in range(len(figures.expert_shares[0]))]
+    rows = [
+        (layer_id, *(f"{100 * share:.1f}" for share in row))
+        for layer_id, row in enumerate(figures.expert_shares)
     ]
-    for layer_id, row in enumerate(figures.expert_shares):
-        lines.append(f"| {layer_id} | " + " | ".join(f"{100 * share:.1f}" for share in row) + " |")
-    if num_experts == 1:
-        return "\n".join(lines)
-    if picture:
-        lines += ["", "Which tokens each expert takes:", "", f"![Which tokens]({picture})"]
-    lines += [
-        "",
-        "The largest shares that one expert takes of a kind of token or of a text:",
-        "",
-        "| Of the assignments of | in layer | go to expert | % |",
-        "|---|---|---|---|",
-        f"| any (an even split) | | any | {100 / num_experts:.1f} |",
-        f"| any (the upper bound) | | any | {100 / num_experts_per_tok:.0f} |",
-    ]
-    for share, kind, layer_id, expert_id in strongest_leanings(figures):
-        lines.append(f"| {kind} | {layer_id} | {expert_id} | {100 * share:.1f} |")
-    return "\n".join(lines)
-
-
-def strongest_leanings(figures: Figures) -> list[tuple[float, str, int, int]]:
-    """Return the largest share that an expert takes of each kind of token and each text.
-
-    An item is (share, kind, layer, expert). The largest are first, at most `STRONGEST` in all.
-    """
-    leanings = [
-        max(
-            (share, kind, layer_id, expert_id)
-            for layer_id, row in enumerate(shares)
-            for expert_id, share in enumerate(row)
-        )
-        for kind, shares in {**figures.kind_shares, **figures.source_shares}.items()
-    ]
-    return sorted(leanings, reverse=True)[:STRONGEST]
+    shares = table(("Layer", *head), rows)
+    return f"Share of the held-out tokens' expert assignments, in %:\n\n{shares}"
 
 
 def _recipe(record: Record) -> str:
@@ -248,19 +181,19 @@ def _recipe(record: Record) -> str:
     origin = record.origin
     rows = {
         **({"Begun with": f"`{origin.name}`, identity `{origin.identity}`"} if origin else {}),
-        "Steps": f"{run.steps:,}",
+        "Steps": run.steps,
         "Sequences per step": run.batch_size,
-        "Tokens of all steps": f"{figures.training_tokens:,}",
-        "Tokens of the text": f"{figures.distinct_training_tokens:,}",
+        "Tokens of all steps": figures.training_tokens,
+        "Tokens of the text": figures.distinct_training_tokens,
         "AdamW's learning rate": f"{run.learning_rate:g} after {run.warmup_steps} steps of "
         f"warm-up, then along a cosine to {run.final_learning_rate:g}",
         "Gate": _gating(config),
-        "Seed": config.seed,
+        "Seed": str(config.seed),
         "Time": f"{figures.training_s / 60:.0f} minutes at {figures.tokens_per_s:,.0f} tokens/s",
     }
     return f"""## Recipe
 
-{_two_columns("Training", rows)}
+{table(("Training", ""), rows.items())}
 
 In serving, the gate is plain top-k.
 

@@ -6,24 +6,16 @@ torch. A resumed run gives them too, since each random number is a function of (
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from router.workshop.corpus import encode_documents, train_tokenizer
-from router.workshop.evaluation import (
-    SourceScore,
-    expert_shares,
-    kind_shares,
-    kinds_of_vocabulary,
-    perplexity,
-    score,
-    source_shares,
-    unigram_nats,
-)
+from router.workshop.evaluate.perplexity import together
+from router.workshop.evaluation import score, unigram_nats
 from router.workshop.folder import check_out, make_out, write_checkpoint
 from router.workshop.gating import use_serving_gates
 from router.workshop.origin import Origin
@@ -68,7 +60,7 @@ def train(
     origin: Origin | None = None,
     watcher: Watcher | None = None,
 ) -> Record:
-    """Train on the texts and leave a checkpoint, training.json, card and picture in `out`.
+    """Train on the texts and leave a checkpoint, training.json and card in `out`.
 
     `dense` trains the configuration's dense model instead. `beside` are folders of finished dense
     runs to compare with. `origin` is a model of the configuration's sizes to go on from, with its
@@ -103,14 +95,18 @@ def train(
         raise TrainingError(
             f"{len(tokens)} training tokens are fewer than sequence_length {sequence_length}"
         )
+    heldout = {
+        name: encode_documents(tokenizer, documents)
+        for name, documents in corpus.heldout_documents.items()
+    }
     origin_figures = None
     if origin is not None:
         watcher.on_phase("evaluating --from")
-        before = _scores(model, config, tokenizer, corpus)
+        before = score(model, heldout, sequence_length)
         origin_figures = OriginFigures(
             name=origin.folder.resolve().name,
             identity=origin.identity,
-            heldout_perplexity=_heldout_perplexity(before),
+            heldout_perplexity=together([*before.values()]).perplexity,
         )
     trainer = Trainer(config, model, tokens, _fingerprint(config, corpus, origin))
     if resume:
@@ -124,7 +120,7 @@ def train(
         dense=dense,
         origin=origin_figures,
         text_sha256=corpus.files,
-        figures=_figures(trainer, tokenizer, corpus),
+        figures=_figures(trainer, heldout),
         beside=figures_beside,
     )
     write_checkpoint(trainer, tokenizer, record, out)
@@ -153,56 +149,30 @@ def _fingerprint(config: TrainingConfig, corpus: Corpus, origin: Origin | None) 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _heldout_tokens(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> dict[str, torch.Tensor]:
-    return {
-        name: encode_documents(tokenizer, documents)
-        for name, documents in corpus.heldout_documents.items()
-    }
-
-
-def _scores(
-    model: MixtralForCausalLM,
-    config: TrainingConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    corpus: Corpus,
-) -> dict[str, SourceScore]:
-    kinds = kinds_of_vocabulary(tokenizer, config.model.vocab_size)
-    heldout = _heldout_tokens(tokenizer, corpus)
-    return score(model, heldout, kinds, config.optimization.sequence_length)
-
-
-def _heldout_perplexity(scores: Mapping[str, SourceScore]) -> float:
-    nats = sum(text.nats for text in scores.values())
-    return perplexity(nats, sum(text.num_tokens for text in scores.values()))
-
-
-def _figures(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> Figures:
+def _figures(trainer: Trainer, heldout: dict[str, torch.Tensor]) -> Figures:
     config, settings = trainer.config, trainer.config.optimization
-    vocab_size = config.model.vocab_size
     use_serving_gates(trainer.model)
-    heldout = _heldout_tokens(tokenizer, corpus)
-    scores = _scores(trainer.model, config, tokenizer, corpus)
-    num_tokens = sum(text.num_tokens for text in scores.values())
+    tallies = score(trainer.model, heldout, settings.sequence_length)
+    texts = {name: tally.figures() for name, tally in tallies.items()}
+    whole = together([*tallies.values()])
     unigram = {
-        name: unigram_nats(trainer.tokens, heldout[name][: text.num_tokens], vocab_size)
-        for name, text in scores.items()
+        name: unigram_nats(trainer.tokens, heldout[name][: text.tokens], config.model.vocab_size)
+        for name, text in texts.items()
     }
     training_tokens = settings.steps * settings.batch_size * settings.sequence_length
     return Figures(
-        heldout_tokens=num_tokens,
-        heldout_perplexity=_heldout_perplexity(scores),
-        unigram_perplexity=perplexity(sum(unigram.values()), num_tokens),
+        heldout_tokens=whole.tokens,
+        heldout_perplexity=whole.perplexity,
+        unigram_perplexity=math.exp(sum(unigram.values()) / whole.tokens),
         sources={
             name: SourceFigures(
-                heldout_tokens=text.num_tokens,
-                perplexity=perplexity(text.nats, text.num_tokens),
-                unigram_perplexity=perplexity(unigram[name], text.num_tokens),
+                heldout_tokens=text.tokens,
+                perplexity=text.perplexity,
+                unigram_perplexity=math.exp(unigram[name] / text.tokens),
             )
-            for name, text in scores.items()
+            for name, text in texts.items()
         },
-        expert_shares=expert_shares(scores),
-        kind_shares=kind_shares(scores),
-        source_shares=source_shares(scores),
+        expert_shares=[layer.shares for layer in whole.experts],
         training_tokens=training_tokens,
         distinct_training_tokens=len(trainer.tokens),
         tokens_per_s=training_tokens / trainer.elapsed_s,

@@ -8,7 +8,7 @@ Dimension letters: E experts of a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,21 +42,6 @@ class TextFigures:
 
 
 @dataclass(slots=True)
-class _Layer:
-    """Numbers of assignments and nats of their tokens, [E] each."""
-
-    counts: np.ndarray
-    nats: np.ndarray
-
-    def use(self, layer_id: int) -> LayerUse:
-        means = [
-            math.exp(nats / count) if count else None
-            for nats, count in zip(self.nats.tolist(), self.counts.tolist(), strict=True)
-        ]
-        return LayerUse(layer_id, (self.counts / self.counts.sum()).tolist(), means)
-
-
-@dataclass(slots=True)
 class TextTally:
     """Adds up the scores of a text's sequences; ``num_experts`` is E."""
 
@@ -65,34 +50,29 @@ class TextTally:
     _tokens: int = 0
     _nats: float = 0.0
     _exact: bool = True
-    _layers: dict[int, _Layer] = field(default_factory=dict)
+    _layers: dict[int, np.ndarray] = field(default_factory=dict)
+    """By layer: the numbers of assignments, and the nats of their tokens, [2, E]."""
 
     def add(self, scored: Scored) -> None:
         """Add a sequence."""
-        self._sequences += 1
-        self._tokens += len(scored.logprobs)
-        self._nats -= float(scored.logprobs.sum())
-        self._exact = self._exact and scored.exact
+        layers = {}
         for layer_id, ids in scored.experts.items():
-            layer = self._layers.setdefault(
-                layer_id, _Layer(np.zeros(self.num_experts, np.int64), np.zeros(self.num_experts))
-            )
-            layer.counts += np.bincount(ids.ravel(), minlength=self.num_experts)
             nats = np.repeat(-scored.logprobs, ids.shape[1])
-            layer.nats += np.bincount(ids.ravel(), nats, self.num_experts)
-
-    def add_tally(self, other: TextTally) -> None:
-        """Add all sequences of another text."""
-        self._sequences += other._sequences
-        self._tokens += other._tokens
-        self._nats += other._nats
-        self._exact = self._exact and other._exact
-        for layer_id, layer in other._layers.items():
-            own = self._layers.setdefault(
-                layer_id, _Layer(np.zeros(self.num_experts, np.int64), np.zeros(self.num_experts))
+            layers[layer_id] = np.stack(
+                [np.bincount(ids.ravel(), of, self.num_experts) for of in (None, nats)]
             )
-            own.counts += layer.counts
-            own.nats += layer.nats
+        nats_of_all = -float(scored.logprobs.sum())
+        self._add(1, len(scored.logprobs), nats_of_all, scored.exact, layers)
+
+    def _add(
+        self, sequences: int, tokens: int, nats: float, exact: bool, layers: dict[int, np.ndarray]
+    ) -> None:
+        self._sequences += sequences
+        self._tokens += tokens
+        self._nats += nats
+        self._exact = self._exact and exact
+        for layer_id, found in layers.items():
+            self._layers[layer_id] = self._layers.get(layer_id, 0.0) + found
 
     def figures(self) -> TextFigures:
         """Return the figures of all sequences; there is at least one."""
@@ -102,13 +82,19 @@ class TextTally:
             self._nats,
             math.exp(self._nats / self._tokens),
             self._exact,
-            [layer.use(layer_id) for layer_id, layer in sorted(self._layers.items())],
+            [_use(layer_id, *found) for layer_id, found in sorted(self._layers.items())],
         )
 
 
-def together(tallies: Iterable[TextTally], num_experts: int) -> TextFigures:
+def _use(layer_id: int, counts: np.ndarray, nats: np.ndarray) -> LayerUse:
+    pairs = zip(nats.tolist(), counts.tolist(), strict=True)
+    means = [math.exp(sum_nats / count) if count else None for sum_nats, count in pairs]
+    return LayerUse(layer_id, (counts / counts.sum()).tolist(), means)
+
+
+def together(tallies: Sequence[TextTally]) -> TextFigures:
     """Return the figures of all texts together."""
-    whole = TextTally(num_experts)
-    for tally in tallies:
-        whole.add_tally(tally)
+    whole = TextTally(tallies[0].num_experts)
+    for one in tallies:
+        whole._add(one._sequences, one._tokens, one._nats, one._exact, one._layers)
     return whole.figures()

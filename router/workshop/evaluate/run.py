@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from cluster.errors import CheckpointError, ConfigError
-from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.folder import language_model, open_folder
 from router.client import Client
 from router.gateway.tokenizer import Tokenizer
 from router.workshop.evaluate.local_model import FolderModel
 from router.workshop.evaluate.perplexity import TextFigures, TextTally, together
-from router.workshop.evaluate.scores import Ids, Scorer
+from router.workshop.evaluate.scores import Scorer
 from router.workshop.evaluate.served_model import ServedModel
+from router.workshop.progress import OnProgress
 from router.workshop.texts import Sequences, beginning, read_blocks
 
 DEFAULT_LENGTH = 512
@@ -46,10 +46,6 @@ class Evaluation:
     texts: dict[str, TextFigures]
 
 
-OnProgress = Callable[[str, int, int], None]
-"""Receives a text's name, its bytes done since the last call, and all of its bytes."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Target:
     """A model before it is loaded; ``load`` takes the length of the longest prompt in tokens."""
@@ -73,13 +69,24 @@ def evaluate(
     """
     _check_names(texts)
     if served is None:
-        target = _of_folder(_checkpoint(folder))
+        if not folder.is_dir():
+            raise CheckpointError("is no folder", str(folder))
+        checkpoint = language_model(open_folder(folder))
+        target = _Target(
+            str(checkpoint.folder),
+            checkpoint.vocab_size,
+            checkpoint.max_position_embeddings,
+            checkpoint.shape.num_experts,
+            partial(FolderModel, checkpoint),
+        )
         return _evaluate(texts, length, Tokenizer.load(str(folder)), target, on)
     tokenizer = Tokenizer.load(str(folder))
     with Client(served.address, api_key=served.api_key) as client:
         model = ServedModel(client, served.model, served.timeout_s)
         model.check_tokenizer(tokenizer, next(_blocks(texts[0]), ""), str(folder))
-        return _evaluate(texts, length, tokenizer, _of_server(model), on)
+        sizes = model.info.vocab_size, model.info.max_model_len, model.info.num_experts
+        target = _Target(model.info.id, *sizes, lambda longest: model)
+        return _evaluate(texts, length, tokenizer, target, on)
 
 
 def _evaluate(
@@ -94,12 +101,13 @@ def _evaluate(
     sequences = Sequences(tokenizer, target.vocab_size, length)
     tallies = {}
     for path in texts:
-        cut = sequences.cut(_ids(path, tokenizer, on), str(path))
-        tallies[path.name] = _tally(cut, scorer, target)
+        tally = tallies[path.name] = TextTally(target.num_experts)
+        for scored in scorer.score(sequences.cut(_ids(path, tokenizer, on), str(path))):
+            tally.add(scored)
     return Evaluation(
         target.name,
         length,
-        together(tallies.values(), target.num_experts),
+        together([*tallies.values()]),
         {name: tally.figures() for name, tally in tallies.items()},
     )
 
@@ -110,29 +118,6 @@ def _check_names(paths: Sequence[Path]) -> None:
     for number, path in enumerate(paths):
         if path.name in {other.name for other in paths[:number]}:
             raise ConfigError("figures go by file name, and another file has it too", str(path))
-
-
-def _checkpoint(folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise CheckpointError("is no folder", str(folder))
-    return language_model(open_folder(folder))
-
-
-def _of_folder(checkpoint: Checkpoint) -> _Target:
-    return _Target(
-        str(checkpoint.folder),
-        checkpoint.vocab_size,
-        checkpoint.max_position_embeddings,
-        checkpoint.shape.num_experts,
-        partial(FolderModel, checkpoint),
-    )
-
-
-def _of_server(model: ServedModel) -> _Target:
-    info = model.info
-    return _Target(
-        info.id, info.vocab_size, info.max_model_len, info.num_experts, lambda longest: model
-    )
 
 
 def _length(wanted: int | None, target: _Target, tokenizer: Tokenizer) -> int:
@@ -149,14 +134,8 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _ids(path: Path, tokenizer: Tokenizer, on: OnProgress) -> Iterator[list[int]]:
     """Yield the ids of a text, a block at a time, as it is read."""
-    size = path.stat().st_size if path.is_file() else 0
+    done_bytes, size_bytes = 0, path.stat().st_size if path.is_file() else 0
     for block in _blocks(path):
         yield tokenizer.encode(block, add_special_tokens=False)
-        on(path.name, len(block.encode()), size)
-
-
-def _tally(sequences: Iterable[Ids], scorer: Scorer, target: _Target) -> TextTally:
-    tally = TextTally(target.num_experts)
-    for scored in scorer.score(sequences):
-        tally.add(scored)
-    return tally
+        done_bytes += len(block.encode())
+        on(path.name, done_bytes, size_bytes)

@@ -7,14 +7,11 @@ not needed has one neuron of zeros.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import TYPE_CHECKING
 
 from experts.checkpoint.config import family_of, usual_config, wrong_kinds
-from experts.convert.source import QUANTISED, Entry, Source, Take, Tensors
+from experts.convert.source import QUANTISED, Entry, MadeTensors, Source, Take
 from experts.families.base import Config
 from experts.families.counts import with_counts
 
@@ -138,40 +135,24 @@ def one_expert(dense: Source, config: Config) -> Source:
             )
         }
         dense_tensors = family.dense_tensors(usual)
-    zeros = {name: shape for name, shape in dense_tensors.items() if is_of_mixture(name)}
+    zeros = {name: shape for name, shape in dense_tensors.items() if _is_of_mixture(name)}
+    kept = {n: entry for n, entry in dense.tensors.entries.items() if not n.endswith(_COMPUTED)}
+    dtype = next(iter(kept.values()), Entry((), QUANTISED)).dtype
+    entries = kept | {name: Entry(shape, dtype) for name, shape in zeros.items()}
+
+    def make(name: str) -> torch.Tensor:
+        import torch
+
+        if name in zeros:
+            return torch.zeros(zeros[name])
+        return dense.tensors.read(name, 0, entries[name].shape[0])
 
     def takes(name: str) -> list[Take]:
         return [Take(name)] if name in zeros else dense.takes(places.get(name, name))
 
-    return replace(dense, config=changed, tensors=_WithZeros(dense.tensors, zeros), takes=takes)
+    return replace(dense, config=changed, tensors=MadeTensors(entries, make), takes=takes)
 
 
-def is_of_mixture(name: str) -> bool:
+def _is_of_mixture(name: str) -> bool:
     """Return whether a tensor is a gate's or a shared expert's, which a dense model lacks."""
     return ".shared_expert" in name or name.endswith((".mlp.gate.weight", "_moe.gate.weight"))
-
-
-class _WithZeros:
-    """A dense model's tensors, and zeros; see :class:`experts.convert.source.Tensors`."""
-
-    def __init__(self, dense: Tensors, zeros: Mapping[str, tuple[int, ...]]) -> None:
-        self._dense = dense
-        self._zeros = zeros
-        kept = {n: entry for n, entry in dense.entries.items() if not n.endswith(_COMPUTED)}
-        dtype = _most_common_dtype(kept)
-        self.entries = kept | {name: Entry(shape, dtype) for name, shape in zeros.items()}
-
-    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor."""
-        if name not in self._zeros:
-            return self._dense.read(name, begin, end)
-        import torch
-
-        return torch.zeros((end - begin, *self._zeros[name][1:]))
-
-
-def _most_common_dtype(entries: Mapping[str, Entry]) -> str:
-    sizes: Counter[str] = Counter()
-    for entry in entries.values():
-        sizes[entry.dtype] += prod(entry.shape)
-    return sizes.most_common(1)[0][0] if sizes else QUANTISED

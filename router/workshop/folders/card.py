@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from router.workshop.tables import hashes, table
+
 CARD_FILE = "README.md"
 RECORD_FILE = "workshop.json"
 
@@ -62,10 +64,12 @@ class Record(BaseModel):
 
 def card(record: Record) -> str:
     """Return the text of README.md."""
-    options = "\n".join(
-        f"| {name.replace('_', ' ')} | {'none' if value is None else value} |"
-        for name, value in record.options.items()
-    )
+    recipe = [
+        *((name.replace("_", " "), "none" if value is None else str(value))
+          for name, value in record.options.items()),
+        ("bytes of the source", record.source_bytes),
+        ("bytes", record.size_bytes),
+    ]  # fmt: skip
     lines = "\n".join(record.lines)
     return f"""# {record.name}
 
@@ -75,11 +79,7 @@ Made of `{record.source}` ({record.family}) by `expertmesh {record.command}`. {l
 {shlex.join(record.words)}
 ```
 
-| Recipe | |
-|---|---|
-{options}
-| bytes of the source | {record.source_bytes:,} |
-| bytes | {record.size_bytes:,} |
+{table(("Recipe", ""), recipe)}
 
 {_text(record)}"""
 
@@ -87,34 +87,28 @@ Made of `{record.source}` ({record.family}) by `expertmesh {record.command}`. {l
 def _text(record: Record) -> str:
     if record.figures is None:
         return "No text was given, so nothing was measured.\n"
-    figures = record.figures
-    hashes = "\n".join(f"- `{name}`: sha256 `{sha}`" for name, sha in record.text_sha256.items())
-    return f"""{_table(figures)}
+    return f"""{_perplexities(record.figures)}
+
 Calibration and held-out text are of the same files:
 
-{hashes}
+{hashes(record.text_sha256)}
 """
 
 
-def _table(figures: Figures) -> str:
+def _perplexities(figures: Figures) -> str:
     """Return the table of perplexities, and of speeds where they were measured."""
     title = f"On {figures.heldout_tokens:,} held-out tokens, in sequences of "
+    head = [title + str(figures.sequence_length), "Perplexity per token"]
     rows = [
-        [title + str(figures.sequence_length), "Perplexity per token"],
-        ["---", "---"],
         ["the source", f"{figures.perplexity_before:.3f}"],
         ["this model", f"{figures.perplexity_after:.3f}"],
     ]
     for active, perplexity in figures.perplexity_by_active.items():
         rows.append([f"this model with {active} experts of a token", f"{perplexity:.3f}"])
-    if figures.speeds is not None:
-        for row, cell in zip(rows, _speed_cells(figures.speeds), strict=True):
+    if (speeds := figures.speeds) is not None:
+        threads = "1 thread" if speeds.threads == 1 else f"{speeds.threads} threads"
+        head.append(f"Tokens/s of one stream, {threads} of {speeds.processor}")
+        measured = speeds.tokens_per_s, *speeds.tokens_per_s_by_active.values()
+        for row, cell in zip(rows, ["", *(f"{speed:.1f}" for speed in measured)], strict=True):
             row.append(cell)
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _speed_cells(speeds: Speeds) -> list[str]:
-    threads = "1 thread" if speeds.threads == 1 else f"{speeds.threads} threads"
-    measured = speeds.tokens_per_s, *speeds.tokens_per_s_by_active.values()
-    title = f"Tokens/s of one stream, {threads} of {speeds.processor}"
-    return [title, "---", "", *[f"{speed:.1f}" for speed in measured]]
+    return table(head, rows)

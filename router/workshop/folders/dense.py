@@ -23,17 +23,16 @@ from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import read_json
 from experts.checkpoint.expert_weights import read_tensor
-from experts.checkpoint.shards import DTYPES
 from experts.convert.plan import STORED, Found, Plan, plan_of
-from experts.convert.source import Entry, Source, Take
+from experts.convert.source import Entry, MadeTensors, Source, Take
 from experts.families.base import Config
 from router.workshop.folders.alignment import DOWN
-from router.workshop.folders.making import OnProgress
-from router.workshop.folders.rewritten import NewExperts, gate_tensors
+from router.workshop.folders.as_mixture import EXPERT_PARTS
+from router.workshop.folders.rewritten import NewTensors, files_of, gate_tensors, stored_dtype
 from router.workshop.folders.text import Rows
+from router.workshop.progress import OnProgress
 
-_PARTS = ("gate_proj", "up_proj", "down_proj")
-_FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
+_FFN = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(EXPERT_PARTS)})\.weight")
 _SHARED = "shared_experts"
 _OF_MIXTURES = (
     "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
@@ -104,7 +103,7 @@ def check_dense(checkpoint: Checkpoint) -> None:
         )
 
 
-def dense_plan(checkpoint: Checkpoint, expert: NewExperts, max_shard_bytes: int) -> Plan:
+def dense_plan(checkpoint: Checkpoint, expert: NewTensors, max_shard_bytes: int) -> Plan:
     """Return the plan of the dense model; ``expert`` has a single expert in each layer.
 
     Its output is scaled already. Raises ``ConfigError`` as :func:`check_dense`.
@@ -113,26 +112,16 @@ def dense_plan(checkpoint: Checkpoint, expert: NewExperts, max_shard_bytes: int)
     tensors = _DenseTensors(checkpoint, expert)
     file = checkpoint.folder / "config.json"
     config = DENSE_CONFIGS[checkpoint.family.model_type](read_json(file), tensors.width)
-    files = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
-    source = Source(
-        "dense",
-        checkpoint.folder,
-        file,
-        config,
-        tensors,
-        lambda name: [Take(name)],
-        (file, *sorted(files)),
-    )
-    found: list[Found] = [
-        (name, entry.shape, Take(name)) for name, entry in tensors.entries.items()
-    ]
+    made = MadeTensors(tensors.entries, tensors.make)
+    source = Source("dense", checkpoint.folder, file, config, made, files_of(checkpoint))
+    found: list[Found] = [(name, entry.shape, Take(name)) for name, entry in made.entries.items()]
     return plan_of(source, found, STORED, max_shard_bytes)
 
 
 class _DenseTensors:
-    """See :class:`experts.convert.source.Tensors`."""
+    """The tensors of the dense model, whose layers have ``width`` neurons."""
 
-    def __init__(self, checkpoint: Checkpoint, expert: NewExperts) -> None:
+    def __init__(self, checkpoint: Checkpoint, expert: NewTensors) -> None:
         self._checkpoint = checkpoint
         self._expert = expert
         shape = checkpoint.shape
@@ -141,24 +130,23 @@ class _DenseTensors:
         layers = range(checkpoint.config["num_hidden_layers"])
         self.width = max(self._num_neurons(layer_id) for layer_id in layers)
         self.entries = {
-            name: Entry(found, self._dtype_of(name))
+            name: Entry(found, stored_dtype(checkpoint, name))
             for name, found in self._old.items()
             if name not in gates and f".{_SHARED}." not in name and not _FFN.fullmatch(name)
         }
         for layer_id in layers:
-            for index, part in enumerate(_PARTS):
+            for index, part in enumerate(EXPERT_PARTS):
                 sizes = (shape.hidden_size, self.width)
                 self.entries[f"model.layers.{layer_id}.mlp.{part}.weight"] = Entry(
                     sizes if index == DOWN else sizes[::-1], checkpoint.dtype
                 )
 
-    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor."""
+    def make(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
         match = _FFN.fullmatch(name)
         if match is None:
-            whole = read_tensor(self._checkpoint, name, self._checkpoint.dtype)
-            return from_array(whole[begin:end])
-        return self._feed_forward(int(match[1]), _PARTS.index(match[2]))[begin:end].contiguous()
+            return from_array(read_tensor(self._checkpoint, name, self._checkpoint.dtype))
+        return self._feed_forward(int(match[1]), EXPERT_PARTS.index(match[2]))
 
     def _feed_forward(self, layer_id: int, index: int) -> torch.Tensor:
         """Return a matrix of a layer: its expert and its shared expert, or its own."""
@@ -177,18 +165,13 @@ class _DenseTensors:
         """Return the name of a matrix of a layer's dense part, if it has one."""
         prefix = f"model.layers.{layer_id}.mlp"
         shared = f".{_SHARED}" if layer_id in self._checkpoint.shape.layers else ""
-        name = f"{prefix}{shared}.{_PARTS[index]}.weight"
+        name = f"{prefix}{shared}.{EXPERT_PARTS[index]}.weight"
         return name if name in self._old else None
 
     def _num_neurons(self, layer_id: int) -> int:
         shape, stored = self._checkpoint.shape, self._stored(layer_id, 0)
         of_expert = shape.intermediate_size if layer_id in shape.layers else 0
         return of_expert + (0 if stored is None else self._old[stored][0])
-
-    def _dtype_of(self, name: str) -> str:
-        if name in self._checkpoint.packed:
-            return self._checkpoint.dtype
-        return DTYPES[self._checkpoint.tensors[name].dtype]
 
 
 @torch.inference_mode()

@@ -23,10 +23,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 
 @dataclass(frozen=True, slots=True)
 class DenseModel:
-    """A dense model that is not served; ``source.folder`` has its tokenizer.
-
-    It can be read as :class:`router.workshop.folders.text.TextModel`.
-    """
+    """A dense model that is not served; ``source.folder`` has its tokenizer."""
 
     source: Source
 

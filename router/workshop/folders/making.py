@@ -1,4 +1,4 @@
-"""What every command from a served folder to a served folder does.
+"""What every command that makes a folder of a model does.
 
 It calibrates, writes the new model beside the destination, scores both models on held-out text,
 adds the card, and renames once. The same command resumes a run that was killed.
@@ -9,49 +9,27 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from cluster.errors import CheckpointError
 from cluster.heap import give_back_freed
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.folder import language_model, open_folder
 from experts.checkpoint.hub import name_of
 from experts.checkpoint.stored import resolve_folder
 from experts.convert.plan import Plan
-from experts.convert.source import Source
-from experts.convert.staging import job, publish, staged, write_whole
+from experts.convert.staging import check_dest, staged, write_whole
 from experts.convert.write import write_model
 from router.workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
+from router.workshop.folders.dense_model import DenseModel
 from router.workshop.folders.layerwise import LayeredModel
 from router.workshop.folders.passes import NewObserver, Pass, Seen
 from router.workshop.folders.speed import speeds_of, with_active
-from router.workshop.folders.text import Rows, Text
-
-OnProgress = Callable[[str, int, int], None]
-"""Receives a phase, and what of it is done, of how much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A command: its name, and the options that decide the bytes."""
-
-    command: str
-    options: Mapping[str, Any]
-
-    def words(self, source: str, dest: str, texts: Iterable[str]) -> list[str]:
-        """Return the command line, with names in place of paths."""
-        words = ["expertmesh", self.command, source, dest]
-        for name, value in self.options.items():
-            option = f"--{name.replace('_', '-')}"
-            if value is True:
-                words.append(option)
-            elif value is not None and value is not False:
-                unit = "B" if name == "max_shard_size" else ""
-                words += [option, f"{value}{unit}"]
-        return words + [word for text in texts for word in ("--text", text)]
+from router.workshop.folders.text import Rows, Text, read_text
+from router.workshop.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +41,11 @@ class Origin:
     num_bytes: int
 
 
-def origin_of(checkpoint: Checkpoint) -> Origin:
-    """Return a served folder as the card names it."""
-    family = checkpoint.family.model_type
-    return Origin(name_of(checkpoint.folder), family, checkpoint.num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class NewModel:
-    """A model to write.
-
-    ``before`` is the source as a checkpoint, which is scored. ``score`` returns the nats of
-    held-out rows of the written folder; it may use the folder of its third argument. ``curve`` are
-    further numbers of experts of a token with which the written folder is scored; with
-    ``with_speed`` it is timed with each. ``lines`` and ``facts`` are for the card and the record.
-    """
-
-    before: Checkpoint
-    plan: Plan
-    score: Callable[[Path, Rows, Path, OnProgress], float]
-    check: Callable[[Path], object]
-    lines: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    curve: tuple[int, ...] = ()
-    with_speed: bool = False
+def origin_of(model: Checkpoint | DenseModel) -> Origin:
+    """Return a source as the card names it."""
+    if isinstance(model, DenseModel):
+        return Origin(model.name, model.family, model.num_bytes)
+    return Origin(name_of(model.folder), model.family.model_type, model.num_bytes)
 
 
 def source_checkpoint(path: str) -> Checkpoint:
@@ -124,27 +83,78 @@ def score_served(folder: Path, rows: Rows, work: Path, on_progress: OnProgress) 
     return nats_of(open_checkpoint(folder), rows, work, "scoring the new model", on_progress)
 
 
-def make_folder(
-    origin: Origin,
-    source: Source,
-    dest: Path,
-    recipe: Recipe,
-    text: Text | None,
-    decide: Callable[[Path], NewModel],
-    on_progress: OnProgress,
-) -> Record:
-    """Write the model that ``decide`` returns, with its card, to the folder ``dest``.
+@dataclass(frozen=True, slots=True)
+class NewModel:
+    """A model to write.
 
-    ``source`` has the files that must not change meanwhile. ``decide`` gets a folder for its
-    calibration. ``dest`` is new or empty (:func:`experts.convert.staging.check_dest`); it appears
-    at the end. Raises :class:`experts.convert.staging.ConvertFailedError` for a disk that is full
-    or not writable, and :class:`CheckpointError` for a source that changes meanwhile.
+    ``before`` is the source as a checkpoint, which is scored. ``line`` and ``facts`` are for the
+    card and the record. ``score`` returns the nats of held-out rows of the written folder; it may
+    use the folder of its third argument. ``check`` raises for a folder that is not whole. ``curve``
+    are further numbers of experts of a token with which the written folder is scored; with
+    ``with_speed`` it is timed with each.
     """
-    options = {"command": recipe.command, **recipe.options}
-    begun = job(source, options | {"text": None if text is None else text.sha256})
-    with staged(dest, begun) as folder:
+
+    before: Checkpoint
+    plan: Plan
+    line: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    score: Callable[[Path, Rows, Path, OnProgress], float] = score_served
+    check: Callable[[Path], object] = open_checkpoint
+    curve: tuple[int, ...] = ()
+    with_speed: bool = False
+
+
+class Command(ABC):
+    """A command that makes a folder of ``model``, by ``options``, which are a dataclass."""
+
+    name: ClassVar[str]
+    model: Checkpoint | DenseModel
+    options: Any
+
+    @abstractmethod
+    def plan(self, has_text: bool) -> Plan:
+        """Check everything but the text; the plan has the sizes that any decision gives.
+
+        Raises ``ConfigError``, whose field is the option, and :class:`CheckpointError` for a model
+        that cannot become what is asked for.
+        """
+
+    @abstractmethod
+    def decide(self, text: Text | None, work: Path, on_progress: OnProgress) -> NewModel:
+        """Return the model to write; the folder ``work`` keeps the calibration."""
+
+
+def prepare(command: Command, dest: Path, texts: Sequence[Path]) -> tuple[Plan, Text | None]:
+    """Check everything before the first step; returns a plan of the same sizes, and the text.
+
+    ``dest`` is new or empty. Raises as :func:`experts.convert.staging.check_dest`,
+    :meth:`Command.plan` and :func:`router.workshop.folders.text.read_text` do.
+    """
+    check_dest(dest)
+    plan = command.plan(bool(texts))
+    rows = command.options.sequences, command.options.sequence_length
+    return plan, read_text(command.model, texts, *rows) if texts else None
+
+
+def make_folder(
+    command: Command,
+    dest: Path,
+    texts: Sequence[Path],
+    on_progress: OnProgress = lambda phase, done, total: None,
+) -> Record:
+    """Write what a command makes to the folder ``dest``, with its card; returns its record.
+
+    ``dest`` appears at the end. Raises as :func:`prepare` and
+    :func:`experts.convert.staging.staged` do.
+    """
+    plan, text = prepare(command, dest, texts)
+    # The speed differs from run to run; all other options decide the bytes.
+    options = {name: value for name, value in asdict(command.options).items() if name != "speed"}
+    text_sha256 = {} if text is None else text.sha256
+    job = {"command": command.name, **options, "text": text_sha256}
+    with staged(dest, plan.source, job) as folder:
         work = folder.parent / "work"
-        made = decide(work / "calibration")
+        made = command.decide(text, work / "calibration", on_progress)
         write_model(
             made.plan, folder, lambda done, total: on_progress("writing", done >> 20, total >> 20)
         )
@@ -152,15 +162,39 @@ def make_folder(
         figures = None
         if text is not None:
             figures = _figures(made, folder, text.heldout, work, on_progress)
-        record = _record(origin, dest, recipe, text, made, figures)
+        origin, name = origin_of(command.model), dest.absolute().name
+        record = Record(
+            name=name,
+            command=command.name,
+            words=_words(command.name, origin.name, name, options, text_sha256),
+            options=options,
+            source=origin.name,
+            family=origin.family,
+            source_bytes=origin.num_bytes,
+            size_bytes=made.plan.size_bytes,
+            text_sha256=text_sha256,
+            figures=figures,
+            lines=[made.line],
+            facts=json.loads(json.dumps(made.facts)),
+        )
         write_whole(folder / RECORD_FILE, record.to_json().encode())
         write_whole(folder / CARD_FILE, card(record).encode())
         made.check(folder)
-        again = job(source, options | {"text": None if text is None else text.sha256})
-        if again != begun:
-            raise CheckpointError("has changed meanwhile; run the command again", str(source.path))
-        publish(folder.parent, dest.absolute())
     return record
+
+
+def _words(
+    command: str, source: str, dest: str, options: Mapping[str, Any], texts: Iterable[str]
+) -> list[str]:
+    """Return the command line, with names in place of paths."""
+    words = ["expertmesh", command, source, dest]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            words += [option, f"{value}B" if name == "max_shard_size" else str(value)]
+    return words + [word for text in texts for word in ("--text", text)]
 
 
 def _figures(
@@ -170,21 +204,16 @@ def _figures(
     work: Path,
     on_progress: OnProgress,
 ) -> Figures:
+    num_tokens = rows.targets.numel()
     before = nats_of(made.before, rows, work / "before", "scoring the source", on_progress)
     shutil.rmtree(work / "after", ignore_errors=True)  # it may be of a shard written again
     after = made.score(folder, rows, work / "after", on_progress)
-    num_tokens = rows.targets.numel()
     curve = {}
     for active in made.curve:
-        shutil.rmtree(work / f"active-{active}", ignore_errors=True)
+        place, phase = work / f"active-{active}", f"scoring it with {active} experts"
+        shutil.rmtree(place, ignore_errors=True)
         checkpoint = with_active(open_checkpoint(folder), active)
-        nats = nats_of(
-            checkpoint,
-            rows,
-            work / f"active-{active}",
-            f"scoring it with {active} experts",
-            on_progress,
-        )
+        nats = nats_of(checkpoint, rows, place, phase, on_progress)
         curve[active] = math.exp(nats / num_tokens)
     return Figures(
         heldout_tokens=num_tokens,
@@ -193,29 +222,4 @@ def _figures(
         perplexity_after=math.exp(after / num_tokens),
         perplexity_by_active=curve,
         speeds=speeds_of(folder, made.curve, on_progress) if made.with_speed else None,
-    )
-
-
-def _record(
-    origin: Origin,
-    dest: Path,
-    recipe: Recipe,
-    text: Text | None,
-    made: NewModel,
-    figures: Figures | None,
-) -> Record:
-    text_sha256 = {} if text is None else text.sha256
-    return Record(
-        name=dest.absolute().name,
-        command=recipe.command,
-        words=recipe.words(origin.name, dest.absolute().name, text_sha256),
-        options=json.loads(json.dumps(dict(recipe.options))),
-        source=origin.name,
-        family=origin.family,
-        source_bytes=origin.num_bytes,
-        size_bytes=made.plan.size_bytes,
-        text_sha256=text_sha256,
-        figures=figures,
-        lines=list(made.lines),
-        facts=json.loads(json.dumps(dict(made.facts))),
     )

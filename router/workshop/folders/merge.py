@@ -6,7 +6,7 @@ Dimension letters: E experts of a layer, N of the new one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,10 @@ import torch
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.wire.tensors import from_array
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import read_json
-from experts.checkpoint.expert_weights import read_part
 from experts.checkpoint.shards import read_headers
 from experts.convert.plan import STORED, Plan, make_plan
-from experts.convert.staging import check_dest
 from router.workshop.folders.alignment import (
     DOWN,
     DOWN_BIAS,
@@ -30,18 +28,17 @@ from router.workshop.folders.alignment import (
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense import check_dense, dense_plan, score_dense
 from router.workshop.folders.grouping import Alike, LikenessObserver, grouped
-from router.workshop.folders.making import (
-    NewModel,
-    OnProgress,
-    Recipe,
-    make_folder,
-    origin_of,
-    score_served,
-    seen_on,
-)
+from router.workshop.folders.making import Command, NewModel, make_folder, seen_on
 from router.workshop.folders.passes import Seen
-from router.workshop.folders.rewritten import check_count, gate_groups, new_config, rewritten_source
-from router.workshop.folders.text import Text, read_text
+from router.workshop.folders.rewritten import (
+    NewTensors,
+    check_count,
+    gate_groups,
+    new_config,
+    rewritten_source,
+)
+from router.workshop.folders.text import Text
+from router.workshop.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +74,14 @@ class Merging:
     factors: Mapping[int, float]
 
 
-class MergedExperts:
-    """The merged experts of a checkpoint; see :class:`rewritten.NewExperts`.
+class MergedExperts(NewTensors):
+    """The merged experts of a checkpoint.
 
     A merged expert is the mean of its group by shares, its neurons in the reference's order.
     """
 
     def __init__(self, checkpoint: Checkpoint, merging: Merging) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._merging = merging
         self._layer_id = -1
         self._orders: dict[int, torch.Tensor] = {}
@@ -122,7 +119,7 @@ class MergedExperts:
 
     def _orders_of(self, layer_id: int, group: Group) -> dict[int, torch.Tensor]:
         """Return the orders of all members but the reference that have a share."""
-        checkpoint, shape = self._checkpoint, self._checkpoint.shape
+        checkpoint, shape = self.checkpoint, self.checkpoint.shape
         members = [
             expert_id
             for expert_id, share in zip(group.expert_ids, group.shares, strict=True)
@@ -140,16 +137,13 @@ class MergedExperts:
         return dict(zip(members, orders, strict=True))
 
     def _parts(self, layer_id: int, expert_id: int) -> list[torch.Tensor]:
-        tensors = self._checkpoint.family.expert_tensors(
-            self._checkpoint.config, layer_id, expert_id
-        )
+        config = self.checkpoint.config
+        tensors = self.checkpoint.family.expert_tensors(config, layer_id, expert_id)
         return [self._part(layer_id, expert_id, index) for index in range(len(tensors.parts()))]
 
     def _part(self, layer_id: int, expert_id: int, index: int) -> torch.Tensor:
         """Return a part of an expert in its own dtype, or in float32 where it is quantised."""
-        checkpoint = self._checkpoint
-        tensors = checkpoint.family.expert_tensors(checkpoint.config, layer_id, expert_id)
-        return from_array(read_part(checkpoint, tensors.parts()[index], "float32"))
+        return from_array(self.part(layer_id, expert_id, index, "float32"))
 
 
 def _mean(group: Group, part: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -190,56 +184,71 @@ def _group(members: Sequence[int], hits: np.ndarray) -> Group:
     return Group(tuple(members), tuple(shares.tolist()))
 
 
-def prepare_merge(
-    checkpoint: Checkpoint, dest: Path, options: MergeOptions, texts: Sequence[Path]
-) -> tuple[Plan, Text]:
-    """Check everything before the first step; returns a plan and the text.
+@dataclass(frozen=True)
+class Merge(Command):
+    """The command that writes a checkpoint with merged experts."""
 
-    The plan has the sizes of every merging with these options. Raises ``ConfigError`` for a wrong
-    ``dest``, for a number of experts that cannot be, for a missing text and for a family without a
-    dense class, and as :func:`router.workshop.folders.text.read_text` does.
-    """
-    check_dest(dest)
-    _check_count(checkpoint, options)
-    if not texts:
-        raise ConfigError("merging needs a calibration text", "--text")
-    shape = checkpoint.shape
-    seen = {
-        "hits": np.zeros(shape.num_experts),
-        "weights": np.ones(1),
-        "tokens": np.array(1),
-        "likeness": np.zeros((shape.num_experts, shape.num_experts)),
-    }
-    any_merging = merging_of(checkpoint, dict.fromkeys(shape.layers, seen), options.experts)
-    try:
-        plan = _plan(checkpoint, options, any_merging)
-    except CheckpointError as error:  # of DeepSeek's groups
-        hint = ", but --dense is possible" if options.experts == 1 else ""
-        raise ConfigError(
-            f"cannot be {options.experts}: {error.message}{hint}", "--experts"
-        ) from None
-    return plan, read_text(checkpoint, texts, options.sequences, options.sequence_length)
+    name = "merge"
+    model: Checkpoint
+    options: MergeOptions
 
-
-def _check_count(checkpoint: Checkpoint, options: MergeOptions) -> None:
-    count = options.experts
-    if options.dense:
-        if count != 1:
+    def plan(self, has_text: bool) -> Plan:
+        """See :class:`Command`: for a number of experts that cannot be, for a missing text, and for
+        a family without a dense class.
+        """
+        count, shape = self.options.experts, self.model.shape
+        if not self.options.dense:
+            check_count(self.model, count)
+        elif count != 1:
             raise ConfigError(f"a dense model has --experts 1 (given: {count})", "--dense")
-        check_dense(checkpoint)
-    else:
-        check_count(checkpoint, count)
+        else:
+            check_dense(self.model)
+        if not has_text:
+            raise ConfigError("merging needs a calibration text", "--text")
+        seen = {
+            "hits": np.zeros(shape.num_experts),
+            "weights": np.ones(1),
+            "tokens": np.array(1),
+            "likeness": np.zeros((shape.num_experts, shape.num_experts)),
+        }
+        any_merging = merging_of(self.model, dict.fromkeys(shape.layers, seen), count)
+        try:
+            return self._plan_of(any_merging)
+        except CheckpointError as error:  # of DeepSeek's groups
+            hint = ", but --dense is possible" if count == 1 else ""
+            raise ConfigError(f"cannot be {count}: {error.message}{hint}", "--experts") from None
 
+    def decide(self, text: Text | None, work: Path, on_progress: OnProgress) -> NewModel:
+        """See :class:`Command`."""
+        assert text is not None, "merging needs a text"
+        by, count = self.options.by, self.options.experts
+        observer = lambda layer_id: LikenessObserver(self.model, layer_id, by)  # noqa: E731
+        seen = seen_on(self.model, text.calibration, work, observer, on_progress)
+        merging = merging_of(self.model, seen, count)
+        plan = self._plan_of(merging)
+        facts = {
+            "merged_experts": {
+                str(layer_id): [group.expert_ids for group in groups]
+                for layer_id, groups in merging.groups.items()
+            }
+        }
+        if self.options.dense:
+            line = "Each layer's experts are merged into one plain feed-forward layer."
+            return NewModel(self.model, plan, line, facts, score_dense, _has_tensors)
+        return NewModel(self.model, plan, f"Each layer's experts are merged into {count}.", facts)
 
-def _plan(checkpoint: Checkpoint, options: MergeOptions, merging: Merging) -> Plan:
-    if options.dense:
-        scaling = checkpoint.family.gate(checkpoint.config).scaling_factor
-        scaled = {layer_id: factor * scaling for layer_id, factor in merging.factors.items()}
-        expert = MergedExperts(checkpoint, Merging(merging.groups, scaled))
-        return dense_plan(checkpoint, expert, options.max_shard_size)
-    config = new_config(checkpoint, options.experts)
-    source = rewritten_source(checkpoint, config, MergedExperts(checkpoint, merging))
-    return make_plan(source, STORED, options.max_shard_size)
+    def _plan_of(self, merging: Merging) -> Plan:
+        most_bytes = self.options.max_shard_size
+        if self.options.dense:
+            scaling = self.model.family.gate(self.model.config).scaling_factor
+            scaled = {layer_id: factor * scaling for layer_id, factor in merging.factors.items()}
+            expert = MergedExperts(self.model, Merging(merging.groups, scaled))
+            return dense_plan(self.model, expert, most_bytes)
+        config, new = (
+            new_config(self.model, self.options.experts),
+            MergedExperts(self.model, merging),
+        )
+        return make_plan(rewritten_source(self.model, config, new), STORED, most_bytes)
 
 
 def merge(
@@ -251,34 +260,9 @@ def merge(
 ) -> Record:
     """Write the checkpoint with merged experts to the folder ``dest``; returns its record.
 
-    Raises as :func:`prepare_merge` and :func:`router.workshop.folders.making.make_folder` do.
+    Raises as :func:`router.workshop.folders.making.make_folder` does.
     """
-    plan, text = prepare_merge(checkpoint, dest, options, texts)
-
-    def decide(work: Path) -> NewModel:
-        seen = seen_on(
-            checkpoint,
-            text.calibration,
-            work,
-            lambda layer_id: LikenessObserver(checkpoint, layer_id, options.by),
-            on_progress,
-        )
-        merging = merging_of(checkpoint, seen, options.experts)
-        made = _plan(checkpoint, options, merging)
-        facts = {
-            "merged_experts": {
-                str(layer_id): [group.expert_ids for group in groups]
-                for layer_id, groups in merging.groups.items()
-            }
-        }
-        if options.dense:
-            line = "Each layer's experts are merged into one plain feed-forward layer."
-            return NewModel(checkpoint, made, score_dense, _has_tensors, (line,), facts)
-        line = f"Each layer's experts are merged into {options.experts}."
-        return NewModel(checkpoint, made, score_served, open_checkpoint, (line,), facts)
-
-    origin, recipe = origin_of(checkpoint), Recipe("merge", asdict(options))
-    return make_folder(origin, plan.source, dest, recipe, text, decide, on_progress)
+    return make_folder(Merge(checkpoint, options), dest, texts, on_progress)
 
 
 def _has_tensors(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint with other experts, as a source of :mod:`experts.convert`.
+"""A model made of a checkpoint, as a source of :mod:`experts.convert`: it has other experts.
 
 Its tensors are made when they are written, one at a time. Quantised tensors become plain ones, in
 the dtype of the others.
@@ -9,7 +9,10 @@ Dimension letters: E experts of the checkpoint, N of the new one.
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,26 +21,40 @@ from cluster.errors import ConfigError
 from cluster.wire.arrays import DTYPES as ARRAY_DTYPES
 from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
-from experts.checkpoint.config import checked_shape, read_json, usual_config
-from experts.checkpoint.expert_weights import part_of, read_tensor
+from experts.checkpoint.config import checked_shape, family_of, read_json, usual_config
+from experts.checkpoint.expert_weights import part_of, read_part, read_tensor
 from experts.checkpoint.shards import DTYPES
-from experts.convert.source import Entry, Source, Take
-from experts.families.base import Config, ExpertShape, Part
+from experts.convert.source import Entry, MadeTensors, Source
+from experts.families.base import Config, Part
 from experts.families.counts import with_counts
 
 _LAYER_IN_NAME = re.compile(r"\.(\d+)\.")
 
 
-class NewExperts(Protocol):
-    """The experts of the new checkpoint."""
+class NewTensors(ABC):
+    """The tensors of a new model, each made of a checkpoint's when it is written."""
 
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @abstractmethod
     def gate_rows(self, layer_id: int, rows: np.ndarray) -> np.ndarray:
-        """Return the rows [N, ...] of a gate's tensor with rows [E, ...], in its dtype."""
-        ...
+        """Return the rows [N, ...] of a gate's tensor with rows [E, ...]."""
 
+    @abstractmethod
     def matrix(self, layer_id: int, expert_id: int, index: int) -> np.ndarray:
         """Return a part of a new expert, by its index in ``ExpertTensors.parts()``."""
-        ...
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a tensor of ``shape`` that is not an expert's: a gate's, or as it is stored."""
+        found = read_tensor(self.checkpoint, name, self.checkpoint.dtype)
+        return found if found.shape == shape else self.gate_rows(_layer_of(name), found)
+
+    def part(self, layer_id: int, expert_id: int, index: int, dtype: str) -> np.ndarray:
+        """Return a part of an expert of the checkpoint; ``dtype`` is that of quantised ones."""
+        config = self.checkpoint.config
+        tensors = self.checkpoint.family.expert_tensors(config, layer_id, expert_id)
+        return read_part(self.checkpoint, tensors.parts()[index], dtype)
 
 
 def check_count(checkpoint: Checkpoint, count: int) -> None:
@@ -80,91 +97,68 @@ def gate_tensors(checkpoint: Checkpoint, layer_id: int) -> list[str]:
     ]
 
 
-def rewritten_source(checkpoint: Checkpoint, config: Config, experts: NewExperts) -> Source:
-    """Return the source of the new checkpoint; ``config`` is a result of :func:`new_config`.
+def rewritten_source(checkpoint: Checkpoint, config: Config, new: NewTensors) -> Source:
+    """Return the source of a new model, which has the family of ``checkpoint``.
 
     Raises ``CheckpointError`` for numbers of experts that the family does not have.
     """
-    file = checkpoint.folder / "config.json"
+    file, *_ = files = files_of(checkpoint)
+    return _source(config, file, files, lambda name: stored_dtype(checkpoint, name), new)
+
+
+def sized_source(origin: Source, config: Config, dtype: str) -> Source:
+    """Return the source of a model of ``origin`` with only the sizes of its tensors."""
+    return _source(config, origin.config_file, origin.files, lambda name: dtype, None)
+
+
+def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Return the configuration and the files with weights of a checkpoint."""
     files = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
-    tensors = _NewTensors(checkpoint, config, experts)
-    return Source(
-        "huggingface",
-        checkpoint.folder,
-        file,
-        config,
-        tensors,
-        lambda name: [Take(name)],
-        (file, *sorted(files)),
-    )
+    return (checkpoint.folder / "config.json", *sorted(files))
 
 
-class _NewTensors:
-    """See :class:`experts.convert.source.Tensors`."""
+def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
+    """Return the dtype of a tensor; one that is quantised or new has the others' dtype."""
+    if name in checkpoint.packed or name not in checkpoint.tensors:
+        return checkpoint.dtype
+    return DTYPES[checkpoint.tensors[name].dtype]
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, experts: NewExperts) -> None:
-        self._checkpoint = checkpoint
-        self._experts = experts
-        family, file = checkpoint.family, checkpoint.folder / "config.json"
-        usual = usual_config(family, config, file)
-        shape = checked_shape(family, usual, file)
-        self._old_dense = family.dense_tensors(checkpoint.config)
-        self._places = _places(checkpoint, usual, shape)
-        dense = {
-            name: Entry(shape, self._dtype_of(name))
-            for name, shape in family.dense_tensors(usual).items()
-        }
-        self.entries = dense | {
-            name: Entry(places[0][2].shape, self._dtype_of(self._old_part(*places[0]).name))
-            for name, places in self._places.items()
-        }
 
-    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Return rows of a tensor."""
-        places = self._places.get(name)
-        whole = self._dense(name) if places is None else self._of_experts(name, places)
-        return from_array(whole[begin:end])
+def _source(
+    config: Config,
+    file: Path,
+    files: tuple[Path, ...],
+    dtype_of: Callable[[str], str],
+    new: NewTensors | None,
+) -> Source:
+    family = family_of(config, file)
+    usual = usual_config(family, config, file)
+    places: dict[str, list[_Place]] = {}
+    shape = checked_shape(family, usual, file)
+    for layer_id, expert_id in product(shape.layers, range(shape.num_experts)):
+        parts = family.expert_tensors(usual, layer_id, expert_id).parts()
+        for index, part in enumerate(parts):
+            places.setdefault(part.name, []).append(((layer_id, expert_id, index), part))
+    shapes = family.dense_tensors(usual) | {name: of[0][1].shape for name, of in places.items()}
+    entries = {name: Entry(found, dtype_of(name)) for name, found in shapes.items()}
 
-    def _dense(self, name: str) -> np.ndarray:
-        found = read_tensor(self._checkpoint, name, self._checkpoint.dtype)
-        if self._old_dense[name] == self.entries[name].shape:
-            return found
-        return self._experts.gate_rows(_layer_of(name), found)
-
-    def _of_experts(self, name: str, places: list[_Place]) -> np.ndarray:
-        entry = self.entries[name]
-        whole = np.empty(entry.shape, ARRAY_DTYPES[entry.dtype])
-        for (layer_id, expert_id), index, part in places:
+    def make(name: str) -> torch.Tensor:
+        assert new is not None, "a source of sizes only"
+        if name not in places:
+            return from_array(new.dense(name, shapes[name]))
+        whole = np.empty(shapes[name], ARRAY_DTYPES[entries[name].dtype])
+        for place, part in places[name]:
             rows = whole if part.rows is None else whole[slice(*part.rows)]
-            found = from_array(self._experts.matrix(layer_id, expert_id, index))
-            from_array(part_of(rows, part)).copy_(found)
-        return whole
+            from_array(part_of(rows, part)).copy_(from_array(new.matrix(*place)))
+        return from_array(whole)
 
-    def _old_part(self, key: tuple[int, int], index: int, part: Part) -> Part:
-        family = self._checkpoint.family
-        return family.expert_tensors(self._checkpoint.config, key[0], 0).parts()[index]
+    return Source("made", file.parent, file, config, MadeTensors(entries, make), files)
 
-    def _dtype_of(self, name: str) -> str:
-        if name in self._checkpoint.packed:
-            return self._checkpoint.dtype
-        return DTYPES[self._checkpoint.tensors[name].dtype]
+
+_Place = tuple[tuple[int, int, int], Part]
+"""The layer, the expert and the index of a part, and its place in a tensor."""
 
 
 def _layer_of(name: str) -> int:
     match = _LAYER_IN_NAME.search(name)
     return -1 if match is None else int(match[1])
-
-
-_Place = tuple[tuple[int, int], int, Part]
-"""The part of an expert in a tensor: (layer, expert), the index of the part, and its place."""
-
-
-def _places(checkpoint: Checkpoint, config: Config, shape: ExpertShape) -> dict[str, list[_Place]]:
-    """Return the parts of the new experts in each of their tensors."""
-    places: dict[str, list[_Place]] = {}
-    for layer_id in shape.layers:
-        for expert_id in range(shape.num_experts):
-            tensors = checkpoint.family.expert_tensors(config, layer_id, expert_id)
-            for index, part in enumerate(tensors.parts()):
-                places.setdefault(part.name, []).append(((layer_id, expert_id), index, part))
-    return places

@@ -8,40 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from cluster.errors import CheckpointError, ConfigError
+from experts.checkpoint.checkpoint import Checkpoint
 from router.gateway.tokenizer import Tokenizer
+from router.workshop.folders.dense_model import DenseModel
 from router.workshop.texts import Sequences, read_corpus
 
 HOLDOUT_EVERY_BLOCKS = 5
 """Every fifth block of about 4,096 characters is held out."""
-
-
-class TextModel(Protocol):
-    """What of a model decides the tokens of a text; a checkpoint has it."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder with the tokenizer."""
-        ...
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's ``config.json``."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        ...
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """The longest context in tokens."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +38,9 @@ class Text:
     sha256: dict[str, str]
 
 
-def read_text(model: TextModel, paths: Sequence[Path], num_rows: int, row_tokens: int) -> Text:
+def read_text(
+    model: Checkpoint | DenseModel, paths: Sequence[Path], num_rows: int, row_tokens: int
+) -> Text:
     """Return at most ``num_rows`` rows of each kind, spread evenly over the texts.
 
     Raises ``ConfigError`` for a text that cannot be read, is shorter than a row, or too short to
@@ -95,7 +74,9 @@ def _rows(sequences: Iterable[Sequence[int]], num_rows: int) -> Rows:
     return Rows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
-def _ids(model: TextModel, tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[list[int]]:
+def _ids(
+    model: Checkpoint | DenseModel, tokenizer: Tokenizer, documents: Iterable[str]
+) -> Iterator[list[int]]:
     """Yield the ids of each document, and an end-of-text token after them."""
     end = model.config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end

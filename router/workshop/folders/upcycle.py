@@ -8,14 +8,14 @@ model is the dense one, and with fewer it is cheaper and worse.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.convert.plan import STORED, Plan, make_plan
-from experts.convert.staging import check_dest
 from experts.convert.write import write_model
 from experts.families.base import Config
 from router.workshop.folders.as_mixture import (
@@ -27,19 +27,13 @@ from router.workshop.folders.as_mixture import (
 from router.workshop.folders.card import Record
 from router.workshop.folders.dense_model import DenseModel
 from router.workshop.folders.layerwise import LayeredModel
-from router.workshop.folders.making import (
-    NewModel,
-    OnProgress,
-    Origin,
-    Recipe,
-    make_folder,
-    score_served,
-    seen_on,
-)
+from router.workshop.folders.making import Command, NewModel, make_folder, seen_on
+from router.workshop.folders.rewritten import NewTensors, rewritten_source, sized_source
 from router.workshop.folders.split_fit import SplitObserver, layer_split
-from router.workshop.folders.text import Rows, Text, read_text
+from router.workshop.folders.text import Rows, Text
 from router.workshop.folders.twin_pass import Missed, TwinPass
-from router.workshop.folders.upcycled import Copies, NewParts, Split, upcycled_source
+from router.workshop.folders.upcycled import Copies, Split
+from router.workshop.progress import OnProgress
 
 By = Literal["split", "copies"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -77,88 +71,124 @@ class UpcycleOptions:
         return self.experts if self.by == "split" else min(_COPIES_ACTIVE, self.experts)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked command: its plan, which has sizes alone, its text, and the dense model's plan.
+@dataclass(frozen=True)
+class Upcycle(Command):
+    """The command that writes a dense model as a mixture.
 
-    ``dense`` writes the model as a mixture of one expert a layer.
+    The dense model is written twice: as a mixture of one expert a layer beside the destination,
+    which is read for everything else, and as the result.
     """
 
-    plan: Plan
-    dense: Plan
-    text: Text | None
+    name = "upcycle"
+    model: DenseModel
+    options: UpcycleOptions
 
+    def plan(self, has_text: bool) -> Plan:
+        """See :class:`Command`: for numbers of experts that cannot be, and for a missing text."""
+        self._check_counts()
+        if self.options.by == "split" and not has_text:
+            raise ConfigError("--by split needs a calibration text", "--text")
+        if self.options.speed and not has_text:
+            raise ConfigError("--speed is beside perplexities, which need a text", "--text")
+        source = sized_source(self.model.source, self._config, self._dense.dtype)
+        return make_plan(source, STORED, self.options.max_shard_size)
 
-def prepare_upcycle(
-    model: DenseModel, dest: Path, options: UpcycleOptions, texts: Sequence[Path]
-) -> Prepared:
-    """Check everything before the first step.
-
-    Raises ``ConfigError`` for a wrong ``dest``, for numbers of experts that cannot be and for a
-    missing text, :class:`CheckpointError` for a dense model that cannot be a mixture, and as
-    :func:`router.workshop.folders.text.read_text` does.
-    """
-    check_dest(dest)
-    _check_counts(model, options)
-    if options.by == "split" and not texts:
-        raise ConfigError("--by split needs a calibration text", "--text")
-    if options.speed and not texts:
-        raise ConfigError("--speed is beside perplexities, which need a text", "--text")
-    config = _config(model, options)
-    dense = make_plan(one_expert(model.source, config), options.dtype, options.max_shard_size)
-    config["dtype"] = dense.dtype
-    parts: NewParts = Copies(options.seed)
-    source = upcycled_source(config, model.source.config_file, dense.dtype, parts, None)
-    plan = make_plan(source, STORED, options.max_shard_size)
-    rows = options.sequences, options.sequence_length
-    return Prepared(plan, dense, read_text(model, texts, *rows) if texts else None)
-
-
-def _check_counts(model: DenseModel, options: UpcycleOptions) -> None:
-    if options.experts < 2:
-        raise ConfigError(f"must be at least 2 (given: {options.experts})", "--experts")
-    if not 1 <= options.num_active <= options.experts:
-        raise ConfigError(
-            f"must be from 1 to the {options.experts} experts of a layer (given: {options.active})",
-            "--active",
+    def decide(self, text: Text | None, work: Path, on_progress: OnProgress) -> NewModel:
+        """See :class:`Command`."""
+        options, folder = self.options, work.parent / "dense"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(
+            self._dense, folder, lambda done, total: on_progress("reading", done >> 20, total >> 20)
         )
-    if options.by == "copies":
-        return
-    if options.shared < 1:
-        raise ConfigError(
-            f"must be at least 1, since Qwen2-MoE has a shared expert (given: {options.shared})",
-            "--shared",
+        dense = open_checkpoint(folder)
+        new: NewTensors = Copies(dense, options.experts, options.seed)
+        if options.by == "split" and text is not None:
+            new = _split(dense, text.calibration, self._sizes, work, on_progress)
+        source = rewritten_source(dense, self._config, new)
+        plan = make_plan(source, STORED, options.max_shard_size)
+        curve = self._curve()
+        return NewModel(dense, plan, self._line(), curve=curve, with_speed=options.speed)
+
+    @cached_property
+    def _config(self) -> Config:
+        """The mixture's ``config.json``: copies of a model without biases are Mixtral's."""
+        sizes, is_copies = self._sizes, self.options.by == "copies"
+        if is_copies and self.model.family != "qwen2":
+            return mixtral_config(self.model.source, sizes.experts, sizes.active)
+        return qwen2_moe_config(self.model.source, sizes, renormalises=is_copies)
+
+    @cached_property
+    def _dense(self) -> Plan:
+        """The plan of the mixture of one expert a layer."""
+        source = one_expert(self.model.source, self._config)
+        return make_plan(source, self.options.dtype, self.options.max_shard_size)
+
+    @cached_property
+    def _neurons(self) -> int:
+        neurons, file = self.model.config.get("intermediate_size"), self.model.source.config_file
+        if type(neurons) is not int or neurons < 1:
+            raise CheckpointError("lacks a positive intermediate_size", str(file))
+        return neurons
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        options = self.options
+        if options.by == "copies":
+            return Sizes(options.experts, options.num_active, self._neurons, 1)
+        part = self._neurons // (options.experts + options.shared)
+        return Sizes(options.experts, options.num_active, part, options.shared * part)
+
+    def _check_counts(self) -> None:
+        options = self.options
+        if options.experts < 2:
+            raise ConfigError(f"must be at least 2 (given: {options.experts})", "--experts")
+        if not 1 <= options.num_active <= options.experts:
+            raise ConfigError(
+                f"must be from 1 to the {options.experts} experts of a layer "
+                f"(given: {options.active})",
+                "--active",
+            )
+        if options.by == "copies":
+            return
+        if options.shared < 1:
+            raise ConfigError(
+                "must be at least 1, since Qwen2-MoE has a shared expert "
+                f"(given: {options.shared})",
+                "--shared",
+            )
+        if self._neurons % (options.experts + options.shared):
+            raise ConfigError(
+                f"{options.experts} experts and {options.shared} shared parts do not divide the "
+                f"{self._neurons} neurons of a layer",
+                "--experts",
+            )
+
+    def _curve(self) -> tuple[int, ...]:
+        """Return the numbers of active experts to score further: those of an exact split."""
+        options = self.options
+        if options.by == "copies" or options.num_active < options.experts:
+            return ()
+        counts = {round(share * options.experts) for share in _CURVE_SHARES}
+        return tuple(sorted(counts - {0, options.experts}, reverse=True))
+
+    def _line(self) -> str:
+        options, sizes = self.options, self._sizes
+        if options.by == "copies":
+            return (
+                f"Each layer has {options.experts} copies of the dense one, and any "
+                f"{options.num_active} of them give the dense model."
+            )
+        line = (
+            f"Each layer's {self._neurons:,} neurons are a shared expert of "
+            f"{sizes.shared_neurons:,} and {sizes.experts} experts of {sizes.expert_neurons:,}. "
         )
-    neurons, parts = _neurons(model), options.experts + options.shared
-    if neurons % parts:
-        raise ConfigError(
-            f"{options.experts} experts and {options.shared} shared parts do not divide the "
-            f"{neurons} neurons of a layer",
-            "--experts",
+        if sizes.active == sizes.experts:
+            return line + "With all experts chosen the model is the dense one."
+        of_token = sizes.shared_neurons + sizes.active * sizes.expert_neurons
+        return line + (
+            f"A token has {sizes.active} of them, so {of_token / self._neurons:.0%} of the "
+            "neurons, and the last matrices are fitted for that number."
         )
-
-
-def _neurons(model: DenseModel) -> int:
-    neurons = model.config.get("intermediate_size")
-    if type(neurons) is not int or neurons < 1:
-        raise CheckpointError("lacks a positive intermediate_size", str(model.source.config_file))
-    return neurons
-
-
-def _sizes(model: DenseModel, options: UpcycleOptions) -> Sizes:
-    neurons = _neurons(model)
-    if options.by == "copies":
-        return Sizes(options.experts, options.num_active, neurons, 1)
-    part = neurons // (options.experts + options.shared)
-    return Sizes(options.experts, options.num_active, part, options.shared * part)
-
-
-def _config(model: DenseModel, options: UpcycleOptions) -> Config:
-    """Return the mixture's ``config.json``: copies of a model without biases are Mixtral's."""
-    sizes = _sizes(model, options)
-    if options.by == "copies" and model.family != "qwen2":
-        return mixtral_config(model.source, sizes.experts, sizes.active)
-    return qwen2_moe_config(model.source, sizes, renormalises=options.by == "copies")
 
 
 def upcycle(
@@ -170,43 +200,9 @@ def upcycle(
 ) -> Record:
     """Write the dense model as a mixture to the folder ``dest``; returns its record.
 
-    The dense model is written twice: as a mixture of one expert a layer beside ``dest``, which is
-    read for everything else, and as the result. Raises as :func:`prepare_upcycle` and
-    :func:`router.workshop.folders.making.make_folder` do.
+    Raises as :func:`router.workshop.folders.making.make_folder` does.
     """
-    prepared = prepare_upcycle(model, dest, options, texts)
-
-    def decide(work: Path) -> NewModel:
-        dense = _written(prepared.dense, work.parent / "dense", on_progress)
-        parts: NewParts = Copies(options.seed)
-        if options.by == "split" and prepared.text is not None:
-            sizes = _sizes(model, options)
-            parts = _split(dense, prepared.text.calibration, sizes, work, on_progress)
-        source = upcycled_source(
-            prepared.plan.config, dense.folder / "config.json", dense.dtype, parts, dense
-        )
-        made = make_plan(source, STORED, options.max_shard_size)
-        line, curve = _line(model, options), _curve(options)
-        return NewModel(
-            dense,
-            made,
-            score_served,
-            open_checkpoint,
-            (line,),
-            curve=curve,
-            with_speed=options.speed,
-        )
-
-    origin = Origin(model.name, model.family, model.num_bytes)
-    decisive = {name: value for name, value in asdict(options).items() if name != "speed"}
-    recipe = Recipe("upcycle", decisive)
-    return make_folder(origin, model.source, dest, recipe, prepared.text, decide, on_progress)
-
-
-def _written(plan: Plan, folder: Path, on_progress: OnProgress) -> Checkpoint:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(plan, folder, lambda done, total: on_progress("reading", done >> 20, total >> 20))
-    return open_checkpoint(folder)
+    return make_folder(Upcycle(model, options), dest, texts, on_progress)
 
 
 def _split(
@@ -222,32 +218,4 @@ def _split(
     else:
         twin = TwinPass(LayeredModel(dense), rows, work)
         seen = twin.run(new_observer, lambda *done: on_progress("calibrating", *done))
-    return Split({layer_id: layer_split(found, sizes) for layer_id, found in seen.items()})
-
-
-def _curve(options: UpcycleOptions) -> tuple[int, ...]:
-    """Return the numbers of active experts to score further: those of an exact split."""
-    if options.by == "copies" or options.num_active < options.experts:
-        return ()
-    counts = {round(share * options.experts) for share in _CURVE_SHARES}
-    return tuple(sorted(counts - {0, options.experts}, reverse=True))
-
-
-def _line(model: DenseModel, options: UpcycleOptions) -> str:
-    if options.by == "copies":
-        return (
-            f"Each layer has {options.experts} copies of the dense one, and any "
-            f"{options.num_active} of them give the dense model."
-        )
-    sizes = _sizes(model, options)
-    of_token = sizes.shared_neurons + sizes.active * sizes.expert_neurons
-    line = (
-        f"Each layer's {_neurons(model):,} neurons are a shared expert of "
-        f"{sizes.shared_neurons:,} and {sizes.experts} experts of {sizes.expert_neurons:,}. "
-    )
-    if sizes.active == sizes.experts:
-        return line + "With all experts chosen the model is the dense one."
-    return line + (
-        f"A token has {sizes.active} of them, so {of_token / _neurons(model):.0%} of the neurons, "
-        "and the last matrices are fitted for so many."
-    )
+    return Split(dense, {layer_id: layer_split(found, sizes) for layer_id, found in seen.items()})

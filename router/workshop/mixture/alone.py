@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,6 @@ SINGLE = {"top_k": None, "noisy_gate": False, "importance_weight": 0.0, "load_we
 MAX_ITER = 1000
 LEAST_PROBABILITY = float(np.finfo(np.float64).eps)
 """A smaller probability counts as this, as in scikit-learn's log loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The quality of predictions for rows that no fit has seen.
-
-    ``main`` is R² of a regression and the accuracy of a classification. ``loss`` is the root of the
-    mean squared error, or the mean negative log likelihood of the classes; ``None`` for a
-    classifier without probabilities.
-    """
-
-    main: float
-    loss: float | None
 
 
 def experts_alone(estimator: Any) -> dict[str, Any]:
@@ -58,18 +44,23 @@ def experts_alone(estimator: Any) -> dict[str, Any]:
     return {"one linear expert": LinearRegression()}
 
 
-def score(fitted: Any, X: Any, targets: np.ndarray) -> Score:
-    """Return the score of a fitted regressor or classifier; a class that it never saw is a miss."""
+def score(fitted: Any, X: Any, targets: np.ndarray) -> dict[str, float | None]:
+    """Return the quality of predictions for rows that no fit has seen, by metric.
+
+    These are ``r2`` and ``rmse``, or ``accuracy`` and ``log_loss``, the mean negative log
+    likelihood, which is ``None`` for a classifier without probabilities. A class that the
+    classifier never saw is a miss.
+    """
     predicted = fitted.predict(X)
     if not is_classifier(fitted):
-        return Score(
-            float(r2_score(targets, predicted)), float(root_mean_squared_error(targets, predicted))
-        )
+        rmse = float(root_mean_squared_error(targets, predicted))
+        return {"r2": float(r2_score(targets, predicted)), "rmse": rmse}
     accuracy = float(accuracy_score(targets, predicted))
     if not hasattr(fitted, "predict_proba"):
-        return Score(accuracy, None)
+        return {"accuracy": accuracy, "log_loss": None}
     is_known = np.isin(targets, fitted.classes_)
     places = np.searchsorted(fitted.classes_, targets[is_known])
     likelihoods = np.zeros(len(targets))
     likelihoods[is_known] = fitted.predict_proba(X[is_known])[np.arange(len(places)), places]
-    return Score(accuracy, float(-np.log(np.maximum(likelihoods, LEAST_PROBABILITY)).mean()))
+    loss = -np.log(np.maximum(likelihoods, LEAST_PROBABILITY)).mean()
+    return {"accuracy": accuracy, "log_loss": float(loss)}

@@ -28,6 +28,7 @@ from sklearn.utils.validation import (
 from router.workshop.mixture.parts import Array, FittedMixture, Rows, posterior
 from router.workshop.mixture.scale import Scale
 from router.workshop.mixture.sequences import Sequences, check_columns, sequences_of
+from router.workshop.progress import bar
 
 Targets = npt.NDArray[Any]
 """Values [N, D] of a regression, or the numbers [N] of classes."""
@@ -355,19 +356,5 @@ def progress(verbose: int, total: int, text: str) -> Iterator[Callable[[str], No
 
     Yields a function that advances it by one of ``total`` and shows a remark, as an objective.
     """
-    if not verbose:
-        yield lambda remark: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[remark]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(text, total=total, remark="")
-        yield lambda remark: bar.update(task, advance=1, remark=remark)
+    with bar(text, total, bool(verbose)) as update:
+        yield lambda remark: update(advance=1, remark=remark)

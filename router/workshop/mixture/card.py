@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+import json
+from collections.abc import Mapping
 from typing import Any
 
-LIBRARIES = ("expertmesh", "scikit-learn", "numpy", "skops")
+import numpy as np
+
+from router.workshop.tables import table
+
 _MOST_ROWS = 64
 """The most experts that the card lists one by one."""
 
@@ -16,8 +19,7 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
 
     ``name`` is that of the folder. The figures are of the training rows.
     """
-    rows = document["inputs"][0]
-    example = _zeros(rows["shape"])
+    rows, cls = document["inputs"][0], type(estimator)
     outputs = ", ".join(f"`{output['name']}`" for output in document["outputs"])
     parts = [
         ("Rows", f"`{rows['name']}`, {rows['datatype']} {rows['shape']}"),
@@ -30,75 +32,56 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
     if names is not None:
         parts.insert(1, ("Features", ", ".join(f"`{feature}`" for feature in names)))
     fit = [
-        ("Training rows", f"{estimator.n_samples_fit_:,}"),
-        ("Iterations", f"{estimator.n_iter_}"),
+        ("Training rows", estimator.n_samples_fit_),
+        ("Iterations", estimator.n_iter_),
         *_scores(estimator),
         *((key, f"`{value}`") for key, value in _changed(estimator).items()),
     ]
-    usage = list(zip(document["experts"], estimator.expert_usage_, strict=True))
-    shown = [(expert, f"{share:.4f}") for expert, share in usage[:_MOST_ROWS]]
-    more = len(usage) - len(shown)
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"{document['description']}.",
-            "",
-            _table(("Part", ""), parts),
-            "## Fit",
-            "",
-            _table(("", ""), fit),
-            "The mean weight that the gates give each expert, over the training rows:",
-            "",
-            _table(("Expert", "Usage"), [*shown, ("others", str(more))] if more else shown),
-            "## Use",
-            "",
-            f"Serve it by `expertmesh serve PATH/{name}`, or name the folder in a deployment file.",
-            "",
-            f"```yaml\nmodels:\n  - {{id: {name}, path: PATH/{name}}}\n```",
-            "",
-            "Ask it from Python; each row is a prediction:",
-            "",
-            "```python",
-            "import numpy as np",
-            "from router.client import Client",
-            "",
-            'with Client("127.0.0.1:9000") as client:',
-            f'    reply = client.predict("{name}", {{"{rows["name"]}": np.array({example})}})',
-            "print(reply.outputs)",
-            "```",
-            "",
-            "Or over HTTP:",
-            "",
-            "```sh",
-            f"curl -s http://127.0.0.1:8000/v2/models/{name}/infer "
-            "-H 'content-type: application/json' -d "
-            f'\'{{"inputs": [{{"name": "{rows["name"]}", "datatype": "FP64", '
-            f'"shape": {_shape(example)}, "data": {example}}}]}}\'',
-            "```",
-            "",
-            "Load the estimator again, without a server:",
-            "",
-            "```python",
-            f"from {type(estimator).__module__} import {type(estimator).__name__}",
-            "",
-            f'estimator = {type(estimator).__name__}.load("PATH/{name}")',
-            "```",
-            "",
-            "## Made with",
-            "",
-            _table(("", ""), [(library, version(library)) for library in LIBRARIES]),
-        ]
-    )
+    shares = zip(document["experts"], estimator.expert_usage_, strict=True)
+    usage: list[tuple[Any, Any]] = [(expert, f"{share:.4f}") for expert, share in shares]
+    if len(usage) > _MOST_ROWS:
+        usage[_MOST_ROWS:] = [("others", len(usage) - _MOST_ROWS)]
+    # A row of zeros; one step where any number is taken.
+    zeros = np.zeros((1, *(max(size, 1) for size in rows["shape"])))
+    given = {"name": rows["name"], "datatype": "FP64", "shape": zeros.shape, "data": zeros.tolist()}
+    return f"""# {name}
 
+{document["description"]}.
 
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {key} | {_cell(value)} |" for key, value in rows), ""])
+{table(("Part", ""), parts)}
 
+## Fit
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+{table(("", ""), fit)}
+
+The mean weight that the gates give each expert, over the training rows:
+
+{table(("Expert", "Usage"), usage)}
+
+## Use
+
+Serve it by `expertmesh serve PATH/{name}`, or name the folder in a deployment file:
+
+```yaml
+models:
+  - {{id: {name}, path: PATH/{name}}}
+```
+
+Ask it over HTTP; each row is a prediction:
+
+```sh
+curl -s http://127.0.0.1:8000/v2/models/{name}/infer -H 'content-type: application/json' \\
+    -d '{json.dumps({"inputs": [given]})}'
+```
+
+Load the estimator again, without a server:
+
+```python
+from {cls.__module__} import {cls.__name__}
+
+estimator = {cls.__name__}.load("PATH/{name}")
+```
+"""
 
 
 def _gate(name: str, gate: Mapping[str, Any]) -> str:
@@ -137,19 +120,3 @@ def _changed(estimator: Any) -> dict[str, Any]:
     defaults = type(estimator)().get_params(deep=False)
     given = estimator.get_params(deep=False)
     return {key: value for key, value in given.items() if repr(value) != repr(defaults[key])}
-
-
-def _zeros(shape: Sequence[int]) -> Any:
-    """Return a row of zeros for an example, as nested lists; one step where any number is taken."""
-    row: Any = 0.0
-    for size in reversed(shape):
-        row = [row] * max(size, 1)
-    return [row]
-
-
-def _shape(nested: Any) -> list[int]:
-    shape = []
-    while isinstance(nested, list):
-        shape.append(len(nested))
-        nested = nested[0]
-    return shape

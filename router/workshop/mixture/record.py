@@ -23,13 +23,13 @@ from sklearn.model_selection import KFold, LeaveOneOut, PredefinedSplit, Stratif
 
 from cluster.errors import CheckpointError, shown, shown_name
 from experts.backends.errors import described
-from router.workshop.mixture.card import LIBRARIES
 from router.workshop.mixture.parts import FittedMixture
 from router.workshop.mixture.served import served_deviations
 from router.workshop.mixture.weights import estimator_bytes
 
 RECORD_FILE = "estimator.json"
 RECORD_FORMAT = 1
+LIBRARIES = ("expertmesh", "scikit-learn", "numpy", "skops")
 MIXTURE_FIELDS = ("kind", "floor", "deviations")
 """The fields of a mixture that the record has; deviations only where the served format has none."""
 _PACKAGE = "router.workshop.mixture"

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from router.workshop.mixture.adaptive.noisy_gate import (
     chosen_probabilities,
@@ -212,7 +213,7 @@ class AdaptiveNetwork(nn.Module):
         log_gates = keep_top_k(noisy, a.top_k).log_softmax(dim=1)
         if a.top_k == a.num_experts:
             return log_gates, None
-        return log_gates, chosen_probabilities(scores, raw_deviations, noisy, a.top_k)
+        return log_gates, chosen_probabilities(scores, softplus(raw_deviations), noisy, a.top_k)
 
     def deviations(self) -> Tensor:
         """Return the fitted deviations [E, W], in units of standardised targets."""

@@ -35,19 +35,18 @@ def keep_top_k(scores: Tensor, top_k: int) -> Tensor:
     return scores.masked_fill(is_dropped, -torch.inf)
 
 
-def chosen_probabilities(
-    scores: Tensor, raw_deviations: Tensor, noisy: Tensor, top_k: int
-) -> Tensor:
+def chosen_probabilities(scores: Tensor, deviations: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     """Return P [N, E], the probability that an expert is chosen under new noise of its own score.
 
     The ``noisy`` scores of the other experts stay as they are (equations 8 and 9):
-    ``P_i = Phi((s_i - kth_excluding(H, k, i)) / softplus(n_i))``. ``top_k`` must be below E.
+    ``P_i = Phi((s_i - kth_excluding(H, k, i)) / softplus(n_i))``, with the latter as
+    ``deviations``. ``top_k`` must be below E.
     """
     largest = noisy.topk(top_k + 1, dim=1).values
     last_in, first_out = largest[:, top_k - 1, None], largest[:, top_k, None]
     # Without expert i, the k-th largest is the next one where i itself is among the k.
     threshold = torch.where(noisy >= last_in, first_out, last_in)
-    return torch.special.ndtr((scores - threshold) / softplus(raw_deviations))
+    return torch.special.ndtr((scores - threshold) / deviations)
 
 
 def squared_variation(amounts: Tensor) -> Tensor:

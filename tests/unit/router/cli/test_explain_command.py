@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from router.cli import explain
 from router.cli.app import app
-from router.cli.explained import ALL_KINDS, Explained
+from router.cli.explained import ALL_KINDS, Explained, token_kind
 from router.client import Client, ModelInfo, Sampling, Token
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster
@@ -60,6 +61,28 @@ def test_each_token_is_of_one_kind() -> None:
         "line ends and spaces", "words",
     ]  # fmt: skip
     assert len(set(ALL_KINDS)) == len(ALL_KINDS) == len(set(EXPLAINED.kinds))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (",", "punctuation"),
+        (' "', "punctuation"),
+        (" 1947", "numbers"),
+        ("3rd", "numbers"),
+        (" Moses", "capitals"),
+        ("SQL", "capitals"),
+        (" the", "words"),
+        ("\nand", "words"),
+        ("ing", "parts of words"),
+        ("é", "parts of words"),
+        ("\n\n", "line ends and spaces"),
+        (" ", "line ends and spaces"),
+        ("\ufffd", "punctuation"),
+    ],
+)
+def test_kind_of_a_token(text: str, kind: str) -> None:
+    assert token_kind(text) == kind
 
 
 def test_shares_and_entropies_are_those_counted_by_hand() -> None:
@@ -168,8 +191,8 @@ def test_a_picture_is_drawn(address: str, tmp_path: Path, suffix: str) -> None:
     ("options", "told"),
     [
         (("--layer", "9"), "--layer: given 9, must be a layer with experts: 0, 1, 2"),
-        (("--picture", "x.pdf"), "--picture: given x.pdf, must end in .png or .svg"),
-        (("--picture", "/no/such/folder/x.png"), "--picture: /no/such/folder/x.png cannot be"),
+        (("--picture", "x.pdf"), "--picture: x.pdf: the suffix must be one of png, svg"),
+        (("--picture", "/no/such/x.png"), "--picture: /no/such/x.png: the folder does not exist"),
     ],
 )
 def test_wrong_options_end_it_with_a_line(
@@ -183,7 +206,7 @@ def test_wrong_options_end_it_with_a_line(
 def test_without_matplotlib_it_says_what_to_install(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.cli.explain_picture.can_draw", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     result = run(address, "--picture", "x.png")
     assert result.exit_code == 2
     assert "expertmesh[plots]" in result.stderr

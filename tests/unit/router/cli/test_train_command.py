@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -100,9 +99,11 @@ def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(
     stopped = run(words)
     assert stopped.exit_code == 130
     told = stopped.stderr.splitlines()[-1]
-    assert told.startswith("expertmesh: stopped; 3 steps are saved; go on with: expertmesh train")
+    assert told == (
+        "expertmesh: stopped; 3 steps are saved; run the same command with --resume to go on"
+    )
     monkeypatch.undo()
-    resumed = run(shlex.split(told.split("go on with: expertmesh ")[1]))
+    resumed = run([*words, "--resume"])
     assert resumed.exit_code == 0, resumed.stderr
     [expected, got] = [load_file(tmp_path / n / "model.safetensors") for n in ("whole", "out")]
     assert all(expected[name].equal(got[name]) for name in expected)
@@ -119,7 +120,7 @@ def test_ctrl_c_twice_ends_a_step_at_once(
     on_step(monkeypatch, interrupt)
     result = run(words)
     assert result.exit_code == 130
-    assert "interrupted; the saved state is kept; go on with: expertmesh train" in result.stderr
+    assert "interrupted; the saved state is kept; run the same command with" in result.stderr
     assert state_steps(words, tmp_path) == 5
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router.workshop.report import Record, strongest_leanings
+from router.workshop.report import Record
 from router.workshop.settings import TrainingConfig, TrainingError
 from router.workshop.state import STATE_FILE
 from router.workshop.train import StoppedError, Watcher, train
@@ -153,7 +153,7 @@ def test_tokenizer_round_trips_any_text_and_has_a_chat_template(trained: Trained
     assert prompt == "<s>User: Hail\nAssistant: Well met</s>\nUser: Who?\nAssistant:"
 
 
-def test_record_card_and_picture_are_beside_the_checkpoint(trained: Trained) -> None:
+def test_record_and_card_are_beside_the_checkpoint(trained: Trained) -> None:
     out, _, record = trained
     written = Record.model_validate_json((out / "training.json").read_text(encoding="utf-8"))
     assert written == record
@@ -165,16 +165,11 @@ def test_record_card_and_picture_are_beside_the_checkpoint(trained: Trained) -> 
     # Two layers, each with two experts of 3 * 16 * 16 that a token does not take.
     assert figures.num_parameters - figures.num_active_parameters == 2 * 2 * 768
     assert figures.num_parameters == sum(tensor.numel() for tensor in weights(out).values())
-    leanings = strongest_leanings(figures)
-    assert [share for share, *_ in leanings] == sorted((s for s, *_ in leanings), reverse=True)
-    for share, kind, layer_id, expert_id in leanings:
-        shares = {**figures.kind_shares, **figures.source_shares}[kind]
-        assert share == shares[layer_id][expert_id] == max(max(row) for row in shares)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"| {figures.num_active_parameters:,} | {figures.heldout_perplexity:.2f} |" in card
     assert "expertmesh train train.yaml --text grammar.txt --out tiny\n" in card
-    assert "![Which tokens](experts.png)" in card
-    assert (out / "experts.png").read_bytes().startswith(b"\x89PNG")
+    shares = " | ".join(f"{100 * share:.1f}" for share in figures.expert_shares[1])
+    assert f"| 1 | {shares} |" in card
 
 
 def test_dense_runs_of_the_same_recipe_stand_beside(grammar: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How held-out text is scored, and how tokens are told apart."""
+"""How held-out text is scored."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from router.workshop.evaluation import (
-    expert_shares,
-    kind_shares,
-    perplexity,
-    score,
-    source_shares,
-    unigram_nats,
-)
-from router.workshop.kinds import KINDS, token_kind
+from router.workshop.evaluate.perplexity import together
+from router.workshop.evaluation import score, unigram_nats
 from router.workshop.settings import TrainingError
 
 L, V = 6, 20
@@ -42,32 +35,10 @@ def model() -> MixtralForCausalLM:
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (",", "punctuation"),
-        (' "', "punctuation"),
-        (" 1947", "numbers"),
-        ("3rd", "numbers"),
-        (" Moses", "capitals"),
-        ("SQL", "capitals"),
-        (" the", "words"),
-        ("\nand", "words"),
-        ("ing", "parts of words"),
-        ("é", "parts of words"),
-        ("\n\n", "line ends and spaces"),
-        (" ", "line ends and spaces"),
-        ("\ufffd", "punctuation"),
-    ],
-)
-def test_kind_of_a_token(text: str, kind: str) -> None:
-    assert token_kind(text) == kind
-
-
 def test_unigram_perplexity_of_even_counts_is_the_vocabulary_size() -> None:
     train_ids = torch.arange(10).repeat(5)
     nats = unigram_nats(train_ids, torch.tensor([1, 7]), 10)
-    assert perplexity(nats, 2) == pytest.approx(10)
+    assert math.exp(nats / 2) == pytest.approx(10)
 
 
 def test_scores_are_those_of_one_window_at_a_time(model: MixtralForCausalLM) -> None:
@@ -77,41 +48,28 @@ def test_scores_are_those_of_one_window_at_a_time(model: MixtralForCausalLM) -> 
         name: torch.randint(1, V, (length,), generator=generator)
         for name, length in (("one", 20 * L + 5), ("other", L))
     }
-    kinds = torch.randint(len(KINDS), (V,), generator=generator)
-    kinds[BOS] = len(KINDS)
-    scores = score(model, heldout, kinds, L)
-    counts = {name: torch.zeros(2, len(KINDS) + 1, 3, dtype=torch.int64) for name in heldout}
+    scores = score(model, heldout, L)
+    total = torch.zeros(2, 3, dtype=torch.int64)
     for name, tokens in heldout.items():
-        nats = 0.0
+        nats, counts = 0.0, torch.zeros(2, 3, dtype=torch.int64)
         for window in tokens[: len(tokens) // L * L].view(-1, L):
             inputs = torch.cat([torch.tensor([BOS]), window[:-1]])
             with torch.no_grad():
                 output = model(inputs[None], output_router_logits=True)
             nats += F.cross_entropy(output.logits[0], window, reduction="sum").item()
             for layer_id, logits in enumerate(output.router_logits):
-                for token, chosen in zip(inputs, logits.topk(2).indices, strict=True):
-                    counts[name][layer_id, kinds[token], chosen] += 1
-        assert scores[name].num_tokens == len(tokens) // L * L
-        assert scores[name].nats == pytest.approx(nats, rel=1e-5)
-        assert torch.equal(scores[name].counts, counts[name])
-    total = counts["one"] + counts["other"]
-    expected = total.sum(1) / total.sum((1, 2))[:, None]
-    torch.testing.assert_close(torch.tensor(expert_shares(scores)), expected)
-    assert source_shares(scores)["other"][0] == pytest.approx(
-        (counts["other"][0].sum(0) / (2 * L)).tolist()
-    )
-    for kind, shares in kind_shares(scores).items():
-        cells = total[:, KINDS.index(kind)]
-        torch.testing.assert_close(torch.tensor(shares), cells / cells.sum(1, keepdim=True))
-
-
-def test_a_kind_that_does_not_occur_has_no_share(model: MixtralForCausalLM) -> None:
-    kinds = torch.full((V,), KINDS.index("numbers"))
-    scores = score(model, {"one": torch.ones(L, dtype=torch.int64)}, kinds, L)
-    assert list(kind_shares(scores)) == ["numbers"]
-    assert math.isfinite(scores["one"].nats)
+                counts[layer_id] += torch.bincount(logits.topk(2).indices.flatten(), minlength=3)
+        figures = scores[name].figures()
+        assert figures.tokens == len(tokens) // L * L
+        assert figures.nats == pytest.approx(nats, rel=1e-5)
+        for layer, found in zip(figures.experts, counts, strict=True):
+            assert layer.shares == pytest.approx((found / found.sum()).tolist())
+        total += counts
+    whole = together([*scores.values()])
+    expected = total / total.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor([e.shares for e in whole.experts]), expected)
 
 
 def test_text_shorter_than_a_window_is_named(model: MixtralForCausalLM) -> None:
     with pytest.raises(TrainingError, match="brief: 5 held-out tokens are fewer than"):
-        score(model, {"brief": torch.ones(5, dtype=torch.int64)}, torch.zeros(V).long(), L)
+        score(model, {"brief": torch.ones(5, dtype=torch.int64)}, L)

@@ -59,7 +59,7 @@ def test_the_load_equals_monte_carlo(top_k: int) -> None:
     """Equation 8: new noise on one expert's score alone, the others' as they are."""
     scores, raw, generator = drawn(10 + top_k)
     noisy = noisy_scores(scores, raw, generator)
-    probabilities = chosen_probabilities(scores, raw, noisy, top_k)
+    probabilities = chosen_probabilities(scores, softplus(raw), noisy, top_k)
     draws = 20_000
     for expert in range(E):
         redrawn = noisy.repeat(draws, 1, 1)
@@ -76,7 +76,7 @@ def test_the_mean_load_over_the_noise_is_the_mean_number_of_rows() -> None:
     draws, top_k = 20_000, 2
     many, many_raw = scores.repeat(draws, 1), raw.repeat(draws, 1)
     noisy = noisy_scores(many, many_raw, generator)
-    load = chosen_probabilities(many, many_raw, noisy, top_k).sum(dim=0) / draws
+    load = chosen_probabilities(many, softplus(many_raw), noisy, top_k).sum(dim=0) / draws
     counts = keep_top_k(noisy, top_k).isfinite().double().sum(dim=0) / draws
     torch.testing.assert_close(load, counts, atol=0.03, rtol=0)
     assert load.sum().item() == pytest.approx(N * top_k, abs=0.1)
@@ -107,6 +107,8 @@ def test_the_load_loss_moves_the_score_of_an_expert_that_is_never_chosen() -> No
     noisy = noisy_scores(scores, raw, generator)
     weights = keep_top_k(noisy, 1).softmax(dim=1)
     assert (weights[:, 2] == 0).all()
-    load_loss(chosen_probabilities(scores, raw, noisy, 1), torch.ones(4).double()).backward()
+    load_loss(
+        chosen_probabilities(scores, softplus(raw), noisy, 1), torch.ones(4).double()
+    ).backward()
     assert (scores.grad[:, 2] < 0).all(), "descent raises the score"
     assert np.isfinite(scores.grad.numpy()).all()
