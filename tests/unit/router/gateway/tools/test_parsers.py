@@ -399,6 +399,16 @@ def test_a_streamed_call_that_breaks_off_is_no_end_by_calls(name: str) -> None:
     assert len(wholes[0].calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("format_", "text"), [(V3_1, "<｜tool▁call▁begin｜>"), (CODER, "<tool_call>")]
+)
+def test_text_after_a_mark_is_shown_once_no_call_can_follow(format_: ChatFormat, text: str) -> None:
+    parser = AnswerFormat(format_, "", USE, False).begin()
+    shown = "" if format_.special else text
+    assert parser.push(text, False).content == ""
+    assert parser.push(" I may call", False).content == f"{shown} I may call"
+
+
 def test_a_good_call_after_a_broken_one() -> None:
     for name in ("a bracket", "a comma", "a line"):
         for pieces in cuts(BROKEN[name] + QWEN_CALL):
