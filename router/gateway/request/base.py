@@ -122,7 +122,8 @@ def read(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
 def _refusal(error: ErrorDetails, body: Mapping[str, Any]) -> InvalidRequestError:
     """Return pydantic's error by the client's own field, with what is given and what is allowed."""
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
-    where = _path(error["loc"], body, kind == "missing")
+    unknown_in = given if kind == _REFUSED and context["name"] else None
+    where = _path(error["loc"], body, kind == "missing", unknown_in)
     told = _NO_TEXT.get(kind) or _SHOULD.sub(r"must \1", error["msg"])
     if kind == _REFUSED:
         name = context["name"]
@@ -138,10 +139,17 @@ def _refusal(error: ErrorDetails, body: Mapping[str, Any]) -> InvalidRequestErro
     return InvalidRequestError(f"given {seen}, {told}", where)
 
 
-def _path(location: Sequence[int | str], body: Any, is_missing: bool) -> str:
-    """Return a field's path; pydantic's location also has the names of types that it chose."""
+def _path(
+    location: Sequence[int | str], body: Any, is_missing: bool, unknown_in: object = None
+) -> str:
+    """Return a field's path; pydantic's location also has the names of types that it chose.
+
+    It ends at the object that an unknown field is in, which may have a field named like its type.
+    """
     path, parts = "", location[:-2] if location[-1] == "[key]" else location
     for place, part in enumerate(parts):
+        if body is unknown_in:
+            break
         if isinstance(body, list) and isinstance(part, int):
             path, body = f"{path}[{part}]", body[part]
         elif isinstance(body, Mapping) and part in body:

@@ -117,6 +117,12 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}, "x": 1}},
+            "response_format.x",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "user": 1}]}, "messages[0].user"),
         (CHAT, {"messages": []}, "messages"),
         (CHAT, {"messages": "hi"}, "messages"),
         (CHAT, {"messages": ["hi"]}, "messages[0]"),

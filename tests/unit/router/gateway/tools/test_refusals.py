@@ -101,6 +101,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (choice(type="function"), "tool_choice.function"),
     (choice(type="function", function={"name": "rm"}), "tool_choice.function.name"),
     (choice(type="function", function={"name": "get_weather", "x": 1}), "tool_choice.function.x"),
+    (choice(type="function", function={"name": "get_weather"}, x=1), "tool_choice.x"),
     (choice(type="allowed_tools"), "tool_choice.allowed_tools"),
     (
         choice(type="allowed_tools", allowed_tools={"mode": "all", "tools": [TOOL]}),
