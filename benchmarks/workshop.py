@@ -35,7 +35,7 @@ from benchmarks.common import (
 
 if TYPE_CHECKING:
     from experts.checkpoint.checkpoint import Checkpoint
-    from router.workshop.progress import OnProgress
+    from router.observability.progress import OnProgress
 
 PROMISED_MB_S = 100.0
 PROMISED_BEYOND_MB = 500.0

@@ -23,8 +23,8 @@ from router.cli.common import (
 )
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client, ModelInfo, Sampling
 from router.client.wire import first_model
+from router.observability.progress import bar
 from router.ops.load_test import LoadTest, Results, run_load_test
-from router.workshop.progress import bar
 
 MAX_CLIENTS, MAX_REQUESTS = 1024, 100_000
 _NUM_RANDOM_PROMPTS = 64

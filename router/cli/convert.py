@@ -10,8 +10,8 @@ import typer
 
 from router.cli.common import AsJson, write, write_json
 from router.cli.folders import MaxShardSize, again_after_ctrl_c
+from router.observability.progress import phases
 from router.ops.plan.sizes import format_size, parse_size
-from router.workshop.progress import phases
 
 if TYPE_CHECKING:
     from experts.convert.write import Converted

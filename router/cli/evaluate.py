@@ -12,7 +12,7 @@ from rich.table import Table
 
 from router.cli.common import Address, ApiKey, AsJson, Model, Timeout, write, write_json
 from router.client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S
-from router.workshop.progress import phases
+from router.observability.progress import phases
 
 if TYPE_CHECKING:
     from router.workshop.evaluate.run import Evaluation

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
+from router.observability.progress import phases
 from router.ops.plan.sizes import format_size, parse_size
-from router.workshop.progress import phases
 
 if TYPE_CHECKING:
     from experts.convert.plan import Plan

@@ -35,7 +35,7 @@ from router.client import (
     Prediction,
     TensorInfo,
 )
-from router.workshop.progress import bar
+from router.observability.progress import bar
 
 STDIN = "-"
 SHOWN_DIGITS = 6

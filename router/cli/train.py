@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
-from router.workshop.progress import bar
+from router.observability.progress import bar
 
 if TYPE_CHECKING:
     from router.workshop.report import Record

@@ -1,1 +1,1 @@
-"""Metrics and traces: the catalogue of metrics, a router's counters, the exposition, spans."""
+"""Metrics, traces and progress bars: the catalogue of metrics, the exposition, spans."""

@@ -11,11 +11,11 @@ from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.folder import language_model, open_folder
 from router.client import Client
 from router.gateway.tokenizer import Tokenizer
+from router.observability.progress import OnProgress
 from router.workshop.evaluate.local_model import FolderModel
 from router.workshop.evaluate.perplexity import TextFigures, TextTally, together
 from router.workshop.evaluate.scores import Scorer
 from router.workshop.evaluate.served_model import ServedModel
-from router.workshop.progress import OnProgress
 from router.workshop.texts import Sequences, beginning, read_blocks
 
 DEFAULT_LENGTH = 512

@@ -26,11 +26,11 @@ from experts.checkpoint.expert_weights import read_tensor
 from experts.convert.plan import STORED, Found, Plan, plan_of
 from experts.convert.source import Entry, MadeTensors, Source, Take
 from experts.families.base import Config
+from router.observability.progress import OnProgress
 from router.workshop.folders.alignment import DOWN
 from router.workshop.folders.as_mixture import EXPERT_PARTS
 from router.workshop.folders.rewritten import NewTensors, files_of, gate_tensors, stored_dtype
 from router.workshop.folders.text import Rows
-from router.workshop.progress import OnProgress
 
 _FFN = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(EXPERT_PARTS)})\.weight")
 _SHARED = "shared_experts"

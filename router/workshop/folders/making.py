@@ -23,13 +23,13 @@ from experts.checkpoint.stored import resolve_folder
 from experts.convert.plan import Plan
 from experts.convert.staging import check_dest, staged, write_whole
 from experts.convert.write import write_model
+from router.observability.progress import OnProgress
 from router.workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
 from router.workshop.folders.dense_model import DenseModel
 from router.workshop.folders.layerwise import LayeredModel
 from router.workshop.folders.passes import NewObserver, Pass, Seen
 from router.workshop.folders.speed import speeds_of, with_active
 from router.workshop.folders.text import Rows, Text, read_text
-from router.workshop.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)

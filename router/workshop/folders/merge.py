@@ -18,6 +18,7 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.config import read_json
 from experts.checkpoint.shards import read_headers
 from experts.convert.plan import STORED, Plan, make_plan
+from router.observability.progress import OnProgress
 from router.workshop.folders.alignment import (
     DOWN,
     DOWN_BIAS,
@@ -38,7 +39,6 @@ from router.workshop.folders.rewritten import (
     rewritten_source,
 )
 from router.workshop.folders.text import Text
-from router.workshop.progress import OnProgress
 
 
 @dataclass(frozen=True, slots=True)

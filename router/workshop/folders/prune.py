@@ -11,6 +11,7 @@ import numpy as np
 from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.convert.plan import STORED, Plan, make_plan
+from router.observability.progress import OnProgress
 from router.workshop.folders.card import Record
 from router.workshop.folders.importance import (
     By,
@@ -28,7 +29,6 @@ from router.workshop.folders.rewritten import (
     rewritten_source,
 )
 from router.workshop.folders.text import Text
-from router.workshop.progress import OnProgress
 
 Kept = Mapping[int, Sequence[int]]
 """The ids of the kept experts of each layer, ascending."""

@@ -18,6 +18,7 @@ from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.convert.plan import STORED, Plan, make_plan
 from experts.convert.write import write_model
 from experts.families.base import Config
+from router.observability.progress import OnProgress
 from router.workshop.folders.as_mixture import (
     Sizes,
     mixtral_config,
@@ -33,7 +34,6 @@ from router.workshop.folders.split_fit import SplitObserver, layer_split
 from router.workshop.folders.text import Rows, Text
 from router.workshop.folders.twin_pass import Missed, TwinPass
 from router.workshop.folders.upcycled import Copies, Split
-from router.workshop.progress import OnProgress
 
 By = Literal["split", "copies"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -25,10 +25,10 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from router.observability.progress import bar
 from router.workshop.mixture.parts import Array, FittedMixture, Rows, posterior
 from router.workshop.mixture.scale import Scale
 from router.workshop.mixture.sequences import Sequences, check_columns, sequences_of
-from router.workshop.progress import bar
 
 Targets = npt.NDArray[Any]
 """Values [N, D] of a regression, or the numbers [N] of classes."""
