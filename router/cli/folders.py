@@ -212,7 +212,7 @@ def again_after_ctrl_c(dest: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         fail(
             f"interrupted; what is whole is kept in {staging_folder(dest)}: run the same command "
-            "again to go on",
+            "again to resume",
             INTERRUPTED,
         )
 

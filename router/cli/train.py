@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from router.workshop.train import Watcher
     from router.workshop.trainer import StepReport
 
-_AGAIN = "run the same command with --resume to go on"
+_AGAIN = "run the same command with --resume"
 
 
 def train(
@@ -43,7 +43,7 @@ def train(
         typer.Option(
             "--from",
             metavar="FOLDER",
-            help="Go on from this Mixtral-format model, with its tokenizer. The settings may leave "
+            help="Start from this Mixtral-format model, with its tokenizer. The settings may leave "
             "out `model` then.",
         ),
     ] = None,

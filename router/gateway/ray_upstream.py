@@ -273,8 +273,8 @@ def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> Exper
     for index, choice in enumerate(request.received):
         if choice.is_begun:
             return InvalidRequestError(
-                f"{choice.identity!r:.80} is not the model that is served now; its tokens cannot "
-                "be gone on from",
+                f"{choice.identity!r:.80} is not the model that is served now, which cannot "
+                "continue its tokens; send the request again without resume",
                 f"resume[{index}].identity",
             )
     return error

@@ -262,9 +262,7 @@ def _check_resume(
             "resume",
         )
     if asked.seed is None:
-        raise InvalidRequestError(
-            "is missing; a request goes on only with the seed that it began with", "seed"
-        )
+        raise InvalidRequestError("is missing; give the seed that the request began with", "seed")
     if all(received.finished for received in resume):
         raise InvalidRequestError("every choice is finished already", "resume")
     for index, received in enumerate(resume):
@@ -277,7 +275,7 @@ def _check_resume(
         check_ids(ids, model.info.vocab_size, where)
         ends = () if received.finished else sampling.ends(model.info.eos_token_ids)
         if any(token_id in ends for token_id in ids[:-1]):
-            raise InvalidRequestError("goes on after a token that ends it", where)
+            raise InvalidRequestError("has tokens after one that ends the choice", where)
         most = 0 if sampling.prompt_logprobs is None else prompt_len - 1
         where = f"resume[{index}].prompt_logprobs"
         checks.integer(received.num_prompt_logprobs, where, 0, most)
@@ -286,8 +284,8 @@ def _check_resume(
         checks.integer(received.num_routed, where, 0, most)
         if received.is_begun and not received.identity:
             raise InvalidRequestError(
-                "is missing; tokens are gone on from only by the model that gave them, whose "
-                "identity came with the first of them",
+                "is missing; only the model that made these tokens can continue them; give the "
+                "identity that came with the first",
                 f"resume[{index}].identity",
             )
     return tuple(resume)

@@ -243,7 +243,7 @@ def test_ctrl_c_before_the_first_shard(
     break_off(monkeypatch, after=1)
     result = run(original.folder, tmp_path / "out")
     assert result.exit_code == 130
-    assert "run the same command again to go on" in result.stderr
+    assert "run the same command again to resume" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
