@@ -190,6 +190,8 @@ def before_call(context: Any, case: schemathesis.Case, kwargs: Mapping[str, Any]
         case.body = prediction(source, unquote(case.path_parameters["model"])) | name
     elif path in _REQUIRED:
         case.body = bounded(source, case.body, _REQUIRED[path])
+        if path == "/tokenize" and case.body.get("prompt") is None and source.random() < 0.5:
+            case.body["prompt"] = "a prompt"  # no schema says that it or messages must be there
         if path.startswith("/v1/") and case.body.get("max_completion_tokens") is None:
             case.body["max_tokens"] = source.randint(1, MAX_TOKENS)
 

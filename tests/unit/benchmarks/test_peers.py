@@ -82,9 +82,14 @@ def test_a_peer_that_fails_says_why(behaviour: str, message: str) -> None:
 
 
 def test_a_peer_that_hangs_ends_with_its_children() -> None:
-    with pytest.raises(PeerFailedError, match="hang took longer than 2 s") as raised:
-        ask(sys.executable, FAKE, replace(TASK, format="hang"), timeout_s=2)
-    [child] = re.findall(r"child (\d+)", str(raised.value))
+    children: list[str] = []
+    for timeout_s in (2, 20, 120):  # a busy machine needs longer to start the child
+        with pytest.raises(PeerFailedError, match=f"hang took longer than {timeout_s} s") as raised:
+            ask(sys.executable, FAKE, replace(TASK, format="hang"), timeout_s=timeout_s)
+        children = re.findall(r"child (\d+)", str(raised.value))
+        if children:
+            break
+    [child] = children
     deadline_s = time.monotonic() + 20
     while is_alive(int(child)):
         assert time.monotonic() < deadline_s

@@ -29,7 +29,7 @@ HIDDEN, NUM_EXPERTS, TOKENS, TOP_K = 64, 16, 48, 2
 BATCH_S, ROW_S = 0.003, 0.0002
 SLOW = 5
 FIRST, TURNS = 30, 60
-ATTEMPTS = 3
+ATTEMPTS = 6
 """A machine that is busy with other programs gives no answer in one."""
 LIMIT_S = 20.0
 EXPERTS = ModelExperts(MODEL, (LAYER,), NUM_EXPERTS, 1)
@@ -115,12 +115,12 @@ def test_a_slow_copy_among_four_adds_its_share(actors: dict[str, Actor]) -> None
             turns = [(three.layer_s(), four.layer_s()) for _ in range(TURNS)]
             alone, together = map(layers_per_s, zip(*turns, strict=True))
             rates.append((alone, together))
-            if together >= 0.85 * alone * (1 + own_share):
+            measured = four.dispatcher.times.slowness(time.monotonic())
+            is_measured = measured["slow", 1] == pytest.approx(SLOW, rel=0.5)
+            if is_measured and together >= 0.85 * alone * (1 + own_share):
                 break
         else:
-            raise AssertionError(f"layers a second, of three and of four: {rates}")
-        measured = four.dispatcher.times.slowness(time.monotonic())
-        assert measured["slow", 1] == pytest.approx(SLOW, rel=0.5)
+            raise AssertionError(f"layers a second, of three and of four: {rates}; {measured}")
         assert all(measured[actor_id, 1] < measured["slow", 1] / 2 for actor_id in GOOD)
     finally:
         three.transport.close()
