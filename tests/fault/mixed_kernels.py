@@ -49,7 +49,7 @@ def logged(words: str) -> list[str]:
 def shown(address: str, *words: str) -> str:
     """Return what ``expertmesh status`` prints."""
     command = [COMMAND, "status", "--address", address, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout
 
 

@@ -16,7 +16,7 @@ from tests.cluster_fixture import LAYERS, TINY, TOP_K, ServedCluster, greedy, wa
 CHOICES, LENGTH = 16, 900
 WHOLE = CHOICES * (LENGTH - 1) * TOP_K * LAYERS[TINY]
 """Fewer rows of experts than the whole answer needs."""
-GONE_S = 30.0
+GONE_S = 60.0
 
 
 def leave_grpc(served: ServedCluster) -> None:

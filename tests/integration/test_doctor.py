@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from benchmarks.shipped import shipped_document
+from router.ops.doctor import running_ray
 from router.ops.doctor.doctor import check_ray
 from router.ops.doctor.running_ray import Target, look_at, raylets
 from tests.cluster_fixture import ServedCluster
@@ -18,9 +19,11 @@ from tests.integration.test_status_and_cli import run
 
 
 @pytest.fixture
-def target(served: ServedCluster) -> Target:
+def target(served: ServedCluster, monkeypatch: pytest.MonkeyPatch) -> Target:
     """The address of the Ray that serves, as if ``ray start`` had written it."""
     import ray
+
+    monkeypatch.setattr(running_ray, "ASK_TIMEOUT_S", 240.0)  # a busy machine takes longer
 
     return Target(ray.get_runtime_context().gcs_address, "a file")
 

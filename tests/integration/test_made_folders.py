@@ -24,7 +24,7 @@ from tests.local_cluster import LocalCluster, greedy_request
 from tests.made_folders import FAMILIES, PROMPTS, expected_tokens, make_folders, make_upcycled
 
 APP = "made-folders"
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 GENERATION = EPOCH = 1
 
 

@@ -25,7 +25,7 @@ from tests.readme import (
 from tests.serve_run import copy_with_ports, serve_cli
 
 README = ROOT / "README.md"
-GONE_S = 20.0
+GONE_S = 60.0
 
 
 @pytest.fixture(scope="module")

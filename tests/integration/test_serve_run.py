@@ -34,7 +34,7 @@ from tests.serve_run import (
 )
 from tests.signal_at_start import STACKS
 
-SAYS_S, GONE_S, MAX_LINES = 20.0, 20.0, 12
+SAYS_S, GONE_S, MAX_LINES = 60.0, 60.0, 12
 SHORT = 500
 """Tokens of a stream that is under way when SIGTERM comes, and ends before the others."""
 STREAMS, CHOICES, LENGTH = 2, 4, 900

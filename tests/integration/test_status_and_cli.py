@@ -39,7 +39,7 @@ COMMAND = str(Path(sysconfig.get_path("scripts")) / "expertmesh")
 def run(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
-        [COMMAND, *words], input=stdin, capture_output=True, text=True, timeout=60
+        [COMMAND, *words], input=stdin, capture_output=True, text=True, timeout=300
     )
 
 
@@ -201,7 +201,7 @@ def test_processes_stay_small_beside_their_weights(served: ServedCluster) -> Non
         beyond = psutil.Process(actor.pid).memory_info().rss - weights
         assert beyond <= 200 * MB, f"{actor.actor_id}: {beyond / MB:.0f} MB"
     # torch alone takes 0.5 GB more where its build has CUDA.
-    libraries = int(subprocess.check_output([sys.executable, "-c", RSS_OF_LIBRARIES], timeout=60))
+    libraries = int(subprocess.check_output([sys.executable, "-c", RSS_OF_LIBRARIES], timeout=300))
     for router in told.routers:
         # Of them 20 for the vocabulary of grammars, once one was asked for, and 30 for pages of the
         # cache: since sequences share them, all of them come into use.

@@ -30,11 +30,11 @@ from tests.local_cluster import LocalCluster, greedy_request, within
 
 APP = "contract"
 KINDS: tuple[TransportKind, ...] = ("ray", "stream", "auto")
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 START_S = 100.0
 """A process of Ray imports torch: half a minute on one core with others."""
-HURRIED_S = 0.3
-DIED_S = 10.0
+HURRIED_S = 2.0
+DIED_S = 30.0
 """In which a death is known, on a machine that has other work too; a hung call takes longer."""
 NUMBERS = itertools.count()
 
@@ -144,11 +144,11 @@ def test_an_actor_that_is_gone_is_waited_for_no_longer(
 ) -> None:
     settle(transport, kind, mortal)
     hung, well = mortal
-    pending = transport.send(within(LIMIT_S, [call(hung, b"wait 5"), call(well, b"hello")]))
+    pending = transport.send(within(LIMIT_S, [call(hung, b"wait 45"), call(well, b"hello")]))
     started_s = time.monotonic()
     outcomes = pending.wait(lambda one, silent_s: one.actor_id == hung)
     assert answers(outcomes) == [CallFailure.DIED, b"olleh"]
-    assert time.monotonic() - started_s < 4.0
+    assert time.monotonic() - started_s < DIED_S
 
 
 def test_outcomes_are_in_the_order_of_the_calls(
@@ -176,7 +176,7 @@ def test_an_actor_that_never_was_has_died_and_others_are_not_disturbed(
 ) -> None:
     settle(transport, kind, names)
     calls = [call("nobody", b"x"), call(names[0], b"abc"), call(names[1], b"abc", generation=7)]
-    came = ask(transport, *calls, timeout_s=2.0)
+    came = ask(transport, *calls, timeout_s=5.0)
     assert came == [CallFailure.DIED, b"cba", CallFailure.DIED]
 
 
@@ -185,9 +185,9 @@ def test_a_slow_answer_times_out_and_is_never_taken_for_another(
 ) -> None:
     settle(transport, kind, names)
     started_s = time.monotonic()
-    slow, quick = call(names[0], b"wait 0.8"), call(names[1], b"abc")
+    slow, quick = call(names[0], b"wait 5"), call(names[1], b"abc")
     assert ask(transport, slow, quick, timeout_s=HURRIED_S) == [CallFailure.TIMED_OUT, b"cba"]
-    assert time.monotonic() - started_s < 0.7
+    assert time.monotonic() - started_s < 4.5
     for number in range(20):
         assert ask(transport, call(names[0], b"%d" % number)) == [(b"%d" % number)[::-1]]
 
@@ -197,7 +197,7 @@ def test_a_killed_actor_has_died_at_once(
     transport: Transport, kind: TransportKind, actors: Actors, mortal: list[str], busy: bool
 ) -> None:
     settle(transport, kind, mortal)
-    frame = b"wait 20" if busy else b"abc"
+    frame = b"wait 45" if busy else b"abc"
     if busy:
         threading.Timer(0.3, actors.signal, (mortal[0], signal.SIGKILL)).start()
     else:

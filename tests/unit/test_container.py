@@ -122,6 +122,6 @@ def test_it_is_healthy_while_the_gateway_is_ready(status: int, is_healthy: bool)
         threading.Thread(target=server.handle_request).start()
         port = str(server.server_port)
         command = [sys.executable, python, *(part.replace("8000", port) for part in code)]
-        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
     assert asked == ["/ready"]
     assert (done.returncode == 0) == is_healthy

@@ -23,7 +23,7 @@ import psutil
 from router.ops.doctor.machine import run_python
 
 CONNECT_TIMEOUT_S = 3.0
-ASK_TIMEOUT_S = 15.0
+ASK_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 16 << 20
 ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
 MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"

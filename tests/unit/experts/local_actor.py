@@ -21,7 +21,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 
 HIDDEN = 64
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 KEYS = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3), ExpertKey("m", 2, 3)]
 
 

@@ -26,7 +26,7 @@ from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.family_checkpoints import SAVERS
 
 HOST = torch.device("cpu")
-HIDDEN, LIMIT_S = 64, 30.0
+HIDDEN, LIMIT_S = 64, 60.0
 KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in (0, 1) for expert_id in range(4)]
 Counts = Mapping[int, int]
 """The number of rows for each expert."""

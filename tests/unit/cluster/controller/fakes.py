@@ -35,7 +35,7 @@ from cluster.spec import (
 from tests.unit import virtual_time
 
 NUM_EXPERTS = 4
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 TARGETS = ScalingTargets(
     min_actors=1,
     max_actors=4,

@@ -12,7 +12,7 @@ from cluster.controller import last_words
 from cluster.controller.last_words import MOST_CHARACTERS, LastWords
 from cluster.ray_private import MemoryStore
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 def test_words_are_told_once_and_to_no_other_life_actor_or_application() -> None:

@@ -14,7 +14,7 @@ from cluster.controller.pool import ExpertPool, actor_options, shortage
 from cluster.errors import StaleEpochError
 from cluster.spec import ActorSpec
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 def heartbeat_of(outcomes: list[Any]) -> tuple[Any, list[int]]:

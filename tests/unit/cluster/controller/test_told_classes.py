@@ -17,7 +17,7 @@ from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, run,
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 TORCH = "torch-avx2"
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 def told(actor_id: str, *classes: str, device: str = "cpu", generation: int = 1) -> ActorReport:

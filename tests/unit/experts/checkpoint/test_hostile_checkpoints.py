@@ -109,7 +109,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def peak_of(file: Path) -> tuple[str, int]:
     """Return what a process of its own says of a header, and the kilobytes that it took for it."""
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, timeout=300
     )
     said, kilobytes = done.stdout.splitlines()
     return said, int(kilobytes)

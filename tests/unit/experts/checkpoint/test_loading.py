@@ -136,7 +136,7 @@ def test_the_peak_of_loading_is_little_more_than_the_share(of_all_families: list
         [sys.executable, "-m", "tests.load_peak", *of_all_families],
         env={**os.environ, **options["runtime_env"]["env_vars"]},
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=True,
         text=True,
     )

@@ -380,7 +380,7 @@ def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "EXPERTMESH_ADDRESS": address},
     )
     os.close(write)
@@ -392,7 +392,7 @@ def test_a_text_that_the_output_has_no_letters_for_is_no_failure(address: str) -
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", "in", "--address", address],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b" was the word ?\n", b"")

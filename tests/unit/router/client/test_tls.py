@@ -22,7 +22,7 @@ from router.security.certificates import Certificates
 from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says
 
-HOST, MAX_MESSAGE_BYTES, LIMIT_S = "127.0.0.1", 1_000_000, 20.0
+HOST, MAX_MESSAGE_BYTES, LIMIT_S = "127.0.0.1", 1_000_000, 60.0
 
 
 @pytest.fixture

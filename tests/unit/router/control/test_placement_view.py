@@ -19,7 +19,7 @@ from router.control import placement_view
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.moe.pace import note_heard
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 def placement_of(epoch: int, version: int) -> Placement:

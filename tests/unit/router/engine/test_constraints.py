@@ -441,13 +441,13 @@ class Held:
         def slow(constraint: Constraint, token_ids: Sequence[int]) -> Mask:
             self.calls.append((constraint, len(token_ids)))
             self.begun.release()
-            assert self.permits.acquire(timeout=30)
+            assert self.permits.acquire(timeout=300)
             return first(constraint, token_ids)
 
         monkeypatch.setattr(Constraint, "_next", slow)
 
     def wait_begun(self) -> None:
-        assert self.begun.acquire(timeout=30)
+        assert self.begun.acquire(timeout=300)
 
 
 def make_slow(*choices: Constraint) -> None:

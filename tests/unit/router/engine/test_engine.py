@@ -303,7 +303,7 @@ def test_an_expert_that_stays_away_ends_only_the_requests_whose_deadline_passes(
     started_s = time.monotonic()
     with pytest.raises(ExpertUnavailableError) as caught:
         cluster.result(hasty)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 30
     assert caught.value.retry_after_s
     keys = [k for k, actors in cluster.placement.holders.items() if "a1" in actors]
     cluster.view.publish(gone.with_actor("a1", 2, keys))

@@ -25,7 +25,7 @@ from tests.unit.http_calls import http_server
 from tests.unit.virtual_time import run as run_in_virtual_time
 
 SHORT = GatewayConfig(reader_timeout_s=0.05, max_ongoing_requests=1)
-WAIT_S = 20.0
+WAIT_S = 60.0
 BIG, SMALL = 4096, 16_384
 """Tokens of an event, and bytes of a socket's buffer: a few events fill all buffers."""
 

@@ -58,7 +58,7 @@ from tests.mixtures import (
 
 MODEL, IDENTITY = "m@1", "the identity"
 LIMITS = QueueLimits(step_requests=32, step_rows=64, requests=64, rows=4096)
-WAIT_S = 20.0
+WAIT_S = 60.0
 Inputs = Mapping[str, np.ndarray]
 
 

@@ -9,7 +9,7 @@ from router.moe.copy_choice import CopyChoice, choose_copies
 from router.moe.permute import LayoutCache
 from router.moe.shared_load import SharedLoad
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 class Lanes:

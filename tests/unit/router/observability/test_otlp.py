@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from router.observability.otlp import span_processors
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 Received = SimpleQueue[tuple[str, bytes]]
 
 

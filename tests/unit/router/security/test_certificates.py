@@ -25,7 +25,7 @@ from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 from tests.client_tls import Pair, shown_number
 
-HOST, LIMIT_S = "127.0.0.1", 10.0
+HOST, LIMIT_S = "127.0.0.1", 60.0
 PAST = datetime.now(UTC) - timedelta(days=1)
 
 

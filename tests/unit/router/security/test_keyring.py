@@ -15,7 +15,7 @@ from router.security.keyring import Keyring
 from router.security.keys import Role
 from router.security.keys_file import add_key, revoke
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 def looked(keyring: Keyring) -> None:

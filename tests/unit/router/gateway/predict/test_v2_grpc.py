@@ -26,7 +26,7 @@ from tests.unit.router.gateway.predict.v2_calls import (
     tensor,
 )
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 PIXELS = np.array([[0, 1, 2, 3], [1, 0.5, -1, 4]], np.float32)
 PROBABILITIES = np.array([[0, 6, 3], [1, 3.5, 4]], np.float32)
 

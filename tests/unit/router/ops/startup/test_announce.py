@@ -25,7 +25,7 @@ from router.serve.options import completed
 from tests.client_tls import Pair
 
 DEPLOY = Path(__file__).parents[5] / "deploy"
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 def document(**listen: Any) -> dict[str, Any]:

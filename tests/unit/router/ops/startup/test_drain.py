@@ -60,7 +60,7 @@ def test_the_longest_request_bounds_the_wait(monkeypatch: pytest.MonkeyPatch) ->
     gateways = FakeGateways(2, limit_s=0.2)
     started_s = time.monotonic()
     assert drain(gateways, Event(), lambda _: None) == 2
-    assert 0.2 <= time.monotonic() - started_s < 5.0
+    assert 0.2 <= time.monotonic() - started_s < 60.0
     assert len(gateways.asked) > 2
 
 

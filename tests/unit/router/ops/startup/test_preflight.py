@@ -424,7 +424,7 @@ def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
         [str(serve), "run", str(file), "--address", "local"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "RAY_TMPDIR": str(temp), "PYTHONFAULTHANDLER": "1"},
         check=False,
     )

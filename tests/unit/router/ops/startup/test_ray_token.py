@@ -103,7 +103,7 @@ def test_rays_own_requests_then_have_the_token(token: Path) -> None:
         env=ray_token.os.environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ BEFORE = Usage(
     at_s=100.0, read_bytes=10**8, own_cpu_s=5.0, cpu_s=1000.0, disk_wait_s=50.0, cpu_wait_s=70.0
 )
 LATER = replace(BEFORE, at_s=110.0, read_bytes=7 * 10**8, own_cpu_s=12.0, cpu_s=1008.0)
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize(

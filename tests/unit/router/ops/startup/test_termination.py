@@ -14,7 +14,7 @@ from router.ops.startup import drain, termination
 from router.ops.startup.drain import UnderWay
 from router.ops.startup.termination import Termination
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
