@@ -207,7 +207,7 @@ class NotFiniteError(ExpertMeshError):
 
 
 class PoisonedRequestError(ExpertMeshError):
-    """A request at whose computation, even alone, a step raises or a process ends."""
+    """A request that fails a step or kills a process even when computed alone."""
 
     code = Code.INTERNAL
 

@@ -87,6 +87,6 @@ async def _repeat(step: Callable[[], Awaitable[None]], period_s: float) -> None:
         try:
             await step()
         except ExpertMeshError as error:
-            logger.info("not scaled: %s", error)
+            logger.info("did not scale: %s", error)
         except Exception as error:  # Ray's control store may be away for a moment
-            logger.warning("not scaled (%s)", kind_of(error), exc_info=True)
+            logger.warning("did not scale (%s)", kind_of(error), exc_info=True)

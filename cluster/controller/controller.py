@@ -163,7 +163,7 @@ class Controller:
                 time.monotonic(),
             )
             for model, reason in over.items():
-                logger.info("the earlier %s ends: %s", model, reason)
+                logger.info("ending the previous %s: %s", model, reason)
             if over:
                 holders = self._state.placement.held()
                 await self._state.release(over)

@@ -37,7 +37,7 @@ class LastWords:
             try:
                 self._store.create(self._key(actor_id, generation), words.encode())
             except Exception:
-                logger.exception("%s: its last words were not kept", actor_id)
+                logger.exception("%s: its exit reason was not saved", actor_id)
 
         words = words[:MOST_CHARACTERS]
         putting = threading.Thread(target=put, name="last words", daemon=True)

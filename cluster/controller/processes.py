@@ -139,5 +139,5 @@ class ActorProcesses:
             async with asyncio.timeout(LEDGER_TIMEOUT_S):
                 return await asyncio.to_thread(self._expert_pool.last_words, actor_id, generation)
         except Exception as error:  # Ray's control store is away
-            logger.warning("%s: its last words cannot be read (%s)", actor_id, kind_of(error))
+            logger.warning("%s: its exit reason cannot be read (%s)", actor_id, kind_of(error))
             return ""

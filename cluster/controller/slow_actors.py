@@ -33,14 +33,14 @@ class SlowNotice:
         came, went = self._actors.look(measured, living, now_s)
         for actor_id in came:
             logger.warning(
-                "%s g%d on %s is slow: its answers take %.1f times as long as those of its twins",
+                "%s g%d on %s is slow: its answers take %.1f times as long as its pool's",
                 actor_id,
                 living[actor_id],
                 self._state.nodes.get(actor_id, "?")[:10],
                 self.slow[actor_id],
             )
         for actor_id in went:
-            logger.info("%s counts as slow no longer", actor_id)
+            logger.info("%s is no longer slow", actor_id)
 
     def marked(self, status: ActorStatus) -> ActorStatus:
         """Return an actor's status with its slowness."""

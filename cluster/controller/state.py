@@ -101,7 +101,7 @@ class ClusterState:
         if not broken:
             return placement
         for model in broken:
-            logger.warning("the earlier %s ends: an expert of it is lost", model)
+            logger.warning("ending the previous %s: one of its experts is lost", model)
             del self.retained[model]
         return placement.without_models(broken)
 
@@ -260,7 +260,7 @@ class ClusterState:
             self.shares, reports, own, self.retained, budgets_bytes
         ):
             logger.warning(
-                "no memory for the earlier %s beside the new model; its requests end",
+                "no memory for the previous %s beside the new model; ending its requests",
                 ", ".join(self.retained),
             )
             self.placement = self.placement.without_models(self.retained)

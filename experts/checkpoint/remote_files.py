@@ -86,9 +86,9 @@ def open_model(
 
 
 def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours | None) -> HashTable:
-    """Return the hashes of the served stored, which this node's files seem to be.
+    """Return the served model's hashes; this node's files appear to match it.
 
-    Raises :class:`CheckpointError` when the files are those of another stored.
+    Raises :class:`CheckpointError` when the files belong to another model.
     """
     table = kept_table_of(stored, identity)
     if table is None and neighbours is not None and neighbours.nodes():
