@@ -88,7 +88,7 @@ def open_model(
 def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours | None) -> HashTable:
     """Return the served model's hashes; this node's files appear to match it.
 
-    Raises :class:`CheckpointError` when the files belong to another model.
+    Raises :class:`CheckpointError` when the files belong to another checkpoint.
     """
     table = kept_table_of(stored, identity)
     if table is None and neighbours is not None and neighbours.nodes():

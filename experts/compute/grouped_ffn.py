@@ -94,9 +94,9 @@ def _choose(
         reason = _failed_trial(grouped_mm, device, dtype)
     experts = f"experts of {sizes[0]} x {sizes[1]} in {dtype} on {device}"
     if reason is None:
-        logger.info("%s: all of a layer in one grouped product", experts)
+        logger.info("%s: one grouped product per layer", experts)
         return grouped_mm
-    logger.warning("%s: a product for each expert, because %s", experts, reason)
+    logger.warning("%s: one product per expert, because %s", experts, reason)
     return None
 
 
