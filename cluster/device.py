@@ -1,7 +1,7 @@
 """The device that a process computes on: its CPU, or the accelerator that Ray has given to it.
 
-torch's one interface serves CUDA, ROCm and XPU. Ray shows a process its own devices alone, so the
-first of them is meant.
+torch has one interface for CUDA, ROCm and XPU. Ray shows a process only its own devices, so the
+first of them is used.
 """
 
 from __future__ import annotations

@@ -80,11 +80,11 @@ class InvalidRequestError(ExpertMeshError):
 
 
 class SlowBodyError(InvalidRequestError):
-    """A body does not come in its time."""
+    """A request body did not arrive in time."""
 
 
 class MediaTypeError(InvalidRequestError):
-    """A body is of another type than the API takes."""
+    """A request body has a type that the API does not accept."""
 
 
 class UnauthenticatedError(ExpertMeshError):
@@ -219,7 +219,7 @@ class ExpertFailedError(ExpertMeshError):
 
 
 class InternalError(ExpertMeshError):
-    """A failure of ExpertMesh itself; the details are in the server's log alone."""
+    """A failure of ExpertMesh itself; the details are only in the server's log."""
 
     code = Code.INTERNAL
 

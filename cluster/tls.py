@@ -225,4 +225,4 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
                 continue
             ends.remove(end)
     if ends:
-        raise ssl.SSLError("the handshake does not end")
+        raise ssl.SSLError("the handshake did not finish")

@@ -66,7 +66,7 @@ def _mixed(counts: Sequence[KernelCount], noun: str) -> str:
 
 
 class ExpertKernels:
-    """The kernel classes that actors have told, each process for itself; emulated ones have none.
+    """The kernel classes that actors have reported, per process; emulated actors have none.
 
     They outlive the reports of actors that are silent or come up again.
     """

@@ -1,6 +1,7 @@
-"""Why actors have ended their own processes: an actor says it as it ends, and its controller asks.
+"""Exit reasons: an actor that ends its own process saves why, and its controller asks.
 
-Ray tells that an actor died, and no reason. The words lie in Ray's key-value store meanwhile.
+Ray reports that an actor died, but not why. Ray's key-value store keeps the reason until
+the controller asks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ logger = logging.getLogger("expertmesh.actor")
 
 
 class LastWords:
-    """The last words of one application's actors."""
+    """The exit reasons of one application's actors."""
 
     def __init__(self, app: str, store: KeyValueStore) -> None:
         """``store`` is shared by the application's actors and its controllers."""
@@ -29,8 +30,8 @@ class LastWords:
     def leave(self, actor_id: str, generation: int, words: str) -> None:
         """Keep an actor's reason to end its process.
 
-        Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: where the store is away, the
-        words are in the actor's log alone.
+        Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: if the store is away, the
+        reason is only in the actor's log.
         """
 
         def put() -> None:

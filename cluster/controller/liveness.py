@@ -1,4 +1,4 @@
-"""Tells a hung actor from a busy one, and from one that the controller alone does not hear.
+"""Tells a hung actor from a busy one, and from one that only the controller does not hear.
 
 Pure, with the caller's clock.
 

@@ -81,7 +81,7 @@ class Reliever:
     def _ended(self, actor_id: str, task: asyncio.Task[bool]) -> None:
         del self._relieving[actor_id]
         if not task.cancelled() and task.exception() is not None:
-            logger.error("%s is not relieved (%r)", actor_id, task.exception())
+            logger.error("%s could not be relieved (%r)", actor_id, task.exception())
 
     async def _relieve(self, actor_id: str, error: NoRoomError) -> bool:
         """See :meth:`relieve`; waits until the experts have moved."""

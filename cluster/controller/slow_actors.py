@@ -1,4 +1,4 @@
-"""Says which actors are slow beside their twins, as routers measure them."""
+"""Says which actors are slow compared with their pool, as routers measure them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ logger = logging.getLogger("expertmesh.controller")
 class ClusterState:
     """The placement and the actors of one application, changed on one event loop.
 
-    ``placement`` changes through :meth:`publish` alone, which wakes every :meth:`wait_for`. Of each
+    ``placement`` changes only through :meth:`publish`, which wakes every :meth:`wait_for`. Of each
     actor there are: in ``shares`` the experts that it is to hold, in ``nodes`` the node that it
     runs on or ran on last; and while it serves, in ``handles`` its handle and in ``reports`` its
     last report. ``is_deleted`` says that Serve deletes the application.

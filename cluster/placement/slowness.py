@@ -1,4 +1,4 @@
-"""Which actors are slow beside their twins, by the times that routers measure.
+"""Which actors are slow compared with their pool, by the times that routers measure.
 
 Twins are the actors of a pool: their devices are to be alike. An actor is slow once it takes
 :data:`SLOW` times as long as its twins for :data:`SURE_S`, and until it is well below that for

@@ -122,10 +122,10 @@ def _read(checkpoint: Stored, file: Path) -> KeptHashes | None:
             raise _UnusableError(f"it is larger than {MAX_FILE_BYTES} bytes")
         header, leaves = _decode(file.read_bytes())
     except OSError as error:
-        logger.warning("kept hashes %s cannot be read: %s", file, error.strerror)
+        logger.warning("saved hashes %s cannot be read: %s", file, error.strerror)
         return None
     except _UnusableError as error:
-        logger.warning("kept hashes %s are not used: %s", file, error)
+        logger.warning("ignoring saved hashes %s: %s", file, error)
         return None
     wanted = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
     if any(header["tensors"].get(name) != num_bytes for name, num_bytes in wanted.items()):

@@ -271,7 +271,7 @@ class PeerFiles:
             if Path(name).name != name:
                 raise PeerError(f"{shown(name)} is not a plain file name")
             if not file.is_whole():
-                raise PeerError(f"{name} came damaged")
+                raise PeerError(f"{name} arrived corrupt")
             small_files[name] = file.data
         folder, tensors = Path(answer["folder"]), tensors_of(answer)
         try:

@@ -122,7 +122,7 @@ def _obstacle(
     if device.type != "cuda":
         return None
     if dtype != torch.bfloat16:
-        return "torch's kernel takes bfloat16 alone"
+        return "torch's kernel takes only bfloat16"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] not in CAPABILITIES:
         return f"torch's kernel needs compute capability 9 or 10, not {capability}"

@@ -184,7 +184,7 @@ def test_a_loop_is_chosen_with_its_reason_logged(
 @pytest.mark.parametrize(
     ("device", "dtype", "sizes", "num_experts", "reason"),
     [
-        (CUDA, torch.float32, SIZES, 8, "bfloat16 alone"),
+        (CUDA, torch.float32, SIZES, 8, "only bfloat16"),
         (CPU, torch.bfloat16, (64, 44), 8, "multiples of 16 bytes"),
         (CPU, torch.bfloat16, (60, 48), 8, "multiples of 16 bytes"),
         (CPU, torch.bfloat16, SIZES, 1024, "more than 1023"),
