@@ -33,7 +33,7 @@ logger = logging.getLogger("expertmesh.cluster")
 
 
 def _private(module: str, name: str) -> Any:
-    """Return a private name of Ray, or ``None`` where it is gone."""
+    """Return a private name of Ray, or ``None`` if it is gone."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -80,7 +80,7 @@ class AppStatus:
 def app_status(app: str) -> AppStatus | None:
     """Ask Serve for one application; ``None`` where no Serve runs, or none that has it.
 
-    Raises what Ray raises where Serve does not answer.
+    Raises Ray's error if Serve does not answer.
     """
     get_client = _private("ray.serve.context", "_get_global_client")
     if get_client is None:

@@ -1,4 +1,4 @@
-"""What the controller does to the fleet automatically: it follows the load, and leaves nodes."""
+"""Automatic changes of the fleet: pools follow their load, and actors leave draining nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("expertmesh.scaling")
 
 
 class Autoscaler:
-    """Has each autoscaled pool follow its load, by one policy a pool."""
+    """Makes each autoscaled pool follow its load, with one policy per pool."""
 
     def __init__(
         self, state: ClusterState, expert_pool: ExpertPool, elastic: Elastic, meter: BusyMeter

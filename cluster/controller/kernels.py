@@ -1,7 +1,7 @@
 """The kernel classes that compute each language model, and the notice where they are mixed.
 
-A row's result depends on the row, the weights and the kernel class alone. So answers may change in
-their last bits where a model's experts, or its routers, have several classes.
+A row's result depends only on the row, the weights and the kernel class. So answers may change in
+their last bits if a model's experts, or its routers, have several classes.
 """
 
 from __future__ import annotations

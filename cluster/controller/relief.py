@@ -1,6 +1,6 @@
 """Relief of actors that cannot hold their experts: other actors take some of them.
 
-An actor's memory has no room for them, or it waits for a place while nobody holds them.
+The actor's memory has no room for them, or it waits for resources while nobody holds them.
 """
 
 from __future__ import annotations

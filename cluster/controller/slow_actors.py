@@ -23,7 +23,7 @@ class SlowNotice:
 
     @property
     def slow(self) -> Mapping[str, float]:
-        """How many times as long as its twins each slow actor takes."""
+        """How many times as long as its pool's median each slow actor takes."""
         return self._actors.slow
 
     def look(self, reports: Iterable[Mapping[Actor, float]], now_s: float) -> None:
