@@ -55,7 +55,7 @@ class ActorProcesses:
     async def create_beside(self, actor_id: str) -> ActorHandle | None:
         """Create an actor's successor on a free device of its node, and wait until it is there.
 
-        Returns ``None`` where another node is better, or there is no free device, or Ray does not
+        Returns ``None`` if another node is better, or there is no free device, or Ray does not
         answer.
         """
         own, _ = self._deaths.place_of(actor_id)
@@ -104,7 +104,7 @@ class ActorProcesses:
     async def end(self, handle: ActorHandle) -> bool:
         """End an actor once the ledger says that no newer controller runs.
 
-        Returns false where one does.
+        Returns false if one does.
         """
         for attempt in itertools.count():
             try:

@@ -1,4 +1,4 @@
-"""Says which actors are slow compared with their pool, as routers measure them."""
+"""Says which actors are slow compared with the rest of their pool, as routers measure them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SlowNotice:
 
     @property
     def slow(self) -> Mapping[str, float]:
-        """How many times as long as its pool's median each slow actor takes."""
+        """How many times as long as the rest of its pool each slow actor takes."""
         return self._actors.slow
 
     def look(self, reports: Iterable[Mapping[Actor, float]], now_s: float) -> None:

@@ -50,7 +50,7 @@ class Placement:
         return {key.model for key in self.holders}
 
     def without_models(self, models: Collection[str]) -> Placement:
-        """Return the next version, which has nothing of these models."""
+        """Return the next version, without these models."""
         holders = {key: actors for key, actors in self.holders.items() if key.model not in models}
         return replace(self, version=self.version + 1, holders=holders)
 

@@ -159,13 +159,13 @@ def _decode(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a file's header, and the leaves by tensor; raises :class:`_UnusableError`."""
     start = len(_MAGIC) + _NUMBERS.size
     if len(content) < start + hashes.HASH_BYTES or not content.startswith(_MAGIC):
-        raise _UnusableError("the file is damaged")
+        raise _UnusableError("the file is corrupt")
     version, header_bytes = _NUMBERS.unpack_from(content, len(_MAGIC))
     if version != VERSION:
         raise _UnusableError(f"they have version {version}, and this is version {VERSION}")
     end = len(content) - hashes.HASH_BYTES
     if blake3(memoryview(content)[:end]).digest() != content[end:]:
-        raise _UnusableError("the file is damaged")
+        raise _UnusableError("the file is corrupt")
     if header_bytes > min(MAX_HEADERS_BYTES, end - start):
         raise _UnusableError("the header is too long")
     try:
