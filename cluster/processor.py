@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux tells the processor's name."""
+"""The file with the processor's name on Linux."""
 # The files of a container's share of the processors' time: microseconds in each period of so many.
 _LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 

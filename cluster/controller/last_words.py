@@ -46,7 +46,7 @@ class LastWords:
         putting.join(LEAVE_TIMEOUT_S)
 
     def take(self, actor_id: str, generation: int) -> str:
-        """Return the last words of an actor's generation, empty where it left none.
+        """Return the exit reason of an actor's generation, empty if it left none.
 
         Those of the actor's earlier generations, which nobody asked for, are deleted with them.
         """

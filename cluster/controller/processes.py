@@ -127,7 +127,7 @@ class ActorProcesses:
         return Death(words, is_of_place=True)
 
     async def _last_words(self, actor_id: str) -> str:
-        """Take the last words of an actor's last generation; empty where it left none.
+        """Take the exit reason of an actor's last generation; empty if it left none.
 
         Only a device makes an actor end itself, so nobody asks about those that have none.
         """

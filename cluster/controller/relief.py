@@ -74,7 +74,7 @@ class Reliever:
                 await self._move(actor_id, lost, size, what, reason)
 
     def close(self) -> None:
-        """End what goes on in the background."""
+        """Cancel the moves in the background."""
         for task in list(self._relieving.values()):
             task.cancel()
 
@@ -94,7 +94,7 @@ class Reliever:
     async def _move(
         self, actor_id: str, movable: list[ExpertKey], size_bytes: int, what: str, reason: str
     ) -> bool:
-        """Move so many bytes of the ``movable`` experts to other actors, or none at all."""
+        """Move this many bytes of the ``movable`` experts to other actors, or none at all."""
         state, began_at_s = self._state, time.monotonic()
         rooms, free_bytes = self._rooms(actor_id)
         relief = plan_relief(

@@ -81,7 +81,7 @@ class ClusterState:
     # The placement.
 
     async def publish(self, change: Callable[[Placement], Placement]) -> None:
-        """Publish ``change(placement)``; nothing where it raises."""
+        """Publish ``change(placement)``; nothing if it raises."""
         async with self._changed:
             # Computed under the lock: concurrent changes must not undo each other.
             placement = self._without_broken(change(self.placement))
@@ -163,11 +163,11 @@ class ClusterState:
         return generation
 
     def last_generation(self, actor_id: str) -> int:
-        """Return the generation of an actor that was created last, 0 where none was."""
+        """Return an actor's last created generation, 0 if there was none."""
         return self._generations.get(actor_id, 0)
 
     def has_lived(self, actor_id: str) -> bool:
-        """Return whether an actor has had another process than its present one."""
+        """Return whether an actor has had a process before its present one."""
         return self._generations[actor_id] > 1
 
     async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
@@ -325,6 +325,6 @@ class ClusterState:
             self.on_superseded()
 
     def refuse_if_superseded(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs."""
+        """Raise :class:`StaleEpochError` if a newer controller runs."""
         if self.is_superseded:
             raise StaleEpochError("a newer controller has taken over", "epoch")
