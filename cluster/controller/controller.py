@@ -148,7 +148,7 @@ class Controller:
         self._keeper.close()
 
     async def check_health(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs, so that Serve ends this."""
+        """Raise :class:`StaleEpochError` if a newer controller runs, so that Serve ends this."""
         self._state.refuse_if_superseded()
 
     async def _retain(self) -> None:

@@ -165,7 +165,7 @@ class Deaths:
         return self._actors.get(actor_id, _Actor()).is_place_bad
 
     def place_of(self, actor_id: str) -> tuple[str, str]:
-        """Return node and device of an actor's last life, empty where they are not known."""
+        """Return node and device of an actor's last life, empty if they are not known."""
         actor = self._actors.get(actor_id, _Actor())
         return actor.node, actor.device
 

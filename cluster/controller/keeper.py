@@ -212,7 +212,7 @@ class Keeper:
         """Wait for the first answer of an adopted actor.
 
         Raises :class:`UnavailableError` where its process has another configuration, and
-        ``TimeoutError`` where it hangs.
+        ``TimeoutError`` if it hangs.
         """
         report = await self._heartbeat(actor_id, handle)
         if report.digest != self._state.fleet.specs[actor_id].digest:

@@ -40,7 +40,7 @@ class ActorProcesses:
         """Ask Ray for the next generation of an actor, without a wait for its start.
 
         It is to start on ``node`` if given; else a successor of one of several copies returns to
-        its predecessor's node. Raises :class:`StaleEpochError` where a newer controller runs.
+        its predecessor's node. Raises :class:`StaleEpochError` if a newer controller runs.
         """
         generation = await self._state.next_generation(actor_id)
         await self._last_words(actor_id)  # an earlier deployment's would be taken for its own

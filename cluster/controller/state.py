@@ -236,7 +236,7 @@ class ClusterState:
         """Begin the epoch that this controller has claimed, with the adopted actors in it.
 
         An empty placement would tell routers that living experts are lost. Raises
-        :class:`StaleEpochError` where a newer controller runs.
+        :class:`StaleEpochError` if a newer controller runs.
         """
         for generations in (adopted.generations, ledger.generations):
             for actor_id, generation in generations.items():
@@ -276,7 +276,7 @@ class ClusterState:
     async def record(self) -> None:
         """Write the ledger, by which the next controller goes even if no actor survives.
 
-        Raises :class:`StaleEpochError` where a newer controller runs.
+        Raises :class:`StaleEpochError` if a newer controller runs.
         """
         async with self._recording:
             epoch, generations = self.placement.epoch, dict(self._generations)
@@ -291,7 +291,7 @@ class ClusterState:
     async def try_record(self, what: str) -> None:
         """Write the ledger, or log that it lacks ``what``, which the next record brings.
 
-        Raises :class:`StaleEpochError` where a newer controller runs.
+        Raises :class:`StaleEpochError` if a newer controller runs.
         """
         try:
             await self.record()
@@ -301,7 +301,7 @@ class ClusterState:
             logger.warning("the ledger lacks %s (%s)", what, kind_of(error))
 
     async def check_epoch(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs; called before each kill.
+        """Raise :class:`StaleEpochError` if a newer controller runs; called before each kill.
 
         Raises ``TimeoutError``, or an error of Ray's, where the ledger cannot be read. Callers at
         the same time share one look at it.

@@ -38,7 +38,7 @@ class Placement:
         return [key for key, actors in self.holders.items() if not actors]
 
     def fewest_copies(self, models: Collection[str] | None = None) -> int:
-        """Return how many live copies the expert with the fewest has; 0 where there is none.
+        """Return how many live copies the expert with the fewest has; 0 if there is none.
 
         ``models``, where given, are the only models that count.
         """
@@ -290,7 +290,7 @@ def less_crowded_node(
 ) -> str | None:
     """Return the node with the fewest other copies of an actor's experts.
 
-    It is one of ``candidates``, which have room for the actor; ``None`` where none of them has
+    It is one of ``candidates``, which have room for the actor; ``None`` if none of them has
     fewer than the actor's own node, or that is not known.
     """
     here = nodes.get(actor_id)

@@ -103,7 +103,7 @@ def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours |
 def _table_of_peers(
     stored: Stored, path: str, identity: str, neighbours: Neighbours
 ) -> HashTable | None:
-    """Return the served checkpoint's hashes from a peer, or ``None`` where no peer has them.
+    """Return the served checkpoint's hashes from a peer, or ``None`` if no peer has them.
 
     Raises :class:`CheckpointError` when a sample of this node's files differs from them.
     """

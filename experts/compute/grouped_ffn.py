@@ -112,7 +112,7 @@ def _obstacle(
     dtype: torch.dtype,
     sizes: tuple[int, int],
 ) -> str | None:
-    """Return why torch has no kernel for such experts, ``None`` where it may have one."""
+    """Return why torch has no kernel for such experts, ``None`` if it may have one."""
     if grouped_mm is None:
         return f"torch {torch.__version__} has no grouped_mm"
     if any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in sizes):
@@ -130,7 +130,7 @@ def _obstacle(
 
 
 def _failed_trial(grouped_mm: GroupedMm, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a small grouped product has failed, ``None`` where it is right."""
+    """Return why a small grouped product has failed, ``None`` if it is right."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, _TRIAL_SIDE, generator=generator).to(dtype)
     matrices = torch.randn(3, _TRIAL_SIDE, _TRIAL_SIDE, generator=generator).to(dtype)

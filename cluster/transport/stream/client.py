@@ -200,7 +200,7 @@ class StreamTransport:
             self.break_off(link, ConnectionError("a message arrived corrupt"))
 
     def _link(self, actor_id: str, generation: int, until_s: float) -> Link | None:
-        """Return the connection to an actor's generation; ``None`` where there is none yet.
+        """Return the connection to an actor's generation; ``None`` if there is none yet.
 
         Without a fall-back it waits for one, until ``until_s`` at most.
         """
