@@ -1,7 +1,7 @@
 """The device that a process computes on: its CPU, or the accelerator that Ray has given to it.
 
-torch's one interface serves CUDA, ROCm and XPU. Ray shows a process its own devices alone, so the
-first of them is meant.
+torch has one interface for CUDA, ROCm and XPU. Ray shows a process only its own devices, so the
+first of them is used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
     """Return the device of a process to which Ray has given ``num_gpus``.
 
     ``kind`` is ``cpu``, ``accelerator``, or ``auto``: the accelerator where ``num_gpus`` is above
-    0. Raises :class:`UnavailableError` for ``field`` where torch finds no accelerator.
+    0. Raises :class:`UnavailableError` for ``field`` if torch finds no accelerator.
     """
     if kind == "cpu" or (kind == "auto" and num_gpus == 0):
         return CPU
@@ -57,7 +57,7 @@ def name_of(device: torch.device) -> str:
 
 
 def check_room(device: torch.device, needed_bytes: int, field: str) -> None:
-    """Raise :class:`NoRoomError` for ``field`` where an accelerator has too little memory."""
+    """Raise :class:`NoRoomError` for ``field`` if an accelerator has too little memory."""
     if device == CPU or needed_bytes <= free_bytes(device):
         return
     torch.accelerator.empty_cache()  # what torch keeps for later tensors counts as taken

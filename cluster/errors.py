@@ -80,11 +80,11 @@ class InvalidRequestError(ExpertMeshError):
 
 
 class SlowBodyError(InvalidRequestError):
-    """A body does not come in its time."""
+    """A request body did not arrive in time."""
 
 
 class MediaTypeError(InvalidRequestError):
-    """A body is of another type than the API takes."""
+    """A request body has a type that the API does not accept."""
 
 
 class UnauthenticatedError(ExpertMeshError):
@@ -125,7 +125,7 @@ class SlowReaderError(OverloadedError):
     """A client did not read its stream for too long, so the stream was ended."""
 
 
-REPLACED = "the model was replaced while the request was under way; ask again"
+REPLACED = "the model was replaced while the request was in flight; retry it"
 
 
 class ExpertUnavailableError(ExpertMeshError):
@@ -207,7 +207,7 @@ class NotFiniteError(ExpertMeshError):
 
 
 class PoisonedRequestError(ExpertMeshError):
-    """A request at whose computation, even alone, a step raises or a process ends."""
+    """A request that fails a step or kills a process even when computed alone."""
 
     code = Code.INTERNAL
 
@@ -219,7 +219,7 @@ class ExpertFailedError(ExpertMeshError):
 
 
 class InternalError(ExpertMeshError):
-    """A failure of ExpertMesh itself; the details are in the server's log alone."""
+    """A failure of ExpertMesh itself; the details are only in the server's log."""
 
     code = Code.INTERNAL
 

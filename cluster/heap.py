@@ -6,7 +6,7 @@ import ctypes
 
 
 def give_back_freed() -> None:
-    """Give pages of freed blocks back to the system, where the C library is glibc.
+    """Give pages of freed blocks back to the system, if the C library is glibc.
 
     Others decide themselves. glibc keeps freed blocks below its thresholds
     (:func:`cluster.environment.router_environment`), among them the buffers of a model's loading.

@@ -8,13 +8,13 @@ import platform
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux tells the processor's name."""
+"""The file with the processor's name on Linux."""
 # The files of a container's share of the processors' time: microseconds in each period of so many.
 _LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 def _named_in(cpu_info: str) -> str:
-    """Return the processor's name from what Linux tells of it; empty where it tells none."""
+    """Return the processor's name as Linux reports it; empty if it reports none."""
     for line in cpu_info.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":

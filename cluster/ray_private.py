@@ -33,7 +33,7 @@ logger = logging.getLogger("expertmesh.cluster")
 
 
 def _private(module: str, name: str) -> Any:
-    """Return a private name of Ray, or ``None`` where it is gone."""
+    """Return a private name of Ray, or ``None`` if it is gone."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -78,9 +78,9 @@ class AppStatus:
 
 
 def app_status(app: str) -> AppStatus | None:
-    """Ask Serve for one application; ``None`` where no Serve runs, or none that has it.
+    """Ask Serve for one application; ``None`` if no Serve runs, or none that has it.
 
-    Raises what Ray raises where Serve does not answer.
+    Raises Ray's error if Serve does not answer.
     """
     get_client = _private("ray.serve.context", "_get_global_client")
     if get_client is None:
@@ -106,7 +106,7 @@ def _states(told: Mapping[str, Any]) -> dict[str, DeploymentState]:
 
 
 def tracing_config() -> TracingConfig | None:
-    """Return Serve's own configuration of tracing; ``None`` where it goes by its variables."""
+    """Return Serve's own configuration of tracing; ``None`` if it goes by its variables."""
     get_client = _private("ray.serve.context", "_get_global_client")
     if get_client is None:
         return None
@@ -121,7 +121,7 @@ class KeyValueStore(Protocol):
     """A store whose every call is one step; Ray's is :func:`ray_store`."""
 
     def create(self, key: str, value: bytes) -> bool:
-        """Store a value under a new key; returns false where there is one, which stays."""
+        """Store a value under a new key; returns false if there is one, which stays."""
         ...
 
     def get(self, key: str) -> bytes | None:

@@ -57,7 +57,7 @@ class FailingActor:
     """An actor that fails self-tests, or dies again and again, or that waits for its next start.
 
     ``deaths`` are those in a row, ``reason`` is that of the last. ``node`` and ``device`` are where
-    it runs or ran last, empty where that is not known. Its next start comes in ``retry_in_s``.
+    it runs or ran last, empty if that is not known. Its next start comes in ``retry_in_s``.
     ``failed_tests`` failed in a row while it lives. Where a memory had no room for its experts,
     ``missing_bytes`` of ``needed_bytes`` are missing.
     """

@@ -168,9 +168,9 @@ class Followed(Generic[Content]):
             self._current, self._problem = self._read(), ""
         except ConfigError as error:
             self._problem = str(error)
-            logger.error("%s; the files of TLS from before stay in force", error)
+            logger.error("%s; the previous TLS files stay in force", error)
         else:
-            logger.info("new connections use the changed files of TLS")
+            logger.info("new connections use the changed TLS files")
 
 
 class _CurrentContext(ssl.SSLContext):
@@ -225,4 +225,4 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
                 continue
             ends.remove(end)
     if ends:
-        raise ssl.SSLError("the handshake does not end")
+        raise ssl.SSLError("the handshake did not finish")

@@ -276,7 +276,7 @@ def _run_on_device(device: ExpertDevice, tasks: Sequence[_Task]) -> list[_Task]:
 def _run_lone(task: _Task) -> bool:
     """Run a frame that is alone in its batch by one call for all of its experts.
 
-    Returns ``False`` where the experts have no such call, or it refuses the frame;
+    Returns ``False`` if the experts have no such call, or it refuses the frame;
     :func:`_run_merged` runs the frame then.
     """
     if (grouped := _grouped_of(task.experts)) is None:
@@ -289,7 +289,7 @@ def _run_lone(task: _Task) -> bool:
 
 
 def _grouped_of(experts: Sequence[Expert]) -> GroupedFfn | None:
-    """Return the function that computes all of them, ``None`` where their kind has none."""
+    """Return the function that computes all of them, ``None`` if their kind has none."""
     grouped = experts[0].grouped
     for expert in experts:  # a generator would take longer than the comparisons
         if expert.grouped is not grouped:
@@ -333,7 +333,7 @@ def _run_merged(tasks: Sequence[_Task]) -> None:
 
 
 def _run_layer(inputs_by_expert: Sequence[Sequence[_Input]]) -> bool:
-    """Run all experts of a layer in one call; returns ``False`` where there is none for them."""
+    """Run all experts of a layer in one call; returns ``False`` if there is none for them."""
     experts = [inputs[0].expert for inputs in inputs_by_expert]
     if (grouped := _grouped_of(experts)) is None:
         return False

@@ -24,7 +24,7 @@ from experts.compute.native_ffn import NativeFfn
 MOST_WAIT_MS = 250
 """The longest time until a frame is the queue's."""
 IS_BUILT = hasattr(native, "answer_lone")
-"""Whether there is native code for it: on Linux alone."""
+"""Whether there is native code for it: only on Linux."""
 STEPS, FRAMES, BUSY_S, WAITING_ROWS = range(4)
 """The places of an actor's counters."""
 

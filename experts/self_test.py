@@ -109,7 +109,7 @@ class SelfTest:
             try:
                 is_done = self.look()
             except Exception:  # the thread goes on: a later test may tell
-                logger.exception("%s: a self-test has no result", self._actor_id)
+                logger.exception("%s: a self-test gave no result", self._actor_id)
                 is_done = False
             time.sleep(SAMPLE_PERIOD_S if is_done else TEST_PERIOD_S)
 
@@ -175,7 +175,7 @@ class SelfTest:
 
     def _note(self, failure: str) -> None:
         if not self.failed_tests:
-            logger.error("%s: a self-test fails: %s", self._actor_id, failure)
+            logger.error("%s: a self-test failed: %s", self._actor_id, failure)
         self.failure = failure[:MOST_CHARS]
         self.failed_tests += 1
 

@@ -56,7 +56,7 @@ class AntiAffinity:
             known = nodes
 
     async def _move(self, actor_id: str) -> None:
-        """Move an actor to a node with fewer copies of its experts, where there is any.
+        """Move an actor to a node with fewer copies of its experts, if there is one.
 
         The actor leaves the placement, and is killed once all routers know; its keeper creates the
         successor there. Raises ``TimeoutError`` while copies are missing.

@@ -8,9 +8,9 @@ from cluster.ray_private import AppStatus, app_status
 
 
 def app_is_wanted(app: str) -> bool:
-    """Ask Serve whether the application is to run; ``False`` once it is being deleted.
+    """Ask Serve whether the application should run; ``False`` once it is being deleted.
 
-    Also ``False`` where no Serve runs. Raises what Ray raises where Serve does not answer.
+    Also ``False`` if Serve is not running. Raises Ray's error if Serve does not answer.
     """
     return _is_to_run(app_status(app))
 

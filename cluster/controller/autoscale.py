@@ -1,4 +1,4 @@
-"""What the controller does to the fleet automatically: it follows the load, and leaves nodes."""
+"""Automatic changes of the fleet: pools follow their load, and actors leave draining nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("expertmesh.scaling")
 
 
 class Autoscaler:
-    """Has each autoscaled pool follow its load, by one policy a pool."""
+    """Makes each autoscaled pool follow its load, with one policy per pool."""
 
     def __init__(
         self, state: ClusterState, expert_pool: ExpertPool, elastic: Elastic, meter: BusyMeter
@@ -87,6 +87,6 @@ async def _repeat(step: Callable[[], Awaitable[None]], period_s: float) -> None:
         try:
             await step()
         except ExpertMeshError as error:
-            logger.info("not scaled: %s", error)
+            logger.info("did not scale: %s", error)
         except Exception as error:  # Ray's control store may be away for a moment
-            logger.warning("not scaled (%s)", kind_of(error), exc_info=True)
+            logger.warning("did not scale (%s)", kind_of(error), exc_info=True)

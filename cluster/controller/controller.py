@@ -148,7 +148,7 @@ class Controller:
         self._keeper.close()
 
     async def check_health(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs, so that Serve ends this."""
+        """Raise :class:`StaleEpochError` if a newer controller runs, so that Serve ends this."""
         self._state.refuse_if_superseded()
 
     async def _retain(self) -> None:
@@ -163,7 +163,7 @@ class Controller:
                 time.monotonic(),
             )
             for model, reason in over.items():
-                logger.info("the earlier %s ends: %s", model, reason)
+                logger.info("ending the previous %s: %s", model, reason)
             if over:
                 holders = self._state.placement.held()
                 await self._state.release(over)

@@ -17,7 +17,7 @@ from cluster.reports import FailingActor
 from cluster.spec import ActorReport
 
 BROKEN_TESTS = 3
-"""So many failed self-tests in a row mean that an actor is broken, and is replaced."""
+"""After this many failed self-tests in a row an actor counts as broken, and is replaced."""
 FORGIVEN_S = 10.0
 """How long an actor works for the forgiveness of one death."""
 FORGIVEN_IDLE_S = 600.0
@@ -165,7 +165,7 @@ class Deaths:
         return self._actors.get(actor_id, _Actor()).is_place_bad
 
     def place_of(self, actor_id: str) -> tuple[str, str]:
-        """Return node and device of an actor's last life, empty where they are not known."""
+        """Return node and device of an actor's last life, empty if they are not known."""
         actor = self._actors.get(actor_id, _Actor())
         return actor.node, actor.device
 
@@ -209,7 +209,7 @@ class Deaths:
 
 
 def delay_s(deaths: int, came_up: bool) -> float:
-    """Return the wait before a successor after so many deaths in a row.
+    """Return the wait before a successor after this many deaths in a row.
 
     The successor of an actor that came up and died once is created at once.
     """

@@ -76,7 +76,7 @@ class Elastic:
     async def scale(
         self, number: int, pool: str = "", dry_run: bool = False, reason: str = COMMAND
     ) -> ChangeReport:
-        """Bring a pool to ``number`` actors; returns when experts are spread over them.
+        """Scale a pool to ``number`` actors; returns when experts are spread over them.
 
         Raises :class:`InvalidRequestError` where the number is out of bounds or its devices cannot
         hold all experts, :class:`UnavailableError` where another actor is away.
@@ -112,7 +112,7 @@ class Elastic:
     async def set_copies(self, key: ExpertKey, number: int, dry_run: bool = False) -> ChangeReport:
         """Bring an expert to ``number`` copies, which stay until a rebalancing changes them.
 
-        Raises :class:`InvalidRequestError` where there is no such expert, or the number is below
+        Raises :class:`InvalidRequestError` if there is no such expert, or the number is below
         ``min_copies`` or more than fit.
         """
         async with self._lock, self._rebalancer.plan_lock:
@@ -151,7 +151,7 @@ class Elastic:
             return self.report(what, COMMAND, moved, began_at_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:
-        """Raise :class:`InvalidRequestError` where a pool may not have ``number`` actors."""
+        """Raise :class:`InvalidRequestError` if a pool may not have ``number`` actors."""
         targets = self._fleet.pools[pool].autoscaling
         least, most = (targets.min_actors, targets.max_actors) if targets else (0, MAX_ACTORS)
         others = len(self._fleet.in_use()) - before

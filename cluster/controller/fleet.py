@@ -51,7 +51,7 @@ class Fleet:
     def pool_named(self, name: str) -> PoolSpec:
         """Return a pool by its name; without a name the only pool.
 
-        Raises :class:`InvalidRequestError` where there is no such pool, or no name and several.
+        Raises :class:`InvalidRequestError` if there is no such pool, or no name and several pools.
         """
         if name in self.pools:
             return self.pools[name]

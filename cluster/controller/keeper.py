@@ -212,7 +212,7 @@ class Keeper:
         """Wait for the first answer of an adopted actor.
 
         Raises :class:`UnavailableError` where its process has another configuration, and
-        ``TimeoutError`` where it hangs.
+        ``TimeoutError`` if it hangs.
         """
         report = await self._heartbeat(actor_id, handle)
         if report.digest != self._state.fleet.specs[actor_id].digest:
@@ -232,7 +232,7 @@ class Keeper:
         try:
             if withdrawn := self._state.withdrawn.pop(actor_id, ()):  # room for the new experts
                 await self._expert_pool.unload(handle, epoch, withdrawn, UNLOAD_TIMEOUT_S)
-                logger.info("%s unloaded %d experts of an earlier model", actor_id, len(withdrawn))
+                logger.info("%s unloaded %d experts of a previous model", actor_id, len(withdrawn))
             report = await self._load(actor_id, handle)
         finally:
             waiting.cancel()
@@ -298,7 +298,7 @@ class Keeper:
             except TimeoutError:
                 spec = self._state.fleet.specs[actor_id]
                 why = await asyncio.to_thread(self._expert_pool.shortage, spec)
-                logger.warning("%s waits for a place: %s", actor_id, why)
+                logger.warning("%s waits for resources: %s", actor_id, why)
                 if self.processes.is_pinned(actor_id):
                     self._state.nodes.pop(actor_id, None)
                     await self.processes.end(handle)

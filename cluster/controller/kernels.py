@@ -1,7 +1,7 @@
 """The kernel classes that compute each language model, and the notice where they are mixed.
 
-A row's result depends on the row, the weights and the kernel class alone. So answers may change in
-their last bits where a model's experts, or its routers, have several classes.
+A row's result depends only on the row, the weights and the kernel class. So answers may change in
+their last bits if a model's experts, or its routers, have several classes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _mixed(counts: Sequence[KernelCount], noun: str) -> str:
 
 
 class ExpertKernels:
-    """The kernel classes that actors have told, each process for itself; emulated ones have none.
+    """The kernel classes that actors have reported, per process; emulated actors have none.
 
     They outlive the reports of actors that are silent or come up again.
     """

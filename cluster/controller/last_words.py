@@ -1,6 +1,7 @@
-"""Why actors have ended their own processes: an actor says it as it ends, and its controller asks.
+"""Exit reasons: an actor that ends its own process saves why, and its controller asks.
 
-Ray tells that an actor died, and no reason. The words lie in Ray's key-value store meanwhile.
+Ray reports that an actor died, but not why. Ray's key-value store keeps the reason until
+the controller asks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ logger = logging.getLogger("expertmesh.actor")
 
 
 class LastWords:
-    """The last words of one application's actors."""
+    """The exit reasons of one application's actors."""
 
     def __init__(self, app: str, store: KeyValueStore) -> None:
         """``store`` is shared by the application's actors and its controllers."""
@@ -29,15 +30,15 @@ class LastWords:
     def leave(self, actor_id: str, generation: int, words: str) -> None:
         """Keep an actor's reason to end its process.
 
-        Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: where the store is away, the
-        words are in the actor's log alone.
+        Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: if the store is away, the
+        reason is only in the actor's log.
         """
 
         def put() -> None:
             try:
                 self._store.create(self._key(actor_id, generation), words.encode())
             except Exception:
-                logger.exception("%s: its last words were not kept", actor_id)
+                logger.exception("%s: its exit reason was not saved", actor_id)
 
         words = words[:MOST_CHARACTERS]
         putting = threading.Thread(target=put, name="last words", daemon=True)
@@ -45,7 +46,7 @@ class LastWords:
         putting.join(LEAVE_TIMEOUT_S)
 
     def take(self, actor_id: str, generation: int) -> str:
-        """Return the last words of an actor's generation, empty where it left none.
+        """Return the exit reason of an actor's generation, empty if it left none.
 
         Those of the actor's earlier generations, which nobody asked for, are deleted with them.
         """

@@ -1,7 +1,7 @@
 """The lease of a detached expert actor: an actor without an application ends itself.
 
 The controller renews the lease with every heartbeat. A controller may be away for a while, as in a
-restart, so a lapsed lease alone ends nothing: the actor then looks whether Serve has a replica of
+restart, so a lapsed lease by itself ends nothing: the actor then checks if Serve has a replica of
 its application, and ends when there has been none for a while.
 """
 

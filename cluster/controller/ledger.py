@@ -131,7 +131,7 @@ class LedgerStore:
         return data is not None and bool(json.loads(data)["writer"] == self._writer)
 
     def _last(self) -> tuple[int, Ledger]:
-        """Return the number of the last record, and the ledger; 0 where there is none."""
+        """Return the number of the last record, and the ledger; 0 if there is none."""
         while newest := self._newest():
             data = self._store.get(self._key(newest))
             if data is not None:  # otherwise a later record has taken its place

@@ -1,4 +1,4 @@
-"""Tells a hung actor from a busy one, and from one that the controller alone does not hear.
+"""Tells a hung actor from a busy one, and from one that only the controller does not hear.
 
 Pure, with the caller's clock.
 
@@ -99,7 +99,7 @@ class Signs:
     router hears other actors. ``heard_at_s`` is when any router last heard the actor; an actor that
     no router asks is not heard. ``is_asked`` says that all routers have said so, or had their time.
     ``is_suspicion_new`` says that they have not since the suspicion came.
-    ``members_at_s`` is when any router or gateway last called, ``None`` where none is known.
+    ``members_at_s`` is when any router or gateway last called, ``None`` if none is known.
     """
 
     is_suspected: bool = False

@@ -109,7 +109,7 @@ class ExpertPool:
         return found
 
     def last_words(self, actor_id: str, generation: int) -> str:
-        """Return why an actor ended its own process, empty where it did not say; once."""
+        """Return why an actor ended its own process, empty if it did not say; works once."""
         return LastWords(self._app, ray_store()).take(actor_id, generation)
 
     def shortage(self, spec: ActorSpec) -> str:

@@ -40,7 +40,7 @@ class ActorProcesses:
         """Ask Ray for the next generation of an actor, without a wait for its start.
 
         It is to start on ``node`` if given; else a successor of one of several copies returns to
-        its predecessor's node. Raises :class:`StaleEpochError` where a newer controller runs.
+        its predecessor's node. Raises :class:`StaleEpochError` if a newer controller runs.
         """
         generation = await self._state.next_generation(actor_id)
         await self._last_words(actor_id)  # an earlier deployment's would be taken for its own
@@ -55,7 +55,7 @@ class ActorProcesses:
     async def create_beside(self, actor_id: str) -> ActorHandle | None:
         """Create an actor's successor on a free device of its node, and wait until it is there.
 
-        Returns ``None`` where another node is better, or there is no free device, or Ray does not
+        Returns ``None`` if another node is better, or there is no free device, or Ray does not
         answer.
         """
         own, _ = self._deaths.place_of(actor_id)
@@ -104,7 +104,7 @@ class ActorProcesses:
     async def end(self, handle: ActorHandle) -> bool:
         """End an actor once the ledger says that no newer controller runs.
 
-        Returns false where one does.
+        Returns false if one does.
         """
         for attempt in itertools.count():
             try:
@@ -127,7 +127,7 @@ class ActorProcesses:
         return Death(words, is_of_place=True)
 
     async def _last_words(self, actor_id: str) -> str:
-        """Take the last words of an actor's last generation; empty where it left none.
+        """Take the exit reason of an actor's last generation; empty if it left none.
 
         Only a device makes an actor end itself, so nobody asks about those that have none.
         """
@@ -139,5 +139,5 @@ class ActorProcesses:
             async with asyncio.timeout(LEDGER_TIMEOUT_S):
                 return await asyncio.to_thread(self._expert_pool.last_words, actor_id, generation)
         except Exception as error:  # Ray's control store is away
-            logger.warning("%s: its last words cannot be read (%s)", actor_id, kind_of(error))
+            logger.warning("%s: its exit reason cannot be read (%s)", actor_id, kind_of(error))
             return ""

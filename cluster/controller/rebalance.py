@@ -81,7 +81,7 @@ class Rebalancer:
             except ExpertMeshError as error:
                 if str(error) != last_reason:
                     last_reason = str(error)
-                    logger.info("not rebalanced: %s", last_reason)
+                    logger.info("did not rebalance: %s", last_reason)
             except Exception:
                 logger.exception("unexpected failure; trying again")
 

@@ -1,6 +1,6 @@
 """Relief of actors that cannot hold their experts: other actors take some of them.
 
-An actor's memory has no room for them, or it waits for a place while nobody holds them.
+The actor's memory has no room for them, or it waits for resources while nobody holds them.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Reliever:
                 await self._move(actor_id, lost, size, what, reason)
 
     def close(self) -> None:
-        """End what goes on in the background."""
+        """Cancel the moves in the background."""
         for task in list(self._relieving.values()):
             task.cancel()
 
     def _ended(self, actor_id: str, task: asyncio.Task[bool]) -> None:
         del self._relieving[actor_id]
         if not task.cancelled() and task.exception() is not None:
-            logger.error("%s is not relieved (%r)", actor_id, task.exception())
+            logger.error("%s could not be relieved (%r)", actor_id, task.exception())
 
     async def _relieve(self, actor_id: str, error: NoRoomError) -> bool:
         """See :meth:`relieve`; waits until the experts have moved."""
@@ -94,7 +94,7 @@ class Reliever:
     async def _move(
         self, actor_id: str, movable: list[ExpertKey], size_bytes: int, what: str, reason: str
     ) -> bool:
-        """Move so many bytes of the ``movable`` experts to other actors, or none at all."""
+        """Move this many bytes of the ``movable`` experts to other actors, or none at all."""
         state, began_at_s = self._state, time.monotonic()
         rooms, free_bytes = self._rooms(actor_id)
         relief = plan_relief(

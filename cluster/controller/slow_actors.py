@@ -1,4 +1,4 @@
-"""Says which actors are slow beside their twins, as routers measure them."""
+"""Says which actors are slow compared with the rest of their pool, as routers measure them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SlowNotice:
 
     @property
     def slow(self) -> Mapping[str, float]:
-        """How many times as long as its twins each slow actor takes."""
+        """How many times as long as the rest of its pool each slow actor takes."""
         return self._actors.slow
 
     def look(self, reports: Iterable[Mapping[Actor, float]], now_s: float) -> None:
@@ -33,14 +33,14 @@ class SlowNotice:
         came, went = self._actors.look(measured, living, now_s)
         for actor_id in came:
             logger.warning(
-                "%s g%d on %s is slow: its answers take %.1f times as long as those of its twins",
+                "%s g%d on %s is slow: its answers take %.1f times as long as its pool's",
                 actor_id,
                 living[actor_id],
                 self._state.nodes.get(actor_id, "?")[:10],
                 self.slow[actor_id],
             )
         for actor_id in went:
-            logger.info("%s counts as slow no longer", actor_id)
+            logger.info("%s is no longer slow", actor_id)
 
     def marked(self, status: ActorStatus) -> ActorStatus:
         """Return an actor's status with its slowness."""

@@ -30,7 +30,7 @@ logger = logging.getLogger("expertmesh.controller")
 class ClusterState:
     """The placement and the actors of one application, changed on one event loop.
 
-    ``placement`` changes through :meth:`publish` alone, which wakes every :meth:`wait_for`. Of each
+    ``placement`` changes only through :meth:`publish`, which wakes every :meth:`wait_for`. Of each
     actor there are: in ``shares`` the experts that it is to hold, in ``nodes`` the node that it
     runs on or ran on last; and while it serves, in ``handles`` its handle and in ``reports`` its
     last report. ``is_deleted`` says that Serve deletes the application.
@@ -81,7 +81,7 @@ class ClusterState:
     # The placement.
 
     async def publish(self, change: Callable[[Placement], Placement]) -> None:
-        """Publish ``change(placement)``; nothing where it raises."""
+        """Publish ``change(placement)``; nothing if it raises."""
         async with self._changed:
             # Computed under the lock: concurrent changes must not undo each other.
             placement = self._without_broken(change(self.placement))
@@ -101,7 +101,7 @@ class ClusterState:
         if not broken:
             return placement
         for model in broken:
-            logger.warning("the earlier %s ends: an expert of it is lost", model)
+            logger.warning("ending the previous %s: one of its experts is lost", model)
             del self.retained[model]
         return placement.without_models(broken)
 
@@ -163,11 +163,11 @@ class ClusterState:
         return generation
 
     def last_generation(self, actor_id: str) -> int:
-        """Return the generation of an actor that was created last, 0 where none was."""
+        """Return an actor's last created generation, 0 if there was none."""
         return self._generations.get(actor_id, 0)
 
     def has_lived(self, actor_id: str) -> bool:
-        """Return whether an actor has had another process than its present one."""
+        """Return whether an actor has had a process before its present one."""
         return self._generations[actor_id] > 1
 
     async def add(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
@@ -236,7 +236,7 @@ class ClusterState:
         """Begin the epoch that this controller has claimed, with the adopted actors in it.
 
         An empty placement would tell routers that living experts are lost. Raises
-        :class:`StaleEpochError` where a newer controller runs.
+        :class:`StaleEpochError` if a newer controller runs.
         """
         for generations in (adopted.generations, ledger.generations):
             for actor_id, generation in generations.items():
@@ -260,7 +260,7 @@ class ClusterState:
             self.shares, reports, own, self.retained, budgets_bytes
         ):
             logger.warning(
-                "no memory for the earlier %s beside the new model; its requests end",
+                "no memory for the previous %s beside the new model; ending its requests",
                 ", ".join(self.retained),
             )
             self.placement = self.placement.without_models(self.retained)
@@ -276,7 +276,7 @@ class ClusterState:
     async def record(self) -> None:
         """Write the ledger, by which the next controller goes even if no actor survives.
 
-        Raises :class:`StaleEpochError` where a newer controller runs.
+        Raises :class:`StaleEpochError` if a newer controller runs.
         """
         async with self._recording:
             epoch, generations = self.placement.epoch, dict(self._generations)
@@ -291,7 +291,7 @@ class ClusterState:
     async def try_record(self, what: str) -> None:
         """Write the ledger, or log that it lacks ``what``, which the next record brings.
 
-        Raises :class:`StaleEpochError` where a newer controller runs.
+        Raises :class:`StaleEpochError` if a newer controller runs.
         """
         try:
             await self.record()
@@ -301,7 +301,7 @@ class ClusterState:
             logger.warning("the ledger lacks %s (%s)", what, kind_of(error))
 
     async def check_epoch(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs; called before each kill.
+        """Raise :class:`StaleEpochError` if a newer controller runs; called before each kill.
 
         Raises ``TimeoutError``, or an error of Ray's, where the ledger cannot be read. Callers at
         the same time share one look at it.
@@ -325,6 +325,6 @@ class ClusterState:
             self.on_superseded()
 
     def refuse_if_superseded(self) -> None:
-        """Raise :class:`StaleEpochError` where a newer controller runs."""
+        """Raise :class:`StaleEpochError` if a newer controller runs."""
         if self.is_superseded:
             raise StaleEpochError("a newer controller has taken over", "epoch")

@@ -50,7 +50,7 @@ class Suspicion:
         self._asked_at_s = -math.inf
 
     def suspect(self, actor_id: str, hears_others: bool) -> None:
-        """Note that a router waits in vain for an actor, and whether it hears other actors."""
+        """Note that a router gets no answer from an actor, and whether it hears other actors."""
         now_s = time.monotonic()
         last = self._suspected.get(actor_id, _Suspected())
         since_s = last.since_s if now_s - last.at_s < SUSPICION_S else now_s
@@ -81,7 +81,7 @@ class Suspicion:
     async def is_lost(self, actor_id: str, silence: Silence, now_s: float) -> bool:
         """Return whether a silent actor is to be replaced, after a look at its heartbeat.
 
-        Raises :class:`StaleEpochError` where a newer controller runs.
+        Raises :class:`StaleEpochError` if a newer controller runs.
         """
         self._silences.note(actor_id, silence)
         if silence.silent_s < DOUBT_S:

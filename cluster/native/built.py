@@ -1,6 +1,6 @@
 """Native code of the data plane: the C files beside this, built when the package is installed.
 
-``native`` is the module, or ``None`` where there was no C compiler; then Python, numpy and torch
+``native`` is the module, or ``None`` if there was no C compiler; then Python, numpy and torch
 do the same, with the same errors. Messages and rows then have the same bits. The dense part,
 experts and draws have other bits: native sums have an order of their own. Each function has one
 face, which

@@ -181,7 +181,7 @@ class Board:
     def best_place(
         self, expert: int, load: np.ndarray, weight: float, is_needed: bool
     ) -> int | None:
-        """Return the device for another copy; ``None`` where none has room.
+        """Return the device for another copy; ``None`` if none has room.
 
         A copy that ``is_needed`` may take the room that is reserved for changes.
         """

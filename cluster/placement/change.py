@@ -16,7 +16,7 @@ Shares = dict[str, list[ExpertKey]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Copies that come and copies that go, by actor."""
+    """Copies to add and copies to drop, by actor."""
 
     added: Mapping[str, Sequence[ExpertKey]] = field(default_factory=dict)
     dropped: Mapping[str, Sequence[ExpertKey]] = field(default_factory=dict)

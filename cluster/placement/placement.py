@@ -38,7 +38,7 @@ class Placement:
         return [key for key, actors in self.holders.items() if not actors]
 
     def fewest_copies(self, models: Collection[str] | None = None) -> int:
-        """Return how many live copies the expert with the fewest has; 0 where there is none.
+        """Return how many live copies the expert with the fewest has; 0 if there is none.
 
         ``models``, where given, are the only models that count.
         """
@@ -50,7 +50,7 @@ class Placement:
         return {key.model for key in self.holders}
 
     def without_models(self, models: Collection[str]) -> Placement:
-        """Return the next version, which has nothing of these models."""
+        """Return the next version, without these models."""
         holders = {key: actors for key, actors in self.holders.items() if key.model not in models}
         return replace(self, version=self.version + 1, holders=holders)
 
@@ -290,7 +290,7 @@ def less_crowded_node(
 ) -> str | None:
     """Return the node with the fewest other copies of an actor's experts.
 
-    It is one of ``candidates``, which have room for the actor; ``None`` where none of them has
+    It is one of ``candidates``, which have room for the actor; ``None`` if none of them has
     fewer than the actor's own node, or that is not known.
     """
     here = nodes.get(actor_id)

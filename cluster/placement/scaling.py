@@ -88,7 +88,7 @@ class WantedMax:
     """The largest number of actors wanted during the last ``window_s``: a sliding maximum."""
 
     def __init__(self, window_s: float) -> None:
-        """Begin without any number."""
+        """Begin without a number."""
         self._window_s = window_s
         self._since_s = self._last_at_s = -math.inf
         # With the time until which each was wanted. Falling: a number smaller than a later one is

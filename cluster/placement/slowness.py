@@ -1,4 +1,4 @@
-"""Which actors are slow beside their twins, by the times that routers measure.
+"""Which actors are slow compared with the rest of their pool, by the times that routers measure.
 
 Twins are the actors of a pool: their devices are to be alike. An actor is slow once it takes
 :data:`SLOW` times as long as its twins for :data:`SURE_S`, and until it is well below that for
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from statistics import median, median_low
 
 SLOW, RECOVERED = 3.0, 2.0
-"""An actor that takes so many times as long as its twins is slow, and is slow no longer."""
+"""Multiples of its twins' time from which an actor is slow, and below which it is not any more."""
 SURE_S = 5.0
 """How long an actor is slow before it counts as such."""
 RECOVERY_S = 30.0
-"""How long it is slow no longer before it counts as recovered."""
+"""How long it must not be slow before it counts as recovered."""
 UNKNOWN_S = 600.0
 """How long a slow actor may go unmeasured before it gets experts again."""
 CHANGED = 1.5
@@ -32,7 +32,7 @@ def beside_twins(
     kinds: Mapping[str, str],
     generations: Mapping[str, int],
 ) -> dict[str, float]:
-    """Return how many times as long as its twins each measured actor takes.
+    """Return how many times as long as the rest of its pool each measured actor takes.
 
     ``reports`` has each router's times, in any unit. ``kinds`` has the pool of each actor,
     ``generations`` the living ones. The twins' time is their median, and that of several routers

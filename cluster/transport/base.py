@@ -65,7 +65,7 @@ class PendingCalls(Protocol):
     def took_s(self) -> float | None:
         """The time from the calls to the last answer, after a wait.
 
-        ``None`` where all answers had begun to arrive before the wait: while the caller computes
+        ``None`` if all answers had begun to arrive before the wait: while the caller computes
         something else, nobody knows when.
         """
         ...

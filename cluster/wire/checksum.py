@@ -23,7 +23,7 @@ def sealed(buffers: Buffers) -> Buffers:
 
 
 def unsealed(data: Buffer) -> memoryview | None:
-    """Return the frame in front of its checksum, without a copy; ``None`` where it is damaged."""
+    """Return the frame in front of its checksum, without a copy; ``None`` if it is damaged."""
     view = memoryview(data)
     frame = view[:-CHECKSUM_BYTES]
     checksum = crc32c.crc32c(frame).to_bytes(CHECKSUM_BYTES, "little")

@@ -34,7 +34,7 @@ _SIZES = (
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""The rotary embeddings whose angles depend on the position alone."""
+"""The rotary embeddings whose angles depend only on the position."""
 
 
 def read_small(file: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:

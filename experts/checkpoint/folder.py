@@ -46,5 +46,5 @@ def described_folder(
 def language_model(stored: Stored) -> Checkpoint:
     """Return an opened folder as a checkpoint; raises :class:`CheckpointError` for a mixture."""
     if not isinstance(stored, Checkpoint):
-        raise CheckpointError("is a mixture, and no language model", str(stored.folder))
+        raise CheckpointError("is a mixture, not a language model", str(stored.folder))
     return stored

@@ -122,10 +122,10 @@ def _read(checkpoint: Stored, file: Path) -> KeptHashes | None:
             raise _UnusableError(f"it is larger than {MAX_FILE_BYTES} bytes")
         header, leaves = _decode(file.read_bytes())
     except OSError as error:
-        logger.warning("kept hashes %s cannot be read: %s", file, error.strerror)
+        logger.warning("saved hashes %s cannot be read: %s", file, error.strerror)
         return None
     except _UnusableError as error:
-        logger.warning("kept hashes %s are not used: %s", file, error)
+        logger.warning("ignoring saved hashes %s: %s", file, error)
         return None
     wanted = {name: info.num_bytes for name, info in checkpoint.tensors.items()}
     if any(header["tensors"].get(name) != num_bytes for name, num_bytes in wanted.items()):
@@ -159,13 +159,13 @@ def _decode(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a file's header, and the leaves by tensor; raises :class:`_UnusableError`."""
     start = len(_MAGIC) + _NUMBERS.size
     if len(content) < start + hashes.HASH_BYTES or not content.startswith(_MAGIC):
-        raise _UnusableError("the file is damaged")
+        raise _UnusableError("the file is corrupt")
     version, header_bytes = _NUMBERS.unpack_from(content, len(_MAGIC))
     if version != VERSION:
         raise _UnusableError(f"they have version {version}, and this is version {VERSION}")
     end = len(content) - hashes.HASH_BYTES
     if blake3(memoryview(content)[:end]).digest() != content[end:]:
-        raise _UnusableError("the file is damaged")
+        raise _UnusableError("the file is corrupt")
     if header_bytes > min(MAX_HEADERS_BYTES, end - start):
         raise _UnusableError("the header is too long")
     try:

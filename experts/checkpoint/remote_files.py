@@ -86,9 +86,9 @@ def open_model(
 
 
 def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours | None) -> HashTable:
-    """Return the hashes of the served stored, which this node's files seem to be.
+    """Return the served model's hashes; this node's files appear to match it.
 
-    Raises :class:`CheckpointError` when the files are those of another stored.
+    Raises :class:`CheckpointError` when the files belong to another checkpoint.
     """
     table = kept_table_of(stored, identity)
     if table is None and neighbours is not None and neighbours.nodes():
@@ -103,7 +103,7 @@ def _table_of(stored: Stored, path: str, identity: str, neighbours: Neighbours |
 def _table_of_peers(
     stored: Stored, path: str, identity: str, neighbours: Neighbours
 ) -> HashTable | None:
-    """Return the served checkpoint's hashes from a peer, or ``None`` where no peer has them.
+    """Return the served checkpoint's hashes from a peer, or ``None`` if no peer has them.
 
     Raises :class:`CheckpointError` when a sample of this node's files differs from them.
     """
@@ -271,7 +271,7 @@ class PeerFiles:
             if Path(name).name != name:
                 raise PeerError(f"{shown(name)} is not a plain file name")
             if not file.is_whole():
-                raise PeerError(f"{name} came damaged")
+                raise PeerError(f"{name} arrived corrupt")
             small_files[name] = file.data
         folder, tensors = Path(answer["folder"]), tensors_of(answer)
         try:

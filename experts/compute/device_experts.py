@@ -135,7 +135,7 @@ class DeviceExpert:
 def settled(experts: Mapping[int, DeviceExpert]) -> dict[int, DeviceExpert] | None:
     """Return the experts of a layer in one block without free places, by copies on the device.
 
-    Returns ``None`` where they are in one already, and where the device has no memory for a second
+    Returns ``None`` if they are in one already, or if the device has no memory for a second
     copy of the layer meanwhile. Then their blocks stay, and the next call tries again.
     """
     blocks = {id(expert.block): expert.block for expert in experts.values()}

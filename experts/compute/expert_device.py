@@ -122,7 +122,7 @@ class ExpertDevice:
     def compute(self, given: Sequence[tuple[DispatchFrame, Sequence[Any]]]) -> list[Buffer | None]:
         """Return the results of each frame, whose experts are on the device, in its rows' order.
 
-        A frame gets ``None`` where the device has no memory to compute it.
+        A frame gets ``None`` if the device has no memory to compute it.
         """
         frames = [
             DeviceRows(

@@ -94,9 +94,9 @@ def _choose(
         reason = _failed_trial(grouped_mm, device, dtype)
     experts = f"experts of {sizes[0]} x {sizes[1]} in {dtype} on {device}"
     if reason is None:
-        logger.info("%s: all of a layer in one grouped product", experts)
+        logger.info("%s: one grouped product per layer", experts)
         return grouped_mm
-    logger.warning("%s: a product for each expert, because %s", experts, reason)
+    logger.warning("%s: one product per expert, because %s", experts, reason)
     return None
 
 
@@ -112,7 +112,7 @@ def _obstacle(
     dtype: torch.dtype,
     sizes: tuple[int, int],
 ) -> str | None:
-    """Return why torch has no kernel for such experts, ``None`` where it may have one."""
+    """Return why torch has no kernel for such experts, ``None`` if it may have one."""
     if grouped_mm is None:
         return f"torch {torch.__version__} has no grouped_mm"
     if any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in sizes):
@@ -122,7 +122,7 @@ def _obstacle(
     if device.type != "cuda":
         return None
     if dtype != torch.bfloat16:
-        return "torch's kernel takes bfloat16 alone"
+        return "torch's kernel takes only bfloat16"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] not in CAPABILITIES:
         return f"torch's kernel needs compute capability 9 or 10, not {capability}"
@@ -130,7 +130,7 @@ def _obstacle(
 
 
 def _failed_trial(grouped_mm: GroupedMm, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a small grouped product has failed, ``None`` where it is right."""
+    """Return why a small grouped product has failed, ``None`` if it is right."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, _TRIAL_SIDE, generator=generator).to(dtype)
     matrices = torch.randn(3, _TRIAL_SIDE, _TRIAL_SIDE, generator=generator).to(dtype)

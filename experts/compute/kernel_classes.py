@@ -19,7 +19,7 @@ from cluster.device import CPU, name_of
 from cluster.native.built import native
 
 NATIVE_CLASSES = frozenset({"fused", "paired", "tiled", "unfused"})
-"""The classes in which a row's bits depend on the row and the weights alone."""
+"""The classes in which a row's bits depend only on the row and the weights."""
 _HALVES = (torch.bfloat16, torch.float16)
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables that forbid oneDNN, which computes torch's products in 16 bits, some instructions."""

@@ -104,7 +104,7 @@ def compute_native(
 ) -> memoryview | None:
     """Compute the rows of several experts in one native call; see :data:`GroupedFfn`.
 
-    Returns ``None`` where the experts are not of one shape.
+    Returns ``None`` if the experts are not of one shape.
     """
     for expert in experts:  # as in the bank
         if expert.shape != experts[0].shape:

@@ -50,7 +50,7 @@ def open_dense(path: Path) -> Source:
         return _open_gguf(path)
     if not path.is_dir() or not is_huggingface(path):
         raise CheckpointError(
-            "is no dense model; allowed: a folder with config.json and safetensors, or a .gguf "
+            "is not a dense model; allowed: a folder with config.json and safetensors, or a .gguf "
             "file",
             str(path),
         )
@@ -70,7 +70,7 @@ def _open_gguf(path: Path) -> Source:
             str(path),
         )
     if file.number(f"{architecture}.expert_count", 0):
-        raise CheckpointError("has experts already, so it is no dense model", str(path))
+        raise CheckpointError("has experts already, so it is not a dense model", str(path))
     config = attention_config(file, architecture) | {
         "architectures": [DENSE_CLASSES[architecture]],
         "model_type": architecture,

@@ -209,7 +209,7 @@ def _token_id(file: GgufFile, name: str, tokens: _Tokens) -> int | None:
     if token_id == -1:
         return None
     if not 0 <= token_id < len(tokens.texts):
-        raise CheckpointError(f"{key} {token_id} is no token", str(file.path))
+        raise CheckpointError(f"{key} {token_id} is not a token", str(file.path))
     return token_id
 
 

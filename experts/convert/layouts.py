@@ -33,7 +33,7 @@ def open_source(path: Path) -> Source:
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickled(path, [path.name])
     if not path.is_file() or not is_gguf(path):
-        raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
+        raise CheckpointError(f"is not a known layout; allowed: {_ALLOWED}", str(path))
     return open_gguf(path)
 
 
@@ -45,7 +45,7 @@ def _open_folder(path: Path) -> Source:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise _pickled(path, pickles)
-    raise CheckpointError(f"is no known layout; allowed: {_ALLOWED}", str(path))
+    raise CheckpointError(f"is not a known layout; allowed: {_ALLOWED}", str(path))
 
 
 def _pickled(path: Path, names: list[str]) -> CheckpointError:

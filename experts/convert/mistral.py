@@ -56,7 +56,7 @@ def open_mistral(path: Path) -> Source:
 def _config(params: dict[str, Any], file: Path) -> Config:
     moe = params.get("moe")
     if not isinstance(moe, dict):
-        raise CheckpointError("has no mapping 'moe', so this is no mixture of experts", str(file))
+        raise CheckpointError("has no mapping 'moe', so it is not a mixture of experts", str(file))
     if params.get("quantization"):
         raise CheckpointError("'quantization' is not supported", str(file))
     try:

@@ -94,7 +94,7 @@ class Source:
 
 
 def shape_after(take: Take, entry: Entry) -> tuple[int, ...] | None:
-    """Return the shape of :func:`read`'s result, or ``None`` where the parts are not equal."""
+    """Return the shape of :func:`read`'s result, or ``None`` if the parts are not equal."""
     shape = entry.shape
     if take.part is not None:
         _, count = take.part

@@ -41,7 +41,7 @@ def staging_folder(dest: Path) -> Path:
 def check_dest(dest: Path) -> None:
     """Raise :class:`ConfigError` unless ``dest`` is new or an empty folder."""
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
-        raise ConfigError("is no folder; DEST names a new or empty one", str(dest))
+        raise ConfigError("is not a folder; DEST must be a new or empty folder", str(dest))
     try:
         found = sorted(file.name for file in dest.iterdir()) if dest.exists() else []
     except OSError as error:
@@ -72,7 +72,7 @@ def staged(dest: Path, source: Source, options: Mapping[str, Any]) -> Iterator[P
         _prepare(staging, begun)
         yield staging / _MODEL_FOLDER
         if _job(source, options) != begun:
-            raise CheckpointError("has changed meanwhile; run the command again", str(source.path))
+            raise CheckpointError("changed meanwhile; run the command again", str(source.path))
         (staging / _MODEL_FOLDER).replace(dest.absolute())
         shutil.rmtree(staging)
     except BlockingIOError:

@@ -137,7 +137,7 @@ def _check_tree(root: str, gates: Mapping[str, Gate], experts: Mapping[str, Expe
     for name, gate in gates.items():
         for choice in gate.choices:
             if choice not in gates and choice not in experts:
-                raise ValueError(f"gates.{name}.choices: {choice!r} is no gate and no expert")
+                raise ValueError(f"gates.{name}.choices: {choice!r} is not a gate or an expert")
             if choice == root or choice in parents:
                 other = (
                     "is the root" if choice == root else f"is a choice of {parents[choice]!r} too"

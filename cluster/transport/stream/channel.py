@@ -34,7 +34,7 @@ _PADDING = [bytes(count) for count in range(ALIGNMENT)]
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Message = tuple[int, memoryview | None]
-"""The id of a call, and its frame; ``None`` where its checksum is wrong."""
+"""The id of a call, and its frame; ``None`` if its checksum is wrong."""
 
 
 class Channel:

@@ -197,10 +197,10 @@ class StreamTransport:
         link.last_answer = self._answers = self._answers + 1
         # Where the next message begins is unknown too: the length may be the damaged part.
         if any(frame is None for _, frame in messages):
-            self.break_off(link, ConnectionError("a message came damaged"))
+            self.break_off(link, ConnectionError("a message arrived corrupt"))
 
     def _link(self, actor_id: str, generation: int, until_s: float) -> Link | None:
-        """Return the connection to an actor's generation; ``None`` where there is none yet.
+        """Return the connection to an actor's generation; ``None`` if there is none yet.
 
         Without a fall-back it waits for one, until ``until_s`` at most.
         """

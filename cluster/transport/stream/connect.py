@@ -163,10 +163,10 @@ def _receive_message(channel: Channel, deadline_s: float) -> bytes:
     while True:
         remaining_s = deadline_s - time.monotonic()
         if remaining_s <= 0:
-            raise TimeoutError("no greeting came")
+            raise TimeoutError("no greeting arrived")
         if not channel.has_more:
             wait([channel.sock], remaining_s)
         for _, message in channel.receive():
             if message is None:
-                raise ConnectionError("a greeting came damaged")
+                raise ConnectionError("a greeting arrived corrupt")
             return bytes(message)

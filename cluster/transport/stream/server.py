@@ -177,7 +177,7 @@ class StreamServer:
         finally:  # also after a failure: no router may wait for an answer from here
             self._closing = True
             for peer in list(self._peers):
-                self._drop(peer, "the server ends")
+                self._drop(peer, "the server is stopping")
             for listener in self._listeners.values():
                 listener.close()
 
@@ -293,7 +293,7 @@ class StreamServer:
         if peer.admitted:
             for call_id in [call_id for call_id, frame in messages if frame is None]:
                 self._send(peer, call_id, encode(ErrorFrame.of_damage()))
-        raise ConnectionError("a message came damaged")
+        raise ConnectionError("a message arrived corrupt")
 
     def _admit(self, peer: _Peer, hello: bytes) -> None:
         key_id, rest = hello[:KEY_ID_BYTES], hello[KEY_ID_BYTES:]
@@ -338,7 +338,7 @@ class StreamServer:
             if not peer.admitted and now_s - peer.since_s > HELLO_TIMEOUT_S:
                 self._drop(peer, "no hello arrived")
             elif peer.channel.outgoing and now_s - peer.since_s > STALLED_S:
-                self._drop(peer, "the router does not read its answers")
+                self._drop(peer, "the router is not reading its answers")
 
     def _drop(self, peer: _Peer, reason: str) -> None:
         if peer not in self._peers:

@@ -36,7 +36,7 @@ class Writer:
         """Held during a write; taken last."""
         self._is_closed = False
         self.latest_at_s = time.monotonic()
-        """When a byte left last."""
+        """When the last byte left."""
         self._ends: deque[tuple[int, int | None]] = deque()
         """By call whose bytes wait: the number of bytes up to its last one, and its id.
 

@@ -240,7 +240,7 @@ def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
     run(test)
     said = f"expert-0 ended itself: {words} 1" in caplog.text
     assert said == (store == "answers")
-    assert ("its last words cannot be read" in caplog.text) == (store != "answers")
+    assert ("its exit reason cannot be read" in caplog.text) == (store != "answers")
 
 
 def test_words_of_an_earlier_deployment_are_not_taken_for_those_of_todays_actor() -> None:

@@ -349,7 +349,7 @@ def test_what_an_actor_without_a_place_waits_for_is_logged(
 
             cluster.pool.load_gate = waits
             cluster.pool.of("expert-1")[0].alive = False
-            await happens(lambda: "expert-1 waits for a place: it needs GPU 1" in caplog.text)
+            await happens(lambda: "expert-1 waits for resources: it needs GPU 1" in caplog.text)
             gate.set()
             await cluster.complete()
             assert "expert-0 waits" not in caplog.text
@@ -408,7 +408,7 @@ def test_an_actor_that_waits_for_its_first_place_keeps_its_share(
 
         pool.load_gate = waits
         async with running(2, pool) as cluster:
-            await happens(lambda: caplog.text.count("expert-1 waits for a place") > 1)
+            await happens(lambda: caplog.text.count("expert-1 waits for resources") > 1)
             assert cluster.state.shares["expert-1"]
             assert list(cluster.state.placement.missing())
             gate.set()

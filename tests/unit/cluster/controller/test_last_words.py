@@ -64,4 +64,4 @@ def test_a_store_that_is_away_is_logged(caplog: pytest.LogCaptureFixture) -> Non
 
     with caplog.at_level(logging.ERROR, last_words.logger.name):
         LastWords("app", NoStore()).leave("expert-1", 1, "its device failed")
-    assert "expert-1: its last words were not kept" in caplog.text
+    assert "expert-1: its exit reason was not saved" in caplog.text

@@ -256,4 +256,4 @@ def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
 
     run(test)
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"not rebalanced: {one}" for one in (away, missing, missing)]
+    assert said == [f"did not rebalance: {one}" for one in (away, missing, missing)]

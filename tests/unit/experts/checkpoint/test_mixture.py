@@ -50,7 +50,7 @@ def test_a_mixture_is_its_files_as_bytes(folder: Path) -> None:
     assert opened.num_bytes == sum((folder / name).stat().st_size for name in FILES)
     for name in FILES:
         assert opened.file(name) == (folder / name).read_bytes()
-    with pytest.raises(CheckpointError, match="is a mixture, and no language model"):
+    with pytest.raises(CheckpointError, match="is a mixture, not a language model"):
         language_model(opened)
 
 

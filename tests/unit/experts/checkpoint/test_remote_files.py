@@ -494,7 +494,7 @@ def small_file_damaged(answer: dict[str, Any]) -> None:
         (other_config, "another checkpoint than the one that is served"),
         (broken_config, "is not JSON"),
         (other_dtype, "has shape"),
-        (small_file_damaged, "tokenizer.json came damaged"),
+        (small_file_damaged, "tokenizer.json arrived corrupt"),
     ],
 )
 def test_a_peer_whose_table_is_not_that_of_the_served_checkpoint_is_passed_over(

@@ -128,9 +128,7 @@ def test_the_grouped_product_is_chosen_once_and_that_is_logged(
             assert choose_grouped_mm(CPU, torch.float32, SIZES, num_experts) is counted
     assert len(trials) == 1
     [line] = caplog.messages
-    assert line == (
-        "experts of 64 x 48 in torch.float32 on cpu: all of a layer in one grouped product"
-    )
+    assert line == ("experts of 64 x 48 in torch.float32 on cpu: one grouped product per layer")
 
 
 def test_before_torch_2_10_the_function_has_a_private_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +177,14 @@ def test_a_loop_is_chosen_with_its_reason_logged(
     assert choose_grouped_mm(device, torch.bfloat16, SIZES, 8) is None
     assert caplog.records[0].levelno == logging.WARNING
     assert caplog.messages[0].startswith("experts of 64 x 48 in torch.bfloat16 on ")
-    logged = caplog.messages[0].partition("a product for each expert, because ")[2]
+    logged = caplog.messages[0].partition("one product per expert, because ")[2]
     assert re.search(reason, logged)
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "sizes", "num_experts", "reason"),
     [
-        (CUDA, torch.float32, SIZES, 8, "bfloat16 alone"),
+        (CUDA, torch.float32, SIZES, 8, "only bfloat16"),
         (CPU, torch.bfloat16, (64, 44), 8, "multiples of 16 bytes"),
         (CPU, torch.bfloat16, (60, 48), 8, "multiples of 16 bytes"),
         (CPU, torch.bfloat16, SIZES, 1024, "more than 1023"),

@@ -295,7 +295,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     monkeypatch.setattr(write, "read", read)
     result = run(source, tmp_path / "out")
     assert result.exit_code == 2
-    assert "has changed meanwhile" in result.stderr
+    assert "changed meanwhile" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -376,8 +376,8 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     for source, said in (
         (tmp_path / "none", "no such file or folder"),
-        (tmp_path / "empty", "is no known layout"),
-        (tmp_path / "text.txt", "is no known layout"),
+        (tmp_path / "empty", "is not a known layout"),
+        (tmp_path / "text.txt", "is not a known layout"),
         (tmp_path / "cut.gguf", "is not a whole GGUF file"),
     ):
         result = run(source, tmp_path / "out")

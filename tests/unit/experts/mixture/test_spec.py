@@ -159,7 +159,7 @@ def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
         ("inputs.0.datatype", "INT32", "rows: float32 does not represent every INT32"),
         ("gate", "a", "gate: 'a' is not one of the gates root, left, right"),
         ("gate", "left", "gates.root.choices: 'left' is the root; gates"),
-        ("gates.root.choices", ["left", "nothing"], "gates.root.choices: 'nothing' is no gate"),
+        ("gates.root.choices", ["left", "nothing"], "gates.root.choices: 'nothing' is not a gate"),
         ("gates.root.choices", ["left"], "no path leads from the root 'root' to right, c, d"),
         ("gates.root.choices", ["left", "left"], "root.choices: 'left' is a choice of 'root'"),
         ("gates.left.choices", ["a", "b", "right"], "'right' is a choice of 'root' too; gates"),

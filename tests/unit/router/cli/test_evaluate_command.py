@@ -98,7 +98,7 @@ def test_wrong_options_are_one_line(folder: Path, tmp_path: Path) -> None:
     assert "cannot be read" in refused(run(folder, "--text", str(tmp_path / "none.txt")), 2)
     assert "is no folder" in refused(run(tmp_path / "none", *held), 2)
     digits = Path(__file__).parents[4] / "deploy" / "models" / "digits"
-    assert "is a mixture, and no language model" in refused(run(digits, *held), 2)
+    assert "is a mixture, not a language model" in refused(run(digits, *held), 2)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["Bert"]}')
     assert "bert" in refused(run(tmp_path, *held), 2)
 
