@@ -157,7 +157,7 @@ def test_a_router_that_cannot_compute_any_step_ends_and_its_log_says_why(
     Steps(cluster, monkeypatch, lambda token_ids: True)
     start(cluster, greedy_request("r", innocent_prompt(1), COUNT))
     assert ended.wait(30)
-    assert "the router ends: it cannot compute any step" in caplog.text
+    assert "the router exits: it cannot compute any step" in caplog.text
 
 
 def test_experts_without_an_answer_are_no_fault_of_a_request_or_router(
