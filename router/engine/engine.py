@@ -177,7 +177,7 @@ class Engine:
             placed = self._layers.placed
             self._scheduler.look(placed.generations, placed.other_classes)
             works = self._scheduler.schedule() if placed.is_placed() else []
-            self._flush()  # a step may wait long for a missing expert
+            self._flush()  # a step may wait long for an unavailable expert
             if works:
                 self._isolation.compute(works)
                 self._flush()

@@ -34,7 +34,7 @@ from router.engine.sequence import Sequence, Work
 from router.moe.deaths import ActorsDiedError, died_at
 
 CONTROL_S = 2.0
-"""How long a probe step waits for missing experts."""
+"""How long a probe step waits for unavailable experts."""
 CONTROL_TOKEN = 0
 TRY_S = 1.0
 """The longest delay before a request at which actors have died is computed alone."""

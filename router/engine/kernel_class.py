@@ -17,8 +17,7 @@ def why_not_native() -> str:
         return "computed by torch: the package was installed without its native code"
     return (
         "torch computes the rest around native products and norms: a layer is not of Llama's "
-        "shape, its gate is none of native code's, or native code takes neither its dtype nor its "
-        "sizes"
+        "shape, or native code does not support its gate, dtype or sizes"
     )
 
 

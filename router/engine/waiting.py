@@ -113,7 +113,7 @@ class WaitingSequences:
 
         ``num_free`` pages are free; ``num_attainable`` are free or will be once the sequences being
         computed end. No pages are kept for a sequence that needs more than these: parked sequences
-        hold the others for as long as an expert is missing.
+        hold the others for as long as an expert is unavailable.
         """
         if self._fruitless == (num_free, num_attainable):
             return None

@@ -384,7 +384,7 @@ def test_a_request_is_not_computed_alone_unless_its_gateway_knows(cluster: Local
     cluster.engine._isolation._announce = lambda request_id, is_alone: False
     suspect = alone_request((), innocent_prompt(1), 3)
     start(cluster, suspect)
-    with pytest.raises(ExpertMeshError, match="cannot be told") as caught:
+    with pytest.raises(ExpertMeshError, match="could not tell the gateway") as caught:
         cluster.result(suspect)
     assert caught.value.retry_after_s
     assert not [o for o in cluster.wait("suspect", bool) if isinstance(o, TokenEvent)]
