@@ -342,7 +342,7 @@ def test_choices_of_one_request_share_its_prompt(
 
 def test_nothing_is_shared_where_bits_are_not_promised() -> None:
     assert why_dependent(True, False) == ""
-    assert "other batches" in why_dependent(False, False)
+    assert "on the batch" in why_dependent(False, False)
     assert "expert_capacity" in why_dependent(True, True)
 
 
