@@ -121,7 +121,7 @@ def test_a_step_that_raises_fails_the_request_at_fault_alone(
     with pytest.raises(PoisonedRequestError, match=r"cannot compute this request \(RuntimeError\)"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
-    # The first step, two of each halving, one of nobody's; then a decode for each later token.
+    # The first step, two of each halving, one probe; then a decode for each later token.
     assert len(steps.sizes) <= 1 + 2 * 3 + 1 + COUNT
     assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
 
@@ -210,7 +210,7 @@ def test_a_frame_that_kills_its_actors_ends_its_request_after_four_rounds(
     cluster.transport.fail = deaths = Deaths(cluster, lambda frame: bool(rows & rows_of(frame)))
     innocent, poison = crowd()
     start(cluster, *innocent[:4], poison, *innocent[4:])
-    with pytest.raises(PoisonedRequestError, match="ended 4 times at this request"):
+    with pytest.raises(PoisonedRequestError, match="died 4 times at this request"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
     cluster.close()
