@@ -198,7 +198,7 @@ class PlacementWatcher:
     async def _end_if_deleted(self) -> None:
         try:
             wanted = await asyncio.to_thread(self._is_wanted)
-        except Exception as error:  # Serve itself is away: the application may still be wanted
+        except Exception as error:  # Serve itself is down: the application may still be wanted
             logger.warning("Serve does not answer (%s)", type(error).__name__)
             return
         if not wanted and not self._task.done():
@@ -206,10 +206,10 @@ class PlacementWatcher:
             self._on_deleted()
 
     async def _bounded(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Return the answer of a call, or ``None`` where the controller does not answer."""
+        """Return the answer of a call, or ``None`` if the controller does not answer."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await call()
-        except Exception as error:  # away, restarting, or slow: the view stays as it is
+        except Exception as error:  # down, restarting, or slow: the view stays as it is
             logger.warning("the controller does not answer (%s)", type(error).__name__)
             return None

@@ -1,4 +1,4 @@
-"""Packs a step's works into the tensors that model and sampling take: pure functions.
+"""Packs a step's chunks into the tensors that model and sampling take: pure functions.
 
 Dimension letters: S packed tokens, R rows to sample.
 """
@@ -26,7 +26,7 @@ from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace
 
 LEAST_PIECE_TOKENS = 128
-"""The fewest tokens of a piece of a step. Products of fewer rows cost more a row."""
+"""The fewest tokens in a microbatch of a step. Smaller products cost more per row."""
 _ROUTED = attrgetter("routed")
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
@@ -38,8 +38,8 @@ class StepInput:
     """One packed step, as :meth:`router.model.decoder.Decoder.forward` takes it.
 
     ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
-    ``works`` are the step's works in the order of its tokens. ``scored`` are the rows of which
-    prompts get log probabilities.
+    ``works`` are the step's chunks in the order of its tokens. ``scored`` are the rows that give
+    prompts their log probabilities.
     """
 
     token_ids: torch.Tensor
@@ -58,11 +58,11 @@ def pack(
     most_pieces: int = MOST_PIECES,
     wants_all: bool = True,
 ) -> StepInput:
-    """Pack a step, without padding: decodes (works of a single token), then prefill chunks.
+    """Pack a step, without padding: decodes (single-token chunks), then prefill chunks.
 
-    A step with a long prefill part is cut into pieces, at most ``most_pieces``. Without
-    ``wants_all`` the last hidden states are wanted of the rows alone that are sampled or scored,
-    unless a request asks for, or forces, the experts of its tokens.
+    A step with a long prefill part is cut into at most ``most_pieces`` microbatches. Without
+    ``wants_all`` the last hidden states are computed only for rows that are sampled or scored,
+    unless a request asks for its tokens' experts or forces them.
     """
     decodes = [w for w in due if w.end - w.start == 1]
     prefills = [w for w in due if w.end - w.start > 1]
@@ -72,7 +72,7 @@ def pack(
     sampled = tuple(w.sequence for w in itertools.compress(works, is_sampled))
     positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
     sample_rows = _tensor([end - 1 for end in itertools.compress(ends, is_sampled)])
-    # A decode is sampled, and scores nothing; so a step of decodes alone looks at no request.
+    # A decode is sampled and scores nothing, so a step of only decodes need not look at requests.
     is_of_decodes = len(sampled) == len(works) and not prefills
     scored = () if is_of_decodes else scored_rows(works, ends)
     pieces: Iterable[Piece] = _pieces_of(works, len(decodes), attention, most_pieces)
@@ -91,20 +91,20 @@ def pack(
 
 
 def _wanted(sample_rows: torch.Tensor, scored: tuple[ScoredRows, ...]) -> np.ndarray:
-    """Return the rows of a step that are sampled or scored, in their order."""
+    """Return the rows of a step that are sampled or scored, in order."""
     parts = [np.arange(part.rows.start, part.rows.stop) for part in scored]
     return np.unique(np.concatenate([sample_rows.numpy(), *parts]))
 
 
 def _narrowed(piece: Piece, wanted: np.ndarray) -> Piece:
-    """Return a piece whose wanted tokens are those of the step's ``wanted`` rows."""
+    """Return a microbatch that wants only the step's ``wanted`` rows among its tokens."""
     begin, end = piece.tokens.start, piece.tokens.stop
     own = wanted[(wanted >= begin) & (wanted < end)] - begin
     return replace(piece, wanted=torch.from_numpy(own)) if len(own) < end - begin else piece
 
 
 def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext:
-    """Return the context of the step's MoE layers; its deadline is its requests' earliest."""
+    """Return the context of the step's MoE layers; its deadline is the earliest of its requests."""
     requests = [work.sequence.request for work in packed.works]
     known_deaths = [work.sequence.deaths for work in packed.works]
     return StepContext(
@@ -119,23 +119,23 @@ def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext
 
 
 def keep_deaths(packed: StepInput, context: StepContext) -> None:
-    """Keep the deaths of a step's works with their sequences, until the works are computed."""
+    """Store the deaths seen by a step's chunks in their sequences until the chunks are computed."""
     if context.deaths is not None:
         for work, deaths in zip(packed.works, context.deaths.of_works, strict=True):
             work.sequence.deaths = deaths
 
 
 def _tensor(numbers: list[int]) -> torch.Tensor:
-    # numpy reads a list several times as fast as torch does.
+    # numpy reads a list several times faster than torch.
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
 def piece_ends(num_tokens: int, num_decode: int, most_pieces: int) -> list[int]:
-    """Return where the pieces of a step end.
+    """Return where the microbatches of a step end.
 
-    The first piece has all of the ``num_decode`` decodes, which come first. The tokens are divided
-    evenly among as many pieces as there may be, but no piece is shorter than
-    :data:`LEAST_PIECE_TOKENS` where there are several.
+    The first microbatch has all ``num_decode`` decodes, which come first. The tokens are divided
+    evenly among as many microbatches as allowed; if there are several, none is shorter than
+    :data:`LEAST_PIECE_TOKENS`.
     """
     num_pieces = min(most_pieces, num_tokens // LEAST_PIECE_TOKENS)
     if num_pieces < 2:
@@ -151,7 +151,7 @@ def piece_ends(num_tokens: int, num_decode: int, most_pieces: int) -> list[int]:
 def _pieces_of(
     works: tuple[Work, ...], num_decode: int, attention: Attention, most_pieces: int
 ) -> Iterator[Piece]:
-    """Yield the pieces of a step; a prefill chunk may go on in the next piece."""
+    """Yield the microbatches of a step; a prefill chunk may continue in the next one."""
     ends = list(itertools.accumulate(work.end - work.start for work in works))
     begin = 0
     for end in piece_ends(ends[-1], num_decode, most_pieces):
@@ -166,7 +166,7 @@ def _pieces_of(
 def _spans_of(works: tuple[Work, ...], ends: list[int], begin: int, end: int) -> Iterator[Span]:
     """Yield the spans of the tokens from ``begin`` to ``end`` of a step.
 
-    ``ends`` are where the works' tokens end in it.
+    ``ends`` are where the chunks' tokens end in it.
     """
     for work, work_end in zip(works, ends, strict=True):
         first = work_end - (work.end - work.start)
@@ -204,7 +204,7 @@ def sampling_of(draws: list[Draw]) -> Sampling:
 
 
 def _edits_of(draws: list[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the places and the edits of all rows, as :class:`SamplingTensors` has them."""
+    """Return the places and edits of all rows, in the form of :class:`SamplingTensors`."""
     edits = [(row, draw.edits) for row, draw in enumerate(draws) if draw.edits is not None]
     if not edits:
         return _NO_EDITS
@@ -227,7 +227,7 @@ def _warm_params(draws: list[Draw]) -> torch.Tensor:
 
 
 def _uniform(draws: list[Draw]) -> np.ndarray:
-    """Return one number in [0, 1) per row, a function of (seed, choice, position) alone."""
+    """Return one number in [0, 1) per row, a function of only (seed, choice, position)."""
     seeds = np.array([d.params.seed & 0xFFFFFFFFFFFFFFFF for d in draws], dtype=np.uint64)
     choices = np.array([d.choice for d in draws], dtype=np.uint64)
     positions = np.array([d.position for d in draws], dtype=np.uint64)

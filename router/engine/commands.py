@@ -1,4 +1,4 @@
-"""The commands of other threads to an engine, and the wait for requests that come together."""
+"""Commands from other threads to an engine, and the wait for requests that arrive together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 QUIET_S = 0.01
 GATHER_S = 0.05
-"""How long at most an idle engine waits for the next request of a burst, and for all of it."""
+"""The longest that an idle engine waits for a burst's next request, and for the whole burst."""
 
 Command = Callable[[], None]
 
 
 class Commands:
-    """Callables that run on the engine's thread, in their order.
+    """Callables that run on the engine's thread, in order.
 
-    :meth:`put` may be called from any thread, the others on the engine's alone.
+    :meth:`put` may be called from any thread, the other methods only from the engine's.
     """
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class Commands:
         self._latest_step_s = 0.0
 
     def put(self, command: Command) -> None:
-        """Have a command run; wakes the engine where it waits for commands."""
+        """Queue a command; wakes the engine if it is waiting for commands."""
         self._queue.put(command)
 
     def run(self, wait_s: float) -> bool:
-        """Run all commands that are there; wait so long for the first, and return whether it came.
+        """Run all queued commands; wait ``wait_s`` for the first, and return whether it came.
 
-        With a ``wait_s`` of 0 nothing is waited for.
+        A ``wait_s`` of 0 means no wait.
         """
         if wait_s:
             try:
@@ -43,19 +43,19 @@ class Commands:
         return True
 
     def note_step(self, num_choices: int, duration_s: float) -> None:
-        """Note a step of so many choices that took so long."""
+        """Note how many choices a step had and how long it took."""
         self._most_together = max(self._most_together, num_choices)
         self._latest_step_s = duration_s
 
     def run_burst(self, wait_s: float, num_choices: Callable[[], int]) -> None:
-        """Run the commands of an idle engine as :meth:`run` does, and those that come soon after.
+        """Run an idle engine's commands as :meth:`run` does, and those that arrive soon after.
 
-        Choices that were computed together are often followed by as many that come together, and
-        one step for all their prompts takes less time than several. So once there is a choice,
-        commands are waited for until there are as many as in any step since the engine was last
-        idle, none has come for as long as the latest step took, at most :data:`QUIET_S`, or
-        :data:`GATHER_S` have passed. Where there was one choice at a time, nothing is waited for.
-        ``num_choices`` tells how many there are.
+        Choices computed together are often followed by as many that arrive together, and one step
+        for all their prompts takes less time than several. So once there is a choice, the engine
+        waits for more commands. It stops waiting when it has as many choices as any step since it
+        was last idle, when none has come for as long as the latest step took (at most
+        :data:`QUIET_S`), or after :data:`GATHER_S`. If choices came one at a time, it does not
+        wait. ``num_choices`` returns how many there are.
         """
         self.run(wait_s)
         if not num_choices():

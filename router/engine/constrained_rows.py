@@ -1,4 +1,4 @@
-"""The rows of a step whose choices have a grammar: what it forbids there.
+"""Which tokens grammars forbid in the rows of a step.
 
 Dimension letters: G rows with a grammar, W words of 32 bits with a bit for each token.
 """
@@ -19,8 +19,8 @@ from router.engine.token_masks import Mask, words_of
 from router.grammar_limits import FIELD
 
 MOST_WAIT_S = 0.02
-"""How long a step waits for its matchers. A choice whose matcher takes longer is computed again in
-the next step, so that it does not hold up the others."""
+"""How long a step waits for its matchers. A choice whose matcher takes longer is recomputed in the
+next step, so that it does not hold up the others."""
 
 
 class Forbidden(NamedTuple):
@@ -33,15 +33,15 @@ class Forbidden(NamedTuple):
 
 
 def barred() -> InvalidRequestError:
-    """Return the error of a choice of which no token may come next."""
+    """Return the error of a choice for which no token may come next."""
     return InvalidRequestError(
-        "the grammar allows no token here that bad_words, min_tokens and logit_bias leave",
+        "bad_words, min_tokens or logit_bias exclude every token that the grammar allows here",
         FIELD,
     )
 
 
 def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
-    """Give a choice its constraint, where its request has a grammar."""
+    """Give a choice its constraint if its request has a grammar."""
     sampling = choice.request.sampling
     if not sampling.grammar or choice.wants_no_tokens:
         return
@@ -55,11 +55,11 @@ ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
 
 
 def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | None:
-    """Return what grammars forbid in the rows of a step, ``None`` where it is known of no row.
+    """Return what grammars forbid in a step's rows, ``None`` if it is known for no row.
 
-    Waits :data:`MOST_WAIT_S` at most for all. Choices whose matcher takes longer are
-    ``deferred``, and are not waited for again beside others; those whose grammar fails have its
-    ``failure``.
+    Waits at most :data:`MOST_WAIT_S` for all rows. A choice whose matcher takes longer is
+    ``deferred``; a later step does not wait for it beside other choices. A choice whose grammar
+    fails gets its ``failure``.
     """
     until_s = time.monotonic() + MOST_WAIT_S
     waits_again = all(choice.deferred for choice in sampled)

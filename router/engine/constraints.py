@@ -1,12 +1,11 @@
-"""Constrained choices: the tokens that a grammar allows next, found out while experts compute.
+"""Constrained choices: finds the tokens that a grammar allows next while experts compute.
 
-A matcher (llguidance) reads a choice's tokens and tells which may follow. The engine's thread
-follows the matchers itself while it waits for the experts of a step, a few in each layer: another
-thread that did so beside it would compete with it for the interpreter's lock. What takes long is
-done by threads of its own: one compiles grammars, and one follows slow matchers. That a matcher is
-slow is known only afterwards, and llguidance's limits allow seconds; so the engine's thread pauses
-after each slow one, in proportion. A choice goes on elsewhere from its tokens: its matcher reads
-them again.
+A matcher (llguidance) reads a choice's tokens and returns which may follow. The engine's thread
+runs the matchers itself while it waits for a step's experts, a few in each layer: a second thread
+would compete with it for the interpreter's lock. Slow jobs have threads of their own: one compiles
+grammars, and one runs slow matchers. A matcher shows that it is slow only after it has run, and
+llguidance's limits allow seconds. So after each slow one the engine's thread pauses matching, for a
+time in proportion. A choice resumes elsewhere from its tokens: a new matcher reads them again.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from router.engine.token_masks import Mask, Vocabulary, bits_of, vocabulary_of, 
 from router.grammar_limits import FIELD, grammar_pool, parser_limits, start_grammar_thread
 
 MAX_KEPT = 32
-"""The grammars that a router keeps compiled."""
+"""How many compiled grammars a router keeps."""
 QUICK_S = 0.0002
-"""What a matcher takes at most to read a token, or to find its mask, where it is not slow."""
+"""The longest that a quick matcher takes to read a token or to find its mask."""
 GRAMMAR_PAUSES = 100
-"""For how many times as long as a slow matcher took its grammar is followed by the other thread."""
+"""How long the other thread runs a slow grammar, as a multiple of its matcher's delay."""
 ALL_PAUSE = 10
-"""For how many times as long as it held up the engine's thread all grammars are."""
+"""How long all grammars stay off the engine thread, as a multiple of a slow matcher's delay."""
 AT_ONCE_S = 0.0002
-"""How long the engine's thread follows matchers in a layer; one matcher may take longer."""
+"""How long the engine's thread runs matchers in a layer; a single matcher may take longer."""
 
 Answer = Mask | BaseException
 """The tokens that may follow, or why none is known."""
@@ -45,10 +44,10 @@ logger = logging.getLogger("expertmesh.engine")
 
 @dataclass(slots=True, eq=False)
 class _Compiled:
-    """A compiled grammar, of which each choice has a copy.
+    """A compiled grammar; each choice has a copy of its matcher.
 
-    ``lock`` is held while a matcher of it computes, since all share a lexer: llguidance waits for
-    that with the interpreter's lock in its hands.
+    ``lock`` is held while one of its matchers computes. All share a lexer, and llguidance waits for
+    the lexer while it holds the interpreter's lock.
     """
 
     matcher: LLMatcher
@@ -57,9 +56,9 @@ class _Compiled:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, taken_s: float, num_tokens: int) -> float:
-        """Note the time that a matcher took to read so many tokens and to find its mask.
+        """Note how long a matcher took to read ``num_tokens`` tokens and to find its mask.
 
-        Returns it where the matcher is slow, and else 0.
+        Returns that time if the matcher is slow, otherwise 0.
         """
         if taken_s <= QUICK_S * (num_tokens + 1):
             return 0.0
@@ -70,19 +69,19 @@ class _Compiled:
 class Constraint:
     """One choice's matcher, and the tokens that it allows next.
 
-    The engine's thread reads tokens, and asks. While ``is_handed_over``, the matcher belongs to the
-    thread that compiles or follows it, and otherwise to the engine's.
+    The engine's thread reads tokens and asks for masks. While ``is_handed_over``, the matcher
+    belongs to the thread that compiles or runs it; otherwise it belongs to the engine's.
     """
 
     def __init__(self, grammars: Grammars, grammar: str, marks: Sequence[int] = ()) -> None:
-        """``marks`` are the special tokens that may come where the grammar has them."""
+        """``marks`` are the special tokens that the grammar may allow."""
         self.vocab_size = grammars.vocab_size
         self.token_ids: list[int] = []
         """The choice's tokens so far, to which the engine's thread appends."""
         self.num_answered = -1
-        """To how many of them ``answer`` is the answer. It is set after that."""
+        """How many of them ``answer`` covers; set after ``answer``."""
         self.answer: Answer | None = None
-        """The newest answer; an error is the answer to all later tokens too."""
+        """The newest answer; an error also covers all later tokens."""
         self.is_ended = False
         self.is_handed_over = True
         self._grammars = grammars
@@ -93,23 +92,23 @@ class Constraint:
         self._may_come: tuple[bytes, bytes] = b"", b""
 
     def read(self, token_id: int) -> None:
-        """Read the choice's next token; :meth:`Grammars.follow` finds out which may follow."""
+        """Read the choice's next token; :meth:`Grammars.follow` finds which may follow it."""
         self.token_ids.append(token_id)
         if not self.is_handed_over and len(self.token_ids) == self.num_answered + 1:
             self._grammars.note(self)
 
     def close(self) -> None:
-        """Find out nothing more; the choice has ended."""
+        """Stop matching; the choice has ended."""
         self.is_ended, self.answer = True, not_followed()
 
     @property
     def is_slow(self) -> bool:
-        """Whether the grammar's matchers took long of late, or it is not compiled."""
+        """Whether the grammar's matchers were slow recently, or it is not compiled."""
         return self._compiled is None or time.monotonic() < self._compiled.slow_until_s
 
     @property
     def known(self) -> Answer | None:
-        """The answer to all tokens so far, or why there is none; ``None`` before it is known."""
+        """The answer for all tokens so far, or why there is none; ``None`` until it is known."""
         if self.is_handed_over:
             return None
         if self.num_answered == len(self.token_ids) or isinstance(self.answer, BaseException):
@@ -117,10 +116,10 @@ class Constraint:
         return None
 
     def allowed(self, timeout_s: float) -> Mask | None:
-        """Return the tokens that may come next; ``None`` where they are not known in time.
+        """Return the tokens that may come next; ``None`` if they are not known in time.
 
-        Raises :class:`InvalidRequestError` where the tokens so far do not fit the grammar, or it
-        takes too much to follow.
+        Raises :class:`InvalidRequestError` if the tokens so far do not match the grammar, or if
+        matching exceeds its limits.
         """
         answer = self.known
         if answer is None:
@@ -129,18 +128,18 @@ class Constraint:
             return answer
         if isinstance(answer, ExpertMeshError):
             raise answer
-        # Also a panic of Rust, which is no Exception and would end the engine's thread.
+        # This also catches a Rust panic, which is no Exception and would end the engine's thread.
         logger.error("a grammar's matcher failed", exc_info=answer)
         raise InternalError(f"the grammar's matcher failed ({type(answer).__name__})")
 
     def begin_at_once(self, compiled: _Compiled) -> bool:
-        """Find out the first tokens; returns whether that is no work for another thread."""
+        """Find the first tokens; return whether this thread could do so."""
         self._take_copy(compiled)
         self.is_handed_over = not self.answer_at_once()
         return not self.is_handed_over
 
     def answer_at_once(self) -> bool:
-        """Answer the one token that waits; returns whether that is no work for another thread."""
+        """Answer the one pending token; return whether this thread could do so."""
         compiled, matcher = self._compiled, self._matcher
         if compiled is None or matcher is None or self.is_slow or self._grammars.is_pausing():
             return False
@@ -161,7 +160,7 @@ class Constraint:
         return True
 
     def answer_all(self) -> None:
-        """Answer all tokens that wait."""
+        """Answer all pending tokens."""
         num_tokens = len(self.token_ids)
         try:
             answer: Answer = self._next(self.token_ids[:num_tokens])
@@ -183,14 +182,14 @@ class Constraint:
         with compiled.lock:
             mask, _ = self._mask_after(compiled, matcher, unread)
         if mask is None:
-            # Matchers of one grammar share its lexer, which others may have filled to its limit.
+            # A grammar's matchers share its lexer, which others may have filled to its limit.
             again = self._grammars.compiled(self._grammar, is_compiled_again=True)
             compiled, matcher = self._take_copy(again)
             with compiled.lock:
                 mask, _ = self._mask_after(compiled, matcher, token_ids)
         if mask is None:
             reason = matcher.get_error().partition("\n")[0][:200]
-            told = f"the answer cannot go on by its grammar: {reason}"
+            told = f"the answer can no longer match its grammar: {reason}"
             raise InvalidRequestError(told, FIELD)
         return mask
 
@@ -206,9 +205,9 @@ class Constraint:
     def _mask_after(
         self, compiled: _Compiled, matcher: LLMatcher, token_ids: Sequence[int]
     ) -> tuple[Mask | None, float]:
-        """Read tokens; return those that may follow, and the time of a slow matcher.
+        """Read tokens; return the mask of tokens that may follow, and a slow matcher's time.
 
-        There are none for a matcher in error.
+        The mask is ``None`` for a matcher in error.
         """
         begun_at_s = time.thread_time()
         for token_id in token_ids:
@@ -220,54 +219,54 @@ class Constraint:
 
 
 def not_followed() -> InternalError:
-    """Return the error of a choice whose matcher will tell nothing."""
-    return InternalError("the grammar is not followed any more")
+    """Return the error of a choice whose matcher has stopped."""
+    return InternalError("the grammar's matcher has stopped")
 
 
 class Grammars:
-    """Makes the constraints of a router, and has its threads and its compiled grammars."""
+    """Makes a router's constraints; owns the matching threads and the compiled grammars."""
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int) -> None:
-        """``load`` returns the model's vocabulary, when a request first needs it."""
+        """``load`` loads the model's vocabulary when a request first needs it."""
         self.vocab_size = vocab_size
         self._load = load
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[str, _Compiled] = OrderedDict()
         self._noted: deque[Constraint] = deque()
-        """The choices that have read a token, and are to be followed at once."""
+        """The choices that have read a token and are matched at once."""
         self._handed_over: SimpleQueue[Constraint | None] = SimpleQueue()
-        """The choices that the thread follows; ``None`` ends it."""
+        """The choices that the matching thread takes; ``None`` ends it."""
         self._pauses_until_s = 0.0
-        """Until when (monotonic) the engine's thread follows nothing."""
+        """Until when (monotonic) the engine's thread runs no matcher."""
         self._is_closed = False
         self._changed = threading.Condition()
-        """Notified where a choice is handed back, and of the end."""
+        """Notified when a choice is handed back, and on close."""
         self._compiling = grammar_pool()
         start_grammar_thread(self._follow_all)
 
     def begin(self, grammar: str, marks: Sequence[int] = ()) -> Constraint:
-        """Return the constraint of a new choice; a grammar that is new is compiled meanwhile.
+        """Return the constraint of a new choice; a new grammar is compiled in the background.
 
-        ``marks`` are the special tokens that the grammar may ask for.
+        ``marks`` are the special tokens that the grammar may allow.
         """
         constraint = Constraint(self, grammar, marks)
         kept = self._kept.get(grammar)
         if kept is not None:
-            with suppress(KeyError):  # another thread makes it the newest just now
+            with suppress(KeyError):  # another thread is making it the newest
                 self._kept.move_to_end(grammar)
         if kept is None or not constraint.begin_at_once(kept):
             self._compiling.submit(self._answer, constraint)
         return constraint
 
     def note(self, constraint: Constraint) -> None:
-        """Note that a choice has read a token; :meth:`follow` finds out which may follow."""
+        """Note that a choice has read a token; :meth:`follow` finds which may follow it."""
         if constraint.is_slow:
             self._hand_over(constraint)
         else:
             self._noted.append(constraint)
 
     def follow(self) -> None:
-        """Answer choices on the engine's thread, for a little while; the others wait."""
+        """Answer choices on the engine's thread for a short time; the rest wait."""
         until_s = time.monotonic() + AT_ONCE_S
         while self._noted and time.monotonic() < until_s:
             choice = self._noted.popleft()
@@ -275,17 +274,17 @@ class Grammars:
                 self._hand_over(choice)
 
     def pause(self, for_s: float) -> None:
-        """Have the engine's thread follow nothing for so long."""
+        """Keep the engine's thread from running matchers for ``for_s``."""
         self._pauses_until_s = time.monotonic() + for_s
 
     def is_pausing(self) -> bool:
-        """Return whether the engine's thread follows nothing now."""
+        """Return whether the engine's thread runs no matchers now."""
         return time.monotonic() < self._pauses_until_s
 
     def wait_for(self, constraint: Constraint, timeout_s: float) -> Answer | None:
-        """Return the answer to all tokens of a choice; ``None`` where it takes longer than that."""
+        """Return the answer for all tokens of a choice; ``None`` if it times out."""
         until_s = time.monotonic() + timeout_s
-        with suppress(ValueError):  # it need not be there
+        with suppress(ValueError):  # it may be absent
             self._noted.remove(constraint)
             constraint.answer_at_once()
         while True:
@@ -304,7 +303,7 @@ class Grammars:
                 return None
 
     def close(self) -> None:
-        """End the threads after their current work; what waits is not answered."""
+        """End the threads after their current job; pending choices get no answer."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -316,7 +315,7 @@ class Grammars:
         self._handed_over.put(constraint)
 
     def _answer(self, constraint: Constraint) -> None:
-        """Answer a choice that was handed over, and hand it back."""
+        """Answer a handed-over choice, and hand it back."""
         if not constraint.is_ended:
             constraint.answer_all()
         with self._changed:
@@ -324,12 +323,12 @@ class Grammars:
             self._changed.notify_all()
 
     def _follow_all(self) -> None:
-        """Answer the quick choices that wait, and one of the slow ones, in turn."""
+        """Answer all waiting quick choices, then one slow one, in turn."""
         waiting: list[Constraint] = []
         while (more := self._next_handed_over(is_busy=bool(waiting))) is not None:
             quick: list[Constraint] = []
             slow: list[Constraint] = []
-            for choice in waiting + more:  # asked once, as other threads change it
+            for choice in waiting + more:  # is_slow is read once, as other threads change it
                 (slow if choice.is_slow else quick).append(choice)
             for choice in quick + slow[:1]:
                 if self._is_closed:
@@ -338,9 +337,9 @@ class Grammars:
             waiting = slow[1:]
 
     def _next_handed_over(self, is_busy: bool) -> list[Constraint] | None:
-        """Return all that waits, and wait for it unless busy; ``None`` at the end."""
+        """Return all waiting choices; block for one unless busy. ``None`` at the end."""
         more: list[Constraint] = []
-        while not (is_busy or more) or not self._handed_over.empty():  # this thread alone takes
+        while not (is_busy or more) or not self._handed_over.empty():  # only this thread takes
             choice = self._handed_over.get()
             if choice is None:
                 return None
@@ -354,7 +353,7 @@ class Grammars:
         return self._vocabulary
 
     def compiled(self, grammar: str, is_compiled_again: bool = False) -> _Compiled:
-        """Return a compiled grammar; one that is compiled again shares nothing with before."""
+        """Return a compiled grammar; a recompiled one shares nothing with the old one."""
         compiled = self._kept.pop(grammar, None)
         if compiled is None or is_compiled_again:
             tokens = self.vocabulary().tokens

@@ -1,4 +1,4 @@
-"""Whether a router's device has room for its largest step, beside weights and cache."""
+"""Checks that a router's device has memory for its largest step, beside weights and cache."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def warn_of_steps(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Log where ``device`` has less memory than the largest step may take.
+    """Log a warning if ``device`` has less memory than the largest step may take.
 
-    ``expertmesh plan`` takes it that attention reads the cache's pages in place where it might. A
-    device whose torch refuses that gathers them, which takes more. A step that finds no memory is
-    computed in halves, and a request without room alone ends with :class:`OverloadedError`.
+    ``expertmesh plan`` assumes that attention reads the cache's pages in place where possible. A
+    device whose torch refuses that gathers them, which takes more. A step without enough memory is
+    computed in halves; a request that lacks memory even alone fails with :class:`OverloadedError`.
     """
     if device == CPU:
         return
@@ -40,7 +40,7 @@ def warn_of_steps(
     left_bytes = free_bytes(device)
     if needed_bytes > left_bytes:
         logger.warning(
-            "router of %s: its largest step may take %s bytes on %s, where %s are free; lower "
+            "router of %s: its largest step may take %s bytes on %s, which has %s free; lower "
             "router.max_batch_size, router.max_batch_tokens or the model's max_model_len",
             model_id,
             f"{needed_bytes:,}",

@@ -1,8 +1,8 @@
 """The engine: one thread that turns queued requests into tokens, step by step.
 
 ``run`` schedules and emits; ``step`` computes and samples. Requests join and leave at any step. A
-sequence changes only after its tokens are sampled, so work that misses an expert can be computed
-again. A sequence that waits for an expert is parked, and the others go on.
+sequence changes only after its tokens are sampled, so a chunk that misses an expert can be
+recomputed. A sequence that waits for an expert is parked; the others continue.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from router.observability.tracing import RequestTrace, StepTrace, begin_step
 IDLE_S = 0.1
 """How long to wait for commands while there are no sequences."""
 PARKED_S = 0.02
-"""How long to wait for commands while all sequences are parked, and so how late the engine may
-notice a new placement."""
+"""How long to wait for commands while all sequences are parked. The engine may notice a new
+placement this late."""
 CLOSE_S = 1.0
 
 logger = logging.getLogger("expertmesh.engine")
@@ -74,21 +74,21 @@ class Engine:
         announce: Announce = lambda request_id, is_alone: True,
         grammars: Grammars | None = None,
     ) -> None:
-        """``emit`` is called on the engine's thread. ``grammars`` are for requests that have one.
+        """``emit`` is called on the engine's thread. ``grammars`` serves requests with a grammar.
 
-        ``announce`` tells the gateway of a request when it is computed alone.
+        ``announce`` tells a request's gateway when the request is computed in a step of its own.
 
-        The first token of each choice brings the model's ``identity``.
+        The first token of each choice carries the model's ``identity``.
         Without ``is_exact``, experts are emulated and every token is flagged as not exact.
 
         ``replayed`` counts forced tokens by whether a step sampled an equal token. ``tally``
-        has times and tokens. ``inexact_rows`` counts, by contract, the rows that were computed
-        without an expert that the gate chose.
+        holds times and token counts. ``inexact_rows`` counts, by contract, the rows that were
+        computed without an expert that the gate chose.
         """
         self._model = model
         self._layers = layers
         self._most_pieces = 1 if layers.has_limit else MOST_PIECES
-        # The capacity of an expert counts all tokens.
+        # An expert's capacity counts all tokens of a step.
         self._wants_all = layers.has_limit or model.decoder.is_on_device
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
@@ -112,17 +112,17 @@ class Engine:
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Run on a daemon thread of its own."""
+        """Run the engine on its own daemon thread."""
         self._thread.start()
 
     def is_alive(self) -> bool:
-        """Return whether the engine's thread runs."""
+        """Return whether the engine's thread is running."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End the engine's thread after its current step; waits for that, at most ``CLOSE_S``.
+        """End the engine's thread after its current step; wait for it at most ``CLOSE_S``.
 
-        An interpreter that ends while a thread is in torch aborts.
+        An interpreter that exits while a thread is inside torch aborts.
         """
         self._closing = True
         self._commands.put(lambda: None)  # wakes a thread that waits for commands
@@ -130,7 +130,7 @@ class Engine:
             self._thread.join(CLOSE_S)
 
     def submit(self, request: GenerationRequest, trace: RequestTrace | None = None) -> None:
-        """Queue a request. ``emit`` gets its tokens or its error, ``trace`` its spans."""
+        """Queue a request. ``emit`` receives its tokens or its error, ``trace`` its spans."""
 
         def add() -> None:
             try:
@@ -145,12 +145,12 @@ class Engine:
         self._commands.put(add)
 
     def cancel(self, request_id: str) -> None:
-        """End a request's choices; nothing is emitted for it afterwards but the cancellation."""
+        """End a request's choices; only the cancellation is emitted for it afterwards."""
         error = CancelledRequestError("the request was cancelled")
         self._commands.put(lambda: self._fail_request(request_id, error))
 
     def stop_choice(self, request_id: str, index: int) -> None:
-        """End one choice with ``stop``, since the gateway found a stop string in its text."""
+        """End one choice with ``stop``: the gateway found a stop string in its text."""
 
         def stop() -> None:
             for sequence in self._scheduler.sequences():
@@ -164,7 +164,7 @@ class Engine:
 
         self._commands.put(stop)
 
-    @torch.inference_mode()  # once, since to enter it costs more than an operation
+    @torch.inference_mode()  # entered once, since entering it costs more than an operation
     def run(self) -> None:
         """Serve until :meth:`close`."""
         works: list[Work] = []
@@ -177,7 +177,7 @@ class Engine:
             placed = self._layers.placed
             self._scheduler.look(placed.generations, placed.other_classes)
             works = self._scheduler.schedule() if placed.is_placed() else []
-            self._flush()  # a step may wait long for an expert that is away
+            self._flush()  # a step may wait long for an unavailable expert
             if works:
                 self._isolation.compute(works)
                 self._flush()
@@ -194,7 +194,7 @@ class Engine:
                 sequence.awaited = frozenset()
 
     def _traced_step(self, works: list[Work]) -> None:
-        """Compute a step that is traced where any of its requests is, and emit its tokens."""
+        """Compute a step and emit its tokens; trace it if any of its requests is traced."""
         traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
         num_tokens = sum(w.end - w.start for w in works)
         trace = begin_step(traces, len(works), num_tokens)
@@ -209,7 +209,7 @@ class Engine:
         self._flush()
 
     def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
-        """Compute the scheduled works, sample, and queue the tokens to be emitted."""
+        """Compute the scheduled chunks, sample, and queue the tokens to emit."""
         packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
         context = context_of(packed, trace)
         context.meanwhile = None if self._grammars is None else self._grammars.follow
@@ -223,12 +223,12 @@ class Engine:
     def _compute(
         self, packed: StepInput, context: StepContext
     ) -> tuple[Drawn, list[Scores | None]]:
-        """Return the sampled tokens of a step, and the log probabilities of prompts.
+        """Return a step's sampled tokens and the log probabilities of its prompts.
 
-        It changes nothing but the cache of the step's tokens.
+        Changes only the step's tokens in the cache.
         """
         sampling, scored, decoder = packed.sampling, packed.scored, self._model.decoder
-        # What sampling needs comes to the model's device with the ids, in one copy.
+        # Sampling's inputs go to the model's device with the ids, in one copy.
         others = packed.sample_rows, *sampling.tensors, *[part.targets for part in scored]
         hidden_states, [sample_rows, *placed] = decoder.forward(
             packed.token_ids, packed.positions, packed.pieces, context, *others
@@ -247,7 +247,7 @@ class Engine:
         return read(on_host[:num], sampling), read_scores(on_host[num:], scored)
 
     def _compute_in_vain(self, works: list[Work]) -> None:
-        """Compute works whose tokens nobody needs."""
+        """Run a probe step and discard its tokens."""
         packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
         self._compute(packed, context_of(packed))
 
@@ -258,12 +258,12 @@ class Engine:
         drawn: Drawn,
         scores: list[Scores | None],
     ) -> None:
-        """Note what is computed, append the drawn tokens, and queue their events."""
+        """Note the computed tokens, append the drawn ones, and queue their events."""
         self._note_computed(packed.works, context.missing)
         failed: dict[str, ExpertMeshError | None] = {
             packed.works[index].sequence.request.request_id: None for index in context.not_finite
         }
-        """The requests that end, with their errors; their output is not finite where it is None."""
+        """The requests that end, and their errors; ``None`` means that the output is not finite."""
         if scores:
             events, not_finite = score_events(packed.scored, scores, failed.keys(), self._identity)
             self._outbox.extend(itertools.starmap(Emission, events))
@@ -272,7 +272,7 @@ class Engine:
         for row, (sequence, token_id, logprobs) in enumerate(
             zip(packed.sampled, drawn.token_ids, drawn.logprobs, strict=True)
         ):
-            if sequence.awaited or sequence.deferred:  # drawn once its work is computed again
+            if sequence.awaited or sequence.deferred:  # drawn once its chunk is recomputed
                 continue
             request_id = sequence.request.request_id
             is_barred = row in drawn.barred and sequence.is_edited
@@ -292,17 +292,17 @@ class Engine:
             self._outbox = with_rows(self._outbox, packed.works, context.routed, self._identity)
 
     def _note_computed(self, works: tuple[Work, ...], missing: StepMissing | None) -> None:
-        """Count the works' tokens as computed; park the sequences that wait for experts."""
+        """Count the chunks' tokens as computed; park the sequences that wait for experts."""
         awaited = {} if missing is None else missing.awaited
         inexact = set() if missing is None else missing.inexact
         if missing is not None and inexact:
             self.inexact_rows += missing.rows_by_contract()
         for index, work in enumerate(works):
             if index in awaited:
-                # The work is computed again, and overwrites its keys and values.
+                # The chunk is recomputed, and overwrites its keys and values.
                 work.sequence.awaited = awaited[index]
                 continue
-            # The last token of a deferred choice is computed again, the tokens before it are not.
+            # Only the last token of a deferred choice is recomputed.
             is_again = work.sequence.deferred and work.end == len(work.sequence.token_ids)
             work.sequence.num_computed = work.end - is_again
             work.sequence.deaths = None
@@ -312,9 +312,9 @@ class Engine:
     def _append(
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_s: float
     ) -> None:
-        """Append a token and queue its event; end the sequence where it is the last.
+        """Append a token and queue its event; end the sequence if it is the last.
 
-        A sequence that asks for its prompt alone ends too, without the token.
+        A sequence that only scores its prompt ends too, without the token.
         """
         sequence.append(token_id)
         self.tally.token(sequence, now_s)
@@ -339,7 +339,7 @@ class Engine:
         self._outbox.append(Emission(sequence.request.request_id, event))
 
     def _replay(self, sequence: Sequence, forced: int, sampled: int) -> None:
-        """Append a token that the client has already; only the end of its choice is emitted."""
+        """Append a token that the client already has; emit only the end of its choice."""
         self.replayed["equal" if forced == sampled else "different"] += 1
         sequence.append(forced)
         reason = self._finish_reason(sequence, forced)
@@ -363,7 +363,7 @@ class Engine:
         return "length" if sequence.num_generated >= sampling.max_tokens else None
 
     def _expire(self) -> None:
-        """End the requests whose time is over; only between steps, so that no step is lost."""
+        """End the requests past their deadline; only between steps, so that no step is lost."""
         now_s = time.monotonic()
         if all(s.request.deadline_s > now_s for s in self._scheduler.sequences()):
             return
@@ -393,6 +393,6 @@ class Engine:
 
 
 def _not_finite(request_id: str) -> NotFiniteError:
-    """Return the error of a request whose output is not finite, and log it."""
+    """Log that a request's output is not finite, and return its error."""
     logger.error("request %s: the model's output is not finite", request_id)
     return NotFiniteError("the model's output for this request is not finite (NaN or infinity)")

@@ -1,16 +1,16 @@
-"""Keeps the fault of one request from its neighbours: steps are divided, and suspects run alone.
+"""Shields requests from a neighbour's fault: bisects failed steps and runs suspects alone.
 
-A step changes nothing before it samples, so a step that raises can be computed again in parts.
-Halves of its requests are computed, and halves of the halves that raise, until single requests
-raise: a request fails after it has raised in a step of its own. With one such request among n, at
-most 2 log2(n) further steps find it. Where a step of one token of nobody's raises too, the fault is
-the router's, and its process ends: gateways send its requests to other routers.
+A step changes nothing before it samples, so a step that raises can be recomputed in parts. The
+engine computes halves of its requests, then halves of the halves that raise, down to single
+requests. A request fails only after it has raised in a step of its own. With one such request
+among n, at most 2 log2(n) further steps find it. If a probe step of one dummy token also raises,
+the router is at fault and its process exits: gateways send its requests to other routers.
 
-A request is a suspect where it may have ended processes: routers, as its gateway says
+A request is a suspect if it may have killed processes: routers, as its gateway reports
 (:attr:`GenerationRequest.alone`), or expert actors (:mod:`router.moe.deaths`). A suspect is
-computed in steps of its own, so that no other request dies with it or is taken for it. Such steps
-take turns with those of all others. Where actors have died, a step alone begins after a random
-time, so that it hardly meets that of another router, at whose request the same actors may die.
+computed in steps of its own, so that no other request dies with it or is blamed for it. Its steps
+alternate with the others' steps. After actors have died, such a step starts after a random delay,
+so that it rarely meets a step of another router whose request may kill the same actors.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from router.engine.sequence import Sequence, Work
 from router.moe.deaths import ActorsDiedError, died_at
 
 CONTROL_S = 2.0
-"""How long a step of nobody's waits for experts that are away."""
+"""How long a probe step waits for unavailable experts."""
 CONTROL_TOKEN = 0
 TRY_S = 1.0
-"""The longest time until a request at which actors have died is computed alone."""
+"""The longest delay before a request at which actors have died is computed alone."""
 PAUSE_S = 0.005
-"""How long an engine pauses that has only requests whose time has not come."""
-_NO_MEMORY = "the router's device has no memory for a step of so many tokens"
+"""How long an engine pauses when none of its requests may be tried yet."""
+_NO_MEMORY = "the router's device ran out of memory for a step of this request alone"
 
 Step = Callable[[list[Work]], None]
 Fail = Callable[[str, ExpertMeshError], None]
 Announce = Callable[[str, bool], bool]
-"""Tells the gateway of a request that a step of it alone begins (true) or has ended (false).
+"""Tells a request's gateway that a step of only this request begins (true) or ended (false).
 
 Returns whether the message has left this process.
 """
@@ -64,10 +64,10 @@ class Isolation:
         announce: Announce,
         is_on_device: bool,
     ) -> None:
-        """``step`` computes works and emits their tokens.
+        """``step`` computes chunks and emits their tokens.
 
-        ``control`` computes works without any effect. ``fail`` ends a request with an error. With
-        ``is_on_device`` the process ends where its device is found in error.
+        ``control`` computes chunks without any effect. ``fail`` ends a request with an error. With
+        ``is_on_device`` the process exits if its device has failed.
         """
         self._is_on_device = is_on_device
         self._step = step
@@ -77,9 +77,9 @@ class Isolation:
         self._was_alone = False
 
     def compute(self, due: list[Work]) -> None:
-        """Compute one step of ``due`` works: of one suspect alone, or of all that are none.
+        """Compute one step of the ``due`` chunks: one suspect's, or those of all non-suspects.
 
-        Both take turns. Each request at which the step raises is ended with an error.
+        The two alternate. Each request at which the step raises ends with an error.
         """
         suspects = [work for work in due if work.sequence.is_suspect]
         others = [work for work in due if work not in suspects] if suspects else due
@@ -95,11 +95,11 @@ class Isolation:
         request = ready[0].sequence.request
         works = [work for work in due if work.sequence.request is request]
         for work in works:
-            work.sequence.try_at_s = None  # the next trial, if any, has a time of its own
+            work.sequence.try_at_s = None  # the next trial, if any, gets a new time
         if not request.alone:
             self._compute(works)
         elif not self._announce(request.request_id, True):
-            message = "the gateway cannot be told that its request is computed alone"
+            message = "the router could not tell the gateway that this request runs alone; retry"
             self._fail(request.request_id, OverloadedError(message, "queue", 1.0))
         else:
             self._compute(works)
@@ -110,7 +110,7 @@ class Isolation:
         if error is None:
             return
         num_requests = len(_request_ids(works))
-        logger.error("a step of %d requests raised", num_requests, exc_info=error)
+        logger.error("a step of %d requests failed", num_requests, exc_info=error)
         let_go(error)
         if num_requests == 1 and isinstance(error, ExpertMeshError):
             self._judge(works[0].sequence, error)  # the error names its cause
@@ -118,7 +118,7 @@ class Isolation:
             self._narrow(works)
 
     def _attempt(self, works: list[Work]) -> Exception | None:
-        """Compute works; returns the error of a step that some of its requests may have caused."""
+        """Compute chunks; return a step's error if one of its requests may have caused it."""
         try:
             self._step(works)
         except ActorsDiedError:
@@ -129,18 +129,18 @@ class Isolation:
         except Exception as error:
             if self._is_on_device and has_broken(error):
                 # Gateways replay its streams at another router.
-                logger.critical("the router ends: its device failed (%s)", error)
+                logger.critical("the router exits: its device failed (%s)", error)
                 end_process()
             return error
         return None
 
     def _convict(self, works: list[Work]) -> None:
-        """End a request at which actors died though it was computed alone."""
+        """End a request at which actors died even though it was computed alone."""
         for sequence in [work.sequence for work in works]:
             deaths = sequence.deaths
             if deaths is not None and deaths.is_guilty:
                 logger.error(
-                    "request %s: %d expert actors ended at it in layer %d",
+                    "request %s: %d expert actors died computing it in layer %d",
                     sequence.request.request_id,
                     len(deaths.actors),
                     deaths.layer_id,
@@ -148,9 +148,9 @@ class Isolation:
                 self._fail(sequence.request.request_id, died_at(deaths))
 
     def _narrow(self, works: list[Work]) -> None:
-        """Compute the halves of works whose step has raised; a request that raises alone ends."""
+        """Compute a failed step's chunks in halves; end each request that fails by itself."""
         for half in _halves(works):
-            # An error after sampling leaves sequences that have ended.
+            # After an error past sampling, some sequences have already ended.
             part = [work for work in half if work.sequence.pages]
             error = self._attempt(part) if part else None
             if error is None:
@@ -162,18 +162,18 @@ class Isolation:
                 self._judge(part[0].sequence, error)
 
     def _judge(self, sequence: Sequence, error: Exception) -> None:
-        """End a request that raises alone, or the router where it cannot compute any step."""
+        """End a request that fails by itself, or the router if it cannot compute any step."""
         if lacks_memory(error):
             error = OverloadedError(_NO_MEMORY, "args.router.max_batch_tokens", 1.0)
         if not isinstance(error, ExpertMeshError):
             self._check_router(sequence)
             message = f"the router cannot compute this request ({type(error).__name__})"
             error = PoisonedRequestError(message)
-        logger.error("request %s raised alone, and ends (%s)", sequence.request.request_id, error)
+        logger.error("request %s failed alone; ending it (%s)", sequence.request.request_id, error)
         self._fail(sequence.request.request_id, error)
 
     def _check_router(self, sequence: Sequence) -> None:
-        """End the process where it cannot compute a token of nobody's, in the sequence's place."""
+        """Exit the process if it cannot compute a dummy token in the sequence's place."""
         request = replace(
             sequence.request, deadline_s=time.monotonic() + CONTROL_S, on_expert_loss="drop"
         )
@@ -182,15 +182,15 @@ class Isolation:
         try:
             self._control([Work(control, 0, 1)])
         except (ExpertMeshError, ActorsDiedError) as error:
-            logger.warning("a step of nobody's has no experts (%r)", error)
+            logger.warning("probe step could not reach its experts (%r)", error)
         except Exception as error:
             # Gateways replay its streams at another router.
-            logger.critical("the router ends: it cannot compute any step (%r)", error)
+            logger.critical("the router exits: it cannot compute any step (%r)", error)
             end_process()
 
 
 def _may_be_tried(sequence: Sequence) -> bool:
-    """Return whether the time of a suspect has come; begins to count it at the first call."""
+    """Return whether a suspect may be tried now; the first call draws its delay."""
     if sequence.deaths is None or not sequence.deaths.is_suspect:
         return True
     now_s = time.monotonic()
@@ -200,12 +200,12 @@ def _may_be_tried(sequence: Sequence) -> bool:
 
 
 def _request_ids(works: list[Work]) -> dict[str, None]:
-    """Return the ids of the works' requests, each once and in order."""
+    """Return the ids of the chunks' requests, each once and in order."""
     return dict.fromkeys(work.sequence.request.request_id for work in works)
 
 
 def _halves(works: list[Work]) -> list[list[Work]]:
-    """Return the works in two parts, without dividing a request; those of one request whole."""
+    """Split the chunks into two parts, never within a request; one request gives one part."""
     request_ids = list(_request_ids(works))
     if len(request_ids) == 1:
         return [works]
@@ -217,7 +217,7 @@ def _halves(works: list[Work]) -> list[list[Work]]:
 
 
 def let_go(error: BaseException) -> None:
-    """Forget the variables of the functions that raised an error: tensors that fill a device."""
+    """Clear the frames that raised an error: their tensors fill the device."""
     raised: BaseException | None = error
     while raised is not None:
         traceback.clear_frames(raised.__traceback__)

@@ -12,21 +12,20 @@ from experts.compute.native_ffn import kernel_class
 
 
 def why_not_native() -> str:
-    """Return why torch computes a part of a dense part on a CPU."""
+    """Return why torch computes part of the dense part on a CPU."""
     if native is None:
-        return "torch computes it: the package was installed without its native code"
+        return "computed by torch: the package was installed without its native code"
     return (
-        "torch computes what is between native products and norms: a layer is not of Llama's "
-        "shape, its gate is none of native code's, or native code takes neither its dtype nor its "
-        "sizes"
+        "torch computes the rest around native products and norms: a layer is not of Llama's "
+        "shape, or native code does not support its gate, dtype or sizes"
     )
 
 
 def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool, attention: str) -> str:
     """Return the kernel class of a dense part in ``dtype`` on ``device``.
 
-    ``is_native`` is true where native code computes all of it, and false where torch computes what
-    is between native products, norms and attention. Then the class names both. On a device it names
+    ``is_native`` is true if native code computes all of it, and false if torch computes what lies
+    between native products, norms and attention. Then the class names both. On a device it names
     the ``attention`` (:attr:`router.model.attention.Attention.name`), which differs between
     releases of torch and between cards.
     """

@@ -1,9 +1,9 @@
-"""Prefill: how the prompts that are under way share the tokens of a step. Pure functions.
+"""Prefill: how the prompts in flight share the tokens of a step. Pure functions.
 
-Of prompts of equal priority each tenant has an even share of the step, and leaves what it does not
-need to the others. Within a share short prompts come first, so that a long one delays nobody's
-first token by much. The oldest one has a part, of every second step at least, so that no prompt
-starves. A token's bits do not depend on the borders of chunks, so the order changes no answer.
+Among prompts of equal priority each tenant gets an even share of the step, and leaves what it does
+not need to the others. Within a share short prompts come first, so that a long one delays nobody's
+first token by much. The oldest prompt gets a part of at least every second step, so that no prompt
+starves. A token's bits do not depend on chunk borders, so the order changes no answer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from operator import itemgetter
 from typing import NamedTuple
 
 PARTS = 4
-"""Whatever else waits, the oldest prompt has one of so many parts of a step's budget."""
+"""The oldest prompt always gets 1/``PARTS`` of a step's budget."""
 LONG_CHUNKS = 8
-"""A prompt of more tokens than so many budgets is long."""
+"""A prompt is long if it has more tokens than this many budgets."""
 
 
 class Prompt(NamedTuple):
-    """A prompt under way, in tokens but for ``priority`` and ``arrival``; lower ones come first.
+    """A prompt in flight, in tokens except ``priority`` and ``arrival``; lower ones come first.
 
-    ``left`` are not computed yet, and ``request_left`` the same of all choices of its request.
-    ``length`` is the whole prompt. ``cost`` is that of its next token, in tokens that attend to no
-    others.
+    ``left`` tokens are not computed yet; ``request_left`` counts them over all choices of its
+    request. ``length`` is the whole prompt. ``cost`` is its next token's cost, relative to a token
+    that attends to no others.
     """
 
     left: int
@@ -39,8 +39,8 @@ class Prompt(NamedTuple):
 def tenant_budgets(of_tenant: Mapping[str, Sequence[Prompt]], budget: int) -> dict[str, int]:
     """Return each tenant's part of a step's ``budget``, at most what its prompts have left.
 
-    Prompts of a lower priority get what the others leave. The tokens of one priority are divided by
-    max-min fairness, which is deficit round robin where every token can be served on its own.
+    Prompts of a lower priority get what the others leave. Tokens of one priority are divided by
+    max-min fairness, which is deficit round robin when each token can be served on its own.
     """
     budgets = dict.fromkeys(of_tenant, 0)
     left: dict[int, Counter[str]] = {}
@@ -64,14 +64,14 @@ def divide(
 ) -> list[int]:
     """Return how many tokens of each prompt a step computes, at most ``budget`` in all.
 
-    The oldest prompt has a part of the budget (:data:`PARTS`) by its cost, and at least one token.
-    The prompts take the rest in the order of priority, then of the tokens that their requests have
-    left, then of arrival; each takes as much as it can. In a step that ends prompts, the long ones
-    (:data:`LONG_CHUNKS`) that it does not end have one part together, or nothing with
-    ``leaves_out``, so that the first tokens do not wait for a full step. A long prompt that is more
-    urgent than all short ones is not held back. ``ends_others`` says that the step ends prompts
-    that are not here. Where ``budget`` is a part of a step's, ``step_tokens`` is the whole, by
-    which long prompts are told.
+    The oldest prompt gets a part of the budget (:data:`PARTS`) by its cost, and at least one token.
+    The prompts take the rest in order of priority, then of the tokens left in their requests, then
+    of arrival; each takes as much as it can. In a step that ends prompts, the long ones
+    (:data:`LONG_CHUNKS`) that it does not end share one part, or get nothing with ``leaves_out``,
+    so that the first tokens do not wait for a full step. A long prompt that is more urgent than all
+    short ones is not held back. ``ends_others`` says that the step also ends prompts not passed
+    here. If ``budget`` is only part of a step's, ``step_tokens`` is the whole; it decides which
+    prompts are long.
     """
     gives_way = _which_give_way(prompts, step_tokens or budget)
     if leaves_out:

@@ -1,14 +1,14 @@
-"""Which pages the sequences of a router share, and what they compute because of it.
+"""Which pages a router's sequences share, and which tokens they need not compute as a result.
 
-A sequence enters its full pages as it computes them, and takes others' pages in the place of its
-own: when it is admitted, and before each step, so that of requests that come together one computes
-what all begin with. At least its last token is computed, since its logits are wanted. So the page
-that a sequence writes is always its own, and no page is ever copied.
+A sequence registers its full pages as it computes them. It replaces its own pages with others' on
+admission and before each step, so of requests that arrive together only one computes their common
+prefix. Its last token is always computed, since its logits are needed. So a sequence writes only
+to a page of its own, and no page is ever copied.
 
-Where a model ``is_independent`` (:class:`router.model.model.MoEModel`) and native code computes its
-experts, keys and values depend on the tokens so far and the weights alone, bit for bit. Elsewhere
-nothing is shared. Expert actors of several kernel classes give other bits with a shared page or
-without.
+If a model ``is_independent`` (:class:`router.model.model.MoEModel`) and native code computes its
+experts, keys and values depend, bit for bit, only on the tokens so far and the weights. Otherwise
+nothing is shared: expert actors of several kernel classes give different bits with and without a
+shared page.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from router.messages.prefixes import prefix_keys, prefix_root
 from router.model.prefix_cache import PrefixCache
 
 _UNSOUND = NotFiniteError, PoisonedRequestError
-"""The errors of sequences whose keys and values are not to be trusted."""
+"""The errors of sequences whose keys and values cannot be trusted."""
 _NO_PERIOD = -1
-"""The period of a sequence that never enters a page."""
+"""The period of a sequence that never registers a page."""
 
 
 def why_dependent(is_independent: bool, has_limit: bool) -> str:
-    """Return why keys and values depend on more than tokens and weights; empty where they do not.
+    """Return why keys and values depend on more than tokens and weights; empty if they do not.
 
-    ``is_independent`` is that of :class:`router.model.model.MoEModel`. ``has_limit`` says that
+    ``is_independent`` comes from :class:`router.model.model.MoEModel`. ``has_limit`` says that
     experts take a bounded number of a step's tokens.
     """
     if not is_independent:
-        return "its steps give other bits for other batches"
+        return "its results depend, in their last bits, on the batch"
     if has_limit:
-        return "with expert_capacity a token's experts depend on its batch"
+        return "with expert_capacity set, a token's experts depend on its batch"
     return ""
 
 
 class Prefixes:
-    """Shares the pages of a :class:`PrefixCache` among sequences; for the engine's thread alone.
+    """Shares the pages of a :class:`PrefixCache` among sequences; only for the engine's thread.
 
-    ``looked_up_tokens`` counts the prompt tokens of admitted sequences, ``hit_tokens`` those that
-    other sequences' pages had. Any thread may read them.
+    ``looked_up_tokens`` counts the prompt tokens of admitted sequences, ``hit_tokens`` the ones
+    found in other sequences' pages. Any thread may read both.
     """
 
     def __init__(self, cache: PrefixCache, identity: str) -> None:
-        """``identity`` is that of the model, without whose equal no page is found."""
+        """``identity`` is the model's; only pages of the same identity are found."""
         self._cache = cache
         self._identity = identity
         self._page_size = cache.page_size
@@ -55,15 +55,15 @@ class Prefixes:
         self.hit_tokens = 0
         self._generations: Mapping[str, int] = {}
         self._period = 0
-        """The number of times that all pages were forgotten."""
+        """How many times all pages were forgotten."""
         self._has_others = False
 
     def look(self, generations: Mapping[str, int], has_others: bool) -> None:
-        """Forget all pages where an expert actor is gone or replaced: its device may have lied.
+        """Forget all pages if an expert actor is gone or replaced: its device may have been wrong.
 
-        So it is where experts begin to be computed by other than native code, which ``has_others``
-        says: then nothing is shared. ``generations`` are those of the placement. Sequences that run
-        enter no page any more, since their pages follow from earlier ones.
+        The same happens when experts start to run without native code (``has_others``): then
+        nothing is shared. ``generations`` are the placement's. Running sequences register no more
+        pages, since their pages follow from earlier ones.
         """
         before, self._generations = self._generations, generations
         begins, self._has_others = has_others > self._has_others, has_others
@@ -75,7 +75,7 @@ class Prefixes:
             self._period += 1
 
     def occupy(self, sequence: Sequence, num_pages: int) -> None:
-        """Give a sequence that is admitted its pages, shared ones first."""
+        """Give an admitted sequence its pages, shared ones first."""
         request, tokens = sequence.request, sequence.token_ids
         most = len(tokens) - 1
         received = request.prompt_logprobs_of(sequence.index)
@@ -84,7 +84,7 @@ class Prefixes:
         sequence.prefix_period = self._period
         if request.routed is not None:
             most = min(most, request.num_routed_of(sequence.index))
-        # The keys and values of forced experts follow from these too.
+        # With forced experts, keys and values depend on these experts too.
         if self._has_others or (request.routed is not None and request.routed.forced):
             most, sequence.prefix_period = 0, _NO_PERIOD
         root = prefix_root(self._identity, request.tenant, request.cache_salt)
@@ -99,7 +99,7 @@ class Prefixes:
         self._skip(sequence, len(shared))
 
     def update(self, sequence: Sequence) -> None:
-        """Enter the pages that a sequence has filled; skip what others have computed meanwhile."""
+        """Register the pages that a sequence has filled; skip pages that others have computed."""
         num_full = sequence.num_computed // self._page_size
         if num_full > sequence.num_entered:
             self._enter(sequence, num_full)
@@ -107,7 +107,7 @@ class Prefixes:
             self._take_over(sequence, num_full)
 
     def release(self, sequence: Sequence, error: ExpertMeshError | None) -> None:
-        """Take the pages of a sequence that ends; after some errors none of them is found again."""
+        """Free the pages of a sequence that ends; after some errors none is shared again."""
         if isinstance(error, _UNSOUND):
             self._cache.forget(sequence.pages)
         elif sequence.pages:
@@ -126,7 +126,7 @@ class Prefixes:
         sequence.num_entered = num_full
 
     def _take_over(self, sequence: Sequence, first: int) -> None:
-        """Put known pages in the place of a sequence's own, from its page ``first`` on."""
+        """Replace a sequence's own pages with known ones, from its page ``first`` on."""
         keys = sequence.prefix_keys[1 + first : 1 + sequence.most_shared]
         shared = self._cache.share(keys)
         if not shared:
@@ -139,7 +139,7 @@ class Prefixes:
         self._skip(sequence, end)
 
     def _skip(self, sequence: Sequence, num_pages: int) -> None:
-        """Count the tokens of a sequence's first pages as computed."""
+        """Count the tokens in a sequence's first pages as computed."""
         before, end = sequence.num_computed, num_pages * self._page_size
         if end <= before:
             return

@@ -1,8 +1,8 @@
 """Log probabilities of prompts, computed beside a step's sampling, a few rows at a time.
 
-The row of a prompt's token has the logits of the next one. Logits of some rows are made, the wanted
-numbers taken, and the logits dropped, so the memory does not grow with the prompt. A row's numbers
-depend on its hidden state alone.
+The row of a prompt's token has the logits of the next token. The logits of a few rows are made, the
+needed numbers taken and the logits dropped, so memory does not grow with the prompt. A row's
+numbers depend only on its hidden state.
 
 Dimension letters: S packed tokens of a step, R rows to score, V vocabulary size, N likeliest tokens
 reported, C rows at a time.
@@ -27,9 +27,9 @@ Scores = tuple[PromptLogprobs, ...]
 
 @dataclass(frozen=True, slots=True)
 class ScoredRows:
-    """The rows of one work whose next tokens are of its prompt and are scored.
+    """The rows of one chunk whose next tokens belong to its prompt and are scored.
 
-    ``rows`` are those of the step. ``targets`` int64 [R] are the next tokens, ``start`` is the
+    ``rows`` are rows of the step. ``targets`` int64 [R] are the next tokens, ``start`` is the
     number of the prompt's scored tokens before them, ``num_top`` the N of the request.
     """
 
@@ -41,9 +41,9 @@ class ScoredRows:
 
 
 def scored_rows(works: Sequence[Work], ends: Sequence[int]) -> tuple[ScoredRows, ...]:
-    """Return the rows to score of a step; ``ends`` are where the works' tokens end in it.
+    """Return a step's rows to score; ``ends`` are where the chunks' tokens end in it.
 
-    What a resumed request has received of its prompt's log probabilities is not scored again.
+    Prompt log probabilities that a resumed request has received are not scored again.
     """
     return tuple(_rows_of_works(works, ends))
 
@@ -72,9 +72,9 @@ def score(
 ) -> list[torch.Tensor]:
     """Score rows of hidden states [S, H]; returns what :func:`read_scores` takes, on their device.
 
-    ``targets`` are those of ``scored``, on that device. That is, for each C rows: the targets' log
-    probabilities fp32 [C, 1] and their ranks int64 [C, 1], and of the likeliest tokens those and
-    the ids, [C, N]. Log probabilities are those of the unchanged logits.
+    ``targets`` are those of ``scored``, on that device. The result is, for each C rows: the
+    targets' log probabilities fp32 [C, 1] and ranks int64 [C, 1], and the log probabilities and ids
+    of the likeliest tokens, [C, N]. Log probabilities come from the unchanged logits.
     """
     found: list[torch.Tensor] = []
     at_once = max(1, VALUES_AT_ONCE // vocab_size)
@@ -90,9 +90,9 @@ def score(
 
 
 def read_scores(found: Sequence[torch.Tensor], scored: Sequence[ScoredRows]) -> list[Scores | None]:
-    """Return the log probabilities of each of ``scored``, of tensors on the host by now.
+    """Return the log probabilities of each of ``scored``; the tensors are now on the host.
 
-    ``None`` stands for those of which a row of logits is not finite.
+    ``None`` stands for one with a row of logits that is not finite.
     """
     parts = iter(zip(*[iter([tensor.tolist() for tensor in found])] * 4, strict=True))
     results: list[Scores | None] = []
@@ -111,10 +111,10 @@ def score_events(
     failed: Set[str],
     identity: str,
 ) -> tuple[list[tuple[str, TokenEvent]], set[str]]:
-    """Return the events of a step's scores with their requests' ids, and the ids without them.
+    """Return the events of a step's scores with their requests' ids, and the ids without scores.
 
     The latter are requests whose scores are not finite. ``failed`` requests and parked sequences
-    get none: a parked sequence's work is computed again. ``identity`` is the model's.
+    get none: a parked sequence's chunk is recomputed. ``identity`` is the model's.
     """
     events: list[tuple[str, TokenEvent]] = []
     not_finite: set[str] = set()

@@ -1,8 +1,8 @@
-"""The router replica: an engine, and one call for each request, over a link or by Serve.
+"""The router replica: an engine, and one call per request, over a link or through Serve.
 
 A call of ``generate`` lasts as long as its request. It returns the tokens of all choices when they
-are finished, and its cancellation ends the request. Meanwhile each engine step sends its new tokens
-to the gateways, one frame for each gateway (:mod:`router.messages.token_link`).
+are finished; cancelling it ends the request. Meanwhile each engine step sends its new tokens to the
+gateways, one frame per gateway (:mod:`router.messages.token_link`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 FINISH_CHECK_S = 0.05
 ANNOUNCE_TIMEOUT_S = 1.0
-"""How long the engine waits until a gateway is told that a request is computed alone."""
+"""How long the engine waits to tell a gateway that a request is computed alone."""
 
 logger = logging.getLogger("expertmesh.router")
 
@@ -69,8 +69,8 @@ logger = logging.getLogger("expertmesh.router")
 class _Request:
     """A running request: its events so far, and the future that its call waits for.
 
-    ``wire_id`` is the gateway's id of the request. The engine has a different id for every call,
-    since Serve may repeat a call when it mistakes a slow connection for a broken one.
+    ``wire_id`` is the gateway's id for the request. The engine uses a new id for every call, since
+    Serve may repeat a call when it mistakes a slow connection for a broken one.
     """
 
     wire_id: str
@@ -82,7 +82,7 @@ class _Request:
 
 
 class RouterReplica:
-    """Attention, gate and sampling of one model; its experts are in the expert actors."""
+    """Attention, gate and sampling of one model; its experts run in the expert actors."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class RouterReplica:
         controller: ControllerClient,
         vocabulary_of: Callable[[ServedModel], LLTokenizer] | None = None,
     ) -> None:
-        """Load the dense part of the model and start the engine; needs a running event loop.
+        """Load the model's dense part and start the engine; needs a running event loop.
 
         ``vocabulary_of`` loads a model's vocabulary, which requests with a grammar need.
         """
@@ -162,10 +162,10 @@ class RouterReplica:
         self._engine.start()
 
     async def link(self, model: str, node: str) -> LinkAddress | None:
-        """Return where the gateways of a model can connect, to call :meth:`generate` without Serve.
+        """Return where a model's gateways can connect to call :meth:`generate` without Serve.
 
-        ``model`` is the key of the gateway's model, ``node`` the id of its node; for a gateway on
-        another node this router listens by TCP from now on. ``None`` where it has another model.
+        ``model`` is the key of the gateway's model, ``node`` the id of its node. For a gateway on
+        another node this router listens on TCP from now on. ``None`` if it has another model.
         """
         return await self._server.start(node) if model == self._model.key else None
 
@@ -175,9 +175,9 @@ class RouterReplica:
         Returns ``{"error": …}``, or ``{"events": […]}`` with one event for each choice: all its
         tokens except those that the request lists as received. With an error, ``"replaced": True``
         says that a router of another model may serve the request, and ``"has_other_text"`` whether
-        that is for its tokenizer. Meanwhile the tokens of a streamed request go to the gateway's
-        ``address`` in ``wire`` as they are sampled. Of any other request, only the first tokens of
-        each choice do, and no log probabilities of its prompt.
+        the tokenizer is the reason. Meanwhile a streamed request's tokens go to the gateway's
+        ``address`` in ``wire`` as they are sampled. For any other request only each choice's first
+        tokens go there, without log probabilities of its prompt.
         """
         if self._is_deleted:
             return {"error": being_deleted().to_wire()}
@@ -207,7 +207,7 @@ class RouterReplica:
         return {"events": [e.to_wire() for e in merge_events(pending.events)]}
 
     def _has_other_text(self, request: GenerationRequest) -> bool:
-        """Return whether another model's tokenizer has made the request's ids, or named experts."""
+        """Return whether the request's token or expert ids come from another model."""
         model, routed = self._model, request.routed
         if routed is not None:
             shape = model.num_layers, model.num_experts_per_tok
@@ -216,12 +216,12 @@ class RouterReplica:
         return request.text_identity not in ("", model.text_identity)
 
     def _has_own_tokens(self, request: GenerationRequest) -> bool:
-        """Return whether the tokens that have come are this model's."""
+        """Return whether this model generated the tokens received so far."""
         identities = {choice.identity for choice in request.received if choice.is_begun}
         return identities <= {self._model.identity}
 
     def is_its_turn(self) -> bool:
-        """Return whether this router is to serve yet (:mod:`router.control.readiness`)."""
+        """Return whether this router should serve yet (:mod:`router.control.readiness`)."""
         return is_its_turn(self._view.placement, self._model.key)
 
     def _end_requests(self) -> None:
@@ -238,7 +238,7 @@ class RouterReplica:
                 self._engine.stop_choice(request_id, index)
 
     def _announce(self, request_id: str, is_alone: bool) -> bool:
-        """Tell a request's gateway of a step of it alone; called and waited for by the engine."""
+        """Tell a request's gateway of a step of only that request; the engine waits for this."""
         request = self._requests.get(request_id)
         if request is None:  # it has ended
             return not is_alone
@@ -271,7 +271,7 @@ class RouterReplica:
             self._links.send(address, events)
 
     def use(self) -> float:
-        """Return the used share of this replica's cache or batch; see :meth:`Scheduler.use`."""
+        """Return the share of this replica's cache or batch in use; see :meth:`Scheduler.use`."""
         return self._scheduler.use()
 
     async def stats(self) -> dict[str, Any]:
@@ -281,8 +281,8 @@ class RouterReplica:
         ``calls`` by transport. ``inexact_rows`` counts, by contract, token rows computed without
         an expert that the gate chose. ``overflow`` counts tokens by the (layer, expert) that had
         no room for them. ``replayed`` counts forced tokens by whether a step sampled an equal
-        token; of those that were computed like a prompt's the last alone counts. ``device`` is that
-        of the model, ``kernel_class`` the class of its dense part.
+        token; of tokens computed like a prompt's, only the last counts. ``device`` is the model's,
+        ``kernel_class`` the class of its dense part.
         """
         latest_s = self._engine.tally.latest_layers_s
         layer_s = list(latest_s)
@@ -302,13 +302,13 @@ class RouterReplica:
         }
 
     def is_alive(self) -> bool:
-        """Return whether the engine's thread runs."""
+        """Return whether the engine's thread is running."""
         return self._engine.is_alive()
 
     async def finish(self) -> None:
-        """Return once no request is under way; Serve knows nothing of those that came over links.
+        """Return once no request is in flight; Serve does not know of those that came over links.
 
-        Gateways come to know within a second or two that a router is to end. Serve bounds the wait.
+        Gateways learn within a second or two that a router is about to end. Serve bounds the wait.
         """
         while self._requests:
             await asyncio.sleep(FINISH_CHECK_S)
@@ -329,7 +329,7 @@ def _load_dense(
     layers: MoELayers[torch.Tensor],
     device: torch.device,
 ) -> tuple[MoEModel, str]:
-    """Load the dense part from this node's disk or another node, and log where it is.
+    """Load the dense part from this node's disk or another node, and log where it runs.
 
     Returns it and its kernel class.
     """
@@ -356,12 +356,12 @@ def _load_dense(
 
 
 def _is_independent(model: ServedModel, dense: MoEModel, layers: MoELayers[torch.Tensor]) -> bool:
-    """Return whether keys and values depend on tokens and weights alone; logs why not."""
+    """Return whether keys and values depend only on tokens and weights; log why not."""
     reason = why_dependent(dense.is_independent, layers.has_limit)
     if reason:
         logger.info(
-            "router of %s: no prefix cache, and resumed requests compute their tokens one to a "
-            "step, since %s",
+            "router of %s: no prefix cache, and resumed requests compute one token a step, "
+            "because %s",
             model.id,
             reason,
         )

@@ -1,4 +1,4 @@
-"""The experts of tokens in a step: those that requests force, and the rows of those that ask.
+"""The experts of a step's tokens: ids that requests force, and rows for requests that ask.
 
 Dimension letters: S tokens of the step, L MoE layers, K experts per token.
 """
@@ -18,9 +18,9 @@ from router.moe.routed import StepRouted
 
 
 def step_routed(works: Sequence[Work]) -> StepRouted | None:
-    """Return the record of a step's experts, ``None`` where no request asks for any.
+    """Return the record of a step's experts, ``None`` if no request asks for any.
 
-    All requests that ask are of one model, so of one shape.
+    All requests that ask use one model, so they have one shape.
     """
     asked = [routed for work in works if (routed := work.sequence.request.routed) is not None]
     if not asked:
@@ -50,11 +50,11 @@ def _forced(works: Sequence[Work], num_tokens: int, shape: tuple[int, int]) -> n
 def with_rows(
     emissions: Iterable[Emission], works: Iterable[Work], routed: StepRouted, identity: str
 ) -> list[Emission]:
-    """Return a step's emissions with the rows of the works' computed tokens.
+    """Return a step's emissions with the rows of the chunks' computed tokens.
 
-    Rows come with the last event of their choice, or in one of their own before its first token.
-    Rows that a resumed request has are not sent again. A parked sequence has none: its work is
-    computed again. ``identity`` is the model's.
+    Rows come with the last event of their choice, or before its first token in an event of their
+    own. Rows that a resumed request already has are not sent again. A parked sequence gets none:
+    its chunk is recomputed. ``identity`` is the model's.
     """
     found = list(emissions)
     failed, place_of = set(), {}
@@ -66,7 +66,7 @@ def with_rows(
     first = 0
     for work in works:
         sequence, request = work.sequence, work.sequence.request
-        row = first - work.start  # that of the sequence's token 0, had the step all
+        row = first - work.start  # token 0's row, if the step had the whole sequence
         first += work.end - work.start
         start = max(work.start, request.num_routed_of(sequence.index))
         end = min(work.end, sequence.num_computed)
@@ -82,7 +82,7 @@ def with_rows(
 
 
 def _with(emission: Emission, rows: bytes, start: int) -> Emission:
-    """Return an event's emission with rows, the first of which is the choice's row ``start``."""
+    """Return an event's emission with rows that begin at the choice's row ``start``."""
     if not isinstance(emission.outcome, TokenEvent):
         return emission
     return replace(emission, outcome=replace(emission.outcome, routed=rows, routed_start=start))

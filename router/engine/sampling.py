@@ -1,10 +1,10 @@
 """Samples the next tokens of a step, all rows at once, where the logits are.
 
-:func:`router.engine.batch.sampling_of` makes tensors of the rows' parameters, which go to the
+:func:`router.engine.batch.sampling_of` turns the rows' parameters into tensors, which go to the
 logits' device with the step's inputs. :func:`sample` draws there, and the host reads nothing
-meanwhile. :func:`read` makes tokens on the host of the tensors that were drawn.
+meanwhile. :func:`read` turns the drawn tensors into tokens on the host.
 
-A row's token depends on its logits, its parameters and (seed, choice, position) alone. It depends
+A row's token depends only on its logits, its parameters and (seed, choice, position). It depends
 neither on the row's place in the batch nor on the other rows, so a request that is retried or moved
 gets the same tokens.
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from router.engine.constrained_rows import Forbidden
 
 VALUES_AT_ONCE = 1 << 21
-"""The most logits that are sorted, or made log probabilities, at a time. It bounds the memory that
-a device needs for it, some 60 bytes each; no token depends on it."""
+"""The most logits that are sorted or turned into log probabilities at a time. It bounds the memory
+that a device needs for this, some 60 bytes each; no token depends on it."""
 _MINUS_INF_BITS = -(1 << 23)
 """fp32's -inf, read as int32."""
 
@@ -48,7 +48,7 @@ class Draw:
 
 
 class SamplingTensors(NamedTuple):
-    """The part of :class:`Sampling` that is used where the logits are."""
+    """The part of :class:`Sampling` that is used on the logits' device."""
 
     warm_rows: torch.Tensor
     """int64 [W]; the other rows are greedy."""
@@ -57,7 +57,7 @@ class SamplingTensors(NamedTuple):
     logprob_rows: torch.Tensor
     """int64 [A], in ascending order of their N."""
     edited: torch.Tensor
-    """int64 [2, E]: the rows and the tokens of the logits that are edited, each pair once."""
+    """int64 [2, E]: the rows and the tokens of the edited logits, each pair once."""
     edits: torch.Tensor
     """fp32 [3, E]; see :class:`router.engine.token_rules.Edits`."""
 
@@ -66,7 +66,7 @@ class SamplingTensors(NamedTuple):
 class Sampling:
     """How a step's rows are sampled; made on the host, once a step.
 
-    ``logprob_sizes`` are (N, the number of ``logprob_rows`` with this N), in their order.
+    ``logprob_sizes`` are (N, the number of ``logprob_rows`` with this N), in order.
     """
 
     tensors: SamplingTensors
@@ -75,15 +75,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The token of each row, and its log probabilities where they were asked for.
+    """The token of each row, and its log probabilities if requested.
 
-    A row whose logits are NaN, or whose largest is infinite, has no token.
+    A row with NaN logits, or whose largest logit is infinite, has no token.
     """
 
     token_ids: list[int | None]
     logprobs: list[TokenLogprobs | None]
     barred: frozenset[int] = frozenset()
-    """The rows of which every token is forbidden; they have no token either."""
+    """The rows in which every token is forbidden; they have no token either."""
 
 
 def sample(
@@ -94,23 +94,23 @@ def sample(
 ) -> list[torch.Tensor]:
     """Draw one token per row of fp32 logits [R, V]; returns what :func:`read` takes.
 
-    That is ids int64 [R, 1] and the rows' largest logits after edits, fp32 [R, 1]. For some of
-    ``logprob_rows`` at a time follow the log probabilities of their tokens, fp32 [A, 1], and those
-    and the ids of the likeliest, [A, N]. All tensors are on one device.
+    The result is ids int64 [R, 1] and the rows' largest logits after edits, fp32 [R, 1]. Then, for
+    a few of ``logprob_rows`` at a time, come the log probabilities of their tokens, fp32 [A, 1],
+    and the log probabilities and ids of the likeliest, [A, N]. All tensors are on one device.
 
-    Edits of single logits come first, and no token is drawn that is ``forbidden`` in its row.
-    Logits are then divided by the temperature. Top-k, top-p and min-p filter tokens, in this order.
-    One uniform number per row picks from the remaining tokens, in the order of the vocabulary, by
-    their shares. Temperature 0 takes the first of the largest logits. Log probabilities are those
-    of the unchanged logits; a device may add them in another order than a CPU, and choose others
-    among equally likely tokens.
+    Edits of single logits come first, and no token ``forbidden`` in its row is drawn. Logits are
+    then divided by the temperature. Top-k, top-p and min-p filter tokens, in this order. One
+    uniform number per row picks from the remaining tokens, in vocabulary order, by their shares.
+    Temperature 0 takes the first of the largest logits. Log probabilities come from the unchanged
+    logits; a device may add in a different order from a CPU, and report different tokens among
+    equally likely ones.
     """
     warm_rows, warm_params, logprob_rows, places, edits = tensors
     edited = _edited(logits, places, edits) if places.shape[1] else logits
     if forbidden is not None:
         edited = _without(edited, forbidden)
     token_ids = _largest(edited)
-    # An edit leaves a NaN, and an infinite logit is one or stays so: both are the largest.
+    # Edits keep a NaN; an infinite logit stays infinite or becomes NaN. Both count as the largest.
     sampled = [token_ids, edited.gather(1, token_ids)]
     vocab = logits.shape[1]
     at_once = max(1, VALUES_AT_ONCE // vocab)
@@ -129,7 +129,7 @@ def sample(
 
 
 def read(sampled: Sequence[torch.Tensor], sampling: Sampling) -> Drawn:
-    """Return the tokens of :func:`sample`, whose tensors are on the host by now."""
+    """Return the tokens of :func:`sample`, whose tensors are now on the host."""
     ids, largest, *reported = [tensor.tolist() for tensor in sampled]
     token_ids = [i if isfinite(x) else None for [i], [x] in zip(ids, largest, strict=True)]
     logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
@@ -172,16 +172,16 @@ def _where_allowed(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def _select(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return these rows, distinct and ascending, of a tensor; the tensor itself for all of them."""
+    """Return these distinct, ascending rows of a tensor; for all rows, the tensor itself."""
     return tensor if len(rows) == len(tensor) else tensor.index_select(0, rows)
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
-    """Return the index of the largest logit of each row, [R, 1], the first of equal ones.
+    """Return the index of each row's largest logit, [R, 1]; the first among equals.
 
-    numpy and torch, on every device, promise the first. Both take a NaN for the largest.
+    numpy and torch promise the first, on every device. Both treat NaN as the largest.
     """
-    if logits.is_cpu:  # numpy's is four times as fast as torch's
+    if logits.is_cpu:  # numpy's argmax is four times as fast as torch's
         return torch.from_numpy(logits.numpy().argmax(axis=-1, keepdims=True))
     return logits.argmax(dim=-1, keepdim=True)
 
@@ -199,7 +199,7 @@ def _draw(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
 def _draw_by_torch(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """Draw from logits [W, V] by ``warm_params``; returns int64 [W, 1].
 
-    On a device nothing is read, so all rows are sorted, and searched by sums.
+    On a device the host reads nothing, so all rows are sorted and searched by sums.
     """
     temperature, top_k, top_p, min_p, uniform = params.unsqueeze(2)  # [W, 1] each
     # The largest logit is subtracted first, so that a tiny temperature cannot overflow.
@@ -213,7 +213,7 @@ def _draw_by_torch(logits: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     picked = _num_below(cumulative, uniform * total, or_equal=True)
     # A rounding error at the very end must not pick a token that was filtered out.
     last = _num_below(cumulative, total, or_equal=False)
-    return torch.minimum(picked, last).clamp_(max=weights.shape[1] - 1)  # of NaN nothing is found
+    return torch.minimum(picked, last).clamp_(max=weights.shape[1] - 1)  # NaN rows find nothing
 
 
 def _num_below(ascending: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> torch.Tensor:
@@ -229,7 +229,7 @@ def _least_kept(
     """Return the least weight that top-k and top-p keep, and how many they keep, [W, 1] each.
 
     ``ordered`` [W, V] are the weights of each row in descending order. The likeliest token always
-    stays, also where top-p underflows to 0.
+    stays, even if top-p underflows to 0.
     """
     ranks = torch.arange(ordered.shape[1], device=weights.device)
     of_top_k = ordered.masked_fill(ranks >= top_k, 0)
@@ -242,23 +242,23 @@ def _least_kept(
 
 
 def _cut(weights: torch.Tensor, least: torch.Tensor, num_kept: torch.Tensor) -> None:
-    """Make 0 of all weights [W, V] but the ``num_kept`` largest, of which one is ``least``.
+    """Zero all weights [W, V] except the ``num_kept`` largest, of which ``least`` is the least.
 
-    Of equal weights the first tokens are kept.
+    Among equal weights the first tokens are kept.
     """
     weights.masked_fill_(weights < least, 0)
     num_over = (weights > 0).sum(dim=-1, keepdim=True) - num_kept
-    if not weights.is_cpu or (num_over > 0).any():  # some are equal to the last that is kept
+    if not weights.is_cpu or (num_over > 0).any():  # some equal the last one kept
         is_least = weights == least
         num_least = is_least.sum(dim=-1, keepdim=True) - num_over
         weights.masked_fill_(is_least & (is_least.cumsum(dim=-1) > num_least), 0)
 
 
 def _whole_weights(scaled: torch.Tensor) -> torch.Tensor:
-    """Return exp of fp64 [W, V], 0 at most, in whole numbers of which V have a sum in int64.
+    """Return exp of fp64 [W, V], at most 0, as integers small enough that V of them fit int64.
 
     CUDA adds fp64 in an order that changes with the number of rows, or from run to run; the order
-    changes no sum of integers. Of 150,000 tokens each has 44 bits.
+    changes no sum of integers. With 150,000 tokens each has 44 bits.
     """
     num_bits = 62 - scaled.shape[-1].bit_length()
     return (scaled.exp() * 2.0**num_bits).round().long()

@@ -6,9 +6,9 @@ Decoding sequences come first, with one token each. Prefill chunks share the res
 token budget (:mod:`router.engine.prefill`), so a long prompt stalls neither the decoding sequences
 nor short prompts.
 
-The forced tokens of a sequence that goes on after a failure are computed like a prompt's, where
-that changes no bit (``is_independent``). Elsewhere each is computed by a step of its own, as it was
-the first time.
+When a sequence resumes after a failure, its forced tokens are computed like a prompt's if that
+changes no bit (``is_independent``). Otherwise each takes a step of its own, as it did the first
+time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Limits:
 
 
 class Scheduler:
-    """Holds all sequences of a router replica; used by the engine's thread alone."""
+    """Holds all sequences of a router replica; used only by the engine's thread."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class Scheduler:
     ) -> None:
         """Start empty with ``num_pages`` pages of cache, of ``page_size`` tokens each.
 
-        ``even_context`` is that of :class:`router.model.model.MoEModel`. With ``shared_by``, the
+        ``even_context`` comes from :class:`router.model.model.MoEModel`. With ``shared_by``, the
         model's identity, sequences share the pages of equal prefixes. ``is_independent`` says that
-        the keys and values of a token depend on the tokens so far and the weights alone, bit for
-        bit, but for its experts.
+        a token's keys and values depend, bit for bit, only on the tokens so far and the weights,
+        apart from its experts.
         """
         self._limits = limits
         self._even_context = even_context
@@ -77,8 +77,8 @@ class Scheduler:
         """Queue the unfinished choices of a request.
 
         Raises :class:`OverloadedError` when the queue is full, by choices or by tokens, or when
-        even an empty cache could not hold one of the request's sequences. The only request of a
-        tenant that waits may exceed the limits, so that no other tenant fills the queue for it.
+        even an empty cache could not hold one of the request's sequences. A tenant's only waiting
+        request may exceed the limits, so that no other tenant can fill the queue against it.
         """
         prompt = request.prompt_token_ids
         length = len(prompt) + request.sampling.max_tokens
@@ -109,10 +109,10 @@ class Scheduler:
         else:
             return
         num_requests = len({sequence.request.request_id for sequence in waiting})
-        raise OverloadedError(f"{amount} of {num_requests} requests wait already", "queue", 1.0)
+        raise OverloadedError(f"is full: {num_requests} requests ({amount}) waiting", "queue", 1.0)
 
     def sequences(self) -> list[Sequence]:
-        """Return every sequence that is not finished."""
+        """Return every unfinished sequence."""
         return [*self.running, *self.waiting]
 
     def parked(self) -> list[Sequence]:
@@ -120,14 +120,14 @@ class Scheduler:
         return [sequence for sequence in self.running if sequence.awaited]
 
     def look(self, generations: Mapping[str, int], other_classes: frozenset[str]) -> None:
-        """Notice expert actors that are gone or replaced, and those without native code.
+        """Notice expert actors that are gone, replaced, or run without native code.
 
-        ``other_classes`` are the kernel classes of the latter; see :meth:`Prefixes.look`.
+        ``other_classes`` are the last group's kernel classes; see :meth:`Prefixes.look`.
         """
         if other_classes and other_classes != self._other_classes and self._is_independent:
             logger.info(
-                "no pages are shared, and resumed requests compute their tokens one to a step, "
-                "while native code does not compute all experts (%s)",
+                "sharing no pages, and computing resumed requests one token a step, while some "
+                "experts are computed without native code (%s)",
                 ", ".join(sorted(other_classes)),
             )
         self._other_classes = other_classes
@@ -135,7 +135,7 @@ class Scheduler:
             self.prefixes.look(generations, bool(other_classes))
 
     def schedule(self) -> list[Work]:
-        """Admit sequences that fit; return the next step's works: decodes, then prefill chunks.
+        """Admit sequences that fit; return the next step's chunks: decodes, then prefill.
 
         There are none while all running sequences are parked.
         """
@@ -147,12 +147,12 @@ class Scheduler:
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
         works = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
         if len(decodes) < len(ready):
-            # Decodes are never held back. Without any, a prompt gets at least one token a step.
+            # Decodes are never held back. Without decodes, a prompt gets at least a token a step.
             budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
             prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
             ends = [s for s in decodes if s.num_generated in (0, len(s.forced) - 1)]
             ending = {s.request.tenant for s in ends}
-            # Every second step at least computes some of the oldest prompt.
+            # At least every second step computes some of the oldest prompt.
             leaves_out = not self._left_out
             shares = self._shares(prompts, budget, ending, leaves_out)
             self._left_out = leaves_out and not all(shares)
@@ -167,7 +167,7 @@ class Scheduler:
     ) -> list[int]:
         """Return how many tokens of each prompt the step computes.
 
-        ``ending`` are the tenants of whom the step ends other prompts.
+        ``ending`` are the tenants that have other prompts which the step ends.
         """
         of_tenant: defaultdict[str, list[Prompt]] = defaultdict(list)
         prompts = self._prompts_of(sequences)
@@ -202,8 +202,8 @@ class Scheduler:
     def _admit(self) -> None:
         if not self.waiting:
             return
-        # Parked sequences keep their pages, but do not count for the batch. When they go on, more
-        # sequences may run than fit into a batch; the oldest are computed first.
+        # Parked sequences keep their pages, but do not count toward the batch. When they resume,
+        # more sequences may run than a batch holds; the oldest are computed first.
         computed = [s for s in self.running if not s.awaited]
         num_ready = len(computed)
         held = {page for sequence in self.parked() for page in sequence.pages}
@@ -223,7 +223,7 @@ class Scheduler:
             num_ready += 1
 
     def finish(self, sequence: Sequence, error: ExpertMeshError | None = None) -> None:
-        """Remove a sequence, running or waiting, which may end with an error; free its pages."""
+        """Remove a running or waiting sequence, possibly with an error; free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -238,13 +238,13 @@ class Scheduler:
     def use(self) -> float:
         """Return the used share of the cache or of the batch, whichever is larger.
 
-        Waiting sequences count as part of the batch, so the share may be above 1. May be called on
-        any thread.
+        Waiting sequences count toward the batch, so the share may exceed 1. May be called on any
+        thread.
         """
         of_batch = (len(self.running) + len(self.waiting)) / self._limits.max_batch_size
         return max(of_batch, 1 - self.num_free_pages / self.num_pages)
 
     @property
     def num_free_pages(self) -> int:
-        """The number of free cache pages, with those that are kept only to be shared."""
+        """The number of free cache pages, including pages kept only for sharing."""
         return self._pool.num_free

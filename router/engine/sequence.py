@@ -1,4 +1,4 @@
-"""A sequence: one choice of one request, and its tokens of the next step."""
+"""A sequence: one choice of one request, and its tokens in the next step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from router.engine.constraints import Constraint
 
 ALONE_TOKENS = 8
-"""New tokens of a suspect that are computed alone. A dead router may have lost so many of them on
-their way to the gateway, so that the token at which it died is not the first new one."""
+"""How many new tokens of a suspect are computed alone. A dead router may have lost this many on
+their way to the gateway, so the token at which it died need not be the first new one."""
 
 
 @dataclass(slots=True)
@@ -47,20 +47,20 @@ class Sequence:
     The first ``num_computed`` tokens have their keys and values in the cache. ``exact`` is false
     when any of these tokens was computed without an expert that the gate chose. A sequence with
     ``awaited`` experts is parked: it keeps its pages, and no step computes it. ``forced`` are
-    generated tokens that the request gives, since it goes on after a failure. ``pages`` and
-    ``slots`` (the cache slot of every position up to ``max_length``) are empty while the sequence
-    waits for admission. ``page_size`` counts a page's slots. ``arrival`` is its place in the order
-    in which the router's sequences came.
-    ``trace`` is set where the request's trace is sampled. ``deaths`` are those of expert actors at
-    the tokens that are due, ``try_at_s`` (monotonic) is when they are computed alone for these.
-    ``rules`` edit the logits, where the request has rules for single tokens. ``constraint`` knows
-    the tokens that its grammar allows. A ``deferred`` one is computed again, since its grammar took
-    long; ``failure`` is that of its grammar.
+    generated tokens that a request resumed after a failure brings along. ``pages`` and ``slots``
+    (the cache slot of every position up to ``max_length``) are empty while the sequence waits for
+    admission. ``page_size`` is a page's number of slots. ``arrival`` is its place in the router's
+    order of arrival.
+    ``trace`` is set if the request's trace is sampled. ``deaths`` counts expert actors that died at
+    the due tokens; ``try_at_s`` (monotonic) is when these are therefore computed alone. ``rules``
+    edit the logits if the request has rules for single tokens. ``constraint`` knows the tokens that
+    its grammar allows. A ``deferred`` sequence is recomputed because its grammar was slow;
+    ``failure`` is its grammar's.
 
-    ``prefix_keys`` are the key before the first token and those of the first pages; others' pages
-    can take the place of the first ``most_shared``. ``num_entered`` pages may be found by others;
-    none more from the next ``prefix_period`` of the cache on.
-    ``num_cached`` tokens of the prompt were in others' pages (:mod:`router.engine.prefixes`).
+    ``prefix_keys`` are the key before the first token and the keys of the first pages; others'
+    pages can replace the first ``most_shared``. Others may find ``num_entered`` pages; no more are
+    registered once the cache's ``prefix_period`` has changed.
+    ``num_cached`` prompt tokens were in others' pages (:mod:`router.engine.prefixes`).
     """
 
     request: GenerationRequest
@@ -90,14 +90,14 @@ class Sequence:
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the tokens that are due may end a process, so that they are computed alone."""
+        """Whether the due tokens may kill a process, so that they are computed alone."""
         if self.request.alone and self.num_generated < len(self.forced) + ALONE_TOKENS:
             return True
         return self.deaths is not None and self.deaths.is_suspect
 
     @property
     def own_slots(self) -> np.ndarray:
-        """The slots from the page of the next token to compute on, which nobody shares."""
+        """The slots from the page of the next token to compute; no other sequence shares them."""
         return self.slots[self.num_computed - self.num_computed % self.page_size :]
 
     @property
@@ -107,7 +107,7 @@ class Sequence:
 
     @property
     def is_edited(self) -> bool:
-        """Whether its request has a say in which tokens may be drawn."""
+        """Whether its request restricts or edits which tokens may be drawn."""
         return self.rules is not None or self.constraint is not None
 
     @property
@@ -122,12 +122,12 @@ class Sequence:
 
     @property
     def wants_no_tokens(self) -> bool:
-        """Whether the prompt alone is to be computed, for its log probabilities."""
+        """Whether only the prompt is computed, for its log probabilities."""
         return self.request.sampling.max_tokens == 0
 
     @property
     def next_forced(self) -> int | None:
-        """The next generated token where the request forces it, else ``None``."""
+        """The next generated token if the request forces it, else ``None``."""
         number = self.num_generated
         return self.forced[number] if number < len(self.forced) else None
 
@@ -138,12 +138,12 @@ class Sequence:
             self.constraint.read(token_id)
 
     def append_forced(self) -> None:
-        """Append the forced tokens but the last, which may end the choice."""
+        """Append all forced tokens except the last, which may end the choice."""
         while self.num_generated < len(self.forced) - 1:
             self.append(self.forced[self.num_generated])
 
     def close(self) -> None:
-        """Follow its grammar no further; it has ended."""
+        """Stop matching its grammar; the sequence has ended."""
         if self.constraint is not None:
             self.constraint.close()
 
@@ -158,7 +158,7 @@ class Sequence:
         )
 
     def occupy(self, pages: list[int], page_size: int) -> None:
-        """Take pages of ``page_size`` slots for all positions that the sequence can ever have."""
+        """Take pages of ``page_size`` slots for every position that the sequence can have."""
         positions = np.arange(self.max_length)
         self.pages, self.page_size = pages, page_size
         first_slots = np.asarray(pages, dtype=np.int64) * page_size
@@ -169,7 +169,7 @@ class Sequence:
 class Work:
     """Tokens ``start:end`` of a sequence, to be computed in the next step.
 
-    A token is sampled for the sequence where ``end`` is the end of its tokens.
+    A token is sampled for the sequence if ``end`` is the end of its tokens.
     """
 
     sequence: Sequence

@@ -1,4 +1,4 @@
-"""The counters of an engine, and the metric samples that a router makes of them."""
+"""An engine's counters, and the metric samples that a router makes from them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LAYERS_KEPT = 8192
 class EngineTally:
     """Times and tokens of one engine; :class:`router.engine.sequence.Times` are a sequence's times.
 
-    The forced tokens of a sequence that goes on after a failure do not count. ``latest_layers_s``
-    are the durations of the latest MoE layers.
+    Forced tokens of a sequence resumed after a failure do not count. ``latest_layers_s`` are the
+    durations of the latest MoE layers.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class EngineTally:
 
 
 class RouterSamples:
-    """Reads a router's counters while the engine's thread goes on counting."""
+    """Reads a router's counters while the engine's thread keeps counting."""
 
     def __init__(
         self,

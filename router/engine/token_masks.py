@@ -19,21 +19,21 @@ class Vocabulary(NamedTuple):
     num_words: int
     """W, as matchers have it."""
     may_come: tuple[bytes, bytes]
-    """A bit for each of the model's tokens but special ones, which have no text. The second has the
-    ends too, for a text that may end; before, an end would stand for its name in the text."""
+    """A bit for each token of the model except special ones, which have no text. The second adds
+    the end tokens, for a text that may end; earlier, an end token would stand for its name."""
 
 
 class Mask(NamedTuple):
-    """The tokens that may come next in a choice: those that both sides have."""
+    """The tokens that may come next in a choice: the intersection of both sides."""
 
     by_grammar: bytes
-    """A bit for each token, as :meth:`LLMatcher.compute_bitmask` has them."""
+    """A bit for each token, as :meth:`LLMatcher.compute_bitmask` returns them."""
     may_come: bytes
     """A bit for each token that may come in any grammar."""
 
 
 def vocabulary_of(tokens: LLTokenizer, vocab_size: int) -> Vocabulary:
-    """Return the vocabulary of a model with so many tokens."""
+    """Return the vocabulary of a model with ``vocab_size`` tokens."""
     num_words = len(LLMatcher(tokens, 'start: "a"').compute_bitmask()) // 4
     ends = set(tokens.eos_tokens)
     special = set(filter(tokens.is_special_token, range(tokens.vocab_size)))
@@ -43,14 +43,14 @@ def vocabulary_of(tokens: LLTokenizer, vocab_size: int) -> Vocabulary:
 
 
 def bits_of(token_ids: Collection[int], num_words: int) -> bytes:
-    """Return a bit for each token, which is set for these."""
+    """Return a bit for each token, set for ``token_ids``."""
     flags = np.zeros(num_words * 32, np.bool_)
     flags[list(token_ids)] = True
     return np.packbits(flags, bitorder="little").tobytes()
 
 
 def with_bits(mask: bytes, more: bytes) -> bytes:
-    """Return a mask with the bits of another too."""
+    """Return the union of two masks."""
     return (np.frombuffer(mask, np.uint8) | np.frombuffer(more, np.uint8)).tobytes()
 
 

@@ -1,7 +1,7 @@
 """The edits that a request's rules make to the logits of one of its choices, token by token.
 
-The edits depend on the choice's own tokens alone, so a choice that goes on elsewhere from its
-tokens has the same ones.
+The edits depend only on the choice's own tokens, so a choice that resumes elsewhere from its tokens
+gets the same edits.
 
 Dimension letters: E tokens whose logits are edited.
 """
@@ -21,7 +21,7 @@ from router.messages.rules import TokenRules
 
 
 class Edits(NamedTuple):
-    """The edits of a row of logits: ``before`` is added, the sum is scaled, ``after`` is added.
+    """The edits of a row of logits: add ``before``, scale the sum, add ``after``.
 
     A sum above 0 is divided by ``scale``, any other multiplied by it. A ``before`` of minus
     infinity forbids a token.
@@ -81,7 +81,7 @@ class ChoiceRules:
         return self._with_prompt(list(others), params)
 
     def _with_prompt(self, token_ids: list[int], params: np.ndarray) -> Edits:
-        """Return these edits and those of the prompt's other tokens, which may be many."""
+        """Return these edits plus those of the prompt's other tokens, which may be many."""
         ids = np.array(token_ids, np.int64)
         if not self._prompt:
             return Edits(ids, params)

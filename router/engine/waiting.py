@@ -1,13 +1,13 @@
-"""Admission: the sequences that wait for pages of the cache, and which of them is next.
+"""Admission: the sequences that wait for cache pages, and which of them comes next.
 
-They wait in the order of their priority; those of equal priority by the turns of their tenants
-(:mod:`router.tenants`), whose cost is the tokens that a sequence may ever have; those of one
-tenant in the order of their arrival. Pages are the cost. A sequence that
-needs more pages than are free lets later ones pass, until they have taken as many pages as it needs
-itself; from then on all freed pages are kept for it. So neither a large sequence nor the small ones
-behind it wait for ever. A priority holds likewise until others have taken the whole cache
-:data:`AGED_CACHES` times: then a sequence that was overtaken is next, whatever its priority. Of
-several such the first that came is next, or others of a higher priority could starve it.
+They wait in order of priority. Within a priority their tenants take turns (:mod:`router.tenants`),
+where a sequence costs the most tokens that it may have. Within a tenant they wait in order of
+arrival. A sequence that needs more pages than are free lets later ones pass, until these have
+taken as many pages as it needs itself. From then on all freed pages are kept for it. So neither a
+large sequence nor the small ones behind it wait forever. A priority likewise holds only until
+others have taken the whole cache :data:`AGED_CACHES` times: then an overtaken sequence is next,
+whatever its priority. Among several of these the earliest arrival is next; otherwise others of a
+higher priority could starve it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ AGED_CACHES = 4
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """``passed_pages`` are those that sequences whose turn is later have taken before this one.
+    """``passed_pages`` are the pages that sequences with a later turn have taken before this one.
 
-    ``tenant_turn`` is the turn of its tenant, which is the same for all where there is one tenant.
+    ``tenant_turn`` is its tenant's turn, which is the same for all if there is only one tenant.
     """
 
     sequence: Sequence
@@ -39,12 +39,12 @@ class _Waiting:
 
     @property
     def tenant(self) -> str:
-        """The tenant that the sequence's request is of."""
+        """The tenant of the sequence's request."""
         return self.sequence.request.tenant
 
     @property
     def _priority(self) -> int:
-        """Its request's priority; aged sequences have none, or later ones could still starve it."""
+        """Its request's priority; none once aged, or later ones could still starve it."""
         return 0 if self.is_aged else self.sequence.request.priority
 
     def turn(self) -> tuple[bool, int, Turn, int]:
@@ -56,28 +56,28 @@ class _Waiting:
         return not self.is_aged, self._priority, self.sequence.arrival
 
     def comes_before(self, other: _Waiting) -> bool:
-        """Return whether it is its turn before another's, whatever their priorities are."""
+        """Return whether its turn is before another's, ignoring their priorities."""
         if self.tenant != other.tenant:
             return self.tenant_turn < other.tenant_turn
         return self.sequence.arrival < other.sequence.arrival
 
 
 class WaitingSequences:
-    """The sequences that wait, in their order; used by the engine's thread alone.
+    """The waiting sequences, in order; used only by the engine's thread.
 
-    ``len`` may be asked on any thread.
+    ``len`` may be called on any thread.
     """
 
     def __init__(self, num_pages: int, page_size: int, quantum_tokens: int) -> None:
-        """Start empty, before a cache of ``num_pages`` pages of ``page_size`` tokens.
+        """Start empty, for a cache of ``num_pages`` pages of ``page_size`` tokens.
 
-        ``quantum_tokens`` are what a tenant may take in a round.
+        ``quantum_tokens`` is how many tokens a tenant may take in a round.
         """
         self._cache_pages = num_pages
         self._page_size = page_size
         self._waiting: list[_Waiting] = []
         self.num_tokens = 0
-        """The tokens that all of them may ever have."""
+        """The most tokens that all of them together may have."""
         self._fruitless: tuple[int, int] | None = None
         self._turns = TenantTurns(quantum_tokens)
         self._has_turns = False
@@ -90,7 +90,7 @@ class WaitingSequences:
         return iter([waiting.sequence for waiting in self._waiting])
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait."""
+        """Add a sequence to those that wait."""
         num_pages = pages_needed(sequence.max_length, self._page_size)
         insort(self._waiting, _Waiting(sequence, num_pages), key=_Waiting.turn)
         self.num_tokens += sequence.max_length
@@ -98,22 +98,22 @@ class WaitingSequences:
         self._fruitless = None
 
     def has(self, tenant: str) -> bool:
-        """Return whether a sequence of a tenant waits."""
+        """Return whether a tenant has a waiting sequence."""
         return tenant in self._num_of_tenant
 
     def remove(self, sequence: Sequence) -> None:
-        """Let a sequence wait no longer; one that does not wait is ignored."""
+        """Remove a waiting sequence; ignore one that is not waiting."""
         for place, waiting in enumerate(self._waiting):
             if waiting.sequence is sequence:
                 self._pop(place)
                 return
 
     def next(self, num_free: int, num_attainable: int) -> Sequence | None:
-        """Return the sequence that is admitted next, which then waits no longer, if there is one.
+        """Remove and return the sequence to admit next, if there is one.
 
-        ``num_free`` pages are free; ``num_attainable`` are free or will be once the sequences that
-        are computed end. No pages are kept for a sequence that needs more than these: the others
-        are held by parked sequences, for as long as an expert is away.
+        ``num_free`` pages are free; ``num_attainable`` are free or will be once the sequences being
+        computed end. No pages are kept for a sequence that needs more than these: parked sequences
+        hold the others for as long as an expert is unavailable.
         """
         if self._fruitless == (num_free, num_attainable):
             return None
@@ -133,7 +133,7 @@ class WaitingSequences:
         return None
 
     def _take_turns(self) -> None:
-        """Put the sequences of several tenants in order; those of one tenant are."""
+        """Sort the sequences of several tenants; a single tenant's are already sorted."""
         if len(self._num_of_tenant) < 2:
             if self._has_turns:
                 self._forget_turns()
@@ -152,7 +152,7 @@ class WaitingSequences:
         self._waiting.sort(key=_Waiting.turn)
 
     def _forget_turns(self) -> None:
-        """Put the sequences of the only tenant in order, whose own turn goes on being known."""
+        """Sort the only tenant's sequences, and keep that tenant's own turn."""
         for waiting in self._waiting:
             waiting.tenant_turn = 0, 0
         self._waiting.sort(key=_Waiting.turn)
@@ -171,7 +171,7 @@ class WaitingSequences:
         self._fruitless = None
 
     def _note_passed(self, admitted: _Waiting) -> None:
-        """Count the pages of an admitted sequence for all that wait and whose turn was before."""
+        """Add an admitted sequence's pages to each waiting one whose turn came earlier."""
         limit = AGED_CACHES * self._cache_pages
         has_aged = False
         for waiting in self._waiting:

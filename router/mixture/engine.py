@@ -201,7 +201,7 @@ class MixtureEngine:
             self._gate.choose(self._known_row, 0)
         except Exception as error:
             # Gateways send its requests to other routers.
-            logger.critical("the router ends: it cannot compute any step (%r)", error)
+            logger.critical("the router exits: it cannot compute any step (%r)", error)
             end_process()
 
     def _compute_parts(

@@ -185,9 +185,9 @@ class WorkQueue:
         if tenant not in self._num_of_tenant:
             return
         if len(self.jobs) >= limits.requests:
-            raise OverloadedError(f"the router holds {len(self.jobs)} requests", "queue", 1.0)
+            raise OverloadedError(f"is full: {len(self.jobs)} requests in flight", "queue", 1.0)
         if self.num_rows + num_rows > limits.rows:
-            raise OverloadedError(f"the router holds {self.num_rows} rows", "queue", 1.0)
+            raise OverloadedError(f"is full: {self.num_rows} rows in flight", "queue", 1.0)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a request; its other works are dropped. A second end does nothing."""

@@ -84,7 +84,7 @@ class MixtureReplica:
         )
         mixture = open_model(model.path, model.source.identity, RayNeighbours())
         if not isinstance(mixture, Mixture):
-            raise CheckpointError("is a language model, and no mixture", str(mixture.folder))
+            raise CheckpointError("is a language model, not a mixture", str(mixture.folder))
         tls = None if experts.tls is None else experts.tls.files()
         answer_shape = partial(answer_shape_of, mixture.spec)
         load = SharedLoad(row_costs(mixture))

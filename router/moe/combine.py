@@ -34,7 +34,7 @@ class WeightedSums:
         return prepare(choice.weights, summands_of(choice.ids), rows)
 
     def combine(self, received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
-        """Return the sums [T, H], and whether they are finite; see :func:`combine`."""
+        """Return the sums [T, H] and whether they are finite; see :func:`combine`."""
         return combine(received, plan)
 
     def finite_rows(self, result: torch.Tensor) -> np.ndarray:
@@ -52,11 +52,11 @@ class ExpertRows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The operands of a layer's sums, without the experts' rows; made by :func:`prepare`."""
+    """The operands of a layer's sums, except the experts' rows; made by :func:`prepare`."""
 
     weights: torch.Tensor
     summand_of: np.ndarray
-    """By pair, the place of its row in the sums."""
+    """For each pair, the place of its row in the sums."""
     like: torch.Tensor
     sums: torch.Tensor | None = None
     """Memory for the sums where native code sums; the two buffers below are set then as well."""
@@ -95,7 +95,7 @@ def combine(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]
 
 
 def _combine_in_torch(received: list[ExpertRows], plan: Plan) -> tuple[torch.Tensor, bool]:
-    """Do what :func:`combine` does, for dtypes that the native code does not know."""
+    """Do what :func:`combine` does, for dtypes that native code does not support."""
     weights, summand_of, like = plan[:3]
     num_tokens, k = weights.shape
     # Weights and rows, each in the order of the summands.

@@ -1,10 +1,10 @@
-"""Expert actors that die with a work's rows: how often in one layer, without progress since.
+"""Counts expert actors that die with a chunk's rows in one layer without progress in between.
 
-A frame that makes its actor's process end would be sent to the next copy, and to each successor. So
-a layer whose rows have seen two rounds of deaths gives the step up. Its works are then computed
-alone, and the work that sees two further ones is at fault (:mod:`router.engine.isolation`). Two,
-because another router's work may end the same actor while this one is computed: the trials of
-several routers begin at random times, so that hardly any two of them meet twice.
+A frame that kills its actor's process would be sent to the next copy, and to each successor. So a
+layer whose rows have seen two rounds of deaths gives up the step. Its chunks are then computed
+alone, and a chunk that sees two further rounds is at fault (:mod:`router.engine.isolation`). Two,
+because another router's chunk may kill the same actor while this one is computed: routers start
+their trials at random times, so two of them hardly ever meet twice.
 
 Actors that die in one round count once: a machine that is lost takes several with it. A generation
 counts once, however often a frame is sent to it. The next layer counts anew.
@@ -25,10 +25,10 @@ from cluster.errors import PoisonedRequestError
 from router.moe.permute import Part
 
 MOST_DEATHS = 2
-"""Rounds of deaths in one layer until the works that saw them are computed alone."""
+"""Rounds of deaths in one layer until the chunks that saw them are computed alone."""
 
 ALONE_DEATHS = 2
-"""Further rounds, of a work that is computed alone, until it is at fault."""
+"""Further rounds for a chunk computed alone until it is at fault."""
 
 Actor = tuple[str, int]
 """An actor and its generation."""
@@ -52,14 +52,14 @@ class Deaths(NamedTuple):
 
     @property
     def is_guilty(self) -> bool:
-        """Whether actors died with the rows of this work alone, again and again."""
+        """Whether actors died repeatedly with only this chunk's rows."""
         return self.times >= MOST_DEATHS + ALONE_DEATHS
 
 
 def died_at(deaths: Deaths) -> PoisonedRequestError:
-    """Return the error of a request at which actors died, at last while it was alone."""
+    """Return the error of a request at which actors died, finally while it was computed alone."""
     return PoisonedRequestError(
-        f"expert actors ended {deaths.times} times at this request, {ALONE_DEATHS} of them while "
+        f"expert actors died {deaths.times} times at this request, {ALONE_DEATHS} of them while "
         "it was computed alone"
     )
 

@@ -1,10 +1,10 @@
-"""Dispatch: send each token's row to the actors that hold its experts, and bring the rows back.
+"""Dispatch: send each token's row to the actors that hold its experts, and collect the results.
 
-Each actor gets one frame a layer. Where an actor is dead, hung, overloaded or under another
-placement, only its frame is sent again: at once where its experts have other copies
+Each actor gets one frame a layer. If an actor is dead, hung, overloaded or under another placement,
+only its frame is sent again: at once if its experts have other copies
 (:mod:`router.moe.copy_choice` chooses), else under the next placement. Calls are pure, so sending a
-frame again is safe. A deadline ends the wait for experts that are away: the rows of actors that
-answer are never thrown away. All of this runs on the engine's thread.
+frame again is safe. A deadline ends the wait for unavailable experts, but rows of actors that
+answered are never thrown away. All of this runs on the engine's thread.
 
 Dimension letters: T tokens, K experts per token, H hidden size, P = T*K pairs.
 """
@@ -60,8 +60,8 @@ if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view im
 class Dispatcher:
     """Dispatches the layers of one model; each router replica has one, used by one thread.
 
-    ``retries`` counts the frames that were sent again, by reason, ``calls`` frames by transport.
-    ``placed`` is the model in the newest placement, ``times`` has the times of actors' answers.
+    ``retries`` counts frames sent again, by reason, ``calls`` frames by transport. ``placed`` is
+    the model in the newest placement, ``times`` holds the actors' answer times.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Dispatcher:
         shared: SharedLoad | None = None,
         heard: HeardActors | None = None,
     ) -> None:
-        """``model`` is the model's key; ``shared`` and ``heard`` belong to all of its dispatchers.
+        """``model`` is the model's key; all its dispatchers share ``shared`` and ``heard``.
 
-        ``answer_shape`` returns the shape of an answer's row for that of a sent row.
+        ``answer_shape`` maps the shape of a sent row to that of an answer's row.
         ``suspect`` is called with (actor_id, generation) of an actor that does not answer.
         """
         self._model = model
@@ -98,14 +98,14 @@ class Dispatcher:
         self.retries = self._failures.retries
         self.calls = transport.calls
         self.exchanges: Exchanges | None = None
-        """Set where layers may be sent by :mod:`router.moe.exchange`."""
+        """Set if :mod:`router.moe.exchange` may send layers."""
         if native is not None and isinstance(transport, StreamTransport):
             where = model, view, self._layouts, transport
             times = call_timeout_s, self._request_ids, self._pace, self._heard
             self.exchanges = Exchanges(*where, *times)
 
     def missing(self, layer_id: int) -> np.ndarray | None:
-        """Return the missing experts of a layer, bool [E]; ``None`` where none is missing."""
+        """Return the missing experts of a layer, bool [E]; ``None`` if none is missing."""
         return self.placed.missing(layer_id)
 
     def send(
@@ -119,20 +119,20 @@ class Dispatcher:
         deaths: Callable[[], LayerDeaths | None] = lambda: None,
         is_last_try: bool = False,
     ) -> PendingLayer | None:
-        """Send hidden states [T, H], or other rows [T, ...] of the host, to the gate's experts.
+        """Send hidden states [T, H], or other rows [T, ...] on the host, to the gate's experts.
 
         Pair t * K + r is token t with expert ``topk_ids[t, r]``, int64 [T, K]. An expert gets its
-        rows by rank, then by token, as transformers' eager experts do: in products of torch, where
-        a row's bits depend on its place, results are then theirs. ``pairs``, where given, are the
-        only pairs that are sent. ``traceparent`` is sent with the frames of a traced layer.
+        rows by rank, then by token, as transformers' eager experts do. In torch's products a row's
+        bits depend on its place, so this order gives transformers' results. If ``pairs`` is given,
+        only these pairs are sent. ``traceparent`` is sent with the frames of a traced layer.
         ``deaths`` returns the record of actors that die. With ``is_last_try`` rows go only to
-        actors that compute zeros just before, and no copy is asked while such an actor may live.
+        actors that have just computed zeros, and no copy is asked while such an actor may live.
 
         ``deadline_s`` (monotonic) is the earliest of the step's requests; see :meth:`wait`.
 
         Returns ``None`` when an expert has no live copy; the caller decides. Raises
         :class:`ExpertUnavailableError` when no placement is known, and
-        :class:`ModelReplacedError` when the placement has the model no longer.
+        :class:`ModelReplacedError` when the placement no longer has the model.
         """
         self._settle_exchange()
         layer = _layer(layer_id, hidden_states, topk_ids, deadline_s, time.monotonic())
@@ -146,7 +146,7 @@ class Dispatcher:
         deadline_s: float,
         deaths: Callable[[], LayerDeaths | None],
     ) -> PendingLayer:
-        """Return a layer that was sent by :attr:`exchanges`, to be waited for; see :meth:`send`."""
+        """Return a layer that :attr:`exchanges` sent, ready for :meth:`wait`; see :meth:`send`."""
         if self.exchanges is not None:
             self.exchanges.under_way = None
         times_s = deadline_s, sent.sent_at_s
@@ -159,7 +159,7 @@ class Dispatcher:
     def _send_pairs(self, layer: PendingLayer, pairs: np.ndarray | None) -> bool:
         """Send ``pairs`` of a layer, by default all, once.
 
-        Returns false where an expert has no live copy.
+        Returns false if an expert has no live copy.
         """
         placement = self._view.placement
         if placement is None or not self._layouts.has_model(placement):
@@ -181,7 +181,7 @@ class Dispatcher:
         parts: Sequence[Part],
         sent: Exchange | None = None,
     ) -> Attempt:
-        """Send every part to its actor, one frame each; or go on with what was ``sent``."""
+        """Send every part to its actor, one frame each; or continue with the calls ``sent``."""
         now_s = time.monotonic() if sent is None else sent.sent_at_s
         most_rows = max([len(part.pairs) for part in parts], default=0)
         attempt = Attempt(placement, most_rows)
@@ -191,7 +191,7 @@ class Dispatcher:
         rows_of = rows_of_parts(layer.rows, ordered, parts, layer.k)
         computing = self._zero_rows.computing(layer, parts) if layer.is_last_try else None
         calls: list[Call] = []
-        # ``more`` are rows from a device that lie elsewhere; there are none on a CPU.
+        # ``more`` are device rows that lie in other pieces; on a CPU there are none.
         for part, is_replaceable, (rows, *more) in zip(parts, replaceable, rows_of, strict=True):
             actor_id, generation, expert_ids, counts, pairs = part
             if computing is not None and actor_id not in computing:
@@ -223,8 +223,8 @@ class Dispatcher:
 
         The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
         its last live copy. Raises :class:`AwayError` when actors without another copy have not
-        answered by the deadline: the step goes on without their pairs, so that a request whose time
-        is over ends. Raises as :meth:`LayerDeaths.note` and :meth:`ZeroRows.check`.
+        answered by the deadline: the step continues without their pairs, so that a request past its
+        deadline can end. Raises as :meth:`LayerDeaths.note` and :meth:`ZeroRows.check`.
         """
         self._settle_exchange()
         if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
@@ -237,12 +237,12 @@ class Dispatcher:
         return layer.received
 
     def _settle_exchange(self) -> None:
-        """Have Python's transport know of an exchange under way, whose answers it would drop."""
+        """Tell Python's transport of a native call in flight, or it would drop its answers."""
         if self.exchanges is not None and self.exchanges.under_way is not None:
             self.exchanges.under_way.settle()
 
     def _receive(self, layer: PendingLayer) -> list[FailedPart]:
-        """Take the answers of an attempt; returns the parts without rows."""
+        """Collect an attempt's answers; return the parts without rows."""
         attempt = layer.attempt
         assert attempt is not None
         silent_parts = [FailedPart(part, CallFailure.TIMED_OUT) for part in attempt.silent]
@@ -272,7 +272,7 @@ class Dispatcher:
         outcome: Outcome,
         now_s: float,
     ) -> bool:
-        """Keep the rows of an answer; returns false, and notes why, where there are none."""
+        """Keep an answer's rows; if it has none, note why and return false."""
         answer: CallFailure | FrameError | Frame
         if isinstance(outcome, CallFailure):
             answer = outcome
@@ -294,7 +294,7 @@ class Dispatcher:
             and answer.dtype == sent.dtype
         )
 
-    # Copies and times of a part.
+    # Copies and times of parts.
 
     def _replaceable(
         self,
@@ -304,7 +304,7 @@ class Dispatcher:
         now_s: float,
         at_once: bool = False,
     ) -> Sequence[bool]:
-        """Return for each part whether other copies of all its experts can be asked."""
+        """Return, for each part, whether other copies of all its experts can be asked."""
         if self._layouts.fixed(placement, layer.layer_id) is not None or layer.is_last_try:
             return [False] * len(parts)
         return self._copies.replaceable(placement, layer, parts, now_s, at_once=at_once)
@@ -312,7 +312,7 @@ class Dispatcher:
     def _times_s(
         self, layer: PendingLayer, part: Part, most_rows: int, now_s: float, is_replaceable: bool
     ) -> tuple[float, float]:
-        """Return how long to wait for an answer, short where a copy can give it, and the end."""
+        """Return how long to wait for an answer (short if a copy can give it), and the end."""
         left_s = layer.deadline_s - now_s
         if left_s < self._call_timeout_s:
             left_s = max(left_s, self._patience_s(part, most_rows))
@@ -320,12 +320,12 @@ class Dispatcher:
         return min(self._call_timeout_s, wait_s), now_s + left_s
 
     def _patience_s(self, part: Part, most_rows: int) -> float:
-        """Return how long an actor may take for its answer, whatever the deadlines are."""
+        """Return how long an actor may take to answer, whatever the deadlines."""
         patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
         return min(self._call_timeout_s, patience_s)
 
     def _is_gone(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
-        """Return whether the newest placement has a call's actor no longer.
+        """Return whether the newest placement no longer has a call's actor.
 
         Reports an actor to the controller when it is silent for longer than answers take.
         """
@@ -340,13 +340,13 @@ class Dispatcher:
     def _not_placed(self) -> ExpertMeshError:
         if self.placed.is_withdrawn():
             return ModelReplacedError()
-        return ExpertUnavailableError("no placement is known yet", model_id_of(self._model), 1.0)
+        return ExpertUnavailableError("has no known placement yet", model_id_of(self._model), 1.0)
 
     def _send_again(self, layer: PendingLayer, failed_parts: Sequence[FailedPart]) -> bool:
-        """Send failed parts again; returns false where an expert has no live copy.
+        """Send failed parts again; return false if an expert has no live copy.
 
-        At once where other actors are connected for all of them, else after a moment. Raises
-        :class:`AwayError` where the wait for a part is over.
+        Sends at once if other actors are connected for all of them, else after a short delay.
+        Raises :class:`AwayError` once the wait for a part is over.
         """
         assert layer.attempt is not None
         parts = [failed.part for failed in failed_parts]
@@ -362,10 +362,10 @@ class Dispatcher:
         return self._send_pairs(layer, np.sort(np.concatenate([part.pairs for part in parts])))
 
     def ask_again(self, layer: PendingLayer) -> bool:
-        """Send the parts of a layer again whose rows are not finite though its hidden states are.
+        """Send again a layer's parts whose rows are not finite though its hidden states are.
 
-        Another copy is asked, or the same one where it is the only one. Returns false where there
-        is no such part or it was asked again before: the model itself yields such rows.
+        Asks another copy, or the same one if it is the only one. Returns false if there is no such
+        part or it was already asked again: then the model itself produces such rows.
         """
         damaged = layer.drop_damaged_once()
         if not damaged:
@@ -386,14 +386,14 @@ class Dispatcher:
 def _layer(
     layer_id: int, rows: LayerRows, ids: np.ndarray, deadline_s: float, started_at_s: float
 ) -> PendingLayer:
-    """Return a layer of rows [T, ...] and the gate's choice, int64 [T, K]."""
+    """Return a layer for rows [T, ...] and the gate's choice, int64 [T, K]."""
     shape, dtype = tuple(rows.shape[1:]), dtype_name(rows.dtype)
     pairs = ids.ravel(), ids.shape[1]
     return PendingLayer(layer_id, rows, shape, *pairs, dtype, deadline_s, started_at_s)
 
 
 def _decoded(data: Buffer) -> Frame | FrameError:
-    """Return a frame, or the error of bytes that are no frame."""
+    """Return a frame, or the error if the bytes are not one."""
     try:
         return decode(data)
     except FrameError as error:

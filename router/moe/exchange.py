@@ -1,13 +1,13 @@
-"""A layer's exchange with its actors in two native calls: one sends, one receives and combines.
+"""Exchanges a layer with its actors in two native calls: one sends, one receives and combines.
 
-In a step of few tokens most of a layer's time is Python, which finds the processor's caches emptied
-by the products. So native code (``cluster/native/exchange.c``) does at once what
-:mod:`router.moe.dispatch` does one after the other: it orders the pairs, encodes and sends frames;
-then receives, decodes, checks and sums. Frames and sums are the same, byte for byte. It is for the
-common case: rows are float32 or bfloat16, each expert has one copy, its actor's connection is idle,
-and needs neither TLS nor a checksum. Whatever else happens, a late answer, an error, a lost
-connection or a sum that is not finite, :meth:`router.moe.dispatch.Dispatcher.take_over` goes on
-from where native code stopped.
+In a step of few tokens a layer spends most of its time in Python, which finds the processor's
+caches evicted by the products. So native code (``cluster/native/exchange.c``) does the steps of
+:mod:`router.moe.dispatch` in one go: it orders the pairs, encodes and sends frames; then receives,
+decodes, checks and sums. Frames and sums are the same, byte for byte. It handles the common case:
+rows are float32 or bfloat16, each expert has one copy, and its actor's connection is idle and needs
+neither TLS nor a checksum. In any other case (a late answer, an error, a lost connection or a sum
+that is not finite) :meth:`router.moe.dispatch.Dispatcher.take_over` continues where native code
+stopped.
 
 Dimension letters: T tokens, K experts per token, P = T x K pairs, E experts, H hidden size.
 """
@@ -40,22 +40,22 @@ if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view im
     from router.control.placement_view import PlacementView
 
 MOST_PAIRS = 512
-"""In a layer of more pairs their products take nearly all of the time."""
+"""In a layer with more pairs, products take nearly all of the time."""
 MOST = 32, 4096, 64, 259
-"""Other bounds of native code: actors, experts, K, bytes of a layer's number and its model."""
+"""Other limits of native code: actors, experts, K, bytes of a layer's number and its model."""
 WAIT_MS = 5
-"""The longest time for which native code waits for one actor."""
+"""The longest that native code waits for one actor."""
 MOST_LATE, PAUSE_LAYERS = 3, 50
-"""After so many exchanges in a row that native code could not end, so many layers are Python's."""
+"""After so many native calls in a row that could not finish, Python does so many layers."""
 _HEADER_BYTES = 64
-"""More than what an answer's message has beside its rows."""
+"""An upper bound on an answer message's bytes besides its rows."""
 Kind = tuple[torch.dtype, torch.dtype, int]
 """The dtypes of rows and weights, and K."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NativeLayer:
-    """A layer under one placement, over the same connections; ``fields`` are for native code."""
+    """A layer under one placement and set of connections; ``fields`` are for native code."""
 
     placement: Placement
     lanes: Lanes
@@ -87,7 +87,7 @@ class Exchange:
     """Has Python go on, before anything else is sent or waited for."""
 
     def go_on(self, calls: Sequence[Call]) -> PendingCalls:
-        """Return the calls as Python's transport has them, from here on."""
+        """Return the calls in the form that Python's transport continues with."""
         pending, nothing = StreamCalls(self.transport, calls, self.sent_at_s), (0,) * len(calls)
         numbers = self.left or nothing, self.received or nothing
         take_over(self.transport, self.layer.lanes, pending, self.call_id, *numbers)
@@ -95,9 +95,9 @@ class Exchange:
 
 
 class Exchanges:
-    """The exchanges of one model's layers, one at a time; used by the dispatcher's thread.
+    """The native calls of one model's layers, one at a time; used by the dispatcher's thread.
 
-    ``under_way`` is the one that was sent, until it is received or Python goes on with it.
+    ``under_way`` is the call in flight, until it is received or Python takes it over.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Exchanges:
         pace: Pace,
         heard: HeardActors,
     ) -> None:
-        """Take what a dispatcher has; ``model`` is the model's key."""
+        """Take a dispatcher's parts; ``model`` is the model's key."""
         self._model = model
         self._view = view
         self._layouts = layouts
@@ -134,8 +134,8 @@ class Exchanges:
     ) -> Exchange | None:
         """Send hidden states [T, H] of the host to the experts of a choice, if native code can.
 
-        ``deadline_s`` (monotonic) is the step's. ``room`` is the memory of the step's only piece.
-        Rows and choice stay unchanged until the exchange is over.
+        ``deadline_s`` (monotonic) is the step's. ``room`` has the buffers of the step's only
+        microbatch. Rows and choice must stay unchanged until the call is over.
         """
         if self.under_way is not None:
             self.under_way.settle()
@@ -167,9 +167,9 @@ class Exchanges:
         return sent
 
     def receive(self, sent: Exchange) -> torch.Tensor | None:
-        """Return the weighted sums [T, H] of the exchange under way; waits for the answers.
+        """Wait for the answers of the call in flight; return its weighted sums [T, H].
 
-        They are in its room. ``None`` where native code cannot go on.
+        They lie in its buffers. ``None`` if native code cannot finish the call.
         """
         layer = sent.layer
         if layer.lanes is not self._transport.lanes():
@@ -202,7 +202,7 @@ class Exchanges:
         return sums
 
     def _is_patient(self, layer: NativeLayer, num_rows: int, left_s: float) -> bool:
-        """Return whether no actor may take longer than what is left of a step's time.
+        """Return whether the step's time left covers the longest that any actor may take.
 
         Its part may have any number of rows, up to ``num_rows``.
         """
@@ -214,7 +214,7 @@ class Exchanges:
         )
 
     def _layer(self, layer_id: int, rows: torch.Tensor, choice: Choice) -> NativeLayer | None:
-        """Return a layer as native code takes it, made anew where it no longer holds."""
+        """Return a layer in native code's form, rebuilt if it is out of date."""
         placement, lanes = self._view.placement, self._transport.lanes()
         kind = rows.dtype, choice.weights.dtype, choice.ids.shape[1]
         kept = self._layers.get(layer_id)
@@ -228,7 +228,7 @@ class Exchanges:
     def _made(
         self, placement: Placement, lanes: Lanes, kind: Kind, layer_id: int, rows: torch.Tensor
     ) -> NativeLayer | None:
-        """Return a layer as native code takes it; ``None`` where it is not for native code."""
+        """Return a layer in native code's form; ``None`` if native code cannot take it."""
         layout = self._layouts.fixed(placement, layer_id)
         if layout is None or self._layouts.missing(placement, layer_id) is not None:
             return None

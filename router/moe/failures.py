@@ -1,7 +1,7 @@
-"""What follows from a part without rows: it is counted, and its actor avoided or suspected.
+"""Handles a part without rows: counts it, and avoids or suspects its actor.
 
-An actor that died, is silent or fails is avoided at once, and the controller is told of it. A
-damaged frame says nothing of its actor: the connection is made anew.
+An actor that died, is silent or fails is avoided at once and reported to the controller. A corrupt
+frame says nothing about its actor: only the connection is replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view im
 BACKOFF = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2)
 """The delays between attempts while every expert has a live copy."""
 MAX_REFUSALS = 3
-"""So many refusals of an expert's rows as malformed are the router's own fault."""
+"""After this many refusals of an expert's rows as malformed, the router itself is at fault."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
@@ -44,9 +44,9 @@ class Failures:
         suspect: Callable[[str, int], None],
         renew: Callable[[str], None],
     ) -> None:
-        """``copies`` avoids actors. ``suspect`` tells the controller of (actor_id, generation).
+        """``copies`` avoids actors. ``suspect`` reports (actor_id, generation) to the controller.
 
-        ``renew`` makes the connection to an actor anew.
+        ``renew`` replaces the connection to an actor.
         """
         self.retries: Counter[str] = Counter()
         self._copies = copies
@@ -57,10 +57,10 @@ class Failures:
     def note_no_rows(
         self, layer: PendingLayer, part: Part, answer: CallFailure | FrameError | Frame
     ) -> None:
-        """Count why a part has no rows, to be sent again.
+        """Count why a part has no rows; the caller sends it again.
 
         Raises the error of an expert that cannot compute the rows, and :class:`InternalError` for a
-        frame that stays malformed however often it is sent.
+        frame that is refused as malformed every time.
         """
         if isinstance(answer, ErrorFrame):
             self._note_refusal(layer, part, answer)
@@ -72,12 +72,12 @@ class Failures:
             self.retries[answer.value] += 1
             self._avoid(part)
         else:
-            self._note_damage(part, "the answer does not belong to the call")
+            self._note_damage(part, "the answer does not match the call")
 
     def note_not_finite(self, parts: Iterable[Part]) -> None:
-        """Count parts with rows that are not finite, and have the controller look at their actors.
+        """Count parts with rows that are not finite, and have the controller check their actors.
 
-        The rows themselves may be to blame, so no actor is avoided before :meth:`note_mended`.
+        The rows themselves may be at fault, so no actor is avoided before :meth:`note_mended`.
         """
         for part in parts:
             self._damage_log.note(part, "rows that are not finite")
@@ -85,9 +85,9 @@ class Failures:
             self._suspect(part.actor_id, part.generation)
 
     def note_mended(self, layer: PendingLayer) -> None:
-        """Avoid the actors whose rows were not finite, since those asked for again are.
+        """Avoid the actors whose rows were not finite, since the repeated rows are finite.
 
-        Where they are not either, the model itself yields them, and no actor is to blame.
+        If the repeated rows are not finite either, the model produces them; no actor is at fault.
         """
         for part in layer.damaged:
             self._avoid(part)
@@ -108,12 +108,12 @@ class Failures:
         layer.refusals += part.expert_ids
         if max(map(layer.refusals.count, part.expert_ids)) >= MAX_REFUSALS:
             logger.error("%s refused a frame: %s", part.actor_id, answer.error)
-            raise InternalError("expert actors refuse a frame as malformed")
+            raise InternalError("expert actors refuse this request's rows as malformed")
         self._note_damage(part, answer.error)
 
     def _note_damage(self, part: Part, damage: object, reason: str = "malformed") -> None:
-        """Count a frame that was damaged on its way to or from an actor."""
-        self._damage_log.note(part, f"a damaged frame: {damage}")
+        """Count a frame that was corrupted on its way to or from an actor."""
+        self._damage_log.note(part, f"a corrupt frame: {damage}")
         self.retries[reason] += 1
         self._renew(part.actor_id)
 
@@ -130,7 +130,7 @@ def check_away(
 ) -> None:
     """Raise :class:`AwayError` once the wait for a part without another copy is over.
 
-    ``patience_s`` is as in :meth:`PendingLayer.gives_up_at_s`. The pace learns who is left out.
+    ``patience_s`` is as in :meth:`PendingLayer.gives_up_at_s`. The pace records who is left out.
     """
     now_s = time.monotonic()
     away = [

@@ -1,4 +1,4 @@
-"""The gate: which experts a token goes to, and with which weights.
+"""The gate: decides which experts a token goes to, and with which weights.
 
 One class serves every family, by its :class:`experts.families.base.GateSpec`. It takes the place of
 transformers' gate and gives the same ids and weights bit for bit in torch; its native form
@@ -45,7 +45,7 @@ class Gate:
         self._top_k = top_k
         self._logits_of = logits_of
         self.has_native_logits = has_native_logits
-        """Whether a row's logits have the same bits in any company."""
+        """Whether a row's logits have the same bits in any batch."""
         self._scores_dtype = torch.float32 if "scores" in spec.float32 else None
         self._rounds_weights = "scores" in spec.float32 and "weights" not in spec.float32
         self._correction = None if correction is None else correction.float()

@@ -1,10 +1,10 @@
 """One MoE layer of the router, after its gate: send and prepare, then wait and combine.
 
-These are two calls, so that the caller computes something else while the experts compute: another
-piece of the step, or a shared expert.
+These are two calls, so that the caller can compute something else while the experts compute:
+another microbatch of the step, or a shared expert.
 
-Dimension letters: S tokens of the step, T tokens of the layer's piece, K experts per token, H
-hidden size, W works of the step.
+Dimension letters: S tokens of the step, T tokens of the layer's microbatch, K experts per token, H
+hidden size, W chunks of the step.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Result = TypeVar("Result")
 
 
 class Combination(Protocol[Result]):
-    """Makes a layer's result of the rows of its experts, such as :class:`WeightedSums`."""
+    """Makes a layer's result from its experts' rows, such as :class:`WeightedSums`."""
 
     def prepare(self, choice: Choice, rows: torch.Tensor) -> Any:
-        """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] are as were sent.
+        """Prepare :meth:`combine` while the experts compute; ``rows`` [T, ...] are as sent.
 
-        They have the shape and the dtype of the rows; their order may be another.
+        They have the shape and dtype of the sent rows, but possibly a different order.
         """
         ...
 
     def combine(self, received: list[ExpertRows], plan: Any) -> tuple[Result, bool]:
-        """Return the result, and whether all of it is finite; a row not received counts as 0."""
+        """Return the result and whether all of it is finite; a missing row counts as 0."""
         ...
 
     def finite_rows(self, result: Result) -> np.ndarray:
@@ -59,20 +59,20 @@ class Combination(Protocol[Result]):
 class StepContext:
     """One engine step, as its MoE layers see it.
 
-    ``deadline_s`` (monotonic) is the earliest of the works' requests. It ends the wait for experts
-    that are away, and only the works that need these are left out of the step. ``sizes`` [W] are
-    the works' numbers of tokens, in the order of the step's tokens. ``contracts`` [W] are their
+    ``deadline_s`` (monotonic) is the earliest among the chunks' requests. It ends the wait for
+    unavailable experts; only the chunks that need these are left out of the step. ``sizes`` [W] are
+    the chunks' numbers of tokens, in the order of the step's tokens. ``contracts`` [W] are their
     requests' ``on_expert_loss``.
-    ``trace`` is set where the step is traced. ``needs_an_expert`` is set where a token without any
-    expert has no result. ``known_deaths`` [W] are the deaths of expert actors with rows of the
-    works in earlier steps; without it none are counted. ``is_of_suspect`` is set where a work is
-    computed alone for them. ``routed`` is set where requests ask for the experts of tokens, or
-    force them. ``meanwhile`` is called each time before the experts of a layer are waited for.
+    ``trace`` is set if the step is traced. ``needs_an_expert`` is set if a token without any expert
+    has no result. ``known_deaths`` [W] are the deaths of expert actors that had rows of the chunks
+    in earlier steps; without it deaths are not counted. ``is_of_suspect`` is set if they are why a
+    chunk is computed alone. ``routed`` is set if requests ask for the experts of tokens or force
+    them. ``meanwhile`` is called each time before the layers wait for experts.
 
     The layers set four results. ``missing`` is set once an expert was missing or had no room.
     ``deaths`` is set once an actor died.
-    ``not_finite`` are the indices of works with a sum that is NaN or infinite.
-    ``layer_times_s`` has the duration of every layer and piece, from the gate's choice to the sums.
+    ``not_finite`` are the indices of chunks with a sum that is NaN or infinite.
+    ``layer_times_s`` has each layer's duration by microbatch, from the gate's choice to the sums.
     """
 
     deadline_s: float
@@ -91,8 +91,8 @@ class StepContext:
     _rooms: dict[int | None, PieceRoom] = field(default_factory=dict)
 
     def room(self, tokens: Tokens) -> PieceRoom:
-        """Return the memory of a piece of the step, or of some of its tokens."""
-        # The first token is of no other piece.
+        """Return the buffers of a microbatch of the step, or of some of its tokens."""
+        # No other microbatch has the first token.
         first = tokens.start if isinstance(tokens, slice) else int(tokens[0])
         room = self._rooms.get(first)
         if room is None:
@@ -100,18 +100,18 @@ class StepContext:
         return room
 
     def missing_record(self, tokens: Tokens = ALL_TOKENS) -> StepMissing:
-        """Return the record of missing experts of some of the step's tokens.
+        """Return the record of missing experts for some of the step's tokens.
 
-        The first call begins it. The records of all tokens share their results.
+        The first call creates it. The records of all tokens share their results.
         """
         if self.missing is None:
             self.missing = StepMissing(self.sizes, self.contracts, self.needs_an_expert)
         return self.missing if tokens is ALL_TOKENS else self.missing.of(tokens)
 
     def layer_deaths(self, layer_id: int, tokens: Tokens, k: int) -> LayerDeaths | None:
-        """Return the record of deaths of some of the step's tokens in a layer.
+        """Return the record of deaths for some of the step's tokens in a layer.
 
-        The first call begins that of the step.
+        The first call creates the step's record.
         """
         if self.known_deaths is None:
             return None
@@ -120,7 +120,7 @@ class StepContext:
         return LayerDeaths(self.deaths, layer_id, np.arange(sum(self.sizes))[tokens], k)
 
     def note_not_finite(self, is_finite: np.ndarray, tokens: Tokens = ALL_TOKENS) -> None:
-        """Record the works with a token that is not finite, bool [T]; the model's own doing."""
+        """Record the chunks with a token that is not finite, bool [T]; the model produced it."""
         owners = np.repeat(np.arange(len(self.sizes)), self.sizes)[tokens]
         self.not_finite.update(owners[~is_finite].tolist())
 
@@ -129,9 +129,9 @@ class StepContext:
 class BegunLayer:
     """A layer between :meth:`MoELayers.begin` and :meth:`MoELayers.finish`.
 
-    ``rows`` [T, ...] are those of ``tokens`` of the step. ``choice`` is the gate's ``gate_choice``
-    [T, K] without missing experts. ``exchange`` is set while native code has the layer. Else
-    ``pending`` is; it is ``None`` where an expert of the choice has no live copy.
+    ``rows`` [T, ...] belong to ``tokens`` of the step. ``choice`` is the gate's ``gate_choice``
+    [T, K] without missing experts. ``exchange`` is set while native code has the layer. Otherwise
+    ``pending`` is set, or ``None`` if an expert of the choice has no live copy.
     """
 
     context: StepContext
@@ -148,7 +148,7 @@ class BegunLayer:
     plan: Any = None
 
     def end_span(self) -> None:
-        """End the span of a layer that is traced."""
+        """End the span of a traced layer."""
         if self.span is not None:
             self.span.end()
 
@@ -156,9 +156,9 @@ class BegunLayer:
 class MoELayers(Generic[Result]):
     """The MoE layers of one model; their experts are actors.
 
-    Several layers, or pieces of one layer, may be under way at once; one thread begins and finishes
-    them. ``placed`` is the model in the newest placement. With ``has_limit``, each step comes in
-    one piece, since the capacity of an expert is counted by step.
+    Several layers, or microbatches of one layer, may be in flight at once; one thread begins and
+    finishes them. ``placed`` is the model in the newest placement. With ``has_limit``, each step is
+    a single microbatch, since an expert's capacity is counted per step.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class MoELayers(Generic[Result]):
         combination: Combination[Result],
         limit: CapacityLimit | None = None,
     ) -> None:
-        """Send rows through ``dispatcher``; ``limit`` bounds the tokens of an expert in a step."""
+        """Send rows through ``dispatcher``; ``limit`` bounds an expert's tokens in a step."""
         self._dispatcher = dispatcher
         self.placed = dispatcher.placed
         self._combination = combination
@@ -177,9 +177,9 @@ class MoELayers(Generic[Result]):
         self._exchanges = dispatcher.exchanges if is_native else None
 
     def may_change(self, context: StepContext, layer_id: int) -> bool:
-        """Return whether a gate's choice may be changed, as far as is known.
+        """Return whether a gate's choice may change, as far as is known.
 
-        It may where experts have a capacity, or are missing.
+        It may if experts have a capacity or are missing.
         """
         is_known = self._limit is not None or context.missing is not None
         return is_known or self._dispatcher.missing(layer_id) is not None
@@ -196,8 +196,8 @@ class MoELayers(Generic[Result]):
         """Send hidden states [T, H], or other rows, to the experts of the gate's choice [T, K].
 
         ``tokens`` are their indices in the step of ``context``. ``among`` is the layer's gate,
-        asked again where an expert has no live copy. The caller finishes the layer, or abandons it.
-        ``rows`` and ``gate_choice`` stay unchanged until then.
+        asked again if an expert has no live copy. The caller must finish or abandon the layer, and
+        leave ``rows`` and ``gate_choice`` unchanged until then.
 
         Raises :class:`ExpertUnavailableError` while no placement is known.
         """
@@ -226,12 +226,12 @@ class MoELayers(Generic[Result]):
         return begun
 
     def finish(self, begun: BegunLayer) -> Result:
-        """Return the combined rows of a layer's experts; waits for them.
+        """Wait for a layer's experts, and return their combined rows.
 
-        They may be in the piece's room (:meth:`StepContext.room`): they last until its next layer.
-        The layer is sent again, with another choice or fewer pairs, when an expert is lost or away
-        meanwhile. Raises as :meth:`begin`, :class:`ExpertFailedError` for rows that an expert
-        cannot compute, and :class:`router.moe.deaths.ActorsDiedError`.
+        These may lie in the microbatch's buffers (:meth:`StepContext.room`), and so last until its
+        next layer. If an expert is lost or unavailable meanwhile, the layer is sent again with
+        another choice or fewer pairs. Raises as :meth:`begin`, :class:`ExpertFailedError` for rows
+        that an expert cannot compute, and :class:`router.moe.deaths.ActorsDiedError`.
         """
         try:
             combined = None
@@ -247,7 +247,7 @@ class MoELayers(Generic[Result]):
         return combined
 
     def abandon(self, begun: BegunLayer) -> None:
-        """Drop the answers of a layer that is not finished, since its step fails."""
+        """Drop the answers of an unfinished layer, since its step fails."""
         if begun.exchange is not None:
             begun.exchange.settle()
         if begun.pending is not None:
@@ -255,7 +255,7 @@ class MoELayers(Generic[Result]):
         begun.end_span()
 
     def _exchange(self, begun: BegunLayer) -> Exchange | None:
-        """Send a layer by native code, where that can: a step's only piece."""
+        """Send a layer by native code if it can: only for a step of a single microbatch."""
         context, rows = begun.context, begun.rows
         if (
             self._exchanges is None
@@ -273,7 +273,7 @@ class MoELayers(Generic[Result]):
         return sent
 
     def _end_exchange(self, begun: BegunLayer, exchanges: Exchanges, sent: Exchange) -> Any:
-        """Return the sums of a layer that native code has sent; ``None`` where it cannot go on."""
+        """Return the sums of a layer that native code sent; ``None`` if it cannot finish it."""
         if begun.context.meanwhile is not None:
             begun.context.meanwhile()
         sums = exchanges.receive(sent)
@@ -283,7 +283,7 @@ class MoELayers(Generic[Result]):
         return sums
 
     def _take_over(self, begun: BegunLayer, sent: Exchange) -> None:
-        """Go on with a layer that native code has sent."""
+        """Continue in Python with a layer that native code has sent."""
         context, layer_id = begun.context, begun.layer_id
         begun.exchange = None
         deaths = partial(context.layer_deaths, layer_id, begun.tokens, sent.choice.ids.shape[1])
@@ -313,7 +313,7 @@ class MoELayers(Generic[Result]):
             begun.plan = self._combination.prepare(choice, like)
 
     def _without_missing(self, begun: BegunLayer) -> Choice:
-        """Return the gate's choice, changed where experts are missing or have no room."""
+        """Return the gate's choice, changed if experts are missing or have no room."""
         context, layer_id, among = begun.context, begun.layer_id, begun.among
         missing = self._dispatcher.missing(layer_id)
         if missing is None and context.missing is None and self._limit is None:
@@ -329,7 +329,7 @@ class MoELayers(Generic[Result]):
     def _receive_and_combine(self, begun: BegunLayer) -> Result | None:
         """Return the result of a layer's choice; ``None`` when an expert lost its last live copy.
 
-        Also ``None`` when experts are away at the step's deadline; the works that need them wait.
+        Also ``None`` if experts are unavailable at the step's deadline; chunks that need them wait.
         """
         pending = begun.pending
         if pending is None:
@@ -343,7 +343,7 @@ class MoELayers(Generic[Result]):
             result, is_finite = self._combination.combine(received, begun.plan)
             if is_finite:
                 return result
-            # Perhaps rows came damaged: they are asked for once more.
+            # Rows may have arrived corrupt: request them once more.
             return self._combine_again(begun, pending, result)
         except AwayError as away:
             record = begun.context.missing_record(begun.tokens)
@@ -355,8 +355,8 @@ class MoELayers(Generic[Result]):
     ) -> Result | None:
         """Return the result of a layer whose ``result`` is not finite.
 
-        Rows that came damaged are asked for once more. A result that is not finite even then is
-        the model's own doing, and fails its works.
+        Corrupt rows are requested once more. If the result is still not finite, the model itself
+        produces it, and its chunks fail.
         """
         if self._dispatcher.ask_again(pending):
             received = self._dispatcher.wait(pending)

@@ -1,4 +1,4 @@
-"""Measures how long actors take to answer, to tell a hung actor from a busy actor."""
+"""Measures how long actors take to answer, to tell a hung actor from a busy one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Pace:
     def note(self, rows: int, took_s: float | None, actors: Iterable[Actor]) -> None:
         """Record the time in which all ``actors`` answered, each of at most ``rows`` rows.
 
-        It is ``None`` where nobody waited for the answers: the time is that of the router's own
-        computation then, and says nothing of the actors.
+        It is ``None`` if nobody waited for the answers: the time is then the router's own
+        computation, and says nothing about the actors.
         """
         if self._left_out:
             for actor in actors:

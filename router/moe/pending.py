@@ -1,4 +1,4 @@
-"""A layer under way: what :mod:`router.moe.dispatch` keeps between sending it and its rows.
+"""A layer in flight: the state that :mod:`router.moe.dispatch` keeps until its rows arrive.
 
 Dimension letters: T tokens, K experts per token, H hidden size.
 """
@@ -29,7 +29,7 @@ Sent = tuple[Part, DispatchFrame]
 
 
 class AwayError(Exception):
-    """The experts of ``pairs`` did not answer before a deadline of the step; they may do so yet."""
+    """The experts of ``pairs`` did not answer by the step's deadline; they may still do so."""
 
     def __init__(self, pairs: np.ndarray) -> None:
         super().__init__(pairs)
@@ -40,8 +40,8 @@ class AwayError(Exception):
 class Attempt:
     """The frames of one layer, their pending calls, and the placement under which they were sent.
 
-    ``calls`` is ``None`` where no expert was asked. ``silent`` parts were not sent, since their
-    actors do not answer.
+    ``calls`` is ``None`` if no expert was asked. ``silent`` parts were not sent, since their actors
+    do not answer.
     """
 
     placement: Placement
@@ -52,7 +52,7 @@ class Attempt:
 
 
 class FailedPart(NamedTuple):
-    """A part without rows; ``failure`` is ``None`` where its actor has answered, but no rows."""
+    """A part without rows; ``failure`` is ``None`` if its actor answered, but without rows."""
 
     part: Part
     failure: CallFailure | None
@@ -60,7 +60,7 @@ class FailedPart(NamedTuple):
 
 @dataclass(slots=True)
 class PendingLayer:
-    """One layer that was sent and is not yet received.
+    """One layer that has been sent but not yet received.
 
     Pair t * K + r is token t with the gate's choice of rank r. ``rows`` are [T, *row_shape].
     """
@@ -80,26 +80,26 @@ class PendingLayer:
     answered: list[Part] = field(default_factory=list)
     """The parts of ``received``."""
     is_asked_again: bool = False
-    """Whether rows that are not finite were asked for again."""
+    """Whether rows that are not finite were requested again."""
     damaged: Sequence[Part] = ()
-    """The parts whose rows were not finite, and were asked for again."""
+    """The parts whose rows were not finite and were requested again."""
     failed_actors: frozenset[str] = frozenset()
     """Actors that failed in this layer; asked again only for experts without another copy."""
     deaths: Callable[[], LayerDeaths | None] = lambda: None
-    """Returns the record of the actors that die, where they are counted."""
+    """Returns the record of actors that die, if deaths are counted."""
     is_last_try: bool = False
-    """Whether the rows are a suspect's, so that a death has to be certain."""
+    """Whether the rows belong to a suspect, so that a death has to be certain."""
     errors: tuple[int, ...] = ()
-    """The experts whose rows were answered by an internal error, once for each answer."""
+    """The experts that answered with an internal error, once for each answer."""
     refusals: tuple[int, ...] = ()
     """The experts whose rows were refused as malformed, once for each refusal."""
     owed_before: Mapping[str, int] | None = None
-    """The work that each actor owed when copies were chosen; ``None`` where there is no choice."""
+    """Each actor's outstanding work when copies were chosen; ``None`` if there was no choice."""
 
     def gives_up_at_s(self, failed: FailedPart, patience_s: Callable[[Part, int], float]) -> float:
         """Return when the wait for a part without another copy ends.
 
-        That is the deadline. An actor that lives may take ``patience_s`` (part, most rows) beyond.
+        That is the deadline; a live actor always gets ``patience_s`` (part, most rows) at least.
         """
         if failed.failure is CallFailure.DIED or self.attempt is None:
             return self.deadline_s
@@ -107,7 +107,7 @@ class PendingLayer:
         return max(self.deadline_s, patient_until_s)
 
     def damaging_actors(self, generations: Mapping[str, int]) -> frozenset[str]:
-        """Return the actors of ``damaged`` parts that still have the generation that sent them."""
+        """Return the actors of ``damaged`` parts whose generation has not changed since."""
         return frozenset(
             part.actor_id
             for part in self.damaged
@@ -122,12 +122,12 @@ class PendingLayer:
             deaths.note(died)
 
     def abandon(self) -> None:
-        """Wait for no answer any longer, since the layer's step fails."""
+        """Stop waiting for answers, since the layer's step fails."""
         if self.attempt is not None and self.attempt.calls is not None:
             self.attempt.calls.drop()
 
     def drop_damaged_once(self) -> list[Part]:
-        """Return as :meth:`drop_damaged` at the first call, and nothing at later ones."""
+        """Do :meth:`drop_damaged` on the first call; return nothing on later calls."""
         if self.is_asked_again:
             return []
         self.is_asked_again = True
@@ -135,9 +135,9 @@ class PendingLayer:
         return self.drop_damaged()
 
     def drop_damaged(self) -> list[Part]:
-        """Drop and return the parts with a row that is not finite where its hidden state is.
+        """Drop and return the parts with a row that is not finite though its hidden state is.
 
-        Such rows are damaged, or the expert itself yields them.
+        Such rows are corrupt, or the expert itself produces them.
         """
         rows = self.rows
         if isinstance(rows, torch.Tensor):
@@ -166,15 +166,15 @@ class PendingLayer:
 
 
 class DamageLog:
-    """Logs the first damage of each actor; the dispatcher's ``retries`` count all."""
+    """Logs each actor's first corruption; the dispatcher's ``retries`` count all."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Start empty."""
         self._actors: set[tuple[str, int]] = set()
 
     def note(self, part: Part, damage: str) -> None:
-        """Log the damage of a part where it is its actor's first."""
+        """Log a part's corruption if it is its actor's first."""
         actor = part.actor_id, part.generation
         if actor not in self._actors:
             self._actors.add(actor)
-            logger.warning("%s g%d: %s; further damage is only counted", *actor, damage)
+            logger.warning("%s g%d: %s; further corruption is only counted", *actor, damage)

@@ -268,7 +268,7 @@ class PlacedModel:
         return placement is not None and self.layouts.has_model(placement)
 
     def is_withdrawn(self) -> bool:
-        """Return whether the placement had the model and has it no longer: it was replaced."""
+        """Return whether the placement no longer has the model, which it had: it was replaced."""
         return not self.is_placed() and self._model in self._view.models
 
     @property

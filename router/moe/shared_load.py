@@ -1,4 +1,4 @@
-"""The work that the actors owe to a router whose dispatchers run beside each other.
+"""The outstanding work at the actors of a router whose dispatchers run concurrently.
 
 A mixture's router has several dispatchers, each on a thread of its own. Each sees here what the
 others have sent, so that it asks the copies on less loaded actors. Experts of a mixture may be
@@ -41,11 +41,11 @@ class SharedLoad:
         self._sent[threading.get_ident()] = work
 
     def received(self) -> None:
-        """Note that no actor owes anything to this thread."""
+        """Note that this thread has no outstanding work at any actor."""
         self.sent({})
 
     def owed(self) -> Mapping[str, int]:
-        """Return the work that each actor owes to all threads."""
+        """Return each actor's outstanding work for all threads."""
         owed: Counter[str] = Counter()
         for work in list(self._sent.values()):
             owed.update(work)

@@ -1,14 +1,14 @@
-"""Rows at which expert actors fail, told from actors that fail at all rows.
+"""Distinguishes bad rows from broken expert actors.
 
-An actor answers an error where its computation raises: its device may be at fault, or the rows. So
-where an expert's rows were answered by errors twice, by two copies or by the only one, that actor
-is asked to compute rows of zeros. Where it does, the rows are at fault, and the step is given up:
-the engine finds the request that has them (:mod:`router.engine.isolation`). Where it does not, the
+An actor answers with an error if its computation raises: either its device or the rows are at
+fault. So after an expert's rows got two errors, from two copies or from the only one, the actor is
+probed with rows of zeros. If it computes them, the rows are at fault and the step is given up: the
+engine finds the request that they belong to (:mod:`router.engine.isolation`). If it does not, the
 rows are sent again until the actor is replaced.
 
-Before rows that may end their actor are sent alone, the actor is asked for zeros too. So an actor
-that has died before, that is cut off, or whose device fails, so that the controller is about to
-end it, does not count as one that these rows have ended.
+The actor is also probed before it gets, in a step of their own, rows that may kill it. So these
+rows are not blamed for an actor that had died before, that is partitioned, or whose device fails
+so that the controller is about to end it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from router.moe.pending import FailedPart, PendingLayer
 from router.moe.permute import Part
 
 MOST_ERRORS = 2
-"""Answers by an error to an expert's rows in one layer until its actor is asked for zeros."""
+"""Error answers to an expert's rows in one layer before its actor is probed with zeros."""
 ZEROS_S = 2.0
-"""How long an actor may take for rows of zeros."""
+"""How long an actor may take to compute rows of zeros."""
 
 logger = logging.getLogger("expertmesh.dispatch")
 
 
 class ZeroRows:
-    """Asks actors for rows of zeros; for one dispatcher."""
+    """Probes actors with rows of zeros; for one dispatcher."""
 
     def __init__(self, model: str, transport: Transport, request_ids: Iterator[int]) -> None:
-        """``model`` is the model's key; ``request_ids`` are those of the dispatcher's frames."""
+        """``model`` is the model's key; ``request_ids`` yields ids for the dispatcher's frames."""
         self._model = model
         self._transport = transport
         self._request_ids = request_ids
 
     def check(self, layer: PendingLayer, failed_parts: Iterable[FailedPart]) -> None:
-        """Raise :class:`PoisonedRequestError` where a part's rows are at fault, not its actor."""
+        """Raise :class:`PoisonedRequestError` if a part's rows are at fault, not its actor."""
         for part, failure in failed_parts:
             errors = max(map(layer.errors.count, part.expert_ids), default=0)
             if failure is None and errors >= MOST_ERRORS and self._are_computed(layer, part):
                 logger.error(
-                    "expert actors fail at rows of layer %d; %s g%d computes other rows",
+                    "expert actors fail on some rows of layer %d; %s g%d computes other rows",
                     layer.layer_id,
                     part.actor_id,
                     part.generation,
@@ -63,14 +63,14 @@ class ZeroRows:
         return {part.actor_id for part, answer in asked if isinstance(answer, RowsFrame)}
 
     def _are_computed(self, layer: PendingLayer, part: Part) -> bool:
-        """Return whether a part's actor computes a row of zeros by each of the part's experts."""
+        """Return whether a part's actor computes a row of zeros with each of the part's experts."""
         [answer] = self._ask(layer, [part])
         return isinstance(answer, RowsFrame)
 
     def _ask(self, layer: PendingLayer, parts: Sequence[Part]) -> list[Frame | None]:
         """Send each part's actor a row of zeros for each of the part's experts.
 
-        Returns the actors' answers, ``None`` where there is none.
+        Returns the actors' answers, ``None`` for an actor without one.
         """
         layer.copy_received()  # the transport's next wait overwrites the rows
         frames = [self._frame(layer, part) for part in parts]
@@ -99,7 +99,7 @@ class ZeroRows:
 
 
 def _answer(sent: DispatchFrame, outcome: Outcome) -> Frame | None:
-    """Return the frame of a call's outcome, ``None`` where it is no answer to ``sent``."""
+    """Return the frame of a call's outcome, ``None`` if it does not answer ``sent``."""
     if isinstance(outcome, CallFailure):
         return None
     try:

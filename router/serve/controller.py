@@ -74,7 +74,7 @@ class ControllerDeployment(Controller):
                 async with asyncio.timeout(ASK_TIMEOUT_S):
                     nodes = await asyncio.to_thread(ray.nodes)
             except (RayError, RuntimeError, TimeoutError) as error:
-                logger.warning("Ray does not tell its nodes (%s)", type(error).__name__)
+                logger.warning("Ray did not list its nodes (%s)", type(error).__name__)
             else:
                 gateways = {gateway.node for gateway in self._members.of("gateway")}
                 self._bare.look(able_nodes(nodes, num_cpus), gateways, time.monotonic())

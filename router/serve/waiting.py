@@ -47,8 +47,8 @@ async def log_what_serve_says(app: str) -> None:
         try:
             for line in notices.due(await asyncio.to_thread(messages_of, app), time.monotonic()):
                 logger.warning("%s", line)
-        except (RayError, RuntimeError, TimeoutError) as error:  # Serve's controller may be away
-            logger.warning("Serve does not tell how its deployments are: %s", error)
+        except (RayError, RuntimeError, TimeoutError) as error:  # Serve's controller may be down
+            logger.warning("Serve did not report the state of its deployments: %s", error)
         await asyncio.sleep(PERIOD_S)
 
 

@@ -189,17 +189,17 @@ def make_plan(model: PlannedModel, wish: Wish) -> Plan:
 
 def _check(model: PlannedModel, wish: Wish) -> None:
     if wish.devices is not None and wish.devices > MAX_DEVICES:
-        raise ConfigError(f"must be at most {MAX_DEVICES} (given: {wish.devices})", "--devices")
+        raise ConfigError(f"must be at most {MAX_DEVICES}; got {wish.devices}", "--devices")
     if wish.devices is not None and wish.copies > wish.devices:
         raise ConfigError(
             f"must be at most the number of devices, {wish.devices}, since each copy of an expert "
-            f"is on another device (given: {wish.copies})",
+            f"is on another device; got {wish.copies}",
             "--copies",
         )
     longest = model.shape.max_position_embeddings
     if wish.context is not None and wish.context > longest:
         raise ConfigError(
-            f"must be at most the model's own, {longest} tokens (given: {wish.context})",
+            f"must be at most the model's own, {longest} tokens; got {wish.context}",
             "--context",
         )
 

@@ -30,12 +30,12 @@ def parse_size(text: str, field: str) -> int:
     if match is None or match[2] not in UNITS:
         allowed = ", ".join(UNITS)
         raise ConfigError(
-            f"must be a number and one of {allowed}, like 24GB or 80GiB (given: {text!r:.40})",
+            f"must be a number and one of {allowed}, like 24GB or 80GiB; got {text!r:.40}",
             field,
         )
     size_bytes = round(float(match[1]) * UNITS[match[2]])
     if size_bytes < 1:
-        raise ConfigError(f"must be at least one byte (given: {text!r:.40})", field)
+        raise ConfigError(f"must be at least one byte; got {text!r:.40}", field)
     return size_bytes
 
 

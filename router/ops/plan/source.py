@@ -38,7 +38,7 @@ def find_model(name: str, dtype: str = "auto") -> PlannedModel:
     """
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         allowed = ", ".join(("auto", *sorted(DTYPE_BYTES)))
-        raise ConfigError(f"must be one of {allowed} (given: {dtype!r:.40})", "--dtype")
+        raise ConfigError(f"must be one of {allowed}; got {dtype!r:.40}", "--dtype")
     bundled = Path(str(importlib.resources.files("deploy")))
     for folder in (Path(name), bundled / name, bundled / "models" / name):
         if folder.is_dir():

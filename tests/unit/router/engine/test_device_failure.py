@@ -51,7 +51,7 @@ def test_a_device_in_error_ends_the_process_and_its_log_says_why(
     assert ended.wait(10)
     cluster.close()  # before the process's own end is back: every further step fails, too
     assert not cluster.engine.is_alive()
-    assert f"the router ends: its device failed ({ILLEGAL})" in caplog.text
+    assert f"the router exits: its device failed ({ILLEGAL})" in caplog.text
 
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])

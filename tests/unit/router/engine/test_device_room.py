@@ -42,7 +42,7 @@ def test_a_device_that_lacks_a_byte_for_the_largest_step_is_told_of(
         assert bool(caplog.records) == bool(lacking_bytes)
         if lacking_bytes:
             assert f"may take {needed_bytes:,} bytes" in caplog.text
-            assert f"where {left_bytes:,} are free" in caplog.text
+            assert f"which has {left_bytes:,} free" in caplog.text
         caplog.clear()
         warn_of_steps(*given, CPU)
         assert not caplog.records

@@ -121,7 +121,7 @@ def test_a_step_that_raises_fails_the_request_at_fault_alone(
     with pytest.raises(PoisonedRequestError, match=r"cannot compute this request \(RuntimeError\)"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
-    # The first step, two of each halving, one of nobody's; then a decode for each later token.
+    # The first step, two of each halving, one probe; then a decode for each later token.
     assert len(steps.sizes) <= 1 + 2 * 3 + 1 + COUNT
     assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
 
@@ -157,7 +157,7 @@ def test_a_router_that_cannot_compute_any_step_ends_and_its_log_says_why(
     Steps(cluster, monkeypatch, lambda token_ids: True)
     start(cluster, greedy_request("r", innocent_prompt(1), COUNT))
     assert ended.wait(30)
-    assert "the router ends: it cannot compute any step" in caplog.text
+    assert "the router exits: it cannot compute any step" in caplog.text
 
 
 def test_experts_without_an_answer_are_no_fault_of_a_request_or_router(
@@ -210,7 +210,7 @@ def test_a_frame_that_kills_its_actors_ends_its_request_after_four_rounds(
     cluster.transport.fail = deaths = Deaths(cluster, lambda frame: bool(rows & rows_of(frame)))
     innocent, poison = crowd()
     start(cluster, *innocent[:4], poison, *innocent[4:])
-    with pytest.raises(PoisonedRequestError, match="ended 4 times at this request"):
+    with pytest.raises(PoisonedRequestError, match="died 4 times at this request"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
     cluster.close()
@@ -384,7 +384,7 @@ def test_a_request_is_not_computed_alone_unless_its_gateway_knows(cluster: Local
     cluster.engine._isolation._announce = lambda request_id, is_alone: False
     suspect = alone_request((), innocent_prompt(1), 3)
     start(cluster, suspect)
-    with pytest.raises(ExpertMeshError, match="cannot be told") as caught:
+    with pytest.raises(ExpertMeshError, match="could not tell the gateway") as caught:
         cluster.result(suspect)
     assert caught.value.retry_after_s
     assert not [o for o in cluster.wait("suspect", bool) if isinstance(o, TokenEvent)]

@@ -166,10 +166,10 @@ def test_every_choice_is_a_sequence_of_its_own() -> None:
 def test_a_full_queue_refuses_the_next_request_with_a_hint() -> None:
     scheduler = Scheduler(Limits(1, 100, 5), 100, PAGE_SIZE)
     scheduler.add(request_of("a", 3, n=4))  # counts as four
-    with pytest.raises(OverloadedError, match="4 choices of 1 requests wait already"):
+    with pytest.raises(OverloadedError, match=r"is full: 1 requests \(4 choices\) waiting"):
         scheduler.add(request_of("b", 3, n=2))
     scheduler.add(request_of("b", 3))
-    with pytest.raises(OverloadedError, match="5 choices of 2 requests wait already") as caught:
+    with pytest.raises(OverloadedError, match=r"full: 2 requests .5 choices. wait") as caught:
         scheduler.add(request_of("c", 3))
     assert (caught.value.field, caught.value.retry_after_s) == ("queue", 1.0)
     assert len(scheduler.sequences()) == 5
@@ -188,7 +188,7 @@ def test_a_queue_is_bounded_by_tokens_too() -> None:
     scheduler.schedule()
     scheduler.add(request_of("b", 3, 7, n=2))
     scheduler.add(request_of("c", 10, 10))  # 40 in all
-    with pytest.raises(OverloadedError, match="40 tokens of 2 requests wait already") as caught:
+    with pytest.raises(OverloadedError, match=r"full: 2 requests .40 tokens. wait") as caught:
         scheduler.add(request_of("d", 1, 1))
     assert caught.value.retry_after_s == 1.0
     scheduler.finish(next(iter(scheduler.waiting)))
@@ -414,8 +414,8 @@ def test_without_rivals_a_tenant_has_every_step_as_if_there_were_no_tenants() ->
 def test_a_full_queue_still_takes_a_request_of_a_tenant_of_whom_none_waits() -> None:
     scheduler = Scheduler(Limits(1, 100, 3), 100, PAGE_SIZE)
     scheduler.add(of_tenant("flood", request_of("a", 3, n=3)))
-    with pytest.raises(OverloadedError, match="3 choices of 1 requests wait already"):
+    with pytest.raises(OverloadedError, match=r"is full: 1 requests \(3 choices\) waiting"):
         scheduler.add(of_tenant("flood", request_of("b", 3)))
     scheduler.add(of_tenant("quiet", request_of("c", 3)))
-    with pytest.raises(OverloadedError, match="4 choices of 2 requests wait already"):
+    with pytest.raises(OverloadedError, match=r"is full: 2 requests \(4 choices\) waiting"):
         scheduler.add(of_tenant("quiet", request_of("d", 3)))

@@ -368,7 +368,7 @@ def test_a_router_that_cannot_compute_any_step_ends(
         with pytest.raises(PoisonedRequestError):
             router.predict(given(1, 1))
         assert ended.is_set()
-    assert "the router ends: it cannot compute any step" in caplog.text
+    assert "the router exits: it cannot compute any step" in caplog.text
 
 
 def test_a_choice_that_is_not_there_ends_its_own_request(tmp_path: Path) -> None:

@@ -60,6 +60,6 @@ def test_only_deployments_that_are_not_healthy_are_told(
     with caplog.at_level(logging.WARNING), pytest.raises(IndexError):
         asyncio.run(asyncio.wait_for(log_what_serve_says("a"), 10))
     assert [record.getMessage() for record in caplog.records] == [
-        "Serve does not tell how its deployments are: no connection",
+        "Serve did not report the state of its deployments: no connection",
         "Router-m: has 1 replicas that have taken more than 30s to be scheduled",
     ]
