@@ -116,12 +116,13 @@ def test_a_slow_copy_among_four_adds_its_share(actors: dict[str, Actor]) -> None
             alone, together = map(layers_per_s, zip(*turns, strict=True))
             rates.append((alone, together))
             measured = four.dispatcher.times.slowness(time.monotonic())
-            is_measured = measured["slow", 1] == pytest.approx(SLOW, rel=0.5)
+            slow = measured.get(("slow", 1), 0.0)
+            others = [measured.get((actor_id, 1), slow) for actor_id in GOOD]
+            is_measured = slow == pytest.approx(SLOW, rel=0.5) and max(others) < slow / 2
             if is_measured and together >= 0.85 * alone * (1 + own_share):
                 break
         else:
             raise AssertionError(f"layers a second, of three and of four: {rates}; {measured}")
-        assert all(measured[actor_id, 1] < measured["slow", 1] / 2 for actor_id in GOOD)
     finally:
         three.transport.close()
         four.transport.close()
