@@ -46,6 +46,14 @@ def shared_memory_bytes() -> int | None:
     return disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
 
 
+class OutputError(ValueError):
+    """A program's output does not end in JSON; the text is the last line of its ``stderr``."""
+
+    def __init__(self, stderr: str) -> None:
+        super().__init__((stderr.strip().splitlines() or ["it said nothing"])[-1])
+        self.stderr = stderr
+
+
 def run_python(
     program: str,
     *arguments: str,
@@ -56,13 +64,12 @@ def run_python(
 
     Its environment is ``variables``, or that of this process.
 
-    Raises :class:`subprocess.TimeoutExpired`, and :class:`ValueError` with the last line of stderr
-    when the output does not end in JSON.
+    Raises :class:`subprocess.TimeoutExpired`, and :class:`OutputError` when the output does not end
+    in JSON.
     """
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=variables)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise ValueError(lines[-1]) from None
+        raise OutputError(done.stderr) from None

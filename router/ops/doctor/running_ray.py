@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from router.ops.doctor.machine import run_python
+from router.ops.doctor.machine import OutputError, run_python
 
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 30.0
@@ -124,12 +124,12 @@ def _ask(target: Target) -> RunningRay:
         error, num_nodes, dashboard = run_python(
             _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=variables
         )
-    except subprocess.TimeoutExpired as late:
-        if _NO_TOKEN in str(late.stderr):
+    except (subprocess.TimeoutExpired, OutputError) as failed:
+        if _NO_TOKEN in str(failed.stderr):
             return RunningRay(target, "asks for Ray's token, and this user's is another or none")
+        if isinstance(failed, OutputError):
+            return RunningRay(target, f"does not answer as a Ray does ({failed!s:.300})")
         return RunningRay(target, f"answers nothing within {ASK_TIMEOUT_S:.0f} s")
-    except ValueError as wrong:
-        return RunningRay(target, f"does not answer as a Ray does ({wrong!s:.300})")
     if error:
         return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
     if variables.get(MODE_VARIABLE, "").lower() != TOKEN:
@@ -146,10 +146,8 @@ def _refuses_strangers(target: Target, variables: Mapping[str, str]) -> bool | N
     without = {**variables, MODE_VARIABLE: "disabled"}
     try:
         run_python(_ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=without)
-    except subprocess.TimeoutExpired as late:
-        return True if _NO_TOKEN in str(late.stderr) else None
-    except ValueError:
-        return None
+    except (subprocess.TimeoutExpired, OutputError) as failed:
+        return True if _NO_TOKEN in str(failed.stderr) else None
     return False
 
 

@@ -319,7 +319,7 @@ def test_a_step_without_memory_is_refused_and_the_next_request_is_served(
 
     with monkeypatch.context() as patch:
         patch.setattr(cluster.model.decoder, "forward", full)
-        with pytest.raises(OverloadedError, match="no memory for a step") as caught:
+        with pytest.raises(OverloadedError, match="out of memory for a step") as caught:
             cluster.generate(greedy_request("r", prompt_of(5, 1), 3))
     assert caught.value.field == "args.router.max_batch_tokens"
     assert len(cluster.generate(greedy_request("s", prompt_of(5, 1), 3))[0][0].token_ids) == 3

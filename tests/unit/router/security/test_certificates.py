@@ -90,7 +90,7 @@ def test_unusable_files_are_a_problem_until_they_are_mended(
         assert followed.current() is first
     assert "certificate has expired" in followed.problem
     [record] = caplog.records
-    assert "from before stay in force" in record.getMessage()
+    assert "the previous TLS files stay in force" in record.getMessage()
     pair.replace()
     assert followed.current() is not first
     assert followed.problem == ""
