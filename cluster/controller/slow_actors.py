@@ -33,7 +33,7 @@ class SlowNotice:
         came, went = self._actors.look(measured, living, now_s)
         for actor_id in came:
             logger.warning(
-                "%s g%d on %s is slow: its answers take %.1f times as long as its pool's",
+                "%s g%d on %s is slow: it takes %.1f times as long as the rest of its pool",
                 actor_id,
                 living[actor_id],
                 self._state.nodes.get(actor_id, "?")[:10],

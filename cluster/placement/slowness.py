@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median, median_low
 
 SLOW, RECOVERED = 3.0, 2.0
-"""Multiples of its twins' time from which an actor is slow, and below which it is not any more."""
+"""The times of its pool from which an actor is slow, and below which it has recovered."""
 SURE_S = 5.0
 """How long an actor is slow before it counts as such."""
 RECOVERY_S = 30.0

@@ -40,7 +40,7 @@ TRY_S = 1.0
 """The longest delay before a request at which actors have died is computed alone."""
 PAUSE_S = 0.005
 """How long an engine pauses when none of its requests may be tried yet."""
-_NO_MEMORY = "the router's device ran out of memory for a step of this request alone"
+_NO_MEMORY = "the router's device ran out of memory for a step of this request alone; lower it"
 
 Step = Callable[[list[Work]], None]
 Fail = Callable[[str, ExpertMeshError], None]

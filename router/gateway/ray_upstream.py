@@ -269,7 +269,7 @@ class _OtherTextError(ModelReplacedError):
 
 
 def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> ExpertMeshError:
-    """Return the error of tokens that no router here goes on from; a client's own are refused."""
+    """Return the error for tokens that no router can resume; reject those the client sent."""
     for index, choice in enumerate(request.received):
         if choice.is_begun:
             return InvalidRequestError(

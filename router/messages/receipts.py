@@ -88,7 +88,7 @@ class Receipts:
         return all(self._finished)
 
     def received(self, stopped: Set[int] = frozenset()) -> tuple[Received, ...]:
-        """Return the tokens that have been passed on, for a request that goes on from there.
+        """Return the tokens that have been passed on, for a request that resumes from there.
 
         ``stopped`` are choices that need no more tokens.
         """

@@ -62,7 +62,7 @@ class Received:
     finished: bool = False
     exact: bool = True
     identity: str = ""
-    """That of the model that gave the tokens; no other model goes on from them."""
+    """The identity of the model that generated the tokens; no other model resumes them."""
     num_prompt_logprobs: int = 0
     """The prompt tokens whose log probabilities have come; all of them before the first token."""
     num_routed: int = 0

@@ -33,10 +33,10 @@ asked would take long to recover otherwise."""
 LEAST_ANSWERS = 8
 """The answers of an actor before it is judged."""
 MOST_TIMES = 16.0
-"""An answer that took longer counts as so many times the expected: one pause says little."""
+"""The most that an answer counts, in multiples of the expected time: one pause says little."""
 SLOW = 1.5
-"""An actor that takes so many times as long as the fastest is asked by its time. Below it, actors
-count as equal, so that noise decides nothing."""
+"""The multiple of the fastest actor's time from which an actor's own time decides whether it is
+asked. Below it, actors count as equal, so that noise decides nothing."""
 USUAL_WEIGHT = 0.1
 """The weight of a batch in the time of a usual part."""
 LEAST_S = 0.00025

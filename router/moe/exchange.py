@@ -46,7 +46,7 @@ MOST = 32, 4096, 64, 259
 WAIT_MS = 5
 """The longest that native code waits for one actor."""
 MOST_LATE, PAUSE_LAYERS = 3, 50
-"""After so many native calls in a row that could not finish, Python does so many layers."""
+"""After this many native calls in a row that could not finish, Python does this many layers."""
 _HEADER_BYTES = 64
 """An upper bound on an answer message's bytes besides its rows."""
 Kind = tuple[torch.dtype, torch.dtype, int]

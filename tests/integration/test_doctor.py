@@ -24,7 +24,6 @@ def target(served: ServedCluster, monkeypatch: pytest.MonkeyPatch) -> Target:
     import ray
 
     monkeypatch.setattr(running_ray, "ASK_TIMEOUT_S", 240.0)  # a busy machine takes longer
-
     return Target(ray.get_runtime_context().gcs_address, "a file")
 
 

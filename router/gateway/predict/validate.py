@@ -30,8 +30,8 @@ VERSION = "1"
 PARAMETERS = ("timeout_s", "timeout", "on_expert_loss")
 """The parameters of a request that both surfaces know."""
 REPLY_ROOM = 3
-"""A reply may have so many times ``gateway.max_body_bytes``: a message of its size still passes
-where messages of four times as much do."""
+"""The limit of a reply, in multiples of ``gateway.max_body_bytes``: clients that take messages of
+four times that size take such a reply."""
 _HARMLESS: Mapping[str, object] = {"content_type": "np"}
 """Parameters of clients of other servers that change nothing here, with their harmless value."""
 

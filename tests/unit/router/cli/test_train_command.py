@@ -99,7 +99,7 @@ def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(
     stopped = run(words)
     assert stopped.exit_code == 130
     told = stopped.stderr.splitlines()[-1]
-    assert told == ("expertmesh: stopped; 3 steps are saved; run the same command with --resume")
+    assert told == "expertmesh: stopped; 3 steps are saved; run the same command with --resume"
     monkeypatch.undo()
     resumed = run([*words, "--resume"])
     assert resumed.exit_code == 0, resumed.stderr

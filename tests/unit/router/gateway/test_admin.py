@@ -78,7 +78,7 @@ def test_without_an_answer_a_call_is_unavailable_in_time(
     with pytest.raises(UnavailableError, match="the controller does not answer") as caught:
         asyncio.run(CALLS[name](admin(upstream, Metrics())))
     assert caught.value.retry_after_s == 1.0
-    assert time.monotonic() - started_s < 30.0
+    assert time.monotonic() - started_s < 5.0
 
 
 @pytest.mark.parametrize("is_silent", [None, False, True])
