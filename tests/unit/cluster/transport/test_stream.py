@@ -386,7 +386,7 @@ def test_without_a_fall_back_an_unknown_actor_has_died(
     connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started_s = time.monotonic()
-    assert ask(connect(), call(b"x"), timeout_s=10 * LIMIT_S) == [CallFailure.DIED]
+    assert ask(connect(), call(b"x"), timeout_s=5 * LIMIT_S) == [CallFailure.DIED]
     assert time.monotonic() - started_s < LIMIT_S
 
 
