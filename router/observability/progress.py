@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 OnProgress = Callable[[str, int, int], None]
-"""Receives a phase, and what of it is done, of how much."""
+"""Receives a phase, how many of its units are done, and how many it has."""
 
 
 @contextmanager

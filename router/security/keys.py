@@ -79,7 +79,7 @@ def digest_of(key: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What of a file changes when somebody writes it, replaces it or lets others read it."""
+    """A file's properties that change when it is written, replaced or opened to other users."""
 
     modified_ns: int
     inode: int

@@ -54,7 +54,7 @@ from router.served import Served, ServedMixture, ServedModel
 ENDED_S = 2.0
 """How long clients of a deleted application may read how their requests ended."""
 MESSAGE_ROOM = 4
-"""A gRPC message up to so many times ``gateway.max_body_bytes`` is read, to be refused by name."""
+"""Messages of up to this many ``gateway.max_body_bytes`` are read, so that a limit is named."""
 
 
 class GatewayReplica:

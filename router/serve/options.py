@@ -23,7 +23,7 @@ REPLICA_VARIABLES = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
-"""What of Serve's variables a replica goes by, whatever its Serve was started with."""
+"""Serve's variables as each replica needs them, whatever Serve itself was started with."""
 
 
 def starter_text() -> str:

@@ -69,7 +69,7 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
       ``n_iter_no_change`` iterations in a row lower the loss by less than ``tol``.
     - ``early_stopping``: judge by the loss of a ``validation_fraction`` of the rows, and keep the
       weights that are best for them.
-    - ``warm_start``: go on from the fitted mixture, with one start. The noise begins anew.
+    - ``warm_start``: continue from the fitted mixture, with one start. The noise begins anew.
     - ``n_jobs``: processes for the starts; the result does not depend on it.
     - ``random_state``: a fit with the same number and the same data has the same result.
     - ``verbose``: 1 shows a progress bar.

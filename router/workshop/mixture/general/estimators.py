@@ -224,7 +224,7 @@ class MixtureOfExpertsRegressor(MixtureRegressor, _MixtureOfExperts):
       the rows that judge it falls no more.
     - ``early_stopping``, ``validation_fraction``: whether the score is that of rows held out, whose
       best mixture stays, instead of the objective.
-    - ``warm_start``: whether a second fit goes on from the first; with ``cv``, whether its gate
+    - ``warm_start``: whether a second fit continues from the first; with ``cv``, whether its gate
       makes the first division.
     - ``n_jobs``: the experts that are fitted at once; ``verbose``: whether a bar shows progress.
 
