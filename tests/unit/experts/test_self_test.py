@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,14 @@ from cluster.spec import ActorReport, ExpertKey
 from cluster.wire.frames import Buffer, ErrorFrame, RowsFrame, decode
 from experts import bank as bank_module
 from experts import self_test as self_test_module
-from tests.unit.experts.local_actor import LIMIT_S, Actor, frame_of, local_actor, rows_of
+from tests.unit.experts.local_actor import (
+    LIMIT_S,
+    Actor,
+    frame_of,
+    local_actor,
+    rows_of,
+    self_tests_ended,
+)
 
 COUNTED = 3
 STAYS_S = 0.1
@@ -27,9 +34,12 @@ Compute = Callable[..., memoryview | None]
 
 
 @pytest.fixture(autouse=True)
-def short_periods(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_periods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Test often; no actor tests itself on the device of the next test."""
     monkeypatch.setattr(self_test_module, "TEST_PERIOD_S", 0.005)
     monkeypatch.setattr(self_test_module, "SAMPLE_PERIOD_S", 0.0)
+    with self_tests_ended():
+        yield
 
 
 @pytest.fixture
