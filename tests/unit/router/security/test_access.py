@@ -107,9 +107,14 @@ def shared_gate() -> Gate:
     )
 )
 def test_no_header_whatever_lets_a_stranger_in(values: list[str]) -> None:
+    assert refusal_of(values) == refusal_of(["Bearer another"] if values else [])
+
+
+def refusal_of(values: list[str]) -> str:
+    """The words for a stranger who sends these values; they must hold nothing of the values."""
     with pytest.raises(UnauthenticatedError) as refused:
         shared_gate().admit(values)
-    assert not [value for value in values if len(value) > 8 and value in str(refused.value)]
+    return str(refused.value)
 
 
 def test_nothing_and_two_values_are_refused(gate: Gate) -> None:
