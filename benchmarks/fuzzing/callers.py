@@ -140,7 +140,7 @@ def metadata() -> Target:
         reached.append(caller)
         return inference_pb2.GetModelInfoReply()
 
-    door = Door(access(), {_METHOD: Method(Role.INFERENCE, answer)})
+    door = Door(access(), {_METHOD: Method(Role.INFERENCE, answer)}, 1 << 20)
 
     def run(data: bytes) -> None:
         given = list(_metadata_of(data))
@@ -173,9 +173,6 @@ async def _call(door: Door, given: Sequence[tuple[str, str | bytes]], context: _
 
     call: Any = SimpleNamespace(method=_METHOD, invocation_metadata=given)
     handler: Any = await door.intercept_service(no_method, call)
-    if handler.unary_unary is not None:
-        await handler.unary_unary(b"", context)
-        return
     with suppress(_AbortedError):
         await handler.stream_unary(None, context)
 
@@ -191,6 +188,9 @@ class _Context:
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.trailing: dict[str, Any] = {}
+
+    async def read(self) -> bytes:
+        return b""
 
     async def abort(
         self, code: grpc.StatusCode, details: str, trailing_metadata: Iterable[tuple[str, Any]]

@@ -20,14 +20,13 @@ from cluster.errors import (
     CancelledRequestError,
     ExpertMeshError,
     InvalidRequestError,
-    SlowBodyError,
     TooLargeError,
 )
 from router.gateway.browsers import BrowserRules
 from router.gateway.charges import Charges
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
-from router.gateway.limits import Bodies, Share
+from router.gateway.limits import Bodies, Share, arrival_timeout
 from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
@@ -40,8 +39,6 @@ OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready"})
 """What a load balancer asks without a key. Without one, readiness has no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
-BODY_TIMEOUT_S, BODY_BYTES_PER_S = 10.0, 64 << 10
-"""How long a body may take to come: this, and so much more as it would take at this rate."""
 T = TypeVar("T")
 
 
@@ -82,15 +79,8 @@ async def read_body(
     stated_bytes = int(length[:20]) if length.isdecimal() else max_bytes
     if stated_bytes > max_bytes:
         raise _too_large(max_bytes)
-    limit_s = BODY_TIMEOUT_S + stated_bytes / BODY_BYTES_PER_S
-    try:
-        async with asyncio.timeout(limit_s):
-            return await _read(request, max_bytes, share, consume)
-    except TimeoutError:
-        raise SlowBodyError(
-            f"the body did not come within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, and one more for "
-            f"each {BODY_BYTES_PER_S // 1024} KiB"
-        ) from None
+    async with arrival_timeout("body", stated_bytes):
+        return await _read(request, max_bytes, share, consume)
 
 
 async def _read(

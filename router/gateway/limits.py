@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import OverloadedError, SlowReaderError
+from cluster.errors import OverloadedError, SlowBodyError, SlowReaderError
 from router.config import BODIES_AT_ONCE, GatewayConfig
 
 RETRY_AFTER_S = 1.0
+BODY_TIMEOUT_S, BODY_BYTES_PER_S = 10.0, 64 << 10
+"""How long a body or a message may take to come: this, and so much more as it would take at this
+rate."""
 GRACE_S = 0.5
 """How long past a request's deadline its router is waited for."""
+
+
+@asynccontextmanager
+async def arrival_timeout(what: str, num_bytes: int) -> AsyncIterator[None]:
+    """Raise :class:`SlowBodyError` where a body of so many bytes does not come in time."""
+    limit_s = BODY_TIMEOUT_S + num_bytes / BODY_BYTES_PER_S
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise SlowBodyError(
+            f"the {what} did not come within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, and one more "
+            f"for each {BODY_BYTES_PER_S // 1024} KiB"
+        ) from None
 
 
 class SlowReaderWatch:

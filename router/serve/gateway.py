@@ -53,8 +53,6 @@ from router.served import Served, ServedMixture, ServedModel
 
 ENDED_S = 2.0
 """How long clients of a deleted application may read how their requests ended."""
-MESSAGE_ROOM = 4
-"""Messages of up to this many ``gateway.max_body_bytes`` are read, so that a limit is named."""
 
 
 class GatewayReplica:
@@ -162,7 +160,7 @@ class GatewayReplica:
             Surface(methods.for_clients(), (*SERVICES, HEALTH_SERVICE.full_name)),
             Surface(methods.for_operators(), (ADMIN_SERVICE.full_name,)),
             self._access,
-            MESSAGE_ROOM * limits.max_body_bytes,
+            limits.max_body_bytes,
             self._certificates,
         )
 

@@ -420,7 +420,7 @@ def serve_grpc(servicer: HasMethods, port: int = 0) -> Iterator[str]:
 
     async def start() -> tuple[grpc.aio.Server, int]:
         methods = servicer.methods.for_clients() | servicer.methods.for_operators()
-        server = grpc.aio.server(interceptors=[Door(servicer.access, methods)])
+        server = grpc.aio.server(interceptors=[Door(servicer.access, methods, 16 << 20)])
         bound = port or free_ports(1)[0]
         for number in (bound, bound + 1):
             server.add_insecure_port(f"127.0.0.1:{number}")

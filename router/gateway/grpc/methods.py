@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from cluster.errors import ExpertMeshError, OverloadedError
+from cluster.errors import ExpertMeshError, InvalidRequestError, OverloadedError
 from cluster.spec import EXACT_KEY
 from router.gateway.errors import public_error
 from router.gateway.grpc.handlers import (
@@ -30,6 +30,7 @@ from router.gateway.grpc.handlers import (
     GrpcHandlers,
     parse_health_check,
 )
+from router.gateway.limits import arrival_timeout
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE, PredictionHandlers
 from router.protos.errors import DETAILS_KEY, grpc_error
 from router.security.keys import Caller, Role
@@ -65,13 +66,17 @@ class Method:
     is_open: bool = False
     charge: Callable[[Caller], None] | None = None
 
-    def handler(self, caller: Caller | None) -> grpc.RpcMethodHandler:
-        """Return what answers one call of ``caller``."""
+    def handler(self, caller: Caller | None, max_body_bytes: int) -> grpc.RpcMethodHandler:
+        """Return what answers one call of ``caller``.
+
+        For grpcio its request is a stream, so that the message is read here. It has as long to come
+        as ``max_body_bytes`` may take.
+        """
         if self.is_stream:
-            write = partial(_write_answers, self.answer, caller)
-            return grpc.unary_stream_rpc_method_handler(write, None, _serialize)
-        answer = partial(_answer, self.answer, caller)
-        return grpc.unary_unary_rpc_method_handler(answer, None, _serialize)
+            write = partial(_write_answers, self.answer, caller, max_body_bytes)
+            return grpc.stream_stream_rpc_method_handler(write, None, _serialize)
+        answer = partial(_answer, self.answer, caller, max_body_bytes)
+        return grpc.stream_unary_rpc_method_handler(answer, None, _serialize)
 
 
 class GrpcMethods:
@@ -184,23 +189,35 @@ def _without_caller(handler: Callable[[bytes], Awaitable[Any]]) -> Unary:
     return answer
 
 
-async def _answer(method: Any, caller: Caller | None, request: bytes, context: Context) -> Any:
+async def _answer(
+    method: Any, caller: Caller | None, max_body_bytes: int, requests: Any, context: Context
+) -> Any:
     try:
-        return await method(request, caller, context)
+        return await method(await _read(context, max_body_bytes), caller, context)
     except Exception as error:
         await abort(error, context)
 
 
 async def _write_answers(
-    method: Any, caller: Caller | None, request: bytes, context: Context
+    method: Any, caller: Caller | None, max_body_bytes: int, requests: Any, context: Context
 ) -> None:
     # Writes the messages itself, to notice a client that leaves while a message is sent.
     try:
+        request = await _read(context, max_body_bytes)
         async with aclosing(method(request, caller, context)) as replies:
             async for reply in replies:
                 await context.write(reply)
     except Exception as error:
         await abort(error, context)
+
+
+async def _read(context: Context, max_body_bytes: int) -> bytes:
+    # Its length is not known before it is there, so the time of the longest counts.
+    async with arrival_timeout("message", max_body_bytes):
+        message = await context.read()
+    if message is grpc.aio.EOF:
+        raise InvalidRequestError("the call has no message")
+    return bytes(message)
 
 
 async def abort(error: Exception, context: Context) -> None:

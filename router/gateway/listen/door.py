@@ -23,9 +23,12 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandl
 class Door(grpc.aio.ServerInterceptor):
     """Answers calls of ``methods``, by their paths, that ``access`` admits."""
 
-    def __init__(self, access: Access, methods: Mapping[str, Method]) -> None:
-        """Other calls are passed on, to be answered as calls of no method."""
-        self._access, self._methods = access, methods
+    def __init__(self, access: Access, methods: Mapping[str, Method], max_body_bytes: int) -> None:
+        """Other calls are passed on, to be answered as calls of no method.
+
+        A message has as long to come as ``max_body_bytes`` may take.
+        """
+        self._access, self._methods, self._max_body_bytes = access, methods, max_body_bytes
         self.num_calls = 0
         """How many calls grpcio has taken."""
 
@@ -41,7 +44,7 @@ class Door(grpc.aio.ServerInterceptor):
             caller = await self._caller(method, handler_call_details.invocation_metadata)
         except ExpertMeshError as error:
             return _refusal(error)
-        return method.handler(caller)
+        return method.handler(caller, self._max_body_bytes)
 
     async def _caller(self, method: Method, metadata: Any) -> Caller | None:
         values = [value for key, value in metadata or () if key == FIELD]

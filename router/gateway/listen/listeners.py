@@ -21,6 +21,8 @@ from router.security.access import Access
 from router.security.certificates import Certificates
 
 SECTION = "gateway.listen"
+MESSAGE_ROOM = 4
+"""Messages of up to this many ``gateway.max_body_bytes`` are read, so that a limit is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Listeners:
         clients: Surface,
         operators: Surface,
         access: Access,
-        max_message_bytes: int,
+        max_body_bytes: int,
         certificates: Certificates | None,
     ) -> None:
         """Open nothing yet. gRPC describes its services where everybody may use them."""
@@ -50,10 +52,10 @@ class Listeners:
         self._http: list[HttpListener] = []
         self._clients, self._operators = (
             GrpcListener(
-                Door(access, one.methods),
+                Door(access, one.methods, max_body_bytes),
                 one.services if access.is_open else (),
                 listen,
-                max_message_bytes,
+                MESSAGE_ROOM * max_body_bytes,
                 certificates,
             )
             for one in (clients, operators)

@@ -45,7 +45,7 @@ def address(pair: Pair) -> Iterator[str]:
             (servicer.methods.for_clients(), port),
             (servicer.methods.for_operators(), port + 1),
         ):
-            door = Door(servicer.access, methods)
+            door = Door(servicer.access, methods, MAX_MESSAGE_BYTES)
             servers.append(GrpcListener(door, (), ListenConfig(), MAX_MESSAGE_BYTES, certificates))
             await servers[-1].start(HOST, on, "")
         return port, servers

@@ -31,6 +31,7 @@ from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import admin_pb2, inference_pb2
 from router.security.keys import ANYBODY
 from tests.cluster_fixture import wait_until
+from tests.unit import virtual_time
 from tests.unit.gateway_fakes import (
     CONTEXT,
     STATUS,
@@ -42,7 +43,7 @@ from tests.unit.gateway_fakes import (
     vocab_size,
 )
 
-CORRUPT = b"\xff\xff\xff"
+CORRUPT, MAX_BYTES = b"\xff\xff\xff", 4 << 20
 INFERENCE = "/expertmesh.v1.Inference"
 UNARY = [
     "Generate",
@@ -66,13 +67,18 @@ class AbortError(Exception):
 
 
 class FakeContext:
-    """Keeps what a method sets on its call, and writes."""
+    """Gives a method its message, after ``late_s``; keeps what it sets on its call, and writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: Any = grpc.aio.EOF, late_s: float = 0.0) -> None:
+        self._message, self._late_s = message, late_s
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.trailing: dict[str, bytes] = {}
         self.written: list[Any] = []
+
+    async def read(self) -> Any:
+        await asyncio.sleep(self._late_s)
+        return self._message
 
     async def write(self, message: Any) -> None:
         self.written.append(message)
@@ -89,23 +95,23 @@ def handler(servicer: Servicer, name: str) -> Any:
     """Return what answers a call of a method by its name."""
     methods = servicer.methods.for_clients() | servicer.methods.for_operators()
     [method] = [one for path, one in methods.items() if path.endswith(f"/{name}")]
-    return method.handler(ANYBODY)
+    return method.handler(ANYBODY, MAX_BYTES)
 
 
 def call(
     upstream: FakeUpstream, name: str, request: Any, limits: GatewayConfig | None = None
 ) -> tuple[list[Any], FakeContext]:
     """Call a method; returns its messages and the context."""
-    context = FakeContext()
     data = request if isinstance(request, bytes) else request.SerializeToString()
+    context = FakeContext(data)
 
     async def run() -> list[Any]:
         answers = handler(Servicer(upstream, limits), name)
         with suppress(AbortError):
             if name in STREAMS:
-                await answers.unary_stream(data, context)
+                await answers.stream_stream(None, context)
             else:
-                await context.write(await answers.unary_unary(data, context))
+                await context.write(await answers.stream_unary(None, context))
         return context.written
 
     async def bounded() -> list[Any]:
@@ -336,12 +342,37 @@ def test_a_message_has_a_limit(method: str) -> None:
         assert len(upstream.requests) == (code is None)
 
 
+@pytest.mark.parametrize("late_s", [73.9, 74.1])
+@pytest.mark.parametrize("name", ["Generate", "GenerateStream", "Scale"])
+def test_a_message_has_the_time_of_the_longest_to_come(name: str, late_s: float) -> None:
+    """10 s and 64 s for 4 MiB."""
+    message = request().SerializeToString() if name != "Scale" else b""
+    context = FakeContext(message, late_s)
+    answers = handler(Servicer(FakeUpstream(says(" was"))), name)
+    with suppress(AbortError):
+        virtual_time.run((answers.stream_unary or answers.stream_stream)(None, context))
+    is_late = late_s > 74
+    assert ("did not come within 74 s" in context.details) == is_late
+    assert (context.code is None) != is_late
+
+
+def test_a_call_without_a_message_is_refused() -> None:
+    context = FakeContext()
+    with pytest.raises(AbortError):
+        asyncio.run(
+            handler(Servicer(FakeUpstream(says(""))), "Generate").stream_unary(None, context)
+        )
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no message" in context.details
+
+
 def test_cancelling_a_call_ends_it_upstream() -> None:
     upstream = FakeUpstream(says(" was", finish_reason=None), endless=True)
 
     async def run() -> None:
-        generate = handler(Servicer(upstream), "Generate").unary_unary
-        task = asyncio.create_task(generate(request().SerializeToString(), FakeContext()))
+        generate = handler(Servicer(upstream), "Generate").stream_unary
+        context = FakeContext(request().SerializeToString())
+        task = asyncio.create_task(generate(None, context))
         while not upstream.requests:
             await asyncio.sleep(0)
         task.cancel()
@@ -356,15 +387,15 @@ def test_cancelling_a_stream_ends_it_upstream_while_a_message_is_written() -> No
     upstream = FakeUpstream(says(" was", finish_reason=None), endless=True)
 
     async def run() -> None:
-        context, writes = FakeContext(), asyncio.Event()
+        context, writes = FakeContext(request().SerializeToString()), asyncio.Event()
 
         async def never_written(message: Any) -> None:
             writes.set()
             await asyncio.Event().wait()
 
         context.write = never_written  # type: ignore[method-assign]
-        stream = handler(Servicer(upstream), "GenerateStream").unary_stream
-        task = asyncio.create_task(stream(request().SerializeToString(), context))
+        stream = handler(Servicer(upstream), "GenerateStream").stream_stream
+        task = asyncio.create_task(stream(None, context))
         await writes.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

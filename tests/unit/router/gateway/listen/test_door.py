@@ -76,7 +76,7 @@ async def served() -> AsyncIterator[tuple[OneKey, grpc.aio.Channel, list[Answere
         "/s/Any": Method(None, unary),
         "/s/Open": Method(None, unary, is_open=True),
     }
-    server = grpc.aio.server(interceptors=[Door(access, methods)], options=OPTIONS)
+    server = grpc.aio.server(interceptors=[Door(access, methods, 16 << 20)], options=OPTIONS)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -31,6 +31,7 @@ from benchmarks.shipped import free_ports
 from cluster.errors import ConfigError, ExpertMeshError
 from router.client import ClientTls, Sampling, UnreachableError, session
 from router.client.aio import AsyncClient
+from router.gateway import limits
 from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
 from router.gateway.grpc.methods import Method
 from router.gateway.listen.door import Door
@@ -47,7 +48,7 @@ from router.security.keys_file import add_key
 from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, everybody, says
 
-HOST, LIMIT_S, MAX_MESSAGE_BYTES, MIB = "127.0.0.1", 60.0, 10_000_000, 1 << 20
+HOST, LIMIT_S, MAX_BODY_BYTES, MIB = "127.0.0.1", 60.0, 4 << 20, 1 << 20
 PORTS = ("http_port", "grpc_port", "admin_port", "health_port")
 SAMPLING = Sampling(max_tokens=4, temperature=0.0)
 
@@ -77,7 +78,7 @@ class Gateway:
         name: str = "one",
         upstream: FakeUpstream | None = None,
         access: Access | None = None,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self.app = Named(name)
         self.upstream = upstream or FakeUpstream(says(f" {name}"))
@@ -88,7 +89,7 @@ class Gateway:
             Surface(servicer.methods.for_clients(), SERVICES),
             Surface(servicer.methods.for_operators(), (ADMIN_SERVICE.full_name,)),
             servicer.access,
-            max_message_bytes,
+            max_body_bytes,
             None if listen.tls is None else Certificates(listen.tls.files()),
         )
 
@@ -573,7 +574,7 @@ def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
             with pytest.raises(ExpertMeshError, match="over the limit of 4194304 bytes"):
                 await client.generate("x" * 5_000_000, SAMPLING, model="tiny")
             with pytest.raises(ExpertMeshError, match="larger than max"):
-                await client.generate("x" * 11_000_000, SAMPLING, model="tiny")
+                await client.generate("x" * 17_000_000, SAMPLING, model="tiny")
 
     run(work)
 
@@ -608,6 +609,43 @@ def test_a_grpc_connection_beyond_the_limit_is_refused_until_another_one_ends() 
     run(work)
 
 
+def test_a_message_that_does_not_come_ends_its_call_and_not_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call whose message stays away (HTTP/2 by hand), and then one that has a message."""
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(limits, "BODY_BYTES_PER_S", 1 << 40)
+    head = b"\x83\x86" + b"".join(  # POST, http
+        b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+        for name, value in (
+            (b":path", b"/grpc.health.v1.Health/Check"),
+            (b":authority", b"here"),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+
+    def call(stream: int, data: bytes) -> bytes:
+        length = len(head).to_bytes(3, "big")
+        frames = length + b"\1\4" + stream.to_bytes(4, "big") + head
+        if data:
+            frames += len(data).to_bytes(3, "big") + b"\0\1" + stream.to_bytes(4, "big") + data
+        return frames
+
+    async def work() -> None:
+        listen = own_ports()
+        async with opened(Gateway(listen)):
+            reader, writer = await asyncio.open_connection(HOST, listen.grpc_port)
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            writer.write(call(1, b""))
+            await reader.readuntil(b"the message did not come within")
+            writer.write(call(3, b"\0\0\0\0\0"))
+            await reader.readuntil(b"\0\0\0\0\2\x08\1")  # SERVING
+            writer.close()
+
+    run(work)
+
+
 LARGE, PIECE = b"large", BytesValue(value=bytes(64 << 10))
 
 
@@ -629,8 +667,9 @@ def test_a_stream_that_nobody_reads_holds_up_none_of_its_connection() -> None:
                 is_written.set()
 
         [port] = free_ports(1)
-        door = Door(everybody(), {"/s/Stream": Method(None, write, is_stream=True)})
-        listener = GrpcListener(door, (), ListenConfig(), MAX_MESSAGE_BYTES, None)
+        methods = {"/s/Stream": Method(None, write, is_stream=True)}
+        door = Door(everybody(), methods, MAX_BODY_BYTES)
+        listener = GrpcListener(door, (), ListenConfig(), MAX_BODY_BYTES, None)
         await listener.start(HOST, port, "")
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
             stream = channel.unary_stream("/s/Stream")
@@ -689,7 +728,7 @@ def test_what_strangers_send_takes_no_memory(access: Access) -> None:
     async def work() -> None:
         listen = own_ports()
         crowd = Crowd(access, 24)
-        async with opened(Gateway(listen, access=crowd, max_message_bytes=16 * MIB)):
+        async with opened(Gateway(listen, access=crowd, max_body_bytes=4 * MIB)):
             before = memory_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
             stranger = await asyncio.create_subprocess_exec(
