@@ -88,7 +88,7 @@ async def read_body(
             return await _read(request, max_bytes, share, consume)
     except TimeoutError:
         raise SlowBodyError(
-            f"the body did not come within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, and one more for "
+            f"the body did not arrive within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, plus one for "
             f"each {BODY_BYTES_PER_S // 1024} KiB"
         ) from None
 
@@ -135,7 +135,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise CancelledRequestError("the client left")
+            raise CancelledRequestError("the client disconnected")
         return task.result()
     finally:
         task.cancel()
@@ -169,7 +169,7 @@ class SseResponse(Response):
         try:
             await until_disconnect(receive, self._send(send))
         except CancelledRequestError:
-            logger.debug("a client left in the middle of a stream")
+            logger.debug("a client disconnected in the middle of a stream")
         finally:
             await self._events.aclose()
             await self._source.aclose()

@@ -535,7 +535,7 @@ def test_watches_are_bounded_and_an_ended_one_makes_room(
     with pytest.raises(grpc.RpcError) as refused:
         next(health.Watch(asked, timeout=30))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused.value.details() == "2 calls watch already"
+    assert refused.value.details() == "this gateway already has 2 open watches; use Health/Check"
     assert health.Check(asked, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
     first.cancel()
 

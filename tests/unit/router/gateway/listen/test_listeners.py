@@ -371,7 +371,7 @@ def test_another_application_is_refused_by_name_and_keeps_no_port(key: str) -> N
             with pytest.raises(ConfigError) as refused:
                 await second.listeners.open("app two")
             assert refused.value.field == f"gateway.listen.{key}"
-            words = f"port {listen.ports()[key]} of {HOST} is used by the application app one,"
+            words = f"port {listen.ports()[key]} of {HOST} is used by application app one;"
             assert words in str(refused.value)
             assert "\n" not in str(refused.value)
             check_free(other, apart_from=key)
@@ -419,7 +419,8 @@ def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shar
                 await Gateway(listen).listeners.open("app")
             check_free(listen, apart_from=key)
         port = listen.ports()[key]
-        assert str(refused.value) == f"gateway.listen.{key}: given {port}: it is taken by {named}"
+        told = f"gateway.listen.{key}: cannot use {port}: it is taken by {named}"
+        assert str(refused.value) == told
         async with opened(Gateway(listen)):
             assert await generated(listen.grpc_port) == " one"
 
@@ -429,8 +430,8 @@ def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shar
 @pytest.mark.parametrize(
     ("others", "field", "words"),
     [
-        ({"host": "192.0.2.7"}, "http_port", "192.0.2.7 is no address of this machine"),
-        ({"admin_host": "2001:db8::7"}, "admin_port", "2001:db8::7 is no address of this machine"),
+        ({"host": "192.0.2.7"}, "http_port", "192.0.2.7 is not an address of this machine"),
+        ({"admin_host": "2001:db8::7"}, "admin_port", "2001:db8::7 is not an address of this"),
         ({"host": "no-such-name.invalid"}, "host", "no-such-name.invalid has no address"),
         ({"admin_host": "no-such-name.invalid"}, "admin_host", "no-such-name.invalid has no"),
     ],
