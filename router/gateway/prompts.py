@@ -141,7 +141,7 @@ def _message(message: Message, where: str) -> dict[str, Any]:
         if message.tool_calls is not None:
             found["tool_calls"] = template_calls(message.tool_calls)
         elif content is None:
-            raise InvalidRequestError("is optional only with tool_calls", f"{where}.content")
+            raise InvalidRequestError("is missing; needed without tool_calls", f"{where}.content")
         if message.reasoning_content is not None:
             found["reasoning_content"] = message.reasoning_content
     if isinstance(message, ToolMessage):

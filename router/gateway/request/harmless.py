@@ -75,4 +75,4 @@ def check_harmless(name: str, value: object, known: Values, served: Collection[s
     # By type too: to Python, 0 is false and 1 is true.
     if harmless is not None and (type(value), value) not in [(type(one), one) for one in harmless]:
         only = " or ".join(map(json.dumps, (*harmless, None)))
-        raise InvalidRequestError(f"{shown(value)} is not supported; use {only}", name)
+        raise InvalidRequestError(f"{shown(value)} is not supported; only {only} is", name)
