@@ -122,8 +122,8 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> JSONResponse:
         raise InvalidRequestError(
-            "no embeddings are served: these models are trained to continue text, and their "
-            "hidden states are no measure of likeness"
+            "embeddings are not served: these models continue text, and their hidden states do "
+            "not measure similarity"
         )
 
 

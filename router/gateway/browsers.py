@@ -41,13 +41,12 @@ class BrowserRules:
         host = headers.get("host", "")
         name = _host_name(host)
         if self.is_local and host and not (_is_own(name) or name in self.hosts):
-            allowed = ", ".join(["localhost", "an address", *self.hosts])
-            raise ForbiddenError(f"given {shown(host)}, allowed are {allowed}", "host")
+            allowed = ", ".join(["localhost", "an IP address", *self.hosts])
+            raise ForbiddenError(f"must be one of {allowed}; got {shown(host)}", "host")
         origin = headers.get("origin")
         if origin is not None and origin not in self.origins and _authority(origin) != host.lower():
             raise ForbiddenError(
-                f"given {shown(origin)}, allowed are the gateway's own and those of "
-                "gateway.origins",
+                f"must be the gateway's own or one of gateway.origins; got {shown(origin)}",
                 "origin",
             )
         if method == "POST":
@@ -57,9 +56,9 @@ class BrowserRules:
 def _check_type(path: str, given: str) -> None:
     media_type = given.partition(";")[0].strip().lower()
     if path.startswith("/v1/") and media_type != JSON:
-        raise MediaTypeError(f"given {shown(given)}, must be {JSON}", "content-type")
+        raise MediaTypeError(f"must be {JSON}; got {shown(given)}", "content-type")
     if media_type in OF_FORMS:
-        raise MediaTypeError(f"given {shown(given)}, must not be that of a form", "content-type")
+        raise MediaTypeError(f"must not be a form's type; got {shown(given)}", "content-type")
 
 
 def _host_name(host: str) -> str:
@@ -67,7 +66,7 @@ def _host_name(host: str) -> str:
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
-        raise InvalidRequestError(f"{shown(host)} is no host", "host") from None
+        raise InvalidRequestError(f"{shown(host)} is not a host", "host") from None
 
 
 def _authority(origin: str) -> str | None:

@@ -63,7 +63,7 @@ def check_chat(asked: ChatRequest | TokenizeRequest, model: GatewayModel) -> Che
     template = model.tokenizer.template
     if asked.tools:
         if not template.shows_tools:
-            raise InvalidRequestError("this model's chat template shows no tools", "tools")
+            raise InvalidRequestError("this model's chat template does not support tools", "tools")
         format_ = model.tokenizer.chat_format
         if not format_.calls and format_.response_template is None:
             raise InvalidRequestError(f"{model.info.id}: {format_.reason}", "tools")
@@ -82,21 +82,21 @@ def check_chat(asked: ChatRequest | TokenizeRequest, model: GatewayModel) -> Che
 def _check_constrained(use: ToolUse, asked: ChatRequest, model: GatewayModel) -> None:
     if asked.structured_outputs is not None:
         raise InvalidRequestError(
-            "cannot be given together with tools; response_format can", "structured_outputs"
+            "cannot be given together with tools; use response_format", "structured_outputs"
         )
     if not (use.is_constrained or asked.response_format is not None):
         return
     where = "tool_choice" if use.is_required else "tools"
     if not model.tokenizer.chat_format.calls:
         raise InvalidRequestError(
-            "asks for a grammar of calls, which is not known for this model's response template; "
-            "only tool_choice auto with tools that are not strict",
+            "needs a grammar for calls, which this model's response template does not provide; "
+            "use tool_choice auto with tools that are not strict",
             where,
         )
     if not model.info.eos_token_ids:
-        raise InvalidRequestError("this model has no token that ends an answer", where)
+        raise InvalidRequestError("this model has no end-of-text token", where)
     if asked.ignore_eos:
-        raise InvalidRequestError("must be false where a grammar makes sure of calls", "ignore_eos")
+        raise InvalidRequestError("must be false when a grammar enforces tool calls", "ignore_eos")
 
 
 def call_id(request_id: str, choice: int, index: int, is_short: bool) -> str:

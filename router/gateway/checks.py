@@ -9,7 +9,7 @@ from cluster.errors import InvalidRequestError, shown
 
 def wrong(value: object, allowed: str) -> str:
     """Return the message for a value that is not allowed."""
-    return f"given {shown(value)}, must be {allowed}"
+    return f"must be {allowed}; got {shown(value)}"
 
 
 def integer(value: object, field: str, low: int, high: int) -> int:
@@ -43,7 +43,7 @@ def boolean(value: object, field: str) -> bool:
 def text(value: object, field: str) -> str:
     """Return ``value`` if it is a text that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise InvalidRequestError(wrong(value, "a text"), field)
+        raise InvalidRequestError(wrong(value, "a string"), field)
     try:
         value.encode()
     except UnicodeEncodeError as error:

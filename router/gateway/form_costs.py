@@ -75,7 +75,7 @@ def schema_fault(schema: object) -> str:
             exact = Fraction(value) if isinstance(value, int) else Fraction(repr(value))
             multiples = _common_multiple(multiples, exact)
         if _digits_of(multiples) > MAX_MULTIPLE:
-            return f"multipleOf: the common multiple of all is over {MAX_MULTIPLE}"
+            return f"multipleOf: the least common multiple is over {MAX_MULTIPLE}"
         patterns = part.get("patternProperties")
         if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
             return f"patternProperties: has {len(patterns)} patterns; at most {MAX_PATTERNS}"
@@ -85,7 +85,7 @@ def schema_fault(schema: object) -> str:
                 return f"a pattern repeats a part more than {MAX_REPEATS} times"
         num_patterns += own_patterns(part)
     if meet_too_many(schema, num_patterns, MAX_TOGETHER):
-        return f"a text is to fit more than {MAX_TOGETHER} patterns together"
+        return f"a string must match more than {MAX_TOGETHER} patterns at once"
     return ""
 
 

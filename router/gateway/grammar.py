@@ -65,9 +65,9 @@ def check_grammar(asked: Generation, eos_token_ids: Sequence[int]) -> str:
         raise InvalidRequestError("cannot be given together with response_format", where)
     grammar = _of_structured_outputs(form) if form is not None else _of_response_format(format_)
     if grammar and not eos_token_ids:
-        raise InvalidRequestError("this model has no token that ends an answer", where)
+        raise InvalidRequestError("this model has no end-of-text token", where)
     if grammar and asked.ignore_eos:
-        raise InvalidRequestError("must be false where an answer has a form", "ignore_eos")
+        raise InvalidRequestError("must be false when the output is constrained", "ignore_eos")
     return grammar
 
 
@@ -163,7 +163,7 @@ def _of_grammar(text: str, where: str) -> str:
 
     _check_size(text, where)
     if "%json" in text:  # llguidance's own; its schemas would not be looked at
-        raise InvalidRequestError("%json is not supported; use the form json", where)
+        raise InvalidRequestError("%json is not supported; use the kind json", where)
     try:
         grammar = grammar_from("grammar", _OF_TREE.sub("", text))
     except (ValueError, RecursionError) as error:

@@ -125,7 +125,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise CancelledRequestError("the client left")
+            raise CancelledRequestError("the client disconnected")
         return task.result()
     finally:
         task.cancel()
@@ -159,7 +159,7 @@ class SseResponse(Response):
         try:
             await until_disconnect(receive, self._send(send))
         except CancelledRequestError:
-            logger.debug("a client left in the middle of a stream")
+            logger.debug("a client disconnected in the middle of a stream")
         finally:
             await self._events.aclose()
             await self._source.aclose()

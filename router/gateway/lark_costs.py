@@ -40,7 +40,7 @@ def lark_fault(text: str) -> str:
         if cost.repeats > MAX_REPEATS:
             return f"repeats a part more than {MAX_REPEATS} times"
         if cost.together >= MAX_TOGETHER:  # marks, of which there is one fewer than patterns
-            return f"a text is to fit more than {MAX_TOGETHER} patterns together"
+            return f"a string must match more than {MAX_TOGETHER} patterns at once"
     return ""
 
 

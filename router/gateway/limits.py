@@ -29,8 +29,8 @@ async def arrival_timeout(what: str, num_bytes: int) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise SlowBodyError(
-            f"the {what} did not come within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, and one more "
-            f"for each {BODY_BYTES_PER_S // 1024} KiB"
+            f"the {what} did not arrive within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, plus one for "
+            f"each {BODY_BYTES_PER_S // 1024} KiB"
         ) from None
 
 
@@ -83,7 +83,7 @@ class SlowReaderWatch:
         self._handed_at_s = None
         if self._ending is not None and error is None:
             raise SlowReaderError(
-                f"the answer was not read for {self._timeout_s:g} s, so it was ended"
+                f"the client read nothing for {self._timeout_s:g} s, so the stream was closed"
             )
 
     def _look(self) -> None:
@@ -166,7 +166,7 @@ class Bodies(Budget):
     """The bytes of requests' bodies. One key's may be as many as it leaves free for the others."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(limit, "bytes of bodies")
+        super().__init__(limit, "bytes of request bodies")
         self.by_name: Counter[str] = Counter()
 
     def share_of(self, name: str) -> Share:
@@ -181,13 +181,13 @@ class _BodiesOfName(Budget):
     """One name's part of the bytes."""
 
     def __init__(self, bodies: Bodies, limit: int, name: str) -> None:
-        super().__init__(limit, "bytes of bodies")
+        super().__init__(limit, "bytes of request bodies")
         self._bodies, self._name = bodies, name
 
     def _take(self, amount: int) -> None:
         bodies, own = self._bodies, self._bodies.by_name[self._name] + amount
         if self._name and own > self._limit - bodies.taken - amount:
-            raise _full("the bodies of this key take as many bytes as they leave free for others")
+            raise _full("this key's request bodies take as many bytes as they leave for others")
         bodies._take(amount)
         bodies.by_name[self._name] = own
 

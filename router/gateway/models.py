@@ -37,8 +37,8 @@ def load_tokenizer(model: ServedModel) -> Tokenizer:
     checkpoint = language_model(opened)
     if model.text_identity and text_identity(checkpoint) != model.text_identity:
         raise CheckpointError(
-            "has other files of the tokenizer, the chat template or generation_config.json than "
-            "the checkpoint that is served; deploy again",
+            "its tokenizer, chat template or generation_config.json differ from those of the "
+            "served checkpoint; deploy again",
             str(checkpoint.folder),
         )
     if checkpoint.remote is None:

@@ -58,7 +58,7 @@ def check_prompt(
         ids = tuple(model.tokenizer.encode(text, chat is None, where))
         if max(ids, default=0) >= model.info.vocab_size:  # the tokenizer is of another model
             raise InvalidRequestError(
-                f"its text has token {max(ids)}, but the model has {model.info.vocab_size} tokens",
+                f"tokenizes to id {max(ids)}, but the model has {model.info.vocab_size} tokens",
                 where,
             )
     else:
@@ -66,7 +66,7 @@ def check_prompt(
     if not ids:
         raise InvalidRequestError("is empty; at least one token is needed", where)
     if len(ids) + least_new > context:
-        room = " must leave room for a new one" if least_new else " is all that there is room for"
+        room = " must leave room for a new one" if least_new else " holds no more"
         raise InvalidRequestError(f"has {len(ids)} tokens; the context of {context}{room}", where)
     return Prompt(ids, given_text)
 
@@ -83,12 +83,12 @@ def check_length(text: str, where: str, model: GatewayModel) -> None:
 def check_ids(prompt: object, vocab_size: int, where: str) -> tuple[int, ...]:
     """Return token ids of a vocabulary; raises :class:`InvalidRequestError` for the first wrong."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
-        raise InvalidRequestError(checks.wrong(prompt, "a text or a list of token ids"), where)
+        raise InvalidRequestError(checks.wrong(prompt, "a string or a list of token ids"), where)
     if not _are_ids(prompt, vocab_size):
         for place, token_id in enumerate(prompt):
             path = f"{where}[{place}]"
             if isinstance(token_id, str):
-                raise InvalidRequestError("given a text, must be a token id", path)
+                raise InvalidRequestError("must be a token id; got a string", path)
             checks.integer(token_id, path, 0, vocab_size - 1)
     return tuple(prompt)
 
@@ -141,7 +141,7 @@ def _message(message: Message, where: str) -> dict[str, Any]:
         if message.tool_calls is not None:
             found["tool_calls"] = template_calls(message.tool_calls)
         elif content is None:
-            raise InvalidRequestError("is missing; only beside tool_calls", f"{where}.content")
+            raise InvalidRequestError("is missing; needed without tool_calls", f"{where}.content")
         if message.reasoning_content is not None:
             found["reasoning_content"] = message.reasoning_content
     if isinstance(message, ToolMessage):

@@ -194,8 +194,8 @@ class Account:
             bound = getattr(self.limits, limit)
             if bound is not None and num_tokens > bound:
                 message = (
-                    f"prompts and max_tokens, or rows, come to {num_tokens:,} tokens; at most "
-                    f"{bound:,}, the {limit} of this key"
+                    f"prompts and max_tokens, or rows, add up to {num_tokens:,} tokens; this "
+                    f"key's {limit} is {bound:,}"
                 )
                 return Refusal(limit, TooLargeError(message))
         return None
@@ -216,7 +216,7 @@ class Account:
         if not wait_s:
             return None
         bound = getattr(self.limits, limit)
-        message = f"too little is left of this key's {limit}, {bound:,}"
+        message = f"too little is left of this key's {limit}, {bound:,}; retry later"
         return Refusal(limit, OverloadedError(message, "", wait_s))
 
     def _has_room(self, num_tokens: int) -> bool:

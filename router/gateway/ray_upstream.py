@@ -122,7 +122,7 @@ class RayUpstream:
             async with asyncio.timeout(NODES_TIMEOUT_S):
                 nodes = await asyncio.to_thread(ray.nodes)
         except (RayError, RuntimeError, TimeoutError) as error:
-            logger.warning("Ray does not tell its nodes (%s)", type(error).__name__)
+            logger.warning("Ray did not list its nodes (%s)", type(error).__name__)
             return
         for node in nodes:
             if node["Alive"]:
@@ -167,7 +167,7 @@ class RayUpstream:
                     await asyncio.sleep(delay_s)
                 except (*ROUTER_LOST, OverloadedError) as error:
                     delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
-                    logger.warning("a router was lost (%s); sending again", type(error).__name__)
+                    logger.warning("a router was lost (%s); retrying", type(error).__name__)
                     is_lost |= not isinstance(error, OverloadedError)
                     await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)
                     deaths.note(error, receipts.progress())
@@ -194,7 +194,7 @@ class RayUpstream:
         self._num_streams += request.streamed
         reply = asyncio.create_task(put_reply(call, inbox))
         # GRACE_S past the deadline, so that the router's own error comes first.
-        late = DeadlineExceededError("the request's time ran out before its last token")
+        late = DeadlineExceededError("the request timed out before its last token")
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(request.remaining_s() + GRACE_S, inbox.expire, late)
         self._held[request.model] += num_choices
@@ -231,7 +231,7 @@ class RayUpstream:
         """
         held = self._held[model]
         if held and held + num_choices > self._max_held:
-            message = f"the routers are full: they hold {held} choices of at most {self._max_held}"
+            message = f"the routers are full: they hold {held} of at most {self._max_held} choices"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
 
     def _end_requests(self) -> None:

@@ -126,10 +126,10 @@ class RouterDeaths:
         self._broken_links += is_break
         self._num_tokens = num_tokens
         if was_alone:
-            message = "a router ended while it computed this request alone, and others before it"
+            message = "a router died while computing only this request; earlier routers died too"
             raise PoisonedRequestError(message)
         if self._times >= MOST_DEATHS:
-            message = f"{self._times} routers ended one after the other while they had this request"
+            message = f"{self._times} routers in a row died while they had this request"
             raise PoisonedRequestError(message)
 
 

@@ -62,7 +62,7 @@ def _check_rows(given: ExpertRows, shape: tuple[int, int], lengths: tuple[int, i
     num_bytes = math.prod(given.shape) * packed.itemsize
     if len(given.data) != num_bytes:
         raise InvalidRequestError(
-            f"has {len(given.data)} bytes; its shape has {num_bytes}", "routed_experts.data"
+            f"has {len(given.data)} bytes; its shape needs {num_bytes}", "routed_experts.data"
         )
     return np.frombuffer(given.data, packed).reshape(given.shape)
 
@@ -72,8 +72,8 @@ def _check_ids(rows: np.ndarray, where: str, num_experts: int) -> None:
     if (wrong := rows >= num_experts).any():
         token, layer, rank = np.argwhere(wrong)[0].tolist()
         raise InvalidRequestError(
-            f"expert {rows[token, layer, rank]} of token {token} in MoE layer {layer} is none of "
-            f"the model's {num_experts}",
+            f"expert {rows[token, layer, rank]} of token {token} in MoE layer {layer} does not "
+            f"exist; the model has {num_experts}",
             where,
         )
     ordered = np.sort(rows, axis=2)

@@ -151,7 +151,7 @@ class RouterLinks:
             self._num_failures += 1
             if self._num_failures == PATIENCE:
                 name = type(error).__name__
-                logger.warning("the routers cannot be asked for links (%s)", name)
+                logger.warning("could not ask the routers for links (%s)", name)
         finally:
             self._asking = None
         asyncio.get_running_loop().call_later(REFRESH_S, self._ask_again)
@@ -166,7 +166,7 @@ class RouterLinks:
             if address not in self._unreached:
                 self._unreached[address] = None
                 logger.warning(
-                    "no link to a router (%s, %s); Serve's calls carry its requests", address, error
+                    "no link to a router (%s, %s); its requests go through Serve", address, error
                 )
 
     def _leave_others(self, addresses: list[LinkAddress]) -> None:

@@ -304,7 +304,8 @@ class _Choices:
         _, _, stopped = choice.push(received.token_ids)
         if stopped:
             raise InvalidRequestError(
-                "the text has a stop string, so the choice is finished", f"resume[{index}].finished"
+                "must be true: the resumed text already contains a stop string",
+                f"resume[{index}].finished",
             )
         self._going[index] = choice
         if not received.is_begun:
@@ -313,7 +314,7 @@ class _Choices:
     def push(self, event: TokenEvent) -> Delta | None:
         """Return the delta of an event, or ``None`` when its choice is finished already."""
         if not 0 <= event.index < self._n:
-            raise InternalError("tokens came for a choice that the request does not have")
+            raise InternalError("received tokens for a choice that the request does not have")
         choice = self._going.get(event.index)
         if choice is None:
             return None

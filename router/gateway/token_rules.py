@@ -51,7 +51,7 @@ def _check_bad_words(words: Sequence[str], model: GatewayModel) -> tuple[tuple[i
         for text in (bare, f" {bare}"):
             ids = tuple(model.tokenizer.encode(text, add_special_tokens=False, where=path))
             if not ids or max(ids) >= model.info.vocab_size:
-                raise InvalidRequestError("has no tokens of the model", path)
+                raise InvalidRequestError("does not encode to tokens of this model", path)
             found[ids] = None
     return tuple(found)
 
@@ -62,4 +62,4 @@ def _check_room(rules: TokenRules, model: GatewayModel) -> None:
     if rules.min_tokens:
         forbidden |= {*rules.stop_token_ids, *model.info.eos_token_ids}
     if len(forbidden) >= model.info.vocab_size:
-        raise InvalidRequestError("leaves no token of the vocabulary", "bad_words")
+        raise InvalidRequestError("could forbid every token in the vocabulary", "bad_words")

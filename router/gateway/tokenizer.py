@@ -193,7 +193,7 @@ class Tokenizer:
             # A template refuses by raise_exception, with a text for the client.
             reason = f": {error}" if isinstance(error, TemplateError) else ""
             raise InvalidRequestError(
-                f"the model's chat template refuses the messages{reason}", "messages"
+                f"the model's chat template rejects the messages{reason}", "messages"
             ) from None
         return str(text)
 

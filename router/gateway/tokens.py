@@ -65,6 +65,6 @@ def detokenize(
     ids = check_ids(token_ids, model.info.vocab_size, where)
     if len(ids) > model.info.max_model_len:
         raise InvalidRequestError(
-            f"has {len(ids)} tokens; at most the context of {model.info.max_model_len}", where
+            f"has {len(ids)} tokens; the context holds {model.info.max_model_len}", where
         )
     return model.tokenizer.whole_text(ids)

@@ -106,7 +106,7 @@ class Validator:
             raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
         if model_id in self._mixtures:
             raise InvalidRequestError(
-                f"{model_id} is a mixture, which generates no text; ask for its predictions by "
+                f"{model_id} is a mixture, which generates no text; get its predictions with "
                 f"POST /v2/models/{model_id}/infer or inference.GRPCInferenceService/ModelInfer",
                 "model",
             )
@@ -192,8 +192,8 @@ class Validator:
         limit = max(self._limits.max_request_tokens, checked[0].model.info.max_model_len)
         if total > limit:
             raise InvalidRequestError(
-                "prompts and max_tokens of all choices, log probabilities and experts of tokens, "
-                f"come to {total} tokens; at most {limit}",
+                "prompts, max_tokens, log probabilities and experts of all choices add up to "
+                f"{total} tokens; at most {limit}",
                 where,
             )
 
@@ -239,8 +239,8 @@ def _check_max_tokens(
     max_tokens = checks.integer(asked.max_tokens, "max_tokens", least_new, context)
     if max_tokens > left:
         raise InvalidRequestError(
-            f"{max_tokens} and the prompt's {prompt_len} tokens are more than the context of "
-            f"{context}; at most {left} here",
+            f"{max_tokens} plus {prompt_len} prompt tokens exceeds the context of {context}; "
+            f"use at most {left}",
             "max_tokens",
         )
     return max_tokens
@@ -258,13 +258,13 @@ def _check_resume(
         return ()
     if len(resume) != sampling.n:
         raise InvalidRequestError(
-            f"has {len(resume)} choices, must have {sampling.n}, the number of choices",
+            f"has {len(resume)} choices; must have {sampling.n}, as the request has",
             "resume",
         )
     if asked.seed is None:
-        raise InvalidRequestError("is missing; give the seed that the request began with", "seed")
+        raise InvalidRequestError("is missing; to resume, send the original request's seed", "seed")
     if all(received.finished for received in resume):
-        raise InvalidRequestError("every choice is finished already", "resume")
+        raise InvalidRequestError("every choice is already finished", "resume")
     for index, received in enumerate(resume):
         where = f"resume[{index}].token_ids"
         ids = received.token_ids
@@ -284,8 +284,8 @@ def _check_resume(
         checks.integer(received.num_routed, where, 0, most)
         if received.is_begun and not received.identity:
             raise InvalidRequestError(
-                "is missing; only the model that made these tokens can continue them; give the "
-                "identity that came with the first",
+                "is missing; only the model that generated the tokens can resume them. Send the "
+                "choice's identity.",
                 f"resume[{index}].identity",
             )
     return tuple(resume)

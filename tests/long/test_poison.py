@@ -19,7 +19,7 @@ def test_a_request_that_ends_routers_or_actors_fails_alone(tmp_path: Path) -> No
     told = run("poison", str(tmp_path), limit_s=LIMIT_S)
     assert told["actor"]["code"] == told["router"]["code"] == "internal"
     assert "expert actors died 4 times at this request" in told["actor"]["error"]
-    assert "a router ended while it computed this request alone" in told["router"]["error"]
+    assert "a router died while computing only this request" in told["router"]["error"]
     for part in "actor", "router":
         assert told[part]["failed"] == []
         assert told[part]["wrong"] == 0

@@ -57,7 +57,7 @@ def test_tritons_grpc_client_works_unchanged(python: str) -> None:
         "experts": [[0, -1], [0, -1]],
         "some": ["label"],
         "flow": [[6 + 1 + 2 + 255 - 5, -(6 + 1 + 2 + 255 - 5)]],
-        "refusal": "StatusCode.INVALID_ARGUMENT inputs.pixels.shape: given [2, 3], must be "
-        "[-1, 4], where -1 is any length",
+        "refusal": "StatusCode.INVALID_ARGUMENT inputs.pixels.shape: must be [-1, 4], "
+        "where -1 is any length; got [2, 3]",
     }
     assert upstream.requests[1].on_expert_loss == "drop"

@@ -152,7 +152,11 @@ class GrpcMethods:
     ) -> AsyncGenerator[Any, None]:
         name = parse_health_check(request)
         if self._watches >= _MAX_WATCHES:
-            raise OverloadedError(f"{_MAX_WATCHES} calls watch already", "", _MAX_WATCH_S)
+            raise OverloadedError(
+                f"this gateway already has {_MAX_WATCHES} open watches; use Health/Check",
+                "",
+                _MAX_WATCH_S,
+            )
         self._watches += 1
         try:
             async with aclosing(self._changes_of_health(name)) as replies:

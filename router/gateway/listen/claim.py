@@ -91,8 +91,8 @@ async def claim(
                 await asyncio.sleep(RETRY_S)
     except TimeoutError:
         raise ConfigError(
-            f"{where}: a process that claims it does not answer within {CLAIM_TIMEOUT_S:g} s; "
-            "end it, or choose another port",
+            f"{where}: the process that holds it did not answer within {CLAIM_TIMEOUT_S:g} s; "
+            "end that process, or choose another port",
             key,
         ) from None
 
@@ -131,7 +131,7 @@ async def _shared(name: str, application: str, where: str, key: str) -> list[soc
             await loop.sock_connect(peer, name)
             if uid_of(peer) != os.getuid():
                 raise ConfigError(
-                    f"{where} is claimed by a process of another user; choose another port",
+                    f"{where} is held by another user's process; choose another port",
                     key,
                 )
             await loop.sock_sendall(peer, application.encode())
@@ -144,9 +144,9 @@ async def _shared(name: str, application: str, where: str, key: str) -> list[soc
     for one in shared:
         one.close()
     if not answer:
-        raise ConnectionResetError(f"{where}: its holder ended")
+        raise ConnectionResetError(f"{where}: the process that held it exited")
     raise ConfigError(
-        f"{where} is used by the application {answer[1:].decode()}, and this is {application}; "
+        f"{where} is used by application {answer[1:].decode()}; this one is {application}; "
         "each application needs its own ports",
         key,
     )

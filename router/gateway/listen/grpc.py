@@ -84,7 +84,7 @@ class GrpcListener:
             else:
                 self._server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:
-            raise ConfigError(f"given {port}: gRPC cannot listen on it ({error})", where) from None
+            raise ConfigError(f"gRPC cannot listen on port {port} ({error})", where) from None
         await self._server.start()
         self._descriptors = listening_on(port) - others
 

@@ -104,7 +104,7 @@ class HttpListener:
             except BlockingIOError:  # another gateway was quicker
                 continue
             except OSError as error:  # no descriptors are left, or the client has gone
-                logger.warning("HTTP: a connection cannot be accepted: %s", error)
+                logger.warning("HTTP: could not accept a connection: %s", error)
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
             if not self._connections.enter(str(address[0])):
@@ -122,7 +122,7 @@ class HttpListener:
         if now_s - self._logged_at_s >= LOG_PERIOD_S:
             self._logged_at_s = now_s
             most = self._limits.max_connections_per_address
-            logger.warning("HTTP: %s has %d connections, one more was refused", address, most)
+            logger.warning("HTTP: %s already has %d connections; refused one more", address, most)
 
     async def _connect(self, accepted: socket.socket, address: str) -> None:
         leave = partial(self._connections.leave, address)

@@ -125,7 +125,7 @@ class Protocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self._refusal or Refusal(400, "this is no HTTP/1.1 request"))
+        self._refuse(self._refusal or Refusal(400, "this is not an HTTP/1.1 request"))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -169,7 +169,7 @@ class Protocol(HttpToolsProtocol):
     def _watch_head(self) -> None:
         self._head_bytes = 0
         timeout_s = self._limits.head_timeout_s
-        late = Refusal(408, f"no whole request head came within {timeout_s:g} s")
+        late = Refusal(408, f"no complete request head arrived within {timeout_s:g} s")
         self._head_timer = self.loop.call_later(timeout_s, self._refuse, late)
 
     def _end_of_head(self) -> None:

@@ -36,7 +36,7 @@ def open_socket(host: str, port: int, where: str, *, listens: bool) -> socket.so
     try:
         return _opened(host, port, listens)
     except OSError as error:
-        raise ConfigError(f"given {port}: {_reason(host, port, error)}", where) from None
+        raise ConfigError(f"cannot use {port}: {_reason(host, port, error)}", where) from None
 
 
 def why_taken(host: str, port: int) -> str | None:
@@ -100,5 +100,5 @@ def _reason(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "this user may not open it"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is no address of this machine"
+        return f"{host} is not an address of this machine"
     return f"it cannot be opened on {host} ({error.strerror})"

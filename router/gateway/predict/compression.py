@@ -22,7 +22,7 @@ class Inflater:
         """Raises :class:`InvalidRequestError` for an encoding that is not known."""
         if encoding not in _WINDOWS:
             raise InvalidRequestError(
-                f"given {shown(encoding)}, must be {', '.join(_WINDOWS)} or identity", FIELD
+                f"must be {', '.join(_WINDOWS)} or identity; got {shown(encoding)}", FIELD
             )
         self._encoding = encoding
         self._limit_bytes = limit_bytes
@@ -50,7 +50,7 @@ class Inflater:
         after it."""
         if not self._stream.eof or self._stream.unused_data:
             raise InvalidRequestError(
-                f"the body is not one whole stream of {self._encoding}", FIELD
+                f"the body is not one complete {self._encoding} stream", FIELD
             )
 
 

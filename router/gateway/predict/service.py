@@ -118,7 +118,7 @@ class PredictionService:
             async with asyncio.timeout(checked.request.remaining_s() + GRACE_S):
                 reply = await self._upstream.predict(checked.request)
         except TimeoutError:
-            raise DeadlineExceededError("the request's time ran out before its last row") from None
+            raise DeadlineExceededError("the request timed out before its last row") from None
         _check_reply(checked, reply)
         return reply
 
@@ -137,7 +137,7 @@ def _check_reply(checked: CheckedPrediction, reply: PredictionReply) -> None:
         )
         if array.shape != shape or not is_right:
             logger.error(
-                "the router of %s answered with %s %s for the output %s, which is %s %s",
+                "the router of %s returned %s %s for the output %s, which should be %s %s",
                 checked.mixture.id, array.dtype, array.shape, output.name, output.datatype, shape,
             )  # fmt: skip
             raise InternalError("the router failed")

@@ -78,7 +78,8 @@ def json_list(array: np.ndarray, where: str) -> list[Any]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row, value = _first_not_finite(array)
         raise NotFiniteError(
-            f"row {row} has {value}, which JSON cannot write; ask for it with binary_data", where
+            f"row {row} has {value}, which JSON cannot represent; request it with binary_data",
+            where,
         )
     return array.ravel().tolist()
 
@@ -97,7 +98,7 @@ def _checked_shape(shape: Sequence[object], given: Input, where: str) -> tuple[i
         n not in (-1, axis) for n, axis in zip(allowed, axes, strict=True)
     ):
         raise InvalidRequestError(
-            f"given {list(axes)[:8]}, must be {list(allowed)}, where -1 is any length", where
+            f"must be {list(allowed)}, where -1 is any length; got {list(axes)[:8]}", where
         )
     if axes[0] > MAX_ROWS:
         raise InvalidRequestError(f"has {axes[0]} rows; at most {MAX_ROWS}", where)
@@ -108,7 +109,7 @@ def _array_of_list(data: list[Any], datatype: str, shape: tuple[int, ...]) -> np
     flat = _flattened(data, shape)
     count = math.prod(shape)
     if len(flat) != count:
-        raise ValueError(f"data has {len(flat)} values, must have {count} for its shape")
+        raise ValueError(f"data has {len(flat)} values; its shape needs {count}")
     types, allowed = _NUMBERS[datatype]
     if not types.issuperset(map(type, flat)):
         place = next(place for place, value in enumerate(flat) if type(value) not in types)
@@ -127,7 +128,7 @@ def _array_of_list(data: list[Any], datatype: str, shape: tuple[int, ...]) -> np
     low, high = min(flat), max(flat)
     if low < limits.min or high > limits.max:
         wrong = low if low < limits.min else high
-        raise ValueError(f"data has {shown(wrong)}, must be {allowed}")
+        raise ValueError(f"data has {shown(wrong)}; each value must be {allowed}")
     return np.array(flat, dtype).reshape(shape)
 
 
@@ -141,7 +142,7 @@ def _flattened(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
             if not isinstance(part, list) or len(part) != axis:
                 found = f"a list of {len(part)}" if isinstance(part, list) else shown(part)
                 raise ValueError(
-                    f"data has {found} on axis {depth}, must be a list of {axis} for its shape"
+                    f"data has {found} on axis {depth}; its shape needs a list of {axis}"
                 )
         level = list(chain.from_iterable(level))
     return level

@@ -112,7 +112,7 @@ class Predictions:
                     reply = joined(replies)
                     span.set_attribute("expertmesh.exact", reply.exact)
                     return reply
-                logger.warning("a redeploy divided the rows of a request; asking for all again")
+                logger.warning("a redeploy split the rows of a request; retrying all of them")
             raise ModelReplacedError
 
     async def _all(self, pieces: list[PredictionRequest], span: Span) -> list[PredictionReply]:
@@ -176,7 +176,7 @@ class Predictions:
                 raise error
             return delay_s
         if not isinstance(error, OverloadedError):
-            logger.warning("a router was lost (%s); sending again", type(error).__name__)
+            logger.warning("a router was lost (%s); retrying", type(error).__name__)
         return resend_delay_s(error, retries, is_accepted, remaining_s)
 
     async def _ask(self, piece: PredictionRequest, span: Span, by_serve: bool) -> PredictionReply:
@@ -185,7 +185,7 @@ class Predictions:
             raise being_deleted()
         model = piece.model
         if self._calls[model] >= self._max_calls:
-            message = f"the routers are full: they hold {self._max_calls} requests"
+            message = f"the routers are full: they already hold {self._max_calls} requests"
             raise OverloadedError(message, "queue", RETRY_AFTER_S)
         call = self._routers[model].call(piece.to_wire(), span, by_serve)
         answer = asyncio.create_task(_awaited(call))
@@ -230,7 +230,7 @@ def _reply(wire: Mapping[str, Any], piece: PredictionRequest) -> PredictionReply
     reply = PredictionReply.from_wire(wire["reply"])
     for name in piece.outputs:
         if name not in reply.outputs or len(reply.outputs[name]) != piece.num_rows:
-            logger.error("a router's reply has not the rows of output %s that were asked for", name)
+            logger.error("a router's reply lacks requested rows of output %s", name)
             raise InternalError("the router failed")
     return reply
 

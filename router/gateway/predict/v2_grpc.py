@@ -112,7 +112,7 @@ def _raw_request(request: Any) -> RawPrediction:
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidRequestError(
-            f"has {len(raws)} entries, must have one for each of the {len(request.inputs)} inputs",
+            f"has {len(raws)} entries; must have one for each of the {len(request.inputs)} inputs",
             "raw_input_contents",
         )
     inputs = []
@@ -142,7 +142,7 @@ def _contents(tensor: Any, where: str) -> list[Any]:
     for field, given in tensor.contents.ListFields():
         if field.name != CONTENTS.get(tensor.datatype):
             raise InvalidRequestError(
-                f"is not the field of {tensor.datatype!r:.20}, which is "
+                f"is not the field for {tensor.datatype!r:.20}, which is "
                 f"{CONTENTS.get(tensor.datatype, 'none')}",
                 f"{where}.contents.{field.name}",
             )

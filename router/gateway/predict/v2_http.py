@@ -164,7 +164,7 @@ def parse_infer(
         taken += size
     if taken != len(rest):
         raise InvalidRequestError(
-            f"{len(rest)} bytes follow the JSON, but binary_data_size of all inputs comes to "
+            f"{len(rest)} bytes follow the JSON, but the inputs' binary_data_size adds up to "
             f"{taken}",
             "inputs",
         )
@@ -204,7 +204,7 @@ def _input(tensor: Any, where: str, rest: memoryview, start: int) -> tuple[RawTe
     if size > len(rest) - start:
         raise InvalidRequestError(
             f"given {size}, but {len(rest) - start} bytes are left after the JSON, whose length "
-            f"{LENGTH_HEADER} has",
+            f"is in {LENGTH_HEADER}",
             field,
         )
     return RawTensor(name, given.get("datatype"), shape, rest[start : start + size]), size

@@ -106,7 +106,7 @@ class PredictionValidator:
             )
         if version not in ("", VERSION):
             raise UnknownModelError(
-                f"given {shown(version)}, but {model_id} has the version {VERSION} alone",
+                f"given {shown(version)}, but {model_id} has only version {VERSION}",
                 "model_version",
             )
 
@@ -120,7 +120,7 @@ class PredictionValidator:
         if model_id in self._mixtures:
             return self._mixtures[model_id]
         raise InvalidRequestError(
-            f"{model_id} is a language model, which has no tensors; ask it by "
+            f"{model_id} is a language model, which has no tensors; use "
             "POST /v1/completions, POST /v1/chat/completions or expertmesh.v1.Inference/Generate",
             "model",
         )
@@ -183,8 +183,8 @@ class PredictionValidator:
         limit = REPLY_ROOM * self._limits.max_body_bytes
         if len(rows) * row_bytes > limit:
             raise InvalidRequestError(
-                f"{len(rows)} rows have a reply of {len(rows) * row_bytes} bytes, at most {limit}; "
-                "ask for fewer rows or fewer outputs",
+                f"the reply for {len(rows)} rows has {len(rows) * row_bytes} bytes; at most "
+                f"{limit}. Request fewer rows or outputs.",
                 "outputs",
             )
 
@@ -221,7 +221,7 @@ def _check_names(names: Iterable[str], known: Collection[str], where: str) -> No
                 f"{shown(name)} is not one of the {where} {', '.join(known)}", where
             )
         if name in seen:
-            raise InvalidRequestError("is given twice", f"{where}.{name}")
+            raise InvalidRequestError("appears twice", f"{where}.{name}")
         seen.add(name)
 
 

@@ -36,7 +36,7 @@ _NO_TEXT = {
 }
 """By pydantic's types of errors. A text that is given instead may be a prompt's: it is not told."""
 _SHOULD = re.compile(r"^\w+ should (.*?)( after validation.*)?$")
-_KINDS: Mapping[type, str] = {str: "a text", list: "a list", dict: "a mapping"}
+_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "a mapping"}
 
 
 def either(*kinds: str) -> Discriminator:
@@ -135,8 +135,8 @@ def _refusal(error: ErrorDetails, body: Mapping[str, Any]) -> InvalidRequestErro
         return InvalidRequestError("is missing", where)
     if kind == "string_unicode":
         checks.text(given, where)
-    seen = "a text" if kind in _NO_TEXT and isinstance(given, str) else shown(given)
-    return InvalidRequestError(f"given {seen}, {told}", where)
+    seen = "a string" if kind in _NO_TEXT and isinstance(given, str) else shown(given)
+    return InvalidRequestError(f"{told}; got {seen}", where)
 
 
 def _path(

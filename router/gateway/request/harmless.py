@@ -69,12 +69,10 @@ _REPLACED = {
 def check_harmless(name: str, value: object, known: Values, served: Collection[str]) -> None:
     """Raise :class:`InvalidRequestError` for a field that is neither served nor harmless."""
     if name not in known:
-        told = f"removed in vLLM 0.12, {_REPLACED[name]}" if name in _REPLACED else "unknown field"
+        told = f"removed in vLLM 0.12; {_REPLACED[name]}" if name in _REPLACED else "unknown field"
         raise InvalidRequestError(f"{told}; allowed: {', '.join(sorted(served))}", name or "''")
     harmless = known[name]
     # By type too: to Python, 0 is false and 1 is true.
     if harmless is not None and (type(value), value) not in [(type(one), one) for one in harmless]:
         only = " or ".join(map(json.dumps, (*harmless, None)))
-        raise InvalidRequestError(
-            f"given {shown(value)}, which is not supported; only {only}", name
-        )
+        raise InvalidRequestError(f"{shown(value)} is not supported; only {only} is", name)

@@ -61,9 +61,9 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Long = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Short = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[
-    Annotated[Short, Tag("a text")]
+    Annotated[Short, Tag("a string")]
     | Annotated[list[Short], Field(max_length=16, fail_fast=True), Tag("a list")],
-    either("a text", "a list"),
+    either("a string", "a list"),
 ]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Prompt = Filled | Annotated[list[TokenId], Field(min_length=1)]

@@ -46,9 +46,9 @@ class Call(Nullable):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("a text")]
+    Annotated[Text, Tag("a string")]
     | Annotated[list[TextPart], Field(fail_fast=True), Tag("a list")],
-    either("a text", "a list"),
+    either("a string", "a list"),
 ]
 Calls = Annotated[list[Call], Field(min_length=1, max_length=128, fail_fast=True)]
 
@@ -145,7 +145,7 @@ class SomeTools(Part):
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("a text")]
+    Annotated[Literal["none", "auto", "required"], Tag("a string")]
     | Annotated[NamedTool | SomeTools, Field(discriminator="type"), Tag("a mapping")],
     either("none, auto, required", "a mapping"),
 ]

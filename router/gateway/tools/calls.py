@@ -155,7 +155,7 @@ def read_call(text: str, name: str = "") -> tuple[Any, str]:
     if isinstance(value, str):
         value, arguments = DECODER.decode(value), without_halves(value)
     if not isinstance(value, dict):
-        raise ValueError("has no object of arguments")
+        raise ValueError("has no arguments object")
     return name, arguments
 
 
@@ -165,7 +165,7 @@ def without_halves(text: str) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _some_integer(_: str) -> int:

@@ -81,7 +81,7 @@ def _tools(given: Sequence[parts.Tool]) -> tuple[Tool, ...]:
     for place, entry in enumerate(given):
         spec, where = entry.function, f"tools[{place}].function"
         if spec.name in found:
-            told = f"{spec.name} is the name of an earlier tool too"
+            told = f"{spec.name} is already the name of another tool"
             raise InvalidRequestError(told, f"{where}.name")
         check_schema(spec.parameters, f"{where}.parameters")
         kind = spec.parameters.get("type", "object")

@@ -179,7 +179,7 @@ def format_of(
     kind: CallKind = kinds[0] if kinds else ""
     reason = "" if kind else "its chat template writes no tool calls of a known format"
     if kind in ("qwen3_coder", "tool_call") and "<arg_key>" in template:
-        kind, reason = "", "its template writes calls with <arg_key>, which is not known here"
+        kind, reason = "", "its template writes calls with <arg_key>, which is not supported"
     thinks = kind != "harmony" and (THINK in template or THINK_ENDS in template)
     marks = (*(FAMILIES[kind].marks if kind else ()), *((THINK, THINK_ENDS) if thinks else ()))
     ids = {mark: token_id for mark, token_id in added_ids.items() if token_id not in eos_ids}

@@ -15,7 +15,7 @@ MAX_OPTIONS = 16
 MAX_OPTION_CHARS = 256
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 OPTION_FIELDS = ("chat_template_kwargs", "reasoning_effort")
-_UNREAD = "is allowed only where the model's chat template reads it"
+_UNREAD = "is allowed only if the model's chat template reads it"
 _RESERVED = frozenset(
     {
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -101,7 +101,7 @@ class ChatTemplate:
         if not places:
             return self._render(ready, is_opened, tools, options or {})
         if self._shape is None:
-            reason = "this model's chat template shows no tool calls and results"
+            reason = "this model's chat template does not support tool calls and results"
             raise InvalidRequestError(reason, f"messages[{places[0]}]")
         names = names_of_calls(ready)
         if len(names) > MAX_NAMES:
@@ -110,7 +110,7 @@ class ChatTemplate:
         text = self._render(self._shape(ready), is_opened, tools, options or {})
         for name, where in names.items():
             if name not in text:
-                raise InvalidRequestError("this model's chat template leaves it out", where)
+                raise InvalidRequestError("is dropped by this model's chat template", where)
         return text
 
     def check_options(self, given: Mapping[str, object]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _option(value: object, where: str) -> object:
         return value
     if isinstance(value, int | float):
         return checks.number(value, where, -(2.0**31), 2.0**31)
-    raise InvalidRequestError(checks.wrong(value, "a text, a number, true, false or null"), where)
+    raise InvalidRequestError(checks.wrong(value, "a string, a number, true, false or null"), where)
 
 
 def _names_in(source: str) -> frozenset[str]:

@@ -54,14 +54,14 @@ def parameters_rule(rules: Rules, number: int, tool: Tool, where: str) -> str:
     properties, required = schema.get("properties", {}), schema.get("required", ())
     for name in required:
         if name not in properties:
-            _refuse(f"names {name}, which is none of the properties", f"{where}.required")
+            _refuse(f"names {name}, which is not a property", f"{where}.required")
     body = []
     for place, (key, value) in enumerate(properties.items()):
         if value is False:
             continue
         inner = f"{where}.properties.{key}"
         if not re.fullmatch(r"[^<>\n]{1,256}", key):
-            _refuse("is no name that can stand between marks", inner)
+            _refuse("is not a name that an XML tag can hold", inner)
         values = _Values(rules, f"{number}_{place}", schema, kinds_of(value, schema), inner)
         alternatives = " | ".join(values.of(value, inner))
         opens = quoted(f"<parameter={key}>\n")
@@ -89,10 +89,10 @@ class _Values:
         """Return the alternatives of a schema."""
         self.num_parts += 1
         if self.num_parts > MAX_PARTS:
-            reason = f"refers to itself, or to over {MAX_PARTS} schemas, where calls are XML"
+            reason = f"refers to itself, or to over {MAX_PARTS} schemas, in XML tool calls"
             _refuse(reason, self.where)
         if schema is False:
-            _refuse("allows nothing, which is not supported where calls are XML", where)
+            _refuse("allows nothing, which is not supported in XML tool calls", where)
         if not isinstance(schema, Mapping):
             schema = {}
         if self.kinds.isdisjoint(TEXT):
@@ -115,7 +115,7 @@ class _Values:
     def _referred(self, reference: object, where: str) -> list[str]:
         found = target(reference, self.root)
         if found is None:  # an anchor, which llguidance knows
-            reason = f"refers to {shown(reference)}, which is not found where calls are XML"
+            reason = f"refers to {shown(reference)}, which XML tool calls cannot resolve"
             _refuse(reason, f"{where}.$ref")
         return self.of(found, where)
 
@@ -137,8 +137,8 @@ class _Values:
             reference = part.get("$ref")
             if isinstance(reference, str) and not unquote(reference).startswith(_TO_SHARED):
                 # The rule has the shared schemas, and not the whole of which this is a part.
-                reason = f"refers to {shown(reference)}, and not to {_TO_SHARED[0]}…"
-                _refuse(f"{reason}, which is not supported where calls are XML", self.where)
+                reason = f"refers to {shown(reference)}, not to {_TO_SHARED[0]}…"
+                _refuse(f"{reason}, which is not supported in XML tool calls", self.where)
         return f"{json_rule({**own, **shared})} {quoted(_ENDS)}"
 
     def _listed(self, schema: Mapping[str, Any], where: str) -> list[str]:
@@ -151,7 +151,7 @@ class _Values:
             if is_read and json.loads(json_of(text, self.kinds)) == value:
                 found.append(quoted(f"{text}{_ENDS}"))
         if not found:
-            _refuse("has no value that can stand between marks", where)
+            _refuse("has no value that an XML tag can hold", where)
         return found
 
     def _text(self, schema: Mapping[str, Any], where: str) -> str:
@@ -160,7 +160,7 @@ class _Values:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         for name, bound in (("minLength", least), ("maxLength", most or 0)):
             if bound > MAX_REPEATS:
-                reason = f"given {bound}; at most {MAX_REPEATS} where calls are XML"
+                reason = f"is {bound}; at most {MAX_REPEATS} in XML tool calls"
                 _refuse(reason, f"{where}.{name}")
         parts = [rf"/(.|\n){{{least},{most}}}{ends}/", _NO_MARK_WITHIN]
         if "pattern" in schema:
@@ -184,7 +184,7 @@ def _whole(pattern: str, where: str) -> str:
         if not num_found:
             break
     if "^" in inner or "$" in inner or ("|" in flat and (begin or end)):
-        _refuse("has ^ or $ within it, which is not supported where calls are XML", where)
+        _refuse("has ^ or $ within it, which is not supported in XML tool calls", where)
     core = pattern[int(begin) : len(pattern) - int(end)].replace("\n", r"\n")
     core = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", core)
     return f"{'' if begin else _ANY}({core}){'' if end else _ANY}"
@@ -193,7 +193,7 @@ def _whole(pattern: str, where: str) -> str:
 def _check_keywords(schema: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in schema:
         if name not in known:
-            _refuse("is not supported where calls are XML and have a grammar", f"{where}.{name}")
+            _refuse("is not supported in XML tool calls that have a grammar", f"{where}.{name}")
 
 
 def _refuse(reason: str, where: str) -> None:

@@ -108,10 +108,10 @@ def test_a_mixture_is_described(make: Make, address: str) -> None:
     ("inputs", "field", "message"),
     [
         ({"pixels": PIXELS.astype(np.float16)}, "inputs.pixels", "is an array of float16; allowed"),
-        ({"pixels": PIXELS.astype(np.float64)}, "inputs.pixels.datatype", "given 'FP64', must be"),
+        ({"pixels": PIXELS.astype(np.float64)}, "inputs.pixels.datatype", "must be FP32; got"),
         ({"pixels": [["a"] * 4]}, "inputs.pixels", "is an array of texts"),
         ({"pixels": [[1, 2], [3]]}, "inputs.pixels", "inhomogeneous"),
-        ({"pixels": PIXELS[0]}, "inputs.pixels.shape", "given [4], must be [-1, 4]"),
+        ({"pixels": PIXELS[0]}, "inputs.pixels.shape", "any length; got [4]"),
         ({"x": PIXELS}, "inputs", "'x' is not one of the inputs pixels"),
         ({}, "inputs.pixels", "is missing"),
     ],

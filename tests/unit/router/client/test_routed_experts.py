@@ -198,10 +198,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("shape", packed(GOOD) | {"shape": [30, 6]}, "must have at least 3 items"),
     ("shape", packed(GOOD) | {"shape": [2**62, 3, 2]}, "must be [30 to 33, 3, 2]"),
     ("dtype", packed(GOOD) | {"dtype": "int64"}, "must be 'uint8' or 'uint16'"),
-    ("data", packed(GOOD) | {"shape": [31, 3, 2]}, "has 180 bytes; its shape has 186"),
-    ("data", packed(GOOD, "uint16") | {"dtype": "uint8"}, "has 360 bytes; its shape has 180"),
-    ("data", packed(BEYOND), "expert 8 of token 29 in MoE layer 2 is none of the model's 8"),
-    ("data", packed(LEFT_OUT), "expert 255 of token 0 in MoE layer 0 is none of the model's 8"),
+    ("data", packed(GOOD) | {"shape": [31, 3, 2]}, "has 180 bytes; its shape needs 186"),
+    ("data", packed(GOOD, "uint16") | {"dtype": "uint8"}, "has 360 bytes; its shape needs 180"),
+    ("data", packed(BEYOND), "expert 8 of token 29 in MoE layer 2 does not exist; the model has 8"),
+    ("data", packed(LEFT_OUT), "expert 255 of token 0 in MoE layer 0 does not exist; the model"),
     ("data", packed(TWICE), "token 7 has expert 2 twice in MoE layer 1"),
 ]
 
@@ -277,5 +277,5 @@ def test_rows_count_towards_the_memory_of_a_request(folder: Path, cluster: Local
     body = BODY | {"prompt": prompt_of(length, 1), "max_tokens": 34}
     assert small.post(**body).status_code == 200
     refused = small.post(**body | {"max_tokens": 50})
-    assert "come to 262 tokens; at most 256" in refused.json()["error"]["message"]
+    assert "add up to 262 tokens; at most 256" in refused.json()["error"]["message"]
     assert small.post(**body | {"max_tokens": 50, "return_routed_experts": False}).is_success

@@ -21,7 +21,7 @@ def test_one_key_leaves_as_many_bytes_free_as_it_takes() -> None:
     alice, more, bob, last = (bodies.share_of(name) for name in ("alice", "alice", "bob", "bob"))
     alice.take(40)
     more.take(10)
-    with pytest.raises(OverloadedError, match="this key take as many bytes as they leave free"):
+    with pytest.raises(OverloadedError, match="this key's request bodies take as many"):
         more.take(1)
     bob.take(25)
     with pytest.raises(OverloadedError, match="this key"):
@@ -39,7 +39,7 @@ def test_without_keys_bodies_may_take_all_bytes() -> None:
     bodies = Bodies(LIMIT)
     share = bodies.share_of("")
     share.take(LIMIT)
-    with pytest.raises(OverloadedError, match="at most 100 bytes of bodies at one time"):
+    with pytest.raises(OverloadedError, match="at most 100 bytes of request bodies at one time"):
         share.take(1)
 
 
@@ -77,4 +77,4 @@ def test_a_body_has_a_time_to_come(
     assert answer[0]["status"] == status
     if status == 408:
         assert upstream.requests == []
-        assert b"the body did not come within" in answer[1]["body"]
+        assert b"the body did not arrive within" in answer[1]["body"]

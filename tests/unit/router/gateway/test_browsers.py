@@ -63,7 +63,7 @@ def test_a_client_of_this_machine_is_answered(host: str) -> None:
 )
 def test_a_name_that_another_site_may_have_is_refused_on_loopback_alone(host: str) -> None:
     message = refused(ask(LOCAL, {"host": host, **JSON}), 403, "host")
-    assert message == f"host: given '{host}', allowed are localhost, an address"
+    assert message == f"host: must be one of localhost, an IP address; got '{host}'"
     assert ask(ELSEWHERE, {"host": host, **JSON}).status_code == 200
     named = BrowserRules(is_local=True, hosts=(host.partition(":")[0],))
     assert ask(named, {"host": host, **JSON}).status_code == 200
@@ -76,7 +76,7 @@ def test_a_name_that_another_site_may_have_is_refused_on_loopback_alone(host: st
 def test_a_page_of_another_site_is_refused(rules: BrowserRules, origin: str) -> None:
     headers = {"host": "localhost:8000", "origin": origin, **JSON}
     message = refused(ask(rules, headers), 403, "origin")
-    assert message.startswith(f"origin: given '{origin}', allowed are")
+    assert message.endswith(f"gateway.origins; got '{origin}'")
     asking = headers | {"access-control-request-method": "POST"}
     refused(ask(rules, asking, "OPTIONS"), 403, "origin")
 
@@ -105,7 +105,7 @@ def test_a_page_that_the_file_names_is_answered_and_may_read_the_answer() -> Non
 def test_a_body_that_a_form_may_send_is_refused(given: str) -> None:
     headers = {"host": "localhost", "content-type": given} if given else {"host": "localhost"}
     message = refused(ask(LOCAL, headers), 415, "content-type")
-    assert message == f"content-type: given '{given}', must be application/json"
+    assert message == f"content-type: must be application/json; got '{given}'"
 
 
 @pytest.mark.parametrize("given", ["application/json", "Application/JSON; charset=utf-8"])

@@ -21,7 +21,7 @@ NAMED = {f"n{place}": part for place, part in enumerate(PATTERNS)}
 CHAINED = {
     f"n{place}": {**part, "$ref": f"#/$defs/n{place + 1}"} for place, part in enumerate(PATTERNS)
 }
-REPEATS, TOGETHER, MULTIPLE = "repeats a part", "patterns together", "multipleOf"
+REPEATS, TOGETHER, MULTIPLE = "repeats a part", "patterns at once", "multipleOf"
 
 
 def grammar_of(**form: Any) -> str:

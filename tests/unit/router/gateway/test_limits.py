@@ -78,7 +78,7 @@ def test_the_work_ends_while_the_client_does_not_read() -> None:
             assert counted(served, "expertmesh_requests_in_flight") == 0
             async with aclosing(start(served)) as others:  # its place is free, too
                 assert (await anext(others)).token_ids
-            with pytest.raises(SlowReaderError, match=r"not read for 0.05 s"):
+            with pytest.raises(SlowReaderError, match=r"read nothing for 0.05 s"):
                 await anext(deltas)
 
     asyncio.run(asyncio.wait_for(run(), WAIT_S))
@@ -170,7 +170,7 @@ def test_a_grpc_stream_that_is_not_read_ends_with_its_reason() -> None:
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "not read for 0.05 s" in caught.value.details()
+        assert "read nothing for 0.05 s" in caught.value.details()
 
 
 def test_an_http_stream_that_is_not_read_ends_with_its_reason() -> None:
@@ -195,7 +195,7 @@ def test_an_http_stream_that_is_not_read_ends_with_its_reason() -> None:
             piece = client.recv(1 << 20)
             assert piece, "the server left without a word"
             rest += piece
-        assert b"not read for 0.05 s" in rest[-1000:]
+        assert b"read nothing for 0.05 s" in rest[-1000:]
 
 
 def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:

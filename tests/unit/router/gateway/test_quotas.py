@@ -164,7 +164,7 @@ def test_tokens_under_way_are_bounded_until_calls_end() -> None:
 @pytest.mark.parametrize("limit", ["tokens_per_min", "concurrent_tokens"])
 def test_a_call_that_never_fits_is_too_large_and_takes_nothing(limit: str) -> None:
     fleet, alice = Fleet(), caller(**{limit: 5000})
-    with pytest.raises(TooLargeError, match=rf"5,001 tokens; at most 5,000, the {limit} of this"):
+    with pytest.raises(TooLargeError, match=rf"5,001 tokens; this key's {limit} is 5,000"):
         fleet.charge(alice, 5001)
     assert fleet.is_let_in(alice, 5000)
     assert counted(fleet.metrics[0], "expertmesh_key_refusals_total") == {("alice", limit): 1.0}

@@ -396,7 +396,7 @@ def test_routers_that_cannot_be_asked_for_long_are_logged_once(
                 for _ in range(links_module.PATIENCE):
                     await refreshed(links)
                 [record] = caplog.records
-                assert record.getMessage().startswith("the routers cannot be asked")
+                assert record.getMessage().startswith("could not ask the routers")
                 caplog.clear()
                 serve.error = None
                 await refreshed(links)

@@ -70,7 +70,7 @@ def test_what_waits_to_be_accepted_outlives_the_gateway_that_opened_the_port() -
 def test_another_application_is_refused_by_name_until_the_port_is_free() -> None:
     async def body(port: int) -> None:
         first = await claim(HOST, port, "app one", listening(port))
-        with pytest.raises(ConfigError, match=r"by the application app one, and this is app two"):
+        with pytest.raises(ConfigError, match=r"by application app one; this one is app two"):
             await claim(HOST, port, "app two", none_made)
         first.close()
         second = await claim(HOST, port, "app two", listening(port))
@@ -149,7 +149,7 @@ def test_a_gateway_that_hangs_is_told_and_one_that_ends_gives_its_place(
         with holding(port) as holder:
             holder.send_signal(signal.SIGSTOP)
             monkeypatch.setattr(module, "CLAIM_TIMEOUT_S", 0.5)
-            with pytest.raises(ConfigError, match=rf"port {port} .* does not answer within 0.5 s"):
+            with pytest.raises(ConfigError, match=rf"port {port} .* did not answer within 0.5 s"):
                 await claim(HOST, port, "app", none_made)
             monkeypatch.undo()
             waiting = asyncio.create_task(claim(HOST, port, "app", listening(port)))
@@ -164,7 +164,7 @@ def test_a_stranger_is_told_nothing_and_believed_nothing(monkeypatch: pytest.Mon
     async def body(port: int) -> None:
         first = await claim(HOST, port, "app", listening(port))
         monkeypatch.setattr(module, "uid_of", lambda peer: os.getuid() + 1)
-        with pytest.raises(ConfigError, match="claimed by a process of another user"):
+        with pytest.raises(ConfigError, match="held by another user's process"):
             await claim(HOST, port, "app", none_made)
         name = f"\0expertmesh-{os.getuid()}-{HOST}:{port}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:

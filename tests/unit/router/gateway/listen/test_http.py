@@ -124,8 +124,8 @@ def test_requests_are_answered_on_one_connection_and_on_many(count: int) -> None
 @pytest.mark.parametrize(
     ("pieces", "status", "words"),
     [
-        ([b"no such thing\r\n\r\n"], 400, "no HTTP/1.1 request"),
-        ([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "no HTTP/1.1 request"),
+        ([b"no such thing\r\n\r\n"], 400, "not an HTTP/1.1 request"),
+        ([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "not an HTTP/1.1 request"),
         ([HEAD + b"x: " + b"y" * 9000 + b"\r\n\r\n"], 431, "over the limit of 8192 bytes"),
         ([HEAD + b"x: ", *[b"y" * 1000] * 9], 431, "over the limit of 8192 bytes"),
         ([b"GET /" + b"y" * 9000 + b" HTTP/1.1\r\n\r\n"], 431, "over the limit of 8192 bytes"),
@@ -170,7 +170,7 @@ def test_a_head_that_does_not_come_in_time_ends_the_connection(
             writer.write(begun)
             told = await reader.read()
             if begun == HEAD:
-                assert error_of(told) == (408, "no whole request head came within 0.3 s")
+                assert error_of(told) == (408, "no complete request head arrived within 0.3 s")
             await until(lambda: listener.connections == 0)
             writer.close()
 
@@ -237,7 +237,7 @@ def test_one_address_has_its_share_of_connections(caplog: pytest.LogCaptureFixtu
             await until(lambda: listener.connections == 1)
 
     run(body)
-    assert "127.0.0.1 has 2 connections" in caplog.text
+    assert "127.0.0.1 already has 2 connections" in caplog.text
 
 
 def test_a_drain_ends_no_request_and_no_connection_that_is_about_to_send() -> None:

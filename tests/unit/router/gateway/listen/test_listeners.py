@@ -372,7 +372,7 @@ def test_another_application_is_refused_by_name_and_keeps_no_port(key: str) -> N
             with pytest.raises(ConfigError) as refused:
                 await second.listeners.open("app two")
             assert refused.value.field == f"gateway.listen.{key}"
-            words = f"port {listen.ports()[key]} of {HOST} is used by the application app one,"
+            words = f"port {listen.ports()[key]} of {HOST} is used by application app one;"
             assert words in str(refused.value)
             assert "\n" not in str(refused.value)
             check_free(other, apart_from=key)
@@ -420,7 +420,8 @@ def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shar
                 await Gateway(listen).listeners.open("app")
             check_free(listen, apart_from=key)
         port = listen.ports()[key]
-        assert str(refused.value) == f"gateway.listen.{key}: given {port}: it is taken by {named}"
+        told = f"gateway.listen.{key}: cannot use {port}: it is taken by {named}"
+        assert str(refused.value) == told
         async with opened(Gateway(listen)):
             assert await generated(listen.grpc_port) == " one"
 
@@ -430,8 +431,8 @@ def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shar
 @pytest.mark.parametrize(
     ("others", "field", "words"),
     [
-        ({"host": "192.0.2.7"}, "http_port", "192.0.2.7 is no address of this machine"),
-        ({"admin_host": "2001:db8::7"}, "admin_port", "2001:db8::7 is no address of this machine"),
+        ({"host": "192.0.2.7"}, "http_port", "192.0.2.7 is not an address of this machine"),
+        ({"admin_host": "2001:db8::7"}, "admin_port", "2001:db8::7 is not an address of this"),
         ({"host": "no-such-name.invalid"}, "host", "no-such-name.invalid has no address"),
         ({"admin_host": "no-such-name.invalid"}, "admin_host", "no-such-name.invalid has no"),
     ],
@@ -638,7 +639,7 @@ def test_a_message_that_does_not_come_ends_its_call_and_not_the_connection(
             reader, writer = await asyncio.open_connection(HOST, listen.grpc_port)
             writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
             writer.write(call(1, b""))
-            await reader.readuntil(b"the message did not come within")
+            await reader.readuntil(b"the message did not arrive within")
             writer.write(call(3, b"\0\0\0\0\0"))
             await reader.readuntil(b"\0\0\0\0\2\x08\1")  # SERVING
             writer.close()

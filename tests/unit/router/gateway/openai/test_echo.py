@@ -238,4 +238,4 @@ def test_log_probabilities_count_towards_the_size_of_a_request(
     body = {"prompt": prompt_of(50, 1), "max_tokens": 0}
     assert gateway.post(**body, prompt_logprobs=3).status_code == 200  # 50 (2 + 3) = 250
     message = refusal(gateway.post(**body, prompt_logprobs=4), 400, "max_tokens")
-    assert "come to 300 tokens; at most 256" in message
+    assert "add up to 300 tokens; at most 256" in message

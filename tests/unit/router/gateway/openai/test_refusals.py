@@ -59,7 +59,7 @@ def test_what_a_call_takes_of_memory_has_a_limit() -> None:
         response = call(upstream, COMPLETIONS, body, limits=limits)
         assert response.status_code == status
         assert len(upstream.requests) == (5 if status == 200 else 0)
-    assert f"come to {needed} tokens" in refusal(response, 400, "prompt")
+    assert f"add up to {needed} tokens" in refusal(response, 400, "prompt")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         "inputs", "'x\\x1b' is not one of the inputs pixels",
     ),
     "no input": (Infer("digits", []), "inputs.pixels", "is missing"),
-    "duplicate input": (Infer("digits", [GOOD, GOOD]), "inputs.pixels", "is given twice"),
+    "duplicate input": (Infer("digits", [GOOD, GOOD]), "inputs.pixels", "appears twice"),
     "missing input": (Infer("team/flow", flow(site=None)), "inputs.site", "is missing"),
     "missing target": (
         Infer("density", [GOOD], ["mean", "log_density"]),
@@ -68,36 +68,36 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         "outputs", "'votes' is not one of the outputs label, probabilities, experts",
     ),
     "duplicate output": (
-        Infer("digits", [GOOD], ["label", "label"]), "outputs.label", "is given twice",
+        Infer("digits", [GOOD], ["label", "label"]), "outputs.label", "appears twice",
     ),
     "datatype": (
         Infer("digits", [Tensor("pixels", "FP64", (2, 4), b"\0" * 64)]),
-        "inputs.pixels.datatype", "given 'FP64', must be FP32",
+        "inputs.pixels.datatype", "must be FP32; got 'FP64'",
     ),
     "no datatype": (
         Infer("digits", [Tensor("pixels", "", (2, 4), b"\0" * 32)]),
-        "inputs.pixels.datatype", "given '', must be FP32",
+        "inputs.pixels.datatype", "must be FP32; got ''",
     ),
     "shape": (
         Infer("digits", [Tensor("pixels", "FP32", (2, 5), b"\0" * 40)]),
-        "inputs.pixels.shape", "given [2, 5], must be [-1, 4], where -1 is any length",
+        "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [2, 5]",
     ),
     "one row without its batch axis": (
         Infer("digits", [Tensor("pixels", "FP32", (4,), b"\0" * 16)]),
-        "inputs.pixels.shape", "given [4], must be [-1, 4], where -1 is any length",
+        "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [4]",
     ),
     "no rows": (
         Infer("digits", [Tensor("pixels", "FP32", (0, 4), b"")]),
-        "inputs.pixels.shape[0]", "given 0, must be an integer from 1 to 2147483647",
+        "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got 0",
     ),
     "a negative axis": (
         Infer("digits", [Tensor("pixels", "FP32", (-1, 4), b"")]),
-        "inputs.pixels.shape[0]", "given -1, must be an integer from 1 to 2147483647",
+        "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got -1",
     ),
     "a vast shape": (
         Infer("digits", [Tensor("pixels", "FP32", (2**62, 2**62), b"")]),
         "inputs.pixels.shape[0]",
-        "given 4611686018427387904, must be an integer from 1 to 2147483647",
+        "must be an integer from 1 to 2147483647; got 4611686018427387904",
     ),
     "too many rows": (
         Infer("digits", [Tensor("pixels", "FP32", (MAX_ROWS + 1, 4), b"")]),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     ),
     "too many values": (
         Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0] * 9)]),
-        "inputs.pixels", "data has 9 values, must have 8 for its shape",
+        "inputs.pixels", "data has 9 values; its shape needs 8",
     ),
     "not finite in bytes": (
         Infer("digits", [Tensor("pixels", "FP32", (2, 4), NAN)]),
@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Infer, str, str]] = {
             for t in flow(features=None, flags=None)
         ] + [Tensor("features", "FP64", (3, 2, 3), [1.0] * 18),
              Tensor("flags", "BOOL", (3, 2), [True] * 6)]),
-        "inputs.bytes", "data has 256, must be an integer from 0 to 255",
+        "inputs.bytes", "data has 256; each value must be an integer from 0 to 255",
     ),
     "an unknown parameter": (
         Infer("digits", [GOOD], parameters={"priority": 1}), "parameters.priority",
@@ -141,15 +141,15 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     ),
     "timeout_s": (
         Infer("digits", [GOOD], parameters={"timeout_s": 0.0}),
-        "parameters.timeout_s", "given 0.0, must be a number above 0 and up to 3600",
+        "parameters.timeout_s", "must be a number above 0 and up to 3600; got 0.0",
     ),
     "timeout_s as a text": (
         Infer("digits", [GOOD], parameters={"timeout_s": "1"}),
-        "parameters.timeout_s", "given '1', must be a number above 0 and up to 3600",
+        "parameters.timeout_s", "must be a number above 0 and up to 3600; got '1'",
     ),
     "timeout": (
         Infer("digits", [GOOD], parameters={"timeout": -1}),
-        "parameters.timeout", "given -1, must be an integer from 1 to 3600000000",
+        "parameters.timeout", "must be an integer from 1 to 3600000000; got -1",
     ),
     "both timeouts": (
         Infer("digits", [GOOD], parameters={"timeout": 5, "timeout_s": 5.0}),
@@ -157,11 +157,11 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     ),
     "on_expert_loss": (
         Infer("digits", [GOOD], parameters={"on_expert_loss": "hope"}),
-        "parameters.on_expert_loss", "given 'hope', must be one of strict, next_expert, drop",
+        "parameters.on_expert_loss", "must be one of strict, next_expert, drop; got 'hope'",
     ),
     "a language model": (
         Infer("tiny", [GOOD]), "model",
-        "tiny is a language model, which has no tensors; ask it by POST /v1/completions, "
+        "tiny is a language model, which has no tensors; use POST /v1/completions, "
         "POST /v1/chat/completions or expertmesh.v1.Inference/Generate",
     ),
     "an unknown model": (
@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     ),
     "an unknown version": (
         Infer("digits", [GOOD], version="2"), "model_version",
-        "given '2', but digits has the version 1 alone",
+        "given '2', but digits has only version 1",
     ),
 }  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_a_reply_that_would_be_too_large_is_refused_beforehand(
     (status, text), error = refusals(asked(183), limits)
     assert (status, error.field) == (400, "outputs")
     assert text == str(error)
-    assert "183 rows have a reply of 8235 bytes, at most 8192" in text
+    assert "the reply for 183 rows has 8235 bytes; at most 8192" in text
     fewer = Infer("digits", asked(183).tensors, ["probabilities"])
     assert http_infer(fewer, limits=limits).status_code == 200
 
@@ -221,8 +221,8 @@ BODIES: dict[str, tuple[Any, str]] = {
     "no JSON": (b"{", "the body is not JSON: Expecting property name"),
     "no object": ([], "the body must be a JSON object"),
     "no inputs": ({}, "inputs: is missing"),
-    "inputs that are no list": ({"inputs": {}}, "inputs: given a mapping of 0, must be a list"),
-    "an input that is no object": ({"inputs": [3]}, "inputs[0]: given 3, must be a JSON object"),
+    "inputs that are no list": ({"inputs": {}}, "inputs: must be a list; got a mapping of 0"),
+    "an input that is no object": ({"inputs": [3]}, "inputs[0]: must be a JSON object; got 3"),
     "an unknown field": ({"inputs": [INPUT], "in\nput": 1}, "'in\\nput': unknown field; allowed"),
     "an unknown field of an input": (
         {"inputs": [{**INPUT, "dtype": "FP32"}]}, "inputs[0].dtype: unknown field; allowed: data",
@@ -231,18 +231,18 @@ BODIES: dict[str, tuple[Any, str]] = {
         {"inputs": [INPUT], "outputs": [{"name": "label", "shape": [1]}]},
         "outputs[0].shape: unknown field; allowed: name, parameters",
     ),
-    "no name": ({"inputs": [{**INPUT, "name": 4}]}, "inputs[0].name: given 4, must be a text"),
+    "no name": ({"inputs": [{**INPUT, "name": 4}]}, "inputs[0].name: must be a string; got 4"),
     "half a character": (
         {"inputs": [{**INPUT, "name": "\ud800"}]}, "inputs[0].name: character 0 is half of",
     ),
     "no data": ({"inputs": [{**INPUT, "data": None}]}, "inputs[0].data: is missing"),
-    "data that is no list": ({"inputs": [{**INPUT, "data": "1"}]}, "inputs[0].data: given '1'"),
-    "no shape": ({"inputs": [{**INPUT, "shape": 4}]}, "inputs[0].shape: given 4, must be a list"),
+    "data that is no list": ({"inputs": [{**INPUT, "data": "1"}]}, "inputs[0].data: must be a"),
+    "no shape": ({"inputs": [{**INPUT, "shape": 4}]}, "inputs[0].shape: must be a list; got 4"),
     "a datatype that is no text": (
         {"inputs": [{**INPUT, "datatype": ["FP32"]}]},
-        "inputs.pixels.datatype: given a list of 1, must be FP32",
+        "inputs.pixels.datatype: must be FP32; got a list of 1",
     ),
-    "an id that is no text": ({"inputs": [INPUT], "id": 4}, "id: given 4, must be a text"),
+    "an id that is no text": ({"inputs": [INPUT], "id": 4}, "id: must be a string; got 4"),
     "shared memory": (
         {"inputs": [{**INPUT, "parameters": {"shared_memory_region": "x"}}]},
         "inputs[0].parameters.shared_memory_region: unknown parameter 'shared_memory_region'; "
@@ -264,15 +264,15 @@ BODIES: dict[str, tuple[Any, str]] = {
     "a size that is no number": (
         {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4],
                      "parameters": {"binary_data_size": "16"}}]},
-        "inputs[0].parameters.binary_data_size: given '16', must be an integer",
+        "inputs[0].parameters.binary_data_size: must be an integer from 0",
     ),
     "binary_data": (
         {"inputs": [INPUT], "outputs": [{"name": "label", "parameters": {"binary_data": 1}}]},
-        "outputs[0].parameters.binary_data: given 1, must be true or false",
+        "outputs[0].parameters.binary_data: must be true or false; got 1",
     ),
     "binary_data_output": (
         {"inputs": [INPUT], "parameters": {"binary_data_output": "yes"}},
-        "parameters.binary_data_output: given 'yes', must be true or false",
+        "parameters.binary_data_output: must be true or false; got 'yes'",
     ),
 }  # fmt: skip
 
@@ -291,12 +291,12 @@ def test_a_malformed_body_is_refused_with_its_place(name: str) -> None:
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ("", f"{LENGTH_HEADER}: given '', must be from 1 to the body's "),
-        ("0", f"{LENGTH_HEADER}: given '0', must be from 1 to the body's "),
-        ("-1", f"{LENGTH_HEADER}: given '-1', must be from 1 to the body's "),
-        ("1e2", f"{LENGTH_HEADER}: given '1e2', must be from 1 to the body's "),
-        ("99999", f"{LENGTH_HEADER}: given '99999', must be from 1 to the body's "),
-        ("9" * 30, f"{LENGTH_HEADER}: given '99999"),
+        ("", f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        ("0", f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        ("-1", f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        ("1e2", f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        ("99999", f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        ("9" * 30, f"{LENGTH_HEADER}: must be from 1 to the body's "),
         ("10", "the body is not JSON: "),
         (None, "the body is not JSON: it cannot be decoded"),
     ],
@@ -314,7 +314,7 @@ def test_bytes_that_no_input_has_are_refused() -> None:
     body, headers = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\0" * 16)]))
     response = http_call(DIGITS, body + b"!", headers)
     assert response.json()["error"] == (
-        "inputs: 17 bytes follow the JSON, but binary_data_size of all inputs comes to 16"
+        "inputs: 17 bytes follow the JSON, but the inputs' binary_data_size adds up to 16"
     )
 
 
@@ -326,7 +326,7 @@ def changed(message: Any, change: Callable[[Any], object]) -> Any:
 GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
     "too few raw entries": (
         lambda m: m.inputs.add(name="x"),
-        "raw_input_contents: has 1 entries, must have one for each of the 2 inputs",
+        "raw_input_contents: has 1 entries; must have one for each of the 2 inputs",
     ),
     "raw beside typed": (
         lambda m: m.inputs[0].contents.fp32_contents.append(1),
@@ -335,20 +335,20 @@ GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
     "another field": (
         lambda m: (m.ClearField("raw_input_contents"),
                    m.inputs[0].contents.fp64_contents.append(1)),
-        "inputs[0].contents.fp64_contents: is not the field of 'FP32', which is fp32_contents",
+        "inputs[0].contents.fp64_contents: is not the field for 'FP32', which is fp32_contents",
     ),
     "a field of no datatype": (
         lambda m: (m.ClearField("raw_input_contents"), setattr(m.inputs[0], "datatype", "FP17"),
                    m.inputs[0].contents.fp64_contents.append(1)),
-        "inputs[0].contents.fp64_contents: is not the field of 'FP17', which is none",
+        "inputs[0].contents.fp64_contents: is not the field for 'FP17', which is none",
     ),
     "no contents": (
         lambda m: m.ClearField("raw_input_contents"),
-        "inputs.pixels: data has 0 values, must have 8 for its shape",
+        "inputs.pixels: data has 0 values; its shape needs 8",
     ),
     "a parameter without a value": (
         lambda m: m.parameters["timeout_s"].Clear(),
-        "parameters.timeout_s: given None, must be a number above 0 and up to 3600",
+        "parameters.timeout_s: must be a number above 0 and up to 3600; got None",
     ),
     "shared memory": (
         lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "x"),

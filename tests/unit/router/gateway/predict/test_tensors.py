@@ -171,14 +171,14 @@ def refusal(datatype: str, row: tuple[int, ...], shape: list[Any], data: Any) ->
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([1.5, "a"], "inputs.x: data[1]: given 'a', must be a number"),
-        ([1.5, True], "inputs.x: data[1]: given True, must be a number"),
-        ([1.5, None], "inputs.x: data[1]: given None, must be a number"),
-        ([1.5], "inputs.x: data has 1 values, must have 2 for its shape"),
-        ([], "inputs.x: data has 0 values, must have 2 for its shape"),
-        ([[1.5]], "inputs.x: data has a list of 1 on axis 1, must be a list of 2 for its shape"),
-        ([[1.5, 2], 3], "inputs.x: data has a list of 2 on axis 0, must be a list of 1"),
-        ([[[1.5], 2]], "inputs.x: data[0]: given a list of 1, must be a number"),
+        ([1.5, "a"], "inputs.x: data[1]: must be a number; got 'a'"),
+        ([1.5, True], "inputs.x: data[1]: must be a number; got True"),
+        ([1.5, None], "inputs.x: data[1]: must be a number; got None"),
+        ([1.5], "inputs.x: data has 1 values; its shape needs 2"),
+        ([], "inputs.x: data has 0 values; its shape needs 2"),
+        ([[1.5]], "inputs.x: data has a list of 1 on axis 1; its shape needs a list of 2"),
+        ([[1.5, 2], 3], "inputs.x: data has a list of 2 on axis 0; its shape needs a list of 1"),
+        ([[[1.5], 2]], "inputs.x: data[0]: must be a number; got a list of 1"),
         ([0.5, math.inf], "inputs.x: row 0 has inf; all values must be finite in FP32"),
         ([0.5, math.nan], "inputs.x: row 0 has nan; all values must be finite in FP32"),
         ([0.5, -1e39], "inputs.x: row 0 has -inf; all values must be finite in FP32"),
@@ -204,7 +204,7 @@ def test_wrong_numbers_are_refused_with_their_place(data: Any, message: str) -> 
     ],
 )
 def test_values_out_of_their_datatypes_range(datatype: str, value: Any, allowed: str) -> None:
-    assert refusal(datatype, (1,), [1, 1], [value]).endswith(f"must be {allowed}")
+    assert f"must be {allowed}" in refusal(datatype, (1,), [1, 1], [value])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_number_of_rows_is_bounded() -> None:
 
 
 def test_json_has_no_number_for_an_infinity() -> None:
-    with pytest.raises(NotFiniteError, match="row 1 has -inf, which JSON cannot write"):
+    with pytest.raises(NotFiniteError, match="row 1 has -inf, which JSON cannot represent"):
         json_list(np.array([[0.0], [-np.inf]]), "outputs.x")
 
 

@@ -571,7 +571,7 @@ def test_a_piece_that_ends_its_routers_is_given_up(run: Callable[[Test], None]) 
             lost = 1
         for number in range(6):
             (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
-        with pytest.raises(PoisonedRequestError, match="6 routers ended"):
+        with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
             await asked
         assert len(routers.calls) == lost + 6
         assert routers.counted == ["links"] * lost + ["serve"] * 6

@@ -99,7 +99,8 @@ def test_json_refuses_an_infinite_output_and_binary_has_it() -> None:
     response = http_infer(Infer("density", zero))
     assert response.status_code == 500
     assert response.json()["error"] == (
-        "outputs.log_density: row 0 has -inf, which JSON cannot write; ask for it with binary_data"
+        "outputs.log_density: row 0 has -inf, which JSON cannot represent; "
+        "request it with binary_data"
     )
     response = http_infer(Infer("density", zero, parameters={"binary_data_output": True}))
     assert response.content.endswith(np.float32(-np.inf).tobytes())
@@ -248,7 +249,7 @@ def test_an_unknown_encoding_is_refused() -> None:
     response = http_call(DIGITS, b"x", {"Content-Encoding": "br"})
     assert response.status_code == 400
     assert response.json()["error"] == (
-        "Content-Encoding: given 'br', must be gzip, deflate or identity"
+        "Content-Encoding: must be gzip, deflate or identity; got 'br'"
     )
 
 
@@ -301,7 +302,7 @@ def test_bodies_of_requests_under_way_count_until_their_end() -> None:
                 await asyncio.sleep(0.01)
             more = await client.post(DIGITS, content=sent, headers=headers)
             assert more.status_code == 429
-            assert "bytes of bodies" in more.json()["error"]
+            assert "bytes of request bodies" in more.json()["error"]
             for task in held:
                 task.cancel()
             await asyncio.gather(*held, return_exceptions=True)
@@ -327,5 +328,5 @@ def test_a_deadline_ends_a_request() -> None:
     upstream.endless = True
     response = http_call(DIGITS, body(parameters={"timeout_s": 0.05}), upstream=upstream)
     assert response.status_code == 504
-    assert response.json()["error"] == "the request's time ran out before its last row"
+    assert response.json()["error"] == "the request timed out before its last row"
     assert upstream.cancelled.is_set()

@@ -270,7 +270,7 @@ def test_a_reference_that_is_not_found_between_marks_is_named() -> None:
     function = {"name": "do", "strict": True, "parameters": parameters}
     answer = post("qwen3-coder", tools=[{"type": "function", "function": function}])
     where = "tools[0].function.parameters.properties.a.$ref"
-    assert "'#anchor', which is not found" in refusal(answer, 400, where)
+    assert "'#anchor', which XML tool calls cannot resolve" in refusal(answer, 400, where)
 
 
 @pytest.mark.parametrize("around", ["{}", "^{}$"])

@@ -105,7 +105,7 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
     fine = Port(number, "127.0.0.1", "HTTP", "key")
     first, second = taken_ports([elsewhere, fine, nameless])
     assert (first.port, second.port) == (elsewhere, nameless)
-    assert "192.0.2.1 is no address of this machine" in first.reason
+    assert "192.0.2.1 is not an address of this machine" in first.reason
     assert second.reason.startswith("nowhere.invalid has no address (")
 
     def denied(self: socket.socket, address: object) -> None:
