@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r:.80} is there twice",
+                        None, None, f"the key {key_node.value!r:.80} occurs twice",
                         key_node.start_mark,
                     )  # fmt: skip
                 seen.add(key_node.value)

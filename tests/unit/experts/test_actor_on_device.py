@@ -246,4 +246,4 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
         with pytest.raises(RuntimeError):
             calls[call]()
     assert ended[0] == "its device failed (an illegal memory access was encountered)"
-    assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text
+    assert "expert-0 exits: its device failed (an illegal memory access" in caplog.text
