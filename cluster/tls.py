@@ -120,7 +120,7 @@ class TlsFiles:
             if error.verify_code == _EXPIRED and _has_expired_authority(client):
                 name = "authority"
             path = getattr(self, name)
-            reason = f"TLS refuses {path}: {error.verify_message}"
+            reason = f"{path} is refused by TLS: {error.verify_message}"
             raise ConfigError(reason, f"{where}.{name}") from None
         except ssl.SSLError as error:
             raise ConfigError(f"cannot be used: {error}", f"{where}.certificate") from None

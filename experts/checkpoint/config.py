@@ -102,7 +102,7 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
     unknown = types - set(ROPE_TYPES)
     if unknown:
         raise CheckpointError(
-            f"rope type {shown(min(unknown))} is not served, because its angles depend on the "
+            f"rope type {shown(min(unknown))} is not supported: its angles depend on the "
             f"longest request of a step; supported: {', '.join(ROPE_TYPES)}",
             str(file),
         )

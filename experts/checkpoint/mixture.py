@@ -99,7 +99,7 @@ def parse_spec(text: bytes, file: Path) -> MixtureSpec:
     """Return the checked content of a ``mixture.yaml``.
 
     Raises :class:`CheckpointError`, whose field has the file and the key, for text that is no
-    YAML, a key that is there twice, an alias, and a wrong value.
+    YAML, a duplicate key, an alias, and a wrong value.
     """
     try:
         content = _loaded(text)

@@ -245,7 +245,7 @@ def _check_output(where: str, output: Output, combine: Combine) -> None:
     allowed = _datatypes(output, combine)
     if output.datatype not in allowed:
         raise ValueError(
-            f"{where}.datatype: for {output.source} must be {' or '.join(allowed)} "
+            f"{where}.datatype: {output.source} must be {' or '.join(allowed)} "
             f"(given: {output.datatype})"
         )
 

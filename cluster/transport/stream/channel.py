@@ -218,7 +218,7 @@ class Channel:
             length, call_id = _START.unpack_from(self._buffer, self._start)
             if length > self._max_message_bytes:
                 raise ConnectionError(
-                    f"a message has {length} bytes; at most {self._max_message_bytes}"
+                    f"a message of {length} bytes; at most {self._max_message_bytes}"
                 )
             begin = self._start + _START.size
             end = begin + length + -length % ALIGNMENT

@@ -138,7 +138,7 @@ def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
     with monkeypatch.context() as patch:
         patch.setattr(DeviceExpert, "write", failing)
         patch.setattr(expert_device, "settled", unjoined)
-        with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ bytes together"):
+        with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ contiguous bytes"):
             actor.load(1, actor._spec, KEYS)
     assert "tried to allocate 20 GiB" in caplog.text
     held = tuple(KEYS[: 2 + num_read])
