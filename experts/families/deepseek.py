@@ -28,7 +28,7 @@ def _check_groups(config: Config, least: int) -> None:
     groups, chosen = size(config, "n_group"), size(config, "topk_group")
     experts, wanted = size(config, "n_routed_experts"), size(config, "num_experts_per_tok")
     if experts % groups or experts // groups < least:
-        raise ValueError(f"n_group {groups} must divide n_routed_experts {experts}")
+        raise ValueError(f"n_group {groups} does not fit n_routed_experts {experts}")
     if chosen > groups or chosen * (experts // groups) < wanted:
         raise ValueError(
             f"topk_group {chosen} of n_group {groups} does not fit num_experts_per_tok {wanted}"

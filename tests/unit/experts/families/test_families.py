@@ -199,7 +199,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("deepseek_v2", "topk_group", 1, "topk_group 1 of n_group 4 does not fit"),
     ("deepseek_v2", "moe_layer_freq", 2, "moe_layer_freq 2 is not supported for deepseek_v2"),
     ("deepseek_v2", "kv_lora_rank", 21, "config.json says"),
-    ("deepseek_v3", "n_group", 3, "n_group 3 must divide n_routed_experts 8"),
+    ("deepseek_v3", "n_group", 3, "n_group 3 does not fit n_routed_experts 8"),
     ("deepseek_v3", "scoring_func", "softmax", "scoring_func 'softmax' is not supported"),
     ("deepseek_v3", "n_shared_experts", 1, "config.json says [48, 64]"),
     ("deepseek_v3", "first_k_dense_replace", -1, "first_k_dense_replace must be an integer"),
