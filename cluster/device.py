@@ -44,7 +44,7 @@ def device_of(kind: str, num_gpus: float, field: str) -> torch.device:
     if found is None:
         raise UnavailableError(
             f"torch {torch.__version__} finds no accelerator on {socket.gethostname()}; install "
-            "torch for it there, or have it computed on the CPU",
+            "torch with support for it there, or configure the CPU",
             field,
         )
     return found

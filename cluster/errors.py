@@ -151,7 +151,7 @@ class NoRoomError(UnavailableError):
         if missing_bytes > 0:
             lack = f"lacks {missing_bytes:,} bytes of the {needed_bytes:,} that are needed"
         else:
-            lack = f"has no {needed_bytes:,} bytes together, though more are free"
+            lack = f"has no {needed_bytes:,} contiguous bytes, though more are free"
         super().__init__(f"{where} {lack}", field)
         self.args = (where, needed_bytes, free_bytes, field)  # what pickling calls this with
         self.needed_bytes = needed_bytes

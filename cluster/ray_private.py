@@ -43,7 +43,7 @@ def _private(module: str, name: str) -> Any:
 
 @functools.cache
 def _tell(name: str) -> None:
-    logger.warning("this Ray has no %s: a public way takes its place, which knows less", name)
+    logger.warning("this Ray has no %s: using a public API instead, which knows less", name)
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:

@@ -107,7 +107,7 @@ class TlsFiles:
         except OSError as error:
             reason = f"cannot be used: {error}"
             if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
-                reason = f"{self.certificate} does not fit its key, {self.key}"
+                reason = f"{self.certificate} does not fit its key,  {self.key}"
             raise ConfigError(reason, f"{where}.certificate") from None
         return context
 

@@ -219,7 +219,7 @@ class FrameQueue:
         """Put a frame into the queue, or refuse it where the queue is full; under the lock."""
         waiting_rows = self._queued_rows
         if waiting_rows > 0 and waiting_rows + frame.num_rows > self.max_rows:
-            error = OverloadedError(f"{waiting_rows} rows wait already", "queue", 0.01)
+            error = OverloadedError(f"{waiting_rows} rows are already waiting", "queue", 0.01)
             return _Refused(_error(frame.request_id, error))
         waiting = _Waiting(frame, now_s)
         self._queued_rows += frame.num_rows
@@ -284,7 +284,7 @@ def _read(data: Buffer) -> DispatchFrame | _Refused:
 
 
 def _late(frame: DispatchFrame) -> ErrorFrame:
-    error = DeadlineExceededError("the frame's time was over before it was computed")
+    error = DeadlineExceededError("the frame's deadline passed before it was computed")
     return ErrorFrame(frame.request_id, type(error).__name__, error)
 
 

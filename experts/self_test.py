@@ -109,7 +109,7 @@ class SelfTest:
             try:
                 is_done = self.look()
             except Exception:  # the thread goes on: a later test may tell
-                logger.exception("%s: a self-test gave no result", self._actor_id)
+                logger.exception("%s: a self-test returned no result", self._actor_id)
                 is_done = False
             time.sleep(SAMPLE_PERIOD_S if is_done else TEST_PERIOD_S)
 
@@ -154,7 +154,7 @@ class SelfTest:
             self._note("finite weights and rows of zeros yield NaN or infinity")
             return False
         if self.failed_tests:
-            logger.warning("%s: a self-test succeeds again", self._actor_id)
+            logger.warning("%s: self-tests succeed again", self._actor_id)
         self.failed_tests, self.failure = 0, ""
         return True
 

@@ -18,11 +18,11 @@ logger = logging.getLogger("expertmesh.controller")
 
 @dataclass(slots=True)
 class Adopted:
-    """The adopted actors by id, and the numbers that the new controller must go beyond.
+    """The adopted actors by id, and the epoch and generations that the new controller must exceed.
 
     ``epoch`` is the highest that any living actor had seen. ``generations`` has the last generation
-    of every actor that was found, also of the ended ones. ``silent`` are the adopted actors that
-    have not answered yet; the others have a report.
+    of every actor that was found, even of those that were ended. ``silent`` are the adopted actors
+    that have not answered yet; the others have a report.
     """
 
     handles: dict[str, ActorHandle] = field(default_factory=dict)
@@ -39,15 +39,15 @@ async def adopt(
     timeout_s: float,
     check_epoch: Callable[[], Awaitable[None]],
 ) -> Adopted:
-    """Adopt the newest generation of each actor that answers and fits its specification.
+    """Adopt the newest generation of each actor that answers and matches its specification.
 
-    An actor that answers takes no orders of an epoch before ``epoch`` any more: an earlier
-    controller, which still lives, would take experts away that its report has.
+    An actor that answers no longer takes orders of an epoch before ``epoch``: an earlier controller
+    that is still alive would otherwise take away experts that the actor has reported.
 
-    An actor that is silent for ``timeout_s`` is adopted too, where no other generation of it
+    An actor that is silent for ``timeout_s`` is adopted too, unless another generation of it
     answers: the network between it and the controller may be at fault. All other actors of the
-    application are ended. ``check_epoch`` is called before that, and raises where the caller may
-    not end actors.
+    application are ended. ``check_epoch`` is called before that, and raises if the caller may not
+    end actors.
     """
     adopted = Adopted()
     found = await asyncio.to_thread(pool.find)
@@ -76,7 +76,7 @@ async def adopt(
         if spec is not None and answer.digest == spec.digest:
             adopted.handles[actor_id], adopted.reports[actor_id] = handle, answer
         else:
-            logger.info("%s g%d has another configuration; ending it", actor_id, generation)
+            logger.info("%s g%d has a different configuration; ending it", actor_id, generation)
             unfit.append(handle)
     for actor_id, handle in silent.items():
         if actor_id in adopted.handles:
@@ -99,10 +99,10 @@ async def _describe(
     epoch: int,
     timeout_s: float,
 ) -> ActorReport | Exception:
-    """Return an actor's report, or the reason why there is none."""
+    """Return an actor's report, or the error that prevented it."""
     try:
         return await pool.describe(handle, timeout_s, epoch)
     except (RayActorError, RayTaskError, TimeoutError) as error:
-        logger.warning("%s g%d does not report (%s)", actor_id, generation, kind_of(error))
-        # Unreachable for the moment, as an actor that is silent.
+        logger.warning("%s g%d did not report (%s)", actor_id, generation, kind_of(error))
+        # Unreachable for the moment, like a silent actor.
         return TimeoutError() if isinstance(error, ActorUnavailableError) else error

@@ -19,7 +19,7 @@ from cluster.placement.placement import less_crowded_node
 NODES_CHECK_S = 5.0
 ALL_COPIES_TIMEOUT_S = 60.0
 KNOWN_TIMEOUT_S, LOOK_S = 10.0, 0.02
-"""How long an actor waits for routers to know that it leaves, and how often that is looked at."""
+"""How long an actor waits for routers to know that it leaves, and how often it checks."""
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -51,7 +51,7 @@ class AntiAffinity:
             except TimeoutError:
                 continue  # copies are missing, so nothing may move yet
             except Exception as error:  # Ray's control store may be away for a moment
-                logger.warning("Ray does not list its nodes (%s)", kind_of(error))
+                logger.warning("Ray did not list its nodes (%s)", kind_of(error))
                 continue
             known = nodes
 
@@ -72,7 +72,7 @@ class AntiAffinity:
         node = less_crowded_node(actor_id, candidates, state.shares, state.nodes)
         if node is None:
             return
-        logger.info("%s moves to node %s, apart from other copies", actor_id, node[:10])
+        logger.info("moving %s to node %s, away from other copies", actor_id, node[:10])
         await state.check_epoch()
         state.nodes[actor_id] = node
         await state.publish(lambda placement: placement.without(actor_id))
@@ -82,7 +82,7 @@ class AntiAffinity:
             await self._keeper.processes.end(handle)  # else it has died, or its successor serves
 
     async def _until_known(self, order: tuple[int, int]) -> None:
-        """Wait until all routers know a placement, or for so long that one of them is cut off."""
+        """Wait until all routers know a placement; give up when one of them must be cut off."""
         until_s = time.monotonic() + KNOWN_TIMEOUT_S
         while not self._members.all_know("router", order) and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_S)

@@ -16,10 +16,10 @@ def app_is_wanted(app: str) -> bool:
 
 
 def is_replaced_later(app: str, deployment: str) -> bool:
-    """Ask Serve whether another deployment of its kind is to come after one that is deleted.
+    """Ask Serve whether another deployment of its kind will replace one that is being deleted.
 
     ``deployment`` has its kind before the last hyphen of its name. ``False`` once all replicas of
-    the other deployments run, and where there is none. Raises as :func:`app_is_wanted`.
+    the other deployments run, or if there are none. Raises like :func:`app_is_wanted`.
     """
     told, kind = app_status(app), deployment.rpartition("-")[0]
     return (

@@ -39,7 +39,7 @@ class Autoscaler:
             if spec.autoscaling is not None
         }
         self._planned: dict[str, int] = {}
-        """The last number of actors that each pool in dry run would have gone to."""
+        """The number of actors that each pool in dry run would last have scaled to."""
 
     async def run_forever(self) -> None:
         """Follow the load, use actors that came up late, keep standbys, leave draining nodes."""
@@ -58,7 +58,7 @@ class Autoscaler:
             recent = self._meter.signals(living, RECENT_S, pool) if living else None
             wanted = policy.decide(len(actors), signals, time.monotonic(), recent)
             if wanted is None or (wanted.actors < len(actors) and self._state.retained):
-                continue  # with an actor, requests of an earlier deployment's models would end
+                continue  # ending an actor would end requests of an earlier deployment's models
             what = f"{pool}: {len(actors)} -> {wanted.actors} actors"
             if policy.targets.dry_run:
                 self._report_plan(pool, what, wanted)
@@ -70,7 +70,7 @@ class Autoscaler:
                 self._elastic.report(what, wanted.reason, failed, time.monotonic())
 
     def _report_plan(self, pool: str, what: str, wanted: Wanted) -> None:
-        """Report what a pool would do, once until that changes."""
+        """Report what a pool would do, and again only when that changes."""
         if self._planned.get(pool) == wanted.actors:
             return
         self._planned[pool] = wanted.actors

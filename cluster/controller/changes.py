@@ -1,11 +1,11 @@
 """Changes of the placement, one at a time and all or nothing, while requests run.
 
-A change is prepared (the new copies are loaded), committed (one new version of the placement has
+A change is prepared (the new copies are loaded), committed (one new placement version adds
 the new copies and lacks the dropped ones) and retired (the dropped copies leave their actors'
-memory). A copy is retired once every router knows that version, or has not been heard of for long.
-A failure before the commit changes nothing, and copies loaded until then are retired.
+memory). A copy is retired once every router knows that version or has been silent for long. A
+failure before the commit changes nothing; copies loaded by then are retired.
 
-Retirement compares what an actor holds with its share. So no failure leaves anything to undo: the
+Retirement compares an actor's experts with its share. So no failure leaves anything to undo: the
 next heartbeat, perhaps of the next controller, finishes the retirement.
 """
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("expertmesh.controller")
 
 
 class Retirement:
-    """Has actors unload what they hold beyond their shares; called at every heartbeat."""
+    """Makes actors unload experts outside their shares; called at every heartbeat."""
 
     def __init__(self, state: ClusterState, expert_pool: ExpertPool, members: Members) -> None:
         """``members`` knows which placement each router has."""
@@ -48,9 +48,9 @@ class Retirement:
         self._woken = asyncio.Event()
 
     async def retire(self, actor_id: str, handle: ActorHandle, report: ActorReport) -> None:
-        """Have an actor unload what it holds beyond its share, once no router asks it for that.
+        """Make an actor unload experts outside its share, once no router asks it for them.
 
-        First the copies leave the placement, as soon as all actors that are to hold the experts do;
+        The copies first leave the placement, as soon as all actors that should hold the experts do;
         then, once all routers know that placement, the actor's memory. Raises what the actor
         raises.
         """
@@ -90,21 +90,21 @@ class Retirement:
         self._left_in.pop(actor_id, None)
 
     def wake(self) -> None:
-        """Have :meth:`shown` look again, since an actor is gone."""
+        """Make :meth:`shown` check again, since an actor is gone."""
         self._woken.set()
 
     async def shown(self, change: Change) -> None:
-        """Wait until the reports of all living actors show a change; gives up with a warning."""
+        """Wait until the reports of all living actors show a change; on a timeout, warn."""
         try:
             async with asyncio.timeout(RETIRE_TIMEOUT_S):
                 while not self._is_shown(change):
                     self._woken.clear()
                     await self._woken.wait()
         except TimeoutError:
-            logger.warning("copies of a change are not seen after %.0f s", RETIRE_TIMEOUT_S)
+            logger.warning("actors did not report a change within %.0f s", RETIRE_TIMEOUT_S)
 
     def _is_shown(self, change: Change) -> bool:
-        """Return whether no report has a dropped copy, or lacks an added one of its share."""
+        """Return whether no report has a dropped copy or lacks an added copy of its share."""
         for actor_id in {*change.added, *change.dropped} & self._state.reports.keys():
             held = set(self._state.reports[actor_id].experts)
             share = self._state.shares.get(actor_id, ())
@@ -132,11 +132,11 @@ class Changes:
         self._lock = asyncio.Lock()
 
     async def apply(self, change: Change) -> None:
-        """Make a change; returns when it is committed, and seen in the actors' reports.
+        """Make a change; returns when it is committed and the actors' reports show it.
 
-        So status tells the added copies from then on, and the dropped ones are out of memory.
-        Raises :class:`UnavailableError` where it is refused or a step failed; then nothing has
-        changed. A retirement that takes long goes on after the return.
+        So from then on status shows the added copies, and the dropped ones are out of memory.
+        Raises :class:`UnavailableError` if it is refused or a step failed; then nothing has
+        changed. A retirement that takes long continues after the return.
         """
         async with self._lock:
             generations = self._check(change)
@@ -151,12 +151,12 @@ class Changes:
             await self._retirement.shown(change)
 
     def _check(self, change: Change) -> dict[str, int]:
-        """Return the generations of the actors that load; raises where an expert would be lost."""
+        """Return the generations of the actors that load; raises if an expert would be lost."""
         placement, after = self._state.placement, change.on(self._state.shares)
         generations = {}
         for actor_id in change.added:
             if actor_id not in placement.generations or actor_id not in self._state.handles:
-                raise UnavailableError(f"{actor_id} is not there now", "", 1.0)
+                raise UnavailableError(f"{actor_id} is not running", "", 1.0)
             generations[actor_id] = placement.generations[actor_id]
         copies = dict.fromkeys(change.touched(), 0)
         for keys in after.values():
@@ -184,18 +184,18 @@ class Changes:
         try:
             epoch, spec = self._state.placement.epoch, self._state.fleet.specs[actor_id]
             report = await self._expert_pool.load(handle, epoch, spec, keys, LOAD_TIMEOUT_S)
-            self._state.kernels.note(report)  # before routers are told that it has them
-        except Exception as error:  # of any kind: the change fails, and its caller goes on
+            self._state.kernels.note(report)  # before routers learn that it has them
+        except Exception as error:  # of any kind: the change fails, and its caller continues
             reason = str(error) if isinstance(error, ExpertMeshError) else kind_of(error)
             raise UnavailableError(f"{actor_id} did not load: {reason}", "", 1.0) from error
 
     def _commit(
         self, placement: Placement, change: Change, generations: Mapping[str, int]
     ) -> Placement:
-        """Return the placement after a change; raises where actors have died that it relies on."""
+        """Return the placement after a change; raises if actors that it relies on have died."""
         for actor_id, generation in generations.items():
             if placement.generations.get(actor_id) != generation:
-                raise UnavailableError(f"{actor_id} died before the change was made", "", 1.0)
+                raise UnavailableError(f"{actor_id} died before the change was committed", "", 1.0)
         after = with_change(placement, change)
         refuse_losses(placement, after, change, self._state.min_copies)
         # In the same step as the placement, so that an actor that starts now gets its new share.

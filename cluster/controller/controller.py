@@ -75,9 +75,10 @@ class Controller:
     ) -> None:
         """Set up; :meth:`start` adopts or creates the actors.
 
-        ``redeploy_drain_s`` bounds the stay of experts of an earlier deployment with other weights.
-        ``expert_pool`` is Ray's side of the actors, ``ledger`` keeps what must outlive them. Copies
-        follow the load every ``rebalance_period_s``, or only when :meth:`rebalance` is called.
+        ``redeploy_drain_s`` bounds how long experts of an earlier deployment with other weights
+        stay. ``expert_pool`` is Ray's side of the actors, ``ledger`` keeps the state that must
+        outlive them. Copies follow the load every ``rebalance_period_s``, or only when
+        :meth:`rebalance` is called.
         """
         self._app = app
         self._expert_pool = expert_pool
@@ -120,7 +121,7 @@ class Controller:
         handles = adopted.handles
         nodes = await asyncio.to_thread(self._expert_pool.nodes)
         if self._state.min_copies > 1 and len(nodes) > 1:
-            # There is time to wait for all actors only before anything is served.
+            # Only before anything is served is there time to wait for all actors.
             handles = handles or await self._create_all()
         self._state.assign()
         await self._state.make_room(adopted.reports)
@@ -140,7 +141,7 @@ class Controller:
         self._loops.append(asyncio.create_task(loop, name=name))
 
     def _stop(self) -> None:
-        """Give no more orders; the actors live on."""
+        """Give no more orders; the actors keep running."""
         for loop in self._loops:
             if loop is not asyncio.current_task():
                 loop.cancel()
@@ -163,18 +164,18 @@ class Controller:
                 time.monotonic(),
             )
             for model, reason in over.items():
-                logger.info("ending the previous %s: %s", model, reason)
+                logger.info("ending the previous model %s: %s", model, reason)
             if over:
                 holders = self._state.placement.held()
                 await self._state.release(over)
                 self._retirement.begin(holders, self._state.placement.order)
                 try:
-                    await self._state.try_record("that the earlier models ended")
+                    await self._state.try_record("that the previous models ended")
                 except StaleEpochError:
                     return
 
     async def _adopt(self) -> Adopted:
-        """Claim the next epoch, and take over the actors of the last controller under it."""
+        """Claim the next epoch, and take over the last controller's actors under it."""
         ledger = await asyncio.to_thread(self._ledger.claim)
         self._state.fleet.resume(ledger.pools)
         specs, check = self._state.fleet.specs, self._state.check_epoch
@@ -204,7 +205,7 @@ class Controller:
         return created
 
     async def look_for_deletion(self) -> None:
-        """Ask Serve every :data:`APP_CHECK_S` whether it deletes the application; tell all then.
+        """Ask Serve every :data:`APP_CHECK_S` whether it deletes the application; if so, tell all.
 
         A shutdown of Serve ends gateways first, then routers, then the controller, each after its
         last request, and tells none of them why.
@@ -213,7 +214,7 @@ class Controller:
             await asyncio.sleep(APP_CHECK_S)
             try:
                 is_wanted = await asyncio.to_thread(app_is_wanted, self._app)
-            except Exception as error:  # Serve itself is away, which says nothing
+            except Exception as error:  # Serve itself is away, which proves nothing
                 logger.warning("Serve does not answer (%s)", kind_of(error))
                 continue
             if not is_wanted:
@@ -222,7 +223,7 @@ class Controller:
     async def close(self) -> None:
         """Stop keeping; end the actors too when Serve is deleting the application.
 
-        On a mere restart or a new configuration they live on for the next controller to adopt.
+        On a restart or a new configuration they keep running, and the next controller adopts them.
         """
         self._stop()
         if await asyncio.to_thread(app_is_wanted, self._app):
@@ -233,7 +234,7 @@ class Controller:
                 self._expert_pool.kill(handle)
             await asyncio.to_thread(self._ledger.clear)
         except StaleEpochError:
-            logger.info("a newer controller ends the actors")
+            logger.info("a newer controller is running; leaving the actors to it")
 
     # What routers and gateways call.
 
@@ -257,14 +258,13 @@ class Controller:
         heartbeat of any actor (``loop_age_s``), whether Serve deletes the application
         (``is_deleted``), whether the next call is to bring the caller's ``own`` placement
         (``asks_own``), the ``epoch``, the kernel classes of the ``model``'s placed experts
-        (``expert_classes``), and to a gateway the ``uses`` of quotas by all others. The call also
-        says that this router or gateway is alive, and brings its ``samples``, the key of the
+        (``expert_classes``), and for a gateway the quota ``uses`` of all other gateways. The call
+        also proves that this router or gateway is alive, and brings its ``samples``, the key of the
         ``model`` that a router serves, the ``kernel_class`` of its dense part, and the actors that
         it has ``heard`` lately.
 
-        Where the controller doubts whether an actor lives, it answers all callers at once, and
-        their next calls tell whom they hear. Raises :class:`StaleEpochError` where a newer
-        controller runs.
+        When the controller doubts whether an actor lives, it answers all callers at once, and their
+        next calls say whom they hear. Raises :class:`StaleEpochError` if a newer controller runs.
         """
         state, order, asked_at_s = self._state, (known[0], known[1]), self._state.asked_at_s
         state.refuse_if_superseded()

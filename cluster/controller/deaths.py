@@ -4,8 +4,8 @@ Pure, with the caller's clock. An actor's deaths count in a row until it has wor
 death is forgiven for each :data:`FORGIVEN_S` of work. That an actor came up forgives nothing: a bad
 device lets a process come up, and fails its first batch.
 
-A node is to blame for deaths that nobody explains where they come again, and on this node alone.
-Deaths on several nodes at a time have another reason, such as a request.
+A node is to blame for unexplained deaths if they recur, and only on this node.
+Deaths on several nodes at once have another reason, such as a request.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from cluster.spec import ActorReport
 BROKEN_TESTS = 3
 """After this many failed self-tests in a row an actor counts as broken, and is replaced."""
 FORGIVEN_S = 10.0
-"""How long an actor works for the forgiveness of one death."""
+"""How long an actor must work before one death is forgiven."""
 FORGIVEN_IDLE_S = 600.0
-"""The same for an actor that is up, and that nobody asks for anything."""
+"""The same for an actor that is up and idle."""
 FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 60.0
-"""The delays before the second successor, and before any; each is twice the last."""
+"""The delay before the second successor, and the longest; each is twice the last."""
 AVOID_NODE_S = 60.0
 MAX_AVOID_NODE_S = 3600.0
-"""How long a node is avoided after one bad end of an actor, and after many, each time doubled."""
+"""How long a node is avoided after one bad end of an actor, and at most; it doubles each time."""
 MOST_DOUBLINGS = 30
 TOGETHER_S = 20.0
-"""Deaths on several nodes within this time have one reason: a start takes a part of it."""
+"""Deaths on several nodes within this time have one reason; a start takes part of this time."""
 
 
 class BrokenActorError(Exception):
-    """An actor's self-tests fail, so that it is to be replaced."""
+    """An actor fails its self-tests and must be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Death:
     """The end of one life of an actor.
 
     ``is_of_place`` says that the device or the node may be to blame, so that the successor goes
-    elsewhere. ``needed_bytes`` and ``missing_bytes`` are set where memory did not suffice.
+    elsewhere. ``needed_bytes`` and ``missing_bytes`` are set if memory did not suffice.
     """
 
     reason: str
@@ -89,11 +89,11 @@ class Deaths:
     """The lives and deaths of all actors of one application."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Begin without actors."""
         self._actors: dict[str, _Actor] = {}
         self._nodes: dict[str, _Node] = {}
         self._died: dict[str, tuple[str, float]] = {}
-        """Where and when each actor last died that was up and not broken."""
+        """Where and when each actor last died while it was up and not broken."""
 
     def begin(self, actor_id: str, now_s: float) -> None:
         """Note that an actor is about to load: it is created, adopted, or loads again."""
@@ -107,12 +107,12 @@ class Deaths:
         actor.node, actor.device = report.node, report.device
 
     def came_up(self, report: ActorReport, now_s: float) -> None:
-        """Note that an actor holds its share, and serves."""
+        """Note that an actor holds its share and serves."""
         self.located(report)
         self._actors[report.actor_id].up_since_s = now_s
 
     def lacks_experts(self, actor_id: str, reason: Death) -> None:
-        """Note that an actor serves, and could not load the rest of its share."""
+        """Note that an actor serves but could not load the rest of its share."""
         actor = self._actors.setdefault(actor_id, _Actor())
         actor.lacks_experts, actor.last = True, reason
 
@@ -128,7 +128,7 @@ class Deaths:
             actor.works_since_s = now_s
 
     def is_broken(self, actor_id: str) -> bool:
-        """Return whether an actor is to be replaced, by its last heartbeat."""
+        """Return whether an actor must be replaced, judging by its last heartbeat."""
         return self._actors[actor_id].failed_tests >= BROKEN_TESTS
 
     def ended(self, actor_id: str, death: Death, now_s: float) -> float:
@@ -157,7 +157,7 @@ class Deaths:
         self._died.pop(actor_id, None)
 
     def avoided_nodes(self, now_s: float) -> dict[str, float]:
-        """Return nodes on which actors have ended badly lately, and until when to avoid each."""
+        """Return the nodes on which actors ended badly lately, and until when to avoid each."""
         return {name: node.until_s for name, node in self._nodes.items() if now_s < node.until_s}
 
     def is_place_bad(self, actor_id: str) -> bool:

@@ -1,8 +1,8 @@
 """More and fewer actors, and copies of an expert, while requests run.
 
-To grow, actors join the fleet, Ray is asked for their devices, and once they are up experts are
-spread over them too. Standby actors are taken into use first. To shrink, a committed change moves
-an actor's experts to others, and then the actor ends. After a failure the actor keeps the rest of
+To grow, actors join the fleet, Ray is asked for their devices, and once they are up, experts are
+spread over them too. Standby actors are used first. To shrink, a committed change moves an actor's
+experts to others, and then the actor ends. After a failure the actor keeps the rest of
 its experts, and stays in the fleet. Actors on a draining node get successors elsewhere, and are
 drained in the same way.
 """
@@ -51,9 +51,9 @@ class Elastic:
         rebalancer: Rebalancer,
         meter: BusyMeter,
     ) -> None:
-        """``meter`` restarts where experts have moved, since its measurements are old then."""
+        """``meter`` restarts when experts have moved, since its measurements are old then."""
         self.history: deque[ChangeReport] = deque(maxlen=KEPT_REPORTS)
-        """The last changes, and those that pools in dry run would have made; the newest first."""
+        """The last changes, with those that pools in dry run would have made; newest first."""
         self._state = state
         self._fleet = state.fleet
         self._expert_pool = expert_pool
@@ -63,9 +63,9 @@ class Elastic:
         self._expert_bytes = {model.model: model.expert_bytes for model in state.models}
         self._lock = asyncio.Lock()
         self._spread_over: set[tuple[str, int]] = set()
-        """Generations of actors that came up empty and get, or have got, experts."""
+        """Generations of actors that came up empty and have been, or are being, given experts."""
         self._spread_at_s = 0.0
-        """Until then no spreading over empty actors is tried again."""
+        """When spreading over empty actors may be tried again."""
         self._awaited: set[str] = set()
         """New actors that a change waits for."""
         self._succeeded: set[str] = set()
@@ -78,8 +78,8 @@ class Elastic:
     ) -> ChangeReport:
         """Scale a pool to ``number`` actors; returns when experts are spread over them.
 
-        Raises :class:`InvalidRequestError` where the number is out of bounds or its devices cannot
-        hold all experts, :class:`UnavailableError` where another actor is away.
+        Raises :class:`InvalidRequestError` if the number is out of bounds or the actors' devices
+        cannot hold all experts, :class:`UnavailableError` while another actor is away.
         """
         async with self._lock:
             name = self._fleet.pool_named(pool).name
@@ -97,9 +97,9 @@ class Elastic:
         return await self._use(added, what, reason)
 
     async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Drain and end an actor, or all of a node that ``target``, its id or a prefix, names.
+        """Drain and end an actor, or all actors of a node named by its id or a prefix of it.
 
-        Raises what :meth:`scale` raises, also where a pool would fall below its bounds.
+        Raises what :meth:`scale` raises, also if a pool would fall below its bounds.
         """
         async with self._lock:
             leaving = self._named(target)
@@ -318,7 +318,7 @@ class Elastic:
     # What happens automatically.
 
     async def use_empty(self) -> None:
-        """Spread experts over actors that came up after their change stopped waiting."""
+        """Spread experts over actors that came up after their change had timed out."""
         generations = self._state.placement.generations
         empty = [
             actor_id
@@ -369,7 +369,7 @@ class Elastic:
         async with self._lock:
             began_at_s = time.monotonic()
             leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
-            # A standby actor needs no successor here: another one starts elsewhere in time.
+            # A standby actor needs no successor here: keep_standby starts another elsewhere.
             has_successor = self._succeeded | self._fleet.standby
             without = [actor_id for actor_id in leaving if actor_id not in has_successor]
             added = await self._grow(

@@ -11,7 +11,7 @@ from cluster.spec import ActorSpec, PoolSpec, budgets_of
 
 @dataclass(frozen=True, slots=True)
 class PoolMembers:
-    """A pool's actors in use and on standby, and the number that was configured at that time."""
+    """A pool's actors in use and on standby, and the number of actors configured at that time."""
 
     configured: int
     actors: tuple[str, ...]
@@ -21,8 +21,8 @@ class PoolMembers:
 class Fleet:
     """The actors of each pool.
 
-    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor; there are no budgets where pools have
-    none. Actors on ``standby`` run like others, and hold no experts until they are taken into use.
+    ``specs``, ``pool_of`` and ``budgets_bytes`` are by actor; without pool budgets there are no
+    budgets. ``standby`` actors run like others, but hold no experts until they are taken into use.
     """
 
     def __init__(self, pools: Sequence[PoolSpec]) -> None:
@@ -73,7 +73,7 @@ class Fleet:
         return actor_id
 
     def take_into_use(self, actor_id: str) -> None:
-        """End an actor's standby; it counts as if it joined now."""
+        """End an actor's standby; it counts as if it had just joined."""
         self.standby.remove(actor_id)
         self.specs[actor_id] = self.specs.pop(actor_id)
         self.pool_of[actor_id] = self.pool_of.pop(actor_id)
@@ -86,14 +86,14 @@ class Fleet:
             del self.budgets_bytes[actor_id]
 
     def members(self) -> dict[str, PoolMembers]:
-        """Return the members of each pool, for :meth:`resume` of a next controller."""
+        """Return the members of each pool, for the next controller's :meth:`resume`."""
         return {
             name: PoolMembers(pool.num_actors, tuple(self.of(name)), tuple(self.standby_of(name)))
             for name, pool in self.pools.items()
         }
 
     def resume(self, kept: Mapping[str, PoolMembers]) -> None:
-        """Continue with the members that an earlier controller ``kept``.
+        """Continue with the members that the previous controller ``kept``.
 
         A pool keeps its number of actors, unless the configured number has changed since; an
         autoscaled pool stays within its bounds. Actors that were in use come first, then standby

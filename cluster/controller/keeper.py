@@ -1,4 +1,4 @@
-"""Keeps expert actors alive: one task an actor creates it, has it load, and sends it heartbeats.
+"""Keeps expert actors alive: one task per actor creates it, makes it load, and sends it heartbeats.
 
 On death the task publishes the loss and creates the next generation. Actors are detached: they
 outlive a controller, and the next one adopts them under a higher epoch.
@@ -38,18 +38,18 @@ from cluster.spec import ActorReport
 
 HEARTBEAT_PERIOD_S = 1.0
 LOAD_PERIOD_S = 0.25
-"""Time between an actor's heartbeats where the number of copies or actors follows the load."""
+"""Time between an actor's heartbeats if the number of copies or actors follows the load."""
 MAX_HEARTBEATS_PER_S = 400
-"""The most heartbeats of all actors together; many actors get a longer period."""
+"""The most heartbeats a second of all actors together; many actors get a longer period."""
 PLACE_NOTICE_S = 10.0
 LOAD_RETRY_S = 5.0
-"""How long after a load that failed an actor that serves tries it again."""
+"""How long a serving actor waits after a failed load before it retries."""
 
 logger = logging.getLogger("expertmesh.controller")
 
 
 class Observer(Protocol):
-    """Measures something by the reports of all actors."""
+    """Measures something from the reports of all actors."""
 
     def observe(self, report: ActorReport, now_s: float) -> None:
         """Take an actor's report."""
@@ -72,18 +72,18 @@ class Keeper:
     ) -> None:
         """``observers`` get every report; ``members`` knows the routers.
 
-        Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often where copies or actors
-        follow the load, so that each decision has new counters.
+        Heartbeats come every :data:`HEARTBEAT_PERIOD_S`, or more often if copies or actors follow
+        the load, so that each decision has new counters.
         """
         self.loading = Loading()
         self.deaths = Deaths()
         self.processes = ActorProcesses(state, expert_pool, self.deaths)
         self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = no_relief
-        """Moves experts of an actor whose memory has no room for them; returns whether it did."""
+        """Moves experts off an actor whose memory has no room for them; returns whether it did."""
         self.relieve_waiting: Callable[[str, str], Awaitable[object]] = no_relief
-        """Moves experts that nobody holds off an actor that waits for a place."""
+        """Moves experts that nobody holds off an actor that waits for resources."""
         self.looped_at_s = time.monotonic()
-        """When any task last finished a step; old where this controller hangs."""
+        """When any task last finished a step; old if this controller hangs."""
         self._state = state
         self._expert_pool = expert_pool
         self._retirement = retirement
@@ -95,7 +95,7 @@ class Keeper:
         elif any(pool.autoscaling for pool in state.fleet.pools.values()):
             self._load_period_s = LOAD_PERIOD_S
         self._load_again_at_s: dict[str, float] = {}
-        """When each actor that could not load all of its share tries it again."""
+        """When each actor that could not load its whole share retries."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._heartbeat_due: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
@@ -104,15 +104,15 @@ class Keeper:
     def start(
         self, actor_id: str, handle: ActorHandle | None = None, is_silent: bool = False
     ) -> None:
-        """Begin to keep an actor of the fleet, with its handle where it lives already.
+        """Begin to keep an actor of the fleet, with its handle if it is already running.
 
-        One that ``is_silent`` has not answered yet.
+        An actor that ``is_silent`` has not answered yet.
         """
         keeping = self._keep(actor_id, handle, is_silent)
         self._tasks[actor_id] = asyncio.create_task(keeping, name=f"keep {actor_id}")
 
     async def stop(self, actor_id: str) -> None:
-        """End an actor that is to hold nothing any more, and take it out of the fleet."""
+        """End an actor that should hold nothing any more, and take it out of the fleet."""
         self._state.fleet.remove(actor_id)
         await self._state.try_record(f"that {actor_id} left")
         await self._state.leave_placement(actor_id)
@@ -135,7 +135,7 @@ class Keeper:
     def suspect(self, actor_id: str, generation: int, hears_others: bool) -> None:
         """Check an actor at once, since a router has no answer from this generation.
 
-        While the router repeats its suspicion, an unanswered heartbeat counts as death sooner.
+        While the router repeats its suspicion, an unanswered heartbeat counts as a death sooner.
         ``hears_others`` says that the router hears other actors.
         """
         if self._state.placement.generations.get(actor_id) == generation:
@@ -143,7 +143,7 @@ class Keeper:
             self.heartbeat_now(actor_id)
 
     def close(self) -> None:
-        """Stop keeping; the actors live on."""
+        """Stop keeping; the actors keep running."""
         for task in self._tasks.values():
             if task is not asyncio.current_task():  # which ends by itself
                 task.cancel()
@@ -211,12 +211,12 @@ class Keeper:
     async def _hear(self, actor_id: str, handle: ActorHandle) -> None:
         """Wait for the first answer of an adopted actor.
 
-        Raises :class:`UnavailableError` where its process has another configuration, and
+        Raises :class:`UnavailableError` if its process has a different configuration, and
         ``TimeoutError`` if it hangs.
         """
         report = await self._heartbeat(actor_id, handle)
         if report.digest != self._state.fleet.specs[actor_id].digest:
-            raise UnavailableError("has another configuration; ending it", actor_id)
+            raise UnavailableError("has a different configuration; ending it", actor_id)
 
     def _forget(self, actor_id: str) -> None:
         self._state.forget(actor_id)
@@ -224,7 +224,7 @@ class Keeper:
             observer.forget(actor_id)
 
     async def _bring_up(self, actor_id: str, handle: ActorHandle) -> None:
-        """Have an actor load its share, and publish it."""
+        """Make an actor load its share, and publish it."""
         started_at_s = time.monotonic()
         epoch = self._state.placement.epoch
         waiting = asyncio.create_task(self._say_why_it_waits(actor_id, handle))
@@ -252,9 +252,9 @@ class Keeper:
         )
 
     async def _load(self, actor_id: str, handle: ActorHandle) -> ActorReport:
-        """Have an actor load its share.
+        """Make an actor load its share.
 
-        Where it cannot load all of it, an actor that holds experts serves these, and tries again
+        If it cannot load all of it, an actor that holds experts serves those, and tries again
         later.
         """
         self._load_again_at_s.pop(actor_id, None)
@@ -264,13 +264,13 @@ class Keeper:
             report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
             if not report.experts:
                 raise
-            logger.error("%s serves %d experts: %s", actor_id, len(report.experts), error)
+            logger.error("%s serves only %d experts: %s", actor_id, len(report.experts), error)
             self.deaths.lacks_experts(actor_id, _death_of(error))
             self._load_again_at_s[actor_id] = time.monotonic() + LOAD_RETRY_S
             return report
 
     async def _load_share(self, actor_id: str, handle: ActorHandle) -> ActorReport:
-        """Have an actor load its share, or less where others take what it has no room for."""
+        """Make an actor load its share, or less if other actors take experts it has no room for."""
         for is_last in (False, True):
             spec, keys = self._state.fleet.specs[actor_id], self._state.shares[actor_id]
             self.loading.begin(actor_id, len(keys), time.monotonic())
@@ -281,12 +281,12 @@ class Keeper:
                 self.deaths.located(await self._expert_pool.describe(handle, PLACE_NOTICE_S))
                 if is_last or not await self.relieve(actor_id, error):
                     raise
-        raise AssertionError("the last load returns or raises")
+        raise AssertionError("the last load neither returned nor raised")
 
     async def _say_why_it_waits(self, actor_id: str, handle: ActorHandle) -> None:
-        """Log which resources an actor waits for that Ray has not started; Ray says nothing here.
+        """Log which resources an actor waits for that Ray has not started; Ray does not say.
 
-        An actor that waits for a certain node is ended; its successor may start on any node.
+        An actor that waits for one particular node is ended; its successor may start anywhere.
         """
         for notices in itertools.count():
             await asyncio.sleep(PLACE_NOTICE_S * 2 ** min(notices, 5))
@@ -303,11 +303,11 @@ class Keeper:
                     self._state.nodes.pop(actor_id, None)
                     await self.processes.end(handle)
                     return
-                if self._state.has_lived(actor_id):  # else its place may just be coming
+                if self._state.has_lived(actor_id):  # else its resources may be on their way
                     await self.relieve_waiting(actor_id, why)
 
     async def _follow_loading(self, handle: ActorHandle) -> None:
-        """Ask an actor again and again how much of its share is loaded, and log the progress."""
+        """Poll an actor for how much of its share is loaded, and log the progress."""
         while True:
             try:
                 report = await self._expert_pool.describe(handle, PLACE_NOTICE_S)
@@ -320,10 +320,10 @@ class Keeper:
             await asyncio.sleep(HEARTBEAT_PERIOD_S)
 
     async def _watch(self, actor_id: str, handle: ActorHandle) -> None:
-        """Send heartbeats until the actor is to load experts.
+        """Send heartbeats until the actor must load experts.
 
-        It lacks some that the placement says it holds, and that routers stop asking it for; or its
-        last load failed a while ago. Raises ``TimeoutError`` when the actor hangs.
+        Either it lacks some that the placement says it holds, and routers then stop asking it for
+        them; or its last load failed a while ago. Raises ``TimeoutError`` when the actor hangs.
         """
         due = self._heartbeat_due[actor_id]
         progress = Progress(time.monotonic())
@@ -339,11 +339,11 @@ class Keeper:
             if self.deaths.is_broken(actor_id):
                 raise BrokenActorError(report.failure)
             if progress.is_hung(report.steps, report.queued_rows, now_s):
-                raise TimeoutError("rows wait and none is computed")
-            # A report may be older than a change that was made meanwhile.
+                raise TimeoutError("rows are waiting and none are being computed")
+            # A report may be older than a change that was made in the meantime.
             lacking = self._state.lacking(actor_id, report)
             if lacking and before is self._state.placement:
-                logger.error("%s lacks %d experts that it is to hold", actor_id, len(lacking))
+                logger.error("%s lacks %d of its experts; reloading them", actor_id, len(lacking))
                 await self._state.correct(actor_id, lacking)
                 return
             await self._retirement.retire(actor_id, handle, report)
@@ -373,7 +373,7 @@ class Keeper:
                 silence.look(now_s)
                 is_lost = await self.suspicion.is_lost(actor_id, silence, now_s)
                 if is_lost and not answer.done():
-                    raise TimeoutError("no heartbeat is answered")
+                    raise TimeoutError("it answers no heartbeat")
             report = answer.result()
         finally:
             answer.cancel()

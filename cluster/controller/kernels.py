@@ -1,4 +1,4 @@
-"""The kernel classes that compute each language model, and the notice where they are mixed.
+"""The kernel classes that compute each language model, and the notice when they are mixed.
 
 A row's result depends only on the row, the weights and the kernel class. So answers may change in
 their last bits if a model's experts, or its routers, have several classes.
@@ -55,7 +55,7 @@ def _counts(model: str, processes: Mapping[ModelKernel, int]) -> tuple[KernelCou
 
 
 def _mixed(counts: Sequence[KernelCount], noun: str) -> str:
-    """Return several classes as text, such as "fused on 2 actors, paired on 1"."""
+    """Return several classes as a string, such as "fused on 2 actors, paired on 1"."""
     if len(counts) < 2:
         return ""
     first, *others = counts
@@ -68,7 +68,7 @@ def _mixed(counts: Sequence[KernelCount], noun: str) -> str:
 class ExpertKernels:
     """The kernel classes that actors have reported, per process; emulated actors have none.
 
-    They outlive the reports of actors that are silent or come up again.
+    They are kept while an actor is silent or comes up again and has no report.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class ExpertKernels:
     def classes(self, model: str, placement: Placement) -> frozenset[str]:
         """Return the classes that compute the placed experts of the model with this key.
 
-        :data:`UNKNOWN` is among them where an actor has told none.
+        :data:`UNKNOWN` is among them if an actor has reported none.
         """
         if self._placement is not placement:
             self._placement = placement
@@ -104,17 +104,17 @@ class ExpertKernels:
 
 
 class MixNotice:
-    """Logs once for each set of classes that a model has at a time."""
+    """Logs mixed classes, once for each set of classes that a model has."""
 
     def __init__(self) -> None:
         """Begin without a notice."""
         self._noticed: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
 
     def look(self, kernels: Iterable[KernelStatus], is_whole: Callable[[], bool]) -> None:
-        """Log the models whose classes are mixed in another way than at their last notice.
+        """Log the models whose classes are mixed differently than at their last notice.
 
-        While the cluster is not whole, the notice waits, so that its numbers are not those of a
-        start.
+        While the cluster is not whole, the notice waits, so that it does not count a cluster that
+        is still starting.
         """
         for status in kernels:
             classes = _names(status.actors), _names(status.routers)

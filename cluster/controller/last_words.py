@@ -1,4 +1,4 @@
-"""Exit reasons: an actor that ends its own process saves why, and its controller asks.
+"""Exit reasons: an actor that ends its own process saves why, for its controller to read.
 
 Ray reports that an actor died, but not why. Ray's key-value store keeps the reason until
 the controller asks.
@@ -12,9 +12,9 @@ import threading
 from cluster.ray_private import KeyValueStore
 
 LEAVE_TIMEOUT_S = 0.5
-"""How long an actor waits for the store before it ends without words."""
+"""How long an actor waits for the store before it ends without saving a reason."""
 MOST_CHARACTERS = 500
-"""Longer words lose their end: an error of a device may bring a trace of its driver."""
+"""A longer reason is cut off: a device's error may contain a trace of its driver."""
 
 logger = logging.getLogger("expertmesh.actor")
 
@@ -28,7 +28,7 @@ class LastWords:
         self._store = store
 
     def leave(self, actor_id: str, generation: int, words: str) -> None:
-        """Keep an actor's reason to end its process.
+        """Save why an actor ends its process.
 
         Returns within :data:`LEAVE_TIMEOUT_S`, and raises nothing: if the store is away, the
         reason is only in the actor's log.
@@ -48,7 +48,7 @@ class LastWords:
     def take(self, actor_id: str, generation: int) -> str:
         """Return the exit reason of an actor's generation, empty if it left none.
 
-        Those of the actor's earlier generations, which nobody asked for, are deleted with them.
+        Unread reasons of the actor's earlier generations are deleted with it.
         """
         words = self._store.get(self._key(actor_id, generation))
         for key in self._store.keys(self._key(actor_id)):

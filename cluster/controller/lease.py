@@ -49,7 +49,7 @@ class Lease:
 
 
 def end_when_orphaned(lease: Lease, app: str) -> None:
-    """Watch a lease on a daemon thread, and end the process when it makes the actor an orphan."""
+    """Watch a lease on a daemon thread, and end the process when the actor is orphaned."""
 
     def watch() -> None:
         while True:
@@ -66,7 +66,7 @@ def app_has_replicas(app: str) -> bool:
     """Return whether Ray has a Serve replica of the application; takes about a millisecond.
 
     Serve itself is not asked, since that would load 50 MB of its modules into an expert actor. The
-    names of the replicas tell the same.
+    names of the replicas say the same.
     """
     prefix = f"SERVE_REPLICA::{app}#"
     actors = list_named_actors(all_namespaces=True)

@@ -1,13 +1,13 @@
 """The ledger: what must never go backwards, even when the controller and all actors die together.
 
 Routers take only a newer placement, and an actor's name contains its generation. A new controller
-learns both from the living actors, and where none survived from this ledger. It lies in Ray's
+learns both from the living actors or, if none survived, from this ledger. It is in Ray's
 key-value store, which lives as long as the cluster's head.
 
-The store can create a key that is absent, in one step, and can replace none under a condition. So
+The store can atomically create an absent key, but has no conditional replace. So
 the ledger is a row of numbered records, of which the last one counts. A write creates the record
-after the last one that its writer knows, so of two writers one fails. The first write of an epoch
-claims it. The controllers of earlier epochs do not know that record, and cannot write any more.
+after its writer's last one, so of two writers one fails. The first write of an epoch claims it. The
+controllers of earlier epochs do not know that record, and can no longer write.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LedgerStore:
         return self._last()[1]
 
     def claim(self, above: int = 0) -> Ledger:
-        """Begin the next epoch, which is higher than ``above``; returns the ledger with it.
+        """Begin the next epoch, higher than ``above``; returns the ledger with it.
 
         Each of several controllers that claim at the same time gets an epoch of its own. The last
         claim counts.
@@ -87,28 +87,28 @@ class LedgerStore:
                 return mine
 
     def write(self, ledger: Ledger) -> None:
-        """Replace the ledger; raises :class:`StaleEpochError` where another controller has."""
+        """Replace the ledger; raises :class:`StaleEpochError` if another controller has."""
         if not self._number or not self._append(self._number, ledger):
             raise _stale()
 
     def check(self) -> None:
-        """Raise :class:`StaleEpochError` where another controller has claimed an epoch."""
+        """Raise :class:`StaleEpochError` if another controller has claimed an epoch."""
         newest = self._newest()
         if newest != self._number and not self._is_mine(newest):
             raise _stale()
 
     def clear(self) -> None:
-        """Empty the ledger, with its application; raises :class:`StaleEpochError` as a write does.
+        """Empty the ledger when its application ends; raises :class:`StaleEpochError` like a write.
 
-        The epoch stays, so that a controller that is late cannot write any more.
+        The epoch stays, so that a late controller can no longer write.
         """
         self.write(Ledger(self._last()[1].epoch))
 
     def _append(self, after: int, ledger: Ledger) -> bool:
         """Write the record that follows ``after``; returns whether it is the last one then.
 
-        Earlier records are deleted. So a writer that was late may create a record again that was
-        there before; it finds a later one afterwards.
+        Earlier records are deleted. So a late writer may recreate a record that
+        was there before; it then finds a later one.
         """
         data = json.dumps({"writer": self._writer, "ledger": ledger.to_json()}).encode()
         number = after + 1
@@ -142,7 +142,7 @@ class LedgerStore:
         return max(self._numbers(), default=0)
 
     def _numbers(self) -> list[int]:
-        """Return the numbers of all records; another application's name may begin like this."""
+        """Return the numbers of all records; another application's name may have this prefix."""
         rests = [key.removeprefix(self._prefix) for key in self._store.keys(self._prefix)]
         return [int(rest) for rest in rests if rest.isdecimal()]
 

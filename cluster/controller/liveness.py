@@ -21,25 +21,25 @@ HUNG_S = 60.0
 SILENT_S = 3.0
 """How long a heartbeat may stay unanswered."""
 SUSPECTED_S = 0.8
-"""The same while a router waits in vain too: then two ways to the actor that share no thread of it
+"""The same while a router times out too: then two ways to the actor that share none of its threads
 are silent."""
 LOOK_S = 0.1
-"""Time between two looks whether a heartbeat is answered."""
+"""Time between two checks whether a heartbeat is answered."""
 DOUBT_S = 0.4
 """The silence of an actor after which the controller asks routers and all other actors."""
 PROBE_S = 0.3
-"""The silence of an actor that counts when the silent actors are counted; less than is left of
+"""The silence of an actor that counts when silent actors are counted; less than what is left of
 ``SUSPECTED_S`` when the others are asked."""
 TOGETHER_S = 5.0
-"""Silences that begin within this time of each other are silences together."""
+"""Silences that begin within this time of each other count as simultaneous."""
 HEARD_MARGIN_S = 0.3
-"""A router's word counts where it heard the actor this long after the silence began: the word and
+"""A router's word counts if it heard the actor this long after the silence began: the word and
 the answer take a moment on their way."""
 CONFIRM_S = 15.0
-"""A silence of many that lasts so long counts, where a router waits in vain too, though that router
+"""A silence of many that lasts this long counts if a router times out too, even if that router
 hears nobody else either. Ray declares a node dead that is cut off for as long."""
 LAST_COPY_S = 10.0
-"""How much longer an actor may be silent that has the last copy of an expert, while another actor
+"""How much longer an actor with the last copy of an expert may be silent while another actor
 loads that expert."""
 
 
@@ -52,7 +52,7 @@ class Progress:
         self._moved_at_s = now_s
 
     def is_hung(self, steps: int, queued_rows: int, now_s: float) -> bool:
-        """Take a heartbeat; returns whether rows have waited for ``HUNG_S`` without any batch.
+        """Take a heartbeat; returns whether rows have waited for ``HUNG_S`` without a batch.
 
         ``steps`` counts the batches that the actor has computed, ``queued_rows`` the waiting rows.
         """
@@ -62,10 +62,10 @@ class Progress:
 
 
 class Silence:
-    """How long a heartbeat stays unanswered, for a caller that looks every ``LOOK_S``.
+    """How long a heartbeat stays unanswered, for a caller that checks every ``LOOK_S``.
 
-    A late look means that the caller's process did not run, and perhaps the actor's neither. So a
-    look counts for at most ``LOOK_S``.
+    A late check means that the caller's process did not run, and perhaps the actor's did not
+    either. So a check counts for at most ``LOOK_S``.
     """
 
     def __init__(self, now_s: float) -> None:
@@ -75,30 +75,30 @@ class Silence:
         self._checked_at_s = now_s
 
     def look(self, now_s: float) -> None:
-        """Take a look without an answer."""
+        """Note a check without an answer."""
         self.silent_s += min(now_s - self._checked_at_s, LOOK_S)
         self._checked_at_s = now_s
 
 
 class Verdict(enum.StrEnum):
-    """What becomes of a silent actor, and why; the text is for people."""
+    """What happens to a silent actor, and why; the text is for people."""
 
-    WAITS = "its time is not over"
+    WAITS = "its timeout has not passed"
     HEARD = "routers hear it"
     CUT_OFF = "the controller itself may be cut off"
     NO_LEDGER = "the ledger cannot be read"
     LAST_COPY = "it has the last copy of an expert that another actor loads"
-    REPLACED = "it is replaced"
+    REPLACED = "it is being replaced"
 
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """The signs of a silent actor from others than itself; times are the controller's.
+    """What others know of a silent actor; times are the controller's.
 
-    ``is_suspected`` says that a router waits for the actor in vain, and ``hears_others`` that this
-    router hears other actors. ``heard_at_s`` is when any router last heard the actor; an actor that
-    no router asks is not heard. ``is_asked`` says that all routers have said so, or had their time.
-    ``is_suspicion_new`` says that they have not since the suspicion came.
+    ``is_suspected`` says that a router waits for the actor and times out, ``hears_others`` that
+    this router hears other actors. ``heard_at_s`` is when any router last heard the actor; an actor
+    that no router asks is not heard. ``is_asked`` says that all routers have said so, or had their
+    time. ``is_suspicion_new`` says that they have not since the suspicion came.
     ``members_at_s`` is when any router or gateway last called, ``None`` if none is known.
     """
 
@@ -119,7 +119,7 @@ class Silences:
         self._watched: set[str] = set()
         self._cut_off_at_s = self._heard_at_s = -math.inf
         self._confirmed_at_s: dict[str, float] = {}
-        """Since when routers confirm an actor's silence."""
+        """Since when routers have confirmed each actor's silence."""
 
     def note(self, actor_id: str, silence: Silence | None) -> None:
         """Note the silence of an actor, or that it answered."""
@@ -131,7 +131,7 @@ class Silences:
             self._silent[actor_id] = silence
 
     def forget(self, actor_id: str) -> None:
-        """Drop an actor that is sent heartbeats no more."""
+        """Drop an actor that gets no more heartbeats."""
         self._watched.discard(actor_id)
         self._silent.pop(actor_id, None)
         self._confirmed_at_s.pop(actor_id, None)
@@ -170,7 +170,7 @@ class Silences:
         elif signs.is_suspicion_new and (
             was_cut_off_s < SILENT_S or self._are_many_silent(silence)
         ):
-            # A network that was cut brings a suspicion late: routers that hear the actor say so.
+            # A cut network delivers a suspicion late: routers that hear the actor say so.
             return Verdict.WAITS
         elif is_deaf and confirmed_s < SUSPECTED_S:
             # A router that hears others again may not have asked this one since.
@@ -189,7 +189,7 @@ class Silences:
     def _is_cut_off(self, silence: Silence, signs: Signs) -> bool:
         """Return whether so many are silent that the controller's own network may be at fault.
 
-        A controller of one actor goes by routers and gateways: it is cut off where it hears none of
+        A controller of one actor goes by routers and gateways: it is cut off if it hears none of
         them either.
         """
         if self._are_many_silent(silence):
@@ -202,7 +202,7 @@ class Silences:
     def _is_deaf(self, silence: Silence, now_s: float) -> bool:
         """Return whether many are silent, and a router has heard one of the silent lately.
 
-        The controller's silence says nothing then, so a router that waits in vain is the only way.
+        The controller's own silence proves nothing then; only a router that times out does.
         """
         return self._are_many_silent(silence) and now_s - self._heard_at_s < SILENT_S
 
@@ -224,9 +224,9 @@ def has_last_copy(
     lost: Collection[str],
     coming: Collection[ExpertKey],
 ) -> bool:
-    """Return whether an actor has a last copy of an expert that another actor brings back first.
+    """Return whether an actor has a last copy of an expert that another actor restores first.
 
-    ``holders`` are the actors that hold each expert, ``lost`` those of them that are silent and
+    ``holders`` are the actors that hold each expert, ``lost`` the holders that are silent and
     heard by no router, ``coming`` the experts that actors load. Of the actors that have the last
     copies of the same expert, the first by its id is replaced first. The others follow when its
     successor has loaded: until then they may still come back with their copies.

@@ -18,12 +18,12 @@ class Loading:
     """The actors that load now."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Begin without actors."""
         self._actors: dict[str, LoadingStatus] = {}
         self._noticed_at_s = 0.0
 
     def begin(self, actor_id: str, num_experts: int, now_s: float) -> None:
-        """Note that an actor is to load ``num_experts`` from now on; it may not have started."""
+        """Note that an actor will load ``num_experts`` from now on; it may not have started."""
         if not self._actors:
             self._noticed_at_s = now_s
         self._actors[actor_id] = LoadingStatus(actor_id, 0, num_experts, 0)
@@ -45,7 +45,7 @@ class Loading:
         return tuple(actor for _, actor in sorted(self._actors.items()))
 
     def notice(self, now_s: float) -> str | None:
-        """Return a log line where it is due, every :data:`NOTICE_S`."""
+        """Return a log line if one is due, every :data:`NOTICE_S`."""
         if not self._actors or now_s - self._noticed_at_s < NOTICE_S:
             return None
         self._noticed_at_s = now_s

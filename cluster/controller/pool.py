@@ -30,7 +30,7 @@ from cluster.spec import (
 
 DATA_CALLS = 32
 """How many dispatch calls an actor takes at once, each on its own thread. A router has at most one
-under way, so messages of so many routers can merge into one batch."""
+in flight, so messages of this many routers can merge into one batch."""
 CONTROL_CALLS = 4
 RESEND_S = 0.1
 """How long to wait before sending a call again that Ray lost."""
@@ -193,7 +193,7 @@ def shortage(needed: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) ->
         return f"it needs {asked}, which is in use on all nodes that have it ({len(fitting)})"
     alive = [node for node in nodes if node["Alive"]]
     lacking = [n for n in needed if all(node["Resources"].get(n, 0) < needed[n] for node in alive)]
-    what = f"so much {', '.join(lacking)}" if lacking else "all of it"
+    what = f"enough {', '.join(lacking)}" if lacking else "all of these"
     return f"it needs {asked}; none of the {len(alive)} nodes has {what}"
 
 

@@ -68,12 +68,12 @@ class ActorProcesses:
         except StaleEpochError:
             return None  # the next look at the ledger says it too
         except Exception as error:  # Ray's control store is away
-            logger.warning("%s: no successor beside it (%s)", actor_id, kind_of(error))
+            logger.warning("%s: cannot start a successor beside it (%s)", actor_id, kind_of(error))
             return None
         try:
             await self._expert_pool.describe(successor, START_NOTICE_S)
         except (RayActorError, RayTaskError, TimeoutError) as error:
-            logger.warning("%s: no start beside its predecessor (%s)", actor_id, kind_of(error))
+            logger.warning("%s: successor did not start beside it (%s)", actor_id, kind_of(error))
             self._expert_pool.kill(successor)
             return None
         except BaseException:
@@ -98,7 +98,7 @@ class ActorProcesses:
             self._deaths.is_place_bad(actor_id),
         )
         if node is not None and node != state.nodes.get(actor_id):
-            logger.info("%s goes to node %s, away from bad ones", actor_id, node[:10])
+            logger.info("moving %s to node %s, away from bad nodes", actor_id, node[:10])
         return await self.create(actor_id, node)
 
     async def end(self, handle: ActorHandle) -> bool:
@@ -113,7 +113,7 @@ class ActorProcesses:
             except StaleEpochError:
                 return False
             except Exception as error:  # Ray's control store is away
-                logger.warning("the ledger cannot be read (%s); nothing is ended", kind_of(error))
+                logger.warning("the ledger cannot be read (%s); ending nothing", kind_of(error))
                 await asyncio.sleep(delay_s(attempt + 1, came_up=False))
         self._expert_pool.kill(handle)
         return True

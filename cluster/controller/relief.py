@@ -70,7 +70,7 @@ class Reliever:
             sizes = self._expert_bytes()
             size = sum(sizes[key.model] for key in lost)
             if lost:
-                what = f"{actor_id} gives up experts that nobody holds"
+                what = f"{actor_id} hands off experts that nobody holds"
                 await self._move(actor_id, lost, size, what, reason)
 
     def close(self) -> None:
@@ -81,13 +81,13 @@ class Reliever:
     def _ended(self, actor_id: str, task: asyncio.Task[bool]) -> None:
         del self._relieving[actor_id]
         if not task.cancelled() and task.exception() is not None:
-            logger.error("%s could not be relieved (%r)", actor_id, task.exception())
+            logger.error("could not move experts off %s (%r)", actor_id, task.exception())
 
     async def _relieve(self, actor_id: str, error: NoRoomError) -> bool:
         """See :meth:`relieve`; waits until the experts have moved."""
         async with self._rebalancer.plan_lock:
             missing_bytes = error.missing_bytes or max(self._expert_bytes().values())
-            what = f"{actor_id} gives up experts that it has no room for"
+            what = f"{actor_id} hands off experts that it has no room for"
             share = self._state.shares[actor_id]
             return await self._move(actor_id, share, missing_bytes, what, str(error))
 

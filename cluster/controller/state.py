@@ -101,7 +101,7 @@ class ClusterState:
         if not broken:
             return placement
         for model in broken:
-            logger.warning("ending the previous %s: one of its experts is lost", model)
+            logger.warning("ending the previous model %s: one of its experts is lost", model)
             del self.retained[model]
         return placement.without_models(broken)
 
@@ -260,7 +260,7 @@ class ClusterState:
             self.shares, reports, own, self.retained, budgets_bytes
         ):
             logger.warning(
-                "no memory for the previous %s beside the new model; ending its requests",
+                "no memory for the previous model %s beside the new one; ending its requests",
                 ", ".join(self.retained),
             )
             self.placement = self.placement.without_models(self.retained)
@@ -298,7 +298,7 @@ class ClusterState:
         except StaleEpochError:
             raise
         except Exception as error:  # Ray's control store may be away for a moment
-            logger.warning("the ledger lacks %s (%s)", what, kind_of(error))
+            logger.warning("the ledger does not record %s (%s)", what, kind_of(error))
 
     async def check_epoch(self) -> None:
         """Raise :class:`StaleEpochError` if a newer controller runs; called before each kill.

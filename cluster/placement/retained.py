@@ -81,7 +81,7 @@ class Retention:
         reasons: dict[str, str] = {}
         for model in retained:
             if self.complete_at_s is not None and now_s - self.complete_at_s > self.drain_s:
-                reasons[model] = f"its time to drain, {self.drain_s:g} s, is over"
+                reasons[model] = f"its drain time of {self.drain_s:g} s is over"
             elif now_s - self._used_at_s.get(model, self.begun_at_s) > self.silent_s:
                 reasons[model] = "no router serves it any more"
         return reasons

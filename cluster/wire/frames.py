@@ -39,7 +39,7 @@ MAX_RETRY_AFTER_S = 86_400.0
 ALIGNMENT = 16
 DISPATCH_KIND, ROWS_KIND, ERROR_KIND = 1, 2, 3
 DAMAGED_FRAME = "DamagedFrame"
-"""The kind of the error that answers a frame which came damaged."""
+"""The kind of the error that answers a corrupted frame."""
 _NO_SIZES = 0, 0, 0
 """The sizes that only a dispatch frame has, in the headers of other frames."""
 
@@ -126,13 +126,13 @@ class ErrorFrame:
 
     @property
     def is_damage(self) -> bool:
-        """Whether the frame came damaged, which says nothing of its sender."""
+        """Whether the frame was corrupted, which says nothing about its sender."""
         return self.kind == DAMAGED_FRAME
 
     @classmethod
     def of_damage(cls) -> ErrorFrame:
         """Return the answer to a frame whose checksum is wrong."""
-        error = FrameError("came damaged: its checksum is wrong", "frame")
+        error = FrameError("is corrupted: its checksum does not match", "frame")
         return cls(0, DAMAGED_FRAME, error)
 
 
@@ -296,7 +296,9 @@ def decode(data: Buffer) -> Frame:
 
 
 def _cut_off(num_bytes: int, header_bytes: int) -> FrameError:
-    return FrameError(f"a header of {header_bytes} bytes in a frame of {num_bytes}", "frame")
+    return FrameError(
+        f"is cut off: its header has {header_bytes} bytes, the frame {num_bytes}", "frame"
+    )
 
 
 def _model(name: bytes) -> str:

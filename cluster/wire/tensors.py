@@ -53,7 +53,7 @@ def to_span(rows: torch.Tensor) -> memoryview:
     where that was not built.
     """
     if native is None:
-        raise RuntimeError("spans are for native code, which is not built here")
+        raise RuntimeError("spans need native code, which is not built here")
     steps = zip(rows.shape, rows.stride(), strict=True)
     last = sum((count - 1) * stride for count, stride in steps)
     view: memoryview = native.view(rows, rows.data_ptr(), (last + 1) * rows.itemsize)

@@ -95,18 +95,18 @@ def _error_of(
             row.fill(value)
         alone = None
         for count in TRIED_ROWS:
-            given = f"given {count} rows of shape {list(row_shape)}"
+            given = f"for {count} rows of shape {list(row_shape)}"
             try:
                 outputs = expert(rows[:count])
             except ExpertFailedError as error:
-                return f"{given}, it fails: {error.message}"
+                return f"it fails {given}: {error.message}"
             wrong = _wrong_values(outputs, mixture)
             if wrong is not None:
-                return f"{given}, it returns {wrong}"
+                return f"it returns {wrong} {given}"
             alone = outputs[0] if alone is None else alone
             if not _is_close(outputs[0], alone):
                 raise CheckpointError(
-                    f"{given}, its result for the first row is not that of the row alone", where
+                    f"{given}, its first result differs from that of the row by itself", where
                 )
     return None
 

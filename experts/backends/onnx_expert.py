@@ -65,7 +65,7 @@ class OnnxModel:
         others = [i.name for i in session.get_inputs() if i.name != given.name]
         if others:
             raise CheckpointError(
-                f"the model needs other inputs, too: {listed_names(others)}", f"{where}.input"
+                f"the model also needs other inputs: {listed_names(others)}", f"{where}.input"
             )
         output = _chosen(session.get_outputs(), part.output, f"{where}.output")
         self._input, self._output = given.name, output.name
@@ -97,7 +97,9 @@ def _chosen(nodes: list[Any], name: str | None, where: str) -> Any:
     if name is None and len(nodes) == 1:
         return nodes[0]
     if name is None:
-        raise CheckpointError(f"must be one of {listed_names(names)}, as there are several", where)
+        raise CheckpointError(
+            f"must be one of {listed_names(names)}, since the model has several", where
+        )
     if name not in names:
         raise CheckpointError(f"must be one of {listed_names(names)} (given: {name})", where)
     return nodes[names.index(name)]

@@ -67,7 +67,7 @@ def self_contained(mixture: Mixture, part: OnnxExpert, where: str) -> bytes:
         return model.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise CheckpointError(
-            f"cannot be made one message of at most {MAX_MODEL_BYTES} bytes: {error}", where
+            f"does not fit in one message of at most {MAX_MODEL_BYTES} bytes: {error}", where
         ) from None
 
 
@@ -82,7 +82,7 @@ def _check_operators(model: Any, where: str) -> None:
     }
     if foreign:
         raise CheckpointError(
-            f"has operators that are not ONNX's: {listed_names(sorted(foreign))}; allowed are the "
+            f"has operators outside ONNX: {listed_names(sorted(foreign))}; allowed are the "
             "domains ai.onnx and ai.onnx.ml",
             where,
         )

@@ -49,7 +49,7 @@ def _check_features(estimator: BaseEstimator, num_features: int, where: str) -> 
     fitted = getattr(estimator, "n_features_in_", num_features)  # some transformers take any
     if fitted != num_features:
         raise CheckpointError(
-            f"takes {fitted} features, and the mixture's rows have {num_features} values", where
+            f"takes {fitted} features, but the mixture's rows have {num_features} values", where
         )
 
 
@@ -112,5 +112,5 @@ def _classes_of(estimator: BaseEstimator, where: str) -> np.ndarray:
     if classes is None:
         raise CheckpointError(f"{type(estimator).__name__} has no classes_", where)
     if not isinstance(classes, np.ndarray) or classes.ndim != 1:
-        raise CheckpointError("has several outputs, each with classes of its own", where)
+        raise CheckpointError("has several outputs, each with its own classes", where)
     return classes

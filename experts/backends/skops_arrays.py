@@ -74,14 +74,14 @@ def _check_children(left: np.ndarray, right: np.ndarray, inner: np.ndarray) -> N
     for children in (left[inner].astype(np.int64), right[inner].astype(np.int64)):
         _require(
             np.all(children > places) and np.all(children < len(inner)),
-            "a node of a tree has a child that is no later node",
+            "a tree node has a child that does not come after it",
         )
 
 
 def _check_features(features: np.ndarray, num_features: int) -> None:
     _require(
         np.all(features >= 0) and np.all(features < num_features),
-        f"a node of a tree asks for a feature beyond the {num_features}",
+        f"a tree node tests a feature beyond the {num_features}",
     )
 
 
@@ -91,7 +91,7 @@ def _check_tree(estimator: Any) -> None:
         return
     _require(
         tree.n_features == estimator.n_features_in_ and tree.node_count > 0,
-        "a tree has other features than its estimator, or no node",
+        "a tree has no nodes, or other features than its estimator",
     )
     inner = tree.children_left != _LEAF
     _check_children(tree.children_left, tree.children_right, inner)
@@ -126,12 +126,12 @@ def _check_boosting(boosting: Any) -> None:
     trees = boosting.estimators_
     _require(
         trees.ndim == 2 and trees.shape[1] == boosting.n_trees_per_iteration_,
-        "gradient boosting has another number of trees an iteration than it says",
+        "gradient boosting declares a different number of trees per iteration",
     )
     _check_same_width(trees.flat, boosting.n_features_in_)
     _require(
         all(tree.tree_.value.shape[1:] == (1, 1) for tree in trees.flat),
-        "a tree of gradient boosting has several outputs",
+        "a gradient boosting tree has several outputs",
     )
 
 
@@ -143,7 +143,7 @@ def _check_hist_boosting(boosting: Any) -> None:
         encoded = preprocessor.transform(np.zeros((1, num_features)))
         _require(encoded.shape == (1, num_features), "encoded rows have other features")
     categorical = boosting._bin_mapper.is_categorical_
-    _require(len(categorical) == num_features, "features are categories or not, all of them")
+    _require(len(categorical) == num_features, "features must be all categorical or all not")
     for tree in (tree for trees in boosting._predictors for tree in trees):
         nodes, bitsets = tree.nodes, tree.raw_left_cat_bitsets
         inner = nodes["is_leaf"] == 0
@@ -155,7 +155,7 @@ def _check_hist_boosting(boosting: Any) -> None:
             np.all(categorical[features[of_categories]])
             and np.all(nodes["bitset_idx"][inner][of_categories] < len(bitsets))
             and bitsets.shape[1:] == (8,),
-            "a node of a tree asks for categories of another feature",
+            "a tree node tests the categories of another feature",
         )
 
 
@@ -164,7 +164,7 @@ def _check_space_tree(tree: Any) -> None:
     size, num_features = data.shape
     _require(
         len(places) == size and np.all(places >= 0) and np.all(places < size),
-        "a tree of neighbours has a place beyond its points",
+        "a neighbours tree has an index beyond its points",
     )
     starts, ends = nodes["idx_start"], nodes["idx_end"]
     _require(
@@ -174,14 +174,14 @@ def _check_space_tree(tree: Any) -> None:
         and np.all(ends <= size)
         and bounds.shape == (1 if isinstance(tree, BallTree) else 2, num_nodes, num_features)
         and (weights is None or len(weights) == size),
-        "a node of a tree of neighbours leads beyond its points",
+        "a neighbours tree node leads beyond its points",
     )
     inner = np.flatnonzero(nodes["is_leaf"] == 0)
-    _require(np.all(2 * inner + 2 < num_nodes), "a node of a tree of neighbours lacks a child")
+    _require(np.all(2 * inner + 2 < num_nodes), "a neighbours tree node lacks a child")
     is_weighted = type(metric).__name__.startswith("Minkowski")
     _require(
         not is_weighted or len(metric.__getstate__()[1]) in (0, num_features),
-        "the distance of a tree of neighbours has weights of another width",
+        "a neighbours tree's distance has weights of another width",
     )
 
 
@@ -197,7 +197,7 @@ def _check_neighbours(neighbours: Any) -> None:
         len(labels) == neighbours._fit_X.shape[0] == neighbours.n_samples_fit_
         and len(sizes) == len(columns)
         and all(np.all((c >= 0) & (c < n)) for c, n in zip(columns, sizes, strict=True)),
-        "a point of a neighbours' classifier has no class",
+        "a point of a neighbours classifier has no class",
     )
 
 
@@ -214,18 +214,18 @@ def _check_libsvm(machine: Any) -> None:
         and all(len(p) == 0 or len(p) >= num_pairs for p in (machine._probA, machine._probB))
         and (machine._impl not in ("c_svc", "nu_svc") or counts.sum() == size)
         and np.all(counts >= 0),
-        "a support vector machine has arrays of other lengths than it says",
+        "a support vector machine has arrays of other lengths than it declares",
     )
     if machine.kernel == "precomputed":
         points = machine.support_
         _require(
             np.all(points >= 0) and np.all(points < machine.n_features_in_),
-            "a support vector machine asks for a value beyond its rows",
+            "a support vector machine reads a value beyond its rows",
         )
     else:
         _require(
             machine.support_vectors_.shape == (size, machine.n_features_in_),
-            "a support vector machine has support vectors of another shape than it says",
+            "a support vector machine has support vectors of another shape than declared",
         )
 
 

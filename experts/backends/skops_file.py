@@ -117,11 +117,11 @@ def read_estimator(data: bytes, where: str) -> tuple[BaseEstimator, int]:
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise CheckpointError(f"is not a whole skops file: {error}", where) from None
+        raise CheckpointError(f"is not a complete skops file: {error}", where) from None
     except Exception as error:  # skops, numpy and scikit-learn raise many types for wrong content
         raise CheckpointError(f"cannot be loaded: {described(error)}", where) from None
     if not isinstance(estimator, BaseEstimator):
-        raise CheckpointError(f"has {shown(estimator)} instead of an estimator", where)
+        raise CheckpointError(f"contains {shown(estimator)}, not an estimator", where)
     return estimator, num_bytes
 
 
@@ -133,11 +133,11 @@ def _checked(data: bytes, where: str) -> tuple[bytes, int]:
             raise CheckpointError(f"has a schema.json of more than {MAX_SCHEMA_BYTES} bytes", where)
         schema = json.loads(archive.read("schema.json"))
     if not isinstance(schema, dict):
-        raise CheckpointError("has a schema.json without an object", where)
+        raise CheckpointError("has a schema.json that is not an object", where)
     protocol = schema.get("protocol")
     if type(protocol) is not int or protocol < _OLDEST_PROTOCOL:
         raise CheckpointError(
-            f"has skops' protocol {shown(protocol)}; must be at least {_OLDEST_PROTOCOL}; save the "
+            f"has skops protocol {shown(protocol)}; must be at least {_OLDEST_PROTOCOL}; save the "
             "estimator with a newer skops",
             where,
         )

@@ -34,7 +34,7 @@ class SavedSpline:
         if isinstance(state, tuple):  # the object of the private class, and an empty array
             spline = state[0]
             if type(spline) is not BSpline:
-                raise TypeError("a spline has no knots and coefficients")
+                raise TypeError("a spline has no knots or coefficients")
         else:
             prefix = "_" if "_t" in state else ""
             knots, coefficients = (
@@ -49,7 +49,7 @@ class SavedSpline:
                 or not 0 <= degree < num_functions <= len(coefficients)
                 or not np.all(np.diff(knots) >= 0)
             ):
-                raise ValueError("a spline's knots, coefficients and degree do not fit together")
+                raise ValueError("a spline's knots, coefficients and degree do not match")
             spline = BSpline.construct_fast(
                 knots, coefficients, degree, state["extrapolate"], state["axis"]
             )

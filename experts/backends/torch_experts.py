@@ -55,7 +55,7 @@ def torch_model(mixture: Mixture, key: str, part: TorchExpert) -> Model:
     elif isinstance(part, RnnExpert):
         model = RnnModel(tensors, row_shape[-1], width, part)
     else:
-        raise TypeError(f"no torch architecture: {type(part).__name__}")
+        raise TypeError(f"not a torch architecture: {type(part).__name__}")
     tensors.finish()
     return model
 
@@ -193,7 +193,7 @@ def _recurrent_layers(
         recurrent_bias = tensors.take_if_there(f"rnn.bias_hh_l{number}", num_gates * size)
         if (entry_bias is None) != (recurrent_bias is None):
             raise CheckpointError(
-                f"has one of rnn.bias_ih_l{number} and rnn.bias_hh_l{number}, and not both",
+                f"has only one of rnn.bias_ih_l{number} and rnn.bias_hh_l{number}",
                 tensors.where,
             )
         found.append(((entry, entry_bias), (recurrent, recurrent_bias)))

@@ -164,7 +164,7 @@ def _plain_dtype(
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"tensor {shown_name(name)} has dtype {info.dtype}, and the quantization_config of "
-                f"config.json names no method with such codes; supported: {', '.join(DTYPES)}",
+                f"config.json names no method with this dtype; supported: {', '.join(DTYPES)}",
                 str(folder / info.file),
             )
         if info.dtype != "F32" or not name.endswith(family.in_float32):

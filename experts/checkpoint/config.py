@@ -102,21 +102,21 @@ def usual_config(family: Family, config: Config, file: Path) -> Config:
     unknown = types - set(ROPE_TYPES)
     if unknown:
         raise CheckpointError(
-            f"rope type {shown(min(unknown))} is not served, because its angles depend on the "
-            f"longest request of a step; served: {', '.join(ROPE_TYPES)}",
+            f"rope type {shown(min(unknown))} is not supported: its angles depend on the "
+            f"longest request of a step; supported: {', '.join(ROPE_TYPES)}",
             str(file),
         )
     shares = [part.get("partial_rotary_factor") for part in (config, *_ropes(config))]
     if types != {"default"} and any(share not in (None, 1) for share in shares):
         raise CheckpointError(
-            "partial_rotary_factor is not served: heads are rotated as a whole", str(file)
+            "partial_rotary_factor is not supported: heads are rotated as a whole", str(file)
         )
     for key, served in family.options.items():
         value = config.get(key)
         if value is not None and value not in served:
             allowed = " or ".join(map(json.dumps, served))
             raise CheckpointError(
-                f"{key} {shown(value)} is not served for {family.model_type}, only {allowed}",
+                f"{key} {shown(value)} is not supported for {family.model_type}; must be {allowed}",
                 str(file),
             )
     return config
@@ -139,7 +139,7 @@ def wrong_kinds(file: Path) -> Iterator[None]:
     except ValueError as error:
         raise CheckpointError(_line(error), str(file)) from None
     except (TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"has a value of the wrong kind: {_line(error)}", str(file)) from None
+        raise CheckpointError(f"has a value of the wrong type: {_line(error)}", str(file)) from None
 
 
 def _line(error: Exception) -> str:
@@ -160,7 +160,8 @@ def checked_shape(family: Family, config: Config, file: Path) -> ExpertShape:
     numbers = (shape.num_experts, shape.num_experts_per_tok, shape.intermediate_size)
     if any(type(n) is not int or not 1 <= n <= MAX_SIZE for n in numbers) or not shape.layers:
         raise CheckpointError(
-            f"has no experts, layers or sizes that are positive and at most {MAX_SIZE}", str(file)
+            f"must have positive numbers of experts, layers and sizes, at most {MAX_SIZE}",
+            str(file),
         )
     if shape.activation not in ACTIVATION_NAMES:
         known, given = ", ".join(ACTIVATION_NAMES), shown(shape.activation)

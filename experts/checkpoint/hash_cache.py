@@ -84,7 +84,7 @@ def keep(checkpoint: Stored, leaves: Mapping[str, bytes]) -> Path | None:
         except OSError as error:
             reasons.append(f"{file}: {error.strerror}")
     logger.warning(
-        "the hashes of %s cannot be kept (%s), so processes hash the checkpoint again; set "
+        "cannot save the hashes of %s (%s), so each process hashes the checkpoint again; set "
         "XDG_CACHE_HOME to a folder that can be written",
         checkpoint.folder,
         "; ".join(reasons),
@@ -122,7 +122,7 @@ def _read(checkpoint: Stored, file: Path) -> KeptHashes | None:
             raise _UnusableError(f"it is larger than {MAX_FILE_BYTES} bytes")
         header, leaves = _decode(file.read_bytes())
     except OSError as error:
-        logger.warning("saved hashes %s cannot be read: %s", file, error.strerror)
+        logger.warning("cannot read the saved hashes %s: %s", file, error.strerror)
         return None
     except _UnusableError as error:
         logger.warning("ignoring saved hashes %s: %s", file, error)
@@ -162,7 +162,7 @@ def _decode(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         raise _UnusableError("the file is corrupt")
     version, header_bytes = _NUMBERS.unpack_from(content, len(_MAGIC))
     if version != VERSION:
-        raise _UnusableError(f"they have version {version}, and this is version {VERSION}")
+        raise _UnusableError(f"they have version {version}, this build reads {VERSION}")
     end = len(content) - hashes.HASH_BYTES
     if blake3(memoryview(content)[:end]).digest() != content[end:]:
         raise _UnusableError("the file is corrupt")
@@ -178,7 +178,7 @@ def _decode(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         leaves[name] = content[place : place + size]
         place += size
     if place != end:
-        raise _UnusableError("there are too few leaves or too many")
+        raise _UnusableError("the number of leaves is wrong")
     return header, leaves
 
 

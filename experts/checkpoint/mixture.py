@@ -99,7 +99,7 @@ def parse_spec(text: bytes, file: Path) -> MixtureSpec:
     """Return the checked content of a ``mixture.yaml``.
 
     Raises :class:`CheckpointError`, whose field has the file and the key, for text that is no
-    YAML, a key that is there twice, an alias, and a wrong value.
+    YAML, a duplicate key, an alias, and a wrong value.
     """
     try:
         content = _loaded(text)
@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r:.80} is there twice",
+                        None, None, f"the key {key_node.value!r:.80} occurs twice",
                         key_node.start_mark,
                     )  # fmt: skip
                 seen.add(key_node.value)

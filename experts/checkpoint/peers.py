@@ -64,7 +64,7 @@ def tensors_of(opened: dict[str, Any]) -> dict[str, TensorInfo]:
     tensors = {name: TensorInfo(*info) for name, info in opened["tensors"].items()}
     for name, info in tensors.items():
         if info.num_bytes != prod(info.shape) * STORED_BYTES.get(info.dtype, -1):
-            raise PeerError(f"the bytes of tensor {shown_name(name)} do not fit its shape")
+            raise PeerError(f"the bytes of tensor {shown_name(name)} do not match its shape")
     return tensors
 
 
@@ -86,7 +86,7 @@ def as_answered(peers: Sequence[Peer]) -> Iterator[tuple[Peer, Future[dict[str, 
             done_bytes = _hashed_bytes(answer)
             if done_bytes is not None and done_bytes > hashed_bytes.get(peer.node, -1):
                 if peer.node not in hashed_bytes:
-                    logger.info("node %s hashes its checkpoint first", peer.node[:10])
+                    logger.info("node %s is hashing its checkpoint first", peer.node[:10])
                 hashed_bytes[peer.node] = done_bytes
                 deadline_s = time.monotonic() + OPEN_TIMEOUT_S
             if done_bytes is None or time.monotonic() >= deadline_s:

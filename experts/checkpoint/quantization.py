@@ -127,7 +127,7 @@ def _packed(
 def _check_dimensions(packed: Packed, file: Path) -> None:
     shape = packed.shape
     if packed.method == FP8 and len(shape) != 2:
-        raise CheckpointError(f"tensor {packed.codes} is quantised, but is no matrix", str(file))
+        raise CheckpointError(f"tensor {packed.codes} is quantised but not a matrix", str(file))
     if packed.method == MXFP4 and (len(shape) != 3 or shape[1] % MXFP4_BLOCK):
         raise CheckpointError(
             f"tensor {packed.codes} is for a tensor {list(shape)}, which has no blocks of "
@@ -145,7 +145,7 @@ def check_dtypes(packed: Packed, tensors: Mapping[str, TensorInfo], folder: Path
         info = tensors[name]
         if info.dtype not in allowed:
             raise CheckpointError(
-                f"tensor {shown_name(name)} has dtype {info.dtype}; of {packed.method} it must be "
+                f"tensor {shown_name(name)} has dtype {info.dtype}; for {packed.method} it must be "
                 f"{' or '.join(allowed)}",
                 str(folder / info.file),
             )

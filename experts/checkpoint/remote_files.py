@@ -52,7 +52,7 @@ CHUNKS_AHEAD = 3
 PEERS_AT_ONCE = 8
 MAX_FAILURES = 5
 """The number of failures without a good chunk in between after which a fetch fails."""
-OTHER_CHECKPOINT = "is another checkpoint than the one that is served"
+OTHER_CHECKPOINT = "is not the checkpoint being served"
 
 logger = logging.getLogger("expertmesh.peers")
 
@@ -229,8 +229,7 @@ class PeerFiles:
         self._failed.append(peer.node)
         if len(self._failed) >= MAX_FAILURES:
             raise CheckpointMissingError(
-                f"could not be fetched: peers failed {len(self._failed)} times, the last one: "
-                f"{error}",
+                f"could not be fetched: peers failed {len(self._failed)} times, lastly: {error}",
                 self._path,
             )
 
@@ -265,7 +264,7 @@ class PeerFiles:
         The identity is computed from the configuration and the tensors' hashes in the answer.
         """
         if "hashed_bytes" in answer:
-            raise PeerError("has not hashed its checkpoint in time")
+            raise PeerError("did not hash its checkpoint in time")
         small_files = {}
         for name, file in answer["small_files"].items():
             if Path(name).name != name:
@@ -280,7 +279,7 @@ class PeerFiles:
             raise PeerError(str(error)) from None
         hashes = {name: answer["hashes"].get(name, b"") for name in stored.tensors}
         if any(len(tensor) != HASH_BYTES for tensor in hashes.values()):
-            raise PeerError("sent hashes of other tensors than its headers name")
+            raise PeerError("sent hashes of tensors that its headers do not name")
         identity = root_of(stored.config, hashes)
         if wanted not in (None, identity):
             raise PeerError(f"{folder}: {OTHER_CHECKPOINT}")

@@ -68,7 +68,8 @@ def read_headers(
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise CheckpointError(
-                f"tensor {shown_name(name)} is not in {file} as the index says", str(folder / file)
+                f"tensor {shown_name(name)} is not in {file} as the index says",
+                str(folder / file),
             )
     return tensors
 
@@ -156,7 +157,7 @@ def _checked_header_bytes(path: Path, max_bytes: int) -> int:
 def _broken(path: Path, reason: str) -> CheckpointError:
     # The library's message may contain the name of a tensor, with any characters.
     plain = "".join(char if char.isprintable() else "?" for char in reason[:300])
-    return CheckpointError(f"is not a whole safetensors file ({plain})", str(path))
+    return CheckpointError(f"is not a complete safetensors file ({plain})", str(path))
 
 
 def listed_names(names: Sequence[str]) -> str:

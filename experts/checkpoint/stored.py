@@ -136,7 +136,7 @@ def _fetch(hub_id: HubId) -> Path:
         return fetch(hub_id)
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointMissingError(
-            "is no folder of the deploy package and could not be fetched from the hub "
+            "is not a folder of the deploy package and could not be fetched from the hub "
             f"({type(error).__name__})",
             str(hub_id),
         ) from None
@@ -190,7 +190,7 @@ def _read_verified(
         if not table.has_leaf(name, number, leaf):
             raise CheckpointError(
                 f"bytes {leaf_begin} to {leaf_end} differ from the checkpoint that is served "
-                f"({table.identity}): the file is damaged or has changed since it was opened",
+                f"({table.identity}): the file is corrupt or has changed since it was opened",
                 str(file.path),
             )
         if not is_whole:

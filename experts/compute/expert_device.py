@@ -143,7 +143,7 @@ class ExpertDevice:
             yield
         except RuntimeError as error:
             if has_broken(error):
-                logger.critical("%s ends: its device failed (%s)", self._actor_id, error)
+                logger.critical("%s exits: its device failed (%s)", self._actor_id, error)
                 self._say_last(f"its device failed ({first_line(error)})")
                 end_process()
             raise

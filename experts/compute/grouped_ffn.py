@@ -116,9 +116,9 @@ def _obstacle(
     if grouped_mm is None:
         return f"torch {torch.__version__} has no grouped_mm"
     if any(size * dtype.itemsize % _ALIGNMENT_BYTES for size in sizes):
-        return f"their rows are no multiples of {_ALIGNMENT_BYTES} bytes"
+        return f"their rows are not multiples of {_ALIGNMENT_BYTES} bytes"
     if device.type == "xpu" or torch.version.hip is not None:
-        return "torch's grouped_mm may be a loop there that waits for the device"
+        return "there torch's grouped_mm may be a loop that waits for the device"
     if device.type != "cuda":
         return None
     if dtype != torch.bfloat16:

@@ -49,7 +49,7 @@ def _instructions(dtype: torch.dtype) -> str:
 def log_torch(own: str, hidden_size: int, intermediate_size: int, dtype: str) -> None:
     """Log that torch computes an expert on the CPU, and why; once a process for equal arguments."""
     if native is None:
-        reason = "the package was installed without its native code, which takes a C compiler"
+        reason = "the package was installed without its native code, which needs a C compiler"
     else:
         reason = "native code has no kernel for this dtype or these sizes"
     logger.warning(

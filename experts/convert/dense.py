@@ -25,9 +25,9 @@ DENSE_CLASSES = {
 """By ``model_type``: transformers' class."""
 REFUSED = {
     "qwen3": "Qwen2-MoE has no norms of queries and keys",
-    "gemma": "no mixture has its norms and its scaled embedding",
-    "gemma2": "no mixture has its norms and its scaled embedding",
-    "gemma3_text": "no mixture has its norms and its scaled embedding",
+    "gemma": "no mixture format has its norms and its scaled embedding",
+    "gemma2": "no mixture format has its norms and its scaled embedding",
+    "gemma3_text": "no mixture format has its norms and its scaled embedding",
     "phi3": "its matrices are fused",
 }
 """Why other dense models cannot be upcycled."""
@@ -50,7 +50,7 @@ def open_dense(path: Path) -> Source:
         return _open_gguf(path)
     if not path.is_dir() or not is_huggingface(path):
         raise CheckpointError(
-            "is not a dense model; allowed: a folder with config.json and safetensors, or a .gguf "
+            "is not a dense model; must be a folder with config.json and safetensors, or a .gguf "
             "file",
             str(path),
         )
@@ -66,11 +66,11 @@ def _open_gguf(path: Path) -> Source:
     architecture = str(file.field("general.architecture"))
     if architecture not in _IN_GGUF:
         raise CheckpointError(
-            f"has the architecture {shown(architecture)}; possible: {', '.join(_IN_GGUF)}",
+            f"has the architecture {shown(architecture)}; supported: {', '.join(_IN_GGUF)}",
             str(path),
         )
     if file.number(f"{architecture}.expert_count", 0):
-        raise CheckpointError("has experts already, so it is not a dense model", str(path))
+        raise CheckpointError("already has experts, so it is not a dense model", str(path))
     config = attention_config(file, architecture) | {
         "architectures": [DENSE_CLASSES[architecture]],
         "model_type": architecture,
@@ -86,7 +86,7 @@ def _check(config: Config, file: Path) -> None:
         known = ", ".join(DENSE_CLASSES)
         reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
         raise CheckpointError(
-            f"model_type {shown(model_type)} cannot be upcycled{reason}; possible: {known}",
+            f"model_type {shown(model_type)} cannot be upcycled{reason}; supported: {known}",
             str(file),
         )
     architectures = config.get("architectures") or [wanted]

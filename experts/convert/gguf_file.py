@@ -69,7 +69,7 @@ class GgufFile:
             import gguf
         except ImportError:
             raise CheckpointError(
-                "reading GGUF needs pip install 'expertmesh[gguf]'", str(path)
+                "reading GGUF needs an extra; run pip install 'expertmesh[gguf]'", str(path)
             ) from None
         self.path = path
         self._dequantize = gguf.quants.dequantize
@@ -77,7 +77,7 @@ class GgufFile:
             self._reader = _bounded_reader(gguf.GGUFReader)(path)
         except Exception as error:  # any error, since the reader trusts the lengths in the file
             reason = shown(f"{type(error).__name__}: {error}")
-            raise CheckpointError(f"is not a whole GGUF file ({reason})", str(path)) from None
+            raise CheckpointError(f"is not a complete GGUF file ({reason})", str(path)) from None
         if self.number("split.count", 1) > 1:
             raise CheckpointError(
                 "is one of several parts; join them with llama-gguf-split --merge", str(path)
@@ -105,7 +105,7 @@ class GgufFile:
         """Return an integer of the metadata; raises CheckpointError for any other value."""
         value = self.field(key, default)
         if type(value) is not int:
-            raise CheckpointError(f"{key} must be a whole number", str(self.path))
+            raise CheckpointError(f"{key} must be an integer", str(self.path))
         return value
 
     def read(self, name: str, begin: int, end: int) -> torch.Tensor:
@@ -181,7 +181,7 @@ def attention_config(file: GgufFile, architecture: str) -> Config:
     head_dim = number("attention.key_length", hidden // max(heads, 1))
     if number("rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(
-            f"{architecture}.rope.dimension_count is not the heads' size", str(file.path)
+            f"{architecture}.rope.dimension_count must equal the size of a head", str(file.path)
         )
     return {
         "hidden_act": "silu",

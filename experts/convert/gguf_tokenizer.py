@@ -86,10 +86,12 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
 def _tokens(file: GgufFile) -> _Tokens:
     texts = _list(file, "tokenizer.ggml.tokens", str)
     if len(set(texts)) != len(texts):
-        raise CheckpointError("tokenizer.ggml.tokens has a token twice", str(file.path))
+        raise CheckpointError("tokenizer.ggml.tokens has a duplicate token", str(file.path))
     kinds = _list(file, "tokenizer.ggml.token_type", int, [1] * len(texts))
     if len(kinds) != len(texts):
-        raise CheckpointError("tokenizer.ggml.token_type has another length", str(file.path))
+        raise CheckpointError(
+            "tokenizer.ggml.token_type must be as long as the tokens", str(file.path)
+        )
     return _Tokens(texts, kinds)
 
 
@@ -144,7 +146,7 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], pre.PreTokenizer]] = {
 def _sentence_piece(file: GgufFile, tokens: _Tokens) -> Tokenizer:
     scores = _list(file, "tokenizer.ggml.scores", float)
     if len(scores) != len(tokens.texts):
-        raise CheckpointError("tokenizer.ggml.scores has another length", str(file.path))
+        raise CheckpointError("tokenizer.ggml.scores must be as long as the tokens", str(file.path))
     unknown = tokens.texts[_token_id(file, "unknown", tokens) or 0]
     tokenizer = Tokenizer(
         models.BPE(

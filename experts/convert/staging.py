@@ -66,17 +66,19 @@ def staged(dest: Path, source: Source, options: Mapping[str, Any]) -> Iterator[P
         staging.mkdir(parents=True, exist_ok=True)
         lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
-        raise ConvertFailedError(f"cannot be made: {error.strerror}", str(staging)) from None
+        raise ConvertFailedError(f"cannot be created: {error.strerror}", str(staging)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _prepare(staging, begun)
         yield staging / _MODEL_FOLDER
         if _job(source, options) != begun:
-            raise CheckpointError("changed meanwhile; run the command again", str(source.path))
+            raise CheckpointError(
+                "changed in the meantime; run the command again", str(source.path)
+            )
         (staging / _MODEL_FOLDER).replace(dest.absolute())
         shutil.rmtree(staging)
     except BlockingIOError:
-        raise ConvertFailedError("another command uses this folder", str(staging)) from None
+        raise ConvertFailedError("another command is using this folder", str(staging)) from None
     except OSError as error:
         raise ConvertFailedError(
             f"cannot be written: {error.strerror or error}; complete shards are kept: solve the "

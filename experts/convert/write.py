@@ -104,7 +104,7 @@ def _write_shards(plan: Plan, folder: Path, progress: Progress) -> int:
     if free_bytes < needed_bytes:
         raise ConvertFailedError(
             f"{free_bytes / 1e6:,.0f} MB are free on its disk and {needed_bytes / 1e6:,.0f} MB are "
-            "needed; make room, then run the same command again",
+            "needed; free some space, then run the same command again",
             str(folder.parent),
         )
     progress(done_bytes, plan.size_bytes)
@@ -140,7 +140,7 @@ def _converted(plan: Plan, piece: Piece) -> torch.Tensor:
     cast = tensor.to(getattr(torch, piece.dtype))
     if piece.dtype == "float16" and (cast.isinf() & ~tensor.isinf()).any():
         raise CheckpointError(
-            f"tensor {piece.take.name} has values too large for float16; give --dtype bfloat16",
+            f"tensor {piece.take.name} has values too large for float16; use --dtype bfloat16",
             str(plan.source.path),
         )
     return cast.contiguous()

@@ -54,7 +54,7 @@ def checked_name(name: str) -> str:
 def _checked_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     least = [-1 if len(shape) > 1 and place == 0 else 1 for place in range(len(shape))]
     if any(n < low or n == 0 for n, low in zip(shape, least, strict=True)):
-        raise ValueError("each axis must be at least 1; the first of several may be -1")
+        raise ValueError("each axis must be at least 1; with several axes, the first may be -1")
     if abs(math.prod(shape)) > MAX_ROW_VALUES:
         raise ValueError(f"a row must have at most {MAX_ROW_VALUES} values")
     return shape
@@ -65,7 +65,7 @@ def _checked_file(file: str) -> str:
     is_plain = path.parts and not path.is_absolute() and ".." not in path.parts
     if not is_plain or str(path) != file or file == MIXTURE_FILE:
         raise ValueError(
-            f"must be the plain path of another file inside the folder (given: {file!r:.80})"
+            f"must be a plain relative path of another file in the folder (given: {file!r:.80})"
         )
     return file
 
@@ -146,7 +146,7 @@ class ScoringGate(GatePart):
     @model_validator(mode="after")
     def _check_top_k(self) -> ScoringGate:
         if self.num_chosen > len(self.choices):
-            raise ValueError(f"top_k {self.top_k} is more than the {len(self.choices)} choices")
+            raise ValueError(f"top_k {self.top_k} exceeds the {len(self.choices)} choices")
         return self
 
 

@@ -44,7 +44,7 @@ class MixtureSpec(Part):
     """A mixture: its inputs, the tree of its gates, its experts, their combination, its outputs."""
 
     format: Literal[1] = Field(description="The version of this format.")
-    description: str = Field(default="", max_length=4096, description="A text for people.")
+    description: str = Field(default="", max_length=4096, description="Text for people.")
     dtype: RowsDtype = Field(
         description="The dtype of rows, gates and experts' outputs between router and experts."
     )
@@ -116,7 +116,7 @@ def _check_distinct(names: Iterable[str], where: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise ValueError(f"{where}: {name!r} is there twice")
+            raise ValueError(f"{where}: {name!r} is used twice")
         seen.add(name)
 
 
@@ -140,7 +140,9 @@ def _check_tree(root: str, gates: Mapping[str, Gate], experts: Mapping[str, Expe
                 raise ValueError(f"gates.{name}.choices: {choice!r} is not a gate or an expert")
             if choice == root or choice in parents:
                 other = (
-                    "is the root" if choice == root else f"is a choice of {parents[choice]!r} too"
+                    "is the root"
+                    if choice == root
+                    else f"is already a choice of {parents[choice]!r}"
                 )
                 raise ValueError(
                     f"gates.{name}.choices: {choice!r} {other}; gates form a tree, without cycles"
@@ -151,7 +153,7 @@ def _check_tree(root: str, gates: Mapping[str, Gate], experts: Mapping[str, Expe
         level = [choice for name in level if name in gates for choice in gates[name].choices]
         reached.update(level)
     if any(name in gates for name in level):
-        raise ValueError(f"gates: more than {MAX_LEVELS} levels")
+        raise ValueError(f"gates: must have at most {MAX_LEVELS} levels")
     lost = [name for name in (*gates, *experts) if name not in reached]
     if lost:
         raise ValueError(
@@ -193,12 +195,12 @@ def _check_expert(where: str, expert: Expert, rows: Input, combine: Combine) -> 
             raise ValueError(f"{where}: an rnn takes rows of two axes, [T, F]")
         if (expert.returns == "sequence") != (len(combine.shape) == 2):
             raise ValueError(
-                f"{where}.returns: {expert.returns} does not fit the combination's shape "
+                f"{where}.returns: {expert.returns} does not match the combination's shape "
                 f"{list(combine.shape)}"
             )
         if expert.returns == "sequence" and combine.shape[0] != rows.shape[0]:
             raise ValueError(
-                f"combine.shape: a sequence is as long as its row, {rows.shape[0]} "
+                f"combine.shape: a sequence must be as long as its row, {rows.shape[0]} "
                 f"(given: {combine.shape[0]})"
             )
         return
@@ -208,7 +210,7 @@ def _check_expert(where: str, expert: Expert, rows: Input, combine: Combine) -> 
         allowed = _methods(combine)
         if expert.method not in allowed:
             raise ValueError(
-                f"{where}.method: {expert.method} has no {combine.kind}; allowed: "
+                f"{where}.method: {expert.method} does not support {combine.kind}; allowed: "
                 f"{_listed(allowed)}"
             )
 
@@ -243,7 +245,7 @@ def _check_output(where: str, output: Output, combine: Combine) -> None:
     allowed = _datatypes(output, combine)
     if output.datatype not in allowed:
         raise ValueError(
-            f"{where}.datatype: {output.source} is {' or '.join(allowed)} "
+            f"{where}.datatype: {output.source} must be {' or '.join(allowed)} "
             f"(given: {output.datatype})"
         )
 

@@ -227,7 +227,7 @@ class StreamTransport:
         if len(link.unanswered) < WINDOW:
             return True
         if not any(link.unanswered.values()) and link.is_silent():
-            self.break_off(link, TimeoutError("no call is answered"))
+            self.break_off(link, TimeoutError("the actor answers no call"))
         return False
 
     def is_ready(self, actor_id: str, generation: int) -> bool:
@@ -265,7 +265,7 @@ class StreamTransport:
             link.unanswered[call_id] = None
             link.forget(call_id)
             if not any(link.unanswered.values()) and link.is_silent():
-                self.break_off(link, TimeoutError("no call is answered"))
+                self.break_off(link, TimeoutError("the actor answers no call"))
 
     def send_by_fallback(self, call: Call, timeout_s: float) -> PendingCalls | None:
         """Send a call over the fall-back; returns ``None`` without a fall-back."""

@@ -147,7 +147,7 @@ class StreamServer:
         """
         with self._starting:
             if self._closing:
-                raise OSError("the actor serves no streams any more")
+                raise OSError("the actor no longer serves streams")
             if network not in self._listeners:
                 listener = listen_on(None if network is Network.UNIX else self._host)
                 self._listeners[network] = listener
@@ -221,7 +221,7 @@ class StreamServer:
             if unsent is not None:
                 call_id, answer, left = unsent
                 if left < 0:  # the router asks again once the connection is gone
-                    raise ConnectionError("an answer cannot be sent")
+                    raise ConnectionError("cannot send an answer")
                 peer.channel.send_rest(call_id, (answer,), left)
                 self._watch(peer)
                 return []
@@ -242,7 +242,7 @@ class StreamServer:
         except OSError:  # the router has closed it again
             return
         if len(self._peers) >= MAX_CONNECTIONS:
-            logger.warning("%d streams are open; a new stream is refused", len(self._peers))
+            logger.warning("%d streams are open already; refusing a new one", len(self._peers))
             sock.close()
             return
         try:

@@ -56,7 +56,7 @@ def prepare_unix(sock: socket.socket) -> None:
 def _log_small_buffer(granted_bytes: int) -> None:
     """Log once that the system allows smaller buffers than asked for."""
     logger.info(
-        "the system grants sockets a send buffer of %d bytes, of %d asked for; longer frames leave "
+        "the system limits a socket's send buffer to %d of %d wanted bytes; longer frames leave "
         "in several parts (net.core.wmem_max on Linux)",
         granted_bytes,
         SEND_BUFFER_BYTES,

@@ -138,7 +138,7 @@ def test_an_allocation_that_fails_in_a_load_leaves_the_actor_what_it_holds(
     with monkeypatch.context() as patch:
         patch.setattr(DeviceExpert, "write", failing)
         patch.setattr(expert_device, "settled", unjoined)
-        with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ bytes together"):
+        with pytest.raises(UnavailableError, match=r"of \S+ has no [\d,]+ contiguous bytes"):
             actor.load(1, actor._spec, KEYS)
     assert "tried to allocate 20 GiB" in caplog.text
     held = tuple(KEYS[: 2 + num_read])
@@ -246,4 +246,4 @@ def test_a_device_in_error_ends_the_process_and_the_log_says_why(
         with pytest.raises(RuntimeError):
             calls[call]()
     assert ended[0] == "its device failed (an illegal memory access was encountered)"
-    assert "expert-0 ends: its device failed (an illegal memory access" in caplog.text
+    assert "expert-0 exits: its device failed (an illegal memory access" in caplog.text

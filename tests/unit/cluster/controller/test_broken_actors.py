@@ -313,7 +313,7 @@ def test_experts_for_which_an_actor_has_no_room_move_to_one_that_has() -> None:
         assert {a: len(keys) for a, keys in shares.items()} == {"expert-0": 7, "expert-1": 1}
         assert (await cluster.controller.status()).failing == ()
         [change] = (await cluster.controller.load()).changes
-        assert change.what == "expert-1 gives up experts that it has no room for"
+        assert change.what == "expert-1 hands off experts that it has no room for"
         assert "lacks 30 bytes of the 40" in change.reason
         assert {(m.actor_id, m.is_added) for m in change.moves} == {
             ("expert-0", True),

@@ -137,7 +137,7 @@ def test_what_would_lose_an_expert_or_its_copies_is_refused() -> None:
                 with pytest.raises(UnavailableError, match=f"refused: .* would have {message}"):
                     await cluster.changes.apply(Change({}, dropped))
             cluster.state.shares["expert-9"] = []
-            with pytest.raises(UnavailableError, match="expert-9 is not there"):
+            with pytest.raises(UnavailableError, match="expert-9 is not running"):
                 await cluster.changes.apply(Change({"expert-9": [KEY]}, {}))
             del cluster.state.shares["expert-9"]
             assert cluster.state.shares == shares

@@ -100,7 +100,7 @@ def test_an_actor_leaves_though_the_ledger_cannot_be_written_then(
             cluster.pool.store.create = fail  # type: ignore[method-assign]
             report = await done(cluster.controller.scale(2, "", False))
             assert (report.outcome, report.removed) == ("committed", ("expert-2",))
-            assert "the ledger lacks that expert-2 left" in caplog.text
+            assert "the ledger does not record that expert-2 left" in caplog.text
             assert cluster.pool.of("expert-2")[0].killed
             assert set(cluster.state.shares) == {"expert-0", "expert-1"}
             await done(cluster.controller.rebalance(False))

@@ -72,9 +72,11 @@ def test_what_an_actor_waits_for_is_told() -> None:
     needed = {"CPU": 2.0, "GPU": 1.0}
     nodes = [node(CPU=8.0), node(CPU=1.0, GPU=1.0), node(False, CPU=8.0, GPU=8.0)]
     assert (
-        shortage(needed, nodes[:1]) == "it needs CPU 2, GPU 1; none of the 1 nodes has so much GPU"
+        shortage(needed, nodes[:1]) == "it needs CPU 2, GPU 1; none of the 1 nodes has enough GPU"
     )
-    assert shortage(needed, nodes) == ("it needs CPU 2, GPU 1; none of the 2 nodes has all of it")
+    assert shortage(needed, nodes) == (
+        "it needs CPU 2, GPU 1; none of the 2 nodes has all of these"
+    )
     assert shortage(needed, [*nodes, node(CPU=2.0, GPU=1.0)]) == (
         "it needs CPU 2, GPU 1, which is in use on all nodes that have it (1)"
     )

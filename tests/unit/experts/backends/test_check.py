@@ -154,7 +154,7 @@ RECIPROCAL = onnx_bytes(helper.make_node("Log", ["x"], ["logs"]),
 @pytest.mark.parametrize("model", [CENTRED, OVER_ROWS])
 def test_a_result_that_depends_on_other_rows_is_refused(tmp_path: Path, model: bytes) -> None:
     error = refusal(mixture_in(tmp_path, ONNX, model, row_shape=[2]))
-    assert "its result for the first row is not that of the row alone" in error.message
+    assert "its first result differs from that of the row by itself" in error.message
     assert error.field == f"{tmp_path / 'e.onnx'}: experts.a"
 
 
@@ -168,7 +168,7 @@ def test_an_expert_need_not_take_every_value_that_is_tried(tmp_path: Path) -> No
     ("estimator", "targets", "part", "combine", "words"),
     [
         (LinearRegression(), TARGETS[:, :1], {}, VALUE,
-         r"given 1 rows of shape \[3\], it fails: returns the shape \[1, 1\] for 1 rows, not \["),
+         r"it fails for 1 rows of shape \[3\]: returns the shape \[1, 1\] for 1 rows, not \["),
         (SVC(), TARGETS[:, 0] > 0, {"method": "decision_function"}, VALUE, "returns the shape"),
     ],
 )  # fmt: skip
@@ -188,12 +188,12 @@ def test_an_expert_that_takes_no_row_is_refused_with_its_first_error(tmp_path: P
     estimator = make_pipeline(*logarithms, LinearRegression()).fit(np.exp(np.exp(ROWS)), TARGETS)
     with np.errstate(all="ignore"):
         error = refusal(mixture_in(tmp_path, SKLEARN, dumps(estimator)))
-    assert "given 1 rows of shape [3], it fails: ValueError: Input X contains inf" in error.message
+    assert "it fails for 1 rows of shape [3]: ValueError: Input X contains inf" in error.message
 
 
 def test_an_estimator_that_is_not_fitted_is_refused(tmp_path: Path) -> None:
     error = refusal(mixture_in(tmp_path, SKLEARN, dumps(make_pipeline(LinearRegression()))))
-    assert "it fails: NotFittedError" in error.message
+    assert ": NotFittedError" in error.message
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,6 @@ def test_a_recurrent_expert_is_tried_with_two_lengths(tmp_path: Path) -> None:
     part = {"kind": "rnn", "cell": "plain", "nonlinearity": "relu", "file": "e.safetensors"}
     mixture = mixture_in(tmp_path, part, save(tensors), row_shape=[-1, F])
     message = refusal(mixture).message  # one step is finite
-    assert message == "given 1 rows of shape [3, 3], it returns values that are not finite"
+    assert message == "it returns values that are not finite for 1 rows of shape [3, 3]"
     tensors["rnn.weight_hh_l0"] = np.ones((2, 2))
     check_mixture(mixture_in(tmp_path, part, save(tensors), row_shape=[-1, F]))

@@ -299,7 +299,7 @@ def test_estimators_that_do_not_fit_are_refused(
 def test_an_estimator_of_other_features_than_the_rows_is_refused(tmp_path: Path) -> None:
     files = {"e.skops": dumps(Ridge().fit(ROWS, TARGETS))}
     part = {"kind": "sklearn", "file": "e.skops"}
-    with pytest.raises(CheckpointError, match="takes 5 features, and the mixture's rows have 6"):
+    with pytest.raises(CheckpointError, match="takes 5 features, but the mixture's rows have 6"):
         lone_expert(tmp_path, part, files, [2, 3], VALUE)
 
 

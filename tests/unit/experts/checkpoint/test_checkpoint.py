@@ -177,7 +177,7 @@ def test_missing_hidden_act_means_silu(folder: Path) -> None:
 def test_a_truncated_file_is_refused(folder: Path, left: float) -> None:
     size = (folder / WEIGHTS).stat().st_size
     os.truncate(folder / WEIGHTS, int({0.5: size / 2, -1: size - 1}.get(left, left)))
-    refused(folder, WEIGHTS, "not a whole safetensors file")
+    refused(folder, WEIGHTS, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("claimed", [99_999_999, 100_000_001, 1 << 40, (1 << 64) - 1])
@@ -186,7 +186,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_at_once(folder: Path, claime
     tracemalloc.start()
     started_s = time.perf_counter()
     try:
-        refused(folder, WEIGHTS, "not a whole safetensors file")
+        refused(folder, WEIGHTS, "not a complete safetensors file")
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -215,7 +215,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_at_once(folder: Path, claime
 )
 def test_a_bad_header_is_refused(folder: Path, header: bytes) -> None:
     write_raw(folder / WEIGHTS, header, b"\0" * 4)
-    refused(folder, WEIGHTS, "not a whole safetensors file")
+    refused(folder, WEIGHTS, "not a complete safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -307,9 +307,9 @@ def test_a_pickle_that_is_named_safetensors_is_refused_and_runs_no_code(folder: 
     assert EXECUTED == ["ran"]  # the bomb works
     EXECUTED.clear()
     (folder / WEIGHTS).write_bytes(pickled)
-    refused(folder, WEIGHTS, "not a whole safetensors file")
+    refused(folder, WEIGHTS, "not a complete safetensors file")
     torch.save({"x": Bomb()}, folder / WEIGHTS)
-    refused(folder, WEIGHTS, "not a whole safetensors file")
+    refused(folder, WEIGHTS, "not a complete safetensors file")
     assert EXECUTED == []
 
 

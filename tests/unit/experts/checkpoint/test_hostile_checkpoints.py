@@ -170,7 +170,9 @@ def two(first: tuple[int, int], second: tuple[int, int], names: str = "xy") -> b
 )
 def test_tensors_that_overlap_or_leave_holes_are_refused(tmp_path: Path, header: bytes) -> None:
     write_shard(tmp_path / WEIGHTS_FILE, header, bytes(16))
-    refused(lambda: read_header(tmp_path / WEIGHTS_FILE), WEIGHTS_FILE, "not a whole safetensors")
+    refused(
+        lambda: read_header(tmp_path / WEIGHTS_FILE), WEIGHTS_FILE, "not a complete safetensors"
+    )
 
 
 def test_tensors_lie_where_their_headers_say(original: Path) -> None:

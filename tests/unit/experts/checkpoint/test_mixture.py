@@ -321,7 +321,7 @@ def test_damaged_bytes_of_another_node_are_not_taken(
 def test_another_mixture_at_a_node_is_passed_by(folder: Path, tmp_path: Path, path: str) -> None:
     other = save(tmp_path / "other", document(path, VALUES[path]))
     neighbours = FakeNeighbours({"a": other})
-    with pytest.raises(CheckpointMissingError, match="is another checkpoint than the one"):
+    with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
         open_model(HERE, identity_of(open_mixture(folder)), neighbours)
 
 
@@ -329,14 +329,14 @@ def test_experts_in_another_order_at_a_node_are_passed_by(folder: Path, tmp_path
     content = document()
     swapped(content, "experts", "a", "b")
     neighbours = FakeNeighbours({"a": save(tmp_path / "other", content)})
-    with pytest.raises(CheckpointMissingError, match="is another checkpoint than the one"):
+    with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
         open_model(HERE, identity_of(open_mixture(folder)), neighbours)
 
 
 def test_a_checkpoint_at_a_node_is_no_mixture(folder: Path, tmp_path: Path) -> None:
     save_mixtral(tmp_path / "checkpoint")
     neighbours = FakeNeighbours({"a": tmp_path / "checkpoint"})
-    with pytest.raises(CheckpointMissingError, match="is another checkpoint than the one"):
+    with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
         open_model(HERE, identity_of(open_mixture(folder)), neighbours)
 
 

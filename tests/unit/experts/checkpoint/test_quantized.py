@@ -305,7 +305,7 @@ FP8_NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
         (
             lambda s: s.update({f"{FP8_NAME}_scale_inv": torch.ones(2, 2).half()}),
             WEIGHTS,
-            "has dtype F16; of fp8 it must be F32 or BF16",
+            "has dtype F16; for fp8 it must be F32 or BF16",
         ),
         (
             lambda s: s.update({FP8_NAME: s[FP8_NAME].view(torch.uint8)}),
@@ -317,7 +317,7 @@ FP8_NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
                 {"model.norm.weight": s["model.norm.weight"].to(torch.float8_e4m3fn)}
             ),
             WEIGHTS,
-            "tensor model.norm.weight is quantised, but is no matrix",
+            "tensor model.norm.weight is quantised but not a matrix",
         ),
     ],
 )
@@ -344,7 +344,7 @@ STACK = "model.layers.0.mlp.experts.down_proj"
         (
             lambda s: s.update({f"{STACK}_blocks": s[f"{STACK}_blocks"].float()}),
             WEIGHTS,
-            "has dtype F32; of mxfp4 it must be U8",
+            "has dtype F32; for mxfp4 it must be U8",
         ),
     ],
 )

@@ -223,7 +223,7 @@ def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
     if liars == ["a"]:
         check_expert(folder, fetched(folder, neighbours))
         return
-    with pytest.raises(CheckpointMissingError, match="do not fit its shape"):
+    with pytest.raises(CheckpointMissingError, match="do not match its shape"):
         fetched(folder, neighbours)
 
 
@@ -297,7 +297,7 @@ def test_another_checkpoint_under_the_same_path_is_refused(folder: Path, other: 
     assert neighbours.reads["a"] == []
     with pytest.raises(CheckpointMissingError) as caught:
         fetched(folder, FakeNeighbours({"a": other, "b": None}))
-    assert "is another checkpoint than the one that is served" in caught.value.message
+    assert "is not the checkpoint being served" in caught.value.message
     assert "node a" in caught.value.message
     assert "node b" in caught.value.message
     assert "no such folder" in caught.value.message
@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_here_is_an_error_of_the_builder_and_not_of_an_acto
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     neighbours = FakeNeighbours({"a": folder})
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         open_model(str(tmp_path / "cut"), None, neighbours)
     identity = identity_of(open_checkpoint(folder))
     check_expert(folder, open_model(str(tmp_path / "cut"), identity, neighbours))
@@ -488,10 +488,10 @@ def small_file_damaged(answer: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (other_hash, "another checkpoint than the one that is served"),
-        (hash_missing, "sent hashes of other tensors than its headers name"),
-        (hashes_shifted, "sent hashes of other tensors than its headers name"),
-        (other_config, "another checkpoint than the one that is served"),
+        (other_hash, "is not the checkpoint being served"),
+        (hash_missing, "sent hashes of tensors that its headers do not name"),
+        (hashes_shifted, "sent hashes of tensors that its headers do not name"),
+        (other_config, "is not the checkpoint being served"),
         (broken_config, "is not JSON"),
         (other_dtype, "has shape"),
         (small_file_damaged, "tokenizer.json arrived corrupt"),
@@ -680,7 +680,7 @@ def test_a_peer_that_hashes_is_waited_for_while_it_gets_on(
         if goes_on:
             check_expert(folder, open_model(HERE, identity, FakeNeighbours({"a": folder})))
         else:
-            with pytest.raises(CheckpointMissingError, match="has not hashed its checkpoint in"):
+            with pytest.raises(CheckpointMissingError, match="did not hash its checkpoint in"):
                 open_model(HERE, identity, FakeNeighbours({"a": folder}))
     finally:
         slow.release.set()

@@ -295,7 +295,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     monkeypatch.setattr(write, "read", read)
     result = run(source, tmp_path / "out")
     assert result.exit_code == 2
-    assert "changed meanwhile" in result.stderr
+    assert "changed in the meantime" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +328,7 @@ def test_a_place_where_no_folder_can_be_made(original: Original, tmp_path: Path)
     (tmp_path / "file").write_text("")
     result = run(original.folder, tmp_path / "file" / "out")
     assert result.exit_code == 1
-    assert "cannot be made: Not a directory" in result.stderr
+    assert "cannot be created: Not a directory" in result.stderr
 
 
 def test_two_conversions_to_the_same_place(original: Original, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_two_conversions_to_the_same_place(original: Original, tmp_path: Path) -
     finally:
         os.close(other)
     assert result.exit_code == 1
-    assert "another command uses this folder" in result.stderr
+    assert "another command is using this folder" in result.stderr
 
 
 def test_dest_may_be_empty_but_must_hold_nothing(original: Original, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         (tmp_path / "none", "no such file or folder"),
         (tmp_path / "empty", "is not a known layout"),
         (tmp_path / "text.txt", "is not a known layout"),
-        (tmp_path / "cut.gguf", "is not a whole GGUF file"),
+        (tmp_path / "cut.gguf", "is not a complete GGUF file"),
     ):
         result = run(source, tmp_path / "out")
         assert result.exit_code == 2, source

@@ -148,13 +148,13 @@ def test_every_option_that_is_not_served_is_named(folder: Path) -> None:
     for key, served in FAMILIES[folder.name].options.items():
         other = not served[0] if isinstance(served[0], bool) else "relu"
         change_config(folder, key, other)
-        refused(folder, "config.json", f"{key} {other!r} is not served for {folder.name}, only")
+        refused(folder, "config.json", f"{key} {other!r} is not supported for {folder.name}; must")
         (folder / "config.json").write_text(config)
 
 
 def test_rotary_embeddings_that_are_not_served_are_named(folder: Path) -> None:
     change_config(folder, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0})
-    refused(folder, "config.json", "rope type 'dynamic' is not served", "served: default")
+    refused(folder, "config.json", "rope type 'dynamic' is not supported", "supported: default")
 
 
 def _without(config: dict[str, Any], path: str) -> dict[str, Any]:

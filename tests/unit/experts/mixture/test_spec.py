@@ -95,7 +95,7 @@ def test_the_most_experts_of_a_row_are_those_of_the_widest_choices(
         ("gates.root.choices", ..., "gates.root.choices", "required"),
         ("gates.root.top_k", 0, "gates.root.top_k", "greater than or equal to 1"),
         ("gates.root.top_k", True, "gates.root.top_k", "integer"),
-        ("gates.root.top_k", 3, "gates.root", "top_k 3 is more than the 2 choices"),
+        ("gates.root.top_k", 3, "gates.root", "top_k 3 exceeds the 2 choices"),
         ("gates.root.pool", "max", "gates.root.pool", "'flatten', 'mean' or 'last'"),
         ("gates.root.file", ..., "gates.root.file", "required"),
         ("gates.root.activation", "relu", "gates.root.activation", "not permitted"),
@@ -107,7 +107,7 @@ def test_the_most_experts_of_a_row_are_those_of_the_widest_choices(
         ("experts.a.link", "tanh", "experts.a.link", "'none', 'softmax' or 'sigmoid'"),
         ("experts.a.prefix", "x" * 201, "experts.a.prefix", "at most 200"),
         ("experts.b.method", "transform", "experts.b.method", "'predict'"),
-        ("experts.c.data", ["../c.bin"], "experts.c.data", "plain path of another file"),
+        ("experts.c.data", ["../c.bin"], "experts.c.data", "plain relative path of another file"),
         ("experts.c.data", "c.bin", "experts.c.data", "tuple"),
         ("combine.kind", "sum", "combine", "'mean', 'probabilities', 'vote', 'density'"),
         ("combine.classes", ["no"], "combine.classes", "at least 2"),
@@ -140,7 +140,7 @@ def test_wrong_values_are_named_by_their_key(path: str, value: Any, key: str, wo
 def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
     found, message = refusal(document(key, file))
     assert found == key
-    assert "must be the plain path of another file inside the folder" in message
+    assert "must be a plain relative path of another file in the folder" in message
 
 
 # Errors of parts against each other; the message begins with the key.
@@ -149,10 +149,10 @@ def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("inputs.1.name", "x", "inputs: 'x' is there twice"),
-        ("outputs.1.name", "label", "outputs: 'label' is there twice"),
+        ("inputs.1.name", "x", "inputs: 'x' is used twice"),
+        ("outputs.1.name", "label", "outputs: 'label' is used twice"),
         ("gates.a", {"kind": "given", "input": "part", "choices": ["a"]},
-         "gates and experts: 'a' is there twice"),
+         "gates and experts: 'a' is used twice"),
         ("rows", "z", "'z' is not one of the inputs x, part"),
         ("rows", "part", "rows: float32 does not represent every INT64 of input 'part'"),
         ("inputs.0.datatype", "FP64", "rows: float32 does not represent every FP64"),
@@ -161,10 +161,10 @@ def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
         ("gate", "left", "gates.root.choices: 'left' is the root; gates"),
         ("gates.root.choices", ["left", "nothing"], "gates.root.choices: 'nothing' is not a gate"),
         ("gates.root.choices", ["left"], "no path leads from the root 'root' to right, c, d"),
-        ("gates.root.choices", ["left", "left"], "root.choices: 'left' is a choice of 'root'"),
-        ("gates.left.choices", ["a", "b", "right"], "'right' is a choice of 'root' too; gates"),
+        ("gates.root.choices", ["left", "left"], "choices: 'left' is already a choice of 'root'"),
+        ("gates.left.choices", ["a", "b", "right"], "'right' is already a choice of 'root'; gates"),
         ("gates.left.choices", ["a", "root"], "gates.left.choices: 'root' is the root; gates form"),
-        ("gates.right.choices", ["a", "c"], "'a' is a choice of 'left' too"),
+        ("gates.right.choices", ["a", "c"], "'a' is already a choice of 'left'"),
         ("experts.e", {"kind": "linear", "file": "a.safetensors"}, "no path .* to e"),
         ("gates.root.input", "z", "'z' is not one of the inputs"),
         ("gates.root.input", "part", "gates.root.input: float32 does not represent every INT64"),
@@ -173,11 +173,11 @@ def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
         ("gates.right.column", 2, "gates.right.column: must be below 2, the values of a row"),
         ("experts.a", {"kind": "rnn", "cell": "gru", "file": "a.safetensors"},
          "experts.a: an rnn takes rows of two axes"),
-        ("experts.b.method", "predict", "experts.b.method: predict has no probabilities; allowed"),
+        ("experts.b.method", "predict", "experts.b.method: predict does not support probabilities"),
         ("outputs.1.from", "value", "outputs.p.from: probabilities has no value; allowed: prob"),
-        ("outputs.0.datatype", "INT64", "outputs.label.datatype: label is BYTES"),
-        ("outputs.1.datatype", "INT64", "outputs.p.datatype: probabilities is FP32 or FP64"),
-        ("outputs.2.datatype", "FP32", "outputs.experts.datatype: experts is INT64"),
+        ("outputs.0.datatype", "INT64", "outputs.label.datatype: label must be BYTES"),
+        ("outputs.1.datatype", "INT64", "outputs.p.datatype: probabilities must be FP32 or FP64"),
+        ("outputs.2.datatype", "FP32", "outputs.experts.datatype: experts must be INT64"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(path: str, value: Any, words: str) -> None:
@@ -212,14 +212,14 @@ def chain(levels: int) -> Document:
 def test_trees_may_be_deep_and_not_bottomless() -> None:
     assert most_experts(parsed(chain(MAX_LEVELS))) == 1
     for levels in (MAX_LEVELS + 1, 1_500):
-        assert refusal(chain(levels))[1] == f"gates: more than {MAX_LEVELS} levels"
+        assert refusal(chain(levels))[1] == f"gates: must have at most {MAX_LEVELS} levels"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"combine": {"kind": "mean", "shape": [2]}}, "experts.r.returns: sequence does not fit"),
-        ({"combine": {"kind": "mean", "shape": [4, 2]}}, "a sequence is as long as its row, -1"),
+        ({"combine": {"kind": "mean", "shape": [2]}}, "experts.r.returns: sequence does not match"),
+        ({"combine": {"kind": "mean", "shape": [4, 2]}}, "a sequence must be as long as its row"),
         ({"combine": {"kind": "mean", "shape": [2, -1]}}, "each axis must be at least 1"),
         ({"experts": {"r": {"kind": "linear", "file": "r.safetensors"}}},
          "experts.r: only an rnn takes rows of any length"),
@@ -273,8 +273,8 @@ def test_datatypes_that_rows_represent_exactly_pass(dtype: str, datatype: str) -
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("format: 1\ndtype: float32\nformat: 1\n", "in line 3: the key 'format' is there twice"),
-        ("gates: {a: {kind: x, kind: y}}", "in line 1: the key 'kind' is there twice"),
+        ("format: 1\ndtype: float32\nformat: 1\n", "in line 3: the key 'format' occurs twice"),
+        ("gates: {a: {kind: x, kind: y}}", "in line 1: the key 'kind' occurs twice"),
         ("a: &a [1]\nb: *a\n", r"in line 2: the alias \*a is not allowed"),
         ("a: &a\n  b: *a\n", r"in line 2: the alias \*a is not allowed"),
         ("a: &a {b: 1}\nc: {<<: *a}\n", r"in line 2: the alias \*a is not allowed"),

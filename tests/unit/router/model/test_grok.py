@@ -78,7 +78,7 @@ def test_half_precision_is_served_too(tmp_path: Path, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tie_word_embeddings": False}, "tie_word_embeddings False is not served for grok-1"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False is not supported for grok-1"),
         ({"max_attn_value": 0}, "max_attn_value must be a positive number"),
         ({"rope_theta": "10000"}, "rope_theta must be a positive number"),
         ({"num_experts": None}, "lacks the key num_experts"),

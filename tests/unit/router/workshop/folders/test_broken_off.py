@@ -277,7 +277,7 @@ def test_what_cannot_be_upcycled_is_refused_in_one_line(given: Given, tmp_path: 
     ):
         assert message in refused(tmp_path, given.dense, *words, command="upcycle")
     line = refused(tmp_path, given.source, "--experts", "5", *text, command="upcycle")
-    assert "model_type 'mixtral' cannot be upcycled; possible: llama, mistral, qwen2" in line
+    assert "model_type 'mixtral' cannot be upcycled; supported: llama, mistral, qwen2" in line
 
 
 @pytest.mark.parametrize(

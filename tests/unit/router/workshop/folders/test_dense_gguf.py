@@ -111,7 +111,7 @@ def test_a_sentence_piece_tokenizer_merges_by_score(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"tokenizer_model": "t5"}, "tokenizer.ggml.model 't5' is not known; known: gpt2, llama"),
-        ({"tokenizer_model": "gpt2", "token_list": ["a", "a"]}, "has a token twice"),
+        ({"tokenizer_model": "gpt2", "token_list": ["a", "a"]}, "has a duplicate token"),
         (
             {"tokenizer_model": "gpt2", "token_list": ["a"], "tokenizer_pre": "other"},
             "tokenizer.ggml.pre 'other' is not known; known: gpt-2, smollm",
@@ -125,7 +125,7 @@ def test_a_sentence_piece_tokenizer_merges_by_score(tmp_path: Path) -> None:
         ),
         (
             {"tokenizer_model": "llama", "token_list": ["a"], "token_scores": [1.0, 2.0]},
-            "tokenizer.ggml.scores has another length",
+            "tokenizer.ggml.scores must be as long as the tokens",
         ),
     ],
 )  # fmt: skip

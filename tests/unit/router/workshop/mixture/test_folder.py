@@ -382,7 +382,7 @@ def _change(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (_change(parameters={"value": {"estimator": "../m.skops"}}), "no file of the folder"),
         (_change(parameters={"value": {"estimator": "/etc/passwd"}}), "no file of the folder"),
         (_change(parameters={"value": {"estimator": "no.skops"}}), "No such file"),
-        (_change(parameters={"value": {"estimator": "README.md"}}), "not a whole skops file"),
+        (_change(parameters={"value": {"estimator": "README.md"}}), "not a complete skops file"),
     ],
 )
 def test_a_wrong_record_is_refused(
