@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from router.expert_config import Section
+from router.section import Section
 
 
 class CapacityConfig(Section):

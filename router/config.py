@@ -17,8 +17,9 @@ from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
 from experts.checkpoint.hub import parse_hub_id
 from router.capacity_config import CapacityConfig
-from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, Section, starts_within_bounds
+from router.expert_config import SINGLE_POOL_KEYS, ExpertsConfig, starts_within_bounds
 from router.listen_config import ListenConfig
+from router.section import Section
 from router.security.config import SecurityConfig, with_open_word
 
 IMPORT_PATH = "router.app:build"

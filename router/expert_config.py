@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -19,6 +17,7 @@ from pydantic import (
 
 from cluster.spec import Emulation, ScalingTargets, TransportKind
 from cluster.tls import TlsFiles
+from router.section import Section
 
 DEFAULT_POOL = "expert"
 SINGLE_POOL_KEYS = (
@@ -31,16 +30,6 @@ SINGLE_POOL_KEYS = (
     "autoscaling",
 )
 RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
-
-
-class Section(BaseModel):
-    """A mapping of a deployment file: unknown keys are errors, and nothing changes it later.
-
-    The docstring of a section and the description of each key are what
-    ``docs/configuration.md`` and ``expertmesh config schema`` say.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class TlsConfig(Section):

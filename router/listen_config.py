@@ -9,7 +9,7 @@ from collections import Counter
 
 from pydantic import Field, field_validator, model_validator
 
-from router.expert_config import Section
+from router.section import Section
 from router.security.certificates import CertificateFiles
 
 PROBE_HOST = "127.0.0.1"

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from router.expert_config import Section
+from router.section import Section
 
 
 def with_open_word(schema: dict[str, Any]) -> None:

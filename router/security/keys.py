@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.errors import ConfigError
-from router.expert_config import Section
+from router.section import Section
 from router.security.limits import NO_LIMITS, KeyLimits
 
 MAX_FILE_BYTES = 1024 * 1024

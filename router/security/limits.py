@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from router.expert_config import Section
+from router.section import Section
 
 MAX_REQUESTS_PER_S = 1e6
 MAX_TOKENS = 10**15
