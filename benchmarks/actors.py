@@ -50,12 +50,12 @@ def start_actors(
     """Start actors as the product does, each with ``num_gpus``, and have all load at once."""
     import ray
 
-    from cluster.controller.pool import CONTROL_CALLS, actor_options
+    from cluster.controller.records.pool import CONTROL_CALLS, actor_options
     from cluster.placement.placement import assign_experts, empty_placement
     from cluster.spec import ActorSpec, ModelExperts, ModelSource, actor_name
     from experts.checkpoint.checkpoint import open_checkpoint
     from experts.checkpoint.identity import identity_of
-    from router.config import ExpertsConfig
+    from router.config.deployment import ExpertsConfig
     from router.control.placement_view import PlacementView
 
     config = ExpertsConfig()

@@ -60,7 +60,7 @@ def measure(
     ``sizes`` are those of the checkpoint. ``prefill`` has lengths of prompts.
     """
     from cluster.environment import router_environment
-    from router.config import RouterConfig
+    from router.config.deployment import RouterConfig
 
     arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
     arguments += ["--sizes", json.dumps(dict(sizes)), "--dtype", dtype]
@@ -172,10 +172,10 @@ class Bench:
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from experts.remote import RemoteExpertActor
-        from router.config import ExpertsConfig, RouterConfig
+        from router.config.deployment import ExpertsConfig, RouterConfig
         from router.engine.engine import Engine
-        from router.engine.prefixes import why_dependent
-        from router.engine.scheduler import Limits, Scheduler
+        from router.engine.scheduling.prefixes import why_dependent
+        from router.engine.scheduling.scheduler import Limits, Scheduler
         from router.model.model import MoEModel
         from router.moe.combine import WeightedSums
         from router.moe.dispatch import Dispatcher

@@ -26,7 +26,7 @@ from benchmarks.common import (
 )
 
 if TYPE_CHECKING:
-    from router.gateway.tokenizer import Tokenizer
+    from router.gateway.input.tokenizer import Tokenizer
 
 MODEL_PATH = Path("deploy/models/mesh-tiny")
 VOCAB = 2000
@@ -69,11 +69,11 @@ def run(folder: Path) -> dict[str, float]:
 
     A text's tokens are there already: to find them is work for the answer, not checking.
     """
-    from router.config import GatewayConfig, parse_args
-    from router.gateway.models import GatewayModel
-    from router.gateway.openai.completions import parse_completion
-    from router.gateway.tokenizer import Tokenizer
-    from router.gateway.validate import Validator
+    from router.config.deployment import GatewayConfig, parse_args
+    from router.gateway.http.openai.completions import parse_completion
+    from router.gateway.input.models import GatewayModel
+    from router.gateway.input.tokenizer import Tokenizer
+    from router.gateway.input.validate import Validator
     from router.served import inspect_models, language_models
 
     [info] = language_models(

@@ -104,7 +104,7 @@ def run_command(command: str, source: Path, dest: Path, text: Path) -> dict[str,
     """Run a command in this process; returns its seconds by phase and its peak in MB."""
     import os
 
-    from router.workshop.folders.making import source_checkpoint
+    from workshop.folders.making import source_checkpoint
 
     begun = _merge if command == COMMANDS[2] else _prune
     start_mb = begin_peak(os.getpid())
@@ -127,14 +127,14 @@ def run_command(command: str, source: Path, dest: Path, text: Path) -> dict[str,
 
 
 def _prune(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
-    from router.workshop.folders.prune import PruneOptions, prune
+    from workshop.folders.prune.command import PruneOptions, prune
 
     options = PruneOptions(8, by="output" if texts else "random", sequences=SEQUENCES)
     prune(checkpoint, dest, options, texts, on_progress)
 
 
 def _merge(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
-    from router.workshop.folders.merge import MergeOptions, merge
+    from workshop.folders.merge.command import MergeOptions, merge
 
     merge(checkpoint, dest, MergeOptions(4, sequences=SEQUENCES), texts, on_progress)
 

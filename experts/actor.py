@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
-from cluster.controller.last_words import LastWords
-from cluster.controller.lease import Lease, end_when_orphaned
+from cluster.controller.lifecycle.lease import Lease, end_when_orphaned
+from cluster.controller.records.last_words import LastWords
 from cluster.errors import CheckpointError, StaleEpochError, UnavailableError
 from cluster.memory import memory
 from cluster.ray_private import ray_store
@@ -30,8 +30,8 @@ from experts.bank import Expert, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.mixture import Mixture
-from experts.checkpoint.remote_files import open_model
-from experts.checkpoint.remote_reader import RayNeighbours
+from experts.checkpoint.remote.remote_files import open_model
+from experts.checkpoint.remote.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
 from experts.host_room import HostRoom

@@ -2,7 +2,7 @@
 
 At one stream an actor has one frame at a time, and its products have driven the interpreter out of
 the processor's caches when the answer is to be sent. So native code receives such a frame, computes
-and sends (``cluster/native/lone.c``). It answers as :mod:`experts.queue` does, which gets whatever
+and sends (``native/wire/lone.c``). It answers as :mod:`experts.queue` does, which gets whatever
 else comes: frames of several routers at once, malformed or traced frames, frames for experts that
 are not here or not native, rows that are not finite, and one frame each :data:`MOST_WAIT_MS`, from
 which the self-test takes its sample.
@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from contextlib import suppress
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.spec import FRAME_VERSION, ExpertKey
 from cluster.transport.stream.server import ReceivedAlone
 from cluster.wire.frames import Buffer

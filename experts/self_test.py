@@ -4,7 +4,7 @@ A batch that raises, and rows that are not finite, may be the device's doing or 
 bad request must not cost a healthy actor. So after either the actor computes rows of its own by the
 same experts: zeros, which a gated expert maps to finite numbers where its weights are finite. It
 repeats the test until one succeeds. The report tells how many tests in a row have failed, and the
-controller replaces the actor after a few (:mod:`cluster.controller.deaths`).
+controller replaces the actor after a few (:mod:`cluster.controller.health.deaths`).
 
 Rows are looked at by samples on this module's thread, after their answer, so that no answer waits.
 """

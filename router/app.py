@@ -19,8 +19,8 @@ from ray.serve.exceptions import RayServeException
 from cluster.environment import GATEWAY_ENVIRONMENT, SERVING_ENVIRONMENT, router_environment
 from cluster.errors import ConfigError, ExpertMeshError
 from cluster.tls import require_ray_tls
-from experts.checkpoint.remote_reader import RayNeighbours
-from router.config import AppConfig, RouterConfig, parse_args
+from experts.checkpoint.remote.remote_reader import RayNeighbours
+from router.config.deployment import AppConfig, RouterConfig, parse_args
 from router.security.reach import check_listen
 from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment

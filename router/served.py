@@ -25,10 +25,10 @@ from experts.checkpoint.config import parse_json
 from experts.checkpoint.hub import parse_hub_id
 from experts.checkpoint.identity import identity_of, text_identity
 from experts.checkpoint.mixture import Mixture
-from experts.checkpoint.remote_files import Neighbours, open_model
+from experts.checkpoint.remote.remote_files import Neighbours, open_model
 from experts.checkpoint.stored import Stored, pinned_path
 from experts.mixture.spec import MixtureSpec, interface_of, most_experts
-from router.config import AppConfig, ExpertsConfig, ModelConfig, load_deployment
+from router.config.deployment import AppConfig, ExpertsConfig, ModelConfig, load_deployment
 
 Identify = Callable[[Stored], str]
 """Returns the identity of an opened folder."""

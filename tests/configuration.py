@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router.config import AppConfig
+from router.config.deployment import AppConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->\n"

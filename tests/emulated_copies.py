@@ -15,7 +15,9 @@ from enum import StrEnum
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PRODUCT = tuple(str(ROOT / package) + "/" for package in ("cluster", "experts", "router"))
+PRODUCT = tuple(
+    str(ROOT / package) + "/" for package in ("cluster", "experts", "router", "workshop")
+)
 """Where the product's code lies; an access is ascribed to it before any test."""
 TESTS = str(ROOT / "tests") + "/"
 EMULATION = str(ROOT / "tests" / "emulated_")

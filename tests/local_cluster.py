@@ -29,14 +29,14 @@ from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.compute.emulated import EmulatedExpert
 from experts.compute.expert_device import ExpertDevice
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.control.placement_view import PlacementView
 from router.engine.batch import StepInput, context_of
 from router.engine.constraints import Grammars
 from router.engine.emission import Emission
 from router.engine.engine import Engine
-from router.engine.prefixes import why_dependent
-from router.engine.scheduler import Limits, Scheduler
+from router.engine.scheduling.prefixes import why_dependent
+from router.engine.scheduling.scheduler import Limits, Scheduler
 from router.messages.receipts import merge_events
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from router.model.model import MoEModel

@@ -15,19 +15,19 @@ import httpx
 
 from cluster.errors import ExpertMeshError
 from cluster.spec import ModelExperts, ModelSource
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.engine.constraints import Grammars
-from router.gateway.app import create_app
-from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.methods import GrpcMethods
-from router.gateway.limits import Room
+from router.gateway.http.app import create_app
+from router.gateway.input.models import GatewayModel
+from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
-from router.gateway.tokenizer import Tokenizer
 from router.messages.receipts import Receipts
 from router.messages.request import GenerationRequest, TokenEvent
 from router.served import ServedModel

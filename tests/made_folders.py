@@ -12,16 +12,16 @@ from typing import Any
 from ray import serve
 
 from router.app import build
-from router.workshop.folders.dense_model import opened_dense
-from router.workshop.folders.making import source_checkpoint
-from router.workshop.folders.merge import MergeOptions, merge
-from router.workshop.folders.prune import PruneOptions, prune
-from router.workshop.folders.upcycle import UpcycleOptions, upcycle
 from tests.checkpoints import transformers_tokens
 from tests.cluster_fixture import APP, ServedCluster, prompt_of
-from tests.unit.router.workshop.folders.dense_models import save_dense
-from tests.unit.router.workshop.folders.edits import write_letters
-from tests.unit.router.workshop.folders.families import save, whole_model
+from tests.unit.workshop.folders.dense_models import save_dense
+from tests.unit.workshop.folders.edits import write_letters
+from tests.unit.workshop.folders.families import save, whole_model
+from workshop.folders.dense_model import opened_dense
+from workshop.folders.making import source_checkpoint
+from workshop.folders.merge.command import MergeOptions, merge
+from workshop.folders.prune.command import PruneOptions, prune
+from workshop.folders.upcycle.command import UpcycleOptions, upcycle
 
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v3")
 SIZES = ((1, 12), (30, 16), (90, 8))

@@ -24,7 +24,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVR
 from skops.io import dumps
 
-from router.workshop.mixture.estimators import MixtureOfExpertsRegressor
+from workshop.estimators.estimators import MixtureOfExpertsRegressor
 
 NUM_FEATURES = 6
 FRAGILE_LEVELS = (0.0, 1.0)

@@ -18,7 +18,7 @@ from benchmarks.bundled.card import converted, filled, losses, table
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.workshop.mixture.estimators import MixtureOfExpertsRegressor
+from workshop.estimators.estimators import MixtureOfExpertsRegressor
 
 NUM_STEPS = 1
 _NETWORK = MLPRegressor(

@@ -8,7 +8,7 @@ from typing import Any
 
 from experts.checkpoint.mixture import Mixture, open_mixture
 from experts.mixture.parts import MIXTURE_FILE
-from router.workshop.mixture.folder import document_bytes, write
+from workshop.estimators.saved.folder import document_bytes, write
 
 CARD_FILE = "README.md"
 

@@ -24,7 +24,7 @@ from benchmarks.bundled.card import converted, filled, table
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.workshop.mixture.estimators import HierarchicalMixtureRegressor
+from workshop.estimators.estimators import HierarchicalMixtureRegressor
 
 NUM_ROWS, NUM_FEATURES = 8000, 3
 NUM_SLABS = 3

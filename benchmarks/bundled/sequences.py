@@ -31,10 +31,10 @@ from benchmarks.bundled.readings import (
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.workshop.mixture.adaptive.estimators import AdaptiveMixtureClassifier
-from router.workshop.mixture.adaptive.network import Cell
-from router.workshop.mixture.parts import FittedMixture, RecurrentPart
-from router.workshop.mixture.sequences import sequences_of
+from workshop.estimators.adaptive.estimators import AdaptiveMixtureClassifier
+from workshop.estimators.adaptive.network import Cell
+from workshop.estimators.parts import FittedMixture, RecurrentPart
+from workshop.estimators.sequences import sequences_of
 
 NUM_STARTS, MAX_ITER, SEED = 2, 200, 0
 HIDDEN, TOP_K = 4, 2

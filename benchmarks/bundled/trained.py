@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
-from router.workshop.mixture.folder import files_of
+from workshop.estimators.saved.folder import files_of
 
 HELD_OUT_EVERY = 4
 Begin = Callable[[str], None]

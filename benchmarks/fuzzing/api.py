@@ -25,8 +25,8 @@ from fastapi import FastAPI
 from schemathesis.engine import from_schema
 from schemathesis.engine.events import FatalError, NonFatalError, ScenarioFinished
 
-from router.config import GatewayConfig
-from router.gateway.openapi.document import OPENAPI_PATH
+from router.config.deployment import GatewayConfig
+from router.gateway.http.openapi.document import OPENAPI_PATH
 from router.protos.errors import MAX_FIELD_BYTES, clean
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster

@@ -23,9 +23,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from benchmarks.fuzzing.target import Target
 from router.gateway.browsers import BrowserRules
-from router.gateway.charges import Charges
 from router.gateway.grpc.methods import Method
 from router.gateway.http_io import OPEN_PATHS, EdgeMiddleware
+from router.gateway.limits.charges import Charges
 from router.gateway.listen.door import Door
 from router.gateway.metrics import Metrics
 from router.protos import inference_pb2

@@ -17,9 +17,9 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, read_header
-from experts.convert.gguf_file import open_gguf
-from experts.convert.layouts import open_source
-from experts.convert.plan import make_plan
+from workshop.convert.gguf_file import open_gguf
+from workshop.convert.layouts import open_source
+from workshop.convert.plan import make_plan
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -162,7 +162,7 @@ def tokenizer() -> Target:
     from tokenizers import Tokenizer as RawTokenizer
     from tokenizers import decoders, models, pre_tokenizers
 
-    from router.gateway.tokenizer import Tokenizer
+    from router.gateway.input.tokenizer import Tokenizer
 
     vocab = {char: place for place, char in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     raw = RawTokenizer(models.BPE({**vocab, "ab": 256, "</s>": 257}, [("a", "b")]))

@@ -13,11 +13,11 @@ from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from cluster.spec import ModelExperts, ModelSource
 from experts.mixture.spec import MixtureSpec
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
-from router.gateway.charges import Charges
 from router.gateway.errors import v2_error
-from router.gateway.limits import Room
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_grpc import PredictionHandlers

@@ -16,19 +16,19 @@ from starlette.requests import Request
 import deploy
 from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from router.config import GatewayConfig, parse_args
-from router.gateway.charges import Charges
+from router.config.deployment import GatewayConfig, parse_args
 from router.gateway.errors import http_error
 from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
+from router.gateway.http.openai.chat import parse_chat
+from router.gateway.http.openai.completions import parse_completion
 from router.gateway.http_io import read_json
-from router.gateway.limits import Room
+from router.gateway.input.models import GatewayModel
+from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.validate import Validator
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel
-from router.gateway.openai.chat import parse_chat
-from router.gateway.openai.completions import parse_completion
 from router.gateway.service import GenerationService
-from router.gateway.tokenizer import Tokenizer
-from router.gateway.validate import Validator
 from router.protos import inference_pb2
 from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error
 from router.security.keys import ANYBODY

@@ -45,7 +45,7 @@ def run(device: str) -> dict[str, Any]:
     import torch
 
     from cluster.device import device_of
-    from cluster.native.built import native
+    from cluster.native import native
     from experts.compute.grouped_ffn import CAPABILITIES
 
     found = device_of(device, 0, "--device")

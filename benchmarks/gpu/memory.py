@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cluster.wire.frames import DTYPE_BYTES
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
 from router.model.memory import StepLimits
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model

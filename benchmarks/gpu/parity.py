@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import TokenEvent
 from router.model.memory import router_sizes
 from tests.checkpoints import save_mixtral, transformers_tokens

@@ -29,7 +29,7 @@ OBJECT_STORE_BYTES = 256 << 20
 def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
     """Measure the model of this number; the folder ``results`` has the settings."""
     from cluster.environment import router_environment
-    from router.config import RouterConfig
+    from router.config.deployment import RouterConfig
 
     config = settings.models[number]
     fit = fitted(config, room(settings.device_bytes))

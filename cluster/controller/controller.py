@@ -17,23 +17,23 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.controller.adopt import Adopted, adopt
-from cluster.controller.anti_affinity import AntiAffinity
 from cluster.controller.application import app_is_wanted
-from cluster.controller.autoscale import Autoscaler
-from cluster.controller.changes import Changes, Retirement
-from cluster.controller.elastic import Elastic
-from cluster.controller.fleet import Fleet
-from cluster.controller.keeper import Keeper
-from cluster.controller.kernels import MixNotice, kernel_status, with_ids
-from cluster.controller.ledger import LedgerStore
-from cluster.controller.members import MEMBER_TTL_S, Members
-from cluster.controller.naming import Report, actor_status, named, with_model_ids
-from cluster.controller.pool import ExpertPool, kind_of
-from cluster.controller.rebalance import Rebalancer
-from cluster.controller.relief import Reliever
-from cluster.controller.slow_actors import SlowNotice
-from cluster.controller.state import ClusterState
+from cluster.controller.changes.anti_affinity import AntiAffinity
+from cluster.controller.changes.autoscale import Autoscaler
+from cluster.controller.changes.elastic import Elastic
+from cluster.controller.changes.rebalance import Rebalancer
+from cluster.controller.changes.relief import Reliever
+from cluster.controller.health.slow_actors import SlowNotice
+from cluster.controller.lifecycle.keeper import Keeper
+from cluster.controller.records.adopt import Adopted, adopt
+from cluster.controller.records.changes import Changes, Retirement
+from cluster.controller.records.fleet import Fleet
+from cluster.controller.records.kernels import MixNotice, kernel_status, with_ids
+from cluster.controller.records.ledger import LedgerStore
+from cluster.controller.records.members import MEMBER_TTL_S, Members
+from cluster.controller.records.naming import Report, actor_status, named, with_model_ids
+from cluster.controller.records.pool import ExpertPool, kind_of
+from cluster.controller.records.state import ClusterState
 from cluster.errors import ExpertMeshError, StaleEpochError
 from cluster.placement.load import FALL_S, LoadTracker
 from cluster.placement.placement import Placement

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.arrays import DTYPES
 
 TORCH_DTYPES = {

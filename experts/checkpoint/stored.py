@@ -22,7 +22,7 @@ from experts.families.base import Config
 
 
 class RemoteFiles(Protocol):
-    """A checkpoint's files on another node; see :mod:`experts.checkpoint.remote_files`."""
+    """A checkpoint's files on another node; see :mod:`experts.checkpoint.remote.remote_files`."""
 
     def tensor(self, name: str, begin: int = 0, end: int | None = None) -> bytearray:
         """Return bytes of a tensor, by default all.

@@ -16,7 +16,7 @@ import os
 import torch
 
 from cluster.device import CPU, name_of
-from cluster.native.built import native
+from cluster.native import native
 
 NATIVE_CLASSES = frozenset({"fused", "paired", "tiled", "unfused"})
 """The classes in which a row's bits depend only on the row and the weights."""

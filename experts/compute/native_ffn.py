@@ -2,7 +2,7 @@
 
 A row's result depends on the row, the weights and the class of the kernel (:func:`kernel_class`),
 neither on other rows nor on the number of threads. Sums are float32 whatever the dtype, and a
-result is rounded once, to the dtype of the rows. ``cluster/native/experts.c`` has the layout of
+result is rounded once, to the dtype of the rows. ``native/experts/experts.c`` has the layout of
 packed weights, ``products.h`` and ``tiles.c`` beside it the order of sums.
 
 Dimension letters: P rows of one expert, H hidden size, I intermediate size, O outputs of a matrix,
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.arrays import bytes_of
 from cluster.wire.frames import Buffer
 from experts.checkpoint.expert_weights import HostWeights, paged
@@ -47,7 +47,7 @@ first."""
 
 
 MOST_SIZE = 1 << 24
-"""The largest hidden or intermediate size (``cluster/native/kernels.h``)."""
+"""The largest hidden or intermediate size (``native/experts/kernels.h``)."""
 
 
 def kernel_class(dtype: str, sizes: Sequence[int] = ()) -> str | None:

@@ -1,7 +1,7 @@
 """Weights as native code reads them: packed panels, and the formats of numbers.
 
 A panel has the K rows of ``PANEL`` outputs, so that a product reads weights in the order of memory.
-``cluster/native/kernels.h`` has the layout.
+``native/experts/kernels.h`` has the layout.
 
 Dimension letters: O outputs, K length of a sum.
 """

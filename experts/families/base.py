@@ -154,7 +154,7 @@ class Family:
     configuration. ``options`` has the served values of keys that also have other values.
     ``cache_values`` returns how many numbers a layer's attention keeps of a token.
     ``caches_latents`` is true where these are latents, from which keys and values are computed
-    (:mod:`router.model.latent_attention`). ``caps_scores`` is true where attention's scores are
+    (:mod:`router.model.attention.latent`). ``caps_scores`` is true where attention's scores are
     capped or its heads have sinks. Tensors with a suffix in ``in_float32`` may be float32
     beside others of half precision. Tensors with a prefix of ``ignored`` are allowed and not read.
     ``module_names`` maps a checkpoint's names to the model's names where these differ.

@@ -1,11 +1,12 @@
 """The ``expertmesh`` command line: a module of this package for each group of commands.
 
-A command imports torch, ray and transformers when it runs, if it needs them.
+A command imports torch, ray and transformers when it runs, if it needs them. Other packages add
+commands by entry points of the group :data:`MORE_COMMANDS`, as the workshop does.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +23,7 @@ from router.cli.common import (
     write,
 )
 from router.cli.config import check, config
-from router.cli.convert import convert
 from router.cli.doctor import doctor
-from router.cli.evaluate import evaluate
-from router.cli.explain import explain
-from router.cli.fit import fit
-from router.cli.folders import merge, prune, upcycle
 from router.cli.generate import generate
 from router.cli.keys import keys
 from router.cli.load import load, placement, rebalance
@@ -36,13 +32,31 @@ from router.cli.predict import predict
 from router.cli.scale import copies, drain, scale
 from router.cli.serve import deploy, serve
 from router.cli.status import status
-from router.cli.train import train
 from router.cli.usage import usage
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
+
+MORE_COMMANDS = "expertmesh.commands"
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "markdown",
+}
 
 
 class _Commands(TyperGroup):
     """All commands; an error of a command is a line on stderr and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, the order of the help."""
+        return [*super().list_commands(ctx), *sorted(entry_points(group=MORE_COMMANDS).names)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command of a name, imported only now if it is another package's."""
+        for point in entry_points(group=MORE_COMMANDS, name=cmd_name):
+            alone = typer.Typer(**_STYLE)
+            alone.command(cmd_name)(point.load())
+            return typer.main.get_command(alone)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         with exit_codes():
@@ -57,10 +71,8 @@ def _print_version(is_given: bool) -> None:
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    **_STYLE,
 )
 
 
@@ -86,10 +98,9 @@ def _options(
     ctx.with_resource(variables({name: file for name, file in given.items() if file is not None}))
 
 
-_SERVING = (serve, deploy, generate, chat, explain, predict, status, load, placement, usage)
+_SERVING = (serve, deploy, generate, chat, predict, status, load, placement, usage)
 _CHANGING = (rebalance, scale, drain, copies)
-_MAKING = (train, fit, convert, evaluate, prune, merge, upcycle)
-for _command in (*_SERVING, *_CHANGING, *_MAKING, bench, check, plan, doctor):
+for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor):
     app.command()(_command)
 app.add_typer(config, name="config")
 app.add_typer(keys, name="keys")

@@ -66,7 +66,7 @@ def show(
     The output is itself a deployment file: `expertmesh serve FILE` serves it on a Ray of its own.
     The command opens no checkpoint; `expertmesh check` does.
     """
-    from router.config import parse_deployment, read_document
+    from router.config.deployment import parse_deployment, read_document
     from router.serve.options import completed
 
     document = read_document(file)
@@ -95,7 +95,7 @@ def check(
 
     Example: expertmesh check deploy/cluster.yaml
     """
-    from router.config import read_document
+    from router.config.deployment import read_document
     from router.ops.startup.reach import check_document
     from router.serve.options import completed
     from router.served import check_file
@@ -125,7 +125,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def args_schema() -> dict[str, Any]:
     """Return the schema of an application's ``args:``."""
-    from router.config import AppConfig
+    from router.config.deployment import AppConfig
 
     return {"$schema": _DIALECT, **AppConfig.model_json_schema()}
 
@@ -141,7 +141,7 @@ def file_schema() -> dict[str, Any]:
     """Return the schema of a whole file: Serve's schema, with :class:`AppConfig` at ``args:``."""
     from ray.serve.schema import ServeDeploySchema
 
-    from router.config import IMPORT_PATH, AppConfig
+    from router.config.deployment import IMPORT_PATH, AppConfig
 
     schema: dict[str, Any] = {"$schema": _DIALECT, **ServeDeploySchema.model_json_schema()}
     schema["title"] = "ExpertMesh deployment file"

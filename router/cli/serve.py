@@ -67,7 +67,7 @@ def _bundled() -> Path:
 
 def _file_of(model: Path, folder: Path) -> Path:
     """Write the deployment file of one model's folder into ``folder``."""
-    from router.config import read_document
+    from router.config.deployment import read_document
 
     if not any((model / name).is_file() for name in MODEL_FILES):
         fail(
@@ -97,7 +97,7 @@ def deploy(
     from router.ops.startup.ray_token import send_token
 
     send_token(address)
-    from router.config import load_deployment, read_document
+    from router.config.deployment import load_deployment, read_document
     from router.ops.startup.preflight import check_deploy
     from router.serve.options import completed
 
@@ -121,7 +121,7 @@ def _serve(
     os.environ.update(variables)
     import ray
 
-    from router.config import load_deployment, read_document
+    from router.config.deployment import load_deployment, read_document
     from router.ops.startup import preflight
     from router.ops.startup.termination import Termination
     from router.serve.options import completed

@@ -20,7 +20,7 @@ from router.engine.prompt_scores import ScoredRows, scored_rows
 from router.engine.routed_rows import step_routed
 from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import Sequence, Work
-from router.model.attention import Attention, PagedBatch, Span
+from router.model.attention.interface import Attention, PagedBatch, Span
 from router.model.decoder import MOST_PIECES, Piece
 from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from cluster.errors import ExpertMeshError, InvalidRequestError
+from router.config.grammar_limits import FIELD
 from router.engine.constraints import Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, words_of
-from router.grammar_limits import FIELD
 
 MOST_WAIT_S = 0.02
 """How long a step waits for its matchers. A choice whose matcher takes longer is recomputed in the

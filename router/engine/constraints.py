@@ -22,8 +22,8 @@ from queue import SimpleQueue
 from llguidance import LLMatcher, LLTokenizer
 
 from cluster.errors import ExpertMeshError, InternalError, InvalidRequestError
+from router.config.grammar_limits import FIELD, grammar_pool, parser_limits, start_grammar_thread
 from router.engine.token_masks import Mask, Vocabulary, bits_of, vocabulary_of, with_bits
-from router.grammar_limits import FIELD, grammar_pool, parser_limits, start_grammar_thread
 
 MAX_KEPT = 32
 """How many compiled grammars a router keeps."""

@@ -8,10 +8,10 @@ import torch
 
 from cluster.device import CPU, free_bytes
 from experts.checkpoint.checkpoint import Checkpoint
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
+from router.model.attention.varlen import VarlenAttention
 from router.model.memory import StepLimits, router_sizes
 from router.model.model import MoEModel
-from router.model.varlen_attention import VarlenAttention
 
 logger = logging.getLogger("expertmesh.router")
 

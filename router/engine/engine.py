@@ -34,7 +34,7 @@ from router.engine.isolation import Announce, Isolation
 from router.engine.prompt_scores import Scores, read_scores, score, score_events
 from router.engine.routed_rows import with_rows
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
-from router.engine.scheduler import Scheduler
+from router.engine.scheduling.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.engine.stats import EngineTally
 from router.engine.token_rules import rules_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cluster.device import CPU
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import dtype_name
 from experts.compute.kernel_classes import torch_class
 from experts.compute.native_ffn import kernel_class
@@ -26,8 +26,8 @@ def dense_class(device: torch.device, dtype: torch.dtype, is_native: bool, atten
 
     ``is_native`` is true if native code computes all of it, and false if torch computes what lies
     between native products, norms and attention. Then the class names both. On a device it names
-    the ``attention`` (:attr:`router.model.attention.Attention.name`), which differs between
-    releases of torch and between cards.
+    the ``attention`` (:attr:`router.model.attention.interface.Attention.name`), which differs
+    between releases of torch and between cards.
     """
     own, of_products = torch_class(device, dtype), kernel_class(dtype_name(dtype))
     if device.type != CPU.type:

@@ -28,9 +28,9 @@ from cluster.processor import num_cpus
 from cluster.transport.open import open_transport
 from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.folder import language_model
-from experts.checkpoint.remote_files import open_model
-from experts.checkpoint.remote_reader import RayNeighbours
-from router.config import ExpertsConfig, RouterConfig
+from experts.checkpoint.remote.remote_files import open_model
+from experts.checkpoint.remote.remote_reader import RayNeighbours
+from router.config.deployment import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn
@@ -39,8 +39,8 @@ from router.engine.device_room import warn_of_steps
 from router.engine.emission import Emission
 from router.engine.engine import Engine
 from router.engine.kernel_class import dense_class, why_not_native
-from router.engine.prefixes import why_dependent
-from router.engine.scheduler import Limits, Scheduler
+from router.engine.scheduling.prefixes import why_dependent
+from router.engine.scheduling.scheduler import Limits, Scheduler
 from router.engine.stats import RouterSamples
 from router.messages.call_link import call_server
 from router.messages.link import LinkAddress

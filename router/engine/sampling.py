@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from router.engine.token_rules import Edits
 from router.messages.request import SamplingParams, TokenLogprobs
 

@@ -60,7 +60,7 @@ class Sequence:
     ``prefix_keys`` are the key before the first token and the keys of the first pages; others'
     pages can replace the first ``most_shared``. Others may find ``num_entered`` pages; no more are
     registered once the cache's ``prefix_period`` has changed.
-    ``num_cached`` prompt tokens were in others' pages (:mod:`router.engine.prefixes`).
+    ``num_cached`` prompt tokens were in others' pages (:mod:`router.engine.scheduling.prefixes`).
     """
 
     request: GenerationRequest

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from cluster.reports import Sample, Samples
-from router.engine.scheduler import Scheduler
+from router.engine.scheduling.scheduler import Scheduler
 from router.engine.sequence import Sequence, Work
 from router.moe.dispatch import Dispatcher
 from router.observability import catalogue

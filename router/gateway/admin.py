@@ -21,7 +21,7 @@ from cluster.reports import (
     RebalanceReport,
     UsageReport,
 )
-from router.gateway.usage import usage_of
+from router.gateway.limits.usage import usage_of
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0

@@ -23,10 +23,10 @@ from cluster.errors import (
     TooLargeError,
 )
 from router.gateway.browsers import BrowserRules
-from router.gateway.charges import Charges
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
-from router.gateway.limits import Bodies, Share, arrival_timeout
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Bodies, Share, arrival_timeout
 from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role

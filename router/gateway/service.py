@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 from cluster.errors import Code, InternalError, InvalidRequestError
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
-from router.gateway.charges import Charge, Charges
-from router.gateway.detokenize import ChoiceText
 from router.gateway.errors import public_error
-from router.gateway.limits import Room, SlowReaderWatch
+from router.gateway.input.models import GatewayModel
+from router.gateway.input.tools.calls import CallPart, Parsed
+from router.gateway.input.tools.reader import ChoiceParser
+from router.gateway.input.validate import CheckedRequest, Validator
+from router.gateway.limits.charges import Charge, Charges
+from router.gateway.limits.room import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel
-from router.gateway.tools.calls import CallPart, Parsed
-from router.gateway.tools.reader import ChoiceParser
-from router.gateway.validate import CheckedRequest, Validator
+from router.gateway.output.detokenize import ChoiceText
 from router.messages.request import (
     GenerationRequest,
     PromptLogprobs,
@@ -131,8 +131,8 @@ class Upstream(Protocol):
         """Yield the events of all choices; each choice ends with a ``finish_reason``.
 
         Raises :class:`cluster.errors.ExpertMeshError`, at the latest
-        :data:`router.gateway.limits.GRACE_S` past the request's deadline. Closing the generator
-        (``aclose``) or cancelling it ends the request at its router.
+        :data:`router.gateway.limits.room.GRACE_S` past the request's deadline. Closing the
+        generator (``aclose``) or cancelling it ends the request at its router.
         """
         ...
 

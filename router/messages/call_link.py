@@ -1,7 +1,7 @@
 """The call link: one connection from a gateway to each router, for calls beside Serve's.
 
 A call over it takes a fraction of the time of Serve's. The router listens; its address comes by a
-call of Serve's (:mod:`router.gateway.router_links`). A call is ``[number, request]``, and
+call of Serve's (:mod:`router.gateway.upstream.router_links`). A call is ``[number, request]``, and
 ``[number, None]`` cancels it. Every call gets one frame ``[number, reply]``, ``None`` for a
 cancelled one.
 """

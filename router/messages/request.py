@@ -16,7 +16,7 @@ from router.messages.rules import TokenRules
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn; ``router/gateway/validate.py`` has checked it.
+    """How the next token is drawn; ``router/gateway/input/validate.py`` has checked it.
 
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` is
     always set (the gateway draws a missing seed); the draws of choice ``i`` of ``n`` are a function

@@ -25,7 +25,7 @@ def dtype_of(num_experts: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RoutedExperts:
-    """What a request asks of its tokens' experts; ``router/gateway/routed.py`` has checked it.
+    """What a request asks of its tokens' experts; ``gateway/input/routed.py`` has checked it.
 
     ``shape`` is (L, K); a layer has ``num_experts``. With ``returned``, rows come with the tokens.
     ``forced`` are packed rows for the request's first tokens, which go to these experts.

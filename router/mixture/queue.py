@@ -1,8 +1,8 @@
 """The requests of a mixture's router: their works, and which works a lane computes next.
 
 A request is cut into works of at most as many rows as a step computes. Works wait by the turns of
-their tenants (:mod:`router.tenants`), those of one tenant in the order in which they came; a work
-that waits for an expert is parked beside them. All methods are called under the engine's lock.
+their tenants (:mod:`router.config.tenants`), those of one tenant in the order in which they came; a
+work that waits for an expert is parked beside them. All methods are called under the engine's lock.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cluster.errors import ExpertMeshError, OverloadedError
+from router.config.tenants import TenantTurns
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.moe.deaths import Deaths
 from router.moe.missing import Awaited
-from router.tenants import TenantTurns
 
 Outcome = PredictionReply | ExpertMeshError
 Outputs = dict[str, np.ndarray]

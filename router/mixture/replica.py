@@ -19,10 +19,10 @@ from cluster.controller.application import app_is_wanted
 from cluster.errors import CheckpointError, ExpertMeshError, ModelReplacedError, being_deleted
 from cluster.transport.open import open_transport
 from experts.checkpoint.mixture import Mixture
-from experts.checkpoint.remote_files import open_model
-from experts.checkpoint.remote_reader import RayNeighbours
+from experts.checkpoint.remote.remote_files import open_model
+from experts.checkpoint.remote.remote_reader import RayNeighbours
 from experts.mixture.spec import interface_of
-from router.config import ExpertsConfig, RouterConfig
+from router.config.deployment import ExpertsConfig, RouterConfig
 from router.control.client import ControllerClient
 from router.control.placement_view import PlacementView, PlacementWatcher
 from router.control.readiness import is_its_turn

@@ -9,12 +9,12 @@ import torch
 
 from cluster.device import CPU
 from experts.families.base import Family
-from router.model.attention import Attention
+from router.model.attention.interface import Attention
+from router.model.attention.paged import GatheredAttention
+from router.model.attention.varlen import VarlenAttention, why_not_varlen
 from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_attention import NativeAttention, NativeCache, takes_heads
 from router.model.kv_cache import LatentCache, PagedCache
-from router.model.paged_attention import GatheredAttention
-from router.model.varlen_attention import VarlenAttention, why_not_varlen
 
 logger = logging.getLogger("expertmesh.router")
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from cluster.staging import Staging
-from router.model.attention import Attention, PagedBatch
+from router.model.attention.interface import Attention, PagedBatch
+from router.model.attention.paged import PagedContext
 from router.model.kv_cache import PagedCache
-from router.model.paged_attention import PagedContext
 from router.model.staged_batch import batch_to_device
 from router.moe import device_rows
 from router.moe.gate import Choice, ChooseAmong, ForcedGate, Gate

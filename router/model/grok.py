@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from router.model.attention.paged import PagedContext, paged_attention
 from router.model.lean_transformers import PreTrainedModel, transformers
-from router.model.paged_attention import PagedContext, paged_attention
 from router.model.parts import RemoteExperts
 
 

@@ -19,12 +19,12 @@ from experts.families.base import Config, Family, head_sizes, size
 from router.model.page_pool import pages_needed
 
 if TYPE_CHECKING:
-    from router.config import RouterConfig
+    from router.config.deployment import RouterConfig
 
 FLOAT32_BYTES, HALF_BYTES, INDEX_BYTES = 4, 2, 8
 PAGE_SIZE, VARLEN_PAGE_SIZE = 16, 256
 VARLEN_HEAD_STEP, VARLEN_MAX_HEAD = 8, 256
-"""What :mod:`router.model.varlen_attention` and :mod:`router.model.paged_attention` demand, without
+"""What :mod:`router.model.attention.varlen` and :mod:`router.model.attention.paged` demand, without
 an import of torch."""
 _HIDDEN_COPIES, _HIDDEN_FLOAT32_COPIES = 6, 3
 """Hidden states [T, H] of a layer at one time: residual, normed, the experts' rows on their way to
@@ -155,7 +155,7 @@ class RouterSizes:
     def _attention_bytes(self, limits: StepLimits, value_bytes: int, reads_pages: bool) -> int:
         """Return the bytes of an attention's projections, outputs and masks, and of its scores.
 
-        Only :mod:`router.model.capped_attention` has all scores [Q, T, L] at once.
+        Only :mod:`router.model.attention.capped` has all scores [Q, T, L] at once.
         """
         num_tokens, longest = limits.max_batch_tokens, limits.longest
         projected = num_tokens * self.query_heads * self.head_values

@@ -24,15 +24,15 @@ from cluster.wire.tensors import dtype_name, from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from experts.families.base import Family
+from router.model.attention.latent import LATENT_ATTENTION_NAME, keep_latents, latent_attention
+from router.model.attention.paged import ATTENTION_NAME, paged_attention
 from router.model.attention_choice import choose_attention, head_size, make_cache
 from router.model.decoder import AttentionHalf, Decoder
 from router.model.grok import register_grok
-from router.model.latent_attention import LATENT_ATTENTION_NAME, keep_latents, latent_attention
 from router.model.lean_transformers import ALL_ATTENTION_FUNCTIONS, transformers
 from router.model.memory import router_sizes
 from router.model.own_values import own_value
 from router.model.page_pool import pages_needed
-from router.model.paged_attention import ATTENTION_NAME, paged_attention
 from router.model.parts import (
     RemoteExperts,
     embedding_of,

@@ -17,6 +17,7 @@ from cluster.errors import CheckpointError
 from cluster.staging import Staging
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.families.base import GateSpec
+from router.model.attention.latent import HeadsLinear, rotate_by_real_products
 from router.model.cpu.last_half import attend_wanted
 from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_layer import (
@@ -41,7 +42,6 @@ from router.model.decoder import (
     Map,
     MixtureFeedForward,
 )
-from router.model.latent_attention import HeadsLinear, rotate_by_real_products
 from router.model.torch_attention import TorchAttention
 from router.moe.gate import Gate
 from router.moe.layer import StepContext

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from router.model.attention.paged import PagedContext
 from router.model.decoder import Map, Rotation
-from router.model.paged_attention import PagedContext
 
 
 class TorchAttention:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import StepMissing, choose_anew
 

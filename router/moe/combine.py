@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.frames import Buffer
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe.gate import Choice

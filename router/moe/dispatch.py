@@ -24,7 +24,7 @@ from cluster.errors import (
     FrameError,
     ModelReplacedError,
 )
-from cluster.native.built import native
+from cluster.native import native
 from cluster.placement.placement import Placement
 from cluster.spec import model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport

@@ -1,7 +1,7 @@
 """Exchanges a layer with its actors in two native calls: one sends, one receives and combines.
 
 In a step of few tokens a layer spends most of its time in Python, which finds the processor's
-caches evicted by the products. So native code (``cluster/native/exchange.c``) does the steps of
+caches evicted by the products. So native code (``native/wire/exchange.c``) does the steps of
 :mod:`router.moe.dispatch` in one go: it orders the pairs, encodes and sends frames; then receives,
 decodes, checks and sums. Frames and sums are the same, byte for byte. It handles the common case:
 rows are float32 or bfloat16, each expert has one copy, and its actor's connection is idle and needs
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.placement.placement import Placement
 from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, PendingCalls

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.placement.placement import Placement
 from cluster.wire.frames import Buffers, Shape
 from cluster.wire.tensors import to_bytes, to_raw

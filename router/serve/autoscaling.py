@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.serve.config import AutoscalingContext
 
-from router.config import MAX_GATEWAYS, GatewayConfig, ReplicaScalingConfig
+from router.config.deployment import MAX_GATEWAYS, GatewayConfig, ReplicaScalingConfig
 
 BARE_S = 10.0
 NODE_GONE_S = 5.0

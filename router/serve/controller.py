@@ -17,14 +17,14 @@ from ray.exceptions import RayError
 from ray.serve.schema import TracingConfig
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import LedgerStore
-from cluster.controller.pool import ExpertPool
+from cluster.controller.records.ledger import LedgerStore
+from cluster.controller.records.pool import ExpertPool
 from cluster.ray_private import ray_store, tracing_config
 from cluster.reports import ClusterStatus
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES
-from router.config import EACH_NODE, AppConfig
+from router.config.deployment import EACH_NODE, AppConfig
 from router.serve.autoscaling import BareNodes, able_nodes
 from router.serve.process import failures_logged, setup_logging, take_turns
 from router.serve.waiting import log_what_serve_says

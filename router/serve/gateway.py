@@ -16,26 +16,26 @@ from ray.serve.handle import DeploymentHandle
 from cluster.controller.application import app_is_wanted, is_replaced_later
 from cluster.reports import ProcessSamples, ProcessStatus, Samples
 from cluster.tls import TlsFiles
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
+from router.config.listen import ListenConfig
 from router.gateway.admin import Admin
-from router.gateway.affinity import keys_of_call, no_keys
-from router.gateway.app import create_app
 from router.gateway.browsers import BrowserRules
-from router.gateway.charges import Charges
-from router.gateway.deployment import Deployment
 from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES, GrpcHandlers
 from router.gateway.grpc.methods import HEALTH_SERVICE, GrpcMethods
-from router.gateway.limits import GRACE_S, Room
+from router.gateway.http.app import create_app
+from router.gateway.input.models import load_models
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import GRACE_S, Room
 from router.gateway.listen.listeners import Listeners, Surface
 from router.gateway.metrics import Metrics
-from router.gateway.models import load_models
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
-from router.gateway.ray_upstream import RayUpstream
-from router.gateway.router_links import RouterCalls
 from router.gateway.service import GenerationService
-from router.listen_config import ListenConfig
+from router.gateway.upstream.affinity import keys_of_call, no_keys
+from router.gateway.upstream.deployment import Deployment
+from router.gateway.upstream.ray_upstream import RayUpstream
+from router.gateway.upstream.router_links import RouterCalls
 from router.security.access import Access
 from router.security.certificates import Certificates
 from router.security.config import SecurityConfig

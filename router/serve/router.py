@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ray import serve
 
-from router.config import AppConfig
+from router.config.deployment import AppConfig
 from router.control.client import ControllerClient
 from router.serve.autoscaling import USE
 from router.serve.process import collector_paused, failures_logged, setup_logging
@@ -123,7 +123,7 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
 
 def _router_replica() -> Callable[..., RouterReplica]:
     from router.engine.replica import RouterReplica
-    from router.gateway.models import load_tokenizer
+    from router.gateway.input.models import load_tokenizer
 
     return partial(
         RouterReplica,

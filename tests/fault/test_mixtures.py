@@ -15,7 +15,6 @@ from ray import serve
 from cluster.errors import ExpertFailedError, ExpertMeshError, InternalError, InvalidRequestError
 from cluster.reports import ActorStatus
 from router.client import Client
-from router.workshop.mixture.estimators import HierarchicalMixtureRegressor
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, prompt_of, wait_until
 from tests.fault.faults import kill
 from tests.fault.signals import is_running
@@ -38,6 +37,7 @@ from tests.mixture_cluster import (
 from tests.mixture_guide import commands, run
 from tests.mixtures import NUM_FEATURES, fitted_estimator
 from tests.readme import Place
+from workshop.estimators.estimators import HierarchicalMixtureRegressor
 
 """The first test's time has the deployment of all mixtures in it."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ray
 from ray.actor import ActorHandle
 
-from cluster.controller.ledger import LedgerStore
+from cluster.controller.records.ledger import LedgerStore
 from cluster.ray_private import ray_store
 from cluster.reports import ActorStatus
 from cluster.spec import ACTOR_NAMESPACE, ActorReport, actor_name

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.controller.pool import ExpertPool
+from cluster.controller.records.pool import ExpertPool
 from cluster.placement.placement import assign_experts, empty_placement
 from cluster.transport.open import open_transport
 from experts.remote import RemoteExpertActor
-from router.config import parse_args
+from router.config.deployment import parse_args
 from router.served import inspect_models, pool_specs
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.made_folders import FAMILIES, PROMPTS, expected_tokens, make_folders, make_upcycled

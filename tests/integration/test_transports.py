@@ -18,7 +18,7 @@ import ray
 from ray import serve
 from ray.experimental import get_object_locations
 
-from cluster.controller.pool import CONTROL_CALLS, actor_options
+from cluster.controller.records.pool import CONTROL_CALLS, actor_options
 from cluster.environment import router_environment
 from cluster.spec import ACTOR_NAMESPACE, ActorSpec, TransportKind, actor_name, model_id_of
 from cluster.transport.base import Call, CallFailure, Outcome, Transport

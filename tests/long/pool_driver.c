@@ -1,6 +1,6 @@
 /* Calls of the pool from several threads at once: each index once, and its result seen by the
  * caller. Exits with 1 where that is not so; a race is the sanitizer's to find. */
-#include "../../cluster/native/pool.h"
+#include "pool.h"
 
 #include <pthread.h>
 #include <stdio.h>

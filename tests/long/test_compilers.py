@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.native.built import native
+from cluster.native import native
 from tests.native.digests import digests
+from tests.native.sources import INCLUDES, SOURCES
 
 ROOT = Path(__file__).parents[2]
 MODULE = "expertmesh_native"
@@ -29,9 +30,8 @@ def built(folder: Path, compiler: str, *options: str) -> dict[str, str]:
     """Return the digests of the results of a module that is built in ``folder``."""
     module = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [compiler, "-shared", "-fPIC", "-pthread", "-w", *options, "-ffp-contract=off"]
-    command += ["-I", sysconfig.get_paths()["include"], "-o", str(module)]
-    sources = map(str, sorted((ROOT / "cluster/native").glob("*.c")))
-    subprocess.run([*command, *sources, "-lm"], check=True, timeout=300)
+    command += [*INCLUDES, "-o", str(module)]
+    subprocess.run([*command, *map(str, SOURCES), "-lm"], check=True, timeout=300)
     run = subprocess.run(
         [sys.executable, "-P", "-m", "tests.native.digests"],  # without the checkout's own module
         env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},

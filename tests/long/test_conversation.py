@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.shipped import DEPLOYED, free_ports
-from router.workshop.folders.card import RECORD_FILE, Record
 from tests.readme import ROOT, blocks
 from tests.serve_run import copy_with_ports, serve_run, wait_ready
+from workshop.folders.card import RECORD_FILE, Record
 
 README = ROOT / "README.md"
 INSTALL = "pip install '.[gguf]' && "

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.native.built import native
+from cluster.native import native
 from tests.cluster_fixture import (
     NUM_ACTORS,
     RANDOM,

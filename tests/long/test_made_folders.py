@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster_fixture import ServedCluster, greedy
 from tests.made_folders import PROMPTS, expected_tokens, make_folders, make_upcycled, served_beside
-from tests.unit.router.workshop.folders.families import TRANSFORMERS
+from tests.unit.workshop.folders.families import TRANSFORMERS
 
 AT_ONCE = 2
 """Families that are deployed together; each has two models, with a router each."""

@@ -26,8 +26,8 @@ from cluster.spec import ActorSpec
 from experts.compute.device_experts import Block
 from experts.remote import RemoteExpertActor
 from router.app import application
-from router.capacity_config import CapacityConfig
 from router.client import Client
+from router.config.capacity import CapacityConfig
 from router.serve.controller import ControllerDeployment
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.cluster_fixture import (

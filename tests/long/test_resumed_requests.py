@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from router.engine.constraints import Grammars
-from router.engine.scheduler import Limits
-from router.gateway.tokenizer import Tokenizer
+from router.engine.scheduling.scheduler import Limits
+from router.gateway.input.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts
 from router.messages.rules import TokenRules

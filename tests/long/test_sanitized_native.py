@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.native.sources import INCLUDES, NATIVE, SOURCES
+
 ROOT = Path(__file__).parents[2]
 MODULE = "expertmesh_native"
 TESTS = (
@@ -37,9 +39,8 @@ def test_native_code_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler
     built = tmp_path / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [compiler, "-std=gnu11", "-shared", "-fPIC", "-O1", "-g", "-ffp-contract=off"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    command += ["-I", sysconfig.get_paths()["include"], "-o", str(built)]
-    sources = map(str, sorted((ROOT / "cluster/native").glob("*.c")))
-    subprocess.run([*command, *sources, "-lpthread"], check=True, timeout=600)
+    command += [*INCLUDES, "-o", str(built)]
+    subprocess.run([*command, *map(str, SOURCES), "-lpthread"], check=True, timeout=600)
     # The first module of the name is the one that counts, and the checkout may hold another.
     site = f"import {MODULE} as m\nif m.__file__ != {str(built)!r}: raise SystemExit(m.__file__)\n"
     (tmp_path / "sitecustomize.py").write_text(site)
@@ -66,8 +67,8 @@ def test_native_code_touches_nothing_beyond_its_buffers(tmp_path: Path, compiler
 def test_threads_of_the_pool_do_not_race(tmp_path: Path, compiler: str) -> None:
     program = tmp_path / "pool"
     command = [compiler, "-std=gnu11", "-O1", "-g", "-fsanitize=thread", "-o", str(program)]
-    command += ["-I", sysconfig.get_paths()["include"]]
-    sources = [ROOT / "cluster/native/pool.c", ROOT / "tests/long/pool_driver.c"]
+    command += INCLUDES
+    sources = [NATIVE / "pool.c", ROOT / "tests/long/pool_driver.c"]
     subprocess.run([*command, *map(str, sources), "-lpthread"], check=True, timeout=600)
     result = subprocess.run([program], timeout=300, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "all calls have returned\n"), result.stderr

@@ -1,4 +1,4 @@
-/* AMX tiles in plain C, for processors without: included before cluster/native/tiles.c and
+/* AMX tiles in plain C, for processors without: included before native/experts/tiles.c and
  * kernels.c, it takes the place of the instructions and of the questions whether there are any.
  *
  * After the operations in Intel's Software Developer's Manual (LDTILECFG, TILELOADD, TILESTORED,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.native_ffn import KERNELS, NATIVE_ACTIVATIONS, NativeFfn

@@ -15,8 +15,9 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from tests.native.sources import INCLUDES, SOURCES
+
 HERE = Path(__file__).parent
-NATIVE = Path(__file__).parents[2] / "cluster" / "native"
 NAME = "emulated_amx"
 IS_POSSIBLE = sys.platform == "linux" and platform.machine() == "x86_64"
 """Whether the sources have AMX at all."""
@@ -26,12 +27,12 @@ def build(folder: Path) -> Path:
     """Compile the module into a folder, by the compiler that Python was built with."""
     compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
     sources = [HERE / "amx_module.c"]
-    sources += [NATIVE / f"{name}.c" for name in ("kernels", "experts", "pool", "tiles")]
+    sources += [one for one in SOURCES if one.stem in ("kernels", "experts", "pool", "tiles")]
     built = folder / f"{NAME}.so"
     subprocess.run(
         [
             *compiler, "-shared", "-fPIC", "-pthread", "-O1", "-ffp-contract=off", "-w",
-            "-I", sysconfig.get_paths()["include"], "-I", NATIVE, "-include", HERE / "amx.h",
+            *INCLUDES, "-include", HERE / "amx.h",
             *sources, "-o", built, "-lm",
         ],
         check=True,

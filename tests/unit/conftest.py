@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer.testing
 
-from tests.unit.router.workshop.training_runs import write_grammar
+from tests.unit.workshop.train.training_runs import write_grammar
 
 
 @pytest.fixture(scope="session", autouse=True)

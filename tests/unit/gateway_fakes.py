@@ -39,22 +39,22 @@ from cluster.reports import (
     RebalanceReport,
 )
 from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelKernel, ModelSource
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.admin import Admin
-from router.gateway.app import create_app
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
-from router.gateway.charges import Charges
 from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.methods import GrpcMethods
-from router.gateway.limits import Room
+from router.gateway.http.app import create_app
+from router.gateway.input.models import GatewayModel
+from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Room
 from router.gateway.listen.door import Door
 from router.gateway.metrics import Metrics
-from router.gateway.models import GatewayModel
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
-from router.gateway.tokenizer import Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.security.access import Access
 from router.served import ServedModel

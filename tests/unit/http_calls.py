@@ -14,7 +14,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from tests.unit.gateway_fakes import FakeUpstream, http_app
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

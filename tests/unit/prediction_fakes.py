@@ -11,10 +11,10 @@ import numpy as np
 
 from cluster.spec import ModelExperts, ModelSource
 from experts.mixture.spec import MixtureSpec
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
-from router.gateway.charges import Charges
-from router.gateway.limits import Room
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
 from router.messages.prediction import PredictionReply, PredictionRequest

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from router.cli.app import app
-from router.listen_config import ListenConfig
+from router.config.listen import ListenConfig
 from tests.lock import FOLDER, PYTHON, ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -82,14 +82,16 @@ def test_it_has_no_secrets() -> None:
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     copied = [rest.split()[:-1] for rest in given("COPY") if not rest.startswith("--from=built ")]
     sources = [source for sources in copied for source in sources]
-    assert {"cluster", "deploy", "experts", "router", "pyproject.toml"} <= {*sources}
+    assert {"cluster", "deploy", "experts", "native", "router", "workshop", "pyproject.toml"} <= {
+        *sources
+    }
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not ignored(source), source
-    product = [*(ROOT / "cluster").rglob("*.c"), *(ROOT / "deploy").rglob("*.yaml")]
+    product = [*(ROOT / "native").rglob("*.c"), *(ROOT / "deploy").rglob("*.yaml")]
     assert len(product) > 20
     assert [file for file in product if ignored(str(file.relative_to(ROOT)))] == []
-    assert ignored("cluster/native/__pycache__/built.cpython-311.pyc")
+    assert ignored("cluster/__pycache__/native.cpython-311.pyc")
     assert ignored("expertmesh_native.cpython-311-x86_64-linux-gnu.so")
     assert ignored("deploy/models/smol/model.safetensors")
 

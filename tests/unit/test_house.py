@@ -25,7 +25,7 @@ def product_files(suffix: str) -> list[Path]:
     """Return the product's files of one suffix but the generated ones."""
     found = [
         file
-        for package in ("cluster", "experts", "router", "deploy")
+        for package in ("cluster", "experts", "native", "router", "workshop", "deploy")
         for file in sorted((ROOT / package).rglob(f"*{suffix}"))
         if not file.stem.endswith(("_pb2", "_pb2_grpc"))
     ]

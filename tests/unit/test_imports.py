@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from router.gateway.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import Tokenizer
 from router.model.lean_transformers import UNUSED
 
 HEAVY = {
     "router.client": ("torch", "ray", "transformers", "numpy", "router.gateway"),
-    "router.config": ("torch", "ray", "transformers", "numpy"),
+    "router.config.deployment": ("torch", "ray", "transformers", "numpy"),
     "router.cli.app": ("torch", "ray", "transformers", "tokenizers", "numpy", "fastapi"),
-    "router.workshop.folders.merge": ("ray", "pandas"),
+    "workshop.folders.merge.command": ("ray", "pandas"),
     "router.ops.startup.preflight": ("torch", "transformers", "cluster.controller"),
     "router.serve.gateway": ("torch", "transformers", "cluster.controller.controller"),
     "router.serve.router": ("torch", "transformers", "cluster.controller.controller"),
@@ -31,7 +31,7 @@ import gc, importlib.util, json, os, sys, traceback
 gc.disable()  # it would look for garbage among all that is imported
 
 heavy, unused, text = json.loads(sys.argv[1])
-MERGE = "router.workshop.folders.merge"
+MERGE = "workshop.folders.merge.command"
 
 def heavy_of(*modules):
     told = {}
@@ -61,7 +61,7 @@ def with_torch():
     return of_merge, found
 
 def a_gateways():
-    from router.gateway.tokenizer import Tokenizer
+    from router.gateway.input.tokenizer import Tokenizer
     from router.serve.process import torch_hidden
     with torch_hidden():
         tokenizer = Tokenizer.load("deploy/models/mesh-tiny")
@@ -74,7 +74,8 @@ def a_gateways():
     may_come = importlib.util.find_spec("torch") is not None
     return [loaded, ids, tokenizer.decode(ids), chat, may_come]
 
-first, later = (modules.split() for modules in ("router.client router.config router.cli.app",
+first, later = (modules.split() for modules in (
+    "router.client router.config.deployment router.cli.app",
     "router.ops.startup.preflight router.serve.gateway router.serve.router router.app "
     "router.serve.controller"))
 told = heavy_of(*first)

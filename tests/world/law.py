@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import Ledger
-from cluster.controller.state import ClusterState
+from cluster.controller.records.ledger import Ledger
+from cluster.controller.records.state import ClusterState
 from cluster.placement.placement import Placement
 from router.engine.replica import RouterReplica
-from router.gateway.limits import GRACE_S
-from router.gateway.ray_upstream import RayUpstream
+from router.gateway.limits.room import GRACE_S
+from router.gateway.upstream.ray_upstream import RayUpstream
 from tests.world.clients import Answer
 from tests.world.kernel import Process
 from tests.world.law_of_queues import look_at_queues, unsent_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster.controller.state import ClusterState
+from cluster.controller.records.state import ClusterState
 from cluster.placement.placement import Placement
 from cluster.spec import ExpertKey
 

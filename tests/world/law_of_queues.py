@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cluster.transport.stream.server import MAX_KEYS
 from router.engine.replica import RouterReplica
-from router.gateway.inbox import MAX_BUFFERED_EVENTS
+from router.gateway.output.inbox import MAX_BUFFERED_EVENTS
 from router.messages.token_link import MAX_BUFFERED_BYTES
 
 if TYPE_CHECKING:

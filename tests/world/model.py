@@ -23,9 +23,9 @@ import torch
 
 from cluster.wire.tensors import PieceRoom
 from experts.checkpoint.checkpoint import Checkpoint
-from router.model.attention import Span
+from router.model.attention.interface import Span
+from router.model.attention.paged import PagedContext
 from router.model.decoder import Decoder, DecoderLayer, MixtureFeedForward
-from router.model.paged_attention import PagedContext
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers
 
@@ -153,7 +153,7 @@ def _chosen(row: int, gate: Sequence[int], number: int = TOP_K) -> list[int]:
 
 
 class ExactAttention:
-    """Takes the place of :class:`router.model.attention.Attention`; a view is the spans."""
+    """Stands in for :class:`router.model.attention.interface.Attention`; a view is the spans."""
 
     page_size = 4
     is_independent = True

@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 import cluster.controller.controller
-import cluster.controller.lease
-import cluster.controller.ledger
-import cluster.controller.pool
+import cluster.controller.lifecycle.lease
+import cluster.controller.records.ledger
+import cluster.controller.records.pool
 import cluster.transport.stream.channel
 import cluster.transport.stream.connect
 import experts.actor
 import experts.host_room
 import router.engine.batch
 import router.engine.replica
-from cluster.controller.anti_affinity import AntiAffinity
-from cluster.controller.state import ClusterState
+from cluster.controller.changes.anti_affinity import AntiAffinity
+from cluster.controller.records.state import ClusterState
 from cluster.tls import TlsFiles
 from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
@@ -132,15 +132,15 @@ def replaced(world: World) -> Iterator[None]:
         (ray, "remote", ray_cluster.remote),
         (ray, "get_runtime_context", lambda: context),
         (ray.util, "get_node_ip_address", lambda: ray_cluster.network.addresses[node()]),
-        (cluster.controller.pool, "list_named_actors", ray_cluster.list_named_actors),
+        (cluster.controller.records.pool, "list_named_actors", ray_cluster.list_named_actors),
         (ray._private.state, "available_resources_per_node", ray_cluster.available),
-        (cluster.controller.pool, "NodeAffinitySchedulingStrategy", NodeAffinity),
+        (cluster.controller.records.pool, "NodeAffinitySchedulingStrategy", NodeAffinity),
         (
             ray._private.state,
             "state",
             SimpleNamespace(get_draining_nodes=ray_cluster.draining),
         ),
-        (cluster.controller.lease, "list_named_actors", ray_cluster.list_named_actors),
+        (cluster.controller.lifecycle.lease, "list_named_actors", ray_cluster.list_named_actors),
         (ray.experimental.internal_kv, "_internal_kv_put", ray_cluster.put),
         (ray.experimental.internal_kv, "_internal_kv_get", ray_cluster.get_value),
         (ray.experimental.internal_kv, "_internal_kv_list", ray_cluster.list_keys),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.controller.ledger import Ledger
-from router.gateway.limits import GRACE_S
+from cluster.controller.records.ledger import Ledger
+from router.gateway.limits.room import GRACE_S
 from tests.world import law_of_queues
 from tests.world.clients import Answer, Choice, Client, Plan
 from tests.world.kernel import Process

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from router.engine.prefixes import Prefixes
+from router.engine.scheduling.prefixes import Prefixes
 from router.engine.sequence import Sequence
 from tests.world.clients import Answer, Plan
 from tests.world.kernel import Kernel, Thread, current_process, kernel

@@ -15,8 +15,8 @@ import ray
 import torch
 
 from cluster.controller.controller import Controller
-from cluster.controller.ledger import LedgerStore
-from cluster.controller.pool import ExpertPool
+from cluster.controller.records.ledger import LedgerStore
+from cluster.controller.records.pool import ExpertPool
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.memory import Memory
 from cluster.ray_private import ray_store
@@ -29,14 +29,14 @@ from cluster.spec import (
     model_key,
 )
 from experts.remote import RemoteExpertActor
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
+from router.config.experts import ExpertsConfig, TlsConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
-from router.expert_config import ExpertsConfig, TlsConfig
-from router.gateway.affinity import keys_of_call
-from router.gateway.deployment import Deployment
-from router.gateway.ray_upstream import RayUpstream
-from router.gateway.router_links import RouterCalls
+from router.gateway.upstream.affinity import keys_of_call
+from router.gateway.upstream.deployment import Deployment
+from router.gateway.upstream.ray_upstream import RayUpstream
+from router.gateway.upstream.router_links import RouterCalls
 from router.served import ServedModel
 from tests.world.clients import Answer, Client, Plan
 from tests.world.happenings import Happenings

@@ -19,7 +19,7 @@ from contextlib import suppress
 from itertools import islice
 from types import ModuleType
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.transport.stream.sockets import leaves_host
 from cluster.wire.checksum import CHECKSUM_BYTES, sealed, unsealed
 from cluster.wire.frames import ALIGNMENT, Buffer, Buffers

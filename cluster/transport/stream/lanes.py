@@ -14,7 +14,7 @@ from cluster.transport.stream.link import Link
 class Lanes:
     """Connections without unanswered calls, whose messages need neither a checksum nor TLS.
 
-    ``fields`` are what ``cluster/native/exchange.c`` takes: sockets, buffers, and the numbers of
+    ``fields`` are what ``native/wire/exchange.c`` takes: sockets, buffers, and the numbers of
     the latest answers, which it counts on. ``links`` are by actor and generation, in the order of
     the fields, in which ``index_of`` has their places.
     """

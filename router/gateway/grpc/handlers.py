@@ -18,16 +18,16 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
-from router.gateway import tokens
-from router.gateway.grammar import checked
-from router.gateway.limits import Share
+from router.gateway.input import tokens
+from router.gateway.input.grammar import checked
+from router.gateway.input.request.base import renamed
+from router.gateway.input.request.model import GrpcRequest, TokenizeRequest
+from router.gateway.input.routed import rows_shape
+from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.validate import CheckedRequest, Validator
+from router.gateway.limits.room import Share
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
-from router.gateway.request.base import renamed
-from router.gateway.request.model import GrpcRequest, TokenizeRequest
-from router.gateway.routed import rows_shape
 from router.gateway.service import Collected, Delta, GenerationService, prompt_rows
-from router.gateway.tokenizer import Tokenizer
-from router.gateway.validate import CheckedRequest, Validator
 from router.messages.request import Received, TokenLogprobs, Usage
 from router.protos import admin_pb2, inference_pb2
 from router.protos.parse import parsed

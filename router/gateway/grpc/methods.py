@@ -30,7 +30,7 @@ from router.gateway.grpc.handlers import (
     GrpcHandlers,
     parse_health_check,
 )
-from router.gateway.limits import arrival_timeout
+from router.gateway.limits.room import arrival_timeout
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE, PredictionHandlers
 from router.protos.errors import DETAILS_KEY, grpc_error
 from router.security.keys import Caller, Role

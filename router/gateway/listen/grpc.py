@@ -14,9 +14,9 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import ConfigError
+from router.config.listen import ListenConfig
 from router.gateway.listen.door import Door
 from router.gateway.listen.leave import leave, listening_on
-from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 
 MAX_STREAMS = 1024

@@ -19,9 +19,9 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
+from router.config.listen import ListenConfig
 from router.gateway.listen.http_protocol import Connections, Protocol
 from router.gateway.listen.sockets import wait_readable
-from router.listen_config import ListenConfig
 
 LOG_PERIOD_S = 10.0
 KEEP_ALIVE_S = 15.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from router.listen_config import ListenConfig
+from router.config.listen import ListenConfig
 
 MAX_PIPELINED = 8
 UNREAD_S = 5.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
+from router.config.listen import ListenConfig
 from router.gateway.grpc.methods import Method
 from router.gateway.health import probe_app
 from router.gateway.listen.claim import Claim, claim
@@ -16,7 +17,6 @@ from router.gateway.listen.door import Door
 from router.gateway.listen.grpc import GrpcListener
 from router.gateway.listen.http import HttpListener
 from router.gateway.listen.sockets import open_socket, resolved
-from router.listen_config import ListenConfig
 from router.security.access import Access
 from router.security.certificates import Certificates
 

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from cluster.errors import Code, DeadlineExceededError, InternalError
 from experts.mixture.spec import output_shape
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
-from router.gateway.charges import Charges
 from router.gateway.errors import public_error
-from router.gateway.limits import GRACE_S, Room
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.room import GRACE_S, Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.validate import (

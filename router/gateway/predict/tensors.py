@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.errors import InvalidRequestError, NotFiniteError, shown
 from experts.mixture.parts import Input
-from router.gateway import checks
+from router.gateway.input import checks
 from router.messages.tensor_bytes import NUMPY_DTYPES, array_of
 
 MAX_ROWS = 65_536

@@ -27,9 +27,9 @@ from cluster.errors import (
     error_from_wire,
 )
 from router.control.readiness import Readiness
-from router.gateway.deployment import Deployment
-from router.gateway.limits import RETRY_AFTER_S
-from router.gateway.resend import (
+from router.gateway.limits.room import RETRY_AFTER_S
+from router.gateway.upstream.deployment import Deployment
+from router.gateway.upstream.resend import (
     RESEND,
     RESEND_TOKENS,
     ROUTER_LOST,
@@ -37,7 +37,7 @@ from router.gateway.resend import (
     failure_of,
     resend_delay_s,
 )
-from router.gateway.router_links import RouterCalls
+from router.gateway.upstream.router_links import RouterCalls
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.observability.tracing import prediction_span
 from router.retry import Retries, RetryBudget

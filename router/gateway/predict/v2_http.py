@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.errors import InvalidRequestError, shown_name
 from cluster.spec import EXACT_HEADER
-from router.gateway import checks
 from router.gateway.http_io import parse_json, read_body, until_disconnect
-from router.gateway.limits import Share
+from router.gateway.input import checks
+from router.gateway.limits.room import Share
 from router.gateway.predict.compression import (
     MIN_COMPRESSED_BYTES,
     Inflater,

@@ -17,8 +17,8 @@ from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from cluster.spec import ON_EXPERT_LOSS
 from experts.mixture.parts import ClassesCombine, Output
 from experts.mixture.spec import MixtureSpec, default_outputs, output_shape, target_of
-from router.config import GatewayConfig
-from router.gateway import checks
+from router.config.deployment import GatewayConfig
+from router.gateway.input import checks
 from router.gateway.predict.tensors import RawTensor, checked_array
 from router.messages.prediction import PredictionRequest
 from router.messages.tensor_bytes import NUMPY_DTYPES

@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import to_bytes, to_span
+from router.model.attention.paged import PagedContext
 from router.model.cpu.native_attention import NativeView
 from router.model.cpu.native_layer import NativeAttentionHalf
-from router.model.paged_attention import PagedContext
 
 
 def attend_wanted(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import to_bytes
 from experts.compute.native_ffn import MOST_SIZE
 from router.model.cpu.native_attention import takes_heads

@@ -3,7 +3,7 @@
 A token's result depends on its query and on its sequence's keys and values alone: not on the other
 tokens of the step, not on the borders of prefill chunks, not on threads. Kernels of one class
 (:data:`KERNELS`) give the same bits. Scores and sums are float32, rounded once to the dtype.
-``cluster/native/attention_products.h`` has the order of sums.
+``native/attention/attention_products.h`` has the order of sums.
 
 Dimension letters: T packed tokens, B sequences, L cached tokens of each, N pages, P slots of a
 page, G key/value heads, Q query heads, D size of a key, V size of a value.
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import to_bytes, to_span
-from router.model.attention import Scoring, Span
+from router.model.attention.interface import Scoring, Span
 from router.model.cpu.formats import FORMATS
 from router.model.kv_cache import LatentCache, PagedCache
 
@@ -27,7 +27,7 @@ KERNELS: tuple[tuple[str, str], ...] = () if native is None else native.attentio
 """Name and class of each kernel that this processor can run, the fastest first."""
 
 MOST_HEADS = 1 << 16
-"""The most heads, and the most values of one (``cluster/native/attention.c``)."""
+"""The most heads, and the most values of one (``native/attention/attention.c``)."""
 NATIVE_PAGE_SIZE = 16
 """P of native code."""
 ROWS, COLUMNS = 0, 1
@@ -59,7 +59,7 @@ def takes_heads(num_heads: int, size: int) -> bool:
 
 
 class NativeAttention:
-    """See :class:`router.model.attention.Attention`."""
+    """See :class:`router.model.attention.interface.Attention`."""
 
     name = "native"
     page_size = NATIVE_PAGE_SIZE
@@ -114,7 +114,7 @@ class NativeAttention:
         view: NativeView,
         scoring: Scoring,
     ) -> torch.Tensor:
-        """See :class:`router.model.attention.Attention`.
+        """See :class:`router.model.attention.interface.Attention`.
 
         ``cache`` is a :class:`NativeCache` or a
         :class:`router.model.kv_cache.LatentCache`, of the queries' dtype.
@@ -159,7 +159,7 @@ class NativeAttention:
 
 
 class NativeCache(PagedCache):
-    """Keys and values as native attention reads them (``cluster/native/attention.h``).
+    """Keys and values as native attention reads them (``native/attention/attention.h``).
 
     A page's values are [G, P, V] and its keys are in columns, so that a vector holds the same value
     of several tokens: [G, D, P], or in bfloat16 [G, D / 2, P, 2] with D rounded up to an even

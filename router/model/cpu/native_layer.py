@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import PieceRoom, to_bytes
 from experts.families.base import GateSpec
-from router.model.attention import Attention, PagedBatch, Scoring
+from router.model.attention.interface import Attention, PagedBatch, Scoring
+from router.model.attention.paged import PagedContext
 from router.model.cpu.formats import FORMATS
 from router.model.cpu.llama_shape import clip_of, head_norms_of, inputs_of, output_of
 from router.model.cpu.native_attention import COLUMNS, ROWS, NativeAttention, NativeCache
@@ -33,7 +34,6 @@ from router.model.cpu.native_modules import (
     NativeNorm,
 )
 from router.model.kv_cache import PagedCache
-from router.model.paged_attention import PagedContext
 from router.moe.gate import Choice, Gate
 
 LEAST_POSITIONS = 1024
@@ -296,7 +296,7 @@ class NativeShare(nn.Module):
 
 
 MOST_EXPERTS = 1 << 16
-"""The most experts of a layer (``cluster/native/gate.c``)."""
+"""The most experts of a layer (``native/experts/gate.c``)."""
 
 
 def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:

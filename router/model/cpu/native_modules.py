@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import dtype_name, from_bytes, to_array, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.native_ffn import MOST_SIZE, NATIVE_ACTIVATIONS, NativeFfn, compute_native

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.wire.frames import DTYPE_BYTES
-from router.config import AppConfig, ExpertsConfig
+from router.config.deployment import AppConfig, ExpertsConfig
 from router.ops.plan.plan import PlannedModel
 
 ACTOR_BYTES = 190_000_000

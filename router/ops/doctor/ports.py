@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router.config import IMPORT_PATH, GatewayConfig
+from router.config.deployment import IMPORT_PATH, GatewayConfig
+from router.config.listen import ListenConfig
 from router.gateway.listen.sockets import why_taken
-from router.listen_config import ListenConfig
 
 _PURPOSES = {
     "http_port": "HTTP",

@@ -15,12 +15,12 @@ from packaging.requirements import Requirement
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from cluster.memory import memory
-from cluster.native.built import native
+from cluster.native import native
 from cluster.processor import num_cpus
 from cluster.tls import ray_is_encrypted
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
-from router.config import AppConfig, ModelConfig, parse_deployment, read_document
+from router.config.deployment import AppConfig, ModelConfig, parse_deployment, read_document
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.access import check_encryption, check_token
 from router.ops.doctor.check import Check

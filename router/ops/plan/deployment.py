@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experts.checkpoint.stored import resolve_folder
-from router.config import AppConfig, load_deployment
+from router.config.deployment import AppConfig, load_deployment
 from router.ops.plan.devices import Tenant, tenants_of, wants_devices
 from router.ops.plan.source import find_model
 from router.served import ServedModel, headers_alone, inspect_models

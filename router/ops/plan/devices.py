@@ -14,8 +14,8 @@ from typing import Any
 from cluster.placement.placement import assign_experts
 from cluster.spec import PoolSpec, budgets_of
 from cluster.wire.frames import DTYPE_BYTES
-from router.config import AppConfig
-from router.expert_config import DEFAULT_POOL
+from router.config.deployment import AppConfig
+from router.config.experts import DEFAULT_POOL
 from router.model.memory import StepLimits
 from router.ops.plan.plan import (
     ACTOR_PROCESS_BYTES,

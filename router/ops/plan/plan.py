@@ -15,7 +15,7 @@ from cluster.errors import ConfigError
 from cluster.placement.placement import assign_experts
 from cluster.spec import ModelExperts
 from cluster.wire.frames import DTYPE_BYTES
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
 from router.model.memory import StepLimits
 from router.ops.plan.shape import ModelShape
 from router.ops.plan.sizes import format_size

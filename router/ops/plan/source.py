@@ -25,7 +25,9 @@ DEFAULT_DTYPE = "bfloat16"
 
 def known_models() -> dict[str, dict[str, Any]]:
     """Return the entries of ``known_models.yaml`` by the models' names in lower case."""
-    text = (importlib.resources.files("router") / "known_models.yaml").read_text(encoding="utf-8")
+    text = (importlib.resources.files("router.ops.plan") / "known_models.yaml").read_text(
+        encoding="utf-8"
+    )
     return yaml.safe_load(text)
 
 

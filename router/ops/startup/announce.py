@@ -31,8 +31,8 @@ from cluster.errors import ExpertMeshError
 from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
 from router.client.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE
-from router.config import IMPORT_PATH
-from router.listen_config import ListenConfig
+from router.config.deployment import IMPORT_PATH
+from router.config.listen import ListenConfig
 from router.messages.prediction import MIXTURE_PLATFORM
 from router.ops.doctor.ports import listens_of
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.stored import Stored
-from router.config import parse_deployment, read_document
+from router.config.deployment import parse_deployment, read_document
 from router.ops.doctor.access import ENCRYPTION, check_token
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import DEVICES

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
-from router.config import parse_deployment
+from router.config.deployment import parse_deployment
 from router.security.keys import read_callers
 from router.security.reach import check_listen
 from router.serve.options import check_serve_part

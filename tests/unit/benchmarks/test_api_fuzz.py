@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from benchmarks.fuzzing import api
-from router.gateway.openai import call, tokens
+from router.gateway.http.openai import call, tokens
 
 SEED = 2
 EXAMPLES = 16

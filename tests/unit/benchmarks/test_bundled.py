@@ -30,8 +30,8 @@ from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
-from router.workshop.mixture.estimators import MixtureOfExpertsRegressor
-from router.workshop.mixture.weights import estimator_bytes
+from workshop.estimators.estimators import MixtureOfExpertsRegressor
+from workshop.estimators.saved.weights import estimator_bytes
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 

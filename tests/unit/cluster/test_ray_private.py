@@ -67,7 +67,7 @@ def test_private_names_are_found_however_they_are_written(source: str, num_names
 def test_three_private_names_stand_in_one_file() -> None:
     found = {
         (path.name, name)
-        for folder in ("cluster", "experts", "router", "deploy")
+        for folder in ("cluster", "experts", "router", "workshop", "deploy")
         for path in (ROOT / folder).rglob("*.py")
         for name in private_names(path.read_text(encoding="utf-8"))
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from router.config import AppConfig
+from router.config.deployment import AppConfig
 from tests.configuration import DOCUMENT, document_with, tables
 
 

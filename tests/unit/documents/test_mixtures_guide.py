@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
-from router.workshop.mixture.fit_config import FitConfig, LearnerSettings, build, load_fit_config
 from tests.readme import blocks
+from workshop.estimators.saved.fit_config import FitConfig, LearnerSettings, build, load_fit_config
 
 GUIDE = Path(__file__).parents[3] / "docs" / "mixtures.md"
 

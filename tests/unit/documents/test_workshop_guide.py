@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from router.workshop.folders.dense import DENSE_CONFIGS, WITHOUT_DENSE
 from tests.readme import ROOT, blocks
-from tests.unit.router.workshop.folders.edits import write_letters
+from tests.unit.workshop.folders.edits import write_letters
+from workshop.folders.merge.dense import DENSE_CONFIGS, WITHOUT_DENSE
 
 GUIDE = (ROOT / "docs" / "workshop.md").read_text(encoding="utf-8")
 NAMES = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.controller.last_words import LastWords
+from cluster.controller.records.last_words import LastWords
 from cluster.errors import UnavailableError
 from cluster.ray_private import MemoryStore
 from cluster.spec import ExpertKey

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.controller.lease import ABSENT_S, LEASE_S, Lease
+from cluster.controller.lifecycle.lease import ABSENT_S, LEASE_S, Lease
 from cluster.errors import Code, StaleEpochError, UnavailableError
 from cluster.spec import ActorSpec, ExpertKey, ModelKernel
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined

@@ -18,7 +18,7 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import ExpertFailedError, FrameError, WrongPlacementError
-from cluster.native.built import native
+from cluster.native import native
 from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.spec import FRAME_VERSION, ExpertKey
 from cluster.transport.base import Call
 from cluster.transport.stream.client import StreamTransport

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import deploy
-from cluster.native.built import native
+from cluster.native import native
 from tests.checkpoints import save_mixtral
 from tests.quantise import FP8_CONFIG, quantise
 

@@ -14,7 +14,7 @@ from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
 from experts.mixture.spec import interface_of
 from router.app import application, deployment_names
-from router.config import AppConfig, parse_args
+from router.config.deployment import AppConfig, parse_args
 from router.ops.doctor.needs import needs_of
 from router.ops.plan.source import find_model
 from router.serve.router import MixtureDeployment, RouterDeployment

@@ -21,7 +21,7 @@ from benchmarks.gpu.part import parts_of
 from benchmarks.gpu.parts import Outcome
 from benchmarks.gpu.report import NOT_MEASURED, document, verdicts_of
 from benchmarks.gpu.settings import Settings
-from router.config import parse_args
+from router.config.deployment import parse_args
 from tests.gpu.conftest import pytest_configure
 
 ROOT = Path(__file__).parents[4]

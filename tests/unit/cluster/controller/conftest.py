@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.controller import autoscale, controller, deaths, elastic, keeper, liveness, suspicion
+from cluster.controller import controller
+from cluster.controller.changes import autoscale, elastic
+from cluster.controller.health import deaths, liveness, suspicion
+from cluster.controller.lifecycle import keeper
 
 
 @pytest.fixture

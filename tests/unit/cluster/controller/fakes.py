@@ -13,8 +13,8 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster.controller.controller import Controller
-from cluster.controller.last_words import LastWords
-from cluster.controller.ledger import Ledger, LedgerStore
+from cluster.controller.records.last_words import LastWords
+from cluster.controller.records.ledger import Ledger, LedgerStore
 from cluster.errors import StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
 from cluster.placement.placement import Placement
@@ -115,7 +115,7 @@ class FakeActor:
 
 
 class FakePool:
-    """Stands in for :class:`cluster.controller.pool.ExpertPool`; notes the calls.
+    """Stands in for :class:`cluster.controller.records.pool.ExpertPool`; notes the calls.
 
     ``store`` stands in for Ray's own, so that a next controller over this pool finds the ledger.
     """

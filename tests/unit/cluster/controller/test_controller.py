@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.controller import controller as controller_module
-from cluster.controller import keeper as keeper_module
-from cluster.controller import members
+from cluster.controller.lifecycle import keeper as keeper_module
+from cluster.controller.records import members
 from cluster.reports import KeyUse, ProcessSamples, ProcessStatus, Samples
 from tests.unit.cluster.controller.fakes import (
     LIMIT_S,

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.controller import adopt as adopt_module
-from cluster.controller import liveness, suspicion
-from cluster.controller.ledger import LedgerStore
+from cluster.controller.health import liveness, suspicion
+from cluster.controller.records import adopt as adopt_module
+from cluster.controller.records.ledger import LedgerStore
 from cluster.errors import StaleEpochError
 from cluster.reports import Heard
 from cluster.spec import ExpertKey

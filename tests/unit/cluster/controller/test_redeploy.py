@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from cluster.controller import controller, members
-from cluster.controller.ledger import Ledger
+from cluster.controller import controller
+from cluster.controller.records import members
+from cluster.controller.records.ledger import Ledger
 from cluster.placement.placement import Placement
 from cluster.placement.scaling import Wanted
 from cluster.spec import ExpertKey, ModelExperts, model_id_of

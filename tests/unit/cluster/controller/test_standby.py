@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.controller.fleet import Fleet, PoolMembers
-from cluster.controller.ledger import Ledger
+from cluster.controller.records.fleet import Fleet, PoolMembers
+from cluster.controller.records.ledger import Ledger
 from cluster.placement.scaling import wanted_standby
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 from tests.unit.cluster.controller.fakes import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.controller import controller as controller_module
-from cluster.controller.kernels import ExpertKernels
+from cluster.controller.records.kernels import ExpertKernels
 from cluster.placement.placement import Placement, empty_placement
 from cluster.spec import EMULATED, UNKNOWN, ActorReport, ExpertKey, ModelExperts, ModelKernel
 from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, run, spec_of

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from cluster import native as built
 from cluster.errors import ExpertUnavailableError
-from cluster.native import built
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, PendingCalls, never_gone
 from cluster.transport.stream import sockets as sockets_module
 from cluster.transport.stream.channel import Channel

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from cluster import native as built
 from cluster.errors import ConfigError
-from cluster.native import built
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
 from cluster.transport.stream import late as late_module

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native import built
+from cluster import native as built
 from cluster.wire import tensors
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes, to_ids
 

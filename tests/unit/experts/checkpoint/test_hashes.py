@@ -11,11 +11,12 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from experts.checkpoint import hashes, remote_files
+from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.hashes import leaf_spans, num_leaves, widened
 from experts.checkpoint.identity import identity_of
-from experts.checkpoint.remote_reader import MAX_CHUNK_BYTES
+from experts.checkpoint.remote import remote_files
+from experts.checkpoint.remote.remote_reader import MAX_CHUNK_BYTES
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor, header_of
 

@@ -23,13 +23,13 @@ from experts.checkpoint import shards, small_files
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_json
 from experts.checkpoint.config_checks import MAX_DEPTH
-from experts.checkpoint.remote_reader import CheckpointReader
+from experts.checkpoint.remote.remote_reader import CheckpointReader
 from experts.checkpoint.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE, read_header
-from experts.convert.layouts import open_source
-from router.gateway.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import Tokenizer
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.unit.gateway_fakes import tokenizer
+from workshop.convert.layouts import open_source
 
 EXECUTED: list[str] = []
 

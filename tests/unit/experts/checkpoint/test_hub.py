@@ -18,12 +18,12 @@ from huggingface_hub.utils import filter_repo_objects
 import deploy
 from cluster.errors import CheckpointError, CheckpointMissingError, ConfigError
 from experts.checkpoint.hub import HubId, cached_id, name_of, parse_hub_id
-from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote.remote_files import open_model
 from experts.checkpoint.shards import PICKLE_SUFFIXES
 from experts.checkpoint.stored import pinned_path, resolve_folder
-from router.config import parse_args
+from router.config.deployment import parse_args
 from router.served import inspect_models
-from router.workshop.folders.making import origin_of, source_checkpoint
+from workshop.folders.making import origin_of, source_checkpoint
 
 TINY = Path(deploy.__file__).parent / "models" / "mesh-tiny"
 OLD, NEW = "0" * 40, "1" * 40

@@ -14,10 +14,10 @@ from experts.checkpoint import hash_cache, identity
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE, keep, read_kept
 from experts.checkpoint.identity import identity_of, text_identity, verify_hashes
-from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote.remote_files import open_model
 from tests.checkpoints import save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
-from tests.unit.experts.checkpoint.test_remote_files import HERE, FakeNeighbours
+from tests.unit.experts.checkpoint.remote.test_remote_files import HERE, FakeNeighbours
 
 NORM = "model.norm.weight"
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import families
-from cluster.controller.pool import actor_options
+from cluster.controller.records.pool import actor_options
 from cluster.placement.placement import assign_experts
 from cluster.spec import ActorSpec, ModelExperts
 from experts.checkpoint import expert_weights as weights_module

@@ -12,16 +12,17 @@ import yaml
 
 from cluster.errors import CheckpointError, CheckpointMissingError
 from experts.backends.load import load_mixture_expert
-from experts.checkpoint import hashes, identity, mixture, remote_files
+from experts.checkpoint import hashes, identity, mixture
 from experts.checkpoint.folder import language_model, open_folder
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import hash_table_of, identity_of, text_identity, verify_hashes
 from experts.checkpoint.mixture import Mixture, files_of, open_mixture
-from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote import remote_files
+from experts.checkpoint.remote.remote_files import open_model
 from tests.checkpoints import copy_of, save_mixtral
 from tests.unit.experts.backends.folders import linear_files, predicted, save_mixture
 from tests.unit.experts.checkpoint.changed_files import flip
-from tests.unit.experts.checkpoint.test_remote_files import HERE, FakeNeighbours, damaged
+from tests.unit.experts.checkpoint.remote.test_remote_files import HERE, FakeNeighbours, damaged
 from tests.unit.experts.mixture.documents import FILES, document
 
 Document = dict[str, Any]

@@ -20,10 +20,9 @@ from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.checkpoint.identity import identity_of
-from experts.checkpoint.remote_files import open_model
-from experts.convert.write import convert
+from experts.checkpoint.remote.remote_files import open_model
 from router.engine.batch import pack
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.model.model import load_dense
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
@@ -43,8 +42,9 @@ from tests.quantise import (
     mxfp4_values,
     write_config,
 )
-from tests.unit.experts.checkpoint.test_remote_files import HERE, FakeNeighbours
+from tests.unit.experts.checkpoint.remote.test_remote_files import HERE, FakeNeighbours
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
+from workshop.convert.write import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from experts.checkpoint import hashes, identity
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.identity import hash_table_of, identity_of
-from experts.checkpoint.remote_files import open_model
+from experts.checkpoint.remote.remote_files import open_model
 from experts.checkpoint.stored import read_range
 from router.model.model import load_dense
 from tests.arrays import loaded, results

@@ -32,7 +32,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 from experts.compute.emulated import EmulatedExpert
 from router.cli.status import _summary
-from router.config import parse_args
+from router.config.deployment import parse_args
 from router.served import check_file, inspect_models, pool_specs
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request

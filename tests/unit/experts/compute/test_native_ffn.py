@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.native import built
+from cluster import native as built
 from cluster.wire.tensors import dtype_name, to_array, to_bytes
 from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights

@@ -15,7 +15,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families.registry import FAMILIES
 from router.engine.batch import pack
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS, save_dbrx

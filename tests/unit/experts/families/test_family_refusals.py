@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
-from experts.convert.layouts import open_source
-from experts.convert.plan import make_plan
 from experts.families.registry import FAMILIES
 from router.ops.plan.source import find_model
 from router.served import check_file
@@ -23,6 +21,8 @@ from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
 from tests.unit.experts.families.test_families import change_config
+from workshop.convert.layouts import open_source
+from workshop.convert.plan import make_plan
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, torch.Tensor]

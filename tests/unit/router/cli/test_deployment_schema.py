@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks.shipped import SERVE_KEYS
 from cluster.errors import ConfigError
 from router.cli.app import app
-from router.config import load_deployment, parse_args
+from router.config.deployment import load_deployment, parse_args
 from router.serve.options import completed
 
 DEPLOY = Path(__file__).resolve().parents[4] / "deploy"

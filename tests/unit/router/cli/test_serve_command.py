@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import deploy
 from router.cli import serve as module
 from router.cli.app import app
-from router.config import read_document
+from router.config.deployment import read_document
 from router.serve.options import completed
 
 SHIPPED = Path(deploy.__file__).parent / "cluster.yaml"

@@ -16,9 +16,9 @@ from cluster.reports import (
     UsageReport,
 )
 from router.client import AsyncClient, Client
-from router.gateway.charges import Charges
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.usage import usage_of
 from router.gateway.metrics import Metrics
-from router.gateway.usage import usage_of
 from router.security.keys import Caller, Role
 from router.security.limits import KeyLimits
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says, serve_grpc

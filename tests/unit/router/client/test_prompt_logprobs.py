@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from router.client import Client, Message, PromptLogprobs, Reply, Sampling, wire
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.retry import RetryPolicy
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster

@@ -14,9 +14,9 @@ import pytest
 
 from cluster.errors import InvalidRequestError
 from router.client import Client, Message, Reply, Sampling, wire
-from router.config import GatewayConfig
-from router.engine.scheduler import Limits
-from router.gateway.request.parts import ExpertRows
+from router.config.deployment import GatewayConfig
+from router.engine.scheduling.scheduler import Limits
+from router.gateway.input.request.parts import ExpertRows
 from router.retry import RetryPolicy
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from router.messages.request import GenerationRequest, SamplingParams
-from router.model.attention import Attention
-from router.model.cpu.native_attention import KERNELS, NativeAttention, NativeCache
-from router.model.kv_cache import PagedCache
-from router.model.page_pool import PagePool, pages_needed
-from router.model.paged_attention import (
+from router.model.attention.interface import Attention
+from router.model.attention.paged import (
     GatheredAttention,
     GatheredView,
     PagedContext,
     paged_attention,
 )
+from router.model.cpu.native_attention import KERNELS, NativeAttention, NativeCache
+from router.model.kv_cache import PagedCache
+from router.model.page_pool import PagePool, pages_needed
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16

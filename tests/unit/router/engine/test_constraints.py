@@ -26,9 +26,9 @@ from router.engine.constrained_rows import forbidden_of
 from router.engine.constraints import MAX_KEPT, Constraint, Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, flags_of
-from router.gateway.grammar import check_grammar
-from router.gateway.request.model import Generation
-from router.gateway.tokenizer import Tokenizer
+from router.gateway.input.grammar import check_grammar
+from router.gateway.input.request.model import Generation
+from router.gateway.input.tokenizer import Tokenizer
 from router.messages.request import Received, TokenEvent
 from router.messages.rules import TokenRules
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
@@ -783,9 +783,9 @@ FOLLOW = """
 import sys, threading
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from router.gateway.grammar import check_grammar
-from router.gateway.request.model import Generation
-from router.grammar_limits import parser_limits
+from router.gateway.input.grammar import check_grammar
+from router.gateway.input.request.model import Generation
+from router.config.grammar_limits import parser_limits
 
 tokens = LLTokenizer(sys.argv[1])  # as transformers would read it, in a tenth of the time
 names = "\\n".join(f'T{i}: "a" T{i + 1}? | "b" T{i + 1}' for i in range(1_500))

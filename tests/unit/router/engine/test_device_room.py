@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.device import CPU
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
 from router.engine.device_room import warn_of_steps
 from router.model.memory import StepLimits, router_sizes
 from tests.checkpoints import save_mixtral

@@ -21,7 +21,7 @@ from cluster.errors import (
 )
 from cluster.transport.base import CallFailure
 from router.engine import commands
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from router.engine.batch import pack
 from router.engine.sequence import Sequence, Work
 from tests.checkpoints import save_mixtral

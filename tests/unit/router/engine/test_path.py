@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.transport.base import Call
 from cluster.transport.stream import client
 from cluster.transport.stream.client import StreamTransport
@@ -32,7 +32,7 @@ MOST_FILES = 16
 TRACED = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 NATIVE_ATTENTION, GATHERED = (
     "router/model/cpu/native_attention.py",
-    "router/model/paged_attention.py",
+    "router/model/attention/paged.py",
 )
 """Without native code the latter makes the step's view too."""
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")

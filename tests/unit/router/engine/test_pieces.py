@@ -19,17 +19,17 @@ from cluster.errors import (
     ModelReplacedError,
     NotFiniteError,
 )
-from cluster.native.built import native
+from cluster.native import native
 from cluster.staging import RING
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
 from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.engine import batch
 from router.engine.batch import LEAST_PIECE_TOKENS, pack, piece_ends
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.engine.sequence import Work
 from router.messages.request import GenerationRequest
-from router.model.attention import Span
+from router.model.attention.interface import Span
 from router.model.decoder import MOST_PIECES
 from router.moe.layer import BegunLayer
 from tests.checkpoints import save_mixtral

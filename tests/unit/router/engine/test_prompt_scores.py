@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cluster.errors import NotFiniteError
-from cluster.native.built import native
+from cluster.native import native
 from router.engine import batch, prompt_scores
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, PromptLogprobs, Received
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.family_checkpoints import SAVERS

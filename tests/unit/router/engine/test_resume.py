@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.native.built import native
-from router.engine.scheduler import Limits
+from cluster.native import native
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native.built import native
-from router.capacity_config import CapacityConfig
-from router.engine.scheduler import Limits
+from cluster.native import native
+from router.config.capacity import CapacityConfig
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of
 from tests.checkpoints import save_mixtral

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.engine import batch
 from router.engine.batch import StepInput, pack
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.messages.routed import RoutedExperts
 from router.model.decoder import MOST_PIECES
 from router.moe.layer import StepContext

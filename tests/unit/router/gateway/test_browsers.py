@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.errors import ConfigError
-from router.config import parse_args
+from router.config.deployment import parse_args
 from router.gateway.browsers import BrowserRules
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import COMPLETIONS

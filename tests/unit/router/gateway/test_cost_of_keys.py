@@ -10,9 +10,9 @@ from types import FrameType
 import pytest
 from starlette.datastructures import Headers, MutableHeaders
 
-from router.gateway.charges import Charges
+from router.gateway.limits.charges import Charges
+from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.metrics import Metrics
-from router.gateway.quotas import RATE_HEADERS
 from router.security.access import FIELD, Access
 from router.security.keyring import Keyring
 from router.security.keys import Role

@@ -12,8 +12,8 @@ import pytest
 
 from cluster.errors import OverloadedError
 from router.client import Client, Sampling
+from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.metrics import Metrics
-from router.gateway.quotas import RATE_HEADERS
 from router.security.access import Access
 from router.security.keyring import Keyring
 from router.security.keys import Role
@@ -21,8 +21,8 @@ from router.security.keys_file import add_key
 from router.security.limits import KeyLimits
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, http_app, says, serve_grpc, tokenizer
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call
+from tests.unit.router.gateway.limits.test_quotas import Clock
 from tests.unit.router.gateway.predict.v2_calls import Infer, http_body, tensor
-from tests.unit.router.gateway.test_quotas import Clock
 
 PROMPT = "in the beginning"
 PROMPT_TOKENS = len(tokenizer().encode(PROMPT))

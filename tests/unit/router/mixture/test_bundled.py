@@ -29,9 +29,9 @@ from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture, open_mixture
-from router.workshop.mixture.estimators import AdaptiveMixtureClassifier
-from router.workshop.mixture.folder import load as load_estimator
 from tests.unit.router.mixture.small_mixtures import leaves, softmax
+from workshop.estimators.estimators import AdaptiveMixtureClassifier
+from workshop.estimators.saved.folder import load as load_estimator
 
 MODELS = Path(__file__).parents[4] / "deploy" / "models"
 NAMES = ("digits", "diabetes", "hierarchy", "sequences")

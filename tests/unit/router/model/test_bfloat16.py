@@ -22,7 +22,7 @@ import transformers
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families.registry import FAMILIES
 from router.engine.batch import pack
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.engine.sequence import Work
 from router.moe.gate import Choice
 from tests import grok_oracle

@@ -10,7 +10,7 @@ import torch
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.engine.batch import pack
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from tests.grok_oracle import VOCAB_SIZE, Weights, greedy_tokens, logits_of, save_grok
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import prompt_of

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.native import built
+from cluster import native as built
 from experts.families.base import Family
+from router.model.attention.paged import GatheredAttention
 from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu import native_attention
 from router.model.cpu.native_attention import NativeAttention, NativeCache
 from router.model.kv_cache import LatentCache, PagedCache
-from router.model.paged_attention import GatheredAttention
 from tests.emulated_device import emulated_device
 
 CPU = torch.device("cpu")

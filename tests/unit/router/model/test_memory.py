@@ -19,7 +19,9 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
 from experts.compute.expert_device import RESERVED_ROWS, ExpertDevice
 from experts.queue import MAX_BATCH_ROWS
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
+from router.model.attention.paged import GatheredAttention
+from router.model.attention.varlen import HEAD_STEP, MAX_HEAD_SIZE, VarlenAttention
 from router.model.cpu.native_attention import NATIVE_PAGE_SIZE
 from router.model.memory import (
     PAGE_SIZE,
@@ -30,8 +32,6 @@ from router.model.memory import (
     router_sizes,
 )
 from router.model.model import MoEModel
-from router.model.paged_attention import GatheredAttention
-from router.model.varlen_attention import HEAD_STEP, MAX_HEAD_SIZE, VarlenAttention
 from router.ops.plan.plan import ACTOR_BATCH_ROWS, Wish, actor_batch_bytes, make_plan
 from router.ops.plan.source import find_model
 from tests import emulated_device as emulation

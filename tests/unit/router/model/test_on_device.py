@@ -13,10 +13,10 @@ import torch
 from cluster import staging as staging_module
 from cluster.errors import UnavailableError
 from cluster.staging import Staging
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.engine.batch import sampling_of
 from router.engine.sampling import Draw, SamplingTensors, _whole_weights, read, sample
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 from router.moe import device_rows
 from tests.checkpoints import save_mixtral

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transformers import MixtralForCausalLM
 
 from experts.families.base import GateSpec
-from router.capacity_config import CapacityConfig
-from router.engine.scheduler import Limits
+from router.config.capacity import CapacityConfig
+from router.engine.scheduling.scheduler import Limits
 from router.engine.stats import RouterSamples
 from router.moe.capacity import CapacityLimit, Placed, tokens_per_expert, within_capacity
 from router.moe.gate import Choice, Gate

@@ -19,8 +19,8 @@ from cluster.staging import Staging
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import encode
 from experts.families.base import GateSpec
-from router.capacity_config import CapacityConfig
-from router.engine.scheduler import Limits
+from router.config.capacity import CapacityConfig
+from router.engine.scheduling.scheduler import Limits
 from router.moe import device_rows
 from router.moe.device_rows import PermutedRows, chosen_rows, permute
 from router.moe.gate import Gate

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.errors import OverloadedError
-from cluster.native.built import native
+from cluster.native import native
 from cluster.placement.placement import empty_placement
 from cluster.spec import FRAME_VERSION, ModelExperts
 from cluster.transport.stream.client import StreamTransport

@@ -25,7 +25,7 @@ from cluster.placement.placement import empty_placement
 from cluster.spec import ModelExperts
 from cluster.transport.base import Call, CallFailure
 from experts.families.base import GateSpec
-from router.engine.scheduler import Limits
+from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, TokenEvent
 from router.moe.gate import Choice, Gate
 from router.moe.missing import StepMissing

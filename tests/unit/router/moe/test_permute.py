@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router.moe.combine
-from cluster.native import built
+from cluster import native as built
 from cluster.wire.tensors import to_bytes, to_raw
 from router.moe import permute as rows
 from router.moe.combine import ExpertRows, combine, prepare

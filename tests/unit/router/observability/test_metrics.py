@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from cluster.reports import Measurements
-from router.capacity_config import CapacityConfig
+from router.config.capacity import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.messages.request import GenerationRequest, Received
 from router.observability import catalogue

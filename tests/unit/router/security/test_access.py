@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, ForbiddenError, UnauthenticatedError
-from router.listen_config import ListenConfig
+from router.config.listen import ListenConfig
 from router.security import access as module
 from router.security.access import Access
 from router.security.config import SecurityConfig

@@ -19,9 +19,9 @@ from starlette.responses import PlainTextResponse
 
 from cluster.errors import ConfigError
 from router.client import ClientTls
+from router.config.listen import ListenConfig
 from router.gateway.listen.http import HttpListener
 from router.gateway.listen.sockets import open_socket
-from router.listen_config import ListenConfig
 from router.security.certificates import Certificates
 from tests.client_tls import Pair, shown_number
 

@@ -12,8 +12,8 @@ from ray.serve.config import AutoscalingConfig
 
 from cluster.errors import ConfigError
 from router.app import _gateway, _router, held_requests
-from router.config import parse_args
-from router.engine.scheduler import Limits, Scheduler
+from router.config.deployment import parse_args
+from router.engine.scheduling.scheduler import Limits, Scheduler
 from router.serve.autoscaling import BARE_S, USE, BareNodes, FollowUse, able_nodes, gateway_options
 from tests.local_cluster import greedy_request
 

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 import deploy
 from benchmarks.shipped import SERVE_KEYS
 from cluster.errors import ConfigError
-from router.config import GatewayConfig, parse_deployment
+from router.config.deployment import GatewayConfig, parse_deployment
 from router.serve.options import (
     NO_PROXIES,
     REPLICA_VARIABLES,

@@ -23,10 +23,10 @@ from cluster.errors import (
     UnknownModelError,
 )
 from router.client import Client, Message, Sampling, UnreachableError, Usage
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.grpc import methods as grpc_methods
-from router.gateway.request.model import GrpcRequest, TokenizeRequest
+from router.gateway.input.request.model import GrpcRequest, TokenizeRequest
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import admin_pb2, inference_pb2
 from router.security.keys import ANYBODY

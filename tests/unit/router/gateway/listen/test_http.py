@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from router.config.listen import ListenConfig
 from router.gateway.listen import http, http_protocol
 from router.gateway.listen.http import HttpListener
 from router.gateway.listen.http_protocol import MAX_PIPELINED
-from router.listen_config import ListenConfig
 
 LIMITS = ListenConfig(
     max_connections=64, max_connections_per_address=64, head_timeout_s=20.0, max_head_bytes=8192

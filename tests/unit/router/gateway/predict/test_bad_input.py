@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import Code, ExpertMeshError, TooLargeError
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.gateway.predict import validate
 from router.gateway.predict.tensors import MAX_ROWS
 from router.gateway.predict.v2_http import LENGTH_HEADER, parse_infer

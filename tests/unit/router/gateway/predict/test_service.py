@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cluster.errors import ExpertMeshError, NotFiniteError, UnavailableError
-from router.config import GatewayConfig
-from router.gateway.limits import Room
+from router.config.deployment import GatewayConfig
+from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.tensors import RawTensor

@@ -25,8 +25,6 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.reports import Samples
-from router.gateway import deployment as deployment_module
-from router.gateway.deployment import Deployment
 from router.gateway.predict import upstream as upstream_module
 from router.gateway.predict.upstream import (
     MAX_PIECE_BYTES,
@@ -37,6 +35,8 @@ from router.gateway.predict.upstream import (
     joined,
     pieces_of,
 )
+from router.gateway.upstream import deployment as deployment_module
+from router.gateway.upstream.deployment import Deployment
 from router.messages.call_link import LinkBrokenError
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.observability.tracing import as_current, continue_trace
@@ -78,7 +78,7 @@ class Call:
 
 
 class Routers:
-    """Stands in for :class:`router.gateway.router_links.RouterCalls`; ``way`` is that of calls."""
+    """Stands in for ``RouterCalls`` of ``router_links``; ``way`` is that of calls."""
 
     def __init__(self, way: str) -> None:
         self.way = way

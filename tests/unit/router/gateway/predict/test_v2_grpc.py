@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import OverloadedError
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.messages.tensor_bytes import array_of
 from router.protos import open_inference_pb2 as messages
 from router.protos.errors import DETAILS_KEY, error_from_grpc

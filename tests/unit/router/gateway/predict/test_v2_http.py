@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import UnavailableError
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import OF_JSON, http_server

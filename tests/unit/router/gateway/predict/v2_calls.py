@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 
 from cluster.errors import ExpertMeshError
-from router.config import GatewayConfig
+from router.config.deployment import GatewayConfig
 from router.gateway.predict.v2_grpc import CONTENTS, PredictionHandlers
 from router.messages.tensor_bytes import bytes_of, datatype_of
 from router.protos import open_inference_pb2 as messages

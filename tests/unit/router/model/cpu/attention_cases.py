@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from router.model.attention import Scoring, Span
+from router.model.attention.interface import Scoring, Span
 from router.model.cpu.native_attention import NATIVE_PAGE_SIZE, NativeAttention, NativeCache
 from router.model.kv_cache import LatentCache, PagedCache
 

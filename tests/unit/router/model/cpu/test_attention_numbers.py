@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.native import built
+from cluster import native as built
 
 BUILT = [] if built.native is None else [built.native]
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2

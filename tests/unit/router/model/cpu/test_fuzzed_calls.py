@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from router.engine.sampling import _where_allowed
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native import built
+from cluster import native as built
 from cluster.wire.tensors import to_bytes
 from experts.compute.native_ffn import KERNELS
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.model.attention import Scoring, Span
+from router.model.attention.interface import Scoring, Span
 from router.model.cpu.native_attention import KERNELS, NativeAttention
 from tests.unit.router.model.cpu.attention_cases import (
     DTYPES,

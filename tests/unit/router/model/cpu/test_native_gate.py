@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from cluster.native import built
+from cluster import native as built
 from experts.families.base import GateSpec
 from router.model.cpu.native_layer import NativeGate, can_choose
 from router.moe.gate import Gate

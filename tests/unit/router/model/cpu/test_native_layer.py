@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from cluster import native as built
 from cluster.device import CPU
-from cluster.native import built
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.model.attention import Attention, PagedBatch, Span
+from router.model.attention.interface import Attention, PagedBatch, Span
+from router.model.attention.paged import PagedContext
 from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu import native_layer
 from router.model.cpu.llama_shape import has_llamas_shape
@@ -28,7 +29,6 @@ from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
-from router.model.paged_attention import PagedContext
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import (
     save_dbrx,

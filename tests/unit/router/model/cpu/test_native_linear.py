@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from cluster.native import built
+from cluster import native as built
 from cluster.wire.tensors import to_array, to_bytes
 from experts.compute.native_ffn import KERNELS
 from experts.compute.panels import pack_matrix

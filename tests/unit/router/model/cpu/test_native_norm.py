@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from cluster.native import built
+from cluster import native as built
 from router.model.cpu.native_modules import NativeNorm, replace_modules
 from router.model.grok import GrokNorm
 

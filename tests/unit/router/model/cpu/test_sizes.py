@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native.built import native
+from cluster.native import native
 from cluster.wire.tensors import TORCH_DTYPES
 from router.model.cpu import native_attention, native_layer, native_modules
 from router.model.cpu.native_attention import NativeAttention

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cluster.memory import Memory
 from router.cli.app import app
-from router.config import parse_args
+from router.config.deployment import parse_args
 from router.ops.doctor import doctor, probe
 from router.ops.doctor.check import Check
 from router.ops.doctor.doctor import Installed

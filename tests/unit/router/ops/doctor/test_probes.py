@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.shipped import DEPLOYED, free_ports, shipped_document
-from cluster.native import built
+from cluster import native as built
 from router.ops.doctor import machine, probe, running_ray
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Gpu

@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.placement.placement import assign_experts
 from cluster.spec import ModelExperts
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.config import RouterConfig
+from router.config.deployment import RouterConfig
 from router.model.memory import RouterSizes
 from router.ops.plan.plan import (
     ACTOR_PROCESS_BYTES,

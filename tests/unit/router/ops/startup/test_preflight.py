@@ -22,7 +22,7 @@ import deploy
 from benchmarks.shipped import free_ports, shipped_document
 from cluster.memory import Memory
 from experts.checkpoint.hash_cache import BESIDE
-from router.config import ExpertsConfig
+from router.config.deployment import ExpertsConfig
 from router.ops import startup
 from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu

@@ -1,0 +1,1 @@
+"""Changes that the controller makes by itself: rebalancing, scaling, relief."""

@@ -1,0 +1,1 @@
+"""Which actors are dead, silent, slow or suspect."""

@@ -1,0 +1,1 @@
+"""What the controller knows: actors, pools, nodes, and what it wrote down."""

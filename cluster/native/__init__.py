@@ -1,1 +1,0 @@
-"""Native code of the data plane, in C; optional."""

@@ -1,0 +1,1 @@
+"""The sections of a deployment file, read and checked."""

@@ -1,0 +1,1 @@
+"""Which sequences wait, which run, and which tokens the next step computes."""

@@ -1,0 +1,1 @@
+"""The HTTP surface: the app, the OpenAI-compatible routes, the OpenAPI document."""

@@ -1,0 +1,226 @@
+"""The HTTP APIs, as one FastAPI app: OpenAI's, the Open Inference Protocol, and the operators'.
+
+Bodies are checked by the validators that gRPC's requests go through too, so that both have the same
+rules and messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.errors import ExpertMeshError, InvalidRequestError
+from cluster.spec import EXACT_HEADER
+from router.control.readiness import Readiness
+from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
+from router.gateway.health import HEALTH_PATH, healthz
+from router.gateway.http.openai import tokens
+from router.gateway.http.openai.call import OpenAiCall
+from router.gateway.http.openai.chat import parse_chat
+from router.gateway.http.openai.completions import parse_completion
+from router.gateway.http.openapi.document import OPENAPI_PATH, document
+from router.gateway.http_io import (
+    EdgeMiddleware,
+    SseResponse,
+    error_response,
+    is_v2,
+    read_json,
+    until_disconnect,
+)
+from router.gateway.input.grammar import asks_form, checked
+from router.gateway.input.prompts import has_calls
+from router.gateway.input.routed import asks_forced
+from router.gateway.input.validate import Validator
+from router.gateway.limits.quotas import RATE_HEADERS
+from router.gateway.predict.service import PredictionService
+from router.gateway.predict.v2_http import add_v2_routes
+from router.gateway.service import Delta, GenerationService
+from router.observability.exposition import expose
+from router.security.access import Access
+from router.served import ServedModel
+
+if TYPE_CHECKING:
+    from router.gateway.admin import Admin
+
+Parse = Callable[[dict[str, Any], Validator, str], OpenAiCall]
+
+
+def create_app(
+    service: GenerationService,
+    predictions: PredictionService,
+    admin: Admin,
+    access: Access,
+    browsers: BrowserRules = FROM_ANYWHERE,
+) -> FastAPI:
+    """Return the app; it has no state but the services and ``admin``.
+
+    ``browsers`` and ``access`` are asked about every request.
+    """
+    app = FastAPI(title="ExpertMesh", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(
+        EdgeMiddleware,
+        browsers=browsers,
+        access=access,
+        charges=service.charges,
+    )
+    if browsers.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(browsers.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[EXACT_HEADER, *RATE_HEADERS],
+        )
+    app.add_exception_handler(ExpertMeshError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    _add_openai_routes(app, service)
+    add_v2_routes(app, predictions)
+    _add_operator_routes(app, service, admin)
+    _add_document(app, service, predictions)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        models = [_model_object(model, started) for model in service.models()]
+        return JSONResponse({"object": "list", "data": models})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> JSONResponse:
+        return JSONResponse(_model_object(service.validator.model(model_id).info, started))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(request, service, parse_completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(request, service, parse_chat)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> JSONResponse:
+        body = await _body(request, service)
+        check = partial(tokens.tokenize, body, service.validator)
+        return JSONResponse(await checked(asks_form(body) or has_calls(body), check))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> JSONResponse:
+        return JSONResponse(tokens.detokenize(await _body(request, service), service.validator))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> JSONResponse:
+        raise InvalidRequestError(
+            "embeddings are not served: these models continue text, and their hidden states do "
+            "not measure similarity"
+        )
+
+
+def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "alive"})
+
+    app.add_route(HEALTH_PATH, healthz)
+
+    @app.get("/ready")
+    async def ready(request: Request) -> JSONResponse:
+        readiness = service.ready()
+        is_known = request.state.caller is not None
+        body = _ready_object(readiness) if is_known else {"ready": readiness.is_ready}
+        return JSONResponse(body, 200 if readiness.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        measurements = await admin.measurements()
+        text = expose(measurements, service.ready().loop_age_s)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_document(app: FastAPI, service: GenerationService, predictions: PredictionService) -> None:
+    models = [model.id for model in service.models()]
+    # Made when it is first asked for, since making it takes as long as making the rest of the app.
+    described = cache(partial(document, models, predictions.validator.mixtures, service.limits))
+
+    @app.get(OPENAPI_PATH)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(described())
+
+
+async def _body(request: Request, service: GenerationService) -> dict[str, Any]:
+    return await read_json(request, service.limits.max_body_bytes, service.room.bodies)
+
+
+async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
+    with service.metrics.refusals("http"):
+        body = await _body(request, service)
+        check = partial(parse, body, service.validator, request.state.request_id)
+        is_slow = asks_form(body) or asks_forced(body) or has_calls(body)
+        call = await checked(is_slow, check)
+    caller = request.state.caller
+    if not call.is_stream:
+        body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))
+        return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})
+    deltas = call.deltas(service, caller)
+
+    async def first_delta() -> tuple[int, Delta]:
+        return await anext(deltas)
+
+    # Before the first token an error is a status; after it, an event of the stream.
+    try:
+        first = await until_disconnect(request.receive, first_delta())
+    except BaseException:
+        await deltas.aclose()
+        raise
+    return SseResponse(call.chunks(first, deltas), deltas)
+
+
+def _ready_object(readiness: Readiness) -> dict[str, Any]:
+    epoch, version = readiness.order or (None, None)
+    return {
+        "ready": readiness.is_ready,
+        "reason": readiness.reason or None,
+        "epoch": epoch,
+        "placement_version": version,
+        "controller_loop_age_s": readiness.loop_age_s,
+    }
+
+
+def _model_object(model: ServedModel, created: int) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": created,
+        "owned_by": "expertmesh",
+        "max_model_len": model.max_model_len,
+    }
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ExpertMeshError)  # Starlette's signature is wider than its calls.
+    return error_response(error, request.url.path)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # Starlette's signature is wider than its calls.
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    if is_v2(request.url.path):
+        return JSONResponse({"error": message}, error.status_code, error.headers)
+    body = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "unknown_url" if error.status_code == 404 else None,
+    }
+    return JSONResponse({"error": body}, error.status_code, error.headers)

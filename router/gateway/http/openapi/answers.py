@@ -1,0 +1,151 @@
+"""The answers of ``/v1``, ``/tokenize``, ``/detokenize`` and the operators' routes, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from router.gateway.http.openapi.schema import (
+    BOOLEAN,
+    NULL,
+    Schema,
+    answer,
+    either,
+    integer,
+    items,
+    one_of,
+    record,
+    ref,
+    text,
+)
+
+_COUNT = integer(0)
+_IDS = items(_COUNT)
+_NUMBER: Schema = {"type": "number"}
+_FINISHED = one_of("stop", "length", "tool_calls", None)
+_EXTRAS: Mapping[str, Schema] = {
+    "exact": BOOLEAN,
+    "token_ids": _IDS,
+    "routed_experts": ref("ExpertRows"),
+}
+"""What choices have beside OpenAI's fields: in a stream where it is known, and where it is asked
+for."""
+_PROMPT_LOGPROB = answer(logprob=_NUMBER, rank=integer(1), decoded_token=text())
+_TOKEN = {"token": text(), "logprob": _NUMBER, "bytes": items(integer(0, 255))}
+_COMPLETION_LOGPROBS = answer(
+    tokens=items(text()),
+    token_logprobs=items(either(_NUMBER, NULL)),
+    top_logprobs=items(either({"type": "object", "additionalProperties": _NUMBER}, NULL)),
+    text_offset=_IDS,
+)
+_CHAT_LOGPROBS = answer(
+    content=items(answer(**_TOKEN, top_logprobs=items(answer(**_TOKEN)))), refusal=NULL
+)
+
+
+def _choice(logprobs: Schema, more: Mapping[str, Schema], **own: Schema) -> Schema:
+    """Return the schema of a choice: its ``own`` fields, and ``more`` that it may have."""
+    fixed = {
+        "index": _COUNT,
+        "logprobs": either(logprobs, NULL),
+        "finish_reason": _FINISHED,
+        **own,
+    }
+    return record({**fixed, **_EXTRAS, **more}, list(fixed))
+
+
+def _envelope(kind: str, choice: Schema, usage: Schema, is_whole: bool) -> Schema:
+    fixed = {
+        "id": text(1),
+        "object": one_of(kind),
+        "created": _COUNT,
+        "model": text(1),
+        "choices": items(choice),
+    }
+    needed = [*fixed, "usage"] if is_whole else list(fixed)
+    return record({**fixed, "usage": usage, "prompt_token_ids": _IDS}, needed)
+
+
+_PROMPT: Mapping[str, Schema] = {
+    "prompt_token_ids": _IDS,
+    "prompt_logprobs": items(
+        either({"type": "object", "additionalProperties": _PROMPT_LOGPROB}, NULL)
+    ),
+}
+_CALLED = {"id": text(1), "type": one_of("function")}
+_CALL = answer(**_CALLED, function=answer(name=text(1), arguments=text()))
+_CALL_PART = record(
+    {
+        **_CALLED,
+        "index": integer(0),
+        "function": record({"name": text(1), "arguments": text()}, ["arguments"]),
+    },
+    ["index", "function"],
+)
+_ROLE, _REASONING = {"role": one_of("assistant")}, {"reasoning_content": text()}
+_MESSAGE = record(
+    {**_ROLE, "content": either(text(), NULL), **_REASONING, "tool_calls": items(_CALL, 1)},
+    ["role", "content"],
+)
+_DELTA = record({**_ROLE, "content": text(), **_REASONING, "tool_calls": items(_CALL_PART, 1)})
+_COMPLETION_CHOICE = _choice(_COMPLETION_LOGPROBS, _PROMPT, text=text())
+_MODEL = answer(
+    id=text(1),
+    object=one_of("model"),
+    created=_COUNT,
+    owned_by=text(),
+    max_model_len=integer(1),
+)
+_ERROR = answer(
+    message=text(1),
+    type=text(1),
+    param=either(text(1), NULL),
+    code=either(text(1), NULL),
+)
+
+ANSWERS: Mapping[str, Schema] = {
+    "Usage": record(
+        {
+            "prompt_tokens": _COUNT,
+            "completion_tokens": _COUNT,
+            "total_tokens": _COUNT,
+            "prompt_tokens_details": answer(cached_tokens=_COUNT),
+        },
+        ["prompt_tokens", "completion_tokens", "total_tokens"],
+    ),
+    "Completion": _envelope("text_completion", _COMPLETION_CHOICE, ref("Usage"), True),
+    "CompletionChunk": _envelope(
+        "text_completion", _COMPLETION_CHOICE, either(ref("Usage"), NULL), False
+    ),
+    "Chat": _envelope(
+        "chat.completion", _choice(_CHAT_LOGPROBS, {}, message=_MESSAGE), ref("Usage"), True
+    ),
+    "ChatChunk": _envelope(
+        "chat.completion.chunk",
+        _choice(_CHAT_LOGPROBS, {}, delta=_DELTA),
+        either(ref("Usage"), NULL),
+        False,
+    ),
+    "Tokenized": answer(
+        count=_COUNT,
+        max_model_len=integer(1),
+        tokens=_IDS,
+        token_strs=either(items(text()), NULL),
+    ),
+    "Detokenized": answer(prompt=text()),
+    "Model": _MODEL,
+    "Models": answer(object=one_of("list"), data=items(ref("Model"))),
+    "Alive": answer(status=one_of("alive")),
+    "Ready": record(
+        {
+            "ready": BOOLEAN,
+            "reason": either(text(1), NULL),
+            "epoch": either({"type": "integer"}, NULL),
+            "placement_version": either({"type": "integer"}, NULL),
+            "controller_loop_age_s": either(_NUMBER, NULL),
+        },
+        ["ready"],
+    ),
+    "Error": answer(error=_ERROR),
+}
+"""The schemas of answers by their name in the document. Chunks are the events of a stream, which
+ends with ``[DONE]``."""

@@ -1,0 +1,179 @@
+"""What a chat template can show: tools, calls, and the options that it reads."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import InvalidRequestError
+from router.gateway.input import checks
+from router.gateway.input.tools.messages import MAX_NAMES, Message, names_of_calls, shaped
+
+MAX_OPTIONS = 16
+MAX_OPTION_CHARS = 256
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+OPTION_FIELDS = ("chat_template_kwargs", "reasoning_effort")
+_UNREAD = "is allowed only if the model's chat template reads it"
+_RESERVED = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+        "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "sanitize_control_tokens",
+        "raise_exception", "strftime_now", "namespace", "range", "dict", "loop",
+    }
+)  # fmt: skip
+"""Names in templates that are no options of a client."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""transformers' marks of what an assistant writes, which Jinja does not know."""
+_PROBE_ID = "probe0001"  # of Mistral's form
+_PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
+    },
+}
+_PROBE: list[Message] = [
+    {"role": "user", "content": "probe"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": _PROBE_ID,
+                "type": "function",
+                "function": {"name": "probe_call", "arguments": {"probe_key": "probe_value"}},
+            }
+        ],
+    },
+    {"role": "tool", "content": "probe_result", "tool_call_id": _PROBE_ID, "name": "probe_call"},
+]
+Render = Callable[[list[Message], bool, "list[dict[str, Any]] | None", Mapping[str, Any]], str]
+"""Renders messages; whether the assistant's next message is opened, tools, and options."""
+Shape = Callable[[Sequence[Message]], list[Message]]
+
+
+class ChatTemplate:
+    """A model's chat template. It is found out once, by rendering, how it wants calls."""
+
+    def __init__(self, source: str, render: Render) -> None:
+        """``render`` raises :class:`InvalidRequestError` where the template refuses messages."""
+        self.source = source
+        self._render = render
+        self._names = _names_in(source)
+
+    @functools.cached_property
+    def shows_tools(self) -> bool:
+        """Whether the prompt shows tools."""
+        if "tools" not in self._names:
+            return False
+        return "probe_tool" in self._tried(_PROBE[:1], [_PROBE_TOOL])
+
+    @functools.cached_property
+    def _shape(self) -> Shape | None:
+        """How messages with calls are to be given, ``None`` where the template shows no calls."""
+        tools = [_PROBE_TOOL] if self.shows_tools else None
+        for shape in _SHAPES:
+            text = self._tried(shape(_PROBE), tools)
+            has_key = any(part in text for part in ('"probe_key"', "<parameter=probe_key>"))
+            if has_key and "probe_call" in text and "probe_result" in text:
+                return shape
+        return None
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        is_opened: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt of checked messages.
+
+        ``is_opened`` adds the beginning of the assistant's next message. Raises
+        :class:`InvalidRequestError` where the template refuses messages, or does not show calls.
+        """
+        ready = list(messages)
+        places = [i for i, m in enumerate(ready) if "tool_calls" in m or m["role"] == "tool"]
+        if not places:
+            return self._render(ready, is_opened, tools, options or {})
+        if self._shape is None:
+            reason = "this model's chat template does not support tool calls and results"
+            raise InvalidRequestError(reason, f"messages[{places[0]}]")
+        names = names_of_calls(ready)
+        if len(names) > MAX_NAMES:
+            reason = f"call {len(names)} functions; at most {MAX_NAMES}"
+            raise InvalidRequestError(reason, "messages")
+        text = self._render(self._shape(ready), is_opened, tools, options or {})
+        for name, where in names.items():
+            if name not in text:
+                raise InvalidRequestError("is dropped by this model's chat template", where)
+        return text
+
+    def check_options(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """Return the options among a client's fields.
+
+        Raises :class:`InvalidRequestError` for an option that the template does not read.
+        """
+        options: dict[str, Any] = {}
+        if "reasoning_effort" in given:
+            effort = given["reasoning_effort"]
+            if effort not in EFFORTS:
+                allowed = f"one of {', '.join(EFFORTS)}"
+                raise InvalidRequestError(checks.wrong(effort, allowed), "reasoning_effort")
+            if "reasoning_effort" not in self._names:
+                raise InvalidRequestError(_UNREAD, "reasoning_effort")
+            options["reasoning_effort"] = effort
+        where = "chat_template_kwargs"
+        given_options = given.get(where, {})
+        if not isinstance(given_options, Mapping) or len(given_options) > MAX_OPTIONS:
+            allowed = f"a mapping of at most {MAX_OPTIONS} options"
+            raise InvalidRequestError(checks.wrong(given_options, allowed), where)
+        for name, value in given_options.items():
+            if name in _RESERVED or name.endswith("_token") or name not in self._names:
+                raise InvalidRequestError(_UNREAD, f"{where}.{name[:64]}")
+            options[name] = _option(value, f"{where}.{name}")
+        return options
+
+    def _tried(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """Return a prompt, empty where the template refuses it."""
+        try:
+            return self._render(messages, True, tools, {})
+        except InvalidRequestError:
+            return ""
+
+
+_SHAPES: tuple[Shape, ...] = tuple(
+    functools.partial(shaped, has_texts=has_texts, empty=empty)
+    for has_texts in (False, True)
+    for empty in ("", "absent", None)
+)
+"""How templates want messages with calls, most of them the first."""
+
+
+def _option(value: object, where: str) -> object:
+    if isinstance(value, str):
+        if len(checks.text(value, where)) > MAX_OPTION_CHARS:
+            raise InvalidRequestError(f"has more than {MAX_OPTION_CHARS} characters", where)
+        return value
+    if value is None or (isinstance(value, int) and abs(value) < 2**31):
+        return value
+    if isinstance(value, int | float):
+        return checks.number(value, where, -(2.0**31), 2.0**31)
+    raise InvalidRequestError(checks.wrong(value, "a string, a number, true, false or null"), where)
+
+
+def _names_in(source: str) -> frozenset[str]:
+    """Return the names that a template reads of what it is given: no variables of its own."""
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = _GENERATION.sub("", source)
+    try:
+        return frozenset(find_undeclared_variables(environment.parse(plain)))
+    except TemplateSyntaxError:
+        return frozenset()

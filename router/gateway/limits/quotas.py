@@ -1,0 +1,262 @@
+"""The quotas of keys: what each name may use, what it has used, and when it may come back.
+
+A rate is a bucket that fills steadily and that requests empty: of requests it holds a second's
+worth, of tokens a minute's. A request is charged at its head, before its body is read. Its call is
+charged the most tokens that it can have when it is accepted, and gets back what it has not used at
+its end. Nothing waits here.
+
+All gateways of a deployment share a name's quotas. Each has the whole bucket, and takes off what
+the others report that they have used (:class:`cluster.reports.KeyUse`). While no report comes, each
+has an equal share of every limit. :mod:`router.gateway.limits.charges` has the accounts of all
+names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from cluster.errors import ExpertMeshError, OverloadedError, TooLargeError
+from cluster.reports import KeyUse
+from router.security.limits import KeyLimits
+
+HELD_RETRY_S = 1.0
+"""When to come back for tokens under way: nobody knows when a request ends."""
+_ROUNDING = 1e-9
+"""Part of a bucket that rounding may take: whoever comes back at the announced time is let in."""
+_NOTHING = KeyUse(0, 0, 0, math.inf, math.inf)
+
+
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}"
+    for kind in ("requests", "tokens")
+    for what in ("limit", "remaining", "reset")
+)
+"""OpenAI's headers about a rate: the limit, what is left of it, the time until all of it is."""
+
+
+class Bucket:
+    """An amount that comes back at a steady rate until it is whole; below 0 it is owed."""
+
+    def __init__(self, rate_per_s: float, capacity: float, now_s: float) -> None:
+        """Start whole at ``now_s``."""
+        self.rate_per_s, self.capacity = rate_per_s, capacity
+        self._level, self._at_s = capacity, now_s
+
+    def level(self, now_s: float) -> float:
+        """Return the amount that may be taken."""
+        passed_s = max(0.0, now_s - self._at_s)
+        self._level = min(self.capacity, self._level + passed_s * self.rate_per_s)
+        self._at_s = max(now_s, self._at_s)
+        return self._level
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """Return the time until ``amount`` may be taken if nothing else is taken; 0 is now."""
+        lack = amount - self.level(now_s)
+        return 0.0 if lack <= _ROUNDING * self.capacity else lack / self.rate_per_s
+
+    def take(self, amount: float, now_s: float) -> None:
+        """Take an amount, whether or not it is there; a negative one is given back."""
+        self._level = min(self.capacity, self.level(now_s) - amount)
+
+    def lower(self, level: float, now_s: float) -> None:
+        """Have no more than ``level``."""
+        self._level = min(self.level(now_s), level)
+
+    def resize(self, rate_per_s: float, capacity: float, now_s: float) -> None:
+        """Go on at another rate with another capacity; a smaller bucket is as full as before."""
+        self._level = self.level(now_s) * min(1.0, capacity / self.capacity)
+        self.rate_per_s, self.capacity = rate_per_s, capacity
+
+
+class Refusal(NamedTuple):
+    """Why a call is refused: the limit, as the file of keys names it, and the error."""
+
+    limit: str
+    error: ExpertMeshError
+
+
+class Account:
+    """What one name may use at this gateway, and what it has used; pure but for ``now_s``.
+
+    ``used_requests`` and ``used_tokens`` are sums over the gateway's life, less what was given
+    back. ``held_tokens`` are those of calls under way.
+    """
+
+    def __init__(self, limits: KeyLimits, now_s: float, others: Mapping[str, KeyUse]) -> None:
+        """Start where the ``others``, the newest uses of other gateways, are."""
+        self.limits = limits
+        self.used_requests = self.used_tokens = self.held_tokens = 0
+        self._share = 1
+        self._requests, self._tokens = _buckets(limits, 1, now_s)
+        self._others: Mapping[str, KeyUse] = {}
+        self.take_off(others, (), now_s)
+
+    def request_refusal(self, now_s: float) -> Refusal | None:
+        """Return why one more request is refused now, if it is."""
+        if self._requests is None:
+            return None
+        return self._to_come_back([(self._requests.wait_s(1, now_s), "requests_per_s")])
+
+    def take_request(self, now_s: float) -> None:
+        """Take one request."""
+        if self._requests is not None:
+            self._requests.take(1, now_s)
+        self.used_requests += 1
+
+    def refusal(self, num_tokens: int, now_s: float) -> Refusal | None:
+        """Return why a call of so many tokens is refused now, if it is."""
+        return self._too_large(num_tokens) or self._too_early(num_tokens, now_s)
+
+    def take(self, num_tokens: int, now_s: float) -> None:
+        """Take a call's tokens, which are then under way."""
+        if self._tokens is not None:
+            self._tokens.take(num_tokens, now_s)
+        self.used_tokens += num_tokens
+        self.held_tokens += num_tokens
+
+    def end(self, num_tokens: int, num_unused: int, now_s: float) -> None:
+        """End a call that took ``num_tokens``; ``num_unused`` of them are given back."""
+        if self._tokens is not None:
+            self._tokens.take(-num_unused, now_s)
+        self.used_tokens -= num_unused
+        self.held_tokens -= num_tokens
+
+    def take_off(self, others: Mapping[str, KeyUse], known: Collection[str], now_s: float) -> None:
+        """Take off what other gateways have used since the last call, by their newest uses.
+
+        ``known`` are the gateways of the last report; one of them that had nothing to report had
+        used nothing. A gateway that is not among them has the same buckets as this one, so that no
+        more is left here than there.
+        """
+        for gateway, use in others.items():
+            before = self._others.get(gateway)
+            if before is None and gateway not in known:
+                self._lower(use, now_s)
+            else:
+                self._take_difference(use, before or _NOTHING, now_s)
+        self._others = dict(others)
+
+    def _lower(self, use: KeyUse, now_s: float) -> None:
+        for bucket, left in (
+            (self._requests, use.requests_left),
+            (self._tokens, use.tokens_left),
+        ):
+            if bucket is not None:
+                bucket.lower(left, now_s)
+
+    def _take_difference(self, use: KeyUse, before: KeyUse, now_s: float) -> None:
+        for bucket, amount in (
+            (self._requests, use.requests - before.requests),
+            (self._tokens, use.tokens - before.tokens),
+        ):
+            if bucket is not None:
+                bucket.take(amount, now_s)
+
+    def forget_others(self) -> None:
+        """Take the next uses of all other gateways for the first ones."""
+        self._others = {}
+
+    def change(self, limits: KeyLimits, share: int, now_s: float) -> None:
+        """Go on with other limits, of which this gateway has one of ``share`` equal parts."""
+        if limits == self.limits and share == self._share:
+            return
+        self._requests, self._tokens = (
+            _resized(before, after, now_s)
+            for before, after in zip(
+                (self._requests, self._tokens), _buckets(limits, share, now_s), strict=True
+            )
+        )
+        self.limits, self._share = limits, share
+
+    def use(self, now_s: float) -> KeyUse:
+        """Return what other gateways need to know."""
+        left = [
+            math.inf if bucket is None else bucket.level(now_s)
+            for bucket in (self._requests, self._tokens)
+        ]
+        return KeyUse(self.used_requests, self.used_tokens, self.held_tokens, *left)
+
+    def headers(self, now_s: float) -> dict[str, str]:
+        """Return :data:`RATE_HEADERS` about the rates that are limited."""
+        headers = {}
+        for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
+            if bucket is not None:
+                left, reset_s = bucket.level(now_s), bucket.wait_s(bucket.capacity, now_s)
+                left = max(0.0, left + _ROUNDING * bucket.capacity)
+                headers[f"x-ratelimit-limit-{kind}"] = str(math.floor(bucket.capacity))
+                headers[f"x-ratelimit-remaining-{kind}"] = str(math.floor(left))
+                headers[f"x-ratelimit-reset-{kind}"] = duration_text(reset_s)
+        return headers
+
+    def _too_large(self, num_tokens: int) -> Refusal | None:
+        for limit in ("tokens_per_min", "concurrent_tokens"):
+            bound = getattr(self.limits, limit)
+            if bound is not None and num_tokens > bound:
+                message = (
+                    f"prompts and max_tokens, or rows, add up to {num_tokens:,} tokens; this "
+                    f"key's {limit} is {bound:,}"
+                )
+                return Refusal(limit, TooLargeError(message))
+        return None
+
+    def _too_early(self, num_tokens: int, now_s: float) -> Refusal | None:
+        waits = []
+        if self._tokens is not None:
+            # A call that is larger than a share needs all of it, and owes the rest.
+            amount = min(num_tokens, self._tokens.capacity)
+            waits.append((self._tokens.wait_s(amount, now_s), "tokens_per_min"))
+        if not self._has_room(num_tokens):
+            waits.append((HELD_RETRY_S, "concurrent_tokens"))
+        return self._to_come_back(waits)
+
+    def _to_come_back(self, waits: Sequence[tuple[float, str]]) -> Refusal | None:
+        """Return the refusal for the longest of these times, each with its limit."""
+        wait_s, limit = max(waits, default=(0.0, ""))
+        if not wait_s:
+            return None
+        bound = getattr(self.limits, limit)
+        message = f"too little is left of this key's {limit}, {bound:,}; retry later"
+        return Refusal(limit, OverloadedError(message, "", wait_s))
+
+    def _has_room(self, num_tokens: int) -> bool:
+        bound = self.limits.concurrent_tokens
+        if bound is None:
+            return True
+        held = self.held_tokens
+        if self._share == 1:
+            held += sum(use.held_tokens for use in self._others.values())
+        return held + num_tokens <= max(num_tokens, bound // self._share)
+
+
+def _buckets(limits: KeyLimits, share: int, now_s: float) -> tuple[Bucket | None, Bucket | None]:
+    """Return the buckets of requests and of tokens, of one of ``share`` equal parts."""
+    requests = tokens = None
+    if limits.requests_per_s is not None:
+        rate_per_s = limits.requests_per_s / share
+        requests = Bucket(rate_per_s, max(1.0, rate_per_s), now_s)
+    if limits.tokens_per_min is not None:
+        capacity = limits.tokens_per_min / share
+        tokens = Bucket(capacity / 60.0, capacity, now_s)
+    return requests, tokens
+
+
+def _resized(before: Bucket | None, after: Bucket | None, now_s: float) -> Bucket | None:
+    if before is not None and after is not None:
+        before.resize(after.rate_per_s, after.capacity, now_s)
+        return before
+    return after
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as OpenAI writes it: ``20ms``, ``1.5s``, ``6m0s``, ``1h0m0s``."""
+    milliseconds = math.ceil(seconds * 1000 - _ROUNDING)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    text = f"{milliseconds / 1000:g}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text

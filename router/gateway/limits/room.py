@@ -1,0 +1,239 @@
+"""The bounds of a gateway: requests and bytes at one time, and the time that a reader may take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+from cluster.errors import OverloadedError, SlowBodyError, SlowReaderError
+from router.config.deployment import BODIES_AT_ONCE, GatewayConfig
+
+RETRY_AFTER_S = 1.0
+BODY_TIMEOUT_S, BODY_BYTES_PER_S = 10.0, 64 << 10
+"""How long a body or a message may take to come: this, and so much more as it would take at this
+rate."""
+GRACE_S = 0.5
+"""How long past a request's deadline its router is waited for."""
+
+
+@asynccontextmanager
+async def arrival_timeout(what: str, num_bytes: int) -> AsyncIterator[None]:
+    """Raise :class:`SlowBodyError` where a body of so many bytes does not come in time."""
+    limit_s = BODY_TIMEOUT_S + num_bytes / BODY_BYTES_PER_S
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise SlowBodyError(
+            f"the {what} did not arrive within {limit_s:.0f} s: {BODY_TIMEOUT_S:g} s, plus one for "
+            f"each {BODY_BYTES_PER_S // 1024} KiB"
+        ) from None
+
+
+class SlowReaderWatch:
+    """Ends the work for a client that does not read its stream.
+
+    Each piece of the stream is yielded inside ``with watch:``. While the client does not read, the
+    server's write does not end and the generator stays in the ``with``. So the time there is the
+    time unread, over HTTP and gRPC alike, with any proxy between client and gateway.
+
+    When a piece takes longer than ``timeout_s``, ``on_cut()`` is called and ``end_work()`` awaited
+    on a task of its own, once. If the client reads on after all, the ``with`` raises
+    :class:`SlowReaderError`. To be used inside ``async with``, which waits for ``end_work``.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        end_work: Callable[[], Coroutine[Any, Any, None]],
+        on_cut: Callable[[], None],
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._end_work, self._on_cut = end_work, on_cut
+        self._loop = asyncio.get_running_loop()
+        self._handed_at_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> SlowReaderWatch:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ending is not None:
+            await self._ending
+
+    def __enter__(self) -> None:
+        self._handed_at_s = self._loop.time()
+        # One timer serves many pieces; a timer for each piece costs more.
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._timeout_s, self._look)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._handed_at_s = None
+        if self._ending is not None and error is None:
+            raise SlowReaderError(
+                f"the client read nothing for {self._timeout_s:g} s, so the stream was closed"
+            )
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._handed_at_s is None:
+            return
+        due_at_s = self._handed_at_s + self._timeout_s
+        if self._loop.time() < due_at_s:
+            self._timer = self._loop.call_at(due_at_s, self._look)
+            return
+        self._on_cut()
+        self._ending = self._loop.create_task(self._end_work())
+
+
+class Budget:
+    """An amount that requests share; used on the gateway's event loop alone."""
+
+    def __init__(self, limit: int, unit: str) -> None:
+        """``unit`` names the unit in the refusal, such as ``requests``."""
+        self._limit, self._unit = limit, unit
+        self.taken = 0
+
+    def share(self) -> Share:
+        """Return an empty share; the end of its ``with`` gives back everything it took."""
+        return Share(self)
+
+    def _take(self, amount: int) -> None:
+        if self.taken + amount > self._limit:
+            raise _full(f"at most {self._limit} {self._unit} at one time")
+        self.taken += amount
+
+    def _give_back(self, amount: int) -> None:
+        self.taken -= amount
+
+
+class Places(Budget):
+    """The places of requests, which models share: half of an even share is kept for each model.
+
+    So a model whose requests end late, or come in crowds, leaves places for the others.
+    """
+
+    def __init__(self, limit: int, models: Collection[str]) -> None:
+        """``models`` are the ids of the served models; one alone may take all places."""
+        super().__init__(limit, "requests")
+        self._kept = limit // (2 * max(1, len(models)))
+        self._models = {model: _ModelPlaces(self, limit, model) for model in models}
+
+    def share_of(self, model: str) -> Share:
+        """Return an empty share of a model's request; see :meth:`Budget.share`."""
+        return self._models[model].share()
+
+    def kept_for_others(self, model: str) -> int:
+        """Return the free places that are kept for other models."""
+        others = (own for own in self._models.values() if own.model != model)
+        return sum(max(0, self._kept - own.taken) for own in others)
+
+
+class _ModelPlaces(Budget):
+    """One model's part of the places."""
+
+    def __init__(self, places: Places, limit: int, model: str) -> None:
+        super().__init__(limit, "requests")
+        self.model = model
+        self._places = places
+
+    def _take(self, amount: int) -> None:
+        kept = self._places.kept_for_others(self.model)
+        if self._places.taken + amount > self._limit - kept:
+            others = f", {kept} of them kept for other models" if kept else ""
+            raise _full(f"at most {self._limit} requests at one time{others}")
+        self._places.taken += amount
+        self.taken += amount
+
+    def _give_back(self, amount: int) -> None:
+        self._places.taken -= amount
+        self.taken -= amount
+
+
+class Bodies(Budget):
+    """The bytes of requests' bodies. One key's may be as many as it leaves free for the others."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit, "bytes of request bodies")
+        self.by_name: Counter[str] = Counter()
+
+    def share_of(self, name: str) -> Share:
+        """Return an empty share of a request of a key's name; see :meth:`Budget.share`.
+
+        The name is empty where there are no keys.
+        """
+        return _BodiesOfName(self, self._limit, name).share()
+
+
+class _BodiesOfName(Budget):
+    """One name's part of the bytes."""
+
+    def __init__(self, bodies: Bodies, limit: int, name: str) -> None:
+        super().__init__(limit, "bytes of request bodies")
+        self._bodies, self._name = bodies, name
+
+    def _take(self, amount: int) -> None:
+        bodies, own = self._bodies, self._bodies.by_name[self._name] + amount
+        if self._name and own > self._limit - bodies.taken - amount:
+            raise _full("this key's request bodies take as many bytes as they leave for others")
+        bodies._take(amount)
+        bodies.by_name[self._name] = own
+
+    def _give_back(self, amount: int) -> None:
+        self._bodies._give_back(amount)
+        self._bodies.by_name[self._name] -= amount
+        if not self._bodies.by_name[self._name]:
+            del self._bodies.by_name[self._name]
+
+
+def _full(reason: str) -> OverloadedError:
+    return OverloadedError(f"the gateway is full: {reason}", retry_after_s=RETRY_AFTER_S)
+
+
+class Share:
+    """One request's part of a :class:`Budget`."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._amount = 0
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.give_back()
+
+    def take(self, amount: int) -> None:
+        """Take more; raises :class:`OverloadedError` with a hint when the budget is used up."""
+        self._budget._take(amount)
+        self._amount += amount
+
+    def give_back(self) -> None:
+        """Give back everything that was taken; a second call does nothing."""
+        self._budget._give_back(self._amount)
+        self._amount = 0
+
+
+class Room:
+    """The room of a gateway, which its services share: ``places`` of requests, ``bodies``."""
+
+    def __init__(self, limits: GatewayConfig, models: Collection[str]) -> None:
+        self._max_requests = limits.max_ongoing_requests
+        self.places = Places(limits.max_ongoing_requests, models)
+        self.bodies = Bodies(BODIES_AT_ONCE * limits.max_body_bytes)
+
+    def use(self) -> float:
+        """Return the requests under way as a share of the limit."""
+        return self.places.taken / self._max_requests

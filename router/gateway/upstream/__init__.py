@@ -1,0 +1,1 @@
+"""The way to the routers: links, choice of a router, retries."""

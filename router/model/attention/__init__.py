@@ -1,0 +1,1 @@
+"""Attention of packed tokens to a paged cache, and its implementations."""

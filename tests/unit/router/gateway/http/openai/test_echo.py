@@ -1,0 +1,241 @@
+"""``echo`` and ``prompt_logprobs`` of completions, as lm-eval asks for them and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MixtralForCausalLM
+
+from router.config.deployment import GatewayConfig
+from router.engine.scheduling.scheduler import Limits
+from tests.checkpoints import save_mixtral
+from tests.local_cluster import LocalCluster
+from tests.local_gateway import LocalGateway
+from tests.unit.http_calls import events, refusal
+from tests.unit.router.engine.test_engine import prompt_of
+
+PROMPTS = [prompt_of(length, length) for length in (9, 2, 30)]
+TEXT = "the quick brown fox — jumps"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    save_mixtral(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> MixtralForCausalLM:
+    return MixtralForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(folder)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def gateway(folder: Path, cluster: LocalCluster) -> LocalGateway:
+    return LocalGateway(folder, cluster)
+
+
+def expected_logprobs(oracle: MixtralForCausalLM, ids: list[int]) -> torch.Tensor:
+    """Return the log probabilities of all tokens after each of ``ids``."""
+    with torch.inference_mode():
+        logits = oracle(input_ids=torch.tensor([ids]), use_cache=False).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def likelihood_payload(prompts: Any) -> dict[str, Any]:
+    """The body that lm-eval's ``local-completions`` posts for log-likelihoods."""
+    return {
+        "prompt": prompts,
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+
+
+def read_likelihoods(answer: dict[str, Any], context_lengths: list[int]) -> list[Any]:
+    """Read (log-likelihood, is greedy) of each continuation as lm-eval does.
+
+    The last token of a choice is the one that was generated, so it is left out.
+    """
+    found = []
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    for choice, context in zip(choices, context_lengths, strict=True):
+        own = choice["logprobs"]["token_logprobs"][context:-1]
+        top = choice["logprobs"]["top_logprobs"][context:-1]
+        is_greedy = all(mine == max(best.values()) for mine, best in zip(own, top, strict=True))
+        found.append((sum(own), is_greedy))
+    return found
+
+
+def test_likelihoods_that_lm_eval_reads_equal_transformers(
+    gateway: LocalGateway, oracle: MixtralForCausalLM
+) -> None:
+    contexts = [5, 1, 29]
+    greedy = [*PROMPTS[0], int(expected_logprobs(oracle, PROMPTS[0])[-1].argmax())]
+    prompts = [*PROMPTS, greedy]
+    answer = gateway.post(**likelihood_payload(prompts)).json()
+    for ids, context, (total, is_greedy) in zip(
+        prompts, [*contexts, 9], read_likelihoods(answer, [*contexts, 9]), strict=True
+    ):
+        rows = expected_logprobs(oracle, ids)
+        targets = torch.tensor(ids[context:])
+        own = rows[context - 1 : -1].gather(1, targets[:, None])
+        assert total == pytest.approx(own.sum().item(), abs=1e-3)
+        assert is_greedy == bool((rows[context - 1 : -1].argmax(-1) == targets).all())
+    assert read_likelihoods(answer, [5, 1, 29, 9])[3][1]
+
+
+def test_one_prompt_of_a_batch_is_answered_as_alone(gateway: LocalGateway) -> None:
+    together = gateway.post(**likelihood_payload(PROMPTS)).json()["choices"]
+    alone = [gateway.post(**likelihood_payload([ids])).json()["choices"][0] for ids in PROMPTS]
+    assert together == [{**choice, "index": index} for index, choice in enumerate(alone)]
+
+
+@pytest.mark.parametrize("prompt", [TEXT, [TEXT], PROMPTS[0], [PROMPTS[0]]])
+def test_every_shape_of_a_prompt_is_echoed(gateway: LocalGateway, prompt: Any) -> None:
+    answer = gateway.post(**likelihood_payload(prompt)).json()
+    [choice] = answer["choices"]
+    is_text = TEXT in prompt
+    ids = gateway.tokenizer.encode(TEXT) if is_text else PROMPTS[0]
+    echoed = TEXT if is_text else gateway.tokenizer.decode(ids)
+    plain = gateway.post(**{**likelihood_payload(prompt), "echo": False}).json()["choices"][0]
+    assert choice["text"] == echoed + plain["text"]
+    rows = choice["logprobs"]
+    assert len(rows["tokens"]) == len(ids) + 1
+    assert {len(column) for column in rows.values()} == {len(ids) + 1}
+    assert rows["token_logprobs"][0] is rows["top_logprobs"][0] is None
+    assert rows["token_logprobs"][-1] == plain["logprobs"]["token_logprobs"][0]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_offsets_are_places_in_the_text(gateway: LocalGateway) -> None:
+    text = "the quick brown fox"
+    body = {**likelihood_payload(text), "max_tokens": 5, "ignore_eos": True}
+    choice = gateway.post(**body).json()["choices"][0]
+    rows = choice["logprobs"]
+    ids = gateway.tokenizer.encode(text)
+    for token, offset in list(zip(rows["tokens"], rows["text_offset"], strict=True))[: len(ids)]:
+        assert choice["text"][offset:].startswith(token)
+
+
+@pytest.mark.parametrize("asked", [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}])
+def test_no_new_token_is_needed(gateway: LocalGateway, asked: dict[str, Any]) -> None:
+    answer = gateway.post(prompt=PROMPTS, max_tokens=0, n=2, **asked).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    for choice in answer["choices"]:
+        ids = PROMPTS[choice["index"] // 2]
+        assert choice["finish_reason"] == "length"
+        assert choice["text"] == (gateway.tokenizer.decode(ids) if "echo" in asked else "")
+        rows = (
+            choice["logprobs"]["token_logprobs"] if "echo" in asked else choice["prompt_logprobs"]
+        )
+        assert len(rows) == len(ids)
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_an_echo_without_logprobs_is_text_alone(gateway: LocalGateway) -> None:
+    choice = gateway.post(prompt=TEXT, max_tokens=0, echo=True).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == (TEXT, None)
+    assert gateway.upstream.requests[0].sampling.prompt_logprobs is None
+
+
+def test_prompt_logprobs_have_vllms_shape(
+    gateway: LocalGateway, oracle: MixtralForCausalLM
+) -> None:
+    ids = PROMPTS[2]
+    choice = gateway.post(prompt=ids, prompt_logprobs=2, max_tokens=1).json()["choices"][0]
+    first, *rows = choice["prompt_logprobs"]
+    assert (first, choice["logprobs"], len(rows)) == (None, None, len(ids) - 1)
+    expected = expected_logprobs(oracle, ids)
+    for place, row in enumerate(rows):
+        ranks = expected[place].argsort(descending=True).tolist()
+        likeliest = [str(token_id) for token_id in ranks[:2]]
+        own = str(ids[place + 1])
+        assert set(row) == {*likeliest, own}
+        for token_id, entry in row.items():
+            assert entry["logprob"] == pytest.approx(
+                expected[place, int(token_id)].item(), abs=1e-4
+            )
+            assert entry["rank"] == ranks.index(int(token_id)) + 1
+            assert entry["decoded_token"] == gateway.tokenizer.token_text(int(token_id))
+
+
+def test_both_numbers_of_alternatives_hold_beside_each_other(gateway: LocalGateway) -> None:
+    body = {**likelihood_payload(PROMPTS[2]), "logprobs": 1}
+    choice = gateway.post(**body, prompt_logprobs=3).json()["choices"][0]
+    assert {len(row) for row in choice["prompt_logprobs"][1:]} <= {3, 4}
+    assert {len(row) for row in choice["logprobs"]["top_logprobs"][1:]} <= {1, 2}
+    alone = gateway.post(**body).json()["choices"][0]
+    assert alone["logprobs"] == choice["logprobs"]
+    assert "prompt_logprobs" not in alone
+
+
+def test_tokens_of_one_text_do_not_hide_the_likeliest(gateway: LocalGateway) -> None:
+    """Parts of characters have the same text, and lm-eval looks for the largest number."""
+    body = {"prompt": PROMPTS[2], "max_tokens": 0, "echo": True, "logprobs": 20}
+    choice = gateway.post(**body, prompt_logprobs=20).json()["choices"][0]
+    for top, by_id in zip(
+        choice["logprobs"]["top_logprobs"][1:], choice["prompt_logprobs"][1:], strict=True
+    ):
+        assert max(top.values()) == max(entry["logprob"] for entry in by_id.values())
+
+
+def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the chunks of one choice together."""
+    parts = [chunk["choices"][0] for chunk in chunks]
+    return {
+        "text": "".join(part["text"] for part in parts),
+        "logprobs": {
+            name: [row for part in parts for row in part["logprobs"][name]]
+            for name in parts[0]["logprobs"]
+        },
+    }
+
+
+@pytest.mark.parametrize("lost_after", [None, 1, 2, 4])
+def test_a_stream_has_the_same_also_when_its_router_is_lost(
+    folder: Path, lost_after: int | None
+) -> None:
+    cluster = LocalCluster(folder, limits=Limits(4, 8, 16))  # the prompt takes several steps
+    gateway = LocalGateway(folder, cluster, lost_after=lost_after)
+    body = {**likelihood_payload(PROMPTS[2]), "max_tokens": 4, "ignore_eos": True}
+    chunks = events(gateway.post(**body, stream=True))
+    whole = gateway.post(**body).json()["choices"][0]
+    cluster.close()
+    assert len(chunks) >= 2
+    assert joined(chunks) == {"text": whole["text"], "logprobs": whole["logprobs"]}
+
+
+@pytest.mark.parametrize("lost_after", [1, 3, 5])
+def test_an_answer_is_the_same_when_its_router_is_lost(folder: Path, lost_after: int) -> None:
+    cluster = LocalCluster(folder, limits=Limits(4, 8, 16))
+    body = {**likelihood_payload(PROMPTS[2]), "max_tokens": 4, "prompt_logprobs": 2}
+    whole = LocalGateway(folder, cluster).post(**body).json()["choices"]
+    broken = LocalGateway(folder, cluster, lost_after=lost_after)
+    assert broken.post(**body).json()["choices"] == whole
+    cluster.close()
+
+
+def test_log_probabilities_count_towards_the_size_of_a_request(
+    folder: Path, cluster: LocalCluster
+) -> None:
+    gateway = LocalGateway(folder, cluster, GatewayConfig(max_request_tokens=256))
+    body = {"prompt": prompt_of(50, 1), "max_tokens": 0}
+    assert gateway.post(**body, prompt_logprobs=3).status_code == 200  # 50 (2 + 3) = 250
+    message = refusal(gateway.post(**body, prompt_logprobs=4), 400, "max_tokens")
+    assert "add up to 300 tokens; at most 256" in message

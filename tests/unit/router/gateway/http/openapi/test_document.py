@@ -1,0 +1,186 @@
+"""The OpenAPI document: it has the app's routes and the validation's fields, and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from starlette.routing import Route
+
+from router.config.deployment import GatewayConfig
+from router.gateway.http.openapi.bodies import BODIES
+from router.gateway.input.request.model import Request
+from router.gateway.predict.validate import PARAMETERS
+from tests.unit.gateway_fakes import FakeUpstream, http_app, says
+from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, events, refusal
+from tests.unit.router.gateway.input.tools.chat_models import says as says_of
+from tests.unit.router.gateway.input.tools.test_parsers import QWEN_CALL
+from tests.unit.router.gateway.input.tools.test_refusals import CALL, TOOL, USER, post
+
+UPSTREAM = FakeUpstream(says(" was"))
+INFER = "/v2/models/digits/infer"
+PIXELS = {"name": "pixels", "datatype": "FP32", "shape": [1, 4], "data": [0, 1, 2, 3]}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    found: dict[str, Any] = call(UPSTREAM, "/openapi.json").json()
+    return found
+
+
+def validator(document: dict[str, Any], name: str) -> jsonschema.Draft202012Validator:
+    """Return the validator of a schema of the document."""
+    schema = document["components"]["schemas"][name] | {"components": document["components"]}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_every_route_is_described_and_no_other(document: dict[str, Any]) -> None:
+    routes = {
+        (re.sub(r"{(\w+?)(_id)?(:path)?}", r"{\1}", route.path), method.lower())
+        for route in http_app(UPSTREAM).routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    described = {(path, method) for path in document["paths"] for method in document["paths"][path]}
+    described = {(path, method) for path, method in described if method != "parameters"}
+    # One route has all of a model's paths, since an id may have slashes.
+    of_models = {pair for pair in described if pair[0].startswith("/v2/models/")}
+    routes -= {("/v2/models/{path}", "get"), ("/v2/models/{path}", "post")}
+    routes.remove(("/-/healthz", "get"))  # for a probe of the process, not for clients
+    assert described - of_models == routes
+    assert len(of_models) == 6
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_body_has_the_fields_that_the_validation_takes(
+    document: dict[str, Any], kind: type[Request]
+) -> None:
+    described = document["components"]["schemas"][kind.__name__]["properties"]
+    assert described.keys() == kind.names | kind.others.keys()
+    for field, values in kind.others.items():
+        check = validator(document, kind.__name__)
+        wrong = [error for error in check.iter_errors({field: "nonsense"}) if error.path]
+        assert bool(wrong) == (values is not None), field
+
+
+@pytest.mark.parametrize(
+    ("where", "field"),
+    [
+        ((), ""),
+        (("inputs", "items", "anyOf"), "inputs[0]."),
+        (("outputs", "anyOf", 0, "items"), "outputs[0]."),
+    ],
+)
+def test_a_prediction_has_the_fields_that_the_validation_takes(
+    document: dict[str, Any], where: tuple[Any, ...], field: str
+) -> None:
+    schema: Any = document["components"]["schemas"]["InferRequest"]
+    if where:
+        schema = schema["properties"]
+    for step in where:
+        schema = schema[step]
+    variants = schema if isinstance(schema, list) else [schema]
+    body: dict[str, Any] = {"inputs": [dict(PIXELS)], "outputs": [{"name": "label"}]}
+    part = body if not field else body[field.partition("[")[0]][0]
+    part["nonsense"] = 1
+    told = call(UPSTREAM, INFER, body).json()["error"]
+    assert told.startswith(f"{field}nonsense: ")
+    allowed = told.rpartition("allowed: ")[2].split(", ")
+    assert {name for one in variants for name in one["properties"]} == set(allowed)
+
+
+def test_parameters_of_a_prediction_are_those_that_the_validation_takes(
+    document: dict[str, Any],
+) -> None:
+    given = document["components"]["schemas"]["InferRequest"]["properties"]["parameters"]
+    described = given["anyOf"][0]["properties"]
+    assert set(described) == {*PARAMETERS, "binary_data_output", "content_type"}
+    good = {"timeout_s": 5, "on_expert_loss": "drop", "binary_data_output": False}
+    for parameters in (good, {"timeout": 9_000_000, "content_type": "np"}):
+        body = {"inputs": [PIXELS], "parameters": parameters}
+        validator(document, "InferRequest").validate(body)
+        assert call(UPSTREAM, INFER, body).status_code == 200
+    wrong = {"inputs": [PIXELS], "parameters": {"content_type": "pd"}}
+    assert not validator(document, "InferRequest").is_valid(wrong)
+    assert call(UPSTREAM, INFER, wrong).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "taken", "answered", "body"),
+    [
+        (COMPLETIONS, "CompletionRequest", "Completion", {"prompt": "in", "logprobs": 1, "n": 2}),
+        (CHAT, "ChatRequest", "Chat", {"messages": HELLO, "logprobs": True, "top_logprobs": 2}),
+        ("/tokenize", "TokenizeRequest", "Tokenized", {"prompt": "in", "return_token_strs": True}),
+        ("/detokenize", "DetokenizeRequest", "Detokenized", {"tokens": [5]}),
+    ],
+)
+def test_bodies_and_answers_fit_their_schemas(
+    document: dict[str, Any], path: str, taken: str, answered: str, body: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", **body}
+    validator(document, taken).validate(body)
+    response = call(UPSTREAM, path, body)
+    assert response.status_code == 200
+    validator(document, answered).validate(response.json())
+    # Neither schema takes what is not there.
+    assert not validator(document, taken).is_valid(body | {"nonsense": 1})
+    assert not validator(document, answered).is_valid(response.json() | {"nonsense": 1})
+    validator(document, "Error").validate(call(UPSTREAM, path, {"nonsense": 1}).json())
+
+
+def test_predictions_fit_their_schemas(document: dict[str, Any]) -> None:
+    validator(document, "InferRequest").validate({"inputs": [PIXELS]})
+    answer = call(UPSTREAM, INFER, {"inputs": [PIXELS]}).json()
+    validator(document, "InferResponse").validate(answer)
+    metadata = call(UPSTREAM, "/v2/models/digits").json()
+    validator(document, "ModelMetadata").validate(metadata)
+    validator(document, "PredictionError").validate(call(UPSTREAM, INFER, {}).json())
+
+
+def test_bounds_are_those_of_the_deployment() -> None:
+    limits = GatewayConfig(max_choices=3, max_timeout_s=7, default_timeout_s=7, max_logprobs=4)
+    schemas = call(UPSTREAM, "/openapi.json", limits=limits).json()["components"]["schemas"]
+    given = schemas["CompletionRequest"]["properties"]
+    assert given["n"]["anyOf"][0]["maximum"] == 3
+    assert given["timeout_s"]["anyOf"][0]["maximum"] == 7
+    assert given["prompt_logprobs"]["anyOf"][0]["maximum"] == 4
+    assert given["model"]["enum"] == ["tiny", "bare"]
+    for name, value, param in (("n", 4, "n"), ("timeout_s", 8, "timeout_s")):
+        body = {"model": "tiny", "prompt": "in", name: value}
+        refusal(call(UPSTREAM, COMPLETIONS, body, limits=limits), 400, param)
+
+
+def test_every_schema_is_one_and_every_reference_is_there(document: dict[str, Any]) -> None:
+    components = document["components"]
+    for schema in components["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    references = set(re.findall(r'"#/components/(\w+)/(\w+)"', json.dumps(document)))
+    assert len(references) > 20
+    assert {pair for pair in references if pair[1] not in components[pair[0]]} == set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_fit_their_schemas(document: dict[str, Any], stream: bool) -> None:
+    tools = [TOOL, {"type": "function", "function": {"name": "now", "strict": False}}]
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    result = {"role": "tool", "tool_call_id": CALL["id"], "content": "fine"}
+    asked: dict[str, Any] = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result],
+        "tools": tools,
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+        "chat_template_kwargs": {"enable_thinking": False},
+        "stream": stream,
+    }
+    check = validator(document, "ChatRequest")
+    told = [e.json_path for e in check.iter_errors({"model": "tiny", **asked})]
+    assert told == []
+    text = f"<think>a</think>b{QWEN_CALL.replace('get_weather', 'now')}"
+    response = post("qwen", FakeUpstream(says_of("qwen", text)), **asked)
+    assert response.status_code == 200
+    answers = events(response)[:-1] if stream else [response.json()]
+    for each in answers:
+        validator(document, "ChatChunk" if stream else "Chat").validate(each)
+    assert any("tool_calls" in json.dumps(each) for each in answers)

@@ -1,0 +1,30 @@
+"""A gateway's models: the tokenizer that it loads is that of the served checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import CheckpointError
+from router.config.deployment import parse_args
+from router.gateway.input.models import load_models
+from router.served import inspect_models
+from tests.checkpoints import save_mixtral
+
+
+def test_a_tokenizer_that_changed_since_the_check_is_refused(tmp_path: Path) -> None:
+    save_mixtral(tmp_path)
+    config = parse_args({"models": [{"id": "m", "path": str(tmp_path)}]})
+    [model] = inspect_models(config)
+    assert load_models((model,))["m"].tokenizer.encode("in")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(CheckpointError, match="its tokenizer, chat template or") as caught:
+        load_models((model,))
+    assert caught.value.field == str(tmp_path)
+    # Another deployment serves it, under the same weights' key.
+    [again] = inspect_models(config)
+    assert again.key == model.key
+    assert again.identity != model.identity
+    assert load_models((again,))["m"].info == replace(again)

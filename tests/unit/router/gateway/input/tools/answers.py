@@ -1,0 +1,89 @@
+"""Answers of the families in their published formats, and how tests take them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from router.gateway.input.tools.answer import AnswerFormat
+from router.gateway.input.tools.definitions import Tool, ToolUse
+from router.gateway.input.tools.formats import ChatFormat
+from router.gateway.input.tools.reader import ChoiceParser
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+NOW: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+)  # fmt: skip
+HARMONY = (
+    "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
+)  # fmt: skip
+QWEN = ChatFormat("tool_call", thinks=True)
+SMOL = ChatFormat("tool_call")
+CODER = ChatFormat("qwen3_coder")
+MISTRAL = ChatFormat("mistral", special={"[TOOL_CALLS]": 0})
+LATER = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+MISTRAL_V11 = ChatFormat("mistral_v11", special=dict(zip(LATER, range(3), strict=True)))
+MISTRAL_V13 = ChatFormat("mistral_v13", special=dict(zip(LATER[:2], range(2), strict=True)))
+V3 = ChatFormat("deepseek_v3", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+V3_1 = ChatFormat("deepseek_v3_1", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+GPT_OSS = ChatFormat("harmony", special=dict(zip(HARMONY, range(7), strict=True)))
+
+
+def tool(name: str, parameters: dict[str, Any], is_strict: bool = False) -> Tool:
+    """A checked tool."""
+    function = {"name": name, "parameters": parameters}
+    return Tool(name, parameters, is_strict, {"type": "function", "function": function})
+
+
+TOOLS = (tool("get_weather", WEATHER), tool("now", NOW))
+USE = ToolUse(TOOLS, TOOLS)
+
+
+@dataclass
+class Whole:
+    """All parts of an answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def take(self, parser: ChoiceParser, text: str, is_last: bool) -> None:
+        """Add what a parser finds in more text."""
+        parsed = parser.push(text, is_last)
+        self.content += parsed.content
+        self.reasoning += parsed.reasoning
+        for part in parsed.calls:
+            if part.index == len(self.calls):
+                assert part.name
+                self.calls.append((part.name, ""))
+            name, arguments = self.calls[part.index]
+            self.calls[part.index] = (name, arguments + part.arguments)
+
+
+def parsed(
+    format_: ChatFormat,
+    pieces: list[str],
+    is_held: bool = False,
+    use: ToolUse | None = USE,
+    prompt: str = "",
+    reason: str = "stop",
+) -> Whole:
+    """What the parser of a format makes of pieces of text."""
+    parser = AnswerFormat(format_, prompt, use, is_held).begin()
+    whole = Whole()
+    for piece in pieces:
+        whole.take(parser, piece, False)
+        if parser.is_full:
+            break
+    else:
+        whole.take(parser, "", True)
+    whole.finish_reason = parser.finish_reason(reason)
+    return whole

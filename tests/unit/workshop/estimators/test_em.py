@@ -1,0 +1,223 @@
+"""The M steps against scikit-learn, closed forms and each other."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+
+from workshop.estimators.choices import log_softmax, log_sum_exp
+from workshop.estimators.em import (
+    SoftmaxProblem,
+    ascend,
+    design_of,
+    least_squares,
+    penalty_of,
+)
+
+
+def fit_softmax(
+    rows: np.ndarray,
+    targets: np.ndarray,
+    sample_weight: np.ndarray | None = None,
+    *,
+    ridge: float = 1e-3,
+    bias_ridge: float = 1e-6,
+    start: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight [C, F] and the bias [C] of one softmax regression, from ``start``."""
+    weighted = targets if sample_weight is None else targets * sample_weight[:, None]
+    penalty = penalty_of(rows.shape[1], ridge, bias_ridge)
+    problem = SoftmaxProblem(design_of(rows), weighted[:, None], penalty)
+    begun = np.zeros(problem.shape) if start is None else start
+    coefficients, is_converged = ascend(problem, begun, max_iter=100)
+    assert is_converged
+    return coefficients[:-1, 0].T, coefficients[-1, 0]
+
+
+def probabilities(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(rows @ weight.T + bias))
+
+
+def test_least_squares_equals_linear_regression_of_each_expert() -> None:
+    rng = np.random.default_rng(0)
+    rows, targets, weights = rng.normal(size=(80, 5)), rng.normal(size=(80, 3)), rng.random((80, 4))
+    found = least_squares(design_of(rows), targets, weights, penalty_of(5, 0.0, 0.0))
+    for expert in range(4):
+        peer = LinearRegression().fit(rows, targets, sample_weight=weights[:, expert])
+        np.testing.assert_allclose(found[expert, :-1].T, peer.coef_, atol=1e-12)
+        np.testing.assert_allclose(found[expert, -1], peer.intercept_, atol=1e-12)
+
+
+def test_least_squares_with_a_ridge_equals_ridge_regression() -> None:
+    rng = np.random.default_rng(1)
+    rows, targets, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 2)), rng.random((40, 1))
+    found = least_squares(design_of(rows), targets, weights, penalty_of(3, 2.5, 0.0))[0]
+    peer = Ridge(alpha=2.5).fit(rows, targets, sample_weight=weights[:, 0])
+    np.testing.assert_allclose(found[:-1].T, peer.coef_, atol=1e-12)
+    np.testing.assert_allclose(found[-1], peer.intercept_, atol=1e-12)
+
+
+def test_least_squares_by_hand() -> None:
+    """Weights 1, 1, 2 at x = 0, 1, 2 and y = 0, 1, 0: slope −1/11, bias 4/11."""
+    found = least_squares(
+        design_of(np.array([[0.0], [1.0], [2.0]])),
+        np.array([[0.0], [1.0], [0.0]]),
+        np.array([[1.0], [1.0], [2.0]]),
+        penalty_of(1, 0.0, 0.0),
+    )
+    np.testing.assert_allclose(found[0, :, 0], [-1 / 11, 4 / 11], atol=1e-14)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-14, 1e-6])
+def test_least_squares_where_columns_repeat_and_where_no_row_counts(ridge: float) -> None:
+    rng = np.random.default_rng(2)
+    column = rng.normal(size=(30, 1))
+    rows = np.hstack([column, column])
+    weights = np.column_stack([np.ones(30), np.zeros(30)])
+    found = least_squares(design_of(rows), 3 * column, weights, penalty_of(2, ridge, ridge))
+    np.testing.assert_allclose(found[0, :2, 0], [1.5, 1.5], atol=1e-5)
+    np.testing.assert_array_equal(found[1], 0.0)
+
+
+@pytest.mark.parametrize("regularisation", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("num_classes", [3, 5])
+def test_fit_softmax_equals_logistic_regression(num_classes: int, regularisation: float) -> None:
+    rng = np.random.default_rng(num_classes)
+    rows, weights = rng.normal(size=(150, 4)), rng.random(150)
+    labels = (
+        rows @ rng.normal(size=(4, num_classes)) + rng.gumbel(size=(150, num_classes))
+    ).argmax(1)
+    weight, bias = fit_softmax(
+        rows, np.eye(num_classes)[labels], weights, ridge=1 / regularisation, bias_ridge=0.0
+    )
+    peer = LogisticRegression(C=regularisation, tol=1e-12, max_iter=10_000, solver="newton-cg")
+    peer.fit(rows, labels, sample_weight=weights)
+    np.testing.assert_allclose(weight, peer.coef_, atol=1e-6)
+    np.testing.assert_allclose(bias, peer.intercept_ - peer.intercept_.mean(), atol=1e-6)
+
+
+def test_two_classes_equal_the_binary_logistic_regression_of_half_the_penalty() -> None:
+    """One vector w as ±w/2 has half the squared norm, so the ridge is twice as large."""
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(100, 3))
+    labels = (rows[:, 0] + rng.logistic(size=100) > 0).astype(int)
+    weight, bias = fit_softmax(rows, np.eye(2)[labels], ridge=2.0, bias_ridge=0.0)
+    peer = LogisticRegression(C=1.0, tol=1e-12, max_iter=1000, solver="newton-cholesky")
+    peer.fit(rows, labels)
+    np.testing.assert_allclose(weight[1] - weight[0], peer.coef_[0], atol=1e-6)
+    np.testing.assert_allclose(bias[1] - bias[0], peer.intercept_[0], atol=1e-6)
+
+
+def test_soft_targets_equal_each_row_once_for_each_class_by_its_weight() -> None:
+    rng = np.random.default_rng(4)
+    rows, soft = rng.normal(size=(60, 3)), rng.dirichlet(np.ones(4), size=60)
+    weight, bias = fit_softmax(rows, soft, ridge=0.5, bias_ridge=0.0)
+    peer = LogisticRegression(C=2.0, tol=1e-12, max_iter=10_000, solver="newton-cg")
+    peer.fit(np.repeat(rows, 4, axis=0), np.tile(np.arange(4), 60), sample_weight=soft.ravel())
+    np.testing.assert_allclose(weight, peer.coef_, atol=1e-6)
+    np.testing.assert_allclose(bias, peer.intercept_ - peer.intercept_.mean(), atol=1e-6)
+
+
+def test_weights_count_as_repetitions_and_the_start_does_not_matter() -> None:
+    rng = np.random.default_rng(5)
+    rows, soft = rng.normal(size=(50, 2)), rng.dirichlet(np.ones(3), size=50)
+    counts = rng.integers(0, 4, size=50)
+    start = rng.normal(size=(3, 1, 3))
+    weighted = fit_softmax(rows, soft, counts, start=start)
+    repeated = fit_softmax(np.repeat(rows, counts, axis=0), np.repeat(soft, counts, axis=0))
+    for part, peer in zip(weighted, repeated, strict=True):
+        np.testing.assert_allclose(part, peer, atol=1e-6)
+        np.testing.assert_allclose(part.sum(axis=0), 0.0, atol=1e-12)
+
+
+def test_a_class_without_rows_has_a_small_probability() -> None:
+    rng = np.random.default_rng(6)
+    rows = rng.normal(size=(50, 2))
+    targets = np.eye(3)[rng.integers(0, 2, size=50)]
+    found = probabilities(rows, *fit_softmax(rows, targets))
+    assert np.all(found[:, 2] > 0)
+    assert np.all(found[:, 2] < 1e-3)
+
+
+def test_separable_classes_end_and_all_are_right() -> None:
+    rows = np.linspace(-1, 1, 40)[:, None]
+    labels = (rows[:, 0] > 0).astype(int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = probabilities(rows, *fit_softmax(rows, np.eye(2)[labels], ridge=0.0))
+    np.testing.assert_allclose(found[np.arange(40), labels], 1.0, atol=1e-3)
+
+
+def test_too_few_steps_do_not_converge() -> None:
+    rng = np.random.default_rng(7)
+    targets = rng.dirichlet(np.ones(3), size=(30, 1))
+    problem = SoftmaxProblem(design_of(rng.normal(size=(30, 2))), targets, np.full(3, 1e-3))
+    assert not ascend(problem, np.zeros(problem.shape), max_iter=1)[1]
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    num_rows=st.integers(1, 40),
+    num_models=st.integers(1, 4),
+    num_classes=st.integers(1, 5),
+    spread=st.sampled_from([1.0, 30.0, 1e4]),
+    ridge=st.sampled_from([0.0, 1e-6, 1.0]),
+)
+def test_no_newton_step_lowers_an_objective(
+    seed: int, num_rows: int, num_models: int, num_classes: int, spread: float, ridge: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    targets = rng.dirichlet(np.full(num_classes, 0.3), size=(num_rows, num_models))
+    targets *= rng.integers(
+        0, 3, size=(num_rows, num_models, 1)
+    )  # rows, or a model, without weight
+    design = design_of(spread * rng.normal(size=(num_rows, 3)))
+    problem = SoftmaxProblem(design, targets, penalty_of(3, ridge, 1e-6))
+    coefficients = rng.normal(size=problem.shape)
+    coefficients -= coefficients.mean(axis=2, keepdims=True)
+    before = problem.objectives(coefficients, log_softmax(problem.scores(coefficients)))
+    for _ in range(6):
+        coefficients, _ = ascend(problem, coefficients, max_iter=1)
+        after = problem.objectives(coefficients, log_softmax(problem.scores(coefficients)))
+        assert np.isfinite(after).all()
+        assert np.all(after >= before - 1e-9 * (1 + abs(before)))
+        before = after
+
+
+def test_models_side_by_side_equal_each_alone() -> None:
+    rng = np.random.default_rng(8)
+    rows, targets = rng.normal(size=(70, 3)), rng.dirichlet(np.ones(3), size=(70, 4))
+    targets *= np.array([1.0, 1e-3, 0.0, 5.0])[:, None]
+    problem = SoftmaxProblem(design_of(rows), targets, penalty_of(3, 1e-2, 1e-4))
+    together, is_converged = ascend(problem, np.zeros(problem.shape), max_iter=50)
+    assert is_converged
+    for model in range(4):
+        alone = fit_softmax(rows, targets[:, model], ridge=1e-2, bias_ridge=1e-4)
+        np.testing.assert_allclose(together[:-1, model].T, alone[0], atol=1e-7)
+        np.testing.assert_allclose(together[-1, model], alone[1], atol=1e-7)
+    np.testing.assert_array_equal(together[:, 2], 0.0)
+
+
+def test_log_sum_exp_of_far_scores() -> None:
+    scores = np.array([[1e4, 1e4 - 1.0], [-1e4, -1e4], [-np.inf, 3.0], [-np.inf, -np.inf]])
+    expected = [1e4 + np.log1p(np.exp(-1.0)), -1e4 + np.log(2), 3.0, -np.inf]
+    np.testing.assert_allclose(log_sum_exp(scores)[:, 0], expected, rtol=1e-15)
+
+
+def test_least_squares_with_a_ridge_for_each_model_and_output() -> None:
+    rng = np.random.default_rng(9)
+    rows, targets, weights = rng.normal(size=(40, 3)), rng.normal(size=(40, 2)), rng.random((40, 2))
+    scale = np.array([[0.5, 2.0], [3.0, 0.1]])
+    found = least_squares(design_of(rows), targets, weights, penalty_of(3, 2.0, 0.0), scale)
+    for model in range(2):
+        for output in range(2):
+            peer = Ridge(alpha=2.0 * scale[model, output])
+            peer.fit(rows, targets[:, output], sample_weight=weights[:, model])
+            np.testing.assert_allclose(found[model, :-1, output], peer.coef_, atol=1e-12)
+            np.testing.assert_allclose(found[model, -1, output], peer.intercept_, atol=1e-12)

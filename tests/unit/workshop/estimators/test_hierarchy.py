@@ -1,0 +1,418 @@
+"""Hierarchical mixtures as estimators: what they find, scikit-learn's contract, bad input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from benchmarks.local_mixture import LocalMixture
+from experts.checkpoint.mixture import open_mixture
+from workshop.estimators.estimators import (
+    HierarchicalMixtureClassifier,
+    HierarchicalMixtureRegressor,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads of BLAS wait for each other longer than such small fits take."""
+    with threadpool_limits(1):
+        yield
+
+
+def planted_tree(seed: int, count: int = 800) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows [N, 3], a target of four linear pieces with noise 0.05, and the pieces [N].
+
+    The first feature cuts at 0, and then the second on the left and the third on the right.
+    """
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(count, 3))
+    right = X[:, 0] > 0
+    piece = 2 * right + np.where(right, X[:, 2] > 0.2, X[:, 1] > -0.2)
+    slopes = np.array([[3, 0, 1], [-2, 1, 0], [0, 2, -2], [1, -3, 1]])
+    y = np.einsum("nf,nf->n", X, slopes[piece]) + np.array([1, -2, 3, 0])[piece]
+    return X, y + 0.05 * rng.normal(size=count), piece
+
+
+def planted_classes(seed: int, count: int = 1200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows [N, 4], labels of one rule on each of four pieces, and the pieces."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(count, 4))
+    right = X[:, 0] > 0
+    piece = 2 * right + np.where(right, X[:, 2] > 0, X[:, 1] > 0)
+    rules = 6 * np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, -1]])
+    scores = np.einsum("nf,nf->n", X, rules[piece])
+    return X, np.where(scores + rng.logistic(size=count) > 0, "yes", "no"), piece
+
+
+def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    X = rng.uniform(-2, 2, size=(count, 2))
+    y = np.where(X[:, 0] < 0, 3 * X[:, 0] + 1, -2 * X[:, 0] + X[:, 1])
+    return X, y + 0.05 * rng.normal(size=count)
+
+
+@pytest.mark.parametrize("kind", [HierarchicalMixtureRegressor, HierarchicalMixtureClassifier])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_neither_the_order_of_rows_nor_repetition_for_weight_changes_a_bit(kind: Any) -> None:
+    rng = np.random.default_rng(14)
+    X, y, counts = rng.normal(size=(40, 2)), rng.integers(0, 3, 40), rng.integers(0, 4, 40)
+    rows = rng.permutation(np.repeat(np.arange(40), counts))
+    shares, order = rng.random(len(rows)), rng.permutation(len(rows))
+    mixed = rows[order]
+    equal = [
+        ((X, y, counts), (X[rows], y[rows])),
+        ((X[rows], y[rows], shares), (X[mixed], y[mixed], shares[order])),
+    ]
+    for pair in equal:
+        one, other = (kind(n_init=2, max_iter=5, random_state=0).fit(*data) for data in pair)
+        np.testing.assert_array_equal(one.responsibilities(X, y), other.responsibilities(X, y))
+        np.testing.assert_array_equal(one.log_likelihoods_, other.log_likelihoods_)
+
+
+def test_a_planted_tree_is_found() -> None:
+    X, y, piece = planted_tree(0)
+    fitted = HierarchicalMixtureRegressor(
+        (2, 2), ridge=0.01, gate_ridge=1e-3, n_init=4, random_state=0
+    ).fit(X, y)
+    assert fitted.score(X, y) > 0.98
+    leaf = fitted.responsibilities(X, y).argmax(axis=1)
+    table = np.zeros((4, 4))
+    np.add.at(table, (piece, leaf), 1)
+    of_piece = table.argmax(axis=1)
+    assert sorted(of_piece.tolist()) == [0, 1, 2, 3]
+    assert table.max(axis=1).sum() / len(y) > 0.98
+    # Pieces 0 and 1 are below one gate, 2 and 3 below the other.
+    assert of_piece[0] // 2 == of_piece[1] // 2 != of_piece[2] // 2 == of_piece[3] // 2
+    experts = list(fitted.mixture_.experts.values())
+    for place, slopes in enumerate([[3, 0, 1], [-2, 1, 0], [0, 2, -2], [1, -3, 1]]):
+        weight, _ = experts[of_piece[place]].layers[0]
+        np.testing.assert_allclose(weight[0], slopes, atol=0.06)
+    np.testing.assert_allclose(
+        fitted.expert_usage_[of_piece], np.bincount(piece) / len(y), atol=0.02
+    )
+    assert list(fitted.mixture_.gates) == ["gate", "gate.0", "gate.1"]
+    assert fitted.mixture_.gates["gate.1"].choices == ("expert.1.0", "expert.1.1")
+
+
+def test_planted_classes_are_found() -> None:
+    X, y, piece = planted_classes(0)
+    fitted = HierarchicalMixtureClassifier((2, 2), tol=1e-3, n_init=3, random_state=0).fit(X, y)
+    table = np.zeros((4, 4))
+    np.add.at(table, (piece, fitted.responsibilities(X).argmax(axis=1)), 1)
+    assert sorted(table.argmax(axis=1).tolist()) == [0, 1, 2, 3]
+    assert table.max(axis=1).sum() / len(y) > 0.85
+    fresh, labels, _ = planted_classes(1)
+    assert fitted.score(fresh, labels) > 0.85
+    assert LogisticRegression().fit(X, y).score(fresh, labels) < 0.65
+
+
+def test_the_noise_of_the_experts_is_found() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.uniform(-1, 1, size=(2000, 1))
+    noise = np.where(X[:, 0] < 0, 0.3, 0.6)
+    y = np.where(X[:, 0] < 0, 4 * X[:, 0], 5 - X[:, 0]) + noise * rng.normal(size=2000)
+    fitted = HierarchicalMixtureRegressor((2,), gate_ridge=0.01, random_state=0).fit(X, y)
+    np.testing.assert_allclose(np.sort(fitted.mixture_.deviations[:, 0]), [0.3, 0.6], rtol=0.06)
+
+
+def test_one_expert_is_linear_regression() -> None:
+    rng = np.random.default_rng(1)
+    X = rng.normal([5, -3, 100], [1, 10, 0.1], size=(60, 3))
+    y = X @ rng.normal(size=(3, 2)) + rng.normal(size=(60, 2))
+    weights = rng.random(60)
+    fitted = HierarchicalMixtureRegressor((1,), ridge=1e-10).fit(X, y, weights)
+    peer = LinearRegression().fit(X, y, weights)
+    np.testing.assert_allclose(fitted.predict(X), peer.predict(X), atol=1e-8)
+    np.testing.assert_array_equal(fitted.responsibilities(X, y), 1.0)
+
+
+def test_one_expert_is_logistic_regression() -> None:
+    """The bias has the prior of the other coefficients, as the weight of a column of ones has."""
+    X, y = load_iris(return_X_y=True)
+    fitted = HierarchicalMixtureClassifier((1, 1), ridge=0.5, max_iter=50, tol=1e-12).fit(X, y)
+    peer = LogisticRegression(
+        C=2.0, fit_intercept=False, tol=1e-10, max_iter=10_000, solver="newton-cg"
+    )
+    design = np.column_stack([StandardScaler().fit_transform(X), np.ones(len(X))])
+    expected = peer.fit(design, y).predict_proba(design)
+    np.testing.assert_allclose(fitted.predict_proba(X), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, (2, 1, None), (1, 2, 2), None])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_pruned_paths_equal_brute_force(top_k: Any) -> None:
+    rng = np.random.default_rng(2)
+    X, y = rng.normal(size=(60, 3)), rng.normal(size=(60, 2))
+    parameters = {"n_init": 1, "max_iter": 10, "random_state": 0}
+    whole = HierarchicalMixtureRegressor((3, 2, 2), **parameters).fit(X, y)
+    pruned = HierarchicalMixtureRegressor((3, 2, 2), top_k=top_k, **parameters).fit(X, y)
+    kept = top_k if isinstance(top_k, tuple) else (top_k,) * 3
+
+    def weights(name: str, row: np.ndarray, depth: int) -> dict[str, float]:
+        gate = whole.mixture_.gates[name]
+        weight, bias = gate.layers[0]
+        scores = weight @ row + bias
+        chosen = np.argsort(-scores, kind="stable")[: kept[depth]]
+        found: dict[str, float] = {}
+        for place, share in zip(chosen, softmax(scores[chosen]), strict=True):
+            choice = gate.choices[place]
+            below = {choice: 1.0} if depth == 2 else weights(choice, row, depth + 1)
+            found |= {expert: share * part for expert, part in below.items()}
+        return found
+
+    shares = pruned.responsibilities(X)
+    for row, share, predicted in zip(X, shares, pruned.predict(X), strict=True):
+        expected = weights("gate", row, 0)
+        by_name = dict(zip(pruned.mixture_.experts, share, strict=True))
+        assert {name for name, part in by_name.items() if part} == set(expected)
+        total = np.zeros(2)
+        for name, part in expected.items():
+            np.testing.assert_allclose(by_name[name], part, rtol=1e-10)
+            weight, bias = whole.mixture_.experts[name].layers[0]
+            total += part * (weight @ row + bias)
+        np.testing.assert_allclose(predicted, total, atol=1e-10)
+
+
+def test_the_records_are_those_of_the_fit() -> None:
+    X, y = two_pieces(3)
+    fitted = HierarchicalMixtureRegressor((2,), n_init=2, random_state=0).fit(X, y)
+    assert fitted.log_likelihoods_.shape == (fitted.n_iter_,)
+    assert np.all(np.diff(fitted.log_likelihoods_) >= -1e-9)
+    # The prior weighs less the more rows there are: the rest is the mean log likelihood.
+    many = np.full(200, 1e5)
+    heavy = clone(fitted).fit(X, y, many)
+    assert heavy.log_likelihoods_[-1] == pytest.approx(heavy.log_likelihood_, abs=1e-3)
+    posterior = fitted.responsibilities(X, y)
+    np.testing.assert_allclose(posterior.sum(axis=1), 1.0, rtol=1e-12)
+    assert np.mean(posterior.max(axis=1) > 0.99) > 0.85
+    np.testing.assert_allclose(
+        fitted.expert_usage_, fitted.responsibilities(X).mean(axis=0), rtol=1e-12
+    )
+
+
+def test_several_outputs() -> None:
+    X, y = two_pieces(4, 300)
+    both = np.column_stack([y, 100 * np.abs(X[:, 0])])
+    fitted = HierarchicalMixtureRegressor((2,), n_init=2, random_state=0).fit(X, both)
+    assert fitted.predict(X).shape == (300, 2)
+    assert fitted.score(X, both) > 0.98
+    assert fitted.mixture_.deviations.shape == (2, 2)
+
+
+def test_a_class_that_an_expert_never_saw_is_unlikely() -> None:
+    rng = np.random.default_rng(5)
+    X = np.vstack([rng.normal(-4, 1, size=(100, 2)), rng.normal(4, 1, size=(100, 2))])
+    y = 2 * (np.arange(200) >= 100) + (rng.random(200) < 0.5)  # 0 and 1 left, 2 and 3 right
+    fitted = HierarchicalMixtureClassifier((2,), ridge=0.1, random_state=0).fit(X, y)
+    posterior = fitted.responsibilities(X)
+    left = int(posterior[:100].mean(axis=0).argmax())
+    outputs = fitted.mixture_.outputs(X[:100])[:, left]
+    assert np.all(outputs > 0)
+    assert np.all(outputs[:, 2:] < 0.02)
+    np.testing.assert_allclose(outputs.sum(axis=1), 1.0, rtol=1e-12)
+    with_y = fitted.responsibilities(X[:1], [3])  # a class of the other side
+    assert np.isfinite(with_y).all()
+    np.testing.assert_allclose(with_y.sum(), 1.0, rtol=1e-12)
+
+
+def test_more_experts_than_the_data_has_pieces_are_defined() -> None:
+    """Rows that are all the same, and a column that stands twice."""
+    rng = np.random.default_rng(6)
+    y = rng.normal(3, 2, size=20)
+    same = HierarchicalMixtureRegressor((2, 2), n_init=1).fit(np.ones((20, 2)), y)
+    np.testing.assert_allclose(same.predict(np.ones((1, 2))), y.mean(), atol=0.3)
+    X = rng.normal(size=(50, 1))
+    twice = HierarchicalMixtureRegressor((2, 2), n_init=2).fit(np.hstack([X, X]), X[:, 0])
+    assert twice.score(np.hstack([X, X]), X[:, 0]) > 0.99
+    constant = HierarchicalMixtureRegressor((2,), n_init=1).fit(X, np.full(50, 7.0))
+    np.testing.assert_allclose(constant.predict(X), 7.0, rtol=1e-9)
+    assert np.isfinite(constant.log_likelihood_)
+
+
+def test_a_warm_start_goes_on() -> None:
+    X, y, _ = planted_tree(7, 400)
+    first = HierarchicalMixtureRegressor(n_init=1, max_iter=5, random_state=0, warm_start=True)
+    with pytest.warns(ConvergenceWarning, match="EM did not converge in 5 iterations"):
+        first.fit(X, y)
+    before, mixture = first.log_likelihoods_[-1], first.mixture_
+    first.set_params(max_iter=100).fit(X, y)
+    assert first.log_likelihoods_[0] >= before - 1e-9
+    assert first.mixture_ is not mixture
+    at_once = HierarchicalMixtureRegressor(n_init=1, max_iter=200, tol=1e-9, random_state=0)
+    on = clone(at_once).set_params(max_iter=7, warm_start=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        on.fit(X, y).set_params(max_iter=200).fit(X, y)
+        at_once.fit(X, y)
+    np.testing.assert_allclose(on.predict(X), at_once.predict(X), atol=1e-3)
+    with pytest.raises(
+        ValueError, match=r"branching=\(3,\) has 3 experts in another tree than the 4"
+    ):
+        first.set_params(branching=(3,)).fit(X, y)
+
+
+def test_a_warm_start_of_classes_goes_on() -> None:
+    X, y, _ = planted_classes(8, 400)
+    fitted = HierarchicalMixtureClassifier(n_init=1, max_iter=8, random_state=0, warm_start=True)
+    with pytest.warns(ConvergenceWarning, match="8 iterations"):
+        fitted.fit(X, y)
+    before = fitted.log_likelihoods_[-1]
+    with pytest.warns(ConvergenceWarning, match="8 iterations"):
+        fitted.fit(X, y)
+    assert fitted.log_likelihoods_[0] >= before - 1e-9
+
+
+def test_early_stopping_keeps_the_tree_that_is_best_for_the_rows_held_out() -> None:
+    rng = np.random.default_rng(9)
+    X, y = rng.normal(size=(120, 5)), rng.normal(size=120)
+    fitted = HierarchicalMixtureRegressor(
+        ridge=1e-3, early_stopping=True, validation_fraction=0.3, random_state=0
+    ).fit(X, y)
+    assert fitted.validation_scores_.shape == (fitted.n_iter_,)
+    assert fitted.n_iter_ < 200
+    assert fitted.validation_scores_.argmax() <= fitted.n_iter_ - 5
+    assert fitted.n_samples_fit_ == 84
+
+
+def test_a_later_fit_keeps_no_validation_scores() -> None:
+    X, y = two_pieces(9, 60)
+    fitted = HierarchicalMixtureRegressor((2,), n_init=1, early_stopping=True, random_state=0)
+    assert hasattr(fitted.fit(X, y), "validation_scores_")
+    assert not hasattr(fitted.set_params(early_stopping=False).fit(X, y), "validation_scores_")
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+def test_a_failed_fit_leaves_the_estimator_as_it_was() -> None:
+    X, y = two_pieces(9, 60)
+    labels = np.where(y > 0, "high", "low")
+    fitted = HierarchicalMixtureClassifier((2,), n_init=1, random_state=0).fit(X, labels)
+    before, attributes = fitted.predict(X), set(vars(fitted))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        fitted.fit(np.tile(X, 2), np.full(60, "none"))
+    assert np.array_equal(fitted.predict(X), before)
+    assert fitted.classes_.tolist() == ["high", "low"]
+    fitted.set_params(max_iter=1, early_stopping=True)
+    with pytest.raises(ConvergenceWarning):  # after all attributes of the fit are set
+        fitted.fit(X[:40], labels[:40])
+    assert set(vars(fitted)) == attributes
+    assert fitted.n_samples_fit_ == 60
+    with pytest.raises(ConvergenceWarning):
+        (fresh := clone(fitted)).fit(X, labels)
+    with pytest.raises(NotFittedError):
+        fresh.predict(X)
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_starts_are_the_same_in_parallel(verbose: int, capsys: Any) -> None:
+    X, y = two_pieces(10)
+    alone = HierarchicalMixtureRegressor(
+        n_init=3, max_iter=20, random_state=1, verbose=verbose
+    ).fit(X, y)
+    assert ("HierarchicalMixtureRegressor" in capsys.readouterr().err) == bool(verbose)
+    with joblib.parallel_config(backend="threading"):
+        side_by_side = clone(alone).set_params(n_jobs=2).fit(X, y)
+    assert ("objective" in capsys.readouterr().err) == bool(verbose)
+    np.testing.assert_array_equal(alone.predict(X), side_by_side.predict(X))
+    other = clone(alone).set_params(n_init=1, random_state=2).fit(X, y)
+    assert alone.log_likelihoods_[-1] >= other.log_likelihoods_[-1] - 1e-3
+
+
+def test_pipelines_and_grid_searches() -> None:
+    X, y = two_pieces(11)
+    pipeline = make_pipeline(
+        StandardScaler(), HierarchicalMixtureRegressor(n_init=2, random_state=0)
+    )
+    pipeline.set_output(transform="default")
+    grid = {"hierarchicalmixtureregressor__branching": [(1,), (2,)]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(X, y)
+    assert search.best_params_ == {"hierarchicalmixtureregressor__branching": (2,)}
+    assert search.best_score_ > 0.95
+
+
+@pytest.mark.parametrize("kind", ["values", "classes"])
+def test_a_saved_mixture_is_loaded_served_and_goes_on(kind: str, tmp_path: Path) -> None:
+    parameters = {"top_k": (None, 1), "n_init": 1, "tol": 1e-2, "random_state": 0}
+    fitted: Any
+    if kind == "values":
+        X, y, _ = planted_tree(12, 300)
+        fitted = HierarchicalMixtureRegressor((2, 2), **parameters, warm_start=True).fit(X, y)
+        outputs, expected = "value", fitted.predict(X)
+    else:
+        X, y, _ = planted_classes(12, 300)
+        fitted = HierarchicalMixtureClassifier((2, 2), **parameters, warm_start=True).fit(X, y)
+        outputs, expected = "probabilities", fitted.predict_proba(X)
+    fitted.save(tmp_path / "mixture")
+    loaded = type(fitted).load(tmp_path / "mixture")
+    np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
+    np.testing.assert_allclose(
+        loaded.responsibilities(X, y), fitted.responsibilities(X, y), rtol=1e-12
+    )
+    opened = open_mixture(tmp_path / "mixture")
+    spec = opened.spec
+    name = next(output.name for output in spec.outputs if output.source in (outputs, "mean"))
+    served = LocalMixture(opened).predict({spec.rows_input.name: X}, [name])[name]
+    np.testing.assert_allclose(served.reshape(expected.shape), expected, atol=1e-12)
+    again = loaded.fit(X, y).log_likelihoods_
+    np.testing.assert_allclose(again, fitted.fit(X, y).log_likelihoods_, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"branching": ()}, "branching must have from 1 to"),
+        ({"branching": (1,) * 65}, r"from 1 to 64 levels \(given: 65\)"),
+        ({"branching": (2, 0)}, r"integers of at least 1 \(given: \(2, 0\)\)"),
+        ({"branching": 2}, "branching"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": (1,)}, r"top_k=\(1,\) must have one number for each of \(2, 2\)"),
+        ({"top_k": (1, 3)}, "must be integers from 1 to the choices"),
+        ({"ridge": 0.0}, "ridge"),
+        ({"gate_ridge": -1.0}, "gate_ridge"),
+        ({"n_init": 0}, "n_init"),
+        ({"tol": -1.0}, "tol"),
+        ({"branching": (5, 5)}, "n_samples=20 .* at least the number of experts, 25"),
+    ],
+)
+def test_wrong_parameters_are_refused(parameters: dict, message: str) -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(20, 2)), rng.normal(size=20)
+    for estimator, targets in (
+        (HierarchicalMixtureRegressor(**parameters), y),
+        (HierarchicalMixtureClassifier(**parameters), y > 0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimator.fit(X, targets)
+
+
+def test_wrong_data_are_refused() -> None:
+    X, y = two_pieces(13, 30)
+    estimator = HierarchicalMixtureRegressor(n_init=1)
+    with pytest.raises(ValueError, match="NaN"):
+        estimator.fit(np.where(X > 1, np.nan, X), y)
+    with pytest.raises(ValueError, match="NaN"):
+        estimator.fit(X, np.full(30, np.nan))
+    weights = np.zeros(30)
+    weights[:3] = 1
+    with pytest.raises(ValueError, match=r"n_samples=3 with a weight above 0 .* experts, 4"):
+        estimator.fit(X, y, weights)
+    with pytest.raises(ValueError, match="min_variance"):
+        HierarchicalMixtureRegressor(min_variance=0.0).fit(X, y)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        HierarchicalMixtureClassifier().fit(X, np.zeros(30, int))

@@ -1,0 +1,1 @@
+"""Whole-model work that serves nothing: train, prune, merge, upcycle, convert, evaluate, fit."""

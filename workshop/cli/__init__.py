@@ -1,0 +1,1 @@
+"""The commands of the workshop, which ``expertmesh`` finds by entry points."""

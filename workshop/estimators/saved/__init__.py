@@ -1,0 +1,1 @@
+"""Fitted mixtures as folders that are served."""

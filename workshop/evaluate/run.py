@@ -1,0 +1,141 @@
+"""The perplexity of texts by a folder's model, or by a served one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from cluster.errors import CheckpointError, ConfigError
+from experts.checkpoint.folder import language_model, open_folder
+from router.client import Client
+from router.gateway.input.tokenizer import Tokenizer
+from router.observability.progress import OnProgress
+from workshop.evaluate.local_model import FolderModel
+from workshop.evaluate.perplexity import TextFigures, TextTally, together
+from workshop.evaluate.scores import Scorer
+from workshop.evaluate.served_model import ServedModel
+from workshop.texts import Sequences, beginning, read_blocks
+
+DEFAULT_LENGTH = 512
+BLOCK_CHARS, AS_IT_IS = 1 << 16, ""
+"""The characters that are tokenized at once, and how line ends are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A served model: its gateway's address, its id or nothing, and a request's deadline.
+
+    ``api_key`` is the key to send; by default the client's own.
+    """
+
+    address: str
+    model: str
+    timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The figures of texts by file name; ``all_texts`` are the figures of all of them together."""
+
+    model: str
+    sequence_length: int
+    all_texts: TextFigures
+    texts: dict[str, TextFigures]
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A model before it is loaded; ``load`` takes the length of the longest prompt in tokens."""
+
+    name: str
+    vocab_size: int
+    context: int
+    num_experts: int
+    load: Callable[[int], Scorer]
+
+
+def evaluate(
+    folder: Path, texts: Sequence[Path], length: int | None, served: Served | None, on: OnProgress
+) -> Evaluation:
+    """Evaluate the model in a folder, or a ``served`` one with the tokenizer of the folder.
+
+    ``length`` is the length of a sequence in tokens; by default it is :data:`DEFAULT_LENGTH`, or
+    the model's context if that is less. Everything except the texts is checked before the model is
+    loaded. Raises ``ConfigError`` and :class:`CheckpointError` for wrong files and options, and the
+    client's errors.
+    """
+    _check_names(texts)
+    if served is None:
+        if not folder.is_dir():
+            raise CheckpointError("is no folder", str(folder))
+        checkpoint = language_model(open_folder(folder))
+        target = _Target(
+            str(checkpoint.folder),
+            checkpoint.vocab_size,
+            checkpoint.max_position_embeddings,
+            checkpoint.shape.num_experts,
+            partial(FolderModel, checkpoint),
+        )
+        return _evaluate(texts, length, Tokenizer.load(str(folder)), target, on)
+    tokenizer = Tokenizer.load(str(folder))
+    with Client(served.address, api_key=served.api_key) as client:
+        model = ServedModel(client, served.model, served.timeout_s)
+        model.check_tokenizer(tokenizer, next(_blocks(texts[0]), ""), str(folder))
+        sizes = model.info.vocab_size, model.info.max_model_len, model.info.num_experts
+        target = _Target(model.info.id, *sizes, lambda longest: model)
+        return _evaluate(texts, length, tokenizer, target, on)
+
+
+def _evaluate(
+    texts: Sequence[Path],
+    wanted_length: int | None,
+    tokenizer: Tokenizer,
+    target: _Target,
+    on: OnProgress,
+) -> Evaluation:
+    length = _length(wanted_length, target, tokenizer)
+    scorer = target.load(length)
+    sequences = Sequences(tokenizer, target.vocab_size, length)
+    tallies = {}
+    for path in texts:
+        tally = tallies[path.name] = TextTally(target.num_experts)
+        for scored in scorer.score(sequences.cut(_ids(path, tokenizer, on), str(path))):
+            tally.add(scored)
+    return Evaluation(
+        target.name,
+        length,
+        together([*tallies.values()]),
+        {name: tally.figures() for name, tally in tallies.items()},
+    )
+
+
+def _check_names(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise ConfigError("give at least one --text")
+    for number, path in enumerate(paths):
+        if path.name in {other.name for other in paths[:number]}:
+            raise ConfigError("figures go by file name, and another file has it too", str(path))
+
+
+def _length(wanted: int | None, target: _Target, tokenizer: Tokenizer) -> int:
+    least, most = max(2, len(beginning(tokenizer)) + 1), target.context
+    length = min(DEFAULT_LENGTH, most) if wanted is None else wanted
+    if not least <= length <= most:
+        raise ConfigError(f"given {length}, must be from {least} to {most}", "--sequence-length")
+    return length
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    return read_blocks(path, BLOCK_CHARS, AS_IT_IS)
+
+
+def _ids(path: Path, tokenizer: Tokenizer, on: OnProgress) -> Iterator[list[int]]:
+    """Yield the ids of a text, a block at a time, as it is read."""
+    done_bytes, size_bytes = 0, path.stat().st_size if path.is_file() else 0
+    for block in _blocks(path):
+        yield tokenizer.encode(block, add_special_tokens=False)
+        done_bytes += len(block.encode())
+        on(path.name, done_bytes, size_bytes)

@@ -1,0 +1,1 @@
+"""Merging the experts of a model into fewer, or into one."""

@@ -1,0 +1,124 @@
+"""Which experts of a layer are alike: by what the gate makes of tokens, or by their outputs.
+
+Dimension letters: T tokens, S sampled tokens, E experts, N groups of experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cluster.errors import ConfigError
+from cluster.wire.tensors import from_array
+from experts.checkpoint.checkpoint import Checkpoint
+from experts.checkpoint.expert_weights import read_tensor
+from workshop.folders.layerwise import LayerExperts
+from workshop.folders.passes import block_bytes
+from workshop.folders.prune.importance import UseObserver
+from workshop.folders.rewritten import gate_tensors
+
+Alike = Literal["routing", "output"]
+SAMPLED_TOKENS, SAMPLE_BLOCKS = 256, 2
+"""The most tokens for which outputs are compared. The outputs of all experts for them take no more
+bytes than so many blocks of a pass, but at least a token's."""
+_CORRECTION = "e_score_correction_bias"
+
+
+class LikenessObserver:
+    """Counts use as :class:`UseObserver` does, and compares all experts of a layer."""
+
+    def __init__(self, checkpoint: Checkpoint, layer_id: int, by: Alike) -> None:
+        shape = checkpoint.shape
+        self._use = UseObserver(shape.num_experts)
+        self._logits = _GateLogits(checkpoint, layer_id) if by == "routing" else None
+        self._products = torch.zeros(shape.num_experts, shape.num_experts, dtype=torch.float64)
+        sample_bytes = SAMPLE_BLOCKS * block_bytes(checkpoint)
+        token_bytes = shape.num_experts * shape.hidden_size * 4
+        self._num_wanted = max(1, min(SAMPLED_TOKENS, sample_bytes // token_bytes))
+        self._sample: list[torch.Tensor] = []
+
+    def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
+        """See :class:`workshop.folders.layerwise.Observer`."""
+        self._use.chosen(normed, ids, weights)
+        if self._logits is not None:
+            logits = self._logits(normed).double()
+            self._products += logits.T @ logits
+        elif self._num_wanted > 0:
+            self._sample.append(normed[: self._num_wanted].clone())
+            self._num_wanted -= len(self._sample[-1])
+
+    def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
+        """See :class:`workshop.folders.layerwise.Observer`."""
+        self._use.computed(expert_id, weights, outputs)
+
+    def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
+        """Return what :class:`UseObserver` does, and ``likeness`` [E, E], at most 1.
+
+        By routing it is the cosine of two experts' logits over all tokens (M-SMoE, arXiv
+        2310.01334). By output it is the mean cosine of their outputs for the same tokens.
+        """
+        products = self._products if self._logits is not None else self._of_outputs(experts)
+        lengths = products.diagonal().sqrt().clamp(min=1e-12)
+        likeness = products / lengths / lengths.unsqueeze(1)
+        return self._use.result(experts) | {"likeness": likeness.numpy()}
+
+    def _of_outputs(self, experts: LayerExperts) -> torch.Tensor:
+        rows = torch.cat(self._sample)
+        outputs = torch.empty(experts.num_experts, *rows.shape)  # [E, S, H]
+        for expert_id, place in enumerate(outputs):
+            place.copy_(functional.normalize(experts.compute(expert_id, rows), dim=1))
+        flat = outputs.flatten(1)
+        return (flat @ flat.T).double()
+
+
+class _GateLogits:
+    """The logits of a layer's gate, without its correction of the choice."""
+
+    def __init__(self, checkpoint: Checkpoint, layer_id: int) -> None:
+        names = [name for name in gate_tensors(checkpoint, layer_id) if _CORRECTION not in name]
+        tensors = [from_array(read_tensor(checkpoint, name, "float32")).float() for name in names]
+        [self._weight] = [tensor for tensor in tensors if tensor.dim() == 2]
+        self._bias = next((tensor for tensor in tensors if tensor.dim() == 1), None)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return functional.linear(rows, self._weight, self._bias)
+
+
+def grouped(likeness: np.ndarray, count: int, num_gate_groups: int) -> list[list[int]]:
+    """Return ``count`` groups of experts [E], each ascending, in the order of their first ids.
+
+    The two groups with the largest mean likeness are joined again and again (average linkage).
+    Groups of the gate stay apart and get equally many. Raises ``ConfigError`` where ``count`` is no
+    multiple of them.
+    """
+    if count % num_gate_groups:
+        raise ConfigError(
+            f"must be a multiple of the gate's {num_gate_groups} groups of experts "
+            f"(given: {count})",
+            "--experts",
+        )
+    size = len(likeness) // num_gate_groups
+    groups = []
+    for begin in range(0, len(likeness), size):
+        part = likeness[begin : begin + size, begin : begin + size]
+        joined = _joined(part, count // num_gate_groups)
+        groups += [[begin + member for member in members] for members in joined]
+    return groups
+
+
+def _joined(likeness: np.ndarray, count: int) -> list[list[int]]:
+    members = [[expert_id] for expert_id in range(len(likeness))]
+    sums = likeness.copy()
+    while len(members) > count:
+        sizes = np.array([len(group) for group in members])
+        means = sums / np.outer(sizes, sizes)
+        means[np.tril_indices(len(means))] = -np.inf
+        one, other = divmod(int(means.argmax()), len(means))
+        sums[one] += sums[other]
+        sums[:, one] += sums[:, other]
+        sums = np.delete(np.delete(sums, other, 0), other, 1)
+        members[one] = sorted(members[one] + members.pop(other))
+    return members

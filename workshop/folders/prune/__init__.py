@@ -1,0 +1,1 @@
+"""Leaving out the experts that matter least."""

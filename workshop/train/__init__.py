@@ -1,0 +1,1 @@
+"""Training of a Mixture-of-Experts model from texts."""
