@@ -82,9 +82,16 @@ def test_it_has_no_secrets() -> None:
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     copied = [rest.split()[:-1] for rest in given("COPY") if not rest.startswith("--from=built ")]
     sources = [source for sources in copied for source in sources]
-    assert {"cluster", "deploy", "experts", "native", "router", "workshop", "pyproject.toml"} <= {
-        *sources
-    }
+    assert {
+        "cluster",
+        "deploy",
+        "expertmesh",
+        "experts",
+        "native",
+        "router",
+        "workshop",
+        "pyproject.toml",
+    } <= {*sources}
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not ignored(source), source

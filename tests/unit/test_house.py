@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ import yaml
 from tests.readme import blocks
 
 ROOT = Path(__file__).parents[2]
-MOST_LINES = 400
+MOST_LINES, MOST_ENTRIES = 400, 20
 FIRST_SCREEN = 40
 """Lines of a document that a reader sees first."""
 CLOCKS = ("time.monotonic", "time.perf_counter")
 INSTANTS = ("_now_s", "_deadline_s", "_until_s", "_since_s", "_at_s")
-PUBLIC = {"router/client/__init__.py": "users import the client from there"}
+PUBLIC = {
+    "router/client/__init__.py": "users import the client from there",
+    "expertmesh/__init__.py": "users import all else from there, lazily",
+}
 """Packages whose ``__init__`` hands names on, and why."""
 
 
@@ -25,7 +29,15 @@ def product_files(suffix: str) -> list[Path]:
     """Return the product's files of one suffix but the generated ones."""
     found = [
         file
-        for package in ("cluster", "experts", "native", "router", "workshop", "deploy")
+        for package in (
+            "cluster",
+            "expertmesh",
+            "experts",
+            "native",
+            "router",
+            "workshop",
+            "deploy",
+        )
         for file in sorted((ROOT / package).rglob(f"*{suffix}"))
         if not file.stem.endswith(("_pb2", "_pb2_grpc"))
     ]
@@ -53,6 +65,19 @@ def test_no_file_is_long(suffix: str) -> None:
         for file in product_files(suffix)
     }
     assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_folder_has_many_entries() -> None:
+    """Of the product's code: a model's folder in ``deploy/`` has as many files as it has."""
+    files = [
+        file for suffix in (".py", ".c", ".h", ".yaml", ".proto") for file in product_files(suffix)
+    ]
+    entries: dict[Path, set[str]] = defaultdict(set)
+    for file in files:
+        below = file.relative_to(ROOT)
+        for folder in below.parents[:-1]:
+            entries[folder].add(below.relative_to(folder).parts[0])
+    assert {folder: len(of) for folder, of in entries.items() if len(of) > MOST_ENTRIES} == {}
 
 
 def is_clock(value: ast.expr) -> bool:
