@@ -34,7 +34,7 @@ from experts.checkpoint.remote.remote_files import open_model
 from experts.checkpoint.remote.remote_reader import RayNeighbours
 from experts.checkpoint.stored import RemoteFiles
 from experts.compute.emulated import EmulatedExpert
-from experts.host_room import HostRoom
+from experts.host_room import HostMemoryGuard
 from experts.lone import IS_BUILT
 from experts.queue import FrameQueue
 from experts.tracing import open_spans
@@ -170,7 +170,7 @@ class ExpertActor:
     def _load(self, epoch: int, keys: Sequence[ExpertKey]) -> None:
         """Load experts that are not held yet; under the lock of loads."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._bank]
-        room = HostRoom(self._host_bytes(missing))
+        room = HostMemoryGuard(self._host_bytes(missing))
         try:
             if self._device is not None:
                 self._device.begin_load(self._needed_bytes(missing))

@@ -32,7 +32,7 @@ from cluster.wire.arrays import array_of, bytes_of
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, Shape
 from experts.checkpoint.expert_weights import HostWeights
 from experts.compute.native_ffn import GroupedFfn, NativeFfn, compute_native, kernel_class
-from experts.lone import LoneLayers
+from experts.lone import NativeFastPath
 
 if TYPE_CHECKING:
     from experts.compute.expert_device import ExpertDevice
@@ -145,7 +145,7 @@ class ExpertBank:
         """Start empty; experts that are not on the host are on ``device``."""
         self._layers: dict[tuple[str, int], _Layer] = {}
         self._device = device
-        self.lone = LoneLayers()
+        self.lone = NativeFastPath()
 
     def hold(self, key: ExpertKey, expert: Expert) -> None:
         """Add an expert; frames may be computed meanwhile."""

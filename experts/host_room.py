@@ -14,7 +14,7 @@ LOOK_BYTES = 1 << 28
 FIELD = "args.experts"
 
 
-class HostRoom:
+class HostMemoryGuard:
     """The host's memory for the experts of one load."""
 
     def __init__(

@@ -32,7 +32,7 @@ _Layer = tuple[dict[int, Buffer], Counter[int], tuple[int, ...], int]
 """Packed weights and computed rows by expert, sizes (:attr:`NativeFfn.shape`), and threads."""
 
 
-class LoneLayers:
+class NativeFastPath:
     """The native experts of an actor, as native code finds them.
 
     ``by_name`` has the experts of one shape for each layer, by its number and model as a frame's
@@ -94,7 +94,7 @@ class Interruption:
 
 
 def answer_lone(
-    epoll_fd: int, buffers: dict[int, memoryview], layers: LoneLayers, counters: array[float]
+    epoll_fd: int, buffers: dict[int, memoryview], layers: NativeFastPath, counters: array[float]
 ) -> ReceivedAlone | None:
     """Answer frames of sockets; see :class:`cluster.transport.stream.server.AnswersAlone`."""
     received: ReceivedAlone | None = native.answer_lone(  # type: ignore[union-attr]

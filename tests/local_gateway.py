@@ -28,7 +28,7 @@ from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.service import GenerationService
-from router.messages.receipts import Receipts
+from router.messages.receipts import DeliveredTokens
 from router.messages.request import GenerationRequest, TokenEvent
 from router.served import ServedModel
 from tests.local_cluster import MODEL, LocalCluster
@@ -65,7 +65,7 @@ class LocalUpstream(FakeUpstream):
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`router.gateway.service.Upstream`."""
         self.requests.append(request)
-        receipts = Receipts(request)
+        receipts = DeliveredTokens(request)
         left, self._lost_after = self._lost_after, None
         while not receipts.all_finished():
             sent = replace(request, request_id=uuid.uuid4().hex, received=receipts.received())

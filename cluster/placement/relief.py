@@ -11,7 +11,7 @@ from cluster.spec import ExpertKey
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class FreeMemory:
     """The room for experts of an actor that serves.
 
     ``memory`` names the memory that it takes them into, which other actors may share, and
@@ -37,7 +37,7 @@ def plan_relief(
     missing_bytes: int,
     shares: Mapping[str, Sequence[ExpertKey]],
     expert_bytes: Mapping[str, int],
-    rooms: Sequence[Room],
+    rooms: Sequence[FreeMemory],
     free_bytes: Mapping[str, float],
     min_copies: int,
 ) -> Relief:

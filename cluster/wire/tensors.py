@@ -94,7 +94,7 @@ def from_array(array: np.ndarray) -> torch.Tensor:
     return raw.view(TORCH_DTYPES[array.dtype.name])
 
 
-class PieceRoom:
+class MicrobatchBuffers:
     """Memory that the layers of a step's piece use one after the other.
 
     To allocate a small tensor takes torch longer than a row's sums, where other processes have had

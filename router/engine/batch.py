@@ -19,9 +19,9 @@ import torch
 from router.engine.prompt_scores import ScoredRows, scored_rows
 from router.engine.routed_rows import step_routed
 from router.engine.sampling import Draw, Sampling, SamplingTensors
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.model.attention.interface import Attention, PagedBatch, Span
-from router.model.decoder import MOST_PIECES, Piece
+from router.model.decoder import MOST_PIECES, Microbatch
 from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace
 
@@ -38,22 +38,22 @@ class StepInput:
     """One packed step, as :meth:`router.model.decoder.Decoder.forward` takes it.
 
     ``sampled`` are the sequences of ``sample_rows``, and ``sampling`` is how they are sampled.
-    ``works`` are the step's chunks in the order of its tokens. ``scored`` are the rows that give
+    ``chunks`` are those of the step, in the order of its tokens. ``scored`` are the rows that give
     prompts their log probabilities.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Microbatch, ...]
     sample_rows: torch.Tensor
     sampled: tuple[Sequence, ...]
     sampling: Sampling
-    works: tuple[Work, ...]
+    chunks: tuple[ScheduledChunk, ...]
     scored: tuple[ScoredRows, ...]
 
 
 def pack(
-    due: list[Work],
+    due: list[ScheduledChunk],
     attention: Attention,
     most_pieces: int = MOST_PIECES,
     wants_all: bool = True,
@@ -66,26 +66,26 @@ def pack(
     """
     decodes = [w for w in due if w.end - w.start == 1]
     prefills = [w for w in due if w.end - w.start > 1]
-    works = (*decodes, *prefills)
-    ends = list(itertools.accumulate(w.end - w.start for w in works))
-    is_sampled = [w.end == len(w.sequence.token_ids) for w in works]
-    sampled = tuple(w.sequence for w in itertools.compress(works, is_sampled))
+    chunks = (*decodes, *prefills)
+    ends = list(itertools.accumulate(w.end - w.start for w in chunks))
+    is_sampled = [w.end == len(w.sequence.token_ids) for w in chunks]
+    sampled = tuple(w.sequence for w in itertools.compress(chunks, is_sampled))
     positions = [w.start for w in decodes] + [p for w in prefills for p in range(w.start, w.end)]
     sample_rows = _tensor([end - 1 for end in itertools.compress(ends, is_sampled)])
     # A decode is sampled and scores nothing, so a step of only decodes need not look at requests.
-    is_of_decodes = len(sampled) == len(works) and not prefills
-    scored = () if is_of_decodes else scored_rows(works, ends)
-    pieces: Iterable[Piece] = _pieces_of(works, len(decodes), attention, most_pieces)
-    if not (wants_all or is_of_decodes or any(_ROUTED(w.sequence.request) for w in works)):
+    is_of_decodes = len(sampled) == len(chunks) and not prefills
+    scored = () if is_of_decodes else scored_rows(chunks, ends)
+    pieces: Iterable[Microbatch] = _pieces_of(chunks, len(decodes), attention, most_pieces)
+    if not (wants_all or is_of_decodes or any(_ROUTED(w.sequence.request) for w in chunks)):
         pieces = map(partial(_narrowed, wanted=_wanted(sample_rows, scored)), pieces)
     return StepInput(
-        token_ids=_tensor([t for w in works for t in w.sequence.token_ids[w.start : w.end]]),
+        token_ids=_tensor([t for w in chunks for t in w.sequence.token_ids[w.start : w.end]]),
         positions=_tensor(positions),
         pieces=tuple(pieces),
         sample_rows=sample_rows,
         sampled=sampled,
         sampling=sampling_of([_draw_of(sequence) for sequence in sampled]),
-        works=works,
+        chunks=chunks,
         scored=scored,
     )
 
@@ -96,7 +96,7 @@ def _wanted(sample_rows: torch.Tensor, scored: tuple[ScoredRows, ...]) -> np.nda
     return np.unique(np.concatenate([sample_rows.numpy(), *parts]))
 
 
-def _narrowed(piece: Piece, wanted: np.ndarray) -> Piece:
+def _narrowed(piece: Microbatch, wanted: np.ndarray) -> Microbatch:
     """Return a microbatch that wants only the step's ``wanted`` rows among its tokens."""
     begin, end = piece.tokens.start, piece.tokens.stop
     own = wanted[(wanted >= begin) & (wanted < end)] - begin
@@ -105,24 +105,24 @@ def _narrowed(piece: Piece, wanted: np.ndarray) -> Piece:
 
 def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext:
     """Return the context of the step's MoE layers; its deadline is the earliest of its requests."""
-    requests = [work.sequence.request for work in packed.works]
-    known_deaths = [work.sequence.deaths for work in packed.works]
+    requests = [chunk.sequence.request for chunk in packed.chunks]
+    known_deaths = [chunk.sequence.deaths for chunk in packed.chunks]
     return StepContext(
         deadline_s=min(request.deadline_s for request in requests),
-        sizes=[work.end - work.start for work in packed.works],
+        sizes=[chunk.end - chunk.start for chunk in packed.chunks],
         contracts=[request.on_expert_loss for request in requests],
         trace=trace,
         known_deaths=known_deaths,
-        is_of_suspect=any(deaths is not None and deaths.is_suspect for deaths in known_deaths),
-        routed=step_routed(packed.works) if any(map(_ROUTED, requests)) else None,
+        is_isolated=any(deaths is not None and deaths.is_suspect for deaths in known_deaths),
+        routed=step_routed(packed.chunks) if any(map(_ROUTED, requests)) else None,
     )
 
 
 def keep_deaths(packed: StepInput, context: StepContext) -> None:
     """Store the deaths seen by a step's chunks in their sequences until the chunks are computed."""
     if context.deaths is not None:
-        for work, deaths in zip(packed.works, context.deaths.of_works, strict=True):
-            work.sequence.deaths = deaths
+        for chunk, deaths in zip(packed.chunks, context.deaths.of_works, strict=True):
+            chunk.sequence.deaths = deaths
 
 
 def _tensor(numbers: list[int]) -> torch.Tensor:
@@ -149,30 +149,32 @@ def piece_ends(num_tokens: int, num_decode: int, most_pieces: int) -> list[int]:
 
 
 def _pieces_of(
-    works: tuple[Work, ...], num_decode: int, attention: Attention, most_pieces: int
-) -> Iterator[Piece]:
+    chunks: tuple[ScheduledChunk, ...], num_decode: int, attention: Attention, most_pieces: int
+) -> Iterator[Microbatch]:
     """Yield the microbatches of a step; a prefill chunk may continue in the next one."""
-    ends = list(itertools.accumulate(work.end - work.start for work in works))
+    ends = list(itertools.accumulate(chunk.end - chunk.start for chunk in chunks))
     begin = 0
     for end in piece_ends(ends[-1], num_decode, most_pieces):
-        spans = list(_spans_of(works, ends, begin, end))
+        spans = list(_spans_of(chunks, ends, begin, end))
         slots = [span.slots[span.start :] for span in spans]
         new_slots = slots[0] if len(slots) == 1 else np.concatenate(slots)
         view = attention.view(spans, 0 if begin else num_decode)
-        yield Piece(slice(begin, end), PagedBatch(torch.from_numpy(new_slots), view))
+        yield Microbatch(slice(begin, end), PagedBatch(torch.from_numpy(new_slots), view))
         begin = end
 
 
-def _spans_of(works: tuple[Work, ...], ends: list[int], begin: int, end: int) -> Iterator[Span]:
+def _spans_of(
+    chunks: tuple[ScheduledChunk, ...], ends: list[int], begin: int, end: int
+) -> Iterator[Span]:
     """Yield the spans of the tokens from ``begin`` to ``end`` of a step.
 
     ``ends`` are where the chunks' tokens end in it.
     """
-    for work, work_end in zip(works, ends, strict=True):
-        first = work_end - (work.end - work.start)
+    for chunk, work_end in zip(chunks, ends, strict=True):
+        first = work_end - (chunk.end - chunk.start)
         if first < end and work_end > begin:
-            start = work.start + max(0, begin - first)
-            yield Span(work.sequence.slots[: work.start + min(end, work_end) - first], start)
+            start = chunk.start + max(0, begin - first)
+            yield Span(chunk.sequence.slots[: chunk.start + min(end, work_end) - first], start)
 
 
 def _draw_of(sequence: Sequence) -> Draw:

@@ -35,7 +35,7 @@ from router.engine.prompt_scores import Scores, read_scores, score, score_events
 from router.engine.routed_rows import with_rows
 from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduling.scheduler import Scheduler
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.engine.stats import EngineTally
 from router.engine.token_rules import rules_of
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
@@ -103,7 +103,7 @@ class Engine:
         self.tally = EngineTally()
         self._isolation = Isolation(
             self._traced_step,
-            self._compute_in_vain,
+            self._run_probe_step,
             self._fail_request,
             announce,
             model.decoder.is_on_device,
@@ -167,19 +167,19 @@ class Engine:
     @torch.inference_mode()  # entered once, since entering it costs more than an operation
     def run(self) -> None:
         """Serve until :meth:`close`."""
-        works: list[Work] = []
+        chunks: list[ScheduledChunk] = []
         while not self._closing:
-            self._take_commands(bool(works))
+            self._take_commands(bool(chunks))
             self._expire()
             if self._layers.placed.is_withdrawn():
                 self._fail(lambda _: True, ModelReplacedError())
             self._unpark()
             placed = self._layers.placed
             self._scheduler.look(placed.generations, placed.other_classes)
-            works = self._scheduler.schedule() if placed.is_placed() else []
+            chunks = self._scheduler.schedule() if placed.is_placed() else []
             self._flush()  # a step may wait long for an unavailable expert
-            if works:
-                self._isolation.compute(works)
+            if chunks:
+                self._isolation.compute(chunks)
                 self._flush()
 
     def _take_commands(self, has_works: bool) -> None:
@@ -193,26 +193,26 @@ class Engine:
             if self._layers.placed.have_all(sequence.awaited):
                 sequence.awaited = frozenset()
 
-    def _traced_step(self, works: list[Work]) -> None:
+    def _traced_step(self, chunks: list[ScheduledChunk]) -> None:
         """Compute a step and emit its tokens; trace it if any of its requests is traced."""
-        traces = [w.sequence.trace for w in works if w.sequence.trace is not None]
-        num_tokens = sum(w.end - w.start for w in works)
-        trace = begin_step(traces, len(works), num_tokens)
+        traces = [w.sequence.trace for w in chunks if w.sequence.trace is not None]
+        num_tokens = sum(w.end - w.start for w in chunks)
+        trace = begin_step(traces, len(chunks), num_tokens)
         began_at_s = time.monotonic()
-        self.tally.step(works, began_at_s)
+        self.tally.step(chunks, began_at_s)
         try:
-            self.step(works, trace)
+            self.step(chunks, trace)
         finally:
             if trace is not None:
                 trace.end()
-        self._commands.note_step(len(works), time.monotonic() - began_at_s)
+        self._commands.note_step(len(chunks), time.monotonic() - began_at_s)
         self._flush()
 
-    def step(self, works: list[Work], trace: StepTrace | None = None) -> None:
+    def step(self, chunks: list[ScheduledChunk], trace: StepTrace | None = None) -> None:
         """Compute the scheduled chunks, sample, and queue the tokens to emit."""
-        packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
+        packed = pack(chunks, self._model.attention, self._most_pieces, self._wants_all)
         context = context_of(packed, trace)
-        context.meanwhile = None if self._grammars is None else self._grammars.follow
+        context.on_wait = None if self._grammars is None else self._grammars.follow
         try:
             drawn, scores = self._compute(packed, context)
         finally:
@@ -246,9 +246,9 @@ class Engine:
         num = len(tensors)
         return read(on_host[:num], sampling), read_scores(on_host[num:], scored)
 
-    def _compute_in_vain(self, works: list[Work]) -> None:
+    def _run_probe_step(self, chunks: list[ScheduledChunk]) -> None:
         """Run a probe step and discard its tokens."""
-        packed = pack(works, self._model.attention, self._most_pieces, self._wants_all)
+        packed = pack(chunks, self._model.attention, self._most_pieces, self._wants_all)
         self._compute(packed, context_of(packed))
 
     def _advance(
@@ -259,9 +259,9 @@ class Engine:
         scores: list[Scores | None],
     ) -> None:
         """Note the computed tokens, append the drawn ones, and queue their events."""
-        self._note_computed(packed.works, context.missing)
+        self._note_computed(packed.chunks, context.missing)
         failed: dict[str, ExpertMeshError | None] = {
-            packed.works[index].sequence.request.request_id: None for index in context.not_finite
+            packed.chunks[index].sequence.request.request_id: None for index in context.not_finite
         }
         """The requests that end, and their errors; ``None`` means that the output is not finite."""
         if scores:
@@ -289,25 +289,27 @@ class Engine:
         for request_id, failure in failed.items():
             self._fail_request(request_id, failure or _not_finite(request_id))
         if context.routed is not None:
-            self._outbox = with_rows(self._outbox, packed.works, context.routed, self._identity)
+            self._outbox = with_rows(self._outbox, packed.chunks, context.routed, self._identity)
 
-    def _note_computed(self, works: tuple[Work, ...], missing: StepMissing | None) -> None:
+    def _note_computed(
+        self, chunks: tuple[ScheduledChunk, ...], missing: StepMissing | None
+    ) -> None:
         """Count the chunks' tokens as computed; park the sequences that wait for experts."""
         awaited = {} if missing is None else missing.awaited
         inexact = set() if missing is None else missing.inexact
         if missing is not None and inexact:
             self.inexact_rows += missing.rows_by_contract()
-        for index, work in enumerate(works):
+        for index, chunk in enumerate(chunks):
             if index in awaited:
                 # The chunk is recomputed, and overwrites its keys and values.
-                work.sequence.awaited = awaited[index]
+                chunk.sequence.awaited = awaited[index]
                 continue
             # Only the last token of a deferred choice is recomputed.
-            is_again = work.sequence.deferred and work.end == len(work.sequence.token_ids)
-            work.sequence.num_computed = work.end - is_again
-            work.sequence.deaths = None
+            is_again = chunk.sequence.deferred and chunk.end == len(chunk.sequence.token_ids)
+            chunk.sequence.num_computed = chunk.end - is_again
+            chunk.sequence.deaths = None
             is_exact = self._is_exact and index not in inexact
-            work.sequence.exact = work.sequence.exact and is_exact
+            chunk.sequence.exact = chunk.sequence.exact and is_exact
 
     def _append(
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, now_s: float

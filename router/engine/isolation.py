@@ -30,7 +30,7 @@ from cluster.errors import (
     OverloadedError,
     PoisonedRequestError,
 )
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.moe.deaths import ActorsDiedError, died_at
 
 CONTROL_S = 2.0
@@ -42,7 +42,7 @@ PAUSE_S = 0.005
 """How long an engine pauses when none of its requests may be tried yet."""
 _NO_MEMORY = "the router's device ran out of memory for a step of this request alone; lower it"
 
-Step = Callable[[list[Work]], None]
+Step = Callable[[list[ScheduledChunk]], None]
 Fail = Callable[[str, ExpertMeshError], None]
 Announce = Callable[[str, bool], bool]
 """Tells a request's gateway that a step of only this request begins (true) or ended (false).
@@ -76,14 +76,14 @@ class Isolation:
         self._announce = announce
         self._was_alone = False
 
-    def compute(self, due: list[Work]) -> None:
+    def compute(self, due: list[ScheduledChunk]) -> None:
         """Compute one step of the ``due`` chunks: one suspect's, or those of all non-suspects.
 
         The two alternate. Each request at which the step raises ends with an error.
         """
-        suspects = [work for work in due if work.sequence.is_suspect]
-        others = [work for work in due if work not in suspects] if suspects else due
-        ready = [work for work in suspects if _may_be_tried(work.sequence)]
+        suspects = [chunk for chunk in due if chunk.sequence.is_suspect]
+        others = [chunk for chunk in due if chunk not in suspects] if suspects else due
+        ready = [chunk for chunk in suspects if _may_be_tried(chunk.sequence)]
         if others and (self._was_alone or not ready):
             self._was_alone = False
             self._compute(others)
@@ -93,38 +93,38 @@ class Isolation:
             return
         self._was_alone = True
         request = ready[0].sequence.request
-        works = [work for work in due if work.sequence.request is request]
-        for work in works:
-            work.sequence.try_at_s = None  # the next trial, if any, gets a new time
+        chunks = [chunk for chunk in due if chunk.sequence.request is request]
+        for chunk in chunks:
+            chunk.sequence.try_at_s = None  # the next trial, if any, gets a new time
         if not request.alone:
-            self._compute(works)
+            self._compute(chunks)
         elif not self._announce(request.request_id, True):
             message = "the router could not tell the gateway that this request runs alone; retry"
             self._fail(request.request_id, OverloadedError(message, "queue", 1.0))
         else:
-            self._compute(works)
+            self._compute(chunks)
             self._announce(request.request_id, False)
 
-    def _compute(self, works: list[Work]) -> None:
-        error = self._attempt(works)
+    def _compute(self, chunks: list[ScheduledChunk]) -> None:
+        error = self._attempt(chunks)
         if error is None:
             return
-        num_requests = len(_request_ids(works))
+        num_requests = len(_request_ids(chunks))
         logger.error("a step of %d requests failed", num_requests, exc_info=error)
         let_go(error)
         if num_requests == 1 and isinstance(error, ExpertMeshError):
-            self._judge(works[0].sequence, error)  # the error names its cause
+            self._judge(chunks[0].sequence, error)  # the error names its cause
         else:
-            self._narrow(works)
+            self._narrow(chunks)
 
-    def _attempt(self, works: list[Work]) -> Exception | None:
+    def _attempt(self, chunks: list[ScheduledChunk]) -> Exception | None:
         """Compute chunks; return a step's error if one of its requests may have caused it."""
         try:
-            self._step(works)
+            self._step(chunks)
         except ActorsDiedError:
-            self._convict(works)
+            self._fail_culprit(chunks)
         except (ModelReplacedError, ExpertUnavailableError) as error:
-            for request_id in _request_ids(works):
+            for request_id in _request_ids(chunks):
                 self._fail(request_id, error)
         except Exception as error:
             if self._is_on_device and has_broken(error):
@@ -134,9 +134,9 @@ class Isolation:
             return error
         return None
 
-    def _convict(self, works: list[Work]) -> None:
+    def _fail_culprit(self, chunks: list[ScheduledChunk]) -> None:
         """End a request at which actors died even though it was computed alone."""
-        for sequence in [work.sequence for work in works]:
+        for sequence in [chunk.sequence for chunk in chunks]:
             deaths = sequence.deaths
             if deaths is not None and deaths.is_guilty:
                 logger.error(
@@ -147,11 +147,11 @@ class Isolation:
                 )
                 self._fail(sequence.request.request_id, died_at(deaths))
 
-    def _narrow(self, works: list[Work]) -> None:
+    def _narrow(self, chunks: list[ScheduledChunk]) -> None:
         """Compute a failed step's chunks in halves; end each request that fails by itself."""
-        for half in _halves(works):
+        for half in _halves(chunks):
             # After an error past sampling, some sequences have already ended.
-            part = [work for work in half if work.sequence.pages]
+            part = [chunk for chunk in half if chunk.sequence.pages]
             error = self._attempt(part) if part else None
             if error is None:
                 continue
@@ -180,7 +180,7 @@ class Isolation:
         slots = sequence.own_slots
         control = Sequence(request, 0, [CONTROL_TOKEN], pages=sequence.pages, slots=slots)
         try:
-            self._control([Work(control, 0, 1)])
+            self._control([ScheduledChunk(control, 0, 1)])
         except (ExpertMeshError, ActorsDiedError) as error:
             logger.warning("probe step could not reach its experts (%r)", error)
         except Exception as error:
@@ -199,20 +199,20 @@ def _may_be_tried(sequence: Sequence) -> bool:
     return now_s >= sequence.try_at_s
 
 
-def _request_ids(works: list[Work]) -> dict[str, None]:
+def _request_ids(chunks: list[ScheduledChunk]) -> dict[str, None]:
     """Return the ids of the chunks' requests, each once and in order."""
-    return dict.fromkeys(work.sequence.request.request_id for work in works)
+    return dict.fromkeys(chunk.sequence.request.request_id for chunk in chunks)
 
 
-def _halves(works: list[Work]) -> list[list[Work]]:
+def _halves(chunks: list[ScheduledChunk]) -> list[list[ScheduledChunk]]:
     """Split the chunks into two parts, never within a request; one request gives one part."""
-    request_ids = list(_request_ids(works))
+    request_ids = list(_request_ids(chunks))
     if len(request_ids) == 1:
-        return [works]
+        return [chunks]
     first = set(request_ids[: len(request_ids) // 2])
     return [
-        [work for work in works if work.sequence.request.request_id in first],
-        [work for work in works if work.sequence.request.request_id not in first],
+        [chunk for chunk in chunks if chunk.sequence.request.request_id in first],
+        [chunk for chunk in chunks if chunk.sequence.request.request_id not in first],
     ]
 
 

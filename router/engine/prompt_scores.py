@@ -17,7 +17,7 @@ from math import isnan
 import torch
 
 from router.engine.sampling import VALUES_AT_ONCE
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from router.messages.request import PromptLogprobs, TokenEvent
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -33,34 +33,34 @@ class ScoredRows:
     number of the prompt's scored tokens before them, ``num_top`` the N of the request.
     """
 
-    work: Work
+    chunk: ScheduledChunk
     rows: slice
     targets: torch.Tensor
     start: int
     num_top: int
 
 
-def scored_rows(works: Sequence[Work], ends: Sequence[int]) -> tuple[ScoredRows, ...]:
+def scored_rows(chunks: Sequence[ScheduledChunk], ends: Sequence[int]) -> tuple[ScoredRows, ...]:
     """Return a step's rows to score; ``ends`` are where the chunks' tokens end in it.
 
     Prompt log probabilities that a resumed request has received are not scored again.
     """
-    return tuple(_rows_of_works(works, ends))
+    return tuple(_rows_of_works(chunks, ends))
 
 
-def _rows_of_works(works: Sequence[Work], ends: Sequence[int]) -> Iterator[ScoredRows]:
-    for work, work_end in zip(works, ends, strict=True):
-        sequence = work.sequence
+def _rows_of_works(chunks: Sequence[ScheduledChunk], ends: Sequence[int]) -> Iterator[ScoredRows]:
+    for chunk, work_end in zip(chunks, ends, strict=True):
+        sequence = chunk.sequence
         request = sequence.request
         num_top = request.sampling.prompt_logprobs
         if num_top is None:
             continue
-        start = max(work.start, request.prompt_logprobs_of(sequence.index))
-        end = min(work.end, request.num_prompt_logprobs)
+        start = max(chunk.start, request.prompt_logprobs_of(sequence.index))
+        end = min(chunk.end, request.num_prompt_logprobs)
         if start < end:
-            first = work_end - work.end  # the row of the sequence's token 0, had the step all
+            first = work_end - chunk.end  # the row of the sequence's token 0, had the step all
             targets = torch.tensor(sequence.token_ids[start + 1 : end + 1], dtype=torch.int64)
-            yield ScoredRows(work, slice(first + start, first + end), targets, start, num_top)
+            yield ScoredRows(chunk, slice(first + start, first + end), targets, start, num_top)
 
 
 def score(
@@ -119,7 +119,7 @@ def score_events(
     events: list[tuple[str, TokenEvent]] = []
     not_finite: set[str] = set()
     for part, rows in zip(scored, scores, strict=True):
-        sequence = part.work.sequence
+        sequence = part.chunk.sequence
         request_id = sequence.request.request_id
         if rows is None and not sequence.awaited:
             not_finite.add(request_id)

@@ -11,44 +11,49 @@ from dataclasses import replace
 import numpy as np
 
 from router.engine.emission import Emission
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from router.messages.request import TokenEvent
 from router.messages.routed import LITTLE_ENDIAN
 from router.moe.routed import StepRouted
 
 
-def step_routed(works: Sequence[Work]) -> StepRouted | None:
+def step_routed(chunks: Sequence[ScheduledChunk]) -> StepRouted | None:
     """Return the record of a step's experts, ``None`` if no request asks for any.
 
     All requests that ask use one model, so they have one shape.
     """
-    asked = [routed for work in works if (routed := work.sequence.request.routed) is not None]
+    asked = [routed for chunk in chunks if (routed := chunk.sequence.request.routed) is not None]
     if not asked:
         return None
-    num_tokens = sum(work.end - work.start for work in works)
+    num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
     shape, dtype = asked[0].shape, asked[0].dtype
     has_forced = any(routed.forced for routed in asked)
-    forced = _forced(works, num_tokens, shape) if has_forced else None
+    forced = _forced(chunks, num_tokens, shape) if has_forced else None
     return StepRouted(num_tokens, *shape, dtype, forced)
 
 
-def _forced(works: Sequence[Work], num_tokens: int, shape: tuple[int, int]) -> np.ndarray:
+def _forced(
+    chunks: Sequence[ScheduledChunk], num_tokens: int, shape: tuple[int, int]
+) -> np.ndarray:
     """Return the forced ids int64 [L, S, K] of a step, -1 for tokens that choose freely."""
     num_layers, top_k = shape
     forced = np.full((num_layers, num_tokens, top_k), -1, np.int64)
     first = 0
-    for work in works:
-        routed = work.sequence.request.routed
+    for chunk in chunks:
+        routed = chunk.sequence.request.routed
         if routed is not None and routed.forced:
             rows = np.frombuffer(routed.forced, LITTLE_ENDIAN[routed.dtype]).reshape(-1, *shape)
-            some = rows[work.start : work.end]
+            some = rows[chunk.start : chunk.end]
             forced[:, first : first + len(some)] = some.swapaxes(0, 1)
-        first += work.end - work.start
+        first += chunk.end - chunk.start
     return forced
 
 
 def with_rows(
-    emissions: Iterable[Emission], works: Iterable[Work], routed: StepRouted, identity: str
+    emissions: Iterable[Emission],
+    chunks: Iterable[ScheduledChunk],
+    routed: StepRouted,
+    identity: str,
 ) -> list[Emission]:
     """Return a step's emissions with the rows of the chunks' computed tokens.
 
@@ -64,12 +69,12 @@ def with_rows(
         else:
             failed.add(emission.request_id)
     first = 0
-    for work in works:
-        sequence, request = work.sequence, work.sequence.request
-        row = first - work.start  # token 0's row, if the step had the whole sequence
-        first += work.end - work.start
-        start = max(work.start, request.num_routed_of(sequence.index))
-        end = min(work.end, sequence.num_computed)
+    for chunk in chunks:
+        sequence, request = chunk.sequence, chunk.sequence.request
+        row = first - chunk.start  # token 0's row, if the step had the whole sequence
+        first += chunk.end - chunk.start
+        start = max(chunk.start, request.num_routed_of(sequence.index))
+        end = min(chunk.end, sequence.num_computed)
         asks = request.routed is not None and request.routed.returned
         if not asks or start >= end or sequence.awaited or request.request_id in failed:
             continue

@@ -166,7 +166,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ScheduledChunk:
     """Tokens ``start:end`` of a sequence, to be computed in the next step.
 
     A token is sampled for the sequence if ``end`` is the end of its tokens.

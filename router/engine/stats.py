@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from cluster.reports import Sample, Samples
 from router.engine.scheduling.scheduler import Scheduler
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.moe.dispatch import Dispatcher
 from router.observability import catalogue
 from router.observability.catalogue import (
@@ -40,13 +40,13 @@ class EngineTally:
         self.steps = 0
         self.step_tokens = 0
 
-    def step(self, works: Iterable[Work], now_s: float) -> None:
+    def step(self, chunks: Iterable[ScheduledChunk], now_s: float) -> None:
         """Count a step and its tokens."""
         self.steps += 1
-        for work in works:
-            self.step_tokens += work.end - work.start
-            if not work.sequence.times.scheduled_at_s:
-                self.scheduled(work.sequence, now_s)
+        for chunk in chunks:
+            self.step_tokens += chunk.end - chunk.start
+            if not chunk.sequence.times.scheduled_at_s:
+                self.scheduled(chunk.sequence, now_s)
 
     def scheduled(self, sequence: Sequence, now_s: float) -> None:
         """Count the first step of a sequence."""

@@ -11,7 +11,7 @@ from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import rows_after
 
 
-class Receipts:
+class DeliveredTokens:
     """The tokens of each choice that have been passed on; events come early, late or twice."""
 
     def __init__(self, request: GenerationRequest) -> None:

@@ -227,11 +227,11 @@ class MixtureEngine:
             contracts=[work.job.request.on_expert_loss for work in works],
             needs_an_expert=True,
             known_deaths=[work.deaths for work in works],
-            is_of_suspect=any(work.is_suspect for work in works),
+            is_isolated=any(work.is_suspect for work in works),
         )
-        among = self._gate.among(inputs, first_row)
+        reselect = self._gate.reselect(inputs, first_row)
         try:
-            gathered = layers.finish(layers.begin(context, LAYER, rows, choice, among))
+            gathered = layers.finish(layers.begin(context, LAYER, rows, choice, reselect))
         finally:
             if context.deaths is not None:
                 for work, deaths in zip(works, context.deaths.of_works, strict=True):

@@ -78,7 +78,7 @@ class MixtureGate:
         numbers = np.arange(first_row, first_row + num_rows)
         return self._choose(_Walk(inputs, self._dtype, numbers))
 
-    def among(self, inputs: Mapping[str, np.ndarray], first_row: int = 0) -> ChooseAmong:
+    def reselect(self, inputs: Mapping[str, np.ndarray], first_row: int = 0) -> ChooseAmong:
         """Return the choice anew for some rows of :meth:`choose`, among experts allowed to them.
 
         Choices are out that lead a row to no allowed expert, and weights are normalised over the

@@ -47,7 +47,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Microbatch:
     """Some tokens of a packed step, which pass the layers together; ``batch`` is theirs alone.
 
     ``wanted`` are the indices of those whose last hidden states are read; ``None`` is all of them.
@@ -90,7 +90,7 @@ class ExpertLayers(Protocol):
         layer_id: int,
         rows: device_rows.LayerRows,
         choice: Choice,
-        among: ChooseAmong,
+        reselect: ChooseAmong,
         tokens: Tokens,
         /,
     ) -> Any:
@@ -175,16 +175,16 @@ class MixtureFeedForward:
     ) -> tuple[Any, torch.Tensor | None]:
         """See :class:`FeedForwardHalf`; sends the rows, and computes the shared expert."""
         rows: device_rows.LayerRows = normed
-        among: ChooseAmong  # where experts are missing or full
+        reselect: ChooseAmong  # where experts are missing or full
         if self._staging is None:  # the model is on the CPU
             choice = self._gate.choice(normed, room=context.room(tokens))
-            among = partial(self._gate.choose_anew, normed)
+            reselect = partial(self._gate.choose_anew, normed)
         else:
             may_change = self._experts.may_change(context, self._layer_id)
-            choice, rows, among = device_rows.chosen_rows(
+            choice, rows, reselect = device_rows.chosen_rows(
                 self._staging, self._gate, normed, may_change
             )
-        begun = self._experts.begin(context, self._layer_id, rows, choice, among, tokens)
+        begun = self._experts.begin(context, self._layer_id, rows, choice, reselect, tokens)
         try:
             shared = None if self._shared_expert is None else self._shared_expert(normed)
         except BaseException:
@@ -209,7 +209,11 @@ class _PieceRun:
     """A piece on its way through the layers."""
 
     def __init__(
-        self, hidden_states: torch.Tensor, rotation: Rotation, paged: PagedContext, piece: Piece
+        self,
+        hidden_states: torch.Tensor,
+        rotation: Rotation,
+        paged: PagedContext,
+        piece: Microbatch,
     ) -> None:
         self._residual = hidden_states
         self._rotation = rotation
@@ -306,7 +310,7 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        pieces: tuple[Piece, ...],
+        pieces: tuple[Microbatch, ...],
         context: StepContext,
         *others: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -343,7 +347,7 @@ class Decoder:
         self,
         hidden_states: torch.Tensor,
         rotation: Rotation,
-        pieces: Sequence[Piece],
+        pieces: Sequence[Microbatch],
         context: StepContext,
     ) -> torch.Tensor:
         """Return the hidden states [S, H] after the last layer."""
@@ -367,7 +371,7 @@ class Decoder:
         return states[0] if len(states) == 1 else torch.cat(states)
 
     def _runs(
-        self, hidden_states: torch.Tensor, rotation: Rotation, pieces: Sequence[Piece]
+        self, hidden_states: torch.Tensor, rotation: Rotation, pieces: Sequence[Microbatch]
     ) -> list[_PieceRun]:
         """Return the pieces of a step before the first layer."""
         is_cut = len(pieces) > 1

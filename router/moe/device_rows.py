@@ -143,8 +143,8 @@ def chosen_rows(
     if is_permuted:
         pairs, *others = others
         found = PermutedRows(rows, to_ids(pairs), top_k)
-    among = HostChoices(gate, hidden_states.dtype, logits, others[0] if may_change else None)
-    return Choice(to_ids(ids), weights), found, among
+    reselect = HostChoices(gate, hidden_states.dtype, logits, others[0] if may_change else None)
+    return Choice(to_ids(ids), weights), found, reselect
 
 
 def permute(hidden_states: torch.Tensor, ids: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -45,13 +45,13 @@ from router.moe.combine import ExpertRows
 from router.moe.copy_choice import CopyChoice
 from router.moe.deaths import LayerDeaths
 from router.moe.device_rows import LayerRows
-from router.moe.exchange import Exchange, Exchanges
+from router.moe.exchange import Exchanges, NativeLayerCall
 from router.moe.failures import Failures, back_off, check_away
-from router.moe.pace import Pace, note_heard
+from router.moe.pace import LatencyTracker, note_heard
 from router.moe.pending import Attempt, FailedPart, PendingLayer
 from router.moe.permute import Part, PlacedModel, as_sent, rows_of_parts, split
 from router.moe.shared_load import SharedLoad
-from router.moe.zero_rows import ZeroRows
+from router.moe.zero_rows import ActorProbe
 
 if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
     from router.control.placement_view import PlacementView
@@ -87,12 +87,12 @@ class Dispatcher:
         self._call_timeout_s = call_timeout_s
         self._answer_shape = answer_shape
         self._request_ids = itertools.count(1)
-        self._zero_rows = ZeroRows(model, transport, self._request_ids)
+        self._zero_rows = ActorProbe(model, transport, self._request_ids)
         self.placed = PlacedModel(model, view)
         self._layouts = self.placed.layouts
         self._copies = CopyChoice(self._layouts, transport.is_ready, shared)
         self.times = self._copies.times
-        self._pace = Pace()
+        self._pace = LatencyTracker()
         self._heard = heard or HeardActors()
         self._failures = Failures(self._copies, suspect, transport.renew)
         self.retries = self._failures.retries
@@ -141,7 +141,7 @@ class Dispatcher:
 
     def take_over(
         self,
-        sent: Exchange,
+        sent: NativeLayerCall,
         layer_id: int,
         deadline_s: float,
         deaths: Callable[[], LayerDeaths | None],
@@ -179,7 +179,7 @@ class Dispatcher:
         layer: PendingLayer,
         ordered: np.ndarray,
         parts: Sequence[Part],
-        sent: Exchange | None = None,
+        sent: NativeLayerCall | None = None,
     ) -> Attempt:
         """Send every part to its actor, one frame each; or continue with the calls ``sent``."""
         now_s = time.monotonic() if sent is None else sent.sent_at_s
@@ -224,7 +224,7 @@ class Dispatcher:
         The rows last until the next call of :meth:`wait`. Returns ``None`` when an expert has lost
         its last live copy. Raises :class:`AwayError` when actors without another copy have not
         answered by the deadline: the step continues without their pairs, so that a request past its
-        deadline can end. Raises as :meth:`LayerDeaths.note` and :meth:`ZeroRows.check`.
+        deadline can end. Raises as :meth:`LayerDeaths.note` and :meth:`ActorProbe.check`.
         """
         self._settle_exchange()
         if layer.attempt is None:  # by :meth:`ask_again`: an expert has lost its last copy
@@ -321,8 +321,8 @@ class Dispatcher:
 
     def _patience_s(self, part: Part, most_rows: int) -> float:
         """Return how long an actor may take to answer, whatever the deadlines."""
-        patience_s = self._pace.patience_s(part.actor_id, part.generation, most_rows)
-        return min(self._call_timeout_s, patience_s)
+        answer_timeout_s = self._pace.answer_timeout_s(part.actor_id, part.generation, most_rows)
+        return min(self._call_timeout_s, answer_timeout_s)
 
     def _is_gone(self, attempt: Attempt, call: Call, silent_s: float) -> bool:
         """Return whether the newest placement no longer has a call's actor.

@@ -27,13 +27,13 @@ from cluster.placement.placement import Placement
 from cluster.spec import FRAME_VERSION
 from cluster.transport.base import Call, PendingCalls
 from cluster.transport.stream.client import PROMPT_S, StreamCalls, StreamTransport
-from cluster.transport.stream.lanes import Lanes, take_over
+from cluster.transport.stream.lanes import IdleConnections, take_over
 from cluster.wire.frames import DTYPE_CODES
-from cluster.wire.tensors import PieceRoom, dtype_name
+from cluster.wire.tensors import MicrobatchBuffers, dtype_name
 from router.control.heard import HeardActors
 from router.moe.combine import NATIVE
 from router.moe.gate import Choice
-from router.moe.pace import Actor, Pace, note_heard
+from router.moe.pace import Actor, LatencyTracker, note_heard
 from router.moe.permute import Layout, LayoutCache
 
 if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
@@ -58,7 +58,7 @@ class NativeLayer:
     """A layer under one placement and set of connections; ``fields`` are for native code."""
 
     placement: Placement
-    lanes: Lanes
+    lanes: IdleConnections
     layout: Layout
     actors: tuple[Actor, ...]
     most_pairs: int
@@ -66,7 +66,7 @@ class NativeLayer:
 
 
 @dataclass(slots=True, eq=False)
-class Exchange:
+class NativeLayerCall:
     """A layer that native code has sent: hidden states [T, H] by the gate's choice [T, K].
 
     ``left`` and ``received`` are numbers of bytes by the actors that were asked, where native code
@@ -77,7 +77,7 @@ class Exchange:
     layer: NativeLayer
     rows: torch.Tensor
     choice: Choice
-    room: PieceRoom
+    room: MicrobatchBuffers
     call_id: int
     request_id: int
     sent_at_s: float
@@ -108,7 +108,7 @@ class Exchanges:
         transport: StreamTransport,
         call_timeout_s: float,
         request_ids: Iterator[int],
-        pace: Pace,
+        pace: LatencyTracker,
         heard: HeardActors,
     ) -> None:
         """Take a dispatcher's parts; ``model`` is the model's key."""
@@ -120,9 +120,11 @@ class Exchanges:
         self._request_ids = request_ids
         self._pace = pace
         self._heard = heard
-        self.under_way: Exchange | None = None
+        self.under_way: NativeLayerCall | None = None
         self._late = 0  # exchanges in a row that Python had to wait for
-        self._layers: dict[int, tuple[Placement | None, Lanes, Kind, NativeLayer | None]] = {}
+        self._layers: dict[
+            int, tuple[Placement | None, IdleConnections, Kind, NativeLayer | None]
+        ] = {}
 
     def send(
         self,
@@ -130,8 +132,8 @@ class Exchanges:
         rows: torch.Tensor,
         choice: Choice,
         deadline_s: float,
-        room: PieceRoom,
-    ) -> Exchange | None:
+        room: MicrobatchBuffers,
+    ) -> NativeLayerCall | None:
         """Send hidden states [T, H] of the host to the experts of a choice, if native code can.
 
         ``deadline_s`` (monotonic) is the step's. ``room`` has the buffers of the step's only
@@ -162,11 +164,11 @@ class Exchanges:
             *ids,
             timeout_s,
         )
-        sent = Exchange(self._transport, layer, rows, choice, room, *ids, sent_at_s, left)
+        sent = NativeLayerCall(self._transport, layer, rows, choice, room, *ids, sent_at_s, left)
         self.under_way = sent
         return sent
 
-    def receive(self, sent: Exchange) -> torch.Tensor | None:
+    def receive(self, sent: NativeLayerCall) -> torch.Tensor | None:
         """Wait for the answers of the call in flight; return its weighted sums [T, H].
 
         They lie in its buffers. ``None`` if native code cannot finish the call.
@@ -208,7 +210,7 @@ class Exchanges:
         """
         sizes = [1 << bit for bit in range(num_rows.bit_length())]
         return all(
-            left_s >= self._pace.patience_s(*actor, size)
+            left_s >= self._pace.answer_timeout_s(*actor, size)
             for actor in layer.actors
             for size in sizes
         )
@@ -226,7 +228,12 @@ class Exchanges:
         return kept[3]
 
     def _made(
-        self, placement: Placement, lanes: Lanes, kind: Kind, layer_id: int, rows: torch.Tensor
+        self,
+        placement: Placement,
+        lanes: IdleConnections,
+        kind: Kind,
+        layer_id: int,
+        rows: torch.Tensor,
     ) -> NativeLayer | None:
         """Return a layer in native code's form; ``None`` if native code cannot take it."""
         layout = self._layouts.fixed(placement, layer_id)

@@ -19,7 +19,7 @@ from cluster.errors import Code, ExpertFailedError, FrameError, InternalError
 from cluster.transport.base import CallFailure
 from cluster.wire.frames import ErrorFrame, Frame
 from router.moe.copy_choice import CopyChoice
-from router.moe.pace import Pace
+from router.moe.pace import LatencyTracker
 from router.moe.pending import AwayError, DamageLog, FailedPart, PendingLayer
 from router.moe.permute import Part
 from router.retry import RetryPolicy
@@ -125,16 +125,19 @@ class Failures:
 def check_away(
     layer: PendingLayer,
     failed_parts: Sequence[FailedPart],
-    patience_s: Callable[[Part, int], float],
-    pace: Pace,
+    answer_timeout_s: Callable[[Part, int], float],
+    pace: LatencyTracker,
 ) -> None:
     """Raise :class:`AwayError` once the wait for a part without another copy is over.
 
-    ``patience_s`` is as in :meth:`PendingLayer.gives_up_at_s`. The pace records who is left out.
+    ``answer_timeout_s`` is as in :meth:`PendingLayer.gives_up_at_s`. It also records who is left
+    out.
     """
     now_s = time.monotonic()
     away = [
-        failed.part for failed in failed_parts if now_s >= layer.gives_up_at_s(failed, patience_s)
+        failed.part
+        for failed in failed_parts
+        if now_s >= layer.gives_up_at_s(failed, answer_timeout_s)
     ]
     if away:
         pace.left_out((part.actor_id, part.generation) for part in away)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cluster.wire.tensors import PieceRoom, to_ids
+from cluster.wire.tensors import MicrobatchBuffers, to_ids
 from experts.families.base import GateSpec
 
 _LEAST_SUM = 1e-20
@@ -104,7 +104,7 @@ class Gate:
         hidden_states: torch.Tensor,
         forced: np.ndarray | None = None,
         *,
-        room: PieceRoom | None = None,
+        room: MicrobatchBuffers | None = None,
     ) -> Choice:
         """Return the choice of :meth:`choose` for hidden states [T, H] of the host.
 
@@ -205,7 +205,9 @@ class ForcedGate:
         forced = self._forced if allowed is None else None
         return self._gate.choose_by(logits, dtype, allowed, forced)
 
-    def choice(self, hidden_states: torch.Tensor, *, room: PieceRoom | None = None) -> Choice:
+    def choice(
+        self, hidden_states: torch.Tensor, *, room: MicrobatchBuffers | None = None
+    ) -> Choice:
         """See :meth:`Gate.choice`."""
         return self._gate.choice(hidden_states, self._forced.numpy(), room=room)
 

@@ -20,13 +20,13 @@ import torch
 from opentelemetry.trace import Span
 
 from cluster.errors import ExpertUnavailableError
-from cluster.wire.tensors import PieceRoom
+from cluster.wire.tensors import MicrobatchBuffers
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import ExpertRows, WeightedSums
 from router.moe.deaths import Deaths, LayerDeaths, StepDeaths
 from router.moe.device_rows import LayerRows
 from router.moe.dispatch import Dispatcher
-from router.moe.exchange import Exchange, Exchanges
+from router.moe.exchange import Exchanges, NativeLayerCall
 from router.moe.gate import Choice, ChooseAmong
 from router.moe.missing import ALL_TOKENS, StepMissing, Tokens
 from router.moe.pending import AwayError, PendingLayer
@@ -65,7 +65,7 @@ class StepContext:
     requests' ``on_expert_loss``.
     ``trace`` is set if the step is traced. ``needs_an_expert`` is set if a token without any expert
     has no result. ``known_deaths`` [W] are the deaths of expert actors that had rows of the chunks
-    in earlier steps; without it deaths are not counted. ``is_of_suspect`` is set if they are why a
+    in earlier steps; without it deaths are not counted. ``is_isolated`` is set if they are why a
     chunk is computed alone. ``routed`` is set if requests ask for the experts of tokens or force
     them. ``meanwhile`` is called each time before the layers wait for experts.
 
@@ -81,22 +81,22 @@ class StepContext:
     trace: StepTrace | None = None
     needs_an_expert: bool = False
     known_deaths: Sequence[Deaths | None] | None = None
-    is_of_suspect: bool = False
+    is_isolated: bool = False
     routed: StepRouted | None = None
-    meanwhile: Callable[[], None] | None = None
+    on_wait: Callable[[], None] | None = None
     deaths: StepDeaths | None = None
     missing: StepMissing | None = None
     not_finite: set[int] = field(default_factory=set)
     layer_times_s: list[float] = field(default_factory=list)
-    _rooms: dict[int | None, PieceRoom] = field(default_factory=dict)
+    _rooms: dict[int | None, MicrobatchBuffers] = field(default_factory=dict)
 
-    def room(self, tokens: Tokens) -> PieceRoom:
+    def room(self, tokens: Tokens) -> MicrobatchBuffers:
         """Return the buffers of a microbatch of the step, or of some of its tokens."""
         # No other microbatch has the first token.
         first = tokens.start if isinstance(tokens, slice) else int(tokens[0])
         room = self._rooms.get(first)
         if room is None:
-            room = self._rooms[first] = PieceRoom()
+            room = self._rooms[first] = MicrobatchBuffers()
         return room
 
     def missing_record(self, tokens: Tokens = ALL_TOKENS) -> StepMissing:
@@ -126,7 +126,7 @@ class StepContext:
 
 
 @dataclass(slots=True)
-class BegunLayer:
+class InFlightLayer:
     """A layer between :meth:`MoELayers.begin` and :meth:`MoELayers.finish`.
 
     ``rows`` [T, ...] belong to ``tokens`` of the step. ``choice`` is the gate's ``gate_choice``
@@ -138,12 +138,12 @@ class BegunLayer:
     layer_id: int
     rows: LayerRows
     gate_choice: Choice
-    among: ChooseAmong | None
+    reselect: ChooseAmong | None
     tokens: Tokens
     started_at_s: float
     span: Span | None
     choice: Choice
-    exchange: Exchange | None = None
+    exchange: NativeLayerCall | None = None
     pending: PendingLayer | None = None
     plan: Any = None
 
@@ -190,9 +190,9 @@ class MoELayers(Generic[Result]):
         layer_id: int,
         rows: LayerRows,
         gate_choice: Choice,
-        among: ChooseAmong | None = None,
+        reselect: ChooseAmong | None = None,
         tokens: Tokens = ALL_TOKENS,
-    ) -> BegunLayer:
+    ) -> InFlightLayer:
         """Send hidden states [T, H], or other rows, to the experts of the gate's choice [T, K].
 
         ``tokens`` are their indices in the step of ``context``. ``among`` is the layer's gate,
@@ -203,12 +203,12 @@ class MoELayers(Generic[Result]):
         """
         started_at_s = time.perf_counter()
         span = None if context.trace is None else context.trace.layer(layer_id)
-        begun = BegunLayer(
+        begun = InFlightLayer(
             context=context,
             layer_id=layer_id,
             rows=rows,
             gate_choice=gate_choice,
-            among=among,
+            reselect=reselect,
             tokens=tokens,
             started_at_s=started_at_s,
             span=span,
@@ -225,7 +225,7 @@ class MoELayers(Generic[Result]):
             raise
         return begun
 
-    def finish(self, begun: BegunLayer) -> Result:
+    def finish(self, begun: InFlightLayer) -> Result:
         """Wait for a layer's experts, and return their combined rows.
 
         These may lie in the microbatch's buffers (:meth:`StepContext.room`), and so last until its
@@ -246,7 +246,7 @@ class MoELayers(Generic[Result]):
         begun.context.layer_times_s.append(time.perf_counter() - begun.started_at_s)
         return combined
 
-    def abandon(self, begun: BegunLayer) -> None:
+    def abandon(self, begun: InFlightLayer) -> None:
         """Drop the answers of an unfinished layer, since its step fails."""
         if begun.exchange is not None:
             begun.exchange.settle()
@@ -254,7 +254,7 @@ class MoELayers(Generic[Result]):
             begun.pending.abandon()
         begun.end_span()
 
-    def _exchange(self, begun: BegunLayer) -> Exchange | None:
+    def _exchange(self, begun: InFlightLayer) -> NativeLayerCall | None:
         """Send a layer by native code if it can: only for a step of a single microbatch."""
         context, rows = begun.context, begun.rows
         if (
@@ -262,7 +262,7 @@ class MoELayers(Generic[Result]):
             or not isinstance(rows, torch.Tensor)
             or context.trace is not None
             or context.missing is not None
-            or context.is_of_suspect
+            or context.is_isolated
             or rows.shape[0] != sum(context.sizes)
         ):
             return None
@@ -272,17 +272,19 @@ class MoELayers(Generic[Result]):
             sent.settle = partial(self._take_over, begun, sent)
         return sent
 
-    def _end_exchange(self, begun: BegunLayer, exchanges: Exchanges, sent: Exchange) -> Any:
+    def _end_exchange(
+        self, begun: InFlightLayer, exchanges: Exchanges, sent: NativeLayerCall
+    ) -> Any:
         """Return the sums of a layer that native code sent; ``None`` if it cannot finish it."""
-        if begun.context.meanwhile is not None:
-            begun.context.meanwhile()
+        if begun.context.on_wait is not None:
+            begun.context.on_wait()
         sums = exchanges.receive(sent)
         if sums is None:
             sent.settle()
         begun.exchange = None
         return sums
 
-    def _take_over(self, begun: BegunLayer, sent: Exchange) -> None:
+    def _take_over(self, begun: InFlightLayer, sent: NativeLayerCall) -> None:
         """Continue in Python with a layer that native code has sent."""
         context, layer_id = begun.context, begun.layer_id
         begun.exchange = None
@@ -291,7 +293,7 @@ class MoELayers(Generic[Result]):
         begun.pending = self._dispatcher.take_over(sent, layer_id, *times)
         begun.plan = self._combination.prepare(sent.choice, sent.rows)
 
-    def _send_and_prepare(self, begun: BegunLayer) -> None:
+    def _send_and_prepare(self, begun: InFlightLayer) -> None:
         """Send a layer's rows without missing experts, and prepare their combination."""
         begun.choice = choice = self._without_missing(begun)
         span = begun.span
@@ -305,28 +307,28 @@ class MoELayers(Generic[Result]):
             choice.pairs,
             parent,
             partial(context.layer_deaths, layer_id, begun.tokens, choice.ids.shape[1]),
-            context.is_of_suspect,
+            context.is_isolated,
         )
         if begun.pending is not None:
             rows = begun.rows
             like = rows if isinstance(rows, torch.Tensor) else rows.like
             begun.plan = self._combination.prepare(choice, like)
 
-    def _without_missing(self, begun: BegunLayer) -> Choice:
+    def _without_missing(self, begun: InFlightLayer) -> Choice:
         """Return the gate's choice, changed if experts are missing or have no room."""
-        context, layer_id, among = begun.context, begun.layer_id, begun.among
+        context, layer_id, reselect = begun.context, begun.layer_id, begun.reselect
         missing = self._dispatcher.missing(layer_id)
         if missing is None and context.missing is None and self._limit is None:
             return begun.gate_choice
-        if among is None:
+        if reselect is None:
             raise ExpertUnavailableError("an expert has no live copy", f"layer {layer_id}", 1.0)
         record = context.missing_record(begun.tokens)
-        choice = record.choose(layer_id, missing, begun.gate_choice, among)
+        choice = record.choose(layer_id, missing, begun.gate_choice, reselect)
         if self._limit is None:
             return choice
-        return self._limit.apply(layer_id, choice, missing, record, among)
+        return self._limit.apply(layer_id, choice, missing, record, reselect)
 
-    def _receive_and_combine(self, begun: BegunLayer) -> Result | None:
+    def _receive_and_combine(self, begun: InFlightLayer) -> Result | None:
         """Return the result of a layer's choice; ``None`` when an expert lost its last live copy.
 
         Also ``None`` if experts are unavailable at the step's deadline; chunks that need them wait.
@@ -335,8 +337,8 @@ class MoELayers(Generic[Result]):
         if pending is None:
             return None
         try:
-            if begun.context.meanwhile is not None:
-                begun.context.meanwhile()
+            if begun.context.on_wait is not None:
+                begun.context.on_wait()
             received = self._dispatcher.wait(pending)
             if received is None:
                 return None
@@ -351,7 +353,7 @@ class MoELayers(Generic[Result]):
             return None
 
     def _combine_again(
-        self, begun: BegunLayer, pending: PendingLayer, result: Result
+        self, begun: InFlightLayer, pending: PendingLayer, result: Result
     ) -> Result | None:
         """Return the result of a layer whose ``result`` is not finite.
 

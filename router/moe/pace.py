@@ -18,7 +18,7 @@ Actor = tuple[str, int]
 """An actor's id and generation."""
 
 
-class Pace:
+class LatencyTracker:
     """The longest recent times of answers, by the number of rows."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Pace:
         """Record that the pairs of actors were left out of a step, since no answer had come."""
         self._left_out.update(actors)
 
-    def patience_s(self, actor_id: str, generation: int, rows: int) -> float:
+    def answer_timeout_s(self, actor_id: str, generation: int, rows: int) -> float:
         """Return how long an actor without another copy may take from a layer's start.
 
         It may take so long even where a request's deadline comes earlier. That is a stall, and

@@ -96,14 +96,17 @@ class PendingLayer:
     owed_before: Mapping[str, int] | None = None
     """Each actor's outstanding work when copies were chosen; ``None`` if there was no choice."""
 
-    def gives_up_at_s(self, failed: FailedPart, patience_s: Callable[[Part, int], float]) -> float:
+    def gives_up_at_s(
+        self, failed: FailedPart, answer_timeout_s: Callable[[Part, int], float]
+    ) -> float:
         """Return when the wait for a part without another copy ends.
 
-        That is the deadline; a live actor always gets ``patience_s`` (part, most rows) at least.
+        That is the deadline; a live actor always gets ``answer_timeout_s`` (part, most rows) at
+        least.
         """
         if failed.failure is CallFailure.DIED or self.attempt is None:
             return self.deadline_s
-        patient_until_s = self.started_at_s + patience_s(failed.part, self.attempt.most_rows)
+        patient_until_s = self.started_at_s + answer_timeout_s(failed.part, self.attempt.most_rows)
         return max(self.deadline_s, patient_until_s)
 
     def damaging_actors(self, generations: Mapping[str, int]) -> frozenset[str]:

@@ -32,7 +32,7 @@ ZEROS_S = 2.0
 logger = logging.getLogger("expertmesh.dispatch")
 
 
-class ZeroRows:
+class ActorProbe:
     """Probes actors with rows of zeros; for one dispatcher."""
 
     def __init__(self, model: str, transport: Transport, request_ids: Iterator[int]) -> None:

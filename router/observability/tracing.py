@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from cluster.errors import ExpertMeshError
 from experts.tracing import wall_ns
 from router.messages.prediction import PredictionRequest
-from router.messages.receipts import Receipts
+from router.messages.receipts import DeliveredTokens
 from router.messages.request import GenerationRequest
 
 STEPS_IN_DETAIL = 4
@@ -53,7 +53,7 @@ def _tracer() -> trace.Tracer:
 
 
 @contextmanager
-def gateway_span(request: GenerationRequest, receipts: Receipts) -> Iterator[Span]:
+def gateway_span(request: GenerationRequest, receipts: DeliveredTokens) -> Iterator[Span]:
     """Yield the span of a request in the gateway, a span without a recording if it is not sampled.
 
     It does not become the current span, since a generator runs in the contexts of its callers.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.wire.tensors import PieceRoom
+from cluster.wire.tensors import MicrobatchBuffers
 from experts.checkpoint.checkpoint import Checkpoint
 from router.model.attention.interface import Span
 from router.model.attention.paged import PagedContext
@@ -202,7 +202,7 @@ class _ExactGate:
     def __init__(self, identity: str, layer: int):
         self._keys = [key_of(identity, layer, "gate", e) for e in range(NUM_EXPERTS)]
 
-    def choice(self, normed: torch.Tensor, *, room: PieceRoom | None = None) -> Choice:
+    def choice(self, normed: torch.Tensor, *, room: MicrobatchBuffers | None = None) -> Choice:
         ids = np.array([_chosen(row, self._keys) for row in _numbers(normed.numpy())])
         weights = np.ones(ids.shape, np.float32)  # sooner than torch.ones
         return Choice(ids, torch.from_numpy(weights))

@@ -39,7 +39,7 @@ from router.model.model import MoEModel
 from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
 from router.moe.gate import Choice, ChooseAmong
-from router.moe.layer import BegunLayer, MoELayers, StepContext
+from router.moe.layer import InFlightLayer, MoELayers, StepContext
 from router.moe.missing import ALL_TOKENS, Tokens
 from workshop.evaluate.scores import Ids, Scored
 
@@ -109,12 +109,12 @@ class _ObservedLayers(MoELayers[torch.Tensor]):
         layer_id: int,
         rows: Any,
         gate_choice: Choice,
-        among: ChooseAmong | None = None,
+        reselect: ChooseAmong | None = None,
         tokens: Tokens = ALL_TOKENS,
-    ) -> BegunLayer:
+    ) -> InFlightLayer:
         """See :class:`MoELayers`; a step has one piece."""
         self.chosen[layer_id] = gate_choice.ids.copy()
-        return super().begin(context, layer_id, rows, gate_choice, among, tokens)
+        return super().begin(context, layer_id, rows, gate_choice, reselect, tokens)
 
 
 @dataclass(slots=True)
@@ -171,8 +171,8 @@ class FolderModel:
     def _score_together(self, prompts: list[Ids]) -> list[Scored]:
         added = [_Prompt(self._added(ids)) for ids in prompts]
         by_sequence = {id(prompt.sequence): prompt for prompt in added}
-        while works := self._scheduler.schedule():
-            packed = pack(works, self._model.attention, most_pieces=1)
+        while chunks := self._scheduler.schedule():
+            packed = pack(chunks, self._model.attention, most_pieces=1)
             context = context_of(packed)
             decoder = self._model.decoder
             hidden_states, targets = decoder.forward(
@@ -186,11 +186,11 @@ class FolderModel:
             for part, rows in zip(packed.scored, read_scores(found, packed.scored), strict=True):
                 if rows is None or context.not_finite:
                     raise NotFiniteError("the model's output is not finite (NaN or infinity)")
-                prompt = by_sequence[id(part.work.sequence)]
+                prompt = by_sequence[id(part.chunk.sequence)]
                 prompt.logprobs += [row.logprob for row in rows]
                 for layer_id, chosen in self._layers.chosen.items():
                     prompt.experts.setdefault(layer_id, []).append(chosen[part.rows])
-            for work in works:
+            for work in chunks:
                 work.sequence.num_computed = work.end
                 if work.end == len(work.sequence.token_ids):
                     self._scheduler.finish(work.sequence)
@@ -214,7 +214,7 @@ class FolderModel:
                 context_of(packed),
                 packed.sample_rows,
             )
-            [work] = packed.works
+            [work] = packed.chunks
             sequence.num_computed = work.end
             for logits in decoder.logits(hidden_states, rows) if len(rows) else ():
                 if not logits.isfinite().all():

@@ -15,7 +15,7 @@ from cluster.controller.changes.rebalance import Rebalancer
 from cluster.controller.health.deaths import Deaths
 from cluster.controller.records.state import ClusterState
 from cluster.errors import NoRoomError
-from cluster.placement.relief import Room, plan_relief
+from cluster.placement.relief import FreeMemory, plan_relief
 from cluster.reports import ChangeReport
 from cluster.spec import ExpertKey
 
@@ -123,7 +123,7 @@ class Reliever:
     def _expert_bytes(self) -> dict[str, int]:
         return {model.model: model.expert_bytes for model in self._state.models}
 
-    def _rooms(self, actor_id: str) -> tuple[list[Room], dict[str, float]]:
+    def _rooms(self, actor_id: str) -> tuple[list[FreeMemory], dict[str, float]]:
         """Return the rooms of other actors that serve, and the free bytes of their memories."""
         state, rooms = self._state, []
         free_bytes: dict[str, float] = {}
@@ -133,7 +133,7 @@ class Reliever:
             is_used = other in state.placement.generations and other not in state.fleet.standby
             if other == actor_id or memory == own or not is_used:
                 continue
-            rooms.append(Room(other, report.node, memory, self._budget_bytes(other)))
+            rooms.append(FreeMemory(other, report.node, memory, self._budget_bytes(other)))
             free_bytes[memory] = min(report.free_bytes, free_bytes.get(memory, math.inf))
         return rooms, free_bytes
 

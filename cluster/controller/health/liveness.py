@@ -149,10 +149,10 @@ class Silences:
         :func:`has_last_copy` says.
         """
         silence = self._silent[actor_id]
-        is_deaf = self._is_deaf(silence, now_s)
+        is_partitioned = self._is_partitioned(silence, now_s)
         is_confirmed = signs.is_suspected and (signs.hears_others or silence.silent_s >= CONFIRM_S)
         confirmed_s = self._confirmed_s(actor_id, is_confirmed, now_s)
-        limit_s = SUSPECTED_S if signs.is_suspected and not is_deaf else SILENT_S
+        limit_s = SUSPECTED_S if signs.is_suspected and not is_partitioned else SILENT_S
         if silence.silent_s < limit_s:
             return Verdict.WAITS
         if signs.heard_at_s > max(silence.since_s + HEARD_MARGIN_S, now_s - limit_s):
@@ -172,7 +172,7 @@ class Silences:
         ):
             # A cut network delivers a suspicion late: routers that hear the actor say so.
             return Verdict.WAITS
-        elif is_deaf and confirmed_s < SUSPECTED_S:
+        elif is_partitioned and confirmed_s < SUSPECTED_S:
             # A router that hears others again may not have asked this one since.
             return Verdict.WAITS
         if silence.silent_s < limit_s + LAST_COPY_S and goes_later():
@@ -199,7 +199,7 @@ class Silences:
         are_all_silent = self._num_silent(silence) == len(self._watched)
         return are_all_silent and signs.members_at_s <= silence.since_s
 
-    def _is_deaf(self, silence: Silence, now_s: float) -> bool:
+    def _is_partitioned(self, silence: Silence, now_s: float) -> bool:
         """Return whether many are silent, and a router has heard one of the silent lately.
 
         The controller's own silence proves nothing then; only a router that times out does.

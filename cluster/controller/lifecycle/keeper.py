@@ -78,9 +78,9 @@ class Keeper:
         self.loading = Loading()
         self.deaths = Deaths()
         self.processes = ActorProcesses(state, expert_pool, self.deaths)
-        self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = no_relief
+        self.relieve: Callable[[str, NoRoomError], Awaitable[bool]] = keep_experts
         """Moves experts off an actor whose memory has no room for them; returns whether it did."""
-        self.relieve_waiting: Callable[[str, str], Awaitable[object]] = no_relief
+        self.relieve_waiting: Callable[[str, str], Awaitable[object]] = keep_experts
         """Moves experts that nobody holds off an actor that waits for resources."""
         self.looped_at_s = time.monotonic()
         """When any task last finished a step; old if this controller hangs."""
@@ -381,7 +381,7 @@ class Keeper:
         return report
 
 
-async def no_relief(actor_id: str, reason: object) -> bool:
+async def keep_experts(actor_id: str, reason: object) -> bool:
     """Move nothing."""
     return False
 

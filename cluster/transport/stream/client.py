@@ -26,7 +26,7 @@ from cluster.transport.base import (
 )
 from cluster.transport.stream.channel import Message
 from cluster.transport.stream.connect import Connector
-from cluster.transport.stream.lanes import Lanes
+from cluster.transport.stream.lanes import IdleConnections
 from cluster.transport.stream.late import LATE_READ_S, wait_for_any
 from cluster.transport.stream.link import Link
 
@@ -55,7 +55,7 @@ class StreamTransport:
         self._last_id = 0
         self._answers = 0
         self._changes = 0  # of the links and of what is under way on them
-        self._lanes = Lanes([])
+        self._lanes = IdleConnections([])
         self._lanes_of = 0
         self.waits_since_s = math.inf
         """When the latest wait for an answer began; infinite while reading without a wait."""
@@ -111,7 +111,7 @@ class StreamTransport:
         pending.unanswered[call_id] = index
         self.calls["stream"] += 1
 
-    def lanes(self) -> Lanes:
+    def lanes(self) -> IdleConnections:
         """Return the idle connections, over which native code may send and receive by itself.
 
         They are valid until this transport is used in another way. It drops answers that come
@@ -121,7 +121,7 @@ class StreamTransport:
             self._answers = max(self._answers, self._lanes.note_answers())
             links = [link for link in self.links.values() if not link.unanswered]
             if not self._lanes.are_of(links):
-                self._lanes = Lanes(links)
+                self._lanes = IdleConnections(links)
             self._lanes.count_on(self._answers)
             self._lanes_of = self._changes
         return self._lanes

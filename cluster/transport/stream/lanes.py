@@ -11,7 +11,7 @@ from cluster.transport.stream.channel import Message
 from cluster.transport.stream.link import Link
 
 
-class Lanes:
+class IdleConnections:
     """Connections without unanswered calls, whose messages need neither a checksum nor TLS.
 
     ``fields`` are what ``native/wire/exchange.c`` takes: sockets, buffers, and the numbers of
@@ -91,7 +91,7 @@ class Connections(Protocol):
 
 def take_over(
     transport: Connections,
-    lanes: Lanes,
+    lanes: IdleConnections,
     pending: Pending,
     first_id: int,
     left: Sequence[int],
@@ -122,7 +122,7 @@ def take_over(
             transport.store(link, pending, messages)
 
 
-def _link_of(transport: Connections, lanes: Lanes, call: Call) -> Link[Any] | None:
+def _link_of(transport: Connections, lanes: IdleConnections, call: Call) -> Link[Any] | None:
     """Return the connection over which a call was sent, if it is still there."""
     link = lanes.links.get((call.actor_id, call.generation))
     return link if transport.links.get(call.actor_id) is link else None

@@ -73,7 +73,7 @@ def divide(
     here. If ``budget`` is only part of a step's, ``step_tokens`` is the whole; it decides which
     prompts are long.
     """
-    gives_way = _which_give_way(prompts, step_tokens or budget)
+    gives_way = _deferred_prompts(prompts, step_tokens or budget)
     if leaves_out:
         others = [p for p, waits in zip(prompts, gives_way, strict=True) if not waits]
         shares = _divide(others, [False] * len(others), budget, ends_others)
@@ -83,7 +83,7 @@ def divide(
     return _divide(prompts, gives_way, budget, ends_others)
 
 
-def _which_give_way(prompts: Sequence[Prompt], budget: int) -> list[bool]:
+def _deferred_prompts(prompts: Sequence[Prompt], budget: int) -> list[bool]:
     """Return which prompts are long, and not more urgent than all short ones."""
     is_long = [prompt.length > LONG_CHUNKS * budget for prompt in prompts]
     urgent = min(

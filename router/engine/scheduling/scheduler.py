@@ -24,7 +24,7 @@ from cluster.errors import ExpertMeshError, OverloadedError
 from router.engine.scheduling.prefill import Prompt, divide, tenant_budgets
 from router.engine.scheduling.prefixes import Prefixes
 from router.engine.scheduling.waiting import WaitingSequences
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest
 from router.model.page_pool import pages_needed
 from router.model.prefix_cache import PrefixCache
@@ -134,7 +134,7 @@ class Scheduler:
         if self.prefixes is not None:
             self.prefixes.look(generations, bool(other_classes))
 
-    def schedule(self) -> list[Work]:
+    def schedule(self) -> list[ScheduledChunk]:
         """Admit sequences that fit; return the next step's chunks: decodes, then prefill.
 
         There are none while all running sequences are parked.
@@ -145,10 +145,10 @@ class Scheduler:
         self._admit()
         ready = [s for s in self.running if not s.awaited][: self._limits.max_batch_size]
         decodes = [s for s in ready if s.num_computed == len(s.token_ids) - 1]
-        works = [Work(s, s.num_computed, len(s.token_ids)) for s in decodes]
+        chunks = [ScheduledChunk(s, s.num_computed, len(s.token_ids)) for s in decodes]
         if len(decodes) < len(ready):
             # Decodes are never held back. Without decodes, a prompt gets at least a token a step.
-            budget = max(self._limits.max_batch_tokens - len(works), 0 if works else 1)
+            budget = max(self._limits.max_batch_tokens - len(chunks), 0 if chunks else 1)
             prompts = [s for s in ready if s.num_computed < len(s.token_ids) - 1]
             ends = [s for s in decodes if s.num_generated in (0, len(s.forced) - 1)]
             ending = {s.request.tenant for s in ends}
@@ -159,8 +159,8 @@ class Scheduler:
             for sequence, share in zip(prompts, shares, strict=True):
                 if share:
                     start = sequence.num_computed
-                    works.append(Work(sequence, start, start + share))
-        return works
+                    chunks.append(ScheduledChunk(sequence, start, start + share))
+        return chunks
 
     def _shares(
         self, sequences: list[Sequence], budget: int, ending: Set[str], leaves_out: bool

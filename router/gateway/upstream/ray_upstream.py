@@ -43,7 +43,7 @@ from router.gateway.upstream.resend import (
     resend_delay_s,
 )
 from router.gateway.upstream.router_links import RouterCalls
-from router.messages.receipts import Receipts, merge_events
+from router.messages.receipts import DeliveredTokens, merge_events
 from router.messages.request import GenerationRequest, TokenEvent
 from router.messages.token_link import LinkServer
 from router.observability.tracing import gateway_span
@@ -131,7 +131,7 @@ class RayUpstream:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """See :class:`Upstream`; resends the request when its router dies."""
         self._deployment.check_open()
-        receipts = Receipts(request)
+        receipts = DeliveredTokens(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
         deaths, is_lost = RouterDeaths(), False
@@ -159,7 +159,7 @@ class RayUpstream:
                 except ModelReplacedError as error:
                     if receipts.has_any() and number >= RESUMED_TIMES:
                         raise _not_resumed(request, error) from None
-                    if isinstance(error, _OtherTextError) and self._loop_s() > other_text_s:
+                    if isinstance(error, _TokenizerMismatchError) and self._loop_s() > other_text_s:
                         raise error from None
                     delay_s = retries.next_delay_s(request.remaining_s())
                     if delay_s is None:
@@ -177,7 +177,7 @@ class RayUpstream:
     async def _attempt(
         self,
         request: GenerationRequest,
-        receipts: Receipts,
+        receipts: DeliveredTokens,
         stopped: set[int],
         span: Span,
         by_serve: bool,
@@ -264,7 +264,7 @@ class RayUpstream:
         return self._deployment.ready()
 
 
-class _OtherTextError(ModelReplacedError):
+class _TokenizerMismatchError(ModelReplacedError):
     """The router's tokenizer is not that by which this gateway has made ids of text."""
 
 
@@ -285,7 +285,7 @@ def _events(reply: Reply) -> list[TokenEvent]:
     if isinstance(reply, BaseException):
         raise failure_of(reply)
     if "replaced" in reply:
-        raise _OtherTextError if reply["has_other_text"] else ModelReplacedError
+        raise _TokenizerMismatchError if reply["has_other_text"] else ModelReplacedError
     if "error" in reply:
         raise error_from_wire(reply["error"])
     return [TokenEvent.from_wire(wire) for wire in reply["events"]]

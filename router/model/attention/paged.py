@@ -31,7 +31,7 @@ class PagedContext:
     """The argument that transformers' model passes on to :func:`paged_attention`.
 
     ``has_window`` is true for each layer with a sliding window. ``room`` is memory that the native
-    layers of a piece share (:class:`router.model.cpu.native_layer.HalfRoom`).
+    layers of a piece share (:class:`router.model.cpu.native_layer.AttentionWorkspace`).
     """
 
     cache: PagedCache

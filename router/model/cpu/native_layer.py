@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from cluster.native import native
-from cluster.wire.tensors import PieceRoom, to_bytes
+from cluster.wire.tensors import MicrobatchBuffers, to_bytes
 from experts.families.base import GateSpec
 from router.model.attention.interface import Attention, PagedBatch, Scoring
 from router.model.attention.paged import PagedContext
@@ -42,7 +42,7 @@ _SCORES = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HalfRoom:
+class AttentionWorkspace:
     """What the attention halves of a piece share: arguments, and memory for ``normed`` [T, H].
 
     ``before`` and ``after`` are arguments of native code, of which the layer's own lie between.
@@ -56,7 +56,9 @@ class HalfRoom:
     after: int
 
     @classmethod
-    def of(cls, residual: torch.Tensor, rotation: torch.Tensor, batch: PagedBatch) -> HalfRoom:
+    def of(
+        cls, residual: torch.Tensor, rotation: torch.Tensor, batch: PagedBatch
+    ) -> AttentionWorkspace:
         """Return the room of a piece; raises ``ValueError`` where the residual is in parts."""
         if not residual.is_contiguous():  # what is added would go to a copy
             raise ValueError("the residual stream must be contiguous")
@@ -107,7 +109,7 @@ class NativeAttentionHalf:
         parts = self.parts_for(paged)
         room = paged.room
         if room is None or room.residual is not residual or room.rotation is not rotation:
-            room = paged.room = HalfRoom.of(residual, rotation, paged.batch)
+            room = paged.room = AttentionWorkspace.of(residual, rotation, paged.batch)
         if room.dtype != self._dtype:
             raise ValueError(f"rows are {room.dtype}, the cache is {self._dtype}")
         added = None if output is None else to_bytes(output)
@@ -237,7 +239,7 @@ class NativeGate(Gate):
         forced: np.ndarray | None = None,
         allowed: torch.Tensor | None = None,
         *,
-        room: PieceRoom | None = None,
+        room: MicrobatchBuffers | None = None,
     ) -> Choice:
         """See :meth:`router.moe.gate.Gate.choice`; ``allowed`` as in :meth:`choose`.
 
@@ -248,7 +250,7 @@ class NativeGate(Gate):
         if dtype not in self._numbers:
             self._numbers[dtype] = self._numbers_for(dtype)
         weights_dtype, sizes = self._numbers[dtype]
-        room = room or PieceRoom()
+        room = room or MicrobatchBuffers()
         shape = hidden_states.shape[0], self._top_k  # `len` of a tensor is Python
         ids, weights = room.choice(shape, weights_dtype)
         native.choose(

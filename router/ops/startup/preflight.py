@@ -120,10 +120,10 @@ def check_start(file: Path, document: Mapping[str, Any], address: str | None) ->
     checkpoints = _checkpoints(file, is_needed=target is None)
     _check_document(file, document, reads_files=target is None)
     if target is None:
-        _heed(checks_of_a_start(read_deployment(file), os.environ))
+        _enforce(checks_of_a_start(read_deployment(file), os.environ))
         _keep_hashes(checkpoints)
     else:
-        _heed(_checks_of_a_join(file, document, target))
+        _enforce(_checks_of_a_join(file, document, target))
 
 
 def check_deploy(file: Path, document: Mapping[str, Any], address: str | None) -> None:
@@ -131,7 +131,7 @@ def check_deploy(file: Path, document: Mapping[str, Any], address: str | None) -
     _checkpoints(file, is_needed=False)
     _check_document(file, document, reads_files=False)
     num_nodes, has_token = look_at_dashboard(dashboard_of(address))
-    _heed([check_token(num_nodes, is_open(document), has_token)])
+    _enforce([check_token(num_nodes, is_open(document), has_token)])
 
 
 def _checkpoints(file: Path, is_needed: bool) -> Sequence[Stored]:
@@ -170,7 +170,7 @@ def _checks_of_a_join(file: Path, document: Mapping[str, Any], target: Target) -
     return [check_ray(running, ()), *access_checks(document, has_tls, running, os.environ)]
 
 
-def _heed(checks: Sequence[Check]) -> None:
+def _enforce(checks: Sequence[Check]) -> None:
     """End the command at a problem, and warn of what nobody else says in time.
 
     Ray does not tell of a GPU that gets too full before a process ends by it.

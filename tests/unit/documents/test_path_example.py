@@ -14,7 +14,7 @@ import torch
 
 from cluster.wire.tensors import to_bytes
 from router.engine.batch import pack
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.cpu.native_attention import NativeAttention
 from router.moe.combine import ExpertRows, combine, prepare
@@ -57,12 +57,12 @@ def test_the_functions_to_open_and_to_skip_are_in_the_code(file: str, text: str)
         assert opened[1] in defined(file) | defined(TYPES)
 
 
-def works() -> Iterator[Work]:
+def works() -> Iterator[ScheduledChunk]:
     for name, token_ids, page in (("A", (5, 9, 7), 0), ("B", (8, 2, 6, 3, 4), 1)):
         request = GenerationRequest(name, "m", token_ids, SamplingParams(max_tokens=1), 0.0)
         sequence = Sequence(request, 0, list(token_ids), len(token_ids) - 1)
         sequence.occupy([page], 16)
-        yield Work(sequence, len(token_ids) - 1, len(token_ids))
+        yield ScheduledChunk(sequence, len(token_ids) - 1, len(token_ids))
 
 
 def row_of(expert_id: int, hidden_state: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from cluster.errors import Code, NoRoomError
 from cluster.memory import Memory
 from cluster.spec import ExpertKey
 from experts import host_room
-from experts.host_room import HostRoom
+from experts.host_room import HostMemoryGuard
 from tests.unit.experts.local_actor import KEYS, local_actor
 
 MIB = 1 << 20
@@ -22,7 +22,7 @@ def keys(count: int) -> list[ExpertKey]:
 
 
 def test_a_load_that_does_not_fit_is_refused_before_its_first_expert() -> None:
-    room = HostRoom(dict.fromkeys(keys(10), MIB), lambda: 9 * MIB)
+    room = HostMemoryGuard(dict.fromkeys(keys(10), MIB), lambda: 9 * MIB)
     with pytest.raises(NoRoomError, match="lacks 1,048,576 bytes of the 10,485,760") as caught:
         room.take(keys(1)[0])
     assert (caught.value.needed_bytes, caught.value.missing_bytes) == (10 * MIB, MIB)
@@ -38,7 +38,7 @@ def test_memory_that_others_take_meanwhile_is_noticed_at_the_next_look() -> None
         looks += 1
         return free[0]
 
-    room = HostRoom(dict.fromkeys(keys(8), size), free_bytes)
+    room = HostMemoryGuard(dict.fromkeys(keys(8), size), free_bytes)
     free[0] = 8 * size
     for key in keys(4):
         room.take(key)
@@ -50,7 +50,7 @@ def test_memory_that_others_take_meanwhile_is_noticed_at_the_next_look() -> None
 
 
 def test_experts_that_are_not_in_the_hosts_memory_need_none_of_it() -> None:
-    room = HostRoom({}, lambda: 0)
+    room = HostMemoryGuard({}, lambda: 0)
     room.take(keys(1)[0])
 
 

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement.relief import Relief, Room, plan_relief
+from cluster.placement.relief import FreeMemory, Relief, plan_relief
 from cluster.spec import ExpertKey
 
 SIZE = 10
 KEYS = [ExpertKey("m", layer_id, expert_id) for layer_id in range(2) for expert_id in range(4)]
 ROOMS = [
-    Room("y", "n2", "n2", math.inf),
-    Room("z", "n2", "n2", math.inf),
-    Room("w", "n3", "w", math.inf),
+    FreeMemory("y", "n2", "n2", math.inf),
+    FreeMemory("z", "n2", "n2", math.inf),
+    FreeMemory("w", "n3", "w", math.inf),
 ]
 
 
@@ -25,7 +25,7 @@ def relief(
     missing: int,
     shares: dict[str, list[ExpertKey]],
     free: dict[str, int],
-    rooms: Sequence[Room] = ROOMS,
+    rooms: Sequence[FreeMemory] = ROOMS,
     min_copies: int = 1,
 ) -> Relief:
     return plan_relief("x", missing, shares, {"m": SIZE}, rooms, free, min_copies)
@@ -46,7 +46,7 @@ def test_actors_that_share_a_memory_share_its_room() -> None:
 
 
 def test_a_budget_bounds_what_an_actor_takes() -> None:
-    rooms = [Room("y", "n2", "n2", 25.0)]
+    rooms = [FreeMemory("y", "n2", "n2", 25.0)]
     assert relief(40, {"x": KEYS[:4], "y": []}, {"n2": 1000}, rooms).freed_bytes == 20
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.engine.batch import pack
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.attention.interface import Attention
 from router.model.attention.paged import (
@@ -43,7 +43,7 @@ def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int
     return sequence
 
 
-def view_of(work: list[Work], window: int | None) -> GatheredView:
+def view_of(work: list[ScheduledChunk], window: int | None) -> GatheredView:
     view: GatheredView = pack(work, GatheredAttention(window)).pieces[0].batch.view
     return view
 
@@ -54,7 +54,12 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     b = sequence_of("b", [20, 21], [1], 1)
     c = sequence_of("c", [30, 31, 32, 33, 34, 35, 36], [0], 2)
     d = sequence_of("d", [40, 41], [2])
-    work = [Work(c, 2, 5), Work(a, 4, 5), Work(d, 0, 2), Work(b, 1, 2)]
+    work = [
+        ScheduledChunk(c, 2, 5),
+        ScheduledChunk(a, 4, 5),
+        ScheduledChunk(d, 0, 2),
+        ScheduledChunk(b, 1, 2),
+    ]
     step = pack(work, GatheredAttention(3))
     view = step.pieces[0].batch.view
     assert step.token_ids.tolist() == [14, 21, 32, 33, 34, 40, 41]
@@ -85,19 +90,23 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
 def test_lengths_are_padded_to_the_longest_and_the_padding_is_hidden() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     b = sequence_of("b", [1, 2, 3, 4, 5], [2], 4)
-    both = view_of([Work(a, 2, 3), Work(b, 4, 5)], 2)
+    both = view_of([ScheduledChunk(a, 2, 3), ScheduledChunk(b, 4, 5)], 2)
     assert both.decode_slots.tolist() == [[0, 1, 2, 0, 0], [32, 33, 34, 35, 36]]
     assert both.decode_mask is not None
     assert both.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert both.decode_window_mask is not None
     assert both.decode_window_mask[:, 0].int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
-    assert view_of([Work(a, 2, 3)], None).decode_mask is None
+    assert view_of([ScheduledChunk(a, 2, 3)], None).decode_mask is None
 
 
 def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
     a = sequence_of("a", list(range(18)), [3, 1], 17)
     b = sequence_of("b", list(range(40)), [0, 5, 4], 15)
-    view = pack([Work(b, 15, 33), Work(a, 17, 18)], NativeAttention(None)).pieces[0].batch.view
+    view = (
+        pack([ScheduledChunk(b, 15, 33), ScheduledChunk(a, 17, 18)], NativeAttention(None))
+        .pieces[0]
+        .batch.view
+    )
     # First token, tokens, position of the first, where the pages begin; the decode comes first.
     assert view.spans.tolist() == [[0, 1, 17, 0], [1, 18, 15, 2]]
     assert view.pages.tolist() == [3, 1, 0, 5, 4]
@@ -106,7 +115,7 @@ def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
 def test_without_a_window_everything_before_is_seen() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
     c = sequence_of("c", [1, 2, 3], [1], 1)
-    view = view_of([Work(a, 2, 3), Work(c, 1, 3)], None)
+    view = view_of([ScheduledChunk(a, 2, 3), ScheduledChunk(c, 1, 3)], None)
     assert view.decode_mask is None
     [chunk] = view.chunks
     assert chunk.mask is not None
@@ -115,10 +124,10 @@ def test_without_a_window_everything_before_is_seen() -> None:
 
 def test_decodes_alone_and_chunks_alone_are_steps_too() -> None:
     a = sequence_of("a", [1, 2, 3], [0], 2)
-    alone = view_of([Work(a, 2, 3)], None)
+    alone = view_of([ScheduledChunk(a, 2, 3)], None)
     assert (alone.num_decode, alone.chunks) == (1, ())
     b = sequence_of("b", [1, 2, 3], [1])
-    chunk = pack([Work(b, 0, 2)], GatheredAttention(None))
+    chunk = pack([ScheduledChunk(b, 0, 2)], GatheredAttention(None))
     assert (chunk.pieces[0].batch.view.num_decode, len(chunk.pieces[0].batch.view.chunks)) == (0, 1)
     assert chunk.sampled == ()
     assert chunk.sample_rows.tolist() == []
@@ -161,7 +170,7 @@ class Layer:
         made = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
         return self.made.setdefault(sequence.request.request_id, made)
 
-    def packed(self, work: list[Work], window: int | None) -> dict[str, torch.Tensor]:
+    def packed(self, work: list[ScheduledChunk], window: int | None) -> dict[str, torch.Tensor]:
         """Run a step and return each sequence's new outputs, [T, Q, D]."""
         attention: Attention = (
             NativeAttention(window) if self.is_native else GatheredAttention(window)
@@ -237,7 +246,9 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
         for sequence in chosen:
             left = len(sequence.token_ids) - sequence.num_computed
             count = 1 if source.random() < 0.4 else source.randint(1, left)
-            work.append(Work(sequence, sequence.num_computed, sequence.num_computed + count))
+            work.append(
+                ScheduledChunk(sequence, sequence.num_computed, sequence.num_computed + count)
+            )
         for name, output in attention.packed(work, window).items():
             got[name].append(output)
         for item in work:
@@ -256,7 +267,7 @@ def test_packed_attention_over_any_mixture_of_work_is_dense_attention_of_each_se
 def test_a_step_writes_only_the_slots_of_its_own_tokens(is_native: bool) -> None:
     attention = Layer(2, 2, 2, 1, is_native=is_native)
     sequence = sequence_of("5", list(range(10)), [1], 4)
-    attention.packed([Work(sequence, 4, 7)], None)
+    attention.packed([ScheduledChunk(sequence, 4, 7)], None)
     [keys] = attention.cache.gather(1, torch.arange(attention.num_slots)[None])[0].transpose(0, 1)
     written = (keys != 1e4).all(dim=-1).all(dim=0)
     assert np.flatnonzero(written.numpy()).tolist() == [20, 21, 22]
@@ -272,7 +283,7 @@ def test_the_order_of_the_work_changes_no_sequences_output(
     for chosen in ([0, 1, 2], order):
         attention = Layer(3, 4, 2, 0, is_native=is_native)
         sequences = [sequence_of(str(i), list(range(6)), [i]) for i in range(3)]
-        work = [Work(sequences[i], 0, 6) for i in chosen]
+        work = [ScheduledChunk(sequences[i], 0, 6) for i in chosen]
         outputs.append(attention.packed(work, None))
     assert outputs[0].keys() == outputs[1].keys()
     for name, output in outputs[0].items():

@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 from cluster.errors import DeadlineExceededError, ExpertUnavailableError
 from cluster.spec import Emulation
 from cluster.transport.base import Call, CallFailure
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from router.messages.request import GenerationRequest, TokenEvent
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
@@ -66,10 +66,10 @@ def steps_of_neighbour(folder: Path, timeout_s: float, monkeypatch: pytest.Monke
     beside: list[GenerationRequest] = []
     compute = cluster.engine.step
 
-    def step(works: list[Work], *trace: Any) -> None:
-        if any(work.sequence.request.request_id == "neighbour" for work in works):
+    def step(chunks: list[ScheduledChunk], *trace: Any) -> None:
+        if any(work.sequence.request.request_id == "neighbour" for work in chunks):
             next(num_steps)
-        compute(works, *trace)
+        compute(chunks, *trace)
 
     def send() -> None:
         for number in itertools.count():

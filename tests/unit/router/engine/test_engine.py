@@ -336,8 +336,8 @@ def test_an_idle_engine_computes_the_prompts_of_a_burst_in_one_step(
         engine.submit(greedy_request(name, prompt_of(4, ord(name)), 2))
     engine._take_commands(has_works=False)
     assert len(scheduler.sequences()) == 2
-    while works := scheduler.schedule():
-        engine._traced_step(works)
+    while chunks := scheduler.schedule():
+        engine._traced_step(chunks)
     assert not scheduler.sequences()
     engine._commands.note_step(1, 30.0)  # so long the next one may take
     engine.submit(greedy_request("c", prompt_of(4, 3), 2))

@@ -14,7 +14,7 @@ import torch
 
 from cluster.native import native
 from router.engine.batch import pack
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -51,12 +51,14 @@ class Runs:
         logits = torch.empty(0)
         for begin, end in zip([0, *ends], ends, strict=False):
             lengths = [(s, len(s.token_ids)) for s in others]
-            works = [Work(s, length - 1 if begin else 0, length) for s, length in lengths]
-            works.append(Work(own, begin, end))
+            chunks = [
+                ScheduledChunk(s, length - 1 if begin else 0, length) for s, length in lengths
+            ]
+            chunks.append(ScheduledChunk(own, begin, end))
             with torch.inference_mode():
-                packed = pack(works, self.cluster.model.attention)
+                packed = pack(chunks, self.cluster.model.attention)
                 logits = self.cluster.forward(packed)
-            for work in works:
+            for work in chunks:
                 work.sequence.num_computed = work.end
         for sequence in (own, *others):
             self.cluster.scheduler.finish(sequence)

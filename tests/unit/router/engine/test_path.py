@@ -22,7 +22,7 @@ from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import RowsFrame, decode
 from experts import actor as actor_module
 from router.engine.sampling import sample
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from tests.checkpoints import save_mixtral
 from tests.unit.cluster.transport.wired import LENGTH, Wired
 from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_of
@@ -98,7 +98,7 @@ def files_of_a_decode(
     traces: list[Trace] = []
     step = engine.step
 
-    def traced(work: list[Work], *context: Any) -> None:
+    def traced(work: list[ScheduledChunk], *context: Any) -> None:
         assert len(work) == 1
         traces.append(Trace())
         sys.setprofile(traces[-1])

@@ -27,11 +27,11 @@ from router.config.capacity import CapacityConfig
 from router.engine import batch
 from router.engine.batch import LEAST_PIECE_TOKENS, pack, piece_ends
 from router.engine.scheduling.scheduler import Limits
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from router.messages.request import GenerationRequest
 from router.model.attention.interface import Span
 from router.model.decoder import MOST_PIECES
-from router.moe.layer import BegunLayer
+from router.moe.layer import InFlightLayer
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.family_checkpoints import SAVERS
@@ -145,7 +145,9 @@ def test_a_chunk_goes_on_in_the_next_piece(monkeypatch: pytest.MonkeyPatch) -> N
     # a decodes; b prefills tokens 2..6 of 8, c all of 4.
     a = sequence_of("a", [1, 2, 3], [0], 2)
     b, c = sequence_of("b", list(range(8)), [1], 2), sequence_of("c", list(range(4)), [2])
-    step = pack([Work(b, 2, 6), Work(a, 2, 3), Work(c, 0, 4)], Spans(), 3)
+    step = pack(
+        [ScheduledChunk(b, 2, 6), ScheduledChunk(a, 2, 3), ScheduledChunk(c, 0, 4)], Spans(), 3
+    )
     assert [piece.tokens for piece in step.pieces] == [slice(0, 4), slice(4, 5), slice(5, 9)]
     found = [
         ([(span.slots.tolist(), span.start) for span in spans], num_decode)
@@ -299,7 +301,7 @@ def test_a_step_that_fails_drops_the_calls_under_way(folder: Path) -> None:
     events = logged(cluster)
     finish, failures = cluster.layers.finish, iter([False, False, True])
 
-    def fails(begun: BegunLayer) -> torch.Tensor:
+    def fails(begun: InFlightLayer) -> torch.Tensor:
         if next(failures):
             raise ExpertUnavailableError("a fault of the test's", "", 1.0)
         return finish(begun)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.messages.receipts import Receipts, merge_events
+from router.messages.receipts import DeliveredTokens, merge_events
 from router.messages.request import GenerationRequest, PromptLogprobs, Received, TokenEvent
 from tests.local_cluster import greedy_request
 
@@ -49,7 +49,7 @@ def test_an_event_without_a_prompt_is_as_short_as_ever() -> None:
 @given(st.lists(st.sampled_from([*PIECES, part(1, 4), part(0, 6), WHOLE]), max_size=12))
 def test_each_comes_once_in_order_and_before_the_tokens(events: list[TokenEvent]) -> None:
     """Whatever comes first, twice or not at all, the reply at the end has the rest."""
-    receipts = Receipts(request())
+    receipts = DeliveredTokens(request())
     taken = [event for event in map(receipts.take, [*events, WHOLE]) if event is not None]
     joined = merge_events(taken)[0]
     assert joined.prompt_logprobs == ROWS
@@ -63,13 +63,13 @@ def test_each_comes_once_in_order_and_before_the_tokens(events: list[TokenEvent]
 
 @pytest.mark.parametrize("count", range(len(PIECES)))
 def test_the_rest_is_asked_for_and_taken(count: int) -> None:
-    receipts = Receipts(request())
+    receipts = DeliveredTokens(request())
     first = [receipts.take(event) for event in PIECES[:count]]
     [received] = receipts.received()
     assert received.num_prompt_logprobs == sum(len(p.prompt_logprobs) for p in PIECES[:count])
     assert received.token_ids == tuple(itertools.chain(*(p.token_ids for p in PIECES[:count])))
     assert received.is_begun == bool(count)
-    again = Receipts(request(received))
+    again = DeliveredTokens(request(received))
     rest = [again.take(event) for event in PIECES[count:]]
     assert [*first, *rest] == PIECES
     assert receipts.has_any() == bool(count)

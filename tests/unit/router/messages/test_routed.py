@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.messages.receipts import Receipts, merge_events
+from router.messages.receipts import DeliveredTokens, merge_events
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of, rows_after
 from tests.local_cluster import greedy_request
@@ -58,7 +58,7 @@ def test_the_largest_number_of_the_dtype_is_no_expert(num_experts: int, dtype: s
 @given(st.lists(st.sampled_from([*PIECES, part(1, 4), part(0, 6), WHOLE]), max_size=12))
 def test_each_row_comes_once_in_order_and_before_its_tokens(events: list[TokenEvent]) -> None:
     """Whatever comes first, twice or not at all, the reply at the end has the rest."""
-    receipts = Receipts(request())
+    receipts = DeliveredTokens(request())
     taken = [event for event in map(receipts.take, [*events, WHOLE]) if event is not None]
     num_rows = num_tokens = 0
     for event in taken:
@@ -71,7 +71,7 @@ def test_each_row_comes_once_in_order_and_before_its_tokens(events: list[TokenEv
 
 @pytest.mark.parametrize("count", range(len(PIECES)))
 def test_what_has_come_is_what_a_resumed_request_says(count: int) -> None:
-    receipts = Receipts(request())
+    receipts = DeliveredTokens(request())
     before = [event for event in map(receipts.take, PIECES[:count]) if event is not None]
     [received] = receipts.received()
     assert received.is_begun == (count > 0)
@@ -79,13 +79,13 @@ def test_what_has_come_is_what_a_resumed_request_says(count: int) -> None:
     resumed = request(received)
     num_rows = resumed.num_routed_of(0)
     assert num_rows == sum(len(event.routed) for event in before) // SIZE
-    rest = Receipts(resumed).take(WHOLE)
+    rest = DeliveredTokens(resumed).take(WHOLE)
     assert rest is not None
     assert rest.routed == ROWS[num_rows * SIZE :]
 
 
 def test_rows_after_a_gap_are_not_taken() -> None:
-    assert Receipts(request()).take(part(2, 6)) is None
+    assert DeliveredTokens(request()).take(part(2, 6)) is None
     assert rows_after(b"ab", 2, 1, 1) is None
     assert rows_after(b"ab", 2, 3, 1) == b"b"
     assert rows_after(b"", 5, 0, 1) == b""

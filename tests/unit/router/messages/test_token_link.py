@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from router.messages import link as link_module
 from router.messages import token_link
 from router.messages.link import LinkAddress
-from router.messages.receipts import Receipts
+from router.messages.receipts import DeliveredTokens
 from router.messages.request import (
     GenerationRequest,
     PromptLogprobs,
@@ -486,10 +486,10 @@ def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
 # Joining the link's events with the reply.
 
 
-def receipts_of(n: int, *received: Received) -> Receipts:
+def receipts_of(n: int, *received: Received) -> DeliveredTokens:
     """What has been passed on of a request with ``n`` choices."""
     sampling = SamplingParams(max_tokens=8, n=n)
-    return Receipts(GenerationRequest("r", "m", (1,), sampling, 0.0, received=received))
+    return DeliveredTokens(GenerationRequest("r", "m", (1,), sampling, 0.0, received=received))
 
 
 @st.composite

@@ -144,7 +144,7 @@ def test_a_choice_among_allowed_experts_leaves_out_whatever_leads_to_no_other(
     allowed = rng.random((5, num_experts)) < data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
     rows = rng.permutation(8)[:5]
     gate = MixtureGate(mixture_in_memory(document(gates, num_experts), tensors))
-    choice = gate.among(inputs)(rows, allowed)
+    choice = gate.reselect(inputs)(rows, allowed)
     expected = [
         leaves(gates, tensors, inputs["x"][row], inputs["column"][row].tolist(), may)
         for row, may in zip(rows, allowed, strict=True)
@@ -160,7 +160,7 @@ def test_where_all_experts_are_allowed_the_choice_is_the_first_choice_bit_for_bi
     rng = np.random.default_rng(0)
     gate = gate_in(tmp_path, TREE, 7, weights_of(TREE, rng))
     inputs = rows_of(rng, 50)
-    first, again = gate.choose(inputs), gate.among(inputs)(np.arange(50), np.ones((50, 7), bool))
+    first, again = gate.choose(inputs), gate.reselect(inputs)(np.arange(50), np.ones((50, 7), bool))
     assert first.ids.tobytes() == again.ids.tobytes()
     assert first.weights.numpy().tobytes() == again.weights.numpy().tobytes()
     assert (first.served() == again.served()).all()
@@ -180,16 +180,16 @@ def test_a_tree_worked_by_hand(tmp_path: Path) -> None:
     # Without e4 the root keeps a and b, and b's row was given to c, whose scores tie.
     allowed = np.array([[True, True, True, True, False, True, True]])
     check_rows(
-        pairs_of(gate.among(inputs)(np.array([0]), allowed)),
+        pairs_of(gate.reselect(inputs)(np.array([0]), allowed)),
         [{0: 6 / 7 * 0.5, 1: 6 / 7 * 0.4, 5: 1 / 7}],
         1e-14,
     )
     # Nothing is left below b and below e4: the root has a alone, and a has e3 alone.
     only = np.array([[False, False, True, True, False, False, False]])
-    again = gate.among(inputs)(np.array([0]), only)
+    again = gate.reselect(inputs)(np.array([0]), only)
     check_rows(pairs_of(again), [{3: 1.0}], 1e-14)
     assert again.ids.tolist() == [[3, 3, 3]]  # the row's own expert fills it
-    assert pairs_of(gate.among(inputs)(np.array([0]), np.zeros((1, 7), bool))) == [{}]
+    assert pairs_of(gate.reselect(inputs)(np.array([0]), np.zeros((1, 7), bool))) == [{}]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -205,7 +205,7 @@ def test_a_given_gate_that_was_not_reached_may_have_any_value(tmp_path: Path, dt
     allowed = np.ones((1, 7), bool)
     allowed[0, 4] = False
     # b is second by score, and its column names nothing: the row goes on to the third.
-    assert list(pairs_of(gate.among(inputs)(np.array([0]), allowed))[0]) == [0, 3]
+    assert list(pairs_of(gate.reselect(inputs)(np.array([0]), allowed))[0]) == [0, 3]
 
 
 @pytest.mark.parametrize("datatype", ["UINT8", "INT32", "INT64"])
@@ -355,7 +355,7 @@ def test_large_scores_neither_overflow_nor_hide_the_order(tmp_path: Path) -> Non
     inputs = {"x": np.full((1, 3), 1e6), "column": np.zeros((1, 2), np.int64)}
     assert pairs_of(gate.choose(inputs)) == [{0: 0.0, 1: 1.0}]
     allowed = np.array([[True, False, True]])
-    assert pairs_of(gate.among(inputs)(np.array([0]), allowed)) == [{0: 1.0, 2: 0.0}]
+    assert pairs_of(gate.reselect(inputs)(np.array([0]), allowed)) == [{0: 1.0, 2: 0.0}]
 
 
 def test_scores_that_are_not_finite_name_gate_and_row(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_each_row_is_computed_without_the_missing_experts_or_waits_for_them(
     first = GATE.choose(inputs)
     record = StepMissing([1] * num_rows, contracts, needs_an_expert=True)
     mask = np.array(missing)
-    found = record.choose(0, mask if mask.any() else None, first, GATE.among(inputs))
+    found = record.choose(0, mask if mask.any() else None, first, GATE.reselect(inputs))
     for row, contract in enumerate(contracts):
         given_ = inputs["column"][row].tolist()
         own = leaves(TREE, TENSORS, inputs["x"][row], given_)

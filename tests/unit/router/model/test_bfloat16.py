@@ -23,7 +23,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.families.registry import FAMILIES
 from router.engine.batch import pack
 from router.engine.scheduling.scheduler import Limits
-from router.engine.sequence import Work
+from router.engine.sequence import ScheduledChunk
 from router.moe.gate import Choice
 from tests import grok_oracle
 from tests.checkpoints import save_mixtral
@@ -58,9 +58,9 @@ def ours(folder: Path, prompts: list[list[int]]) -> Run:
     requests = [greedy_request(f"r{i}", prompt, 1) for i, prompt in enumerate(prompts)]
     sequences = [s for request in requests for s in cluster.scheduler.add(request)]
     cluster.scheduler.schedule()  # takes pages
-    works = [Work(sequence, 0, len(sequence.token_ids)) for sequence in sequences]
+    chunks = [ScheduledChunk(sequence, 0, len(sequence.token_ids)) for sequence in sequences]
     with torch.inference_mode():
-        logits = cluster.forward(pack(works, cluster.model.attention, most_pieces=1))
+        logits = cluster.forward(pack(chunks, cluster.model.attention, most_pieces=1))
     cluster.close()
     return logits.float(), torch.stack(chosen)
 

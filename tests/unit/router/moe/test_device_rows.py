@@ -158,8 +158,8 @@ def test_a_changed_choice_asks_the_device_for_nothing_that_was_foreseen(
     asked, allowed = np.array([0, 3, 4]), np.ones((3, 6), dtype=bool)
     allowed[:, 1] = allowed[1, 2:5] = False
     with device.counted() as copies:
-        found, _, among = chosen_rows(Staging(device.device), gate, rows_there, may_change)
-        anew = [among(asked, allowed), among(asked[:1], allowed[:1])]
+        found, _, reselect = chosen_rows(Staging(device.device), gate, rows_there, may_change)
+        anew = [reselect(asked, allowed), reselect(asked[:1], allowed[:1])]
     assert len(copies.to_host) == (1 if may_change else 2)
     assert not copies.to_device
     for got, expected in (

@@ -22,7 +22,7 @@ from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES, open_spans
 from router.engine.sequence import Sequence
-from router.messages.receipts import Receipts
+from router.messages.receipts import DeliveredTokens
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from router.observability.tracing import (
     STEPS_IN_DETAIL,
@@ -166,7 +166,7 @@ def asked() -> GenerationRequest:
 
 def test_the_gateways_span_is_under_serves_and_counts_tokens(spans: SpanKeeper) -> None:
     root = spans.tracer.start_span("serve")
-    receipts = Receipts(asked())
+    receipts = DeliveredTokens(asked())
     with as_current(root), gateway_span(asked(), receipts) as span:
         assert trace.get_current_span() is root
         with as_current(span):
@@ -204,7 +204,7 @@ def test_a_failed_request_says_why_but_nothing_of_its_prompt(
 
 
 def fail(error: Exception) -> None:
-    with gateway_span(asked(), Receipts(asked())):
+    with gateway_span(asked(), DeliveredTokens(asked())):
         raise error
 
 
@@ -218,7 +218,7 @@ def test_a_request_goes_on_in_the_trace_that_its_headers_name(
     def ask() -> None:
         continue_trace({"authorization": "Bearer x"})
         continue_trace(headers)
-        with gateway_span(asked(), Receipts(asked())) as span:
+        with gateway_span(asked(), DeliveredTokens(asked())) as span:
             assert span.is_recording() == is_sampled
 
     contextvars.copy_context().run(ask)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import OverloadedError
 from router.engine.scheduling.scheduler import Limits, Scheduler
-from router.engine.sequence import Sequence, Work
+from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.page_pool import PagePool, pages_needed
 
@@ -22,11 +22,11 @@ def request_of(request_id: str, length: int, max_tokens: int = 4, n: int = 1) ->
     return GenerationRequest(request_id, "m", tuple(range(1, length + 1)), sampling, 0.0)
 
 
-def computed(work: list[Work]) -> list[tuple[str, int, int]]:
+def computed(work: list[ScheduledChunk]) -> list[tuple[str, int, int]]:
     return [(w.sequence.request.request_id, w.start, w.end) for w in work]
 
 
-def advance(scheduler: Scheduler, work: list[Work]) -> list[Sequence]:
+def advance(scheduler: Scheduler, work: list[ScheduledChunk]) -> list[Sequence]:
     """Do a step's work as the engine does: count it, sample, finish; returns who sampled."""
     sampled = []
     for item in work:
