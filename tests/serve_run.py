@@ -51,7 +51,7 @@ def serve_run(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Po
 
     ``variables`` are added to its environment.
     """
-    with _run(serve_command(file), file.parent, log, variables) as process:
+    with run_command(serve_command(file), file.parent, log, variables) as process:
         yield process
 
 
@@ -82,14 +82,15 @@ def ready_serve(
 def expertmesh_serve(file: Path, log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run ``expertmesh serve`` as :func:`serve_run` runs ``serve run``."""
     command = interruptible("expertmesh", "serve", "--ray-address", "local", str(file))
-    with _run(command, file.parent, log, variables) as process:
+    with run_command(command, file.parent, log, variables) as process:
         yield process
 
 
 @contextmanager
-def _run(
+def run_command(
     command: list[str], folder: Path, log: Path, variables: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command that serves, in a folder; ends what is left of it, and nothing else."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {**variables}
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -209,13 +209,9 @@ class _PieceRun:
     """A piece on its way through the layers."""
 
     def __init__(
-        self,
-        hidden_states: torch.Tensor,
-        rotation: Rotation,
-        paged: PagedContext,
-        piece: Microbatch,
+        self, residual: torch.Tensor, rotation: Rotation, paged: PagedContext, piece: Microbatch
     ) -> None:
-        self._residual = hidden_states
+        self._residual = residual
         self._rotation = rotation
         self._paged = paged
         self._tokens = piece.tokens
