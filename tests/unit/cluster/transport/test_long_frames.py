@@ -395,4 +395,4 @@ def test_a_smaller_buffer_than_asked_for_is_logged_once(
         for end in (ours, theirs, ours):
             prepare_unix(end)
     [line] = caplog.messages
-    assert f"of {1 << 30} asked for" in line
+    assert f"of {1 << 30} wanted" in line

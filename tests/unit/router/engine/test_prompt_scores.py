@@ -207,7 +207,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(
     def damaged(hidden_states: torch.Tensor, scored: Any, *others: Any) -> Any:
         hidden_states = hidden_states.clone()
         for part in scored:
-            if part.work.sequence.request.request_id == "bad":
+            if part.chunk.sequence.request.request_id == "bad":
                 hidden_states[part.rows.start] = torch.nan
         return score(hidden_states, scored, *others)
 

@@ -179,6 +179,6 @@ def test_a_device_that_others_fill_meanwhile_is_told_as_one_without_room(
         raise torch.OutOfMemoryError("the device is out of memory")
 
     monkeypatch.setattr("router.model.model.make_cache", full)
-    with emulated_device() as device, pytest.raises(UnavailableError, match="together") as caught:
+    with emulated_device() as device, pytest.raises(UnavailableError, match="contiguous") as caught:
         LocalCluster(tmp_path, device=device.device)
     assert caught.value.field == "args.router.cache_tokens"
