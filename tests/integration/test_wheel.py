@@ -51,7 +51,8 @@ def install(wheel: Path, folder: Path) -> Path:
     """Install a wheel alone into a fresh environment, beside this one's other packages."""
     venv.create(folder)
     packages = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    (Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (Path(packages) / "others.pth").write_text("\n".join(others))
     command = [sys.executable, "-m", "pip", "--python", str(folder), "install"]
     command += ["--no-index", "--no-deps", "--ignore-installed", str(wheel)]
     subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)
