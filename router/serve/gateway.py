@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -134,6 +135,7 @@ class GatewayReplica:
             tuple(loaded),
         )
         listeners = self._make_listeners(limits, predictions, admin)
+        gc.freeze()  # all this lives as long as the process; collections skip it from here on
         await self._deployment.take_turn([model.key for model in models])
         with failures_logged("a gateway"):
             await listeners.open(f"{application} of Ray session {context.get_session_name()}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
 from starlette.types import ASGIApp
 
+from cluster.heap import give_back_freed
 from router.config.listen import ListenConfig
 from router.gateway.grpc.methods import Method
 from router.gateway.health import probe_app
@@ -23,6 +26,8 @@ from router.security.certificates import Certificates
 SECTION = "gateway.listen"
 MESSAGE_ROOM = 4
 """Messages of up to this many ``gateway.max_body_bytes`` are read, so that a limit is named."""
+FREED_PERIOD_S, FREED_CONNECTIONS = 5.0, 500
+"""How often is looked whether so many connections have ended, whose memory is given back then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Listeners:
         self._listen, self._app, self._certificates = listen, app, certificates
         self._claims: list[Claim] = []
         self._http: list[HttpListener] = []
+        self._giving_back: asyncio.Task[None] | None = None
         self._clients, self._operators = (
             GrpcListener(
                 Door(access, one.methods, max_body_bytes),
@@ -72,6 +78,7 @@ class Listeners:
                 await self._open_http(application, "health_port", probe_app(), None)
             await self._open_grpc(application, "grpc_port", self._clients)
             await self._open_grpc(application, "admin_port", self._operators)
+            self._giving_back = asyncio.create_task(_give_back(), name="freed memory")
         except BaseException:
             await self.close(0.0)
             raise
@@ -85,6 +92,8 @@ class Listeners:
             *(one.stop(grace_s) for one in self._http),
             *(one.stop(grace_s, hands_over=hands_over) for one in (self._clients, self._operators)),
         )
+        if self._giving_back is not None:
+            self._giving_back.cancel()
         while self._claims:
             self._claims.pop().close()
 
@@ -117,3 +126,16 @@ class Listeners:
         claimed = await claim(address, port, application, make, where)
         self._claims.append(claimed)
         return claimed
+
+
+async def _give_back() -> None:
+    """Give back the memory of a crowd that has left; else the process keeps it for the next one."""
+    process, most = psutil.Process(), 0
+    while True:
+        num_open = process.num_fds()
+        most = max(most, num_open)
+        if most - num_open >= FREED_CONNECTIONS:
+            most = num_open
+            gc.collect()  # a connection and its parser refer to each other
+            give_back_freed()
+        await asyncio.sleep(FREED_PERIOD_S)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -35,6 +36,7 @@ from router.config.listen import ListenConfig
 from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
 from router.gateway.grpc.methods import Method
 from router.gateway.limits import room as limits
+from router.gateway.listen import listeners
 from router.gateway.listen.door import Door
 from router.gateway.listen.grpc import MAX_STREAMS, GrpcListener
 from router.gateway.listen.listeners import Listeners, Surface
@@ -578,6 +580,36 @@ def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
                 await client.generate("x" * 17_000_000, SAMPLING, model="tiny")
 
     run(work)
+
+
+@pytest.mark.parametrize(
+    ("num_open", "times"),
+    [([10, 509, 10], 0), ([10, 510, 10, 10], 1), ([10, 400, 600, 90, 595], 1)],
+)
+def test_the_memory_of_a_crowd_is_given_back_once_it_has_left(
+    monkeypatch: pytest.MonkeyPatch, num_open: list[int], times: int
+) -> None:
+    """By the numbers of descriptors, as they are looked at."""
+    given_back, looked = [], threading.Event()
+
+    def look() -> int:
+        if len(num_open) == 1:
+            looked.set()
+            return num_open[0]
+        return num_open.pop(0)
+
+    monkeypatch.setattr(
+        listeners, "psutil", SimpleNamespace(Process=lambda: SimpleNamespace(num_fds=look))
+    )
+    monkeypatch.setattr(listeners, "give_back_freed", lambda: given_back.append(None))
+    monkeypatch.setattr(listeners, "FREED_PERIOD_S", 0.0)
+
+    async def work() -> None:
+        async with opened(Gateway(own_ports())):
+            await until(looked.is_set)
+
+    run(work)
+    assert len(given_back) == times
 
 
 async def greeted(port: int) -> tuple[asyncio.StreamWriter, bytes]:
