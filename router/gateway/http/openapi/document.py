@@ -15,7 +15,7 @@ from router.config.deployment import GatewayConfig
 from router.gateway.errors import BY_CLASS, HTTP_STATUS
 from router.gateway.http.openapi.answers import ANSWERS
 from router.gateway.http.openapi.bodies import bodies
-from router.gateway.http.openapi.predictions import PREDICTIONS, request
+from router.gateway.http.openapi.predictions import PREDICTIONS
 from router.gateway.http.openapi.schema import Schema, one_of, ref, text
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.predict.validate import VERSION
@@ -37,8 +37,6 @@ def document(
     models: Sequence[str], mixtures: Sequence[str], limits: GatewayConfig
 ) -> dict[str, Any]:
     """Return the document of a gateway with these language models and mixtures, as plain JSON."""
-    schemas = bodies(models, limits)
-    schemas |= {"InferRequest": request(limits), **ANSWERS, **PREDICTIONS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ExpertMesh", "version": version("expertmesh")},
@@ -46,7 +44,7 @@ def document(
         "security": [{}, {"key": []}],
         "paths": {**_of_openai(models), **_of_predictions(models, mixtures), **_of_operators()},
         "components": {
-            "schemas": schemas,
+            "schemas": {**bodies(models, limits), **ANSWERS, **PREDICTIONS},
             "headers": {"Rate": {"schema": text()}, "RequestId": {"schema": text(1)}},
             "responses": {
                 error: _response("refused, or failed", {_JSON: ref(error)})
