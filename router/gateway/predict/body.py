@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -11,13 +10,12 @@ from pydantic import ConfigDict, Field, WithJsonSchema, create_model
 from cluster.spec import OnExpertLoss
 from router.config.deployment import GatewayConfig
 from router.gateway.input.request import base
-from router.gateway.input.request.base import Kind, Nullable, Text, renamed
+from router.gateway.input.request.base import Nullable, Text
 from router.gateway.input.request.model import Key, within
 from router.gateway.predict.tensors import MAX_AXIS
 from router.messages.tensor_bytes import NUMPY_DTYPES
 
 _AXIS = {"type": "integer", "minimum": 1, "maximum": MAX_AXIS}
-Size = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class Parameters(Nullable):
@@ -43,7 +41,7 @@ class HttpParameters(InferParameters):
 class InputParameters(Parameters):
     """An input's: how many of the bytes after the JSON are its values."""
 
-    binary_data_size: Size | None = None
+    binary_data_size: Annotated[int | None, Field(ge=0, le=2**63 - 1)] = None
 
 
 class OutputParameters(Parameters):
@@ -98,9 +96,3 @@ def body_within(limits: GatewayConfig) -> type[InferRequest]:
     parameters = within(HttpParameters, limits)
     field = Field(default_factory=parameters)
     return create_model("InferRequest", __base__=InferRequest, parameters=(parameters, field))
-
-
-def read_parameters(kind: type[Kind], given: Mapping[str, Any], where: str) -> Kind:
-    """Return parameters of the object at ``where``; raises ``InvalidRequestError``."""
-    with renamed(lambda name: f"{where}.{name}"):
-        return base.read(kind, given)

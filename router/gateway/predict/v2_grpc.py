@@ -16,9 +16,9 @@ from google.protobuf.message_factory import GetMessageClass
 from cluster.errors import InvalidRequestError, TooLargeError
 from experts.mixture.parts import Output
 from router.config.deployment import GatewayConfig
-from router.gateway.input.request.base import Kind
+from router.gateway.input.request.base import Kind, read, renamed
 from router.gateway.input.request.model import within
-from router.gateway.predict.body import InferParameters, Parameters, read_parameters
+from router.gateway.predict.body import InferParameters, Parameters
 from router.gateway.predict.service import (
     EXTENSIONS,
     SERVER_NAME,
@@ -159,7 +159,8 @@ def _parameters(kind: type[Kind], message: Any, where: str) -> Kind:
     for name, parameter in message.parameters.items():
         choice = parameter.WhichOneof("parameter_choice")
         values[name] = getattr(parameter, choice) if choice else parameter
-    return read_parameters(kind, values, where)
+    with renamed(lambda name: f"{where}.{name}"):
+        return read(kind, values)
 
 
 def _reply(

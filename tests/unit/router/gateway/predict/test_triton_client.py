@@ -228,7 +228,7 @@ def test_errors_come_in_the_protocols_shape(served: Served) -> None:
     status, message = refused(
         served, "digits", pixels, outputs=[triton.InferRequestedOutput("label", class_count=2)]
     )
-    assert (status, "'classification'" in message) == ("400", True)
+    assert (status, "outputs[0].parameters.classification" in message) == ("400", True)
     served.upstream.error = OverloadedError("full", "queue", 1.0)
     assert refused(served, "digits", pixels) == ("429", "queue: full")
     served.upstream.error = RuntimeError("secret")
