@@ -84,7 +84,7 @@ def test_a_question_that_never_fits_is_refused_and_nothing_is_forgotten(address:
 def test_no_room_at_all_is_the_servers_to_refuse(address: str) -> None:
     result = chat(address, "in", "--max-tokens", "0")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "sampling.max_tokens: given 0" in result.stderr
+    assert "sampling.max_tokens: must be an integer from 1 to 64; got 0" in result.stderr
 
 
 def test_commands_begin_with_a_slash(address: str, upstream: FakeUpstream) -> None:
