@@ -124,4 +124,4 @@ class Retries:
 
 def _check(field: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"given {value}, must be a finite number of at least {least:g}", field)
+        raise ConfigError(f"must be a finite number of at least {least:g}; got {value}", field)

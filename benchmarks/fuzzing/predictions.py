@@ -83,10 +83,10 @@ def http() -> Target:
     served = service()
 
     async def answered(body: bytes, length: str | None) -> None:
-        parsed = parse_infer(MODEL, "", body, length)
-        checked = served.validator.check(parsed.raw)
+        raw, asked = parse_infer(MODEL, "", body, length, served.limits)
+        checked = served.validator.check(raw)
         reply = await served.predict(
-            checked, ANYBODY, "http", lambda r: encoded_reply(parsed, checked, r)
+            checked, ANYBODY, "http", lambda r: encoded_reply(asked, checked, r)
         )
         assert json.loads(reply.body[: reply.json_bytes])["model_name"] == MODEL
 

@@ -37,7 +37,7 @@ def _checked_address(given: str | None) -> str | None:
     host, _, port = given.rpartition(":")
     is_host = bool(host) and "/" not in host and (":" not in host or host.startswith("["))
     if not (is_host and port.isdecimal() and 0 < int(port) < 2**16):
-        fail(f"--address: given {given!r}, must be host:port, as {DEFAULT_ADDRESS}", BAD_USAGE)
+        fail(f"--address: must be host:port, as {DEFAULT_ADDRESS}; got {given!r}", BAD_USAGE)
     return given
 
 

@@ -75,8 +75,9 @@ def _limits(**given: float | None) -> KeyLimits | None:
         return KeyLimits.model_validate(limits)
     except ValidationError as error:
         first = error.errors()[0]
+        told = first["msg"].replace("Input should be", "must be")
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"given {shown(first['input'])}: {first['msg']}", option) from None
+        raise ConfigError(f"{told}; got {shown(first['input'])}", option) from None
 
 
 @keys.command(name="list")

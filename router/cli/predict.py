@@ -123,7 +123,7 @@ def _wanted(info: MixtureInfo, names: Sequence[str] | None) -> list[TensorInfo]:
     for name in names or ():
         if name not in by_name:
             fail(
-                f"--output: given {name!r}, must be one of {', '.join(by_name)}",
+                f"--output: must be one of {', '.join(by_name)}; got {name!r}",
                 BAD_USAGE,
             )
     return [by_name[name] for name in names or by_name]

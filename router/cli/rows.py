@@ -171,7 +171,7 @@ def _row(
                 parsed.append(parse(cell))
             except (ValueError, KeyError):
                 raise InvalidRequestError(
-                    f"given {shown(cell)}, must be a value of {tensor.datatype}",
+                    f"must be a value of {tensor.datatype}; got {shown(cell)}",
                     f"line {line}, column {shown_name(names[place])}",
                 ) from None
         step = math.prod(n for n in tensor.shape[1:] if n != -1)

@@ -60,7 +60,7 @@ def _entry(key: str, name: str, roles: Sequence[Role], limits: KeyLimits) -> Key
     try:
         return KeyEntry(sha256=digest, name=name, roles=roles, limits=limits)
     except ValidationError:
-        raise ConfigError(f"given {shown(name)}, must be {NAME_RULE}", "name") from None
+        raise ConfigError(f"must be {NAME_RULE}; got {shown(name)}", "name") from None
 
 
 def revoke(file: Path, which: str) -> list[KeyEntry]:

@@ -26,8 +26,8 @@ def check_listen(hosts: Mapping[str, str], security: SecurityConfig, where: str)
         if security.is_protected or is_loopback(host):
             continue
         raise ConfigError(
-            f"given {host!r}, which other machines reach, and no keys: make a key by `expertmesh "
-            "keys new NAME --file keys.yaml` and name the file in args.security.keys_file, listen "
-            "on 127.0.0.1, or write `security: open` into args",
+            f"must be an address of this machine if there are no keys; got {host!r}. Make a key by "
+            "`expertmesh keys new NAME --file keys.yaml` and name the file in "
+            "args.security.keys_file, listen on 127.0.0.1, or write `security: open` into args.",
             f"{where}.{key}",
         )

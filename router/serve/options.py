@@ -61,17 +61,17 @@ def check_serve_part(document: Mapping[str, Any]) -> None:
         )
     location = document.get("proxy_location")
     if location != "Disabled":
-        given = "missing" if location is None else f"given {location}"
+        given = "nothing" if location is None else location
         raise ConfigError(
-            f"{given}, must be Disabled: the gateways listen by themselves; write "
-            f"`{NO_PROXIES}` at the top of the file",
+            f"must be Disabled, because the gateways listen by themselves; got {given}. Write "
+            f"`{NO_PROXIES}` at the top of the file.",
             "proxy_location",
         )
     for index, application in enumerate(document.get("applications") or ()):
         prefix = application.get("route_prefix", "/")
         if prefix not in ("/", None):
             raise ConfigError(
-                f"given {prefix}, must be / or null: each application has its own ports",
+                f"must be / or null, because each application has its own ports; got {prefix}",
                 f"applications[{index}].route_prefix",
             )
 

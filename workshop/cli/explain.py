@@ -104,7 +104,7 @@ def _place_of(explained: Explained, layer: int | None) -> int:
         return explained.best_layer
     if layer not in layers:
         named = ", ".join(map(str, layers))
-        fail(f"--layer: given {layer}, must be a layer with experts: {named}", BAD_USAGE)
+        fail(f"--layer: must be one of {named}, the layers with experts; got {layer}", BAD_USAGE)
     return layers.index(layer)
 
 

@@ -156,7 +156,7 @@ def _number(table: Table, line: int, cells: Sequence[str], column: int) -> float
         number = math.nan
     if not math.isfinite(number):
         raise InvalidRequestError(
-            f"given {shown(cell)}, must be a finite number", _place(table, line, column)
+            f"must be a finite number; got {shown(cell)}", _place(table, line, column)
         )
     return number
 

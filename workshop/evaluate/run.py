@@ -124,7 +124,7 @@ def _length(wanted: int | None, target: _Target, tokenizer: Tokenizer) -> int:
     least, most = max(2, len(beginning(tokenizer)) + 1), target.context
     length = min(DEFAULT_LENGTH, most) if wanted is None else wanted
     if not least <= length <= most:
-        raise ConfigError(f"given {length}, must be from {least} to {most}", "--sequence-length")
+        raise ConfigError(f"must be from {least} to {most}; got {length}", "--sequence-length")
     return length
 
 

@@ -14,7 +14,6 @@ from router.gateway.input.request.model import ChatRequest, TokenizeRequest
 from router.gateway.input.tools.answer import AnswerFormat
 from router.gateway.input.tools.definitions import ToolUse, check_tool_use
 from router.gateway.input.tools.grammars import grammar_of
-from router.gateway.input.tools.template import OPTION_FIELDS
 from router.messages.request import SamplingParams
 
 
@@ -74,9 +73,8 @@ def check_chat(asked: ChatRequest | TokenizeRequest, model: GatewayModel) -> Che
         use = check_tool_use(tools, asked.tool_choice, asked.parallel_tool_calls)
         if use is not None:
             _check_constrained(use, asked, model)
-    given = {name: getattr(asked, name, None) for name in OPTION_FIELDS}
-    options = {name: value for name, value in given.items() if value is not None}
-    return CheckedChat(use, template.check_options(options))
+    effort = getattr(asked, "reasoning_effort", None)
+    return CheckedChat(use, template.check_options(asked.chat_template_kwargs or {}, effort))
 
 
 def _check_constrained(use: ToolUse, asked: ChatRequest, model: GatewayModel) -> None:

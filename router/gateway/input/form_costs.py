@@ -1,7 +1,9 @@
-"""Bounds of forms whose compilation takes long, which llguidance's own limits do not bound.
+"""Bounds of forms that take long, which the limits of llguidance 1.9.1 do not bound.
 
 A repetition of a repetition, numbers that are multiples of others, patterns of names that overlap,
 and patterns that one text is to fit make automata whose size is the product of their parts.
+Patterns are slow in the gateway's check. Counts and multiples pass it in no time, and then hold the
+router's matcher.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cluster.errors import InvalidRequestError, TooLargeError
 from experts.mixture.parts import Output
+from router.config.deployment import GatewayConfig
+from router.gateway.input.request.base import Kind, read, renamed
+from router.gateway.input.request.model import within
+from router.gateway.predict.body import InferParameters, Parameters
 from router.gateway.predict.service import (
     EXTENSIONS,
     SERVER_NAME,
@@ -27,7 +31,6 @@ from router.gateway.predict.validate import (
     VERSION,
     CheckedPrediction,
     RawPrediction,
-    check_parameters,
 )
 from router.messages.prediction import PredictionReply
 from router.messages.tensor_bytes import TEXT, bytes_of
@@ -89,7 +92,7 @@ class PredictionHandlers:
 
     async def _model_infer(self, request: Any, caller: Caller) -> Any:
         with self._service.metrics.refusals("grpc"):
-            checked = self._service.validator.check(_raw_request(request))
+            checked = self._service.validator.check(_raw_request(request, self._service.limits))
         is_raw = bool(request.raw_input_contents)
 
         def encode(reply: PredictionReply) -> Any:
@@ -108,7 +111,7 @@ _METHODS: Mapping[str, Callable[[PredictionHandlers, Any, Caller], Awaitable[Any
 }
 
 
-def _raw_request(request: Any) -> RawPrediction:
+def _raw_request(request: Any, limits: GatewayConfig) -> RawPrediction:
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidRequestError(
@@ -118,7 +121,7 @@ def _raw_request(request: Any) -> RawPrediction:
     inputs = []
     for place, tensor in enumerate(request.inputs):
         where = f"inputs[{place}]"
-        check_parameters(_values(tensor.parameters), (), f"{where}.parameters")
+        _parameters(Parameters, tensor, f"{where}.parameters")
         if raws and tensor.HasField("contents"):
             raise InvalidRequestError(
                 "cannot be given together with raw_input_contents", f"{where}.contents"
@@ -126,13 +129,13 @@ def _raw_request(request: Any) -> RawPrediction:
         data = raws[place] if raws else _contents(tensor, where)
         inputs.append(RawTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     for place, output in enumerate(request.outputs):
-        check_parameters(_values(output.parameters), (), f"outputs[{place}].parameters")
+        _parameters(Parameters, output, f"outputs[{place}].parameters")
     return RawPrediction(
         request.model_name,
         request.model_version,
         inputs,
         [output.name for output in request.outputs],
-        _values(request.parameters),
+        _parameters(within(InferParameters, limits), request, "parameters"),
     )
 
 
@@ -150,13 +153,14 @@ def _contents(tensor: Any, where: str) -> list[Any]:
     return values
 
 
-def _values(parameters: Any) -> dict[str, object]:
-    """Return the values of a map of ``InferParameter``; one without a value is ``None``."""
+def _parameters(kind: type[Kind], message: Any, where: str) -> Kind:
+    """Read a map of ``InferParameter``; one without a value is refused as a message."""
     values: dict[str, object] = {}
-    for name, parameter in parameters.items():
-        kind = parameter.WhichOneof("parameter_choice")
-        values[name] = None if kind is None else getattr(parameter, kind)
-    return values
+    for name, parameter in message.parameters.items():
+        choice = parameter.WhichOneof("parameter_choice")
+        values[name] = getattr(parameter, choice) if choice else parameter
+    with renamed(lambda name: f"{where}.{name}"):
+        return read(kind, values)
 
 
 def _reply(

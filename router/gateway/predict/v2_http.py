@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import InvalidRequestError, shown_name
+from cluster.errors import InvalidRequestError
 from cluster.spec import EXACT_HEADER
+from router.config.deployment import GatewayConfig
 from router.gateway.http_io import parse_json, read_body, until_disconnect
 from router.gateway.input import checks
+from router.gateway.input.request import base
 from router.gateway.limits.room import Share
+from router.gateway.predict.body import InferInput, InferRequest, body_within
 from router.gateway.predict.compression import (
     MIN_COMPRESSED_BYTES,
     Inflater,
@@ -40,7 +42,6 @@ from router.gateway.predict.validate import (
     VERSION,
     CheckedPrediction,
     RawPrediction,
-    check_parameters,
 )
 from router.messages.prediction import PredictionReply
 from router.messages.tensor_bytes import bytes_of
@@ -49,23 +50,6 @@ LENGTH_HEADER = "Inference-Header-Content-Length"
 _MODEL_PATH = re.compile(
     r"(?P<model>.+?)(?:/versions/(?P<version>[^/]+))?(?:/(?P<verb>ready|infer))?", re.DOTALL
 )
-_REQUEST_FIELDS = frozenset({"id", "parameters", "inputs", "outputs"})
-_INPUT_FIELDS = frozenset({"name", "shape", "datatype", "parameters", "data"})
-_OUTPUT_FIELDS = frozenset({"name", "parameters"})
-
-
-@dataclass(frozen=True, slots=True)
-class InferRequest:
-    """A parsed body: the request for both surfaces, and the parts that HTTP alone has.
-
-    ``id`` is the client's, or ``None``. ``binary`` has the requested outputs whose form the client
-    chose; others are binary where ``is_binary``.
-    """
-
-    raw: RawPrediction
-    id: str | None
-    binary: Mapping[str, bool]
-    is_binary: bool
 
 
 def add_v2_routes(app: FastAPI, service: PredictionService) -> None:
@@ -114,11 +98,11 @@ async def _infer(
             service.validator.mixture(model_id, version)
             body = await _read(request, service.limits.max_body_bytes, share)
             length = request.headers.get(LENGTH_HEADER)
-            parsed = parse_infer(model_id, version, body, length)
-            checked = service.validator.check(parsed.raw)
+            raw, asked = parse_infer(model_id, version, body, length, service.limits)
+            checked = service.validator.check(raw)
 
         def encode(reply: PredictionReply) -> EncodedReply:
-            return encoded_reply(parsed, checked, reply)
+            return encoded_reply(asked, checked, reply)
 
         work = service.predict(checked, request.state.caller, "http", encode)
         return await _response(request, await until_disconnect(request.receive, work))
@@ -141,36 +125,28 @@ async def _read(request: Request, max_bytes: int, share: Share) -> bytes:
 
 
 def parse_infer(
-    model_id: str, version: str, body: bytes, header_length: str | None
-) -> InferRequest:
-    """Take a body apart; ``header_length`` is the value of the header, if it is there.
+    model_id: str, version: str, body: bytes, header_length: str | None, limits: GatewayConfig
+) -> tuple[RawPrediction, InferRequest]:
+    """Return a request as both surfaces have it, and its body.
 
-    Raises :class:`InvalidRequestError` with the place of what is wrong.
+    ``header_length`` is the value of the header, if it is there. Raises
+    :class:`InvalidRequestError` with the place of what is wrong.
     """
     text, rest = _split(body, header_length)
-    given = parse_json(text)
-    _check_fields(given, _REQUEST_FIELDS, "")
-    request_id = given.get("id")
-    if request_id is not None:
-        request_id = checks.text(request_id, "id")
-    parameters = _mapping(given.get("parameters"), "parameters")
-    is_binary = checks.boolean(
-        parameters.pop("binary_data_output", False), "parameters.binary_data_output"
-    )
+    asked = base.read(body_within(limits), parse_json(text))
     inputs, taken = [], 0
-    for place, tensor in enumerate(_list(given.get("inputs"), "inputs")):
-        raw, size = _input(tensor, f"inputs[{place}]", rest, taken)
-        inputs.append(raw)
-        taken += size
+    for place, tensor in enumerate(asked.inputs):
+        data = _data(tensor, f"inputs[{place}]", rest[taken:])
+        taken += tensor.parameters.binary_data_size or 0
+        inputs.append(RawTensor(tensor.name, tensor.datatype, tensor.shape, data))
     if taken != len(rest):
         raise InvalidRequestError(
             f"{len(rest)} bytes follow the JSON, but the inputs' binary_data_size adds up to "
             f"{taken}",
             "inputs",
         )
-    outputs, binary = _outputs(given.get("outputs"))
-    raw_request = RawPrediction(model_id, version, inputs, outputs, parameters)
-    return InferRequest(raw_request, request_id, binary, is_binary)
+    outputs = [output.name for output in asked.outputs]
+    return RawPrediction(model_id, version, inputs, outputs, asked.parameters), asked
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
@@ -186,73 +162,22 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     return body[:length], memoryview(body)[length:]
 
 
-def _input(tensor: Any, where: str, rest: memoryview, start: int) -> tuple[RawTensor, int]:
-    """Return an input, and the bytes that it has of ``rest`` from ``start`` on."""
-    given = _mapping(tensor, where)
-    _check_fields(given, _INPUT_FIELDS, f"{where}.")
-    name = checks.text(given.get("name"), f"{where}.name")
-    shape = _list(given.get("shape"), f"{where}.shape")
-    parameters = _mapping(given.get("parameters"), f"{where}.parameters")
-    check_parameters(parameters, ("binary_data_size",), f"{where}.parameters")
-    if "binary_data_size" not in parameters:
-        data = _list(given.get("data"), f"{where}.data")
-        return RawTensor(name, given.get("datatype"), shape, data), 0
-    if "data" in given:
+def _data(tensor: InferInput, where: str, rest: memoryview) -> list[Any] | memoryview:
+    """Return an input's values, or its bytes at the beginning of ``rest``."""
+    size, data = tensor.parameters.binary_data_size, tensor.data
+    if size is None:
+        if data is None:
+            raise InvalidRequestError("is missing", f"{where}.data")
+        return data
+    if data is not None:
         raise InvalidRequestError("cannot be given together with binary_data_size", f"{where}.data")
-    field = f"{where}.parameters.binary_data_size"
-    size = checks.integer(parameters["binary_data_size"], field, 0, 2**63 - 1)
-    if size > len(rest) - start:
+    if size > len(rest):
         raise InvalidRequestError(
-            f"given {size}, but {len(rest) - start} bytes are left after the JSON, whose length "
-            f"is in {LENGTH_HEADER}",
-            field,
+            f"must be at most {len(rest)}, the bytes left after the JSON, whose length is in "
+            f"{LENGTH_HEADER}; got {size}",
+            f"{where}.parameters.binary_data_size",
         )
-    return RawTensor(name, given.get("datatype"), shape, rest[start : start + size]), size
-
-
-def _outputs(given: Any) -> tuple[list[str], dict[str, bool]]:
-    """Return the names of the requested outputs, and whether they are binary where it is said."""
-    names: list[str] = []
-    binary: dict[str, bool] = {}
-    if given is None:
-        return names, binary
-    for place, tensor in enumerate(_list(given, "outputs")):
-        where = f"outputs[{place}]"
-        output = _mapping(tensor, where)
-        _check_fields(output, _OUTPUT_FIELDS, f"{where}.")
-        names.append(checks.text(output.get("name"), f"{where}.name"))
-        parameters = _mapping(output.get("parameters"), f"{where}.parameters")
-        check_parameters(parameters, ("binary_data",), f"{where}.parameters")
-        if "binary_data" in parameters:
-            field = f"{where}.parameters.binary_data"
-            binary[names[-1]] = checks.boolean(parameters["binary_data"], field)
-    return names, binary
-
-
-def _check_fields(given: Mapping[str, Any], known: frozenset[str], prefix: str) -> None:
-    for name in given:
-        if name not in known:
-            allowed = ", ".join(sorted(known))
-            raise InvalidRequestError(
-                f"unknown field; allowed: {allowed}", f"{prefix}{shown_name(name)}"
-            )
-
-
-def _mapping(given: Any, where: str) -> dict[str, Any]:
-    """Return a copy of a JSON object; an absent one is empty."""
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise InvalidRequestError(checks.wrong(given, "a JSON object"), where)
-    return dict(given)
-
-
-def _list(given: Any, where: str) -> list[Any]:
-    if given is None:
-        raise InvalidRequestError("is missing", where)
-    if not isinstance(given, list):
-        raise InvalidRequestError(checks.wrong(given, "a list"), where)
-    return given
+    return rest[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,10 +204,11 @@ async def _response(request: Request, reply: EncodedReply) -> Response:
 
 
 def encoded_reply(
-    parsed: InferRequest, checked: CheckedPrediction, reply: PredictionReply
+    asked: InferRequest, checked: CheckedPrediction, reply: PredictionReply
 ) -> EncodedReply:
     """Return a reply as its client asked for it."""
     outputs, binaries = [], []
+    is_binary = {output.name: output.parameters.binary_data for output in asked.outputs}
     for output in checked.outputs():
         array = reply.outputs[output.name]
         tensor: dict[str, Any] = {
@@ -290,7 +216,8 @@ def encoded_reply(
             "datatype": output.datatype,
             "shape": list(array.shape),
         }
-        if parsed.binary.get(output.name, parsed.is_binary):
+        chosen = is_binary.get(output.name)
+        if asked.parameters.binary_data_output if chosen is None else chosen:
             binaries.append(bytes_of(array))
             tensor["parameters"] = {"binary_data_size": len(binaries[-1])}
         else:
@@ -302,7 +229,7 @@ def encoded_reply(
         "parameters": {"exact": reply.exact, "identity": reply.identity},
         "outputs": outputs,
     }
-    if parsed.id is not None:
-        answer["id"] = parsed.id
+    if asked.id is not None:
+        answer["id"] = asked.id
     text = json.dumps(answer, allow_nan=False).encode()
     return EncodedReply(b"".join((text, *binaries)), len(text), reply.exact)

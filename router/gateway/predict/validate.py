@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cluster.errors import InvalidRequestError, UnknownModelError, shown
-from cluster.spec import ON_EXPERT_LOSS
 from experts.mixture.parts import ClassesCombine, Output
 from experts.mixture.spec import MixtureSpec, default_outputs, output_shape, target_of
 from router.config.deployment import GatewayConfig
-from router.gateway.input import checks
+from router.gateway.predict.body import InferParameters
 from router.gateway.predict.tensors import RawTensor, checked_array
 from router.messages.prediction import PredictionRequest
 from router.messages.tensor_bytes import NUMPY_DTYPES
@@ -27,28 +26,23 @@ from router.served import ServedMixture
 
 VERSION = "1"
 """The only version of every model."""
-PARAMETERS = ("timeout_s", "timeout", "on_expert_loss")
-"""The parameters of a request that both surfaces know."""
 REPLY_ROOM = 3
 """The limit of a reply, in multiples of ``gateway.max_body_bytes``: clients that take messages of
 four times that size take such a reply."""
-_HARMLESS: Mapping[str, object] = {"content_type": "np"}
-"""Parameters of clients of other servers that change nothing here, with their harmless value."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawPrediction:
-    """A client's request, unchecked.
+    """A client's request, whose tensors are unchecked.
 
-    ``outputs`` are the names of the requested outputs; none means all. ``parameters`` are those of
-    the request that are for both surfaces.
+    ``outputs`` are the names of the requested outputs; none means all.
     """
 
     model: str
     version: str
     inputs: Sequence[RawTensor]
     outputs: Sequence[str]
-    parameters: Mapping[str, object]
+    parameters: InferParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +60,6 @@ class CheckedPrediction:
         """Return the requested outputs, in the order in which the client named them."""
         by_name = {output.name: output for output in self.mixture.spec.outputs}
         return [by_name[name] for name in self.request.outputs]
-
-
-def check_parameters(given: Mapping[str, object], known: Collection[str], where: str) -> None:
-    """Raise :class:`InvalidRequestError` for a parameter that is not known and not harmless."""
-    for name, value in given.items():
-        if name in known or (name in _HARMLESS and value == _HARMLESS[name]):
-            continue
-        allowed = ", ".join(known) or "none"
-        field = f"{where}.{name}" if name.isidentifier() and len(name) < 64 else where
-        raise InvalidRequestError(f"unknown parameter {shown(name)}; allowed: {allowed}", field)
 
 
 class PredictionValidator:
@@ -106,7 +90,7 @@ class PredictionValidator:
             )
         if version not in ("", VERSION):
             raise UnknownModelError(
-                f"given {shown(version)}, but {model_id} has only version {VERSION}",
+                f"must be {VERSION}, the only version of {model_id}; got {shown(version)}",
                 "model_version",
             )
 
@@ -131,9 +115,7 @@ class PredictionValidator:
         Raises :class:`InvalidRequestError` or :class:`UnknownModelError`.
         """
         mixture = self.mixture(raw.model, raw.version)
-        check_parameters(raw.parameters, PARAMETERS, "parameters")
         timeout_s = self._timeout_s(raw.parameters)
-        on_expert_loss = self._on_expert_loss(raw.parameters)
         outputs = _requested(raw, mixture.spec)
         inputs = _arrays(raw.inputs, mixture.spec, outputs)
         self._check_reply_bytes(mixture.spec, outputs, inputs)
@@ -143,33 +125,19 @@ class PredictionValidator:
             inputs=inputs,
             outputs=tuple(output.name for output in outputs),
             deadline_s=time.monotonic() + timeout_s,
-            on_expert_loss=on_expert_loss,
+            on_expert_loss=raw.parameters.on_expert_loss or self._limits.on_expert_loss,
             interface=mixture.interface,
         )
         return CheckedPrediction(request, mixture)
 
-    def _timeout_s(self, parameters: Mapping[str, object]) -> float:
-        limit_s = self._limits.max_timeout_s
-        if "timeout" in parameters:  # Triton's, in microseconds
-            if "timeout_s" in parameters:
-                raise InvalidRequestError(
-                    "cannot be given together with timeout_s", "parameters.timeout"
-                )
-            limit_us = int(limit_s * 1e6)
-            return checks.integer(parameters["timeout"], "parameters.timeout", 1, limit_us) / 1e6
-        if "timeout_s" not in parameters:
-            return self._limits.default_timeout_s
-        value = parameters["timeout_s"]
-        return checks.number(value, "parameters.timeout_s", 0.0, limit_s, above=True)
-
-    def _on_expert_loss(self, parameters: Mapping[str, object]) -> str:
-        value = parameters.get("on_expert_loss", self._limits.on_expert_loss)
-        if value not in ON_EXPERT_LOSS:
+    def _timeout_s(self, asked: InferParameters) -> float:
+        if asked.timeout is None:
+            return asked.timeout_s or self._limits.default_timeout_s
+        if asked.timeout_s is not None:
             raise InvalidRequestError(
-                checks.wrong(value, f"one of {', '.join(ON_EXPERT_LOSS)}"),
-                "parameters.on_expert_loss",
+                "cannot be given together with timeout_s", "parameters.timeout"
             )
-        return str(value)
+        return asked.timeout / 1e6
 
     def _check_reply_bytes(
         self, spec: MixtureSpec, outputs: Sequence[Output], inputs: Mapping[str, np.ndarray]

@@ -29,8 +29,8 @@ def check_document(document: Mapping[str, Any], file: Path, reads_files: bool) -
         for key, port in listen.ports().items():
             if port in owners:
                 raise ConfigError(
-                    f"given {port} for the applications {owners[port]} and {name}; each needs its "
-                    "own ports",
+                    f"must be another port for each application; got {port} for {owners[port]} "
+                    f"and {name}",
                     f"gateway.listen.{key}",
                 )
             owners[port] = name

@@ -1,4 +1,4 @@
-"""The answers of ``/v1``, ``/tokenize``, ``/detokenize`` and the operators' routes, and errors."""
+"""The answers of all routes, and errors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from router.gateway.http.openapi.schema import (
     ref,
     text,
 )
+from router.gateway.predict.tensors import MAX_AXIS
+from router.messages.tensor_bytes import NUMPY_DTYPES, TEXT
 
 _COUNT = integer(0)
 _IDS = items(_COUNT)
@@ -101,6 +103,24 @@ _ERROR = answer(
     param=either(text(1), NULL),
     code=either(text(1), NULL),
 )
+_SIZE = integer(0, 2**63 - 1)
+_AXIS = integer(1, MAX_AXIS)
+_DESCRIBED = items(
+    answer(name=text(1), datatype=one_of(*NUMPY_DTYPES, TEXT), shape=items(integer(-1)))
+)
+
+
+def _output() -> Schema:
+    shared = {
+        "name": text(1),
+        "datatype": one_of(*NUMPY_DTYPES, TEXT),
+        "shape": items(_AXIS),
+    }
+    return either(
+        answer(**shared, data=items({"type": ["number", "boolean", "string"]})),
+        answer(**shared, parameters=answer(binary_data_size=_SIZE)),
+    )
+
 
 ANSWERS: Mapping[str, Schema] = {
     "Usage": record(
@@ -146,6 +166,28 @@ ANSWERS: Mapping[str, Schema] = {
         ["ready"],
     ),
     "Error": answer(error=_ERROR),
+    "Server": answer(name=text(1), version=text(1), extensions=items(text(1))),
+    "Live": answer(live=one_of(True)),
+    "AllReady": answer(ready=BOOLEAN),
+    "ModelReady": answer(name=text(1), ready=BOOLEAN),
+    "ModelMetadata": answer(
+        name=text(1),
+        versions=items(text(1)),
+        platform=text(1),
+        inputs=_DESCRIBED,
+        outputs=_DESCRIBED,
+    ),
+    "InferResponse": record(
+        {
+            "id": text(),
+            "model_name": text(1),
+            "model_version": text(1),
+            "parameters": answer(exact=BOOLEAN, identity=text()),
+            "outputs": items(_output()),
+        },
+        ["model_name", "model_version", "parameters", "outputs"],
+    ),
+    "PredictionError": answer(error=text(1)),
 }
 """The schemas of answers by their name in the document. Chunks are the events of a stream, which
 ends with ``[DONE]``."""

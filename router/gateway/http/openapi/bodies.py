@@ -1,4 +1,4 @@
-"""The bodies of ``/v1``, ``/tokenize`` and ``/detokenize``, by the models that read them.
+"""The bodies of requests, by the models that read them.
 
 A schema cannot say all that the validation checks: a prompt that fits the context, fields that
 exclude each other. Whatever a schema refuses, the validation refuses too.
@@ -20,6 +20,7 @@ from router.gateway.input.request.model import (
     TokenizeRequest,
     within,
 )
+from router.gateway.predict.body import body_within
 
 BODIES: tuple[type[Request], ...] = (
     CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest,
@@ -31,7 +32,7 @@ def bodies(models: Sequence[str], limits: GatewayConfig) -> dict[str, Schema]:
 
     The bodies are of the served language ``models``.
     """
-    kinds = [within(kind, limits) for kind in BODIES]
+    kinds = [*(within(kind, limits) for kind in BODIES), body_within(limits)]
     _, found = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=ref("{model}")["$ref"]
     )

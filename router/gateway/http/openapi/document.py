@@ -7,6 +7,7 @@ hold the rest to what the app answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,6 @@ from router.config.deployment import GatewayConfig
 from router.gateway.errors import BY_CLASS, HTTP_STATUS
 from router.gateway.http.openapi.answers import ANSWERS
 from router.gateway.http.openapi.bodies import bodies
-from router.gateway.http.openapi.predictions import PREDICTIONS, request
 from router.gateway.http.openapi.schema import Schema, one_of, ref, text
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.predict.validate import VERSION
@@ -31,22 +31,21 @@ LENGTH_PARAMETER = {
 }
 _STATUSES = sorted({status for status, _ in (*HTTP_STATUS.values(), *BY_CLASS.values())})
 _EXACT = {"schema": one_of("true", "false")}
+_OBJECT: Schema = {"type": "object"}
 
 
 def document(
     models: Sequence[str], mixtures: Sequence[str], limits: GatewayConfig
 ) -> dict[str, Any]:
     """Return the document of a gateway with these language models and mixtures, as plain JSON."""
-    schemas = bodies(models, limits)
-    schemas |= {"InferRequest": request(limits), **ANSWERS, **PREDICTIONS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ExpertMesh", "version": version("expertmesh")},
         # With keys the deployment wants one of them, without keys none.
         "security": [{}, {"key": []}],
-        "paths": {**_of_openai(models), **_of_predictions(models, mixtures), **_of_operators()},
+        "paths": {**_paths(models), **_prediction_paths(models, mixtures)},
         "components": {
-            "schemas": schemas,
+            "schemas": {**bodies(models, limits), **ANSWERS},
             "headers": {"Rate": {"schema": text()}, "RequestId": {"schema": text(1)}},
             "responses": {
                 error: _response("refused, or failed", {_JSON: ref(error)})
@@ -57,74 +56,53 @@ def document(
     }
 
 
-def _of_openai(models: Sequence[str]) -> dict[str, Any]:
+def _paths(models: Sequence[str]) -> dict[str, Any]:
+    tokens, detokens = {_JSON: ref("TokenizeRequest")}, {_JSON: ref("DetokenizeRequest")}
+    refused = _operation("refused: no embeddings are served", {}, taken={_JSON: _OBJECT})
+    del refused["responses"]["200"]
     return {
-        "/v1/models": {"get": _operation("the served language models", {_JSON: ref("Models")})},
-        "/v1/models/{model}": {
-            "parameters": [_in_path("model", models)],
-            "get": _operation("a served language model", {_JSON: ref("Model")}),
+        "/v1/models": _get("the served language models", "Models"),
+        "/v1/models/{model}": _get("a served language model", "Model") | _in_path(model=models),
+        "/v1/completions": _generation("continues one prompt or a list of prompts", "Completion"),
+        "/v1/chat/completions": _generation("the assistant's next message", "Chat"),
+        "/v1/embeddings": {"post": refused},
+        "/tokenize": {
+            "post": _operation("token ids of a prompt", {_JSON: ref("Tokenized")}, taken=tokens)
         },
-        "/v1/completions": {
-            "post": _generation("Completion", "continues one prompt or a list of prompts")
+        "/detokenize": {
+            "post": _operation("the text of token ids", {_JSON: ref("Detokenized")}, taken=detokens)
         },
-        "/v1/chat/completions": {"post": _generation("Chat", "the assistant's next message")},
-        "/tokenize": {"post": _posted("Tokenize", "Tokenized", "token ids of a prompt")},
-        "/detokenize": {"post": _posted("Detokenize", "Detokenized", "the text of token ids")},
-        "/v1/embeddings": {
-            "post": {
-                **_takes({_JSON: {"type": "object"}}),
-                "summary": "refused: no embeddings are served",
-                "responses": _refusals("Error"),
-            }
-        },
+        "/health": _get("the gateway's process lives", "Alive"),
+        "/ready": _get("whether requests can be served", "Ready", has_503=True),
+        "/metrics": {"get": _operation("metrics of the whole application", {_TEXT: text()})},
+        OPENAPI_PATH: {"get": _operation("this document", {_JSON: _OBJECT})},
     }
 
 
-def _of_predictions(models: Sequence[str], mixtures: Sequence[str]) -> dict[str, Any]:
-    paths: dict[str, Any] = {
-        "/v2": {"get": _prediction("name, version and extensions", "Server")},
-        "/v2/health/live": {"get": _prediction("the gateway's process lives", "Live")},
-        "/v2/health/ready": {
-            "get": _prediction(
-                "every expert of every model has a live copy", "AllReady", "AllReady"
-            )
-        },
+def _prediction_paths(models: Sequence[str], mixtures: Sequence[str]) -> dict[str, Any]:
+    get = partial(_get, error="PredictionError")
+    all_live = "every expert of every model has a live copy"
+    paths = {
+        "/v2": get("name, version and extensions", "Server"),
+        "/v2/health/live": get("the gateway's process lives", "Live"),
+        "/v2/health/ready": get(all_live, "AllReady", has_503=True),
     }
-    every = [*mixtures, *models]
-    for base, versions in (
-        ("/v2/models/{model}", []),
-        ("/v2/models/{model}/versions/{version}", [_in_path("version", [VERSION])]),
-    ):
-        known = {"parameters": [_in_path("model", mixtures), *versions]}
-        paths[base] = known | {
-            "get": _prediction("inputs and outputs of a mixture", "ModelMetadata")
-        }
-        paths[f"{base}/ready"] = {
-            "parameters": [_in_path("model", every), *versions],
-            "get": _prediction(
-                "all experts of the model have a live copy", "ModelReady", not_ready="ModelReady"
-            ),
-        }
-        paths[f"{base}/infer"] = known | {"post": _inference()}
+    for end, versions in (("", {}), ("/versions/{version}", {"version": [VERSION]})):
+        base, mixture = f"/v2/models/{{model}}{end}", _in_path(model=mixtures, **versions)
+        paths[base] = get("inputs and outputs of a mixture", "ModelMetadata") | mixture
+        paths[f"{base}/ready"] = get(
+            "all experts of the model have a live copy", "ModelReady", has_503=True
+        ) | _in_path(model=[*mixtures, *models], **versions)
+        paths[f"{base}/infer"] = {"post": _inference()} | mixture
     return paths
 
 
-def _of_operators() -> dict[str, Any]:
-    ready = _operation("whether requests can be served", {_JSON: ref("Ready")}, "Ready")
-    return {
-        "/health": {"get": _operation("the gateway's process lives", {_JSON: ref("Alive")})},
-        "/ready": {"get": ready},
-        "/metrics": {"get": _operation("metrics of the whole application", {_TEXT: text()})},
-        OPENAPI_PATH: {"get": _operation("this document", {_JSON: {"type": "object"}})},
-    }
-
-
-def _in_path(name: str, values: Sequence[str]) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "schema": one_of(*values)}
-
-
-def _takes(content: Mapping[str, Schema]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": _content(content)}}
+def _in_path(**allowed: Sequence[str]) -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": one_of(*values)}
+        for name, values in allowed.items()
+    ]
+    return {"parameters": parameters}
 
 
 def _content(schemas: Mapping[str, Schema]) -> dict[str, Any]:
@@ -132,51 +110,53 @@ def _content(schemas: Mapping[str, Schema]) -> dict[str, Any]:
 
 
 def _operation(
-    summary: str, content: Mapping[str, Schema], not_ready: str = "", error: str = "Error"
+    summary: str,
+    content: Mapping[str, Schema],
+    error: str = "Error",
+    taken: Mapping[str, Schema] | None = None,
 ) -> dict[str, Any]:
-    """Return an operation; ``not_ready`` names the answer that comes with 503 too."""
-    responses = {"200": _response("well", content), **_refusals(error)}
-    if not_ready:
-        unready = _response("not ready", {_JSON: {"anyOf": [ref(not_ready), ref(error)]}})
-        responses["503"] = unready
-    return {"summary": summary, "responses": responses}
+    """Return an operation that takes and answers these kinds of content."""
+    responses = {str(status): {"$ref": f"#/components/responses/{error}"} for status in _STATUSES}
+    body = {"requestBody": {"required": True, "content": _content(taken)}} if taken else {}
+    return {
+        "summary": summary,
+        **body,
+        "responses": {"200": _response("well", content), **responses},
+    }
 
 
-def _posted(taken: str, answered: str, summary: str) -> dict[str, Any]:
-    operation = _operation(summary, {_JSON: ref(answered)})
-    return {**_takes({_JSON: ref(f"{taken}Request")}), **operation}
+def _get(
+    summary: str, answered: str, has_503: bool = False, error: str = "Error"
+) -> dict[str, Any]:
+    """Return a path's only operation; its answer may come with 503 too."""
+    operation = _operation(summary, {_JSON: ref(answered)}, error)
+    if has_503:
+        either = {"anyOf": [ref(answered), ref(error)]}
+        operation["responses"]["503"] = _response("not ready", {_JSON: either})
+    return {"get": operation}
 
 
-def _generation(name: str, summary: str) -> dict[str, Any]:
+def _generation(summary: str, name: str) -> dict[str, Any]:
     """Return an operation that answers whole, or with a stream of events ``{name}Chunk``."""
-    operation = _operation(summary, {_JSON: ref(name)})
+    taken = {_JSON: ref(f"{name}Request")}
+    operation = _operation(summary, {_JSON: ref(name)}, taken=taken)
     # OpenAPI 3.1 has no word for the events of a stream; 3.2 has, but few tools read it yet.
     events = {"x-event-schema": ref(f"{name}Chunk"), "x-last-event": "[DONE]"}
     operation["responses"]["200"]["content"][_STREAM] = events
-    return {**_takes({_JSON: ref(f"{name}Request")}), **operation}
-
-
-def _prediction(summary: str, answered: str, not_ready: str = "") -> dict[str, Any]:
-    return _operation(summary, {_JSON: ref(answered)}, not_ready, "PredictionError")
+    return {"post": operation}
 
 
 def _inference() -> dict[str, Any]:
     """Return the operation whose tensors are in the JSON, or bytes after it."""
-    binary = text(format="binary", description="JSON, and the bytes of binary tensors.")
-    operation = _prediction("the outputs for all rows of the request", "InferResponse")
-    answered = {_JSON: ref("InferResponse"), _OCTETS: binary}
-    operation["responses"]["200"] = _response("well", answered)
+    binary = {_OCTETS: text(format="binary", description="JSON, and the bytes of binary tensors.")}
+    answered, taken = ({_JSON: ref(name), **binary} for name in ("InferResponse", "InferRequest"))
+    summary = "the outputs for all rows of the request"
+    operation = _operation(summary, answered, "PredictionError", taken)
     operation["responses"]["200"]["headers"][EXACT_HEADER] = _EXACT | {"required": True}
-    taken = _takes({_JSON: ref("InferRequest"), _OCTETS: binary})
-    return {**taken, "parameters": [LENGTH_PARAMETER], **operation}
+    return {"parameters": [LENGTH_PARAMETER], **operation}
 
 
 def _response(description: str, content: Mapping[str, Schema]) -> dict[str, Any]:
     rate, request_id = ({"$ref": f"#/components/headers/{name}"} for name in ("Rate", "RequestId"))
     headers = {**dict.fromkeys(RATE_HEADERS, rate), "x-request-id": request_id}
     return {"description": description, "headers": headers, "content": _content(content)}
-
-
-def _refusals(error: str) -> dict[str, Any]:
-    """Return the answers of every status that an error may have."""
-    return {str(status): {"$ref": f"#/components/responses/{error}"} for status in _STATUSES}

@@ -7,15 +7,13 @@ from typing import Any
 
 Schema = dict[str, Any]
 
-ANYTHING: Schema = {}
 NULL: Schema = {"type": "null"}
 BOOLEAN: Schema = {"type": "boolean"}
 
 
-def text(least: int = 0, most: int | None = None, **more: object) -> Schema:
-    """Return the schema of a text of ``least`` to ``most`` characters."""
-    bounds = {"minLength": least} if least else {}
-    return {"type": "string", **bounds, **({} if most is None else {"maxLength": most}), **more}
+def text(least: int = 0, **more: object) -> Schema:
+    """Return the schema of a text of ``least`` characters or more."""
+    return {"type": "string", **({"minLength": least} if least else {}), **more}
 
 
 def integer(low: int, high: int | None = None) -> Schema:
@@ -23,16 +21,9 @@ def integer(low: int, high: int | None = None) -> Schema:
     return {"type": "integer", "minimum": low, **({} if high is None else {"maximum": high})}
 
 
-def number(low: float, high: float, above: bool = False) -> Schema:
-    """Return the schema of a number from ``low`` to ``high``; with ``above`` greater than it."""
-    return {"type": "number", "exclusiveMinimum" if above else "minimum": low, "maximum": high}
-
-
-def items(of: Schema, least: int = 0, most: int | None = None) -> Schema:
-    """Return the schema of a list of ``least`` to ``most`` entries."""
-    bounds = {"minItems": least} if least else {}
-    bounds |= {} if most is None else {"maxItems": most}
-    return {"type": "array", "items": of, **bounds}
+def items(of: Schema, least: int = 0) -> Schema:
+    """Return the schema of a list of ``least`` entries or more."""
+    return {"type": "array", "items": of, **({"minItems": least} if least else {})}
 
 
 def one_of(*values: object) -> Schema:
@@ -45,15 +36,13 @@ def either(*schemas: Schema) -> Schema:
     return {"anyOf": list(schemas)}
 
 
-def record(
-    properties: Mapping[str, Schema], required: Sequence[str] = (), others: Schema | bool = False
-) -> Schema:
-    """Return the schema of an object; ``others`` is that of fields beside ``properties``."""
+def record(properties: Mapping[str, Schema], required: Sequence[str] = ()) -> Schema:
+    """Return the schema of an object with no fields beside ``properties``."""
     return {
         "type": "object",
         "properties": dict(properties),
         "required": list(required),
-        "additionalProperties": others,
+        "additionalProperties": False,
     }
 
 

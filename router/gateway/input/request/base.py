@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from cluster.errors import InvalidRequestError, shown
+from cluster.errors import InvalidRequestError, shown, shown_name
 from router.gateway.input import checks
 
 Schema = dict[str, Any]
@@ -99,7 +99,9 @@ class Part(BaseModel):
 
     @classmethod
     def _refuse(cls, name: str, value: Any) -> None:
-        raise refused(f"unknown field; allowed: {', '.join(sorted(cls.names))}", name or "''")
+        raise refused(
+            f"unknown field; allowed: {', '.join(sorted(cls.names))}", shown_name(name) or "''"
+        )
 
 
 class Nullable(Part):
@@ -127,7 +129,8 @@ def _refusal(error: ErrorDetails, body: Mapping[str, Any]) -> InvalidRequestErro
     told = _NO_TEXT.get(kind) or _SHOULD.sub(r"must \1", error["msg"])
     if kind == _REFUSED:
         name = context["name"]
-        return InvalidRequestError(context["told"], f"{where}.{name}" if name else where)
+        path = f"{where}.{name}" if where and name else where or name
+        return InvalidRequestError(context["told"], path)
     if tag := context.get("discriminator", "").strip("'"):
         where, given = f"{where}.{tag}", given.get(tag)
         told = f"must be one of {context.get('expected_tags')}"
@@ -146,7 +149,7 @@ def _path(
 
     It ends at the object that an unknown field is in, which may have a field named like its type.
     """
-    path, parts = "", location[:-2] if location[-1] == "[key]" else location
+    path, parts = "", location[:-2] if "[key]" in location[-1:] else location
     for place, part in enumerate(parts):
         if body is unknown_in:
             break

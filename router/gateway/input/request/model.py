@@ -27,16 +27,20 @@ _ID = "^(0|[1-9][0-9]{0,9})$"
 
 @dataclass(frozen=True)
 class Key:
-    """The key of the gateway's configuration that has the upper bound of a field."""
+    """The key of the gateway's configuration that has the upper bound of a field.
+
+    The field counts in parts of the key's unit: ``parts`` are one.
+    """
 
     name: str
+    parts: int = 1
 
 
 def _token_id(key: object) -> int:
     """Return the number of a JSON key, which is a text; gRPC's is a number."""
     number = int(key) if isinstance(key, str) and re.fullmatch(_ID, key) else key
     if not isinstance(number, int) or number < 0:
-        raise refused(f"given {shown(key)}, must be a token id")
+        raise refused(f"must be a token id; got {shown(key)}")
     return number
 
 
@@ -206,6 +210,6 @@ def within(kind: type[Kind], limits: GatewayConfig) -> type[Kind]:
     for name, field in kind.model_fields.items():
         for key in field.metadata:
             if isinstance(key, Key):
-                most = Field(le=getattr(limits, key.name))
+                most = Field(le=getattr(limits, key.name) * key.parts)
                 bounded[name] = (Annotated[field.annotation, *field.metadata, most], field.default)
     return create_model(kind.__name__, __base__=kind, __module__=__name__, **bounded)

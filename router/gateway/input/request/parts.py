@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, SkipValidation, Tag, WithJsonSchema
 
+from cluster.errors import shown
 from router.gateway.input.request import base
 from router.gateway.input.request.base import Filled, Nullable, Part, Text, either, refused
 
@@ -149,8 +150,21 @@ ToolChoice = Annotated[
     | Annotated[NamedTool | SomeTools, Field(discriminator="type"), Tag("a mapping")],
     either("none, auto, required", "a mapping"),
 ]
-Option = Annotated[str, Field(max_length=256)] | bool | int | float | None
-TemplateOptions = Annotated[dict[str, SkipValidation[Option]], Field(max_length=16)]
+
+
+def _option(given: object) -> object:
+    is_number = isinstance(given, int | float) and abs(given) < 2**31
+    if given is None or isinstance(given, str) or is_number:
+        return given
+    raise refused(
+        f"must be a string, a number below 2**31, true, false or null; got {shown(given)}"
+    )
+
+
+Option = Annotated[
+    Annotated[str, Field(max_length=256)] | bool | int | float | None, BeforeValidator(_option)
+]
+TemplateOptions = Annotated[dict[str, Option], Field(max_length=16)]
 
 
 class JsonSchema(Part):

@@ -316,7 +316,8 @@ def test_check_refuses_a_host_that_others_reach_without_keys(
     file.write_text(yaml.safe_dump(document))
     result = run("check", str(file))
     assert result.exit_code == 2
-    assert "gateway.listen.host: given '0.0.0.0', which other machines reach" in result.stderr
+    assert "gateway.listen.host: must be an address of this machine if" in result.stderr
+    assert "there are no keys; got '0.0.0.0'" in result.stderr
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
@@ -359,7 +360,7 @@ def test_a_bad_address_is_one_line_and_2(address: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("EXPERTMESH_ADDRESS", address)
     assert [(one.exit_code, one.stdout) for one in (given, run("status"))] == [(2, "")] * 2
     assert given.stderr == (
-        f"expertmesh: --address: given {address!r}, must be host:port, as 127.0.0.1:9000\n"
+        f"expertmesh: --address: must be host:port, as 127.0.0.1:9000; got {address!r}\n"
     )
 
 

@@ -149,15 +149,17 @@ def test_options_of_serves_proxies_are_refused_with_what_to_write_instead(
 
 @pytest.mark.parametrize("location", ["HeadOnly", "EveryNode"])
 def test_proxies_anywhere_are_refused(location: str) -> None:
-    with pytest.raises(ConfigError, match=f"^proxy_location: given {location}, must be Disabled"):
+    with pytest.raises(ConfigError, match=f"^proxy_location: must be Disabled.* got {location}"):
         check_serve_part({**SHORT, "proxy_location": location})
 
 
 @pytest.mark.parametrize("document", [SHORT, {**SHORT, "proxy_location": None}])
 def test_serve_itself_must_be_told_to_run_no_proxies(document: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^proxy_location: missing, must be Disabled") as refused:
+    with pytest.raises(
+        ConfigError, match=r"^proxy_location: must be Disabled.* got nothing"
+    ) as refused:
         check_serve_part(document)
-    assert f"write `{NO_PROXIES}` at the top of the file" in refused.value.message
+    assert f"Write `{NO_PROXIES}` at the top of the file" in refused.value.message
 
 
 def with_prefixes(*prefixes: str | None) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def with_prefixes(*prefixes: str | None) -> dict[str, Any]:
 def test_an_application_has_its_own_ports_and_no_prefix() -> None:
     for document in ({}, SHORT, with_prefixes("/"), with_prefixes("/", None)):
         check_serve_part(completed(document))
-    with pytest.raises(ConfigError, match=r"^applications\[0\]\.route_prefix: given /llm, must be"):
+    with pytest.raises(ConfigError, match=r"^applications\[0\]\.route_prefix: must be / .* /llm"):
         check_serve_part(completed(with_prefixes("/llm")))
-    with pytest.raises(ConfigError, match=r"^applications\[1\]\.route_prefix: given /b, must be /"):
+    with pytest.raises(ConfigError, match=r"^applications\[1\]\.route_prefix: must be / .* /b"):
         check_serve_part(completed(with_prefixes("/", "/b")))

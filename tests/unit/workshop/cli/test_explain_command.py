@@ -190,7 +190,7 @@ def test_a_picture_is_drawn(address: str, tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--layer", "9"), "--layer: given 9, must be a layer with experts: 0, 1, 2"),
+        (("--layer", "9"), "--layer: must be one of 0, 1, 2, the layers with experts; got 9"),
         (("--picture", "x.pdf"), "--picture: x.pdf: the suffix must be one of png, svg"),
         (("--picture", "/no/such/x.png"), "--picture: /no/such/x.png: the folder does not exist"),
     ],

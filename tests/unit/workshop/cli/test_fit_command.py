@@ -228,9 +228,9 @@ def changed(place: int, line: str) -> list[str]:
     [
         (changed(3, "1.5,,2"), "line 4, column age: is empty"),
         (changed(3, "1.5"), "line 4, column age: is empty"),
-        (changed(3, "1.5,old,2"), "line 4, column age: given 'old', must be a finite number"),
-        (changed(3, "1.5,nan,2"), "line 4, column age: given 'nan', must be a finite number"),
-        (changed(3, "1.5,1,-inf"), "line 4, column price: given '-inf', must be a finite number"),
+        (changed(3, "1.5,old,2"), "line 4, column age: must be a finite number; got 'old'"),
+        (changed(3, "1.5,nan,2"), "line 4, column age: must be a finite number; got 'nan'"),
+        (changed(3, "1.5,1,-inf"), "line 4, column price: must be a finite number; got '-inf'"),
         (changed(3, "1,2,3,4"), "line 4: has 4 cells, but the header has 3"),
         (changed(0, "area,age,cost"), "column price: is missing; columns: area, age, cost"),
         (changed(0, "area,area,price"), "column area: is there twice"),

@@ -11,6 +11,7 @@ from cluster.errors import ExpertMeshError, NotFiniteError, UnavailableError
 from router.config.deployment import GatewayConfig
 from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
+from router.gateway.predict.body import InferParameters
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.v2_grpc import PredictionHandlers
@@ -121,7 +122,8 @@ def test_a_reply_that_cannot_be_written_is_a_failure(service: PredictionService)
 
     async def run() -> None:
         pixels = RawTensor("pixels", "FP32", (1, 4), [1, 2, 3, 4])
-        checked = service.validator.check(RawPrediction("digits", "", [pixels], (), {}))
+        raw = RawPrediction("digits", "", [pixels], (), InferParameters())
+        checked = service.validator.check(raw)
         await service.predict(checked, ANYBODY, "http", encode)
 
     with pytest.raises(NotFiniteError):

@@ -222,13 +222,13 @@ def test_errors_come_in_the_protocols_shape(served: Served) -> None:
     assert "is a language model" in message
     assert "/v1/completions" in message
     status, message = refused(served, "digits", pixels, model_version="7")
-    assert (status, "has only version 1" in message) == ("404", True)
+    assert (status, "must be 1, the only version of digits" in message) == ("404", True)
     status, message = refused(served, "digits", pixels, priority=3)
-    assert (status, "'priority'" in message) == ("400", True)
+    assert (status, "parameters.priority" in message) == ("400", True)
     status, message = refused(
         served, "digits", pixels, outputs=[triton.InferRequestedOutput("label", class_count=2)]
     )
-    assert (status, "'classification'" in message) == ("400", True)
+    assert (status, "outputs[0].parameters.classification" in message) == ("400", True)
     served.upstream.error = OverloadedError("full", "queue", 1.0)
     assert refused(served, "digits", pixels) == ("429", "queue: full")
     served.upstream.error = RuntimeError("secret")

@@ -612,7 +612,8 @@ def test_a_host_that_others_reach_needs_keys_or_an_open_word(
 ) -> None:
     secured(file, None, **{key: "0.0.0.0"})
     line = refusal(["serve", command, str(file)], capsys)
-    assert f"gateway.listen.{key}: given '0.0.0.0', which other machines reach, and no keys" in line
+    told = f"gateway.listen.{key}: must be an address of this machine if there are no keys; "
+    assert f"{told}got '0.0.0.0'" in line
     secured(file, "open")
     attend(["serve", command, str(file)])
     keys = tmp_path / "keys.yaml"
@@ -658,13 +659,13 @@ def test_a_certificate_must_be_usable_where_gateways_start(
         ),
         (
             {"proxy_location": "EveryNode"},
-            "proxy_location: given EveryNode, must be Disabled: the gateways listen by themselves; "
-            "write `proxy_location: Disabled` at the top of the file",
+            "proxy_location: must be Disabled, because the gateways listen by themselves; got "
+            "EveryNode. Write `proxy_location: Disabled` at the top of the file.",
         ),
         (
             {"proxy_location": None},
-            "proxy_location: missing, must be Disabled: the gateways listen by themselves; write "
-            "`proxy_location: Disabled` at the top of the file",
+            "proxy_location: must be Disabled, because the gateways listen by themselves; got "
+            "nothing. Write `proxy_location: Disabled` at the top of the file.",
         ),
     ],
 )
@@ -694,6 +695,6 @@ def test_two_applications_need_their_own_ports(
     listen[key] = taken
     line = refusal(["serve", "run", str(write(file, document))], capsys)
     assert line == (
-        f"expertmesh: {file}: gateway.listen.{key}: given {taken} for the applications expertmesh "
-        "and other; each needs its own ports"
+        f"expertmesh: {file}: gateway.listen.{key}: must be another port for each application; "
+        f"got {taken} for expertmesh and other"
     )

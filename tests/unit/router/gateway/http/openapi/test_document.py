@@ -13,7 +13,6 @@ from starlette.routing import Route
 from router.config.deployment import GatewayConfig
 from router.gateway.http.openapi.bodies import BODIES
 from router.gateway.input.request.model import Request
-from router.gateway.predict.validate import PARAMETERS
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, events, refusal
 from tests.unit.router.gateway.input.tools.chat_models import says as says_of
@@ -67,45 +66,46 @@ def test_a_body_has_the_fields_that_the_validation_takes(
 
 
 @pytest.mark.parametrize(
-    ("where", "field"),
-    [
-        ((), ""),
-        (("inputs", "items", "anyOf"), "inputs[0]."),
-        (("outputs", "anyOf", 0, "items"), "outputs[0]."),
-    ],
+    ("name", "field"),
+    [("InferRequest", ""), ("InferInput", "inputs[0]."), ("InferOutput", "outputs[0].")],
 )
 def test_a_prediction_has_the_fields_that_the_validation_takes(
-    document: dict[str, Any], where: tuple[Any, ...], field: str
+    document: dict[str, Any], name: str, field: str
 ) -> None:
-    schema: Any = document["components"]["schemas"]["InferRequest"]
-    if where:
-        schema = schema["properties"]
-    for step in where:
-        schema = schema[step]
-    variants = schema if isinstance(schema, list) else [schema]
+    described = document["components"]["schemas"][name]["properties"]
     body: dict[str, Any] = {"inputs": [dict(PIXELS)], "outputs": [{"name": "label"}]}
     part = body if not field else body[field.partition("[")[0]][0]
     part["nonsense"] = 1
     told = call(UPSTREAM, INFER, body).json()["error"]
     assert told.startswith(f"{field}nonsense: ")
     allowed = told.rpartition("allowed: ")[2].split(", ")
-    assert {name for one in variants for name in one["properties"]} == set(allowed)
+    assert set(described) == set(allowed)
 
 
 def test_parameters_of_a_prediction_are_those_that_the_validation_takes(
     document: dict[str, Any],
 ) -> None:
-    given = document["components"]["schemas"]["InferRequest"]["properties"]["parameters"]
-    described = given["anyOf"][0]["properties"]
-    assert set(described) == {*PARAMETERS, "binary_data_output", "content_type"}
-    good = {"timeout_s": 5, "on_expert_loss": "drop", "binary_data_output": False}
-    for parameters in (good, {"timeout": 9_000_000, "content_type": "np"}):
-        body = {"inputs": [PIXELS], "parameters": parameters}
+    good: dict[str, Any] = {"timeout_s": 5, "on_expert_loss": "drop", "binary_data_output": False}
+    for parameters in (good, {"timeout": 9_000_000, "content_type": "np"}, {"timeout_s": None}):
+        body: dict[str, Any] = {"inputs": [PIXELS], "parameters": parameters}
         validator(document, "InferRequest").validate(body)
         assert call(UPSTREAM, INFER, body).status_code == 200
-    wrong = {"inputs": [PIXELS], "parameters": {"content_type": "pd"}}
-    assert not validator(document, "InferRequest").is_valid(wrong)
-    assert call(UPSTREAM, INFER, wrong).status_code == 400
+    for wrong in ({"content_type": "pd"}, {"timeout": 3_600_000_001}, {"timeout_s": 3601}):
+        body = {"inputs": [PIXELS], "parameters": wrong}
+        assert not validator(document, "InferRequest").is_valid(body)
+        assert call(UPSTREAM, INFER, body).status_code == 400
+
+
+def test_an_input_has_values_either_in_json_or_after_it(document: dict[str, Any]) -> None:
+    check, bare = validator(document, "InferInput"), {**PIXELS}
+    del bare["data"]
+    size = {"parameters": {"binary_data_size": 16}}
+    assert check.is_valid(PIXELS)
+    assert check.is_valid(PIXELS | {"parameters": {"content_type": "np"}})
+    assert check.is_valid(bare | size)
+    for wrong in (bare, PIXELS | size, bare | {"parameters": {"content_type": "np"}}):
+        assert not check.is_valid(wrong)
+        assert call(UPSTREAM, INFER, {"inputs": [wrong]}).status_code == 400
 
 
 @pytest.mark.parametrize(

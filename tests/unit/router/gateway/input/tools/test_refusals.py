@@ -129,6 +129,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"chat_template_kwargs": {"enable_thinking": "x" * 300}},
         "chat_template_kwargs.enable_thinking",
     ),
+    *(
+        (
+            {"chat_template_kwargs": {"enable_thinking": wrong}},
+            "chat_template_kwargs.enable_thinking",
+        )
+        for wrong in (2**31, -(2**31), 1e10)
+    ),
     ({"chat_template_kwargs": {f"a{i}": 1 for i in range(17)}}, "chat_template_kwargs"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     (assistant(tool_calls=[]), "messages[1].tool_calls"),

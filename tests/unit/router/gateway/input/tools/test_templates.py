@@ -159,7 +159,7 @@ OWN_NAMES = """
 @pytest.mark.parametrize("name", ["style", "date", "lang"])
 def test_what_a_template_reads_of_its_input_is_an_option(name: str) -> None:
     template = ChatTemplate(OWN_NAMES, lambda *_: "")
-    assert template.check_options({"chat_template_kwargs": {name: "x"}}) == {name: "x"}
+    assert template.check_options({name: "x"}) == {name: "x"}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_a_template_reads_of_its_input_is_an_option(name: str) -> None:
 def test_a_templates_own_variables_are_no_options(name: str) -> None:
     template = ChatTemplate(OWN_NAMES, lambda *_: "")
     with pytest.raises(InvalidRequestError) as refused:
-        template.check_options({"chat_template_kwargs": {name: "x"}})
+        template.check_options({name: "x"})
     assert refused.value.field == f"chat_template_kwargs.{name}"
 
 
