@@ -70,6 +70,12 @@ class FakeServe:
         return SimpleNamespace(dashboard_url="127.0.0.1:8266")
 
 
+@pytest.fixture(autouse=True)
+def no_ray_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray of this machine, also one that was killed, would be joined."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+
+
 def run(
     monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str, command: str = "serve"
 ) -> Result:
