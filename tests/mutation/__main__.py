@@ -4,7 +4,8 @@
 
 The files, the tests that judge each, the seed and the last result are in ``baseline.yaml``.
 The status is 1 if a smaller share of a file's faults is found than there. Faults that change no
-behaviour count as not found. ``--write`` makes the result the baseline.
+behaviour count as not found. ``--write`` makes the result the baseline: do so after a change of a
+file's code, which draws other mutants, so that only changed tests can lower a share.
 """
 
 from __future__ import annotations
