@@ -13,12 +13,12 @@ from unittest.mock import patch
 import torch
 
 from cluster.spec import ActorReport, ActorSpec, ExpertKey, ModelExperts, ModelSource
-from cluster.wire.frames import DispatchFrame, RowsFrame, encode
-from cluster.wire.tensors import to_bytes
+from cluster.wire.frames import RowsFrame
 from experts import actor as actor_module
 from experts.actor import ExpertActor, kernels_of
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
+from tests.unit.experts.frames import dispatch_bytes
 
 HIDDEN = 64
 LIMIT_S = 60.0
@@ -104,20 +104,5 @@ def frame_of(
     traceparent: str | None = None,
 ) -> bytes:
     """A frame that sends all rows to one expert of layer 0."""
-    return b"".join(
-        encode(
-            DispatchFrame(
-                request_id=request_id,
-                num_rows=len(rows),
-                model="m",
-                layer_id=0,
-                row_shape=(HIDDEN,),
-                expert_ids=(expert_id,),
-                num_tokens_per_expert=(len(rows),),
-                dtype="float32",
-                time_left_s=timeout_s,
-                rows=to_bytes(rows),
-                traceparent=traceparent,
-            )
-        )
-    )
+    fields = {"request_id": request_id, "time_left_s": timeout_s, "traceparent": traceparent}
+    return dispatch_bytes(rows, {expert_id: len(rows)}, **fields)

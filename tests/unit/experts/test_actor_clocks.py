@@ -12,19 +12,11 @@ from transformers import MixtralForCausalLM
 from cluster.transport.base import Call
 from experts import actor as actor_module
 from experts import queue as queue_module
-from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.experts.local_actor import local_actor
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
 
 NUM_ACTORS, LENGTH, TIME_S = 2, 8, 20.0
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
-from cluster.wire.tensors import TORCH_DTYPES, dtype_name, from_bytes, to_bytes
+from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.bank import MOST_PIECES, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import GatedFfnWeights
@@ -37,6 +37,7 @@ from router.moe.layer import MoELayers, StepContext
 from tests.arrays import loaded, on_host, results
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import MODEL, BankTransport, load_banks
+from tests.unit.experts.frames import dispatch_frame
 
 HIDDEN = 64
 DTYPES = ("float32", "bfloat16")
@@ -96,18 +97,8 @@ def frame_of(
 ) -> DispatchFrame:
     """A frame that sends ``rows[i]`` for every i in ``pairs[expert]`` to that expert."""
     index = [i for rows_ in pairs.values() for i in rows_]
-    return DispatchFrame(
-        request_id=request_id,
-        num_rows=len(index),
-        model=MODEL,
-        layer_id=layer_id,
-        row_shape=(rows.shape[1],),
-        expert_ids=tuple(pairs),
-        num_tokens_per_expert=tuple(len(rows_) for rows_ in pairs.values()),
-        dtype=dtype_name(rows.dtype),
-        time_left_s=60,
-        rows=bytes(to_bytes(rows[index])),
-    )
+    counts = {expert_id: len(rows_) for expert_id, rows_ in pairs.items()}
+    return dispatch_frame(rows[index], counts, request_id=request_id, layer_id=layer_id)
 
 
 def answer_rows(answer: RowsFrame | ErrorFrame) -> torch.Tensor:

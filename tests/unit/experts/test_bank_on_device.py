@@ -15,7 +15,7 @@ import torch
 from cluster.errors import OverloadedError
 from cluster.spec import ExpertKey
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
-from cluster.wire.tensors import dtype_name, from_bytes, to_bytes
+from cluster.wire.tensors import from_bytes
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
@@ -24,6 +24,7 @@ from experts.compute.device_experts import Block, DeviceExpert
 from experts.compute.expert_device import ExpertDevice
 from tests.emulated_device import EmulatedDevice, emulated_device
 from tests.family_checkpoints import SAVERS
+from tests.unit.experts.frames import dispatch_frame
 
 HOST = torch.device("cpu")
 HIDDEN, LIMIT_S = 64, 60.0
@@ -86,20 +87,7 @@ def frames_of(
     for number, (layer_id, counts) in enumerate(batch):
         generator = torch.Generator().manual_seed(number)
         rows = torch.randn(sum(counts.values()), HIDDEN, generator=generator).to(dtype)
-        frames.append(
-            DispatchFrame(
-                request_id=number + 1,
-                num_rows=len(rows),
-                model="m",
-                layer_id=layer_id,
-                row_shape=(HIDDEN,),
-                expert_ids=tuple(counts),
-                num_tokens_per_expert=tuple(counts.values()),
-                dtype=dtype_name(dtype),
-                time_left_s=LIMIT_S,
-                rows=bytes(to_bytes(rows)),
-            )
-        )
+        frames.append(dispatch_frame(rows, counts, request_id=number + 1, layer_id=layer_id))
     return frames
 
 

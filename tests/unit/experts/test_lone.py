@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from cluster.native import native
 from cluster.spec import FRAME_VERSION, ExpertKey
@@ -26,17 +25,15 @@ from cluster.transport.stream.sockets import SEND_BUFFER_BYTES
 from cluster.wire.frames import (
     Buffer,
     Buffers,
-    DispatchFrame,
     ErrorFrame,
     RowsFrame,
     decode,
-    encode,
 )
-from cluster.wire.tensors import to_bytes
 from experts import lone
 from experts import queue as queue_module
 from experts.lone import MOST_WAIT_MS
 from tests.cluster_fixture import wait_until
+from tests.unit.experts.frames import dispatch_bytes
 from tests.unit.experts.local_actor import HIDDEN, LIMIT_S, Actor, frame_of, local_actor, rows_of
 
 TRACE = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
@@ -106,24 +103,6 @@ def by_queue(actor: Actor, frame: bytes) -> bytes:
     return b"".join(next(actor.compute_all([frame])))
 
 
-def frame_for(
-    rows: torch.Tensor, expert_ids: Sequence[int], counts: Sequence[int], layer_id: int = 0
-) -> bytes:
-    frame = DispatchFrame(
-        request_id=77,
-        model="m",
-        layer_id=layer_id,
-        expert_ids=tuple(expert_ids),
-        num_tokens_per_expert=tuple(counts),
-        num_rows=len(rows),
-        row_shape=(HIDDEN,),
-        dtype="float32",
-        rows=to_bytes(rows),
-        time_left_s=LIMIT_S,
-    )
-    return b"".join(encode(frame))
-
-
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 200])
 def test_a_lone_frame_gets_the_queues_answer_bit_for_bit(served: Served, num_rows: int) -> None:
     frame = frame_of(rows_of(num_rows), request_id=1 << 63)
@@ -132,17 +111,17 @@ def test_a_lone_frame_gets_the_queues_answer_bit_for_bit(served: Served, num_row
 
 @pytest.mark.parametrize("counts", [(1, 1), (5, 2), (1, 40)])
 def test_experts_of_a_frame_compute_their_rows(served: Served, counts: tuple[int, int]) -> None:
-    frame = frame_for(rows_of(sum(counts)), (3, 0), counts)
+    frame = dispatch_bytes(rows_of(sum(counts)), dict(zip((3, 0), counts, strict=True)))
     answer = served.ask_alone(frame)
     assert answer == by_queue(served.actor, frame)
-    assert served.ask_alone(frame_for(rows_of(2), (3,), (2,), layer_id=2)) != answer
+    assert served.ask_alone(dispatch_bytes(rows_of(2), {3: 2}, layer_id=2)) != answer
 
 
 def test_reports_count_lone_frames(served: Served) -> None:
     served.ask_alone(frame_of(rows_of(1)))
     before, by_python = served.actor.describe(), len(served.by_python)
     for _ in range(20):
-        served.ask(frame_for(rows_of(5), (0, 3), (2, 3)))
+        served.ask(dispatch_bytes(rows_of(5), {0: 2, 3: 3}))
     after = served.actor.describe()
     assert (after.steps - before.steps, after.frames - before.frames) == (20, 20)
     assert after.busy_s > before.busy_s
@@ -211,7 +190,7 @@ def test_whatever_cannot_be_computed_is_refused_as_by_the_queue(
 
 def test_damaged_frames_of_any_kind_get_the_queues_answer(served: Served) -> None:
     generator = random.Random(5)
-    whole = frame_for(rows_of(3), (0, 3), (1, 2))
+    whole = dispatch_bytes(rows_of(3), {0: 1, 3: 2})
     # All but the time that is left: a very short one may be over in the queue alone.
     places = [*range(37), *range(45, 64)]
     for _ in range(400):

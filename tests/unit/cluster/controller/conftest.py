@@ -1,6 +1,9 @@
-"""Short periods, so that tests of the controller over a fake pool take no time."""
+"""Virtual time and short periods, so that tests of the controller over a fake pool take no time."""
 
 from __future__ import annotations
+
+import asyncio
+import inspect
 
 import pytest
 
@@ -8,6 +11,23 @@ from cluster.controller import controller
 from cluster.controller.changes import autoscale, elastic
 from cluster.controller.health import deaths, liveness, suspicion
 from cluster.controller.lifecycle import keeper
+from tests.unit import virtual_time
+from tests.unit.cluster.controller.fakes import LIMIT_S
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine in virtual time, within a limit; its tasks end with it."""
+    if not inspect.iscoroutinefunction(pyfuncitem.function):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+
+    async def limited() -> None:
+        async with asyncio.timeout(2 * LIMIT_S):
+            await pyfuncitem.obj(**arguments)
+
+    virtual_time.run(limited())
+    return True
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ from cluster.spec import (
     PoolSpec,
     ScalingTargets,
 )
-from tests.unit import virtual_time
 
 NUM_EXPERTS = 4
 LIMIT_S = 60.0
@@ -120,14 +119,14 @@ class FakePool:
     ``store`` stands in for Ray's own, so that a next controller over this pool finds the ledger.
     """
 
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
+    def __init__(self, *node_ids: str, digest: str | None = None) -> None:
+        """``node_ids`` are Ray's nodes; actors are put on them in turn."""
+        self.digest = digest or spec_of().digest
         self.actors: list[FakeActor] = []
         self.unloads: list[tuple[str, list[ExpertKey]]] = []
         self.store = MemoryStore()
         self.looks = 0
-        self.node_ids = ["node"]
-        """Ray's nodes; actors are put on them in turn."""
+        self.node_ids = list(node_ids) or ["node"]
         self.work_s = 0.0
         """What all actors together compute in each second."""
         self.draining_ids: set[str] = set()
@@ -135,6 +134,19 @@ class FakePool:
         """The kernel classes of actors, by id, that are not of class "fused"."""
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
         self._pids = itertools.count(1000)
+
+    def hold_loads(self, actor_id: str = "", is_hung: bool = False) -> asyncio.Event:
+        """Have an actor's loads, or all, wait for an event; if ``is_hung``, it answers nothing."""
+        event = asyncio.Event()
+
+        async def wait(actor: FakeActor) -> None:
+            if actor_id in ("", actor.actor_id):
+                actor.hung = is_hung
+                await event.wait()
+                actor.hung = False
+
+        self.load_gate = wait
+        return event
 
     def add(self, actor_id: str, generation: int, epoch: int, /, **changes: Any) -> FakeActor:
         actor = FakeActor(actor_id, generation, self.digest, epoch, next(self._pids))
@@ -250,7 +262,7 @@ class Cluster:
             for threads, (name, (count, budget)) in enumerate((pools or {}).items(), 1)
         ] or [PoolSpec("expert", num_actors, None, self.spec, autoscaling)]
         self.specs = {actor_id: pool.actor for pool in specs for actor_id in pool.actor_ids()}
-        self.pool = pool or FakePool(self.spec.digest)
+        self.pool = pool or FakePool(digest=self.spec.digest)
         self.controller = Controller(
             "app",
             specs,
@@ -297,26 +309,24 @@ class Cluster:
             task.cancel()
 
 
+async def started(*args: Any, **options: Any) -> Cluster:
+    """Start a cluster (:class:`Cluster`), which is whole; it ends with the test."""
+    cluster = Cluster(*args, **options)
+    await cluster.start()
+    await cluster.complete()
+    return cluster
+
+
 @asynccontextmanager
 async def running(
-    num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1
+    num_actors: int = 2, pool: FakePool | None = None, min_copies: int = 1, **options: Any
 ) -> AsyncIterator[Cluster]:
-    cluster = Cluster(num_actors, pool, min_copies)
+    cluster = Cluster(num_actors, pool, min_copies, **options)
     await cluster.start()
     try:
         yield cluster
     finally:
         await cluster.stop()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test's coroutine in virtual time, within a limit."""
-
-    async def limited() -> None:
-        async with asyncio.timeout(2 * LIMIT_S):
-            await test()
-
-    virtual_time.run(limited())
 
 
 async def happens(condition: Callable[[], bool]) -> None:
@@ -396,7 +406,4 @@ def sizes(placement: Placement) -> dict[str, int]:
 
 async def autoscaled(pool: FakePool | None = None, **changes: Any) -> Cluster:
     """Start a cluster whose one pool follows its load."""
-    cluster = Cluster(pool=pool, autoscaling=replace(TARGETS, **changes))
-    await cluster.start()
-    await cluster.complete()
-    return cluster
+    return await started(pool=pool, autoscaling=replace(TARGETS, **changes))

@@ -17,204 +17,165 @@ from tests.unit.cluster.controller.fakes import (
     NUM_EXPERTS,
     Cluster,
     happens,
-    run,
-    running,
+    started,
     tasks_of,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 
 
-def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            placement = await cluster.complete()
-            for known in ((-1, -1), (0, 5), (placement.epoch, placement.version + 7), (9, 9)):
-                told = await asyncio.wait_for(
-                    cluster.controller.watch("router", 1, "n", known, 3600), LIMIT_S
-                )
-                assert told["placement"] == placement
-
-    run(test)
+async def test_a_watch_returns_at_once_when_something_else_is_known() -> None:
+    cluster = await started()
+    placement = cluster.state.placement
+    for known in ((-1, -1), (0, 5), (placement.epoch, placement.version + 7), (9, 9)):
+        told = await asyncio.wait_for(
+            cluster.controller.watch("router", 1, "n", known, 3600), LIMIT_S
+        )
+        assert told["placement"] == placement
 
 
-def test_a_watch_returns_no_placement_when_nothing_changes_in_time() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            placement = await cluster.complete()
-            order = placement.order
-            told = await cluster.controller.watch("router", 1, "n", order, 0.01)
-            assert told["placement"] is None
-            # What comes over Ray may be a list.
-            known: Any = list(order)
-            told = await cluster.controller.watch("router", 1, "n", known, 0.01)
-            assert told["placement"] is None
-
-    run(test)
+async def test_a_watch_returns_no_placement_when_nothing_changes_in_time() -> None:
+    cluster = await started()
+    placement = cluster.state.placement
+    order = placement.order
+    told = await cluster.controller.watch("router", 1, "n", order, 0.01)
+    assert told["placement"] is None
+    # What comes over Ray may be a list.
+    known: Any = list(order)
+    told = await cluster.controller.watch("router", 1, "n", known, 0.01)
+    assert told["placement"] is None
 
 
-def test_a_watch_never_lasts_longer_than_the_controller_allows(
+async def test_a_watch_never_lasts_longer_than_the_controller_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(controller_module, "MAX_WATCH_S", 0.01)
-
-    async def test() -> None:
-        async with running() as cluster:
-            placement = await cluster.complete()
-            watch = cluster.controller.watch("router", 1, "n", placement.order, 3600)
-            assert (await asyncio.wait_for(watch, LIMIT_S))["placement"] is None
-
-    run(test)
+    cluster = await started()
+    placement = cluster.state.placement
+    watch = cluster.controller.watch("router", 1, "n", placement.order, 3600)
+    assert (await asyncio.wait_for(watch, LIMIT_S))["placement"] is None
 
 
-def test_a_watch_tells_how_long_ago_the_last_look_at_an_actor_ended() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            placement = await cluster.complete()
+async def test_a_watch_tells_how_long_ago_the_last_look_at_an_actor_ended() -> None:
+    cluster = await started()
+    placement = cluster.state.placement
 
-            async def loop_age_s() -> float:
-                told = await cluster.controller.watch("gateway", 1, "n", placement.order, 0)
-                return float(told["loop_age_s"])
+    async def loop_age_s() -> float:
+        told = await cluster.controller.watch("gateway", 1, "n", placement.order, 0)
+        return float(told["loop_age_s"])
 
-            cluster.keeper.looped_at_s -= 1000.0
-            await cluster.controller.suspect("expert-0", 1)
-            await happens(lambda: time.monotonic() - cluster.keeper.looped_at_s < 500.0)
-            assert 0 <= await loop_age_s() < LIMIT_S
-            for task in tasks_of(cluster.controller):
-                task.cancel()
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            cluster.keeper.looped_at_s -= 1000.0
-            assert 1000.0 <= await loop_age_s() < 1000.0 + LIMIT_S
-
-    run(test)
+    cluster.keeper.looped_at_s -= 1000.0
+    await cluster.controller.suspect("expert-0", 1)
+    await happens(lambda: time.monotonic() - cluster.keeper.looped_at_s < 500.0)
+    assert 0 <= await loop_age_s() < LIMIT_S
+    for task in tasks_of(cluster.controller):
+        task.cancel()
+    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+    cluster.keeper.looped_at_s -= 1000.0
+    assert 1000.0 <= await loop_age_s() < 1000.0 + LIMIT_S
 
 
-def test_actors_of_several_pools_hold_what_their_budgets_allow() -> None:
-    async def test() -> None:
-        cluster = Cluster(pools={"gpu": (1, 60), "cpu": (2, 10)})
-        await cluster.start()
-        await cluster.complete()
-        assert {a.actor_id: len(a.keys) for a in cluster.pool.actors} == {
-            "gpu-0": 6,
-            "cpu-0": 1,
-            "cpu-1": 1,
-        }
-        await cluster.stop()
-
-    run(test)
+async def test_actors_of_several_pools_hold_what_their_budgets_allow() -> None:
+    cluster = await started(pools={"gpu": (1, 60), "cpu": (2, 10)})
+    assert {a.actor_id: len(a.keys) for a in cluster.pool.actors} == {
+        "gpu-0": 6,
+        "cpu-0": 1,
+        "cpu-1": 1,
+    }
 
 
-def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
     monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 3600)
-
-    async def test() -> None:
-        async with running() as cluster:
-            placement = await cluster.complete()
-            [first] = cluster.pool.of("expert-0")
-            first.tokens = dict.fromkeys(first.keys, 3)
-            await cluster.controller.suspect("expert-0", 1)
-            await happens(lambda: first.heartbeats == 2)
-            await cluster.controller.watch("router", 11, "n1", placement.order, 0)
-            await cluster.controller.watch("router", 11, "n1", placement.order, 0)
-            await cluster.controller.watch("router", 12, "n1", placement.order, 0)
-            await cluster.controller.watch("gateway", 1, "n2", placement.order, 0)
-            status = await cluster.controller.status()
-            assert status.models == ("m",)
-            assert (status.epoch, status.placement_version) == placement.order
-            assert status.missing_experts == 0
-            assert (status.min_copies, status.live_copies) == (1, 1)
-            assert [(p.pid, p.node) for p in status.routers] == [(11, "n1"), (12, "n1")]
-            assert [p.pid for p in status.gateways] == [1]
-            assert [a.actor_id for a in status.actors] == ["expert-0", "expert-1"]
-            actor = status.actors[0]
-            assert (actor.pid, actor.generation, actor.device) == (first.pid, 1, "cpu")
-            assert actor.experts == tuple(tuple(key) for key in first.keys)
-            assert actor.tokens == 3 * len(first.keys)
-            assert actor.weight_bytes == 10 * len(first.keys)
-
-    run(test)
+    cluster = await started()
+    placement = cluster.state.placement
+    [first] = cluster.pool.of("expert-0")
+    first.tokens = dict.fromkeys(first.keys, 3)
+    await cluster.controller.suspect("expert-0", 1)
+    await happens(lambda: first.heartbeats == 2)
+    await cluster.controller.watch("router", 11, "n1", placement.order, 0)
+    await cluster.controller.watch("router", 11, "n1", placement.order, 0)
+    await cluster.controller.watch("router", 12, "n1", placement.order, 0)
+    await cluster.controller.watch("gateway", 1, "n2", placement.order, 0)
+    status = await cluster.controller.status()
+    assert status.models == ("m",)
+    assert (status.epoch, status.placement_version) == placement.order
+    assert status.missing_experts == 0
+    assert (status.min_copies, status.live_copies) == (1, 1)
+    assert [(p.pid, p.node) for p in status.routers] == [(11, "n1"), (12, "n1")]
+    assert [p.pid for p in status.gateways] == [1]
+    assert [a.actor_id for a in status.actors] == ["expert-0", "expert-1"]
+    actor = status.actors[0]
+    assert (actor.pid, actor.generation, actor.device) == (first.pid, 1, "cpu")
+    assert actor.experts == tuple(tuple(key) for key in first.keys)
+    assert actor.tokens == 3 * len(first.keys)
+    assert actor.weight_bytes == 10 * len(first.keys)
 
 
-def test_measurements_have_the_newest_samples_of_all_and_the_actors_reports() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            order = (await cluster.complete()).order
-            late, early = Samples(2.0, {"late": []}), Samples(1.0, {"early": []})
-            await cluster.controller.watch("router", 11, "n1", order, 0, late)
-            await cluster.controller.watch("router", 11, "n1", order, 0, early)  # was overtaken
-            await cluster.controller.watch("router", 12, "n1", order, 0)
-            own = ProcessSamples("gateway", ProcessStatus(1, "n2"), early)
-            told = await cluster.controller.measurements(own)
-            assert told.status == await cluster.controller.status()
-            assert [report.actor_id for report in told.reports] == ["expert-0", "expert-1"]
-            router = ProcessSamples("router", ProcessStatus(11, "n1"), late)
-            assert told.processes == (router, own)
-
-    run(test)
+async def test_measurements_have_the_newest_samples_of_all_and_the_actors_reports() -> None:
+    cluster = await started()
+    order = cluster.state.placement.order
+    late, early = Samples(2.0, {"late": []}), Samples(1.0, {"early": []})
+    await cluster.controller.watch("router", 11, "n1", order, 0, late)
+    await cluster.controller.watch("router", 11, "n1", order, 0, early)  # was overtaken
+    await cluster.controller.watch("router", 12, "n1", order, 0)
+    own = ProcessSamples("gateway", ProcessStatus(1, "n2"), early)
+    told = await cluster.controller.measurements(own)
+    assert told.status == await cluster.controller.status()
+    assert [report.actor_id for report in told.reports] == ["expert-0", "expert-1"]
+    router = ProcessSamples("router", ProcessStatus(11, "n1"), late)
+    assert told.processes == (router, own)
 
 
-def test_each_gateway_gets_what_the_others_have_used_of_quotas() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            order = (await cluster.complete()).order
+async def test_each_gateway_gets_what_the_others_have_used_of_quotas() -> None:
+    cluster = await started()
+    order = cluster.state.placement.order
 
-            async def watch(kind: str, pid: int, taken_s: float, **used: int) -> dict[str, Any]:
-                uses = {name: KeyUse(1, tokens, 0, 0.5, 9.0) for name, tokens in used.items()}
-                samples = Samples(taken_s, {}, uses=uses)
-                answer = await cluster.controller.watch(kind, pid, "n", order, 0, samples)
-                return {gateway: dict(uses) for gateway, uses in answer["uses"].items()}
+    async def watch(kind: str, pid: int, taken_s: float, **used: int) -> dict[str, Any]:
+        uses = {name: KeyUse(1, tokens, 0, 0.5, 9.0) for name, tokens in used.items()}
+        samples = Samples(taken_s, {}, uses=uses)
+        answer = await cluster.controller.watch(kind, pid, "n", order, 0, samples)
+        return {gateway: dict(uses) for gateway, uses in answer["uses"].items()}
 
-            assert await watch("gateway", 1, 1.0, alice=5) == {}
-            first = {"gateway:n:1": {"alice": KeyUse(1, 5, 0, 0.5, 9.0)}}
-            assert await watch("gateway", 2, 1.0, alice=2, bob=7) == first
-            assert await watch("router", 3, 1.0) == {}
-            assert await watch("gateway", 2, 2.0) == first
-            assert await watch("gateway", 1, 2.0, alice=6) == {"gateway:n:2": {}}
-            assert (await watch("gateway", 2, 3.0))["gateway:n:1"]["alice"].tokens == 6
-
-    run(test)
+    assert await watch("gateway", 1, 1.0, alice=5) == {}
+    first = {"gateway:n:1": {"alice": KeyUse(1, 5, 0, 0.5, 9.0)}}
+    assert await watch("gateway", 2, 1.0, alice=2, bob=7) == first
+    assert await watch("router", 3, 1.0) == {}
+    assert await watch("gateway", 2, 2.0) == first
+    assert await watch("gateway", 1, 2.0, alice=6) == {"gateway:n:2": {}}
+    assert (await watch("gateway", 2, 3.0))["gateway:n:1"]["alice"].tokens == 6
 
 
-def test_the_status_of_a_cluster_without_actors_misses_everything() -> None:
-    async def test() -> None:
-        cluster = Cluster()
-        status = await cluster.controller.status()
-        assert status.missing_experts == 2 * NUM_EXPERTS
-        assert (status.actors, status.routers, status.gateways) == ((), (), ())
-
-    run(test)
+async def test_the_status_of_a_cluster_without_actors_misses_everything() -> None:
+    cluster = Cluster()
+    status = await cluster.controller.status()
+    assert status.missing_experts == 2 * NUM_EXPERTS
+    assert (status.actors, status.routers, status.gateways) == ((), (), ())
 
 
-def test_a_dead_actor_leaves_the_status_until_it_is_replaced() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda actor: gate.wait()
-            cluster.pool.of("expert-0")[0].alive = False
-            await happens(lambda: len(cluster.pool.of("expert-0")) == 2)
-            status = await cluster.controller.status()
-            assert [a.actor_id for a in status.actors] == ["expert-1"]
-            assert status.missing_experts == NUM_EXPERTS
-            gate.set()
-            await cluster.complete()
-
-    run(test)
+async def test_a_dead_actor_leaves_the_status_until_it_is_replaced() -> None:
+    cluster = await started()
+    gate = cluster.pool.hold_loads()
+    cluster.pool.of("expert-0")[0].alive = False
+    await happens(lambda: len(cluster.pool.of("expert-0")) == 2)
+    status = await cluster.controller.status()
+    assert [a.actor_id for a in status.actors] == ["expert-1"]
+    assert status.missing_experts == NUM_EXPERTS
+    gate.set()
+    await cluster.complete()
 
 
-def test_members_that_are_not_heard_of_leave_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        cluster = Cluster()
-        await cluster.controller.watch("router", 11, "n1", (-1, -1), 0)
-        assert len((await cluster.controller.status()).routers) == 1
-        monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
-        assert len((await cluster.controller.status()).routers) == 0
+async def test_members_that_are_not_heard_of_leave_the_status(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster()
+    await cluster.controller.watch("router", 11, "n1", (-1, -1), 0)
+    assert len((await cluster.controller.status()).routers) == 1
+    monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
+    assert len((await cluster.controller.status()).routers) == 0
 
-    run(test)
 
-
-def test_a_deletion_is_told_to_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deletion_is_told_to_all_who_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_module, "APP_CHECK_S", 0.001)
     answers: list[bool | Exception] = [True, ConnectionError("Serve is away"), False]
 
@@ -225,35 +186,26 @@ def test_a_deletion_is_told_to_all_who_watch(monkeypatch: pytest.MonkeyPatch) ->
         return answer
 
     monkeypatch.setattr(controller_module, "app_is_wanted", app_is_wanted)
-
-    async def test() -> None:
-        async with running() as cluster:
-            order = (await cluster.complete()).order
-            watch = asyncio.create_task(
-                cluster.controller.watch("router", 1, "n", order, controller_module.MAX_WATCH_S)
-            )
-            await asyncio.sleep(0)
-            assert not (await cluster.controller.watch("gateway", 1, "n", order, 0))["is_deleted"]
-            await cluster.controller.look_for_deletion()
-            assert (await watch)["is_deleted"]
-            assert (await cluster.controller.watch("gateway", 1, "n", order, 60))["is_deleted"]
-            assert not any(actor.killed for actor in cluster.pool.actors)
-
-    run(test)
+    cluster = await started()
+    order = cluster.state.placement.order
+    watch = asyncio.create_task(
+        cluster.controller.watch("router", 1, "n", order, controller_module.MAX_WATCH_S)
+    )
+    await asyncio.sleep(0)
+    assert not (await cluster.controller.watch("gateway", 1, "n", order, 0))["is_deleted"]
+    await cluster.controller.look_for_deletion()
+    assert (await watch)["is_deleted"]
+    assert (await cluster.controller.watch("gateway", 1, "n", order, 60))["is_deleted"]
+    assert not any(actor.killed for actor in cluster.pool.actors)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_closing_ends_the_actors_only_when_the_application_is_deleted(
+async def test_closing_ends_the_actors_only_when_the_application_is_deleted(
     monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     monkeypatch.setattr(controller_module, "app_is_wanted", lambda app: wanted)
-
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            await cluster.controller.close()
-            assert [actor.killed for actor in cluster.pool.actors] == [not wanted] * 2
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            assert len(cluster.pool.actors) == 2  # and nobody brings them back
-
-    run(test)
+    cluster = await started()
+    await cluster.controller.close()
+    assert [actor.killed for actor in cluster.pool.actors] == [not wanted] * 2
+    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+    assert len(cluster.pool.actors) == 2  # and nobody brings them back

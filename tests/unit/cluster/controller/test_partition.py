@@ -20,9 +20,9 @@ from tests.unit.cluster.controller.fakes import (
     FakeActor,
     FakePool,
     happens,
-    run,
     running,
     spec_of,
+    started,
     tasks_of,
 )
 
@@ -71,354 +71,282 @@ async def passes(duration_s: float) -> None:
     await asyncio.sleep(duration_s)
 
 
-def test_a_controller_that_hears_no_actor_any_more_kills_none_of_them() -> None:
-    async def test() -> None:
-        async with running(4) as cluster:
-            before = await cluster.complete()
-            actors = hang(cluster, *(f"expert-{i}" for i in range(4)))
-            await silences(cluster, *["cut off"] * 4)
-            await passes(3 * liveness.SILENT_S)
-            status = await cluster.controller.status()
-            assert all("the controller itself may be cut off" in a.silence for a in status.actors)
-            assert not any(actor.killed for actor in actors)
-            for actor in actors:
-                actor.hung = False
-            await happens(lambda: not cluster.keeper.suspicion.notes())
-            assert not any(actor.killed for actor in actors)
-            assert cluster.state.placement.order == before.order
-            assert [a.silence for a in (await cluster.controller.status()).actors] == [""] * 4
-
-    run(test)
+async def test_a_controller_that_hears_no_actor_any_more_kills_none_of_them() -> None:
+    cluster = await started(4)
+    before = cluster.state.placement
+    actors = hang(cluster, *(f"expert-{i}" for i in range(4)))
+    await silences(cluster, *["cut off"] * 4)
+    await passes(3 * liveness.SILENT_S)
+    status = await cluster.controller.status()
+    assert all("the controller itself may be cut off" in a.silence for a in status.actors)
+    assert not any(actor.killed for actor in actors)
+    for actor in actors:
+        actor.hung = False
+    await happens(lambda: not cluster.keeper.suspicion.notes())
+    assert not any(actor.killed for actor in actors)
+    assert cluster.state.placement.order == before.order
+    assert [a.silence for a in (await cluster.controller.status()).actors] == [""] * 4
 
 
-def test_an_actor_that_routers_hear_is_kept_until_they_do_not() -> None:
-    async def test() -> None:
-        async with running(4) as cluster:
-            await cluster.complete()
-            heard: dict[str, Heard] = {"expert-1": (1, 0.0), "expert-0": (7, 0.0)}
-            async with router_of(cluster, lambda: heard):
-                gone, kept = hang(cluster, "expert-0", "expert-1")[:2]
-                # Of expert-0 the router has heard another generation, which says nothing.
-                await cluster.controller.suspect("expert-0", 1, True)
-                await happens(lambda: gone.killed)
-                await silences(cluster, "routers hear it")
-                await passes(3 * liveness.SILENT_S)
-                assert not kept.killed
-                assert cluster.state.placement.generations["expert-1"] == 1
-                heard.clear()
-                await happens(lambda: kept.killed)
-
-    run(test)
+async def test_an_actor_that_routers_hear_is_kept_until_they_do_not() -> None:
+    cluster = await started(4)
+    heard: dict[str, Heard] = {"expert-1": (1, 0.0), "expert-0": (7, 0.0)}
+    async with router_of(cluster, lambda: heard):
+        gone, kept = hang(cluster, "expert-0", "expert-1")[:2]
+        # Of expert-0 the router has heard another generation, which says nothing.
+        await cluster.controller.suspect("expert-0", 1, True)
+        await happens(lambda: gone.killed)
+        await silences(cluster, "routers hear it")
+        await passes(3 * liveness.SILENT_S)
+        assert not kept.killed
+        assert cluster.state.placement.generations["expert-1"] == 1
+        heard.clear()
+        await happens(lambda: kept.killed)
 
 
-def test_routers_are_asked_before_an_actor_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_routers_are_asked_before_an_actor_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A router's call may be a long poll away, and the router hears the actor all the time."""
     monkeypatch.setattr(suspicion, "ANSWER_S", LIMIT_S)
-
-    async def test() -> None:
-        async with running(4) as cluster:
-            placement = await cluster.complete()
-            watch = cluster.controller.watch
-            poll = asyncio.create_task(watch("router", 1, "n", placement.order, 60.0))
-            gateway = asyncio.create_task(watch("gateway", 2, "n", placement.order, 60.0))
-            await passes(0)
-            [actor] = hang(cluster, "expert-0")
-            answer = await asyncio.wait_for(poll, LIMIT_S)
-            assert answer["placement"] is None
-            await passes(2 * liveness.SILENT_S)
-            assert not actor.killed  # the router has not said whom it hears
-            await watch("router", 1, "n", placement.order, 0, heard={"expert-0": (1, 0.0)})
-            await silences(cluster, "routers hear it")
-            assert not actor.killed
-            gateway.cancel()
-
-    run(test)
+    cluster = await started(4)
+    placement = cluster.state.placement
+    watch = cluster.controller.watch
+    poll = asyncio.create_task(watch("router", 1, "n", placement.order, 60.0))
+    gateway = asyncio.create_task(watch("gateway", 2, "n", placement.order, 60.0))
+    await passes(0)
+    [actor] = hang(cluster, "expert-0")
+    answer = await asyncio.wait_for(poll, LIMIT_S)
+    assert answer["placement"] is None
+    await passes(2 * liveness.SILENT_S)
+    assert not actor.killed  # the router has not said whom it hears
+    await watch("router", 1, "n", placement.order, 0, heard={"expert-0": (1, 0.0)})
+    await silences(cluster, "routers hear it")
+    assert not actor.killed
+    gateway.cancel()
 
 
-def test_a_silent_router_is_waited_for_no_longer_than_its_time(
+async def test_a_silent_router_is_waited_for_no_longer_than_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(suspicion, "ANSWER_S", 0.2)
-
-    async def test() -> None:
-        async with running(4) as cluster:
-            placement = await cluster.complete()
-            await cluster.controller.watch("router", 1, "n", placement.order, 0)
-            [actor] = hang(cluster, "expert-0")
-            await happens(lambda: actor.killed)
-
-    run(test)
+    cluster = await started(4)
+    placement = cluster.state.placement
+    await cluster.controller.watch("router", 1, "n", placement.order, 0)
+    [actor] = hang(cluster, "expert-0")
+    await happens(lambda: actor.killed)
 
 
-def test_of_two_silent_actors_with_the_last_copies_one_stays_until_the_other_is_back() -> None:
-    async def test() -> None:
-        async with running(5, min_copies=2) as cluster:
-            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
-            key, holders = next(iter(placement.holders.items()))
-            silent = hang(cluster, *holders)
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda actor: gate.wait()
-            for actor in silent:
-                await cluster.controller.suspect(actor.actor_id, 1, True)
-            await happens(lambda: any(actor.killed for actor in silent))
-            first, second = sorted(silent, key=lambda actor: not actor.killed)
-            await silences(cluster, "another actor loads")
-            assert not second.killed
-            assert cluster.state.placement.holders[key] == (second.actor_id,)
-            cluster.pool.load_gate = None
-            gate.set()
-            await happens(lambda: second.killed)
-            assert first.actor_id in cluster.state.placement.holders[key]
-            assert all(published.holders[key] for published in cluster.published)
-
-    run(test)
+async def test_of_two_silent_actors_with_last_copies_one_stays_until_the_other_is_back() -> None:
+    async with running(5, min_copies=2) as cluster:
+        placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+        key, holders = next(iter(placement.holders.items()))
+        silent = hang(cluster, *holders)
+        gate = cluster.pool.hold_loads()
+        for actor in silent:
+            await cluster.controller.suspect(actor.actor_id, 1, True)
+        await happens(lambda: any(actor.killed for actor in silent))
+        first, second = sorted(silent, key=lambda actor: not actor.killed)
+        await silences(cluster, "another actor loads")
+        assert not second.killed
+        assert cluster.state.placement.holders[key] == (second.actor_id,)
+        cluster.pool.load_gate = None
+        gate.set()
+        await happens(lambda: second.killed)
+        assert first.actor_id in cluster.state.placement.holders[key]
+        assert all(published.holders[key] for published in cluster.published)
 
 
-def test_nobody_is_killed_while_the_ledger_cannot_be_read() -> None:
-    async def test() -> None:
-        async with running(4) as cluster:
-            await cluster.complete()
+async def test_nobody_is_killed_while_the_ledger_cannot_be_read() -> None:
+    cluster = await started(4)
 
-            def away(prefix: str) -> list[str]:
-                raise ConnectionError("the store is away")
+    def away(prefix: str) -> list[str]:
+        raise ConnectionError("the store is away")
 
-            cluster.pool.store.keys = away  # type: ignore[method-assign]
-            [actor] = hang(cluster, "expert-0")
-            await silences(cluster, "cannot be read")
-            await passes(2 * liveness.SILENT_S)
-            assert not actor.killed
-            del cluster.pool.store.keys
-            await happens(lambda: actor.killed)
-
-    run(test)
+    cluster.pool.store.keys = away  # type: ignore[method-assign]
+    [actor] = hang(cluster, "expert-0")
+    await silences(cluster, "cannot be read")
+    await passes(2 * liveness.SILENT_S)
+    assert not actor.killed
+    del cluster.pool.store.keys
+    await happens(lambda: actor.killed)
 
 
 # Two controllers.
 
 
-def test_an_older_controller_kills_nobody_though_no_actor_has_met_the_newer() -> None:
-    async def test() -> None:
-        async with running(4) as cluster:
-            await cluster.complete()
-            LedgerStore("app", cluster.pool.store).claim()
-            [actor] = hang(cluster, "expert-0")
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            assert all(task.done() for task in tasks_of(cluster.controller))
-            assert not any(actor.killed for actor in cluster.pool.actors)
-            assert cluster.state.is_superseded
-            assert cluster.pool.ledger().epoch == 2
-            assert actor.generation == 1
-
-    run(test)
+async def test_an_older_controller_kills_nobody_though_no_actor_has_met_the_newer() -> None:
+    cluster = await started(4)
+    LedgerStore("app", cluster.pool.store).claim()
+    [actor] = hang(cluster, "expert-0")
+    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+    assert all(task.done() for task in tasks_of(cluster.controller))
+    assert not any(actor.killed for actor in cluster.pool.actors)
+    assert cluster.state.is_superseded
+    assert cluster.pool.ledger().epoch == 2
+    assert actor.generation == 1
 
 
-def test_an_older_controller_creates_no_successor() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            await cluster.complete()
-            LedgerStore("app", cluster.pool.store).claim()
-            cluster.pool.of("expert-0")[0].alive = False
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            assert len(cluster.pool.actors) == 2
-            assert cluster.pool.ledger().generations == {"expert-0": 1, "expert-1": 1}
-
-    run(test)
+async def test_an_older_controller_creates_no_successor() -> None:
+    cluster = await started(2)
+    LedgerStore("app", cluster.pool.store).claim()
+    cluster.pool.of("expert-0")[0].alive = False
+    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+    assert len(cluster.pool.actors) == 2
+    assert cluster.pool.ledger().generations == {"expert-0": 1, "expert-1": 1}
 
 
-def test_of_two_controllers_that_start_together_one_goes_on() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        async with running(3, pool) as cluster:
-            await cluster.complete()
-        both = [Cluster(3, pool), Cluster(3, pool)]
-        await asyncio.gather(*(one.start() for one in both), return_exceptions=True)
-        await happens(lambda: sum(one.state.is_superseded for one in both) == 1)
-        [winner] = [one for one in both if not one.state.is_superseded]
-        [loser] = [one for one in both if one.state.is_superseded]
-        placement = await winner.complete()
-        # The one that claimed second may have begun by then, and the first claims once more.
-        assert placement.epoch == pool.ledger().epoch in (3, 4)
-        assert loser.state.placement.epoch < placement.epoch
-        await happens(lambda: all(task.done() for task in tasks_of(loser.controller)))
-        assert not any(actor.killed for actor in pool.actors)
-        await winner.stop()
-
-    run(test)
+async def test_of_two_controllers_that_start_together_one_goes_on() -> None:
+    pool = FakePool()
+    async with running(3, pool) as cluster:
+        await cluster.complete()
+    both = [Cluster(3, pool), Cluster(3, pool)]
+    await asyncio.gather(*(one.start() for one in both), return_exceptions=True)
+    await happens(lambda: sum(one.state.is_superseded for one in both) == 1)
+    [winner] = [one for one in both if not one.state.is_superseded]
+    [loser] = [one for one in both if one.state.is_superseded]
+    placement = await winner.complete()
+    # The one that claimed second may have begun by then, and the first claims once more.
+    assert placement.epoch == pool.ledger().epoch in (3, 4)
+    assert loser.state.placement.epoch < placement.epoch
+    await happens(lambda: all(task.done() for task in tasks_of(loser.controller)))
+    assert not any(actor.killed for actor in pool.actors)
 
 
-def test_a_controller_whose_application_is_deleted_leaves_a_newer_ones_actors(
+async def test_a_controller_whose_application_is_deleted_leaves_a_newer_ones_actors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.controller.controller.app_is_wanted", lambda app: False)
-
-    async def test() -> None:
-        async with running(2) as cluster:
-            await cluster.complete()
-            LedgerStore("app", cluster.pool.store).claim()
-            await cluster.controller.close()
-            assert all(actor.alive for actor in cluster.pool.actors)
-            assert cluster.pool.ledger().generations == {"expert-0": 1, "expert-1": 1}
-
-    run(test)
+    cluster = await started(2)
+    LedgerStore("app", cluster.pool.store).claim()
+    await cluster.controller.close()
+    assert all(actor.alive for actor in cluster.pool.actors)
+    assert cluster.pool.ledger().generations == {"expert-0": 1, "expert-1": 1}
 
 
 # Adoption.
 
 
-def test_an_actor_that_is_silent_at_the_adoption_is_adopted_once_it_answers() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        async with running(4, pool) as first:
-            before = await first.complete()
-        [silent] = pool.of("expert-0")
-        answer, answers = silent.answer, asyncio.Event()
+async def test_an_actor_that_is_silent_at_the_adoption_is_adopted_once_it_answers() -> None:
+    pool = FakePool()
+    async with running(4, pool) as first:
+        before = await first.complete()
+    [silent] = pool.of("expert-0")
+    answer, answers = silent.answer, asyncio.Event()
 
-        async def late(epoch: int | None, timeout_s: float | None) -> object:
-            await asyncio.wait_for(answers.wait(), timeout_s)
-            return await answer(epoch, timeout_s)
+    async def late(epoch: int | None, timeout_s: float | None) -> object:
+        await asyncio.wait_for(answers.wait(), timeout_s)
+        return await answer(epoch, timeout_s)
 
-        silent.answer = late  # type: ignore[method-assign]
-        heard: dict[str, Heard] = {"expert-0": (1, 0.0)}
-        async with running(4, pool) as second:
-            watch = second.controller.watch
-            # A router of the earlier epoch is told of no lost expert: it is asked first.
-            told = await watch("router", 1, "n", before.order, 0, heard=heard)
-            assert (told["placement"], told["asks_own"]) == (None, True)
-            told = await watch("router", 1, "n", before.order, 0, heard=heard, own=before)
-            assert told["asks_own"] is False
-            after = told["placement"]
-            assert after.missing() == []
-            assert after.generations == before.generations
-            assert {k: set(a) for k, a in after.holders.items()} == {
-                k: set(a) for k, a in before.holders.items()
-            }
-            async with router_of(second, lambda: heard):
-                await silences(second, "routers hear it")
-                await passes(2 * liveness.SILENT_S)
-                assert not silent.killed
-                answers.set()
-                await happens(lambda: silent.epoch == 2)
-            assert pool.of("expert-0") == [silent]
-            assert all(not placement.missing() for placement in second.published)
-
-    run(test)
+    silent.answer = late  # type: ignore[method-assign]
+    heard: dict[str, Heard] = {"expert-0": (1, 0.0)}
+    async with running(4, pool) as second:
+        watch = second.controller.watch
+        # A router of the earlier epoch is told of no lost expert: it is asked first.
+        told = await watch("router", 1, "n", before.order, 0, heard=heard)
+        assert (told["placement"], told["asks_own"]) == (None, True)
+        told = await watch("router", 1, "n", before.order, 0, heard=heard, own=before)
+        assert told["asks_own"] is False
+        after = told["placement"]
+        assert after.missing() == []
+        assert after.generations == before.generations
+        assert {k: set(a) for k, a in after.holders.items()} == {
+            k: set(a) for k, a in before.holders.items()
+        }
+        async with router_of(second, lambda: heard):
+            await silences(second, "routers hear it")
+            await passes(2 * liveness.SILENT_S)
+            assert not silent.killed
+            answers.set()
+            await happens(lambda: silent.epoch == 2)
+        assert pool.of("expert-0") == [silent]
+        assert all(not placement.missing() for placement in second.published)
 
 
-def test_a_silent_actor_that_no_router_knows_is_replaced_after_its_time() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        old = pool.add("expert-0", 2, 5, hung=True)
-        async with running(1, pool) as cluster:
-            assert not old.killed
-            placement = await cluster.complete()
-            assert old.killed
-            assert placement.generations == {"expert-0": 3}
+async def test_a_silent_actor_of_another_configuration_is_ended_when_it_answers() -> None:
+    pool = FakePool()
+    old = pool.add("expert-0", 2, 5, digest="another")
+    answer = old.answer
 
-    run(test)
+    async def late(epoch: int | None, timeout_s: float | None) -> object:
+        if epoch is None:
+            raise TimeoutError
+        return await answer(epoch, timeout_s)
 
-
-def test_a_silent_actor_of_another_configuration_is_ended_when_it_answers() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        old = pool.add("expert-0", 2, 5, digest="another")
-        answer = old.answer
-
-        async def late(epoch: int | None, timeout_s: float | None) -> object:
-            if epoch is None:
-                raise TimeoutError
-            return await answer(epoch, timeout_s)
-
-        old.answer = late  # type: ignore[method-assign]
-        # Its epoch is not known, and refuses this controller; the next one is newer.
-        old.epoch = 0
-        async with running(1, pool) as cluster:
-            assert (await cluster.complete()).generations == {"expert-0": 3}
-            assert old.killed
-
-    run(test)
+    old.answer = late  # type: ignore[method-assign]
+    # Its epoch is not known, and refuses this controller; the next one is newer.
+    old.epoch = 0
+    async with running(1, pool) as cluster:
+        assert (await cluster.complete()).generations == {"expert-0": 3}
+        assert old.killed
 
 
-def test_the_adoption_ends_nobody_once_a_newer_controller_runs() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        unfit = pool.add("expert-0", 2, 5, digest="another")
+async def test_the_adoption_ends_nobody_once_a_newer_controller_runs() -> None:
+    pool = FakePool()
+    unfit = pool.add("expert-0", 2, 5, digest="another")
 
-        async def refused() -> None:
-            raise StaleEpochError("a newer controller has claimed the ledger", "epoch")
+    async def refused() -> None:
+        raise StaleEpochError("a newer controller has claimed the ledger", "epoch")
 
-        with pytest.raises(StaleEpochError):
-            await adopt_module.adopt(pool, {"expert-0": spec_of()}, 6, 0.1, refused)  # type: ignore[arg-type]
-        assert not unfit.killed
-
-    run(test)
+    with pytest.raises(StaleEpochError):
+        await adopt_module.adopt(pool, {"expert-0": spec_of()}, 6, 0.1, refused)  # type: ignore[arg-type]
+    assert not unfit.killed
 
 
 # What actors report, and the placement.
 
 
-def test_what_an_actor_lacks_leaves_the_placement_at_once_and_is_loaded_again() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            before = await cluster.complete()
-            [actor] = cluster.pool.of("expert-0")
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda _: gate.wait()
-            lost = actor.keys.pop()
-            corrected = await cluster.until(lambda p: p.order > before.order)
-            assert corrected.missing() == [lost]
-            assert corrected.generations == before.generations
-            gate.set()
-            after = await cluster.complete()
-            assert lost in actor.keys
-            assert after.holders == before.holders
-            assert actor.alive
-
-    run(test)
+async def test_what_an_actor_lacks_leaves_the_placement_at_once_and_is_loaded_again() -> None:
+    cluster = await started(2)
+    before = cluster.state.placement
+    [actor] = cluster.pool.of("expert-0")
+    gate = cluster.pool.hold_loads()
+    lost = actor.keys.pop()
+    corrected = await cluster.until(lambda p: p.order > before.order)
+    assert corrected.missing() == [lost]
+    assert corrected.generations == before.generations
+    gate.set()
+    after = await cluster.complete()
+    assert lost in actor.keys
+    assert after.holders == before.holders
+    assert actor.alive
 
 
-def test_what_an_actor_holds_beyond_the_placement_is_unloaded() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            placement = await cluster.complete()
-            [actor] = cluster.pool.of("expert-0")
-            beyond = next(k for k, actors in placement.holders.items() if actors == ("expert-1",))
-            actor.keys.append(beyond)
-            await happens(lambda: beyond not in actor.keys)
-            assert cluster.state.placement.holders == placement.holders
-            assert cluster.pool.unloads == [("expert-0", [beyond])]
-
-    run(test)
+async def test_what_an_actor_holds_beyond_the_placement_is_unloaded() -> None:
+    cluster = await started(2)
+    placement = cluster.state.placement
+    [actor] = cluster.pool.of("expert-0")
+    beyond = next(k for k, actors in placement.holders.items() if actors == ("expert-1",))
+    actor.keys.append(beyond)
+    await happens(lambda: beyond not in actor.keys)
+    assert cluster.state.placement.holders == placement.holders
+    assert cluster.pool.unloads == [("expert-0", [beyond])]
 
 
-def test_a_report_from_before_a_change_corrects_nothing() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            before = await cluster.complete()
-            [actor] = cluster.pool.of("expert-0")
-            heartbeat = cluster.pool.heartbeat
-            asked, answered = asyncio.Event(), asyncio.Event()
+async def test_a_report_from_before_a_change_corrects_nothing() -> None:
+    cluster = await started(2)
+    before = cluster.state.placement
+    [actor] = cluster.pool.of("expert-0")
+    heartbeat = cluster.pool.heartbeat
+    asked, answered = asyncio.Event(), asyncio.Event()
 
-            async def late(asked_actor: FakeActor, epoch: int) -> object:
-                report = await heartbeat(asked_actor, epoch)
-                if asked_actor is actor and not asked.is_set():
-                    asked.set()
-                    await answered.wait()
-                return report
+    async def late(asked_actor: FakeActor, epoch: int) -> object:
+        report = await heartbeat(asked_actor, epoch)
+        if asked_actor is actor and not asked.is_set():
+            asked.set()
+            await answered.wait()
+        return report
 
-            cluster.pool.heartbeat = late  # type: ignore[method-assign, assignment]
-            await asked.wait()
-            key = ExpertKey(
-                "m", 0, next(k.expert_id for k in before.holders if k not in actor.keys)
-            )
-            actor.keys.append(key)
-            cluster.state.shares["expert-0"].append(key)
-            await cluster.state.publish(
-                lambda now: now.with_actor("expert-0", 1, cluster.state.shares["expert-0"])
-            )
-            changed = cluster.state.placement
-            answered.set()
-            beats = actor.heartbeats
-            await happens(lambda: actor.heartbeats > beats + 2)
-            assert cluster.state.placement is changed
-
-    run(test)
+    cluster.pool.heartbeat = late  # type: ignore[method-assign, assignment]
+    await asked.wait()
+    key = ExpertKey("m", 0, next(k.expert_id for k in before.holders if k not in actor.keys))
+    actor.keys.append(key)
+    cluster.state.shares["expert-0"].append(key)
+    await cluster.state.publish(
+        lambda now: now.with_actor("expert-0", 1, cluster.state.shares["expert-0"])
+    )
+    changed = cluster.state.placement
+    answered.set()
+    beats = actor.heartbeats
+    await happens(lambda: actor.heartbeats > beats + 2)
+    assert cluster.state.placement is changed

@@ -18,10 +18,8 @@ from tests.unit.cluster.controller.fakes import (
     done,
     happens,
     never_lost,
-    run,
     settled,
     sizes,
-    spec_of,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods", "quick_scaling")
@@ -84,76 +82,59 @@ def test_a_next_controller_knows_who_stood_by(
     assert fleet.budgets_bytes == dict.fromkeys(fleet.specs, 30)
 
 
-def test_growing_takes_who_stands_by_and_another_one_is_started() -> None:
-    async def test() -> None:
-        cluster = await autoscaled(standby_actors=1, downscale_delay_s=NEVER_S)
-        placement = await cluster.until(lambda p: "expert-2" in p.generations)
-        assert sizes(placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
-        rebalanced = await cluster.controller.rebalance(False)
-        assert rebalanced["report"].outcome == "balanced"
-        told = await cluster.controller.load()
-        assert told.layers_balance == told.devices_balance == 1.0
-        assert {one.actor_id: one.experts for one in told.devices}["expert-2"] == 0
-        since, [before] = len(cluster.published), cluster.pool.of("expert-2")
-        grown = await done(cluster.controller.scale(3, "", False))
-        assert (grown.outcome, grown.added) == ("committed", ("expert-2",))
-        assert cluster.pool.of("expert-2") == [before]
-        assert before.keys
-        placement = await cluster.until(lambda p: "expert-3" in p.generations)
-        assert sizes(placement)["expert-3"] == 0
-        # With the most there may be nobody stands by, and nobody more is started.
-        grown = await done(cluster.controller.scale(4, "", False))
-        assert grown.added == ("expert-3",)
-        shrunk = await done(cluster.controller.scale(3, "", False))
-        assert len(shrunk.removed) == 1
-        await cluster.until(lambda p: len(p.generations) == 4)
-        assert never_lost(cluster, since)
-        await cluster.stop()
-
-    run(test)
+async def test_growing_takes_who_stands_by_and_another_one_is_started() -> None:
+    cluster = await autoscaled(standby_actors=1, downscale_delay_s=NEVER_S)
+    placement = await cluster.until(lambda p: "expert-2" in p.generations)
+    assert sizes(placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
+    rebalanced = await cluster.controller.rebalance(False)
+    assert rebalanced["report"].outcome == "balanced"
+    told = await cluster.controller.load()
+    assert told.layers_balance == told.devices_balance == 1.0
+    assert {one.actor_id: one.experts for one in told.devices}["expert-2"] == 0
+    since, [before] = len(cluster.published), cluster.pool.of("expert-2")
+    grown = await done(cluster.controller.scale(3, "", False))
+    assert (grown.outcome, grown.added) == ("committed", ("expert-2",))
+    assert cluster.pool.of("expert-2") == [before]
+    assert before.keys
+    placement = await cluster.until(lambda p: "expert-3" in p.generations)
+    assert sizes(placement)["expert-3"] == 0
+    # With the most there may be nobody stands by, and nobody more is started.
+    grown = await done(cluster.controller.scale(4, "", False))
+    assert grown.added == ("expert-3",)
+    shrunk = await done(cluster.controller.scale(3, "", False))
+    assert len(shrunk.removed) == 1
+    await cluster.until(lambda p: len(p.generations) == 4)
+    assert never_lost(cluster, since)
 
 
-def test_who_stands_by_beyond_the_bounds_is_ended() -> None:
-    async def test() -> None:
-        cluster = await autoscaled(standby_actors=2, downscale_delay_s=NEVER_S)
-        await cluster.until(lambda p: len(p.generations) == 4)
-        cluster.state.fleet.add("expert")  # as one that comes up while others are taken
-        cluster.state.shares["expert-4"] = []
-        cluster.keeper.start("expert-4")
-        await happens(lambda: len(cluster.state.fleet.standby) == 1)
-        await happens(lambda: sum(actor.alive for actor in cluster.pool.actors) == 4)
-        await settled(cluster, 1)
-        await cluster.stop()
-
-    run(test)
+async def test_who_stands_by_beyond_the_bounds_is_ended() -> None:
+    cluster = await autoscaled(standby_actors=2, downscale_delay_s=NEVER_S)
+    await cluster.until(lambda p: len(p.generations) == 4)
+    cluster.state.fleet.add("expert")  # as one that comes up while others are taken
+    cluster.state.shares["expert-4"] = []
+    cluster.keeper.start("expert-4")
+    await happens(lambda: len(cluster.state.fleet.standby) == 1)
+    await happens(lambda: sum(actor.alive for actor in cluster.pool.actors) == 4)
+    await settled(cluster, 1)
 
 
-def test_a_next_controller_adopts_who_stands_by() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        cluster = await autoscaled(pool, standby_actors=1, downscale_delay_s=NEVER_S)
-        await cluster.until(lambda p: "expert-2" in p.generations)
-        await cluster.stop()
-        cluster = await autoscaled(pool, standby_actors=1, downscale_delay_s=NEVER_S)
-        assert cluster.state.fleet.standby == {"expert-2"}
-        assert sizes(cluster.state.placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
-        assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1", "expert-2"]
-        await cluster.stop()
-
-    run(test)
+async def test_a_next_controller_adopts_who_stands_by() -> None:
+    pool = FakePool()
+    cluster = await autoscaled(pool, standby_actors=1, downscale_delay_s=NEVER_S)
+    await cluster.until(lambda p: "expert-2" in p.generations)
+    await cluster.stop()
+    cluster = await autoscaled(pool, standby_actors=1, downscale_delay_s=NEVER_S)
+    assert cluster.state.fleet.standby == {"expert-2"}
+    assert sizes(cluster.state.placement) == {"expert-0": 4, "expert-1": 4, "expert-2": 0}
+    assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1", "expert-2"]
 
 
-def test_successors_of_a_node_that_goes_are_those_who_stand_by_elsewhere() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.node_ids = ["n0", "n1", "n2", "n1"]
-        cluster = await autoscaled(pool, standby_actors=2, downscale_delay_s=NEVER_S)
-        await cluster.until(lambda p: len(p.generations) == 4)
-        pool.node_ids, pool.draining_ids = ["n0", "n2"], {"n1"}
-        await happens(lambda: all(a.node != "n1" for a in pool.actors if a.alive))
-        placement = await settled(cluster, 1)
-        assert sizes(placement)["expert-0"] == sizes(placement)["expert-2"] == 4
-        assert cluster.state.fleet.in_use() == ["expert-0", "expert-2"]
-        await cluster.stop()
-
-    run(test)
+async def test_successors_of_a_node_that_goes_are_those_who_stand_by_elsewhere() -> None:
+    pool = FakePool("n0", "n1", "n2", "n1")
+    cluster = await autoscaled(pool, standby_actors=2, downscale_delay_s=NEVER_S)
+    await cluster.until(lambda p: len(p.generations) == 4)
+    pool.node_ids, pool.draining_ids = ["n0", "n2"], {"n1"}
+    await happens(lambda: all(a.node != "n1" for a in pool.actors if a.alive))
+    placement = await settled(cluster, 1)
+    assert sizes(placement)["expert-0"] == sizes(placement)["expert-2"] == 4
+    assert cluster.state.fleet.in_use() == ["expert-0", "expert-2"]

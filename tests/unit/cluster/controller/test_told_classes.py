@@ -13,7 +13,7 @@ from cluster.controller import controller as controller_module
 from cluster.controller.records.kernels import ExpertKernels
 from cluster.placement.placement import Placement, empty_placement
 from cluster.spec import EMULATED, UNKNOWN, ActorReport, ExpertKey, ModelExperts, ModelKernel
-from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, run, spec_of
+from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, started
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 TORCH = "torch-avx2"
@@ -83,76 +83,57 @@ async def answers(cluster: Cluster, model: str) -> AsyncIterator[tuple[set[str],
         yield holders, set(answer["expert_classes"])
 
 
-def test_a_new_actors_class_comes_with_its_first_experts() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.kernel_classes["expert-2"] = TORCH
-        cluster = Cluster(2, pool)
-        await cluster.start()
-        await cluster.complete()
-        growing = asyncio.create_task(cluster.controller.scale(3, "expert", False))
-        async with asyncio.timeout(LIMIT_S):
-            async for holders, classes in answers(cluster, "m"):
-                assert classes == ({"fused", TORCH} if "expert-2" in holders else {"fused"})
-                if growing.done():
-                    break
-        assert "expert-2" in holders
-        await growing
-        await cluster.stop()
-
-    run(test)
+async def test_a_new_actors_class_comes_with_its_first_experts() -> None:
+    pool = FakePool()
+    pool.kernel_classes["expert-2"] = TORCH
+    cluster = await started(2, pool)
+    growing = asyncio.create_task(cluster.controller.scale(3, "expert", False))
+    async with asyncio.timeout(LIMIT_S):
+        async for holders, classes in answers(cluster, "m"):
+            assert classes == ({"fused", TORCH} if "expert-2" in holders else {"fused"})
+            if growing.done():
+                break
+    assert "expert-2" in holders
+    await growing
 
 
-def test_a_successor_knows_the_classes_before_its_own_experts_are_loaded() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.kernel_classes |= {"expert-0": TORCH, "expert-1": TORCH}
-        first = Cluster(2, pool, model="m@old")
-        await first.start()
-        await first.complete()
-        await first.stop()
-        loads = asyncio.Event()
-        pool.load_gate = lambda actor: loads.wait()
-        second = Cluster(2, pool, model="m@new")
-        await second.start()
-        async with asyncio.timeout(LIMIT_S):
-            async for holders, classes in answers(second, "m@old"):
-                assert holders == {"expert-0", "expert-1"}
-                assert classes == {TORCH}
-                if loads.is_set():
-                    break
-                loads.set()
-        await second.stop()
-
-    run(test)
+async def test_a_successor_knows_the_classes_before_its_own_experts_are_loaded() -> None:
+    pool = FakePool()
+    pool.kernel_classes |= {"expert-0": TORCH, "expert-1": TORCH}
+    first = await started(2, pool, model="m@old")
+    await first.stop()
+    loads = pool.hold_loads()
+    second = Cluster(2, pool, model="m@new")
+    await second.start()
+    async with asyncio.timeout(LIMIT_S):
+        async for holders, classes in answers(second, "m@old"):
+            assert holders == {"expert-0", "expert-1"}
+            assert classes == {TORCH}
+            if loads.is_set():
+                break
+            loads.set()
 
 
-def test_an_actor_that_is_silent_to_a_successor_is_unknown_until_it_answers(
+async def test_an_actor_that_is_silent_to_a_successor_is_unknown_until_it_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(controller_module, "ADOPT_TIMEOUT_S", 0.05)
-
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        first = Cluster(2, pool)
-        await first.start()
-        own = await first.complete()
-        await first.stop()
-        [silent] = pool.of("expert-0")
-        silent.hung = True
-        second = Cluster(2, pool)
-        await second.start()
-        watch = second.controller.watch
-        assert (await watch("router", 77, "n", own.order, 0, None, "m"))["asks_own"]
-        answer = await watch("router", 77, "n", own.order, 0, None, "m", own=own)
-        assert "expert-0" in answer["placement"].generations
-        assert answer["expert_classes"] == {"fused", UNKNOWN}
-        silent.hung = False
-        kernels, state = second.controller._state.kernels, second.controller._state
-        await happens(lambda: kernels.classes("m", state.placement) == {"fused"})
-        await second.stop()
-
-    run(test)
+    pool = FakePool()
+    first = await started(2, pool)
+    own = first.state.placement
+    await first.stop()
+    [silent] = pool.of("expert-0")
+    silent.hung = True
+    second = Cluster(2, pool)
+    await second.start()
+    watch = second.controller.watch
+    assert (await watch("router", 77, "n", own.order, 0, None, "m"))["asks_own"]
+    answer = await watch("router", 77, "n", own.order, 0, None, "m", own=own)
+    assert "expert-0" in answer["placement"].generations
+    assert answer["expert_classes"] == {"fused", UNKNOWN}
+    silent.hung = False
+    kernels, state = second.controller._state.kernels, second.controller._state
+    await happens(lambda: kernels.classes("m", state.placement) == {"fused"})
 
 
 def test_reports_of_other_models_tell_nothing_of_this_one() -> None:

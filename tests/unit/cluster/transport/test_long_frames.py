@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from cluster import native as built
 from cluster.errors import ExpertUnavailableError
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, PendingCalls, never_gone
 from cluster.transport.stream import sockets as sockets_module
@@ -27,23 +26,13 @@ from cluster.transport.stream.sockets import prepare_unix
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.cluster_fixture import prompt_of
 from tests.local_cluster import MODEL, LocalCluster, greedy_request
+from tests.unit.cluster.transport.channels import read_messages
 
 LIMIT_S = 60.0
 BUFFER_BYTES = 32 << 10
 """The sockets' send buffers here."""
 FRAME_BYTES = 1_500_000
-IMPLEMENTATIONS = [None] if built.native is None else [built.native, None]
-
-
-@pytest.fixture(
-    params=IMPLEMENTATIONS,
-    ids=["python" if n is None else "native" for n in IMPLEMENTATIONS],
-    autouse=True,
-)
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
-    monkeypatch.setattr(Channel, "_native", request.param)
-    chosen: ModuleType | None = request.param
-    return chosen
+pytestmark = pytest.mark.usefixtures("native")
 
 
 class Wire:
@@ -120,24 +109,11 @@ def call(frame: bytes, actor_id: str = "a", timeout_s: float = LIMIT_S, **more: 
     return Call(actor_id, 1, (frame[:5], frame[5:]), timeout_s, **more)
 
 
-def messages(actor: Channel, count: int = 1, pause_s: float = 0.001) -> list[tuple[int, bytes]]:
-    """Read until so many messages are there, with a pause after each read."""
-    found: list[tuple[int, bytes]] = []
-    tick, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
-    while len(found) < count:
-        assert time.monotonic() < deadline_s, "no message has come"
-        found += [
-            (call_id, bytes(frame)) for call_id, frame in actor.receive() if frame is not None
-        ]
-        tick.wait(pause_s)
-    return found
-
-
 def test_a_long_frame_leaves_while_nobody_waits(wire: Wire) -> None:
     frame = secrets.token_bytes(FRAME_BYTES)
     pending = wire.send(call(frame))
     assert wire.link().channel.outgoing
-    [(call_id, received)] = messages(wire.actors["a"])
+    [(call_id, received)] = read_messages(wire.actors["a"])
     assert received == frame
     wire.actors["a"].send(call_id, (b"answer",))
     assert pending.outcomes() == [b"answer"]
@@ -181,7 +157,7 @@ def test_a_short_frame_needs_no_thread(wire: Wire) -> None:
     pending = wire.send(call(b"short frame"))
     assert not wire.link().channel.outgoing
     assert wire.link().writer is None
-    [(call_id, _)] = messages(wire.actors["a"])
+    [(call_id, _)] = read_messages(wire.actors["a"])
     wire.actors["a"].send(call_id, (b"answer",))
     assert pending.outcomes() == [b"answer"]
     assert "stream-writer" not in {thread.name for thread in threading.enumerate()}
@@ -193,7 +169,7 @@ def test_a_call_is_not_given_up_while_its_bytes_leave(wire: Wire) -> None:
     for timeout_s in (0.5, 5.0):  # a busy machine may pause for the first, after the last byte
         pending = wire.send(call(frame, timeout_s=timeout_s)).begin()
         begun_s = time.monotonic()
-        [(call_id, received)] = messages(wire.actors["a"], pause_s=0.15 * timeout_s)
+        [(call_id, received)] = read_messages(wire.actors["a"], pause_s=0.15 * timeout_s)
         assert received == frame
         assert time.monotonic() - begun_s > 1.5 * timeout_s
         if pending.is_waiting:
@@ -205,7 +181,7 @@ def test_a_call_is_not_given_up_while_its_bytes_leave(wire: Wire) -> None:
 
 def test_a_call_is_given_up_when_no_answer_follows_its_last_byte(wire: Wire) -> None:
     pending = wire.send(call(bytes(FRAME_BYTES), timeout_s=0.3)).begin()
-    messages(wire.actors["a"], pause_s=0.01)
+    read_messages(wire.actors["a"], pause_s=0.01)
     read_s = time.monotonic()
     assert pending.outcomes() == [CallFailure.TIMED_OUT]
     assert time.monotonic() - read_s < LIMIT_S / 2
@@ -232,7 +208,7 @@ def test_a_call_ends_in_any_case_though_bytes_leave(wire: Wire) -> None:
 def test_frames_leave_one_behind_the_other(wire: Wire) -> None:
     frames = [secrets.token_bytes(size) for size in (FRAME_BYTES, 9, FRAME_BYTES, 70_000)]
     pending = [wire.send(call(frame)) for frame in frames]
-    received = messages(wire.actors["a"], len(frames))
+    received = read_messages(wire.actors["a"], len(frames))
     assert [frame for _, frame in received] == frames
     for call_id, frame in reversed(received):
         wire.actors["a"].send(call_id, (frame[:9],))
@@ -240,7 +216,7 @@ def test_frames_leave_one_behind_the_other(wire: Wire) -> None:
     # The next frame goes out directly again.
     last = wire.send(call(b"short"))
     assert not wire.link().channel.outgoing
-    [(call_id, _)] = messages(wire.actors["a"])
+    [(call_id, _)] = read_messages(wire.actors["a"])
     wire.actors["a"].send(call_id, (b"last",))
     assert last.outcomes() == [b"last"]
 
@@ -254,7 +230,7 @@ def test_a_connection_that_ends_half_way_fails_the_call_at_once(
     wire.actors["a"].close()
     assert pending.outcomes() == [CallFailure.DIED]
     again = wire.send(call(b"again"))
-    [(call_id, _)] = messages(wire.actors["a"])
+    [(call_id, _)] = read_messages(wire.actors["a"])
     wire.actors["a"].send(call_id, (b"answer",))
     assert again.outcomes() == [b"answer"]
 
@@ -271,7 +247,7 @@ def test_the_answers_of_dropped_calls_are_dropped(wire: Wire) -> None:
     dropped.calls.drop()
     assert dropped.outcomes() == [CallFailure.TIMED_OUT] * 2
     kept = wire.send(call(bytes(range(100))))
-    received = messages(wire.actors["a"], 3)
+    received = read_messages(wire.actors["a"], 3)
     assert received[2][1] == bytes(range(100))
     for call_id, _ in received:
         wire.actors["a"].send(call_id, (b"answer %d" % call_id,))
@@ -288,7 +264,7 @@ def test_a_dropped_frame_has_memory_of_its_own(wire: Wire) -> None:
     pending = wire.send(Call("a", 1, (b"head", memoryview(memory)), LIMIT_S))
     pending.calls.drop()
     memory[:] = bytes(FRAME_BYTES)
-    [(_, received)] = messages(wire.actors["a"])
+    [(_, received)] = read_messages(wire.actors["a"])
     assert received == b"head" + frame
 
 
@@ -296,7 +272,7 @@ def test_a_late_answer_is_not_taken_for_that_of_the_frame_behind(wire: Wire) -> 
     late = wire.send(call(bytes(FRAME_BYTES), timeout_s=0.1))
     assert late.outcomes() == [CallFailure.TIMED_OUT]
     pending = wire.send(call(b"behind"))
-    for call_id, frame in messages(wire.actors["a"], 2):
+    for call_id, frame in read_messages(wire.actors["a"], 2):
         wire.actors["a"].send(call_id, (b"late" if len(frame) > 9 else b"answer",))
     assert pending.outcomes() == [b"answer"]
 
@@ -319,7 +295,7 @@ def test_how_long_an_actor_is_silent_counts_from_the_last_byte_that_moved(wire: 
 
     pending = wire.send(call(bytes(FRAME_BYTES))).begin(is_gone)
     begun_s = time.monotonic()
-    [(call_id, _)] = messages(wire.actors["a"], pause_s=0.02)
+    [(call_id, _)] = read_messages(wire.actors["a"], pause_s=0.02)
     took_s = time.monotonic() - begun_s
     assert len(silent_s) >= 2
     assert max(silent_s) < took_s / 2
@@ -333,7 +309,7 @@ def test_the_time_of_answers_is_not_known_where_they_were_there_before_the_wait(
     pending = wire.send(call(b"frame"), call(b"frame", "b"))
     answers = {"a": b"short", "b": bytes(FRAME_BYTES)}
     for actor_id, answer in answers.items():
-        [(call_id, _)] = messages(wire.actors[actor_id])
+        [(call_id, _)] = read_messages(wire.actors[actor_id])
         wire.actors[actor_id].send(call_id, (answer,))
     reading = threading.Thread(target=lambda: drained(wire.actors["b"]))
     time.sleep(0.05)  # the caller attends other tokens
@@ -343,12 +319,12 @@ def test_the_time_of_answers_is_not_known_where_they_were_there_before_the_wait(
     reading.join(LIMIT_S)
 
     pending = wire.send(call(b"frame"), call(b"frame", "b"))
-    [(call_id, _)] = messages(wire.actors["a"])
+    [(call_id, _)] = read_messages(wire.actors["a"])
     wire.actors["a"].send(call_id, (b"there",))
     time.sleep(0.05)
     pending.begin()
     time.sleep(0.05)
-    [(call_id, _)] = messages(wire.actors["b"])
+    [(call_id, _)] = read_messages(wire.actors["b"])
     wire.actors["b"].send(call_id, (b"awaited",))
     assert pending.outcomes() == [b"there", b"awaited"]
     assert pending.calls.took_s is not None

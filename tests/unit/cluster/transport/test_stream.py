@@ -7,7 +7,6 @@ import select
 import socket
 import ssl
 import struct
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,13 +18,12 @@ from typing import Any
 
 import pytest
 
-from cluster import native as built
 from cluster.errors import ConfigError
 from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
 from cluster.transport.stream import late as late_module
 from cluster.transport.stream import server as server_module
-from cluster.transport.stream.channel import BUFFER_BYTES, KEPT_BUFFER_BYTES, Channel
+from cluster.transport.stream.channel import BUFFER_BYTES, Channel
 from cluster.transport.stream.client import WINDOW, StreamTransport
 from cluster.transport.stream.connect import Connector, greet, open_socket
 from cluster.transport.stream.handshake import (
@@ -40,9 +38,11 @@ from cluster.transport.stream.server import StreamServer
 from cluster.wire.frames import Buffer, Buffers
 from tests.local_cluster import Answered, within
 from tests.unit.certificates import Authority, new_authority
+from tests.unit.cluster.transport.channels import read_messages
 
 LIMIT_S = 60.0
 NETWORKS = list(Network)
+pytestmark = pytest.mark.usefixtures("native")
 
 
 class Echo:
@@ -54,6 +54,12 @@ class Echo:
         self.open.set()
         self.entered = threading.Semaphore(0)
         self.answer: Callable[[bytes], Buffers] = lambda frame: (frame[:1], frame[1:])
+
+    def shut(self) -> None:
+        """Close the gate, and forget who has come to it."""
+        self.open.clear()
+        while self.entered.acquire(blocking=False):
+            pass
 
     def __call__(self, frames: Sequence[Buffer]) -> list[Buffers]:
         batch = [bytes(frame) for frame in frames]
@@ -109,21 +115,6 @@ class Actors:
             # As an actor of another host, whose Unix sockets are not to be found here.
             return StreamOffer(network, b"\0no-such-name", bytes(16), bytes(32))
         return self.altered(server.offer(network))
-
-
-IMPLEMENTATIONS = [None] if built.native is None else [built.native, None]
-
-
-@pytest.fixture(
-    params=IMPLEMENTATIONS,
-    ids=lambda native: "python" if native is None else "native",
-    autouse=True,
-)
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
-    """Have all of this module's tests once with native code, and once without."""
-    monkeypatch.setattr(Channel, "_native", request.param)
-    chosen: ModuleType | None = request.param
-    return chosen
 
 
 @pytest.fixture
@@ -293,9 +284,7 @@ def test_frames_that_wait_together_are_answered_together(actors: Actors, connect
     for router in routers:
         ask(router, call(b"hello"))
     echo.batches.clear()
-    echo.open.clear()
-    while echo.entered.acquire(blocking=False):
-        pass
+    echo.shut()
     busy = routers[0].send(within(LIMIT_S, [call(b"first")]))
     assert echo.entered.acquire(timeout=LIMIT_S)
     pending_calls = [router.send(within(LIMIT_S, [call(b"later")])) for router in routers]
@@ -323,9 +312,7 @@ def test_an_answer_is_sent_as_it_comes_while_others_are_computed(
     for router in routers:
         ask(router, call(b"hello"))
     echo = actors.echoes["a"]
-    echo.open.clear()
-    while echo.entered.acquire(blocking=False):
-        pass
+    echo.shut()
     busy = routers[0].send(within(LIMIT_S, [call(b"busy")]))
     assert echo.entered.acquire(timeout=LIMIT_S)
     pending_calls = [router.send(within(LIMIT_S, [call(b"later")])) for router in routers]
@@ -406,9 +393,7 @@ def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
     actors: Actors, connect: Open
 ) -> None:
     transport, calls, other = with_two(actors, connect)
-    actors.echoes["a"].open.clear()
-    while actors.echoes["a"].entered.acquire(blocking=False):
-        pass
+    actors.echoes["a"].shut()
     pending = transport.send(within(LIMIT_S, calls))
     assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
     for link in list(transport.links.values()):
@@ -507,9 +492,7 @@ def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
 
     monkeypatch.setattr(transport, "_receive_from", noted)
     for echo in actors.echoes.values():
-        echo.open.clear()
-        while echo.entered.acquire(blocking=False):
-            pass
+        echo.shut()
     pending = transport.send(within(LIMIT_S, calls))
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
@@ -832,7 +815,7 @@ def test_a_router_does_not_talk_to_a_stranger_at_the_actors_address() -> None:
 
     def pretend() -> None:
         stranger.send(0, (bytes(16),))
-        received(stranger, 1)
+        read_messages(stranger, 1)
         stranger.send(0, (bytes(32),))
 
     pretending = threading.Thread(target=pretend)
@@ -946,127 +929,6 @@ def test_a_router_that_leaves_in_the_middle_of_a_message_disturbs_nobody(
     router.close()
     still_serves(actors, connect)
     assert actors.echoes["a"].batches == [[b"good"]]
-
-
-# The channel.
-
-
-def channels() -> tuple[Channel, Channel]:
-    left, right = socket.socketpair()
-    return Channel(left), Channel(right)
-
-
-def received(channel: Channel, count: int) -> list[tuple[int, bytes]]:
-    messages: list[tuple[int, bytes]] = []
-    deadline_s = time.monotonic() + LIMIT_S
-    while len(messages) < count:
-        assert time.monotonic() < deadline_s
-        messages += [(call_id, bytes(frame)) for call_id, frame in channel.receive()]
-    return messages
-
-
-def test_messages_that_come_byte_by_byte_are_put_together() -> None:
-    left, right = channels()
-    sent = [(1, b"abc"), (2, b""), (3, bytes(range(64)))]
-    wire = b"".join(
-        struct.pack("<QQ", len(frame), call_id) + frame + bytes(-len(frame) % 16)
-        for call_id, frame in sent
-    )
-    messages: list[tuple[int, bytes]] = []
-    for place in range(len(wire)):
-        left.sock.send(wire[place : place + 1])
-        messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
-    assert messages == sent
-
-
-def test_many_messages_in_one_piece_are_taken_apart() -> None:
-    left, right = channels()
-    sent = [(i, secrets.token_bytes(i % 50)) for i in range(100)]
-    for call_id, frame in sent:
-        left.send(call_id, (frame,))
-    assert received(right, 100) == sent
-
-
-def test_what_the_socket_does_not_take_is_sent_later_in_order() -> None:
-    left, right = channels()
-    sent = [(i, secrets.token_bytes(300_001)) for i in range(5)]
-    for call_id, frame in sent:
-        left.send(call_id, (frame[:7], frame[7:]))
-    assert left.outgoing
-    messages: list[tuple[int, bytes]] = []
-    deadline_s = time.monotonic() + LIMIT_S
-    while len(messages) < 5:
-        assert time.monotonic() < deadline_s
-        left.flush()
-        messages += [(call_id, bytes(frame)) for call_id, frame in right.receive()]
-    assert messages == sent
-    assert not left.outgoing
-
-
-def test_a_message_in_many_parts_is_one() -> None:
-    left, right = channels()
-    buffers = tuple(secrets.token_bytes(7) for _ in range(3000))  # more than one call can send
-    left.send(1, buffers[:64])
-    left.send(2, buffers)
-    left.send(3)
-    whole = [(1, b"".join(buffers[:64])), (2, b"".join(buffers)), (3, b"")]
-    assert received(right, 3) == whole
-
-
-def test_nothing_is_sent_or_received_once_a_channel_is_closed() -> None:
-    left, right = channels()
-    left.close()
-    with tempfile.TemporaryFile() as file:  # has the number of what was closed
-        with pytest.raises(OSError, match=r"\w"):
-            left.send(1, (b"lost",))
-        with pytest.raises(OSError, match=r"\w"):
-            left.receive()
-        assert file.read() == b""
-    with pytest.raises(OSError, match=r"\w"):
-        right.send(1, (b"lost",))
-    with pytest.raises(ConnectionError):
-        right.receive()
-
-
-def test_a_channel_waits_for_what_comes_and_no_longer_than_it_is_told(
-    native: ModuleType | None,
-) -> None:
-    left, right = channels()
-    assert right.can_wait == (native is not None)
-    begun_s = time.monotonic()
-    assert right.receive(50) == []
-    assert (time.monotonic() - begun_s >= 0.05) == (native is not None)
-    begun_s = time.monotonic()
-    sender = threading.Timer(0.05, left.send, (7, (b"late",)))
-    sender.start()
-    messages: list[tuple[int, memoryview]] = []
-    while not messages and time.monotonic() < begun_s + LIMIT_S:
-        messages = right.receive(1000)
-    assert [(call_id, bytes(frame)) for call_id, frame in messages] == [(7, b"late")]
-    assert time.monotonic() - begun_s < 0.9
-    sender.join()
-    right.send(1, (bytes(4 << 20),))
-    assert right.outgoing
-
-
-def test_memory_grows_with_what_has_come_and_not_with_what_a_length_says() -> None:
-    left, right = channels()
-    left.sock.send(struct.pack("<QQ", channel_module.MAX_MESSAGE_BYTES, 1) + bytes(1000))
-    assert right.receive() == []
-    assert right.receive() == []
-    assert len(right._buffer) <= 4 * BUFFER_BYTES
-
-
-def test_a_buffer_that_grew_for_a_long_message_is_given_back() -> None:
-    left, right = channels()
-    long = bytes(4 * KEPT_BUFFER_BYTES)
-    sender = threading.Thread(target=lambda: left.sock.setblocking(True) or left.send(1, (long,)))
-    sender.start()
-    assert received(right, 1) == [(1, long)]
-    sender.join(LIMIT_S)
-    left.send(2, (b"x",))
-    assert received(right, 1) == [(2, b"x")]
-    assert len(right._buffer) <= KEPT_BUFFER_BYTES
 
 
 # TLS.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import struct
 import sys
 import time
@@ -42,6 +41,7 @@ from cluster.wire.frames import (
     encode,
     joined,
 )
+from tests.unit.bomb import EXECUTED, pickled_bomb
 
 NUMBERS = st.integers(0, (1 << 64) - 1)
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
@@ -468,25 +468,8 @@ def test_nothing_is_kept_of_what_was_read_or_written() -> None:
     assert sys.getrefcount(wire) == before
 
 
-EXECUTED: list[str] = []
-
-
-def execute(what: str) -> None:
-    EXECUTED.append(what)
-
-
-class Bomb:
-    """Unpickled, it leaves a trace."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return execute, ("ran",)
-
-
 def test_a_pickle_is_refused_and_its_code_does_not_run() -> None:
-    pickled = pickle.dumps(Bomb())
-    pickle.loads(pickled)
-    assert EXECUTED == ["ran"]  # the bomb works
-    EXECUTED.clear()
+    pickled = pickled_bomb()
     for wire in (pickled, dispatch_wire(pickled), error_wire(pickled)):
         with pytest.raises(FrameError):
             decode(wire)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import shutil
 import struct
 import time
 import tracemalloc
@@ -21,6 +19,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.stored import resolve_folder
 from experts.families.registry import FAMILIES
+from tests.unit.bomb import EXECUTED, Bomb, pickled_bomb
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -218,34 +217,6 @@ def test_a_bad_header_is_refused(folder: Path, header: bytes) -> None:
     refused(folder, WEIGHTS, "not a complete safetensors file")
 
 
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../secret.safetensors",
-        "sub/shard.safetensors",
-        "./a.safetensors",
-        "..",
-        "pytorch_model.bin",
-        "a.safetensors/",
-        "",
-        None,
-        7,
-        ["a.safetensors"],
-    ],
-)
-def test_an_index_may_only_name_plain_files(sharded: Path, shard: object) -> None:
-    shutil.copy(sharded / "a.safetensors", sharded.parent / "secret.safetensors")
-    change_index(sharded, lambda weight_map: weight_map.update({EXPERT: shard}))
-    refused(sharded, INDEX, "only plain .safetensors file names")
-
-
-def test_an_absolute_path_in_the_index_is_refused(sharded: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside.safetensors"
-    shutil.copy(sharded / "a.safetensors", outside)
-    change_index(sharded, lambda weight_map: weight_map.update({EXPERT: str(outside)}))
-    refused(sharded, INDEX, "only plain .safetensors file names")
-
-
 @pytest.mark.parametrize("what", ["absent", "folder", "dangling", "loop"])
 def test_a_missing_shard_is_refused(sharded: Path, what: str) -> None:
     shard = sharded / "b.safetensors"
@@ -280,32 +251,15 @@ def test_an_index_without_a_map_is_refused(sharded: Path, index: object) -> None
     refused(sharded, INDEX, "weight_map")
 
 
-EXECUTED: list[str] = []
-
-
-def execute(what: str) -> None:
-    EXECUTED.append(what)
-
-
-class Bomb:
-    """Unpickled, it leaves a trace."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return execute, ("ran",)
-
-
 def test_pickle_weights_alone_are_refused_by_name(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    (folder / "pytorch_model.bin").write_bytes(pickled_bomb())
     refused(folder, "model", "pytorch_model.bin", "pickle", "safetensors")
     assert EXECUTED == []
 
 
 def test_a_pickle_that_is_named_safetensors_is_refused_and_runs_no_code(folder: Path) -> None:
-    pickled = pickle.dumps(Bomb())
-    pickle.loads(pickled)
-    assert EXECUTED == ["ran"]  # the bomb works
-    EXECUTED.clear()
+    pickled = pickled_bomb()
     (folder / WEIGHTS).write_bytes(pickled)
     refused(folder, WEIGHTS, "not a complete safetensors file")
     torch.save({"x": Bomb()}, folder / WEIGHTS)

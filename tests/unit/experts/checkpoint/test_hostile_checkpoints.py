@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import struct
 import subprocess
@@ -28,21 +27,9 @@ from experts.checkpoint.shards import INDEX_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE
 from router.gateway.input.tokenizer import Tokenizer
 from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
+from tests.unit.bomb import EXECUTED, pickled_bomb
 from tests.unit.gateway_fakes import tokenizer
 from workshop.convert.layouts import open_source
-
-EXECUTED: list[str] = []
-
-
-def execute(what: str) -> None:
-    EXECUTED.append(what)
-
-
-class Bomb:
-    """Unpickled, it leaves a trace."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return execute, ("ran",)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +174,16 @@ def test_tensors_lie_where_their_headers_say(original: Path) -> None:
 @pytest.mark.parametrize(
     "shard",
     [
+        "../secret.safetensors",
+        "/secret.safetensors",
+        "sub/shard.safetensors",
+        "./a.safetensors",
+        "..",
+        "pytorch_model.bin",
+        "a.safetensors/",
+        "",
+        None,
+        7,
         "a\nb.safetensors",
         "a\0b.safetensors",
         "\ud800.safetensors",
@@ -245,10 +242,7 @@ def test_files_beside_the_weights_are_bounded_together_where_another_node_asks(
 
 
 def test_pickles_beside_good_weights_are_never_read(folder: Path) -> None:
-    pickled = pickle.dumps(Bomb())
-    pickle.loads(pickled)
-    assert EXECUTED == ["ran"]  # the bomb works
-    EXECUTED.clear()
+    pickled = pickled_bomb()
     for name in ("pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "training_args.bin"):
         (folder / name).write_bytes(pickled)
     load_dense(open_checkpoint(folder), torch.float32)

@@ -24,7 +24,6 @@ from cluster.spec import (
     ModelSource,
 )
 from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode, joined
-from cluster.wire.tensors import to_bytes
 from experts import actor as actor_module
 from experts.actor import ExpertActor
 from experts.bank import ExpertBank
@@ -36,6 +35,7 @@ from router.config.deployment import parse_args
 from router.served import check_file, inspect_models, pool_specs
 from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.experts.frames import dispatch_frame
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
 
 HIDDEN = 64
@@ -44,18 +44,9 @@ MODEL = {"id": "a", "path": "models/mesh-tiny"}
 
 
 def frame_of(layer_id: int, expert_id: int, num_rows: int, request_id: int = 1) -> DispatchFrame:
-    return DispatchFrame(
-        request_id=request_id,
-        num_rows=num_rows,
-        model="m",
-        layer_id=layer_id,
-        row_shape=(HIDDEN,),
-        expert_ids=(expert_id,),
-        num_tokens_per_expert=(num_rows,),
-        dtype="float32",
-        time_left_s=30,
-        rows=to_bytes(torch.ones(num_rows, HIDDEN)),
-    )
+    rows = torch.ones(num_rows, HIDDEN)
+    counts = {expert_id: num_rows}
+    return dispatch_frame(rows, counts, request_id=request_id, layer_id=layer_id)
 
 
 def slept(frames: list[DispatchFrame]) -> tuple[list[float], list[Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from ray.exceptions import RaySystemError
 
@@ -18,176 +16,141 @@ from tests.unit.cluster.controller.fakes import (
     FakeActor,
     FakePool,
     happens,
-    run,
     running,
-    spec_of,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 
 
-def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
-    async def test() -> None:
-        async with running(3, min_copies=2) as cluster:
-            before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            assert all(len(actors) == 2 for actors in before.holders.values())
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda actor: gate.wait()
-            cluster.pool.of("expert-1")[0].alive = False
-            lost = await cluster.until(lambda p: "expert-1" not in p.generations)
-            assert (lost.missing(), lost.fewest_copies()) == ([], 1)
-            status = await cluster.controller.status()
-            assert (status.missing_experts, status.min_copies, status.live_copies) == (0, 2, 1)
-            gate.set()
-            after = await cluster.until(lambda p: p.fewest_copies() == 2)
-            assert {k: set(v) for k, v in after.holders.items()} == {
-                k: set(v) for k, v in before.holders.items()
-            }
-
-    run(test)
+async def test_the_loss_of_one_of_two_copies_leaves_every_expert_placed() -> None:
+    async with running(3, min_copies=2) as cluster:
+        before = await cluster.until(lambda p: p.fewest_copies() == 2)
+        assert all(len(actors) == 2 for actors in before.holders.values())
+        gate = cluster.pool.hold_loads()
+        cluster.pool.of("expert-1")[0].alive = False
+        lost = await cluster.until(lambda p: "expert-1" not in p.generations)
+        assert (lost.missing(), lost.fewest_copies()) == ([], 1)
+        status = await cluster.controller.status()
+        assert (status.missing_experts, status.min_copies, status.live_copies) == (0, 2, 1)
+        gate.set()
+        after = await cluster.until(lambda p: p.fewest_copies() == 2)
+        assert {k: set(v) for k, v in after.holders.items()} == {
+            k: set(v) for k, v in before.holders.items()
+        }
 
 
-def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.node_ids = ["n1", "n1", "n2", "n2"]
-        async with running(4, pool, min_copies=2) as cluster:
-            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
-            node_of = {actor.actor_id: actor.node for actor in pool.actors}
-            assert len(pool.actors) == 4
-            for actors in placement.holders.values():
-                assert {node_of[actor_id] for actor_id in actors} == {"n1", "n2"}
-            pool.node_ids = ["n2"]
-            pool.of("expert-0")[0].alive = False
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert pool.of("expert-0")[1].node == "n1"
-
-    run(test)
+async def test_copies_sit_on_different_nodes_and_a_successor_on_its_predecessors() -> None:
+    pool = FakePool("n1", "n1", "n2", "n2")
+    async with running(4, pool, min_copies=2) as cluster:
+        placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+        node_of = {actor.actor_id: actor.node for actor in pool.actors}
+        assert len(pool.actors) == 4
+        for actors in placement.holders.values():
+            assert {node_of[actor_id] for actor_id in actors} == {"n1", "n2"}
+        pool.node_ids = ["n2"]
+        pool.of("expert-0")[0].alive = False
+        await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+        assert pool.of("expert-0")[1].node == "n1"
 
 
-def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.node_ids = ["n1", "n1"]
-        describe = pool.describe
+async def test_an_actor_that_does_not_tell_its_node_counts_as_one_on_a_node_of_its_own() -> None:
+    pool = FakePool("n1", "n1")
+    describe = pool.describe
 
-        async def silent(actor: FakeActor, timeout_s: float, epoch: int = 0) -> ActorReport:
-            if actor.actor_id == "expert-0":
-                raise TimeoutError
-            return await describe(actor, timeout_s, epoch)
+    async def silent(actor: FakeActor, timeout_s: float, epoch: int = 0) -> ActorReport:
+        if actor.actor_id == "expert-0":
+            raise TimeoutError
+        return await describe(actor, timeout_s, epoch)
 
-        pool.describe = silent  # type: ignore[method-assign]
-        async with running(3, pool, min_copies=2) as cluster:
-            placement = await cluster.until(lambda p: p.fewest_copies() == 2)
-            assert len(pool.actors) == 3
-            assert all("expert-0" in actors for actors in placement.holders.values())
-
-    run(test)
+    pool.describe = silent  # type: ignore[method-assign]
+    async with running(3, pool, min_copies=2) as cluster:
+        placement = await cluster.until(lambda p: p.fewest_copies() == 2)
+        assert len(pool.actors) == 3
+        assert all("expert-0" in actors for actors in placement.holders.values())
 
 
-def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_copies_move_apart_when_a_node_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
-
-    async def test() -> None:
-        cluster = Cluster(num_actors=2, min_copies=2)
-        await cluster.start()
-        await cluster.until(lambda placement: placement.fewest_copies() == 2)
-        assert {actor.node for actor in cluster.pool.actors} == {"node"}
-        cluster.pool.node_ids.append("joined")
-        await happens(lambda: len(cluster.pool.actors) == 3)
-        await cluster.until(lambda placement: placement.fewest_copies() == 2)
-        living = {a.actor_id: (a.generation, a.node) for a in cluster.pool.actors if a.alive}
-        assert living == {"expert-0": (2, "joined"), "expert-1": (1, "node")}
-        # One copy of each expert was there all the time, and nothing moves any more.
-        assert min(placement.fewest_copies() for placement in cluster.published[2:]) == 1
-        cluster.pool.node_ids.append("third")
-        published, looks = len(cluster.published), cluster.pool.looks
-        await happens(lambda: cluster.pool.looks >= looks + 3)
-        assert len(cluster.published) == published
-        await cluster.stop()
-
-    run(test)
+    cluster = Cluster(num_actors=2, min_copies=2)
+    await cluster.start()
+    await cluster.until(lambda placement: placement.fewest_copies() == 2)
+    assert {actor.node for actor in cluster.pool.actors} == {"node"}
+    cluster.pool.node_ids.append("joined")
+    await happens(lambda: len(cluster.pool.actors) == 3)
+    await cluster.until(lambda placement: placement.fewest_copies() == 2)
+    living = {a.actor_id: (a.generation, a.node) for a in cluster.pool.actors if a.alive}
+    assert living == {"expert-0": (2, "joined"), "expert-1": (1, "node")}
+    # One copy of each expert was there all the time, and nothing moves any more.
+    assert min(placement.fewest_copies() for placement in cluster.published[2:]) == 1
+    cluster.pool.node_ids.append("third")
+    published, looks = len(cluster.published), cluster.pool.looks
+    await happens(lambda: cluster.pool.looks >= looks + 3)
+    assert len(cluster.published) == published
 
 
-def test_an_actor_that_moves_lives_until_every_router_knows(
+async def test_an_actor_that_moves_lives_until_every_router_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
     monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
-
-    async def test() -> None:
-        async with running(2, min_copies=2) as cluster:
-            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
-            await cluster.controller.watch("router", 1, "n", before.order, 0)
-            cluster.pool.node_ids.append("joined")
-            left = await cluster.until(lambda placement: "expert-0" not in placement.generations)
-            [actor] = cluster.pool.of("expert-0")
-            asked_s = actor.asked_s
-            await happens(lambda: actor.asked_s > asked_s)  # a heartbeat later
-            assert actor.alive
-            await cluster.controller.watch("router", 1, "n", left.order, 0)
-            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
-            assert [a.node for a in cluster.pool.of("expert-0") if a.alive] == ["joined"]
-
-    run(test)
+    async with running(2, min_copies=2) as cluster:
+        before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        await cluster.controller.watch("router", 1, "n", before.order, 0)
+        cluster.pool.node_ids.append("joined")
+        left = await cluster.until(lambda placement: "expert-0" not in placement.generations)
+        [actor] = cluster.pool.of("expert-0")
+        asked_s = actor.asked_s
+        await happens(lambda: actor.asked_s > asked_s)  # a heartbeat later
+        assert actor.alive
+        await cluster.controller.watch("router", 1, "n", left.order, 0)
+        await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
+        assert [a.node for a in cluster.pool.of("expert-0") if a.alive] == ["joined"]
 
 
-def test_a_move_goes_on_where_the_ledger_cannot_be_read_for_a_while(
+async def test_a_move_goes_on_where_the_ledger_cannot_be_read_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
     monkeypatch.setattr(anti_affinity, "KNOWN_TIMEOUT_S", 0.1)
+    async with running(2, min_copies=2) as cluster:
+        before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        await cluster.controller.watch("router", 1, "n", before.order, 0)
+        find, keys = cluster.pool.find, cluster.pool.store.keys
+        failed = []
 
-    async def test() -> None:
-        async with running(2, min_copies=2) as cluster:
-            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
-            await cluster.controller.watch("router", 1, "n", before.order, 0)
-            find, keys = cluster.pool.find, cluster.pool.store.keys
-            failed = []
+        def fail(*args: object) -> list[str]:
+            failed.append(args)
+            raise RaySystemError("the store is away")
 
-            def fail(*args: object) -> list[str]:
-                failed.append(args)
-                raise RaySystemError("the store is away")
-
-            cluster.pool.node_ids.append("joined")
-            await cluster.until(lambda placement: "expert-0" not in placement.generations)
-            cluster.pool.find = fail  # type: ignore[assignment, method-assign]
-            cluster.pool.store.keys = fail  # type: ignore[method-assign]
-            await happens(lambda: len(failed) > 0)
-            cluster.pool.find, cluster.pool.store.keys = find, keys  # type: ignore[method-assign]
-            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
-
-    run(test)
+        cluster.pool.node_ids.append("joined")
+        await cluster.until(lambda placement: "expert-0" not in placement.generations)
+        cluster.pool.find = fail  # type: ignore[assignment, method-assign]
+        cluster.pool.store.keys = fail  # type: ignore[method-assign]
+        await happens(lambda: len(failed) > 0)
+        cluster.pool.find, cluster.pool.store.keys = find, keys  # type: ignore[method-assign]
+        await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
 
 
-def test_a_router_that_says_nothing_holds_a_move_up_for_a_while_only(
+async def test_a_router_that_says_nothing_holds_a_move_up_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
     monkeypatch.setattr(anti_affinity, "KNOWN_TIMEOUT_S", 0.1)
-
-    async def test() -> None:
-        async with running(2, min_copies=2) as cluster:
-            before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
-            await cluster.controller.watch("router", 1, "n", before.order, 0)
-            cluster.pool.node_ids.append("joined")
-            await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
-
-    run(test)
+    async with running(2, min_copies=2) as cluster:
+        before = await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        await cluster.controller.watch("router", 1, "n", before.order, 0)
+        cluster.pool.node_ids.append("joined")
+        await cluster.until(lambda placement: placement.generations.get("expert-0") == 2)
 
 
-def test_nothing_moves_to_a_node_on_which_actors_end_badly(
+async def test_nothing_moves_to_a_node_on_which_actors_end_badly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
-
-    async def test() -> None:
-        async with running(2, min_copies=2) as cluster:
-            await cluster.until(lambda placement: placement.fewest_copies() == 2)
-            monkeypatch.setattr(Deaths, "avoided_nodes", lambda deaths, now_s: {"joined": 1e9})
-            cluster.pool.node_ids.append("joined")
-            published, looks = len(cluster.published), cluster.pool.looks
-            await happens(lambda: cluster.pool.looks >= looks + 3)
-            assert len(cluster.published) == published
-
-    run(test)
+    async with running(2, min_copies=2) as cluster:
+        await cluster.until(lambda placement: placement.fewest_copies() == 2)
+        monkeypatch.setattr(Deaths, "avoided_nodes", lambda deaths, now_s: {"joined": 1e9})
+        cluster.pool.node_ids.append("joined")
+        published, looks = len(cluster.published), cluster.pool.looks
+        await happens(lambda: cluster.pool.looks >= looks + 3)
+        assert len(cluster.published) == published

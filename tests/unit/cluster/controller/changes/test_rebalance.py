@@ -20,9 +20,8 @@ from tests.unit.cluster.controller.fakes import (
     busy,
     happens,
     restart,
-    run,
-    running,
     settled,
+    started,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
@@ -37,101 +36,77 @@ async def report_of(cluster: Cluster, dry_run: bool = False) -> RebalanceReport:
     return report
 
 
-def test_a_hot_expert_gets_copies_where_budgets_have_room() -> None:
-    async def test() -> None:
-        cluster = Cluster(pools={"expert": (4, 50)})
-        await cluster.start()
-        await cluster.complete()
-        hot = key(1, 2)
-        await busy(cluster, {hot: 100_000, key(0, 0): 10, key(0, 1): 10})
-        dry = await report_of(cluster, dry_run=True)
-        assert (dry.outcome, len(cluster.published)) == ("planned", 4)
-        report = await report_of(cluster)
-        assert report.outcome == "committed"
-        assert report.moves == dry.moves
-        assert report.layers_after == pytest.approx(dry.layers_after, rel=1e-3)
-        assert report.layers_after < report.layers_before
-        placement = await settled(cluster, 1)
-        assert len(placement.holders[hot]) > 1
-        assert report.moved_bytes == 10 * sum(move.is_added for move in report.moves)
-        assert max(len(actor.keys) for actor in cluster.pool.actors) <= 5
-        assert (report.epoch, report.version) == placement.order
-        load = await cluster.controller.load()
-        assert load.rebalances == (report,)
-        assert {e.actors for e in load.experts if (e.layer, e.expert) == (1, 2)} == {
-            placement.holders[hot]
-        }
-        await cluster.stop()
-
-    run(test)
+async def test_a_hot_expert_gets_copies_where_budgets_have_room() -> None:
+    cluster = await started(pools={"expert": (4, 50)})
+    hot = key(1, 2)
+    await busy(cluster, {hot: 100_000, key(0, 0): 10, key(0, 1): 10})
+    dry = await report_of(cluster, dry_run=True)
+    assert (dry.outcome, len(cluster.published)) == ("planned", 4)
+    report = await report_of(cluster)
+    assert report.outcome == "committed"
+    assert report.moves == dry.moves
+    assert report.layers_after == pytest.approx(dry.layers_after, rel=1e-3)
+    assert report.layers_after < report.layers_before
+    placement = await settled(cluster, 1)
+    assert len(placement.holders[hot]) > 1
+    assert report.moved_bytes == 10 * sum(move.is_added for move in report.moves)
+    assert max(len(actor.keys) for actor in cluster.pool.actors) <= 5
+    assert (report.epoch, report.version) == placement.order
+    load = await cluster.controller.load()
+    assert load.rebalances == (report,)
+    assert {e.actors for e in load.experts if (e.layer, e.expert) == (1, 2)} == {
+        placement.holders[hot]
+    }
 
 
-def test_without_budgets_experts_move_and_none_gets_more_copies() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            before = await cluster.complete()
-            [one, other] = [k for k, actors in before.holders.items() if actors == ("expert-0",)][
-                :2
-            ]
-            await busy(cluster, {one: 10_000, other: 10_000})
-            report = await report_of(cluster)
-            assert report.outcome == "committed"
-            after = await settled(cluster, 1)
-            assert {len(actors) for actors in after.holders.values()} == {1}
-            assert report.devices_after < report.devices_before
-            assert {len(actor.keys) for actor in cluster.pool.actors} <= {3, 4, 5}
-
-    run(test)
+async def test_without_budgets_experts_move_and_none_gets_more_copies() -> None:
+    cluster = await started(2)
+    before = cluster.state.placement
+    [one, other] = [k for k, actors in before.holders.items() if actors == ("expert-0",)][:2]
+    await busy(cluster, {one: 10_000, other: 10_000})
+    report = await report_of(cluster)
+    assert report.outcome == "committed"
+    after = await settled(cluster, 1)
+    assert {len(actors) for actors in after.holders.values()} == {1}
+    assert report.devices_after < report.devices_before
+    assert {len(actor.keys) for actor in cluster.pool.actors} <= {3, 4, 5}
 
 
-def test_what_is_balanced_is_left_alone_and_idle_clusters_too() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            placement = await cluster.complete()
-            assert (await report_of(cluster)).outcome == "balanced"
-            await busy(cluster, dict.fromkeys(placement.holders, 1000))
-            assert (await report_of(cluster)).outcome == "balanced"
-            assert cluster.state.placement == placement
-
-    run(test)
+async def test_what_is_balanced_is_left_alone_and_idle_clusters_too() -> None:
+    cluster = await started(2)
+    placement = cluster.state.placement
+    assert (await report_of(cluster)).outcome == "balanced"
+    await busy(cluster, dict.fromkeys(placement.holders, 1000))
+    assert (await report_of(cluster)).outcome == "balanced"
+    assert cluster.state.placement == placement
 
 
-def test_nothing_is_moved_while_an_actor_is_away() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            await cluster.complete()
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda actor: gate.wait()
-            cluster.pool.of("expert-1")[0].alive = False
-            await cluster.until(lambda p: "expert-1" not in p.generations)
-            told = await cluster.controller.rebalance(False)
-            assert "while expert-1 is away" in told["error"]["message"]
-
-    run(test)
+async def test_nothing_is_moved_while_an_actor_is_away() -> None:
+    cluster = await started(3)
+    cluster.pool.hold_loads()
+    cluster.pool.of("expert-1")[0].alive = False
+    await cluster.until(lambda p: "expert-1" not in p.generations)
+    told = await cluster.controller.rebalance(False)
+    assert "while expert-1 is away" in told["error"]["message"]
 
 
-def test_a_change_that_fails_is_told_and_what_was_done_before_stays() -> None:
-    async def test() -> None:
-        cluster = Cluster(pools={"expert": (4, 50)})
-        await cluster.start()
-        before = await cluster.complete()
-        await busy(cluster, {key(1, 2): 100_000})
+async def test_a_change_that_fails_is_told_and_what_was_done_before_stays() -> None:
+    cluster = await started(pools={"expert": (4, 50)})
+    before = cluster.state.placement
+    await busy(cluster, {key(1, 2): 100_000})
 
-        async def fail(actor: FakeActor) -> None:
-            raise OSError
+    async def fail(actor: FakeActor) -> None:
+        raise OSError
 
-        cluster.pool.load_gate = fail
-        report = await report_of(cluster)
-        assert report.outcome.startswith("failed: expert-")
-        assert (report.moves, report.moved_bytes) == ((), 0)
-        assert report.layers_after == report.layers_before
-        assert await settled(cluster, 1) == before
-        await cluster.stop()
-
-    run(test)
+    cluster.pool.load_gate = fail
+    report = await report_of(cluster)
+    assert report.outcome.startswith("failed: expert-")
+    assert (report.moves, report.moved_bytes) == ((), 0)
+    assert report.layers_after == report.layers_before
+    assert await settled(cluster, 1) == before
 
 
-def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
+async def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rebalance_module, "WORTH_GAIN", 0.5)
@@ -142,64 +117,55 @@ def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
         return plans[-1]
 
     monkeypatch.setattr(rebalance_module, "plan_copies", planned)
-
-    async def test() -> None:
-        cluster = Cluster(pools={"expert": (4, 50)}, rebalance_period_s=0.01)
-        await cluster.start()
-        placement = await cluster.complete()
-        rates = dict.fromkeys(placement.holders, 1000)
-        await busy(cluster, {**rates, key(0, 0): 1100})  # less than it is worth
-        asked = len(plans)
-        await happens(lambda: len(plans) > asked + 2)
-        assert any(plan.added for plan in plans[asked:])
-        assert cluster.state.placement == placement
-        await busy(cluster, {**rates, key(0, 0): 100_000})
-        after = await cluster.until(lambda p: len(p.holders[key(0, 0)]) > 1)
-        assert after.missing() == []
-        await cluster.stop()
-
     caplog.set_level("INFO", "expertmesh")
-    run(test)
+    cluster = await started(pools={"expert": (4, 50)}, rebalance_period_s=0.01)
+    placement = cluster.state.placement
+    rates = dict.fromkeys(placement.holders, 1000)
+    await busy(cluster, {**rates, key(0, 0): 1100})  # less than it is worth
+    asked = len(plans)
+    await happens(lambda: len(plans) > asked + 2)
+    assert any(plan.added for plan in plans[asked:])
+    assert cluster.state.placement == placement
+    await busy(cluster, {**rates, key(0, 0): 100_000})
+    after = await cluster.until(lambda p: len(p.holders[key(0, 0)]) > 1)
+    assert after.missing() == []
+    await cluster.stop()
     assert "layer 0 expert 0" in caplog.text
     assert "a copy comes to" in caplog.text
 
 
-def test_copies_go_by_themselves_once_they_are_cold_for_long(
+async def test_copies_go_by_themselves_once_they_are_cold_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def test() -> None:
-        cluster = Cluster(pools={"expert": (4, 50)})
-        rebalancer = cluster.rebalancer
-        assert rebalancer.tracker.fall_s == FALL_S
-        await cluster.start()
-        await cluster.complete()
-        hot, cold = key(1, 2), key(0, 1)
-        rates = dict.fromkeys(cluster.state.placement.holders, 1000)
-        for expert in (hot, cold):
-            told = await cluster.controller.set_copies(*expert, 3, False)
-            assert told["report"].outcome == "committed"
-        await busy(cluster, {**rates, hot: 3000, cold: 1})
-        # What was asked for is not known for long enough yet.
-        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
-        assert len(cluster.state.placement.holders[cold]) == 3
-        monkeypatch.setattr(rebalancer, "_cold_at_s", 0.0)
-        dry = await rebalancer.rebalance(dry_run=True, least_gain=9.0)
-        assert (dry.outcome, dry.moved_bytes) == ("planned", 0)
-        report = await rebalancer.rebalance(least_gain=9.0)
-        assert (report.outcome, report.moves) == ("committed", dry.moves)
-        assert {(move.expert, move.is_added) for move in report.moves} == {(1, False)}
-        placement = await settled(cluster, 1)
-        assert [len(placement.holders[expert]) for expert in (hot, cold)] == [3, 1]
-        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
-        restart(rebalancer.tracker)  # nothing is asked for at all
-        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "committed"
-        placement = await settled(cluster, 1)
-        assert {len(actors) for actors in placement.holders.values()} == {1}
-        await cluster.controller.set_copies(*hot, 2, False)  # they are kept for a while
-        assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
-        await cluster.stop()
-
-    run(test)
+    cluster = Cluster(pools={"expert": (4, 50)})
+    rebalancer = cluster.rebalancer
+    assert rebalancer.tracker.fall_s == FALL_S
+    await cluster.start()
+    await cluster.complete()
+    hot, cold = key(1, 2), key(0, 1)
+    rates = dict.fromkeys(cluster.state.placement.holders, 1000)
+    for expert in (hot, cold):
+        told = await cluster.controller.set_copies(*expert, 3, False)
+        assert told["report"].outcome == "committed"
+    await busy(cluster, {**rates, hot: 3000, cold: 1})
+    # What was asked for is not known for long enough yet.
+    assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
+    assert len(cluster.state.placement.holders[cold]) == 3
+    monkeypatch.setattr(rebalancer, "_cold_at_s", 0.0)
+    dry = await rebalancer.rebalance(dry_run=True, least_gain=9.0)
+    assert (dry.outcome, dry.moved_bytes) == ("planned", 0)
+    report = await rebalancer.rebalance(least_gain=9.0)
+    assert (report.outcome, report.moves) == ("committed", dry.moves)
+    assert {(move.expert, move.is_added) for move in report.moves} == {(1, False)}
+    placement = await settled(cluster, 1)
+    assert [len(placement.holders[expert]) for expert in (hot, cold)] == [3, 1]
+    assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
+    restart(rebalancer.tracker)  # nothing is asked for at all
+    assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "committed"
+    placement = await settled(cluster, 1)
+    assert {len(actors) for actors in placement.holders.values()} == {1}
+    await cluster.controller.set_copies(*hot, 2, False)  # they are kept for a while
+    assert (await rebalancer.rebalance(least_gain=9.0)).outcome == "balanced"
 
 
 def test_changes_fit_into_what_the_ones_before_leave_free() -> None:
@@ -222,38 +188,31 @@ def test_what_finds_no_room_is_left_out_and_its_old_copy_stays() -> None:
     assert batches({}, {}, {}, {}) == []
 
 
-def test_what_has_not_come_up_is_not_rebalanced() -> None:
-    async def test() -> None:
-        cluster = Cluster()
-        with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
-            await cluster.rebalancer.rebalance()
-
-    run(test)
+async def test_what_has_not_come_up_is_not_rebalanced() -> None:
+    cluster = Cluster()
+    with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
+        await cluster.rebalancer.rebalance()
 
 
-def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
+async def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", "expertmesh.rebalance")
     away, missing = (UnavailableError(why, "", 1.0) for why in ("one is away", "one is missing"))
     outcomes: list[Exception | None] = [away, away, away, missing, None, missing, missing]
+    rebalancer, all_told = Cluster().rebalancer, asyncio.Event()
 
-    async def test() -> None:
-        rebalancer, all_told = Cluster().rebalancer, asyncio.Event()
+    async def rebalance(least_gain: float) -> None:
+        if not outcomes:
+            all_told.set()
+            return
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
 
-        async def rebalance(least_gain: float) -> None:
-            if not outcomes:
-                all_told.set()
-                return
-            if (outcome := outcomes.pop(0)) is not None:
-                raise outcome
-
-        monkeypatch.setattr(rebalancer, "rebalance", rebalance)
-        task = asyncio.create_task(rebalancer.run_forever(0.0))
-        async with asyncio.timeout(10):
-            await all_told.wait()
-        task.cancel()
-
-    run(test)
+    monkeypatch.setattr(rebalancer, "rebalance", rebalance)
+    task = asyncio.create_task(rebalancer.run_forever(0.0))
+    async with asyncio.timeout(10):
+        await all_told.wait()
+    task.cancel()
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"did not rebalance: {one}" for one in (away, missing, missing)]

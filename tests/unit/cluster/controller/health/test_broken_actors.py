@@ -24,266 +24,217 @@ from tests.unit.cluster.controller.fakes import (
     FakeActor,
     FakePool,
     happens,
-    run,
     running,
     settled,
-    spec_of,
+    started,
 )
 from tests.unit.virtual_time import VirtualLoop
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 
 
-def pool_of(*node_ids: str) -> FakePool:
-    pool = FakePool(spec_of().digest)
-    pool.node_ids = list(node_ids)
-    return pool
-
-
-def test_an_actor_whose_self_tests_fail_in_a_row_is_replaced_and_its_loss_published_first() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            before = await cluster.complete()
-            [broken] = cluster.pool.of("expert-1")
-            broken.failed_tests = BROKEN_TESTS - 1
-            beats = broken.heartbeats
-            await happens(lambda: broken.heartbeats > beats + 3)
-            assert not broken.killed
-            [failing] = (await cluster.controller.status()).failing
-            assert (failing.actor_id, failing.reason) == ("expert-1", "the device is gone")
-            broken.failed_tests = BROKEN_TESTS
-            after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
-            assert broken.killed
-            assert after.generations["expert-0"] == 1
-            losses = [p for p in cluster.published if before.order < p.order < after.order]
-            assert [loss.generations for loss in losses] == [{"expert-0": 1}]
-
-    run(test)
+async def test_an_actor_whose_self_tests_fail_in_a_row_is_published_as_lost_and_replaced() -> None:
+    cluster = await started()
+    before = cluster.state.placement
+    [broken] = cluster.pool.of("expert-1")
+    broken.failed_tests = BROKEN_TESTS - 1
+    beats = broken.heartbeats
+    await happens(lambda: broken.heartbeats > beats + 3)
+    assert not broken.killed
+    [failing] = (await cluster.controller.status()).failing
+    assert (failing.actor_id, failing.reason) == ("expert-1", "the device is gone")
+    broken.failed_tests = BROKEN_TESTS
+    after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    assert broken.killed
+    assert after.generations["expert-0"] == 1
+    losses = [p for p in cluster.published if before.order < p.order < after.order]
+    assert [loss.generations for loss in losses] == [{"expert-0": 1}]
 
 
 @pytest.mark.parametrize("min_copies", [1, 2])
-def test_the_successor_of_a_broken_actor_goes_to_another_node(min_copies: int) -> None:
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        async with running(2, pool, min_copies) as cluster:
-            await cluster.until(lambda p: p.fewest_copies() == min_copies)
-            [broken] = pool.of("expert-0")
-            assert broken.node == "n1"
-            pool.node_ids = ["n1", "n3"]
-            broken.failed_tests = BROKEN_TESTS
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert [a.node for a in pool.of("expert-0")] == ["n1", "n3"]
-
-    run(test)
+async def test_the_successor_of_a_broken_actor_goes_to_another_node(min_copies: int) -> None:
+    pool = FakePool("n1", "n2")
+    async with running(2, pool, min_copies) as cluster:
+        await cluster.until(lambda p: p.fewest_copies() == min_copies)
+        [broken] = pool.of("expert-0")
+        assert broken.node == "n1"
+        pool.node_ids = ["n1", "n3"]
+        broken.failed_tests = BROKEN_TESTS
+        await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+        assert [a.node for a in pool.of("expert-0")] == ["n1", "n3"]
 
 
-def test_where_there_is_no_other_node_the_successor_gets_a_free_device_of_the_same() -> None:
-    async def test() -> None:
-        pool = pool_of("n1")
-        async with running(1, pool) as cluster:
-            await cluster.complete()
-            [broken] = pool.actors
-            create, alive = pool.create, []
+async def test_where_there_is_no_other_node_the_successor_gets_a_free_device_of_the_same() -> None:
+    pool = FakePool("n1")
+    cluster = await started(1, pool)
+    [broken] = pool.actors
+    create, alive = pool.create, []
 
-            def created(*args: object) -> FakeActor:
-                alive.append(not broken.killed)
-                return create(*args)  # type: ignore[arg-type]
+    def created(*args: object) -> FakeActor:
+        alive.append(not broken.killed)
+        return create(*args)  # type: ignore[arg-type]
 
-            pool.create = created  # type: ignore[method-assign]
-            broken.failed_tests = BROKEN_TESTS
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            # The broken one held its device while Ray chose another.
-            assert (alive, broken.killed) == ([True], True)
-            assert pool.of("expert-0")[1].node == "n1"
-
-    run(test)
+    pool.create = created  # type: ignore[method-assign]
+    broken.failed_tests = BROKEN_TESTS
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    # The broken one held its device while Ray chose another.
+    assert (alive, broken.killed) == ([True], True)
+    assert pool.of("expert-0")[1].node == "n1"
 
 
-def test_without_a_free_device_a_broken_actor_is_ended_first() -> None:
-    async def test() -> None:
-        pool = pool_of("n1")
-        async with running(1, pool) as cluster:
-            await cluster.complete()
-            [broken] = pool.actors
-            pool.nodes_for = lambda spec: [] if broken.alive else ["n1"]  # type: ignore[method-assign]
-            broken.failed_tests = BROKEN_TESTS
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert [a.alive for a in pool.of("expert-0")] == [False, True]
-
-    run(test)
+async def test_without_a_free_device_a_broken_actor_is_ended_first() -> None:
+    pool = FakePool("n1")
+    cluster = await started(1, pool)
+    [broken] = pool.actors
+    pool.nodes_for = lambda spec: [] if broken.alive else ["n1"]  # type: ignore[method-assign]
+    broken.failed_tests = BROKEN_TESTS
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    assert [a.alive for a in pool.of("expert-0")] == [False, True]
 
 
 @pytest.mark.parametrize("part", ["nodes", "ledger"])
-def test_a_broken_actor_is_replaced_though_ray_does_not_answer_for_a_while(part: str) -> None:
-    async def test() -> None:
-        pool = pool_of("n1")
-        async with running(1, pool) as cluster:
-            await cluster.complete()
-            [broken] = pool.actors
-            nodes_for, create, failed = pool.nodes_for, pool.store.create, []
+async def test_a_broken_actor_is_replaced_though_ray_does_not_answer_for_a_while(part: str) -> None:
+    pool = FakePool("n1")
+    cluster = await started(1, pool)
+    [broken] = pool.actors
+    nodes_for, create, failed = pool.nodes_for, pool.store.create, []
 
-            def fail(*args: object) -> bool:
-                failed.append(args)
-                raise RaySystemError("the store is away")
+    def fail(*args: object) -> bool:
+        failed.append(args)
+        raise RaySystemError("the store is away")
 
-            if part == "nodes":
-                pool.nodes_for = fail  # type: ignore[assignment, method-assign]
-            else:
-                pool.store.create = fail  # type: ignore[method-assign]
-            broken.failed_tests = BROKEN_TESTS
-            await happens(lambda: len(failed) > 0)
-            pool.nodes_for, pool.store.create = nodes_for, create  # type: ignore[method-assign]
-            await cluster.until(lambda p: p.generations.get("expert-0", 1) > 1)
-            assert not broken.alive
-
-    run(test)
+    if part == "nodes":
+        pool.nodes_for = fail  # type: ignore[assignment, method-assign]
+    else:
+        pool.store.create = fail  # type: ignore[method-assign]
+    broken.failed_tests = BROKEN_TESTS
+    await happens(lambda: len(failed) > 0)
+    pool.nodes_for, pool.store.create = nodes_for, create  # type: ignore[method-assign]
+    await cluster.until(lambda p: p.generations.get("expert-0", 1) > 1)
+    assert not broken.alive
 
 
-def test_a_spare_device_that_does_not_come_is_not_waited_for_long(
+async def test_a_spare_device_that_does_not_come_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.02)
     monkeypatch.setattr(processes, "START_NOTICE_S", 0.2)
+    pool = FakePool("n1")
+    cluster = await started(1, pool)
+    [broken] = pool.actors
+    create = pool.create
 
-    async def test() -> None:
-        pool = pool_of("n1")
-        async with running(1, pool) as cluster:
-            await cluster.complete()
-            [broken] = pool.actors
-            create = pool.create
+    def created(*args: object) -> FakeActor:
+        actor = create(*args)  # type: ignore[arg-type]
+        actor.hung = not broken.killed
+        return actor
 
-            def created(*args: object) -> FakeActor:
-                actor = create(*args)  # type: ignore[arg-type]
-                actor.hung = not broken.killed
-                return actor
-
-            pool.create = created  # type: ignore[method-assign]
-            broken.failed_tests = BROKEN_TESTS
-            await cluster.until(lambda p: p.generations.get("expert-0") == 3)
-            assert [a.alive for a in pool.of("expert-0")] == [False, False, True]
-
-    run(test)
+    pool.create = created  # type: ignore[method-assign]
+    broken.failed_tests = BROKEN_TESTS
+    await cluster.until(lambda p: p.generations.get("expert-0") == 3)
+    assert [a.alive for a in pool.of("expert-0")] == [False, False, True]
 
 
-def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_status_counts_it(
+async def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_status_counts_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deaths_module, "FIRST_RETRY_S", 0.02)
     monkeypatch.setattr(deaths_module, "MAX_RETRY_S", 0.16)
     delays_s: list[float] = []
+    async with running(2) as cluster:
+        ended = cluster.keeper.deaths.ended
 
-    async def test() -> None:
-        async with running(2) as cluster:
-            ended = cluster.keeper.deaths.ended
+        def noted(actor_id: str, death: Death, now_s: float) -> float:
+            delays_s.append(ended(actor_id, death, now_s))
+            return delays_s[-1]
 
-            def noted(actor_id: str, death: Death, now_s: float) -> float:
-                delays_s.append(ended(actor_id, death, now_s))
-                return delays_s[-1]
-
-            cluster.keeper.deaths.ended = noted  # type: ignore[method-assign]
-            began_at_s = time.monotonic()
-            for generation in range(1, 7):
-                await cluster.until(
-                    lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
-                )
-                cluster.pool.of("expert-0")[-1].alive = False
-            await happens(lambda: "expert-0" not in cluster.state.placement.generations)
-            [failing] = (await cluster.controller.status()).failing
-            assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
-            assert 0 < failing.retry_in_s <= 0.16
-            await cluster.until(lambda p: p.generations.get("expert-0") == 7)
-            assert time.monotonic() - began_at_s > 0.999 * sum(delays_s)  # but for roundings
-
-    run(test)
+        cluster.keeper.deaths.ended = noted  # type: ignore[method-assign]
+        began_at_s = time.monotonic()
+        for generation in range(1, 7):
+            await cluster.until(
+                lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
+            )
+            cluster.pool.of("expert-0")[-1].alive = False
+        await happens(lambda: "expert-0" not in cluster.state.placement.generations)
+        [failing] = (await cluster.controller.status()).failing
+        assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
+        assert 0 < failing.retry_in_s <= 0.16
+        await cluster.until(lambda p: p.generations.get("expert-0") == 7)
+        assert time.monotonic() - began_at_s > 0.999 * sum(delays_s)  # but for roundings
     assert delays_s == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
 
 
 @pytest.mark.parametrize("store", ["answers", "is away", "hangs"])
-def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
+async def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, store: str
 ) -> None:
     monkeypatch.setattr(processes, "LEDGER_TIMEOUT_S", 0.02)
     monkeypatch.setattr(deaths_module, "FIRST_RETRY_S", LIMIT_S)
     monkeypatch.setattr(deaths_module, "MAX_RETRY_S", LIMIT_S)
     goes_on, words = threading.Event(), "its device failed (uncorrectable ECC error)"
+    cluster = Cluster(2, num_gpus=1.0)
+    pool, take = cluster.pool, cluster.pool.last_words
+    loop = cast(VirtualLoop, asyncio.get_running_loop())
 
-    async def test() -> None:
-        cluster = Cluster(2, num_gpus=1.0)
-        pool, take = cluster.pool, cluster.pool.last_words
-        loop = cast(VirtualLoop, asyncio.get_running_loop())
+    def last_words(actor_id: str, generation: int) -> str:
+        if store == "is away":
+            raise RaySystemError("the store is away")
+        if store == "hangs":
+            loop.hang(goes_on)
+        return take(actor_id, generation)
 
-        def last_words(actor_id: str, generation: int) -> str:
-            if store == "is away":
-                raise RaySystemError("the store is away")
-            if store == "hangs":
-                loop.hang(goes_on)
-            return take(actor_id, generation)
-
-        pool.last_words = last_words  # type: ignore[method-assign]
-        await cluster.start()
-        await cluster.complete()
-        for generation in (1, 2):
-            LastWords("app", pool.store).leave("expert-0", generation, f"{words} {generation}")
-            pool.of("expert-0")[-1].alive = False
-            await cluster.until(
-                lambda p, g=generation: p.generations.get("expert-0") != g  # type: ignore[misc]
-            )
-            if generation == 1:
-                await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-        await happens(lambda: len(cluster.keeper.deaths.status(time.monotonic())) == 1)
-        [failing] = (await cluster.controller.status()).failing
-        reason = f"{words} 2" if store == "answers" else "died"
-        assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 2, reason)
-        goes_on.set()
-        await cluster.stop()
-
-    run(test)
+    pool.last_words = last_words  # type: ignore[method-assign]
+    await cluster.start()
+    await cluster.complete()
+    for generation in (1, 2):
+        LastWords("app", pool.store).leave("expert-0", generation, f"{words} {generation}")
+        pool.of("expert-0")[-1].alive = False
+        await cluster.until(
+            lambda p, g=generation: p.generations.get("expert-0") != g  # type: ignore[misc]
+        )
+        if generation == 1:
+            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    await happens(lambda: len(cluster.keeper.deaths.status(time.monotonic())) == 1)
+    [failing] = (await cluster.controller.status()).failing
+    reason = f"{words} 2" if store == "answers" else "died"
+    assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 2, reason)
+    goes_on.set()
+    await cluster.stop()
     said = f"expert-0 ended itself: {words} 1" in caplog.text
     assert said == (store == "answers")
     assert ("its exit reason cannot be read" in caplog.text) == (store != "answers")
 
 
-def test_words_of_an_earlier_deployment_are_not_taken_for_those_of_todays_actor() -> None:
-    async def test() -> None:
-        cluster = Cluster(2, num_gpus=1.0)
-        LastWords("app", cluster.pool.store).leave("expert-0", 1, "its device failed long ago")
-        await cluster.start()
-        await cluster.complete()
-        for generation in (1, 2):
-            cluster.pool.of("expert-0")[-1].alive = False
+async def test_words_of_an_earlier_deployment_are_not_taken_for_those_of_todays_actor() -> None:
+    cluster = Cluster(2, num_gpus=1.0)
+    LastWords("app", cluster.pool.store).leave("expert-0", 1, "its device failed long ago")
+    await cluster.start()
+    await cluster.complete()
+    for generation in (1, 2):
+        cluster.pool.of("expert-0")[-1].alive = False
+        await cluster.until(
+            lambda p, g=generation: p.generations.get("expert-0") == g + 1  # type: ignore[misc]
+        )
+        assert cluster.keeper.deaths._actors["expert-0"].last.reason == "died"
+
+
+async def test_nobody_asks_for_the_words_of_actors_without_a_device() -> None:
+    cluster = await started(2)
+    cluster.pool.last_words = None  # type: ignore[assignment, method-assign]
+    cluster.pool.of("expert-0")[0].alive = False
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+
+
+async def test_a_node_on_which_an_actor_dies_again_is_avoided_by_its_next_successor() -> None:
+    pool = FakePool("n1", "n2")
+    async with running(2, pool, min_copies=2) as cluster:
+        await cluster.until(lambda p: p.fewest_copies() == 2)
+        for generation in (2, 3):
+            pool.of("expert-0")[-1].alive = False
             await cluster.until(
-                lambda p, g=generation: p.generations.get("expert-0") == g + 1  # type: ignore[misc]
+                lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
             )
-            assert cluster.keeper.deaths._actors["expert-0"].last.reason == "died"
-        await cluster.stop()
-
-    run(test)
-
-
-def test_nobody_asks_for_the_words_of_actors_without_a_device() -> None:
-    async def test() -> None:
-        async with running(2) as cluster:
-            await cluster.complete()
-            cluster.pool.last_words = None  # type: ignore[assignment, method-assign]
-            cluster.pool.of("expert-0")[0].alive = False
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-
-    run(test)
-
-
-def test_a_node_on_which_an_actor_dies_again_is_avoided_by_its_next_successor() -> None:
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        async with running(2, pool, min_copies=2) as cluster:
-            await cluster.until(lambda p: p.fewest_copies() == 2)
-            for generation in (2, 3):
-                pool.of("expert-0")[-1].alive = False
-                await cluster.until(
-                    lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
-                )
-            assert [a.node for a in pool.of("expert-0")] == ["n1", "n1", "n2"]
-
-    run(test)
+        assert [a.node for a in pool.of("expert-0")] == ["n1", "n1", "n2"]
 
 
 def lacking(room: dict[str, int]):  # type: ignore[no-untyped-def]
@@ -301,194 +252,162 @@ def lacking(room: dict[str, int]):  # type: ignore[no-untyped-def]
     return gate
 
 
-def test_experts_for_which_an_actor_has_no_room_move_to_one_that_has() -> None:
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        cluster = Cluster(2, pool)
-        pool.load_gate = lacking({"expert-1": 1})(cluster)
-        await cluster.start()
-        await cluster.complete()
-        await settled(cluster, 1)
-        shares = cluster.state.shares
-        assert {a: len(keys) for a, keys in shares.items()} == {"expert-0": 7, "expert-1": 1}
-        assert (await cluster.controller.status()).failing == ()
-        [change] = (await cluster.controller.load()).changes
-        assert change.what == "expert-1 hands off experts that it has no room for"
-        assert "lacks 30 bytes of the 40" in change.reason
-        assert {(m.actor_id, m.is_added) for m in change.moves} == {
-            ("expert-0", True),
-            ("expert-1", False),
-        }
-        await cluster.stop()
-
-    run(test)
+async def test_experts_for_which_an_actor_has_no_room_move_to_one_that_has() -> None:
+    pool = FakePool("n1", "n2")
+    cluster = Cluster(2, pool)
+    pool.load_gate = lacking({"expert-1": 1})(cluster)
+    await cluster.start()
+    await cluster.complete()
+    await settled(cluster, 1)
+    shares = cluster.state.shares
+    assert {a: len(keys) for a, keys in shares.items()} == {"expert-0": 7, "expert-1": 1}
+    assert (await cluster.controller.status()).failing == ()
+    [change] = (await cluster.controller.load()).changes
+    assert change.what == "expert-1 hands off experts that it has no room for"
+    assert "lacks 30 bytes of the 40" in change.reason
+    assert {(m.actor_id, m.is_added) for m in change.moves} == {
+        ("expert-0", True),
+        ("expert-1", False),
+    }
 
 
-def test_where_nobody_has_room_status_says_which_bytes_are_missing_where() -> None:
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        cluster = Cluster(2, pool)
-        room = {"expert-1": 1}
-        pool.load_gate = lacking(room)(cluster)
-        create = pool.create
+async def test_where_nobody_has_room_status_says_which_bytes_are_missing_where() -> None:
+    pool = FakePool("n1", "n2")
+    cluster = Cluster(2, pool)
+    room = {"expert-1": 1}
+    pool.load_gate = lacking(room)(cluster)
+    create = pool.create
 
-        def created(*args: object) -> FakeActor:
-            actor = create(*args)  # type: ignore[arg-type]
-            actor.free_bytes = 25  # one expert, and the reserve
-            return actor
+    def created(*args: object) -> FakeActor:
+        actor = create(*args)  # type: ignore[arg-type]
+        actor.free_bytes = 25  # one expert, and the reserve
+        return actor
 
-        pool.create = created  # type: ignore[method-assign]
-        await cluster.start()
-        await happens(lambda: len(pool.of("expert-1")) > 4)
-        status = await cluster.controller.status()
-        [failing] = status.failing
-        assert (failing.needed_bytes, failing.missing_bytes) == (10 * NUM_EXPERTS, 30)
-        assert failing.reason == "f: cpu of n2 lacks 30 bytes of the 40 that are needed"
-        assert (failing.node, failing.deaths > 3) == ("n2", True)
-        assert status.missing_experts == NUM_EXPERTS
-        assert len(cluster.state.shares["expert-1"]) == NUM_EXPERTS
-        room.clear()
-        await cluster.complete()
-        await cluster.stop()
-
-    run(test)
+    pool.create = created  # type: ignore[method-assign]
+    await cluster.start()
+    await happens(lambda: len(pool.of("expert-1")) > 4)
+    status = await cluster.controller.status()
+    [failing] = status.failing
+    assert (failing.needed_bytes, failing.missing_bytes) == (10 * NUM_EXPERTS, 30)
+    assert failing.reason == "f: cpu of n2 lacks 30 bytes of the 40 that are needed"
+    assert (failing.node, failing.deaths > 3) == ("n2", True)
+    assert status.missing_experts == NUM_EXPERTS
+    assert len(cluster.state.shares["expert-1"]) == NUM_EXPERTS
+    room.clear()
+    await cluster.complete()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
-def test_an_actor_of_the_same_memory_takes_nothing(device: str) -> None:
+async def test_an_actor_of_the_same_memory_takes_nothing(device: str) -> None:
     """Actors on one node's processors share a memory, and those that have shares of one card."""
+    pool = FakePool("n1")
+    create = pool.create
 
-    async def test() -> None:
-        pool = pool_of("n1")
-        create = pool.create
+    def created(*args: object) -> FakeActor:
+        actor = create(*args)  # type: ignore[arg-type]
+        actor.device = device
+        return actor
 
-        def created(*args: object) -> FakeActor:
-            actor = create(*args)  # type: ignore[arg-type]
-            actor.device = device
-            return actor
-
-        pool.create = created  # type: ignore[method-assign]
-        cluster = Cluster(2, pool)
-        room = {"expert-1": 1}
-        pool.load_gate = lacking(room)(cluster)
-        await cluster.start()
-        await happens(lambda: len(pool.of("expert-1")) > 3)
-        assert [key for key in cluster.pool.of("expert-0")[0].keys if key.layer_id > 1] == []
-        assert len(cluster.state.shares["expert-0"]) == NUM_EXPERTS
-        # On devices of their own both are on one node.
-        pool.of("expert-0")[0].device = "cuda:0"
-        await happens(lambda: cluster.state.reports["expert-0"].device == "cuda:0")
-        await cluster.complete()
-        assert len(cluster.state.shares["expert-0"]) == 2 * NUM_EXPERTS - 1
-        await cluster.stop()
-
-    run(test)
+    pool.create = created  # type: ignore[method-assign]
+    cluster = Cluster(2, pool)
+    room = {"expert-1": 1}
+    pool.load_gate = lacking(room)(cluster)
+    await cluster.start()
+    await happens(lambda: len(pool.of("expert-1")) > 3)
+    assert [key for key in cluster.pool.of("expert-0")[0].keys if key.layer_id > 1] == []
+    assert len(cluster.state.shares["expert-0"]) == NUM_EXPERTS
+    # On devices of their own both are on one node.
+    pool.of("expert-0")[0].device = "cuda:0"
+    await happens(lambda: cluster.state.reports["expert-0"].device == "cuda:0")
+    await cluster.complete()
+    assert len(cluster.state.shares["expert-0"]) == 2 * NUM_EXPERTS - 1
 
 
-def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        cluster = Cluster(2, pool)
-        gate = lacking({"expert-1": 1})(cluster)
-        refusals = 2
+async def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
+    pool = FakePool("n1", "n2")
+    cluster = Cluster(2, pool)
+    gate = lacking({"expert-1": 1})(cluster)
+    refusals = 2
 
-        async def load(actor: FakeActor) -> None:
-            nonlocal refusals
-            if actor.actor_id == "expert-0" and actor.loads > 1 and refusals:
-                refusals -= 1
-                raise NoRoomError("cpu of n1", 2, 1, "f")
-            await gate(actor)
+    async def load(actor: FakeActor) -> None:
+        nonlocal refusals
+        if actor.actor_id == "expert-0" and actor.loads > 1 and refusals:
+            refusals -= 1
+            raise NoRoomError("cpu of n1", 2, 1, "f")
+        await gate(actor)
 
-        pool.load_gate = load
-        await cluster.start()
-        await cluster.complete()
-        assert refusals == 0
-        assert cluster.state.shares["expert-1"] != []
-        assert ExpertKey("m", 0, 0) in cluster.state.placement.holders
-        await cluster.stop()
-
-    run(test)
+    pool.load_gate = load
+    await cluster.start()
+    await cluster.complete()
+    assert refusals == 0
+    assert cluster.state.shares["expert-1"] != []
+    assert ExpertKey("m", 0, 0) in cluster.state.placement.holders
 
 
-def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
+async def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
-
-    async def test() -> None:
-        pool = pool_of("n1")
-        cluster = Cluster(1, pool)
-        held = [ExpertKey("m", 0, e) for e in range(3)]
-        actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
-        room = {"expert-0": 3}
-        pool.load_gate = lacking(room)(cluster)
-        await cluster.start()
-        await happens(lambda: actor.loads > 4)
-        assert actor.alive
-        assert len(pool.actors) == 1
-        assert cluster.state.placement.held()["expert-0"] == held
-        [failing] = (await cluster.controller.status()).failing
-        assert (failing.missing_bytes, failing.deaths) == (10 * (2 * NUM_EXPERTS - 3), 0)
-        room.clear()
-        await cluster.complete()
-        assert (await cluster.controller.status()).failing == ()
-        assert len(pool.actors) == 1
-        await cluster.stop()
-
-    run(test)
+    pool = FakePool("n1")
+    cluster = Cluster(1, pool)
+    held = [ExpertKey("m", 0, e) for e in range(3)]
+    actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
+    room = {"expert-0": 3}
+    pool.load_gate = lacking(room)(cluster)
+    await cluster.start()
+    await happens(lambda: actor.loads > 4)
+    assert actor.alive
+    assert len(pool.actors) == 1
+    assert cluster.state.placement.held()["expert-0"] == held
+    [failing] = (await cluster.controller.status()).failing
+    assert (failing.missing_bytes, failing.deaths) == (10 * (2 * NUM_EXPERTS - 3), 0)
+    room.clear()
+    await cluster.complete()
+    assert (await cluster.controller.status()).failing == ()
+    assert len(pool.actors) == 1
 
 
-def test_an_actor_that_serves_and_cannot_read_more_lives_on(
+async def test_an_actor_that_serves_and_cannot_read_more_lives_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
+    pool = FakePool("n1")
+    cluster = Cluster(1, pool)
+    held = [ExpertKey("m", 0, e) for e in range(3)]
+    actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
+    is_broken = True
 
-    async def test() -> None:
-        pool = pool_of("n1")
-        cluster = Cluster(1, pool)
-        held = [ExpertKey("m", 0, e) for e in range(3)]
-        actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
-        is_broken = True
+    async def load(actor: FakeActor) -> None:
+        if is_broken:
+            raise CheckpointError("the disk fails", "model.safetensors")
 
-        async def load(actor: FakeActor) -> None:
-            if is_broken:
-                raise CheckpointError("the disk fails", "model.safetensors")
-
-        pool.load_gate = load
-        await cluster.start()
-        await happens(lambda: actor.loads > 2)
-        assert (actor.alive, len(pool.actors)) == (True, 1)
-        assert cluster.state.placement.held()["expert-0"] == held
-        [failing] = (await cluster.controller.status()).failing
-        assert "the disk fails" in failing.reason
-        is_broken = False
-        await cluster.complete()
-        assert (await cluster.controller.status()).failing == ()
-        await cluster.stop()
-
-    run(test)
+    pool.load_gate = load
+    await cluster.start()
+    await happens(lambda: actor.loads > 2)
+    assert (actor.alive, len(pool.actors)) == (True, 1)
+    assert cluster.state.placement.held()["expert-0"] == held
+    [failing] = (await cluster.controller.status()).failing
+    assert "the disk fails" in failing.reason
+    is_broken = False
+    await cluster.complete()
+    assert (await cluster.controller.status()).failing == ()
 
 
-def test_an_actor_that_serves_is_relieved_of_experts_that_it_holds(
+async def test_an_actor_that_serves_is_relieved_of_experts_that_it_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its keeper has it unload them meanwhile: it must not wait for the relief itself."""
     monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
-
-    async def test() -> None:
-        pool = pool_of("n1", "n2")
-        cluster = Cluster(2, pool)
-        keys = cluster.spec.models[0].experts.expert_keys()
-        first = pool.add("expert-0", 1, 1, node="n1", keys=keys[:4])
-        second = pool.add("expert-1", 1, 1, node="n2", keys=keys[4:7])
-        first.free_bytes = second.free_bytes = 10_000
-        pool.load_gate = lacking({"expert-1": 2})(cluster)
-        await cluster.start()
-        await cluster.complete()
-        await happens(lambda: len(second.keys) == 2)
-        assert len(first.keys) == 6
-        assert (first.alive, second.alive, len(pool.actors)) == (True, True, 2)
-        await happens(lambda: (cluster.controller._keeper.deaths.status(time.monotonic())) == ())
-        await cluster.stop()
-
-    run(test)
+    pool = FakePool("n1", "n2")
+    cluster = Cluster(2, pool)
+    keys = cluster.spec.models[0].experts.expert_keys()
+    first = pool.add("expert-0", 1, 1, node="n1", keys=keys[:4])
+    second = pool.add("expert-1", 1, 1, node="n2", keys=keys[4:7])
+    first.free_bytes = second.free_bytes = 10_000
+    pool.load_gate = lacking({"expert-1": 2})(cluster)
+    await cluster.start()
+    await cluster.complete()
+    await happens(lambda: len(second.keys) == 2)
+    assert len(first.keys) == 6
+    assert (first.alive, second.alive, len(pool.actors)) == (True, True, 2)
+    await happens(lambda: (cluster.controller._keeper.deaths.status(time.monotonic())) == ())

@@ -12,7 +12,7 @@ from cluster.placement import slowness as slowness_module
 from cluster.reports import Measurements, Samples
 from router.cli.status import _summary
 from router.observability.exposition import expose
-from tests.unit.cluster.controller.fakes import Cluster, busy, happens, run, settled, sizes
+from tests.unit.cluster.controller.fakes import Cluster, busy, happens, settled, sizes, started
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 ACTORS = [f"expert-{i}" for i in range(4)]
@@ -54,66 +54,55 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slowness_module, "RECOVERY_S", 0.0)
 
 
-def test_a_slow_actor_is_said_once_and_gets_fewer_experts_until_it_is_fast_again(
+async def test_a_slow_actor_is_said_once_and_gets_fewer_experts_until_it_is_fast_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     usual = dict.fromkeys(ACTORS, 1.0)
-
-    async def test() -> None:
-        cluster = Cluster(4, min_copies=2)
-        await cluster.start()
-        placement = await settled(cluster, 2)
-        router = Router(cluster)
-        before = sizes(placement)
-        assert before[SLOW] == 4
-
-        async def rebalanced() -> str:
-            await busy(cluster, dict.fromkeys(placement.holders, 10_000))
-            answer = await cluster.controller.rebalance(False)
-            return str(answer["report"].outcome)
-
-        assert await rebalanced() == "balanced"
-        await router.measure(usual | {SLOW: 5.1})
-        await router.measure(usual | {SLOW: 5.3})
-        status = await cluster.controller.status()
-        assert "slow: expert-2, 5.3 times as long as its twins" in _summary(status)
-        assert caplog.text.count("expert-2 g1 on node is slow") == 1
-        text = expose(Measurements(status, (), ()), None).decode()
-        assert 'expertmesh_actor_slowness{actor_id="expert-2"} 5.3' in text
-        assert 'expertmesh_actor_slowness{actor_id="expert-0"} 1.0' in text
-        await rebalanced()  # unless the controller's own rebalancing came first
-        relieved = sizes(await settled(cluster, 2))
-        assert relieved[SLOW] <= 2
-        assert sum(relieved.values()) == sum(before.values())
-        for slowness in (4.4, 6.2, 5.0):  # no going to and fro with the measurement
-            await router.measure(usual | {SLOW: slowness})
-            assert await rebalanced() == "balanced"
-        await router.measure(usual)
-        assert "slow" not in _summary(await cluster.controller.status())
-        assert caplog.text.count("expert-2 is no longer slow") == 1
-        await rebalanced()  # unless the controller's own rebalancing came first
-        assert sizes(await settled(cluster, 2))[SLOW] > relieved[SLOW]
-        router.close()
-        await cluster.stop()
-
     caplog.set_level("INFO")
-    run(test)
+    cluster = Cluster(4, min_copies=2)
+    await cluster.start()
+    placement = await settled(cluster, 2)
+    router = Router(cluster)
+    before = sizes(placement)
+    assert before[SLOW] == 4
+
+    async def rebalanced() -> str:
+        await busy(cluster, dict.fromkeys(placement.holders, 10_000))
+        answer = await cluster.controller.rebalance(False)
+        return str(answer["report"].outcome)
+
+    assert await rebalanced() == "balanced"
+    await router.measure(usual | {SLOW: 5.1})
+    await router.measure(usual | {SLOW: 5.3})
+    status = await cluster.controller.status()
+    assert "slow: expert-2, 5.3 times as long as its twins" in _summary(status)
+    assert caplog.text.count("expert-2 g1 on node is slow") == 1
+    text = expose(Measurements(status, (), ()), None).decode()
+    assert 'expertmesh_actor_slowness{actor_id="expert-2"} 5.3' in text
+    assert 'expertmesh_actor_slowness{actor_id="expert-0"} 1.0' in text
+    await rebalanced()  # unless the controller's own rebalancing came first
+    relieved = sizes(await settled(cluster, 2))
+    assert relieved[SLOW] <= 2
+    assert sum(relieved.values()) == sum(before.values())
+    for slowness in (4.4, 6.2, 5.0):  # no going to and fro with the measurement
+        await router.measure(usual | {SLOW: slowness})
+        assert await rebalanced() == "balanced"
+    await router.measure(usual)
+    assert "slow" not in _summary(await cluster.controller.status())
+    assert caplog.text.count("expert-2 is no longer slow") == 1
+    await rebalanced()  # unless the controller's own rebalancing came first
+    assert sizes(await settled(cluster, 2))[SLOW] > relieved[SLOW]
+    router.close()
 
 
-def test_actors_of_a_slower_pool_are_not_slow(caplog: pytest.LogCaptureFixture) -> None:
-
-    async def test() -> None:
-        cluster = Cluster(pools={"fast": (2, 100), "mild": (2, 100)})
-        await cluster.start()
-        await cluster.complete()
-        router = Router(cluster)
-        slowness = {"fast-0": 1.0, "fast-1": 1.0, "mild-0": 8.0, "mild-1": 8.0}
-        await router.measure(slowness)
-        status = await cluster.controller.status()
-        assert {actor.slowness for actor in status.actors} == {1.0}
-        assert not any(actor.is_slow for actor in status.actors)
-        router.close()
-        await cluster.stop()
-
-    run(test)
+async def test_actors_of_a_slower_pool_are_not_slow(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = await started(pools={"fast": (2, 100), "mild": (2, 100)})
+    router = Router(cluster)
+    slowness = {"fast-0": 1.0, "fast-1": 1.0, "mild-0": 8.0, "mild-1": 8.0}
+    await router.measure(slowness)
+    status = await cluster.controller.status()
+    assert {actor.slowness for actor in status.actors} == {1.0}
+    assert not any(actor.is_slow for actor in status.actors)
+    router.close()
+    await cluster.stop()
     assert "is slow" not in caplog.text

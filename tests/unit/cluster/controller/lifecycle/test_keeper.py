@@ -22,304 +22,232 @@ from tests.unit.cluster.controller.fakes import (
     FakeActor,
     FakePool,
     happens,
-    run,
     running,
     settled,
-    spec_of,
+    started,
     tasks_of,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
 
 
-def test_actors_are_started_loaded_and_published() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            placement = await cluster.complete()
-            assert placement.epoch == 1
-            assert placement.generations == {"expert-0": 1, "expert-1": 1, "expert-2": 1}
-            assert all(len(actors) == 1 for actors in placement.holders.values())
-            for actor in cluster.pool.actors:
-                assert actor.epoch == 1
-                held = [k for k, actors in placement.holders.items() if actor.actor_id in actors]
-                assert sorted(held) == sorted(actor.keys)
-
-    run(test)
+async def test_actors_are_started_loaded_and_published() -> None:
+    cluster = await started(3)
+    placement = cluster.state.placement
+    assert placement.epoch == 1
+    assert placement.generations == {"expert-0": 1, "expert-1": 1, "expert-2": 1}
+    assert all(len(actors) == 1 for actors in placement.holders.values())
+    for actor in cluster.pool.actors:
+        assert actor.epoch == 1
+        held = [k for k, actors in placement.holders.items() if actor.actor_id in actors]
+        assert sorted(held) == sorted(actor.keys)
 
 
-def test_nothing_is_published_before_it_is_loaded() -> None:
-    async def test() -> None:
-        gate = asyncio.Event()
-        cluster = Cluster(1)
-        cluster.pool.load_gate = lambda actor: gate.wait()
-        await cluster.start()
-        await happens(lambda: bool(cluster.pool.actors) and cluster.pool.actors[0].loads == 1)
-        assert len(cluster.state.placement.missing()) == 2 * NUM_EXPERTS
-        gate.set()
-        await cluster.complete()
-        await cluster.stop()
-
-    run(test)
+async def test_nothing_is_published_before_it_is_loaded() -> None:
+    cluster = Cluster(1)
+    gate = cluster.pool.hold_loads()
+    await cluster.start()
+    await happens(lambda: bool(cluster.pool.actors) and cluster.pool.actors[0].loads == 1)
+    assert len(cluster.state.placement.missing()) == 2 * NUM_EXPERTS
+    gate.set()
+    await cluster.complete()
 
 
-def test_while_actors_load_status_and_log_tell_how_far_they_are(
+async def test_while_actors_load_status_and_log_tell_how_far_they_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loading_module, "NOTICE_S", 0.02)
     monkeypatch.setattr(keeper_module.logger, "propagate", True)
-
-    async def test() -> None:
-        gate = asyncio.Event()
-        cluster = Cluster(2)
-        cluster.pool.load_gate = lambda actor: gate.wait()
-        await cluster.start()
-        await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 2)
-        told = (await cluster.controller.status()).loading
-        assert told == tuple(LoadingStatus(f"expert-{i}", 0, NUM_EXPERTS, 0) for i in range(2))
-        [first] = cluster.pool.of("expert-0")
-        first.keys = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)]
-        await happens(
-            lambda: (
-                cluster.controller._status().loading[0]
-                == LoadingStatus("expert-0", 2, NUM_EXPERTS, 20)
-            )
+    caplog.set_level("INFO", keeper_module.logger.name)
+    cluster = Cluster(2)
+    gate = cluster.pool.hold_loads()
+    await cluster.start()
+    await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 2)
+    told = (await cluster.controller.status()).loading
+    assert told == tuple(LoadingStatus(f"expert-{i}", 0, NUM_EXPERTS, 0) for i in range(2))
+    [first] = cluster.pool.of("expert-0")
+    first.keys = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)]
+    await happens(
+        lambda: (
+            cluster.controller._status().loading[0] == LoadingStatus("expert-0", 2, NUM_EXPERTS, 20)
         )
-        await happens(lambda: "loading: 2 of 8 experts (25%, 0.0 GB) on 2 actors" in caplog.text)
-        gate.set()
-        await cluster.complete()
-        assert cluster.controller._status().loading == ()
-        await cluster.stop()
-
-    with caplog.at_level("INFO", keeper_module.logger.name):
-        run(test)
+    )
+    await happens(lambda: "loading: 2 of 8 experts (25%, 0.0 GB) on 2 actors" in caplog.text)
+    gate.set()
+    await cluster.complete()
+    assert cluster.controller._status().loading == ()
 
 
-def test_an_actor_that_dies_while_it_loads_loads_no_more() -> None:
-    async def test() -> None:
-        gate = asyncio.Event()
-        cluster = Cluster(1)
-        cluster.pool.load_gate = lambda actor: gate.wait()
-        await cluster.start()
-        await happens(lambda: bool(cluster.controller._status().loading))
-        cluster.pool.actors[0].alive = False
-        gate.set()
-        await happens(lambda: len(cluster.pool.actors) == 2)
-        await cluster.complete()
-        assert cluster.controller._status().loading == ()
-        await cluster.stop()
-
-    run(test)
+async def test_an_actor_that_dies_while_it_loads_loads_no_more() -> None:
+    cluster = Cluster(1)
+    gate = cluster.pool.hold_loads()
+    await cluster.start()
+    await happens(lambda: bool(cluster.controller._status().loading))
+    cluster.pool.actors[0].alive = False
+    gate.set()
+    await happens(lambda: len(cluster.pool.actors) == 2)
+    await cluster.complete()
+    assert cluster.controller._status().loading == ()
 
 
-def test_a_dead_actor_is_replaced_by_the_next_generation_and_its_loss_published_first() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            before = await cluster.complete()
-            [victim] = cluster.pool.of("expert-1")
-            victim.alive = False
-            after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
-            assert after.missing() == []
-            assert after.generations["expert-0"] == 1
-            [loss] = [p for p in cluster.published if before.order < p.order < after.order]
-            assert loss.generations == {"expert-0": 1}
-            assert loss.missing() == [k for k, a in before.holders.items() if a == ("expert-1",)]
-            assert [actor.generation for actor in cluster.pool.of("expert-1")] == [1, 2]
-
-    run(test)
+async def test_a_dead_actor_is_published_as_lost_and_replaced_by_the_next_generation() -> None:
+    cluster = await started()
+    before = cluster.state.placement
+    [victim] = cluster.pool.of("expert-1")
+    victim.alive = False
+    after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    assert after.missing() == []
+    assert after.generations["expert-0"] == 1
+    [loss] = [p for p in cluster.published if before.order < p.order < after.order]
+    assert loss.generations == {"expert-0": 1}
+    assert loss.missing() == [k for k, a in before.holders.items() if a == ("expert-1",)]
+    assert [actor.generation for actor in cluster.pool.of("expert-1")] == [1, 2]
 
 
-def test_an_actor_that_dies_again_and_again_is_always_replaced() -> None:
-    async def test() -> None:
-        async with running(1) as cluster:
-            for generation in range(1, 6):
-                placement = await cluster.until(
-                    lambda p, g=generation: p.generations == {"expert-0": g}  # type: ignore[misc]
-                )
-                assert placement.missing() == []
-                cluster.pool.actors[-1].alive = False
-
-    run(test)
-
-
-def test_a_hung_actor_is_killed_and_replaced() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            [victim] = cluster.pool.of("expert-0")
-            victim.hung = True
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert victim.killed
-
-    run(test)
+async def test_a_hung_actor_is_killed_and_replaced() -> None:
+    cluster = await started()
+    [victim] = cluster.pool.of("expert-0")
+    victim.hung = True
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    assert victim.killed
 
 
 @pytest.mark.parametrize("failure", [CheckpointError("gone", "file"), TimeoutError(), OSError()])
-def test_an_actor_that_fails_to_load_is_killed_and_tried_again_until_it_works(
+async def test_an_actor_that_fails_to_load_is_killed_and_tried_again_until_it_works(
     failure: Exception,
 ) -> None:
-    async def test() -> None:
-        cluster = Cluster(1)
+    cluster = Cluster(1)
 
-        async def fail(actor: FakeActor) -> None:
-            if actor.generation < 4:
-                raise failure
+    async def fail(actor: FakeActor) -> None:
+        if actor.generation < 4:
+            raise failure
 
-        cluster.pool.load_gate = fail
-        await cluster.start()
-        placement = await cluster.complete()
-        assert placement.generations == {"expert-0": 4}
-        # A detached actor that nobody knows of would hold its memory for ever.
-        assert [actor.alive for actor in cluster.pool.actors] == [False, False, False, True]
-        await cluster.stop()
-
-    run(test)
+    cluster.pool.load_gate = fail
+    await cluster.start()
+    placement = await cluster.complete()
+    assert placement.generations == {"expert-0": 4}
+    # A detached actor that nobody knows of would hold its memory for ever.
+    assert [actor.alive for actor in cluster.pool.actors] == [False, False, False, True]
 
 
-def test_actors_that_come_up_at_the_same_time_do_not_undo_each_others_publication() -> None:
-    async def test() -> None:
-        cluster = Cluster(6)
-        gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
-        await cluster.start()
-        watchers = [
-            asyncio.create_task(cluster.controller.watch("router", i, "n", (1, 0), 10))
-            for i in range(20)
-        ]
-        await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 6)
-        for i in range(6):
-            gates[f"expert-{i}"].set()
-        await happens(lambda: min(actor.heartbeats for actor in cluster.pool.actors) > 1)
-        assert len(cluster.state.placement.generations) == 6
-        assert cluster.state.placement.missing() == []
-        assert cluster.state.placement.version == 6
-        await asyncio.gather(*watchers)
-        await cluster.stop()
-
-    run(test)
+async def test_actors_that_come_up_at_the_same_time_do_not_undo_each_others_publication() -> None:
+    cluster = Cluster(6)
+    gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+    cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
+    await cluster.start()
+    watchers = [
+        asyncio.create_task(cluster.controller.watch("router", i, "n", (1, 0), 10))
+        for i in range(20)
+    ]
+    await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 6)
+    for i in range(6):
+        gates[f"expert-{i}"].set()
+    await happens(lambda: min(actor.heartbeats for actor in cluster.pool.actors) > 1)
+    assert len(cluster.state.placement.generations) == 6
+    assert cluster.state.placement.missing() == []
+    assert cluster.state.placement.version == 6
+    await asyncio.gather(*watchers)
 
 
-def test_a_controller_that_was_superseded_stops_and_kills_nothing() -> None:
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            for actor in cluster.pool.actors:
-                actor.epoch = 2  # a newer controller has been here
-            keepers = list(cluster.keeper._tasks.values())
-            await asyncio.wait(keepers, timeout=LIMIT_S)
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            assert all(task.done() for task in tasks_of(cluster.controller))
-            assert [(a.alive, a.killed) for a in cluster.pool.actors] == [(True, False)] * 2
-            assert cluster.state.placement.missing() == []
-            # Serve is to end it, and nobody is to take its word for anything.
-            for call in (
-                cluster.controller.check_health(),
-                cluster.controller.status(),
-                cluster.controller.load(),
-                cluster.controller.watch("router", 1, "n", (-1, -1), 0),
-            ):
-                with pytest.raises(StaleEpochError):
-                    await call
-            refusal = await cluster.controller.drain("expert-0", False)
-            assert refusal["error"]["field"] == "epoch"
-
-    run(test)
+async def test_a_controller_that_was_superseded_stops_and_kills_nothing() -> None:
+    cluster = await started()
+    for actor in cluster.pool.actors:
+        actor.epoch = 2  # a newer controller has been here
+    keepers = list(cluster.keeper._tasks.values())
+    await asyncio.wait(keepers, timeout=LIMIT_S)
+    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+    assert all(task.done() for task in tasks_of(cluster.controller))
+    assert [(a.alive, a.killed) for a in cluster.pool.actors] == [(True, False)] * 2
+    assert cluster.state.placement.missing() == []
+    # Serve is to end it, and nobody is to take its word for anything.
+    for call in (
+        cluster.controller.check_health(),
+        cluster.controller.status(),
+        cluster.controller.load(),
+        cluster.controller.watch("router", 1, "n", (-1, -1), 0),
+    ):
+        with pytest.raises(StaleEpochError):
+            await call
+    refusal = await cluster.controller.drain("expert-0", False)
+    assert refusal["error"]["field"] == "epoch"
 
 
-def test_a_superseded_controller_does_not_take_actors_while_it_starts() -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        actor = pool.add("expert-0", 1, 5)
+async def test_a_superseded_controller_does_not_take_actors_while_it_starts() -> None:
+    pool = FakePool()
+    actor = pool.add("expert-0", 1, 5)
 
-        async def overtaken(_: FakeActor) -> None:
-            actor.epoch = 9
+    async def overtaken(_: FakeActor) -> None:
+        actor.epoch = 9
 
-        pool.load_gate = overtaken
-        async with running(1, pool) as cluster:
-            await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-            assert (actor.alive, actor.killed, actor.epoch) == (True, False, 9)
-            assert pool.actors == [actor]
-
-    run(test)
+    pool.load_gate = overtaken
+    async with running(1, pool) as cluster:
+        await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+        assert (actor.alive, actor.killed, actor.epoch) == (True, False, 9)
+        assert pool.actors == [actor]
 
 
-def test_a_suspicion_brings_the_next_heartbeat_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_suspicion_brings_the_next_heartbeat_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 3600)
-
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            [first], [second] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
-            await happens(lambda: first.heartbeats == second.heartbeats == 1)
-            first.alive = False
-            # About an older generation, or nobody: not worth a look.
-            await cluster.controller.suspect("expert-0", 0)
-            await cluster.controller.suspect("nobody", 1)
-            assert not any(event.is_set() for event in cluster.keeper._heartbeat_due.values())
-            await cluster.controller.suspect("expert-0", 1)
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert second.heartbeats == 1
-
-    run(test)
+    cluster = await started()
+    [first], [second] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
+    await happens(lambda: first.heartbeats == second.heartbeats == 1)
+    first.alive = False
+    # About an older generation, or nobody: not worth a look.
+    await cluster.controller.suspect("expert-0", 0)
+    await cluster.controller.suspect("nobody", 1)
+    assert not any(event.is_set() for event in cluster.keeper._heartbeat_due.values())
+    await cluster.controller.suspect("expert-0", 1)
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    assert second.heartbeats == 1
 
 
-def test_a_suspected_actor_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_suspected_actor_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 3600)
-
-    async def test() -> None:
-        async with running(1) as cluster:
-            await cluster.complete()
-            [actor] = cluster.pool.actors
-            await happens(lambda: actor.heartbeats == 1)
-            await cluster.controller.suspect("expert-0", 1)
-            await happens(lambda: actor.heartbeats == 2)
-            assert cluster.state.placement.generations == {"expert-0": 1}
-            assert not actor.killed
-
-    run(test)
+    cluster = await started(1)
+    [actor] = cluster.pool.actors
+    await happens(lambda: actor.heartbeats == 1)
+    await cluster.controller.suspect("expert-0", 1)
+    await happens(lambda: actor.heartbeats == 2)
+    assert cluster.state.placement.generations == {"expert-0": 1}
+    assert not actor.killed
 
 
-def test_a_silent_actor_is_replaced_sooner_while_a_router_waits_for_it(
+async def test_a_silent_actor_is_replaced_sooner_while_a_router_waits_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(liveness, "SILENT_S", 3600)
     monkeypatch.setattr(liveness, "SUSPECTED_S", 0.05)
-
-    async def test() -> None:
-        async with running(5) as cluster:
-            await cluster.complete()
-            [suspected], [idle] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
-            suspected.hung = idle.hung = True
-            await cluster.controller.suspect("expert-0", 1)
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-            assert (suspected.killed, idle.killed) == (True, False)
-            # The word on the first generation says nothing of the second.
-            [_, successor] = cluster.pool.of("expert-0")
-            successor.hung = True
-            beats = successor.heartbeats
-            await cluster.controller.suspect("expert-0", 1)
-            await happens(lambda: successor.heartbeats > beats)
-            assert not await replaced_within(cluster, successor, 10 * liveness.SUSPECTED_S)
-
-    run(test)
+    cluster = await started(5)
+    [suspected], [idle] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
+    suspected.hung = idle.hung = True
+    await cluster.controller.suspect("expert-0", 1)
+    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    assert (suspected.killed, idle.killed) == (True, False)
+    # The word on the first generation says nothing of the second.
+    [_, successor] = cluster.pool.of("expert-0")
+    successor.hung = True
+    beats = successor.heartbeats
+    await cluster.controller.suspect("expert-0", 1)
+    await happens(lambda: successor.heartbeats > beats)
+    assert not await replaced_within(cluster, successor, 10 * liveness.SUSPECTED_S)
 
 
-def test_a_routers_word_counts_only_while_it_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_routers_word_counts_only_while_it_is_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(liveness, "SILENT_S", 3600)
     monkeypatch.setattr(liveness, "SUSPECTED_S", 0.1)
     monkeypatch.setattr(suspicion, "SUSPICION_S", 0.05)
-
-    async def test() -> None:
-        async with running(1) as cluster:
-            await cluster.complete()
-            [actor] = cluster.pool.actors
-            actor.hung = True
-            await cluster.controller.suspect("expert-0", 1)
-            assert not await replaced_within(cluster, actor, 5 * liveness.SUSPECTED_S)
-            while not actor.killed:
-                await cluster.controller.suspect("expert-0", 1)
-                await asyncio.sleep(0.01)
-
-    run(test)
+    cluster = await started(1)
+    [actor] = cluster.pool.actors
+    actor.hung = True
+    await cluster.controller.suspect("expert-0", 1)
+    assert not await replaced_within(cluster, actor, 5 * liveness.SUSPECTED_S)
+    while not actor.killed:
+        await cluster.controller.suspect("expert-0", 1)
+        await asyncio.sleep(0.01)
 
 
 async def replaced_within(cluster: Cluster, actor: FakeActor, timeout_s: float) -> bool:
@@ -332,115 +260,76 @@ async def replaced_within(cluster: Cluster, actor: FakeActor, timeout_s: float) 
     return True
 
 
-def test_what_an_actor_without_a_place_waits_for_is_logged(
+async def test_what_an_actor_without_a_place_waits_for_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
-
-    async def test() -> None:
-        async with running() as cluster:
-            await cluster.complete()
-            gate = asyncio.Event()
-
-            async def waits(actor: FakeActor) -> None:
-                actor.hung = True  # Ray has no place for it, so it answers nothing
-                await gate.wait()
-                actor.hung = False
-
-            cluster.pool.load_gate = waits
-            cluster.pool.of("expert-1")[0].alive = False
-            await happens(lambda: "expert-1 waits for resources: it needs GPU 1" in caplog.text)
-            gate.set()
-            await cluster.complete()
-            assert "expert-0 waits" not in caplog.text
-
-    run(test)
+    cluster = await started()
+    # Ray has no place for it, so it answers nothing.
+    gate = cluster.pool.hold_loads(is_hung=True)
+    cluster.pool.of("expert-1")[0].alive = False
+    await happens(lambda: "expert-1 waits for resources: it needs GPU 1" in caplog.text)
+    gate.set()
+    await cluster.complete()
+    assert "expert-0 waits" not in caplog.text
 
 
-def test_others_take_what_nobody_holds_of_an_actor_whose_successor_finds_no_place(
+async def test_others_take_what_nobody_holds_of_an_actor_whose_successor_finds_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
-
-    async def test() -> None:
-        async with running(3) as cluster:
-            before = await cluster.complete()
-            gate = asyncio.Event()
-
-            async def waits(actor: FakeActor) -> None:
-                if actor.actor_id == "expert-1":
-                    actor.hung = True  # Ray has no place for it, so it answers nothing
-                    await gate.wait()
-                    actor.hung = False
-
-            cluster.pool.load_gate = waits
-            cluster.pool.of("expert-1")[0].alive = False
-            lost = await cluster.until(lambda p: "expert-1" not in p.generations)
-            assert lost.missing()
-            after = await cluster.complete()
-            assert set(after.generations) == {"expert-0", "expert-2"}
-            held = {key for key, actors in before.holders.items() if "expert-1" not in actors}
-            assert {key: after.holders[key] for key in held} == {
-                key: before.holders[key] for key in held
-            }
-            assert cluster.state.shares["expert-1"] == []
-            gate.set()
-            await cluster.until(lambda p: p.generations.get("expert-1") == 2)
-            placement = await settled(cluster, 1)
-            assert all(len(actors) == 1 for actors in placement.holders.values())
-
-    run(test)
+    cluster = await started(3)
+    before = cluster.state.placement
+    # Ray has no place for it, so it answers nothing.
+    gate = cluster.pool.hold_loads("expert-1", is_hung=True)
+    cluster.pool.of("expert-1")[0].alive = False
+    lost = await cluster.until(lambda p: "expert-1" not in p.generations)
+    assert lost.missing()
+    after = await cluster.complete()
+    assert set(after.generations) == {"expert-0", "expert-2"}
+    held = {key for key, actors in before.holders.items() if "expert-1" not in actors}
+    assert {key: after.holders[key] for key in held} == {key: before.holders[key] for key in held}
+    assert cluster.state.shares["expert-1"] == []
+    gate.set()
+    await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    placement = await settled(cluster, 1)
+    assert all(len(actors) == 1 for actors in placement.holders.values())
 
 
-def test_an_actor_that_waits_for_its_first_place_keeps_its_share(
+async def test_an_actor_that_waits_for_its_first_place_keeps_its_share(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
+    pool = FakePool()
+    # Ray has no place for it, so it answers nothing.
+    gate = pool.hold_loads("expert-1", is_hung=True)
+    async with running(2, pool) as cluster:
+        await happens(lambda: caplog.text.count("expert-1 waits for resources") > 1)
+        assert cluster.state.shares["expert-1"]
+        assert list(cluster.state.placement.missing())
+        gate.set()
+        await cluster.complete()
 
-    async def test() -> None:
-        pool, gate = FakePool(spec_of().digest), asyncio.Event()
+
+async def test_a_successor_for_which_its_predecessors_node_has_no_room_comes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
+    pool = FakePool("n1", "n2")
+    async with running(2, pool, min_copies=2) as cluster:
+        await cluster.until(lambda p: p.fewest_copies() == 2)
 
         async def waits(actor: FakeActor) -> None:
-            if actor.actor_id == "expert-1":
-                actor.hung = True
-                await gate.wait()
-                actor.hung = False
+            actor.hung = actor.node == "n1"  # another program took the room
+            while actor.hung and actor.alive:
+                await asyncio.sleep(0.001)
 
         pool.load_gate = waits
-        async with running(2, pool) as cluster:
-            await happens(lambda: caplog.text.count("expert-1 waits for resources") > 1)
-            assert cluster.state.shares["expert-1"]
-            assert list(cluster.state.placement.missing())
-            gate.set()
-            await cluster.complete()
-
-    run(test)
-
-
-def test_a_successor_for_which_its_predecessors_node_has_no_room_comes_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
-
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        pool.node_ids = ["n1", "n2"]
-        async with running(2, pool, min_copies=2) as cluster:
-            await cluster.until(lambda p: p.fewest_copies() == 2)
-
-            async def waits(actor: FakeActor) -> None:
-                actor.hung = actor.node == "n1"  # another program took the room
-                while actor.hung and actor.alive:
-                    await asyncio.sleep(0.001)
-
-            pool.load_gate = waits
-            pool.node_ids = ["n2"]
-            pool.of("expert-0")[0].alive = False
-            await cluster.until(lambda p: p.generations.get("expert-0") == 3)
-            successors = [(a.generation, a.node, a.alive) for a in pool.of("expert-0")[1:]]
-            assert successors == [(2, "n1", False), (3, "n2", True)]
-
-    run(test)
+        pool.node_ids = ["n2"]
+        pool.of("expert-0")[0].alive = False
+        await cluster.until(lambda p: p.generations.get("expert-0") == 3)
+        successors = [(a.generation, a.node, a.alive) for a in pool.of("expert-0")[1:]]
+        assert successors == [(2, "n1", False), (3, "n2", True)]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ from tests.unit.cluster.controller.fakes import (
     FakeActor,
     FakePool,
     happens,
-    run,
     running,
     settled,
-    spec_of,
+    started,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
@@ -36,213 +35,178 @@ def moving(cluster: Cluster) -> tuple[Change, str, str]:
     return Change({target: [KEY]}, {source: [KEY]}), source, target
 
 
-def test_a_copy_moves_in_one_version_and_is_let_go_afterwards() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            before = await cluster.complete()
-            change, source, target = moving(cluster)
-            published = len(cluster.published)
-            await cluster.changes.apply(change)
-            assert len(cluster.published) == published + 1
-            after = cluster.published[-1]
-            assert after.holders == {**before.holders, KEY: (target,)}
-            assert KEY in cluster.pool.of(target)[0].keys
-            assert KEY not in cluster.pool.of(source)[0].keys
-            assert await settled(cluster, 1) == after
-
-    run(test)
+async def test_a_copy_moves_in_one_version_and_is_let_go_afterwards() -> None:
+    cluster = await started(3)
+    before = cluster.state.placement
+    change, source, target = moving(cluster)
+    published = len(cluster.published)
+    await cluster.changes.apply(change)
+    assert len(cluster.published) == published + 1
+    after = cluster.published[-1]
+    assert after.holders == {**before.holders, KEY: (target,)}
+    assert KEY in cluster.pool.of(target)[0].keys
+    assert KEY not in cluster.pool.of(source)[0].keys
+    assert await settled(cluster, 1) == after
 
 
-def test_status_tells_a_copy_once_its_change_has_returned() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            await cluster.complete()
-            change, source, target = moving(cluster)
-            await cluster.changes.apply(Change(change.added, {}))
-            told = (await cluster.controller.status()).actors
-            assert {a.actor_id for a in told if KEY in a.experts} == {source, target}
-
-    run(test)
+async def test_status_tells_a_copy_once_its_change_has_returned() -> None:
+    cluster = await started(3)
+    change, source, target = moving(cluster)
+    await cluster.changes.apply(Change(change.added, {}))
+    told = (await cluster.controller.status()).actors
+    assert {a.actor_id for a in told if KEY in a.experts} == {source, target}
 
 
-def test_what_is_dropped_stays_until_every_router_knows_it() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            before = (await cluster.complete()).order
-            for pid in (1, 2):
-                await cluster.controller.watch("router", pid, "n", before, 0)
-            change, source, _ = moving(cluster)
-            applied = asyncio.create_task(cluster.changes.apply(change))
-            await happens(lambda: cluster.state.placement.order > before)
-            now, [holder] = cluster.state.placement.order, cluster.pool.of(source)
-            await cluster.controller.watch("router", 1, "n", now, 0)
-            await cluster.controller.watch("gateway", 3, "n", now, 0)
-            beats = holder.heartbeats
-            await happens(lambda: holder.heartbeats > beats + 3)
-            assert KEY in holder.keys
-            assert not applied.done()
-            await cluster.controller.watch("router", 2, "n", now, 0)
-            await applied
-            assert KEY not in holder.keys
-
-    run(test)
+async def test_what_is_dropped_stays_until_every_router_knows_it() -> None:
+    cluster = await started(3)
+    before = cluster.state.placement.order
+    for pid in (1, 2):
+        await cluster.controller.watch("router", pid, "n", before, 0)
+    change, source, _ = moving(cluster)
+    applied = asyncio.create_task(cluster.changes.apply(change))
+    await happens(lambda: cluster.state.placement.order > before)
+    now, [holder] = cluster.state.placement.order, cluster.pool.of(source)
+    await cluster.controller.watch("router", 1, "n", now, 0)
+    await cluster.controller.watch("gateway", 3, "n", now, 0)
+    beats = holder.heartbeats
+    await happens(lambda: holder.heartbeats > beats + 3)
+    assert KEY in holder.keys
+    assert not applied.done()
+    await cluster.controller.watch("router", 2, "n", now, 0)
+    await applied
+    assert KEY not in holder.keys
 
 
-def test_a_router_that_is_silent_for_long_is_not_waited_for(
+async def test_a_router_that_is_silent_for_long_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            before = (await cluster.complete()).order
-            await cluster.controller.watch("router", 1, "n", before, 0)
-            change, source, _ = moving(cluster)
-            applied = asyncio.create_task(cluster.changes.apply(change))
-            await happens(lambda: cluster.state.placement.order > before)
-            assert KEY in cluster.pool.of(source)[0].keys
-            monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
-            await applied
-            assert KEY not in cluster.pool.of(source)[0].keys
-
-    run(test)
+    cluster = await started(3)
+    before = cluster.state.placement.order
+    await cluster.controller.watch("router", 1, "n", before, 0)
+    change, source, _ = moving(cluster)
+    applied = asyncio.create_task(cluster.changes.apply(change))
+    await happens(lambda: cluster.state.placement.order > before)
+    assert KEY in cluster.pool.of(source)[0].keys
+    monkeypatch.setattr(members, "MEMBER_TTL_S", 0)
+    await applied
+    assert KEY not in cluster.pool.of(source)[0].keys
 
 
-def test_a_change_that_waits_too_long_for_routers_returns_and_lets_go_later(
+async def test_a_change_that_waits_too_long_for_routers_returns_and_lets_go_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(changes_module, "RETIRE_TIMEOUT_S", 0.01)
-
-    async def test() -> None:
-        async with running(3) as cluster:
-            await cluster.controller.watch("router", 1, "n", (await cluster.complete()).order, 0)
-            change, source, _ = moving(cluster)
-            await cluster.changes.apply(change)
-            assert KEY in cluster.pool.of(source)[0].keys
-            now = cluster.state.placement.order
-            await cluster.controller.watch("router", 1, "n", now, 0)
-            await settled(cluster, 1)
-
-    run(test)
+    async with running(3) as cluster:
+        await cluster.controller.watch("router", 1, "n", (await cluster.complete()).order, 0)
+        change, source, _ = moving(cluster)
+        await cluster.changes.apply(change)
+        assert KEY in cluster.pool.of(source)[0].keys
+        now = cluster.state.placement.order
+        await cluster.controller.watch("router", 1, "n", now, 0)
+        await settled(cluster, 1)
 
 
-def test_what_would_lose_an_expert_or_its_copies_is_refused() -> None:
-    async def test() -> None:
-        async with running(3, min_copies=2) as cluster:
-            before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            shares = {a: list(keys) for a, keys in cluster.state.shares.items()}
-            first, second = before.holders[KEY]
-            for dropped, message in (
-                ({first: [KEY]}, "1 copies"),
-                ({first: [KEY], second: [KEY]}, "0"),
-            ):
-                with pytest.raises(UnavailableError, match=f"refused: .* would have {message}"):
-                    await cluster.changes.apply(Change({}, dropped))
-            cluster.state.shares["expert-9"] = []
-            with pytest.raises(UnavailableError, match="expert-9 is not running"):
-                await cluster.changes.apply(Change({"expert-9": [KEY]}, {}))
-            del cluster.state.shares["expert-9"]
-            assert cluster.state.shares == shares
-            assert cluster.state.placement == before
-
-    run(test)
+async def test_what_would_lose_an_expert_or_its_copies_is_refused() -> None:
+    async with running(3, min_copies=2) as cluster:
+        before = await cluster.until(lambda p: p.fewest_copies() == 2)
+        shares = {a: list(keys) for a, keys in cluster.state.shares.items()}
+        first, second = before.holders[KEY]
+        for dropped, message in (
+            ({first: [KEY]}, "1 copies"),
+            ({first: [KEY], second: [KEY]}, "0"),
+        ):
+            with pytest.raises(UnavailableError, match=f"refused: .* would have {message}"):
+                await cluster.changes.apply(Change({}, dropped))
+        cluster.state.shares["expert-9"] = []
+        with pytest.raises(UnavailableError, match="expert-9 is not running"):
+            await cluster.changes.apply(Change({"expert-9": [KEY]}, {}))
+        del cluster.state.shares["expert-9"]
+        assert cluster.state.shares == shares
+        assert cluster.state.placement == before
 
 
-def test_a_drop_is_refused_while_the_other_copy_is_dead() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            await cluster.complete()
-            change, source, target = moving(cluster)
-            await cluster.changes.apply(Change(change.added, {}))
-            gate = asyncio.Event()
-            cluster.pool.load_gate = lambda actor: gate.wait()
-            cluster.pool.of(target)[0].alive = False
-            await cluster.until(lambda p: target not in p.generations)
-            with pytest.raises(UnavailableError, match="would have no live copy"):
-                await cluster.changes.apply(Change({}, {source: [KEY]}))
-            assert KEY in cluster.pool.of(source)[0].keys
-            gate.set()
-            await settled(cluster, 1)
-
-    run(test)
+async def test_a_drop_is_refused_while_the_other_copy_is_dead() -> None:
+    cluster = await started(3)
+    change, source, target = moving(cluster)
+    await cluster.changes.apply(Change(change.added, {}))
+    gate = cluster.pool.hold_loads()
+    cluster.pool.of(target)[0].alive = False
+    await cluster.until(lambda p: target not in p.generations)
+    with pytest.raises(UnavailableError, match="would have no live copy"):
+        await cluster.changes.apply(Change({}, {source: [KEY]}))
+    assert KEY in cluster.pool.of(source)[0].keys
+    gate.set()
+    await settled(cluster, 1)
 
 
-def test_a_drop_is_refused_where_the_other_copy_dies_while_the_change_is_prepared() -> None:
-    async def test() -> None:
-        async with running(4, min_copies=2) as cluster:
-            before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            first, second = before.holders[KEY]
-            third, fourth = (a for a in before.generations if a not in (first, second))
-            await cluster.changes.apply(Change({third: [KEY]}, {}))
-            other = next(k for k, held in before.holders.items() if k != KEY and fourth not in held)
-            gates = {fourth: asyncio.Event(), second: asyncio.Event()}
-            cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
-            applied = asyncio.create_task(
-                cluster.changes.apply(Change({fourth: [other]}, {first: [KEY]}))
-            )
-            cluster.pool.of(second)[0].alive = False
-            await cluster.until(lambda p: second not in p.generations)
-            gates[fourth].set()
-            with pytest.raises(UnavailableError, match="would have 1 live copy of 2"):
-                await applied
-            assert first in cluster.state.placement.holders[KEY]
-            gates[second].set()
-            await cluster.until(lambda p: p.fewest_copies() == 2)
-
-    run(test)
+async def test_a_drop_is_refused_where_the_other_copy_dies_while_the_change_is_prepared() -> None:
+    async with running(4, min_copies=2) as cluster:
+        before = await cluster.until(lambda p: p.fewest_copies() == 2)
+        first, second = before.holders[KEY]
+        third, fourth = (a for a in before.generations if a not in (first, second))
+        await cluster.changes.apply(Change({third: [KEY]}, {}))
+        other = next(k for k, held in before.holders.items() if k != KEY and fourth not in held)
+        gates = {fourth: asyncio.Event(), second: asyncio.Event()}
+        cluster.pool.load_gate = lambda actor: gates[actor.actor_id].wait()
+        applied = asyncio.create_task(
+            cluster.changes.apply(Change({fourth: [other]}, {first: [KEY]}))
+        )
+        cluster.pool.of(second)[0].alive = False
+        await cluster.until(lambda p: second not in p.generations)
+        gates[fourth].set()
+        with pytest.raises(UnavailableError, match="would have 1 live copy of 2"):
+            await applied
+        assert first in cluster.state.placement.holders[KEY]
+        gates[second].set()
+        await cluster.until(lambda p: p.fewest_copies() == 2)
 
 
-def test_changes_at_the_same_time_are_made_one_after_the_other() -> None:
-    async def test() -> None:
-        async with running(3) as cluster:
-            await cluster.complete()
-            loading: list[str] = []
-            most = 0
+async def test_changes_at_the_same_time_are_made_one_after_the_other() -> None:
+    cluster = await started(3)
+    loading: list[str] = []
+    most = 0
 
-            async def gate(actor: FakeActor) -> None:
-                nonlocal most
-                loading.append(actor.actor_id)
-                most = max(most, len(loading))
-                await asyncio.sleep(0)
-                loading.remove(actor.actor_id)
+    async def gate(actor: FakeActor) -> None:
+        nonlocal most
+        loading.append(actor.actor_id)
+        most = max(most, len(loading))
+        await asyncio.sleep(0)
+        loading.remove(actor.actor_id)
 
-            cluster.pool.load_gate = gate
-            shares = cluster.state.shares
-            changes = [
-                Change({target: [key]}, {source: [key]})
-                for source, keys in shares.items()
-                for key, target in zip(keys, [a for a in shares if a != source], strict=False)
-            ]
-            await asyncio.gather(*(cluster.changes.apply(one) for one in changes))
-            assert most == 1
-            placement = await settled(cluster, 1)
-            assert all(len(actors) == 1 for actors in placement.holders.values())
-            assert all(one.missing() == [] for one in cluster.published[3:])
-
-    run(test)
+    cluster.pool.load_gate = gate
+    shares = cluster.state.shares
+    changes = [
+        Change({target: [key]}, {source: [key]})
+        for source, keys in shares.items()
+        for key, target in zip(keys, [a for a in shares if a != source], strict=False)
+    ]
+    await asyncio.gather(*(cluster.changes.apply(one) for one in changes))
+    assert most == 1
+    placement = await settled(cluster, 1)
+    assert all(len(actors) == 1 for actors in placement.holders.values())
+    assert all(one.missing() == [] for one in cluster.published[3:])
 
 
 @pytest.mark.parametrize(
     "failure", [CheckpointError("gone", "file"), TimeoutError(), OSError(), ValueError()]
 )
-def test_a_copy_that_cannot_be_loaded_changes_nothing(failure: Exception) -> None:
-    async def test() -> None:
-        async with running(3, min_copies=2) as cluster:
-            before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            targets = [a for a in before.generations if a not in before.holders[KEY]]
-            other = ExpertKey("m", 1, 0)
-            more = next(a for a in before.generations if a not in before.holders[other])
+async def test_a_copy_that_cannot_be_loaded_changes_nothing(failure: Exception) -> None:
+    async with running(3, min_copies=2) as cluster:
+        before = await cluster.until(lambda p: p.fewest_copies() == 2)
+        targets = [a for a in before.generations if a not in before.holders[KEY]]
+        other = ExpertKey("m", 1, 0)
+        more = next(a for a in before.generations if a not in before.holders[other])
 
-            async def fail(actor: FakeActor) -> None:
-                if actor.actor_id == targets[0]:
-                    raise failure
+        async def fail(actor: FakeActor) -> None:
+            if actor.actor_id == targets[0]:
+                raise failure
 
-            cluster.pool.load_gate = fail
-            source = before.holders[KEY][0]
-            change = Change({targets[0]: [KEY], more: [other]}, {source: [KEY]})
-            with pytest.raises(UnavailableError, match=f"{targets[0]} did not load"):
-                await cluster.changes.apply(change)
-            assert await settled(cluster, 2) == before
-
-    run(test)
+        cluster.pool.load_gate = fail
+        source = before.holders[KEY][0]
+        change = Change({targets[0]: [KEY], more: [other]}, {source: [KEY]})
+        with pytest.raises(UnavailableError, match=f"{targets[0]} did not load"):
+            await cluster.changes.apply(change)
+        assert await settled(cluster, 2) == before
 
 
 STEPS = ("before loading", "loaded", "committed", "unloading")
@@ -250,46 +214,43 @@ STEPS = ("before loading", "loaded", "committed", "unloading")
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", ["target dies", "source dies", "controller dies"])
-def test_a_fault_between_any_two_steps_loses_no_expert(step: str, fault: str) -> None:
-    async def test() -> None:
-        pool = FakePool(spec_of().digest)
-        async with running(3, pool, min_copies=2) as cluster:
-            before = await cluster.until(lambda p: p.fewest_copies() == 2)
-            source = before.holders[KEY][0]
-            target = next(a for a in before.generations if a not in before.holders[KEY])
-            struck = asyncio.Event()
+async def test_a_fault_between_any_two_steps_loses_no_expert(step: str, fault: str) -> None:
+    pool = FakePool()
+    async with running(3, pool, min_copies=2) as cluster:
+        before = await cluster.until(lambda p: p.fewest_copies() == 2)
+        source = before.holders[KEY][0]
+        target = next(a for a in before.generations if a not in before.holders[KEY])
+        struck = asyncio.Event()
 
-            async def strike() -> None:
-                if struck.is_set():
-                    return
-                struck.set()
-                if fault == "controller dies":
-                    await cluster.stop()
-                    applied.cancel()
-                    await asyncio.sleep(0)
-                else:
-                    pool.of(target if fault == "target dies" else source)[-1].alive = False
-
-            at(step, cluster, strike, target)
-            change = Change({target: [KEY]}, {source: [KEY]})
-            applied = asyncio.create_task(cluster.changes.apply(change))
-            [outcome] = await asyncio.gather(applied, return_exceptions=True)
-            assert struck.is_set()
-            assert outcome is None or isinstance(
-                outcome, UnavailableError | asyncio.CancelledError
-            ), outcome
-            start = next(i for i, p in enumerate(cluster.published) if p.fewest_copies() == 2)
-            assert all(one.missing() == [] for one in cluster.published[start:])
-            if fault != "controller dies":
-                await settled(cluster, 2)
+        async def strike() -> None:
+            if struck.is_set():
                 return
-        pool.load_gate = None
-        async with running(3, pool, min_copies=2) as successor:
-            assert successor.state.placement.missing() == []
-            await settled(successor, 2)
-            assert all(one.missing() == [] for one in successor.published)
+            struck.set()
+            if fault == "controller dies":
+                await cluster.stop()
+                applied.cancel()
+                await asyncio.sleep(0)
+            else:
+                pool.of(target if fault == "target dies" else source)[-1].alive = False
 
-    run(test)
+        at(step, cluster, strike, target)
+        change = Change({target: [KEY]}, {source: [KEY]})
+        applied = asyncio.create_task(cluster.changes.apply(change))
+        [outcome] = await asyncio.gather(applied, return_exceptions=True)
+        assert struck.is_set()
+        assert outcome is None or isinstance(outcome, UnavailableError | asyncio.CancelledError), (
+            outcome
+        )
+        start = next(i for i, p in enumerate(cluster.published) if p.fewest_copies() == 2)
+        assert all(one.missing() == [] for one in cluster.published[start:])
+        if fault != "controller dies":
+            await settled(cluster, 2)
+            return
+    pool.load_gate = None
+    async with running(3, pool, min_copies=2) as successor:
+        assert successor.state.placement.missing() == []
+        await settled(successor, 2)
+        assert all(one.missing() == [] for one in successor.published)
 
 
 def at(step: str, cluster: Cluster, strike: Callable[[], object], target: str) -> None:

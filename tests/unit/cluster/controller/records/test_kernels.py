@@ -11,7 +11,7 @@ from cluster.controller.records import members
 from cluster.controller.records.kernels import MixNotice, kernel_status, with_ids
 from cluster.reports import KernelCount, KernelStatus
 from cluster.spec import ActorSpec, ModelKernel, model_key
-from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, run, spec_of
+from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, spec_of, started
 
 LOGGER = "expertmesh.controller"
 
@@ -92,46 +92,42 @@ def test_a_mix_is_logged_once_for_each_set_of_classes(caplog: pytest.LogCaptureF
 
 
 @pytest.mark.usefixtures("short_periods")
-def test_the_status_and_one_log_line_say_that_actors_and_routers_are_mixed(
+async def test_the_status_and_one_log_line_say_that_actors_and_routers_are_mixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(members, "MEMBER_TTL_S", 1000)
-    pool = FakePool(spec_of().digest)
+    pool = FakePool()
     pool.kernel_classes["expert-1"] = "paired"
-
-    async def test() -> None:
-        cluster = Cluster(3, pool)
-        await cluster.start()
-        order = (await cluster.complete()).order
-        for pid in (11, 12, 13):
-            kernel_class = "torch-avx2" if pid == 12 else "torch-avx512"
-            watch = cluster.controller.watch
-            await watch("router", pid, "n", order, 0, None, "m", kernel_class)
-        # The router of an earlier model, and one of an older build.
-        await cluster.controller.watch("router", 14, "n", order, 0, None, "m@old", "old")
-        await cluster.controller.watch("router", 15, "n", order, 0, None, "m")
-        status = await cluster.controller.status()
-        assert {a.actor_id: a.kernels for a in status.actors} == {
-            "expert-0": of("fused"),
-            "expert-1": of("paired"),
-            "expert-2": of("fused"),
-        }
-        # A router is told the classes of its own model's experts.
-        for model, classes in (("m", {"fused", "paired"}), ("m@old", set())):
-            answer = await cluster.controller.watch("router", 13, "n", order, 0, model=model)
-            assert answer["expert_classes"] == classes
-        own = {p.pid: p.kernels for p in status.routers}
-        assert own[12] == of("torch-avx2")
-        assert own[13] == of("torch-avx512")
-        assert own[14] == own[15] == ()
-        [kernels] = status.kernels
-        actors, routers = "fused on 2 actors, paired on 1", "torch-avx512 on 2 routers, torch-avx2"
-        assert kernels.mixed == f"{actors}; {routers} on 1"
-        await cluster.controller.watch("router", 11, "n", order, 0, None, "m", "torch-avx512")
-        await cluster.stop()
-
-    with caplog.at_level(logging.WARNING, LOGGER):
-        run(test)
+    caplog.set_level(logging.WARNING, LOGGER)
+    cluster = Cluster(3, pool)
+    await cluster.start()
+    order = (await cluster.complete()).order
+    for pid in (11, 12, 13):
+        kernel_class = "torch-avx2" if pid == 12 else "torch-avx512"
+        watch = cluster.controller.watch
+        await watch("router", pid, "n", order, 0, None, "m", kernel_class)
+    # The router of an earlier model, and one of an older build.
+    await cluster.controller.watch("router", 14, "n", order, 0, None, "m@old", "old")
+    await cluster.controller.watch("router", 15, "n", order, 0, None, "m")
+    status = await cluster.controller.status()
+    assert {a.actor_id: a.kernels for a in status.actors} == {
+        "expert-0": of("fused"),
+        "expert-1": of("paired"),
+        "expert-2": of("fused"),
+    }
+    # A router is told the classes of its own model's experts.
+    for model, classes in (("m", {"fused", "paired"}), ("m@old", set())):
+        answer = await cluster.controller.watch("router", 13, "n", order, 0, model=model)
+        assert answer["expert_classes"] == classes
+    own = {p.pid: p.kernels for p in status.routers}
+    assert own[12] == of("torch-avx2")
+    assert own[13] == of("torch-avx512")
+    assert own[14] == own[15] == ()
+    [kernels] = status.kernels
+    actors, routers = "fused on 2 actors, paired on 1", "torch-avx512 on 2 routers, torch-avx2"
+    assert kernels.mixed == f"{actors}; {routers} on 1"
+    await cluster.controller.watch("router", 11, "n", order, 0, None, "m", "torch-avx512")
+    await cluster.stop()
     lines = notices(caplog)
     assert "fused on 2 actors, paired on 1;" in lines[0]
     assert [line for line in lines if "2 routers" in line or "1 router" in line] == lines[1:]
@@ -139,26 +135,19 @@ def test_the_status_and_one_log_line_say_that_actors_and_routers_are_mixed(
 
 
 @pytest.mark.usefixtures("short_periods")
-def test_an_actor_of_another_class_in_place_of_a_dead_one_mixes_the_kernels(
+async def test_an_actor_of_another_class_in_place_of_a_dead_one_mixes_the_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 0.01)
-    pool = FakePool(spec_of().digest)
-
-    async def test() -> None:
-        cluster = Cluster(2, pool)
-        await cluster.start()
-        await cluster.complete()
-        assert [k.mixed for k in (await cluster.controller.status()).kernels] == [""]
-        pool.kernel_classes["expert-0"] = "unfused"
-        pool.of("expert-0")[0].alive = False
-        await happens(lambda: len(pool.of("expert-0")) == 2)
-        await cluster.complete()
-        [kernels] = (await cluster.controller.status()).kernels
-        assert kernels.mixed == "fused on 1 actor, unfused on 1"
-        await cluster.stop()
-
-    run(test)
+    pool = FakePool()
+    cluster = await started(2, pool)
+    assert [k.mixed for k in (await cluster.controller.status()).kernels] == [""]
+    pool.kernel_classes["expert-0"] = "unfused"
+    pool.of("expert-0")[0].alive = False
+    await happens(lambda: len(pool.of("expert-0")) == 2)
+    await cluster.complete()
+    [kernels] = (await cluster.controller.status()).kernels
+    assert kernels.mixed == "fused on 1 actor, unfused on 1"
 
 
 def test_an_actor_whose_report_has_other_fields_is_of_another_digest(
