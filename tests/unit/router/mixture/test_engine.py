@@ -595,7 +595,6 @@ class Later(Answered):
 
 
 def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
-    """``benchmarks.mixtures`` measures it."""
     num_devices = 8
     with router_of(
         save_given(tmp_path), lanes=num_devices, num_banks=num_devices, transport=Devices
