@@ -14,7 +14,6 @@ machine. The exit status is 1 when a peer fails.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +29,15 @@ from benchmarks.common import (
     CACHE_TOKENS,
     SIZES,
     Sizes,
+    command,
     long_prompt,
-    machine,
     make_checkpoint,
-    output_options,
+    positive,
     progress,
     prompts,
     write_json,
 )
-from benchmarks.decode_report import PREFILL_PEER, merged, report, with_ratios
+from benchmarks.decode_report import OURS, PREFILL_PEER, merged, report, with_ratios
 from benchmarks.peers.ask import PeerFailedError, ask
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
@@ -88,8 +87,8 @@ class Settings:
 
 Measure = Callable[[], dict[str, Any]]
 """Measures one side once."""
-Key = tuple[str, str, str]
-"""A side: ("peers", peer, format), or ("cluster", dtype, transport)."""
+Key = tuple[str, str]
+"""A side: a peer or :data:`OURS` with a transport, and the format of the weights."""
 
 
 def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
@@ -102,40 +101,51 @@ def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
         folder = Path(name) / "model"
         folder.mkdir()
         sides = {**_peer_sides(settings, folder, peers), **_our_sides(settings, folder)}
-        total = 1 + settings.passes * len(sides)
         taken: dict[Key, list[dict[str, Any]]] = {key: [] for key in sides}
         failed: dict[str, str] = {}
-        with progress("decode", total) as begin:
+        with progress("decode", 1 + settings.passes * len(sides)) as begin:
             begin("checkpoint")
             make_checkpoint(folder, sizes=settings.sizes)
             for number in range(settings.passes):
-                where = f"pass {number + 1} of {settings.passes}"
                 for key, measure in sides.items():
-                    title = f"{key[1]} {key[2]}"
-                    begin(f"{where}, {title}")
-                    if title not in failed:
+                    begin(f"pass {number + 1} of {settings.passes}, {' '.join(key)}")
+                    if key in taken:
                         try:
                             taken[key].append(measure())
                         except PeerFailedError as error:
-                            failed[title] = str(error)
+                            failed[" ".join(key)] = str(error)
                             del taken[key]
-    result = _result(settings, taken)
-    return with_ratios({**result, "missing": missing(peers), "failed": failed})
+    return with_ratios(
+        {
+            "processor": processor_name(),
+            "avx2_alone": settings.avx2_alone,
+            "size": settings.size,
+            "sizes": settings.sizes,
+            "tokens": settings.tokens,
+            "actors": settings.actors,
+            "streams": list(STREAMS),
+            "prefill": [str(length) for length in settings.prefill],
+            "sides": [
+                {"program": program, "format": number_format, **merged(passes)}
+                for (program, number_format), passes in taken.items()
+            ],
+            "missing": missing(peers),
+            "failed": failed,
+        }
+    )
 
 
 def _peer_sides(settings: Settings, folder: Path, peers: Mapping[Peer, str]) -> dict[Key, Measure]:
     return {
-        ("peers", peer.name, number_format): partial(
-            _measure_peer, settings, folder, peer, python, number_format
-        )
+        (peer.name, kind): partial(_measure_peer, settings, folder, peer, python, kind)
         for peer, python in peers.items()
-        for number_format in peer.formats
+        for kind in peer.formats
     }
 
 
 def _our_sides(settings: Settings, folder: Path) -> dict[Key, Measure]:
     return {
-        ("cluster", dtype, transport): partial(_measure_ours, settings, folder, dtype, transport)
+        (f"{OURS}, {transport}", dtype): partial(_measure_ours, settings, folder, dtype, transport)
         for dtype in VALUE_BYTES
         for transport in settings.transports
     }
@@ -182,37 +192,9 @@ def _measure_ours(settings: Settings, folder: Path, dtype: str, transport: str) 
     return {**measured, "bits": 8 * VALUE_BYTES[dtype], "version": ""}
 
 
-def _result(settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "benchmark": "decode",
-        "machine": machine(),
-        "processor": processor_name(),
-        "avx2_alone": settings.avx2_alone,
-        "size": settings.size,
-        "sizes": settings.sizes,
-        "tokens": settings.tokens,
-        "actors": settings.actors,
-        "streams": list(STREAMS),
-        "prefill": [str(length) for length in settings.prefill],
-        "peers": {},
-        "cluster": {},
-    }
-    for (kind, name, detail), passes in taken.items():
-        result[kind].setdefault(name, {})[detail] = merged(passes)
-    return result
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode", description=__doc__.split("\n")[0]
-    )
+    parser = command("decode", __doc__)
     parser.add_argument("--size", choices=tuple(MODELS), default="111M", help="parameters")
     parser.add_argument(
         "--peers",
@@ -220,18 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="has a virtual environment for each peer, named after the peer",
     )
-    parser.add_argument(
-        "--prefill",
-        action="store_true",
-        help=f"prompts of {', '.join(f'{n:,}' for n in PREFILL_TOKENS)} tokens too",
-    )
-    parser.add_argument("--tokens", type=_positive, default=32, help="of each stream")
-    parser.add_argument("--rounds", type=_positive, default=5, help="of each side in a pass")
-    parser.add_argument("--passes", type=_positive, default=1, help="over all sides")
-    parser.add_argument("--actors", type=_positive, default=2)
+    lengths = ", ".join(f"{n:,}" for n in PREFILL_TOKENS)
+    parser.add_argument("--prefill", action="store_true", help=f"prompts of {lengths} tokens too")
+    parser.add_argument("--tokens", type=positive, default=32, help="of each stream")
+    parser.add_argument("--rounds", type=positive, default=5, help="of each side in a pass")
+    parser.add_argument("--passes", type=positive, default=1, help="over all sides")
+    parser.add_argument("--actors", type=positive, default=2)
     parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=["auto"])
     avx2.add_option(parser)
-    output_options(parser)
     options = parser.parse_args(argv)
     if options.avx2:
         avx2.use_alone(parser)
@@ -251,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     result = run(settings, peers)
     report(result)
-    write_json(result, options.json)
+    write_json("decode", result, options.json)
     return int(bool(result["failed"]))
 
 

@@ -14,7 +14,6 @@ exit status is 1 when a figure is missed or a request failed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import threading
@@ -29,8 +28,7 @@ from benchmarks import steered
 from benchmarks.common import (
     MODEL,
     Verdict,
-    machine,
-    output_options,
+    command,
     progress,
     show,
     show_verdicts,
@@ -243,8 +241,6 @@ def step_experts(standby_actors: int) -> dict[str, Any]:
 def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     result: dict[str, Any] = {
-        "benchmark": "elastic",
-        "machine": machine(),
         "actors": {"zipf": DEVICES, "least": ACTORS, "most": MOST_ACTORS},
         "clients": {"streams": STREAMS, "before": plan.base, "crowd": plan.crowd},
         "targets": TARGETS,
@@ -305,48 +301,44 @@ def _within(figure: str, took_s: float | None, most_s: float) -> Verdict:
 
 
 def report(result: Mapping[str, Any]) -> None:
-    """Print the tables and the verdicts."""
+    """Print the tables."""
     rows = [
         (
             case,
-            f"{one['tokens_per_s']:.1f}",
-            f"{one['tokens_per_s'] / result['zipf']['one copy']['tokens_per_s']:.2f}",
-            str(one["copies"]),
-            f"{max(one['busy'].values()):.1%}",
-            f"{min(one['busy'].values()):.1%}",
-            f"{one['cores_used']:.2f}",
+            one["tokens_per_s"],
+            one["tokens_per_s"] / result["zipf"]["one copy"]["tokens_per_s"],
+            one["copies"],
+            max(one["busy"].values()),
+            min(one["busy"].values()),
+            one["cores_used"],
         )
         for case, one in result["zipf"].items()
     ]
-    columns = ["", "tok/s", "gain", "copies", "busiest device", "least busy", "cores used"]
+    columns = ["", "tok/s|.1f", "gain|.2f", "copies", "busiest device|.1%", "least busy|.1%"]
+    columns.append("cores used|.2f")
     show(f"Zipf's load: {STREAMS} streams, {DEVICES} devices", rows, columns)
     for case, step in result["steps"].items():
-        rows = [
-            (phase, *("" if ms is None else f"{ms:.0f}" for ms in times.values()))
-            for phase, times in step["phases"].items()
-        ]
-        show(f"{case}: time between tokens, ms", rows, ["", "p50", "p99"])
+        times = [(phase, *ms.values()) for phase, ms in step["phases"].items()]
+        show(f"{case}: time between tokens, ms", times, ["", "p50|.0f", "p99|.0f"])
         for what in ("actors", "copies"):
             told = ", ".join(f"{when} {number}" for when, number in step[what].items())
             print(f"{what.capitalize()}: {told}.")
         for failure in step["failures"][:5]:
             print(failure)
-    show_verdicts("elastic", judge(result))
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("elastic", __doc__)
     parser.add_argument("--seconds", type=float, help="how long each of Zipf's cases is measured")
     parser.add_argument("--quick", action="store_true", help="6 seconds, and a shorter crowd")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same pauses")
-    output_options(parser)
     options = parser.parse_args()
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     result = run(seconds, QUICK_PLAN if options.quick else PLAN, options.seed)
     report(result)
-    write_json(result, options.json)
-    return int(not all(one.is_kept for one in judge(result)))
+    write_json("elastic", result, options.json)
+    return show_verdicts("elastic", judge(result))
 
 
 if __name__ == "__main__":

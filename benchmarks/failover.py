@@ -11,7 +11,6 @@ failed or was wrong.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import threading
@@ -22,16 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import (
-    MODEL,
-    machine,
-    output_options,
-    percentile,
-    progress,
-    prompts,
-    show,
-    write_json,
-)
+from benchmarks.common import MODEL, command, percentile, progress, prompts, show, write_json
 from benchmarks.serve import deployed
 
 if TYPE_CHECKING:
@@ -290,8 +280,6 @@ def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
                     begin(scenario.name)
                     windows.append(observe(client, cases, scenario))
     return {
-        "benchmark": "failover",
-        "machine": machine(),
         "streams": streams,
         "seconds": seconds,
         "actors": ACTORS,
@@ -332,44 +320,34 @@ def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = [
         (
-            one["name"],
-            f"{one['seconds']:.0f}",
-            f"{one['tokens_per_s']:.0f}",
-            *(f"{one['gap_s'][part]:.3f}" for part in ("p50", "p99", "longest")),
-            f"{one['longest_first_s']:.2f}",
-            "" if one["back_s"] is None else f"{one['back_s']:.1f}",
-            str(one["requests"]),
+            *(one[key] for key in ("name", "seconds", "tokens_per_s")),
+            *(one["gap_s"][part] for part in ("p50", "p99", "longest")),
+            *(one[key] for key in ("longest_first_s", "back_s", "requests")),
             ", ".join(f"{count} {reason}" for reason, count in one["failures"].items()) or "0",
         )
         for one in result["windows"]
     ]
-    columns = ["", "s", "tok/s", "gap p50 s", "p99", "longest", "first token longest s"]
-    title = f"failover, {result['streams']} streams"
-    show(title, rows, [*columns, "back after s", "requests", "failed or wrong"])
-    parts = ("lost_s", "noise_s", "normal_s", "above_s")
-    kill_rows = [
-        (str(place), *(f"{one[part]:.3f}" for part in parts))
-        for place, one in enumerate(result["kills"], 1)
-    ]
-    columns = ["", "throughput lost s", "the same without", "longest gap without s"]
-    show("stretches with a kill", kill_rows, [*columns, "longest gap above that s"])
+    columns = ["", "s|.0f", "tok/s|.0f", "gap p50 s|.3f", "p99|.3f", "longest|.3f"]
+    columns += ["first token longest s|.2f", "back after s|.1f", "requests", "failed or wrong"]
+    show(f"failover, {result['streams']} streams", rows, columns)
+    kill_rows = [(place, *one.values()) for place, one in enumerate(result["kills"], 1)]
+    columns = ["", "throughput lost s|.3f", "the same without|.3f", "longest gap without s|.3f"]
+    show("stretches with a kill", kill_rows, [*columns, "longest gap above that s|.3f"])
     ratio = minute_ratio(result["kills"])
     print(f"a minute with a kill has {ratio:.3f} of the tokens of one without")
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("failover", __doc__)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="stretches with a kill")
     parser.add_argument("--seconds", type=float, default=STRETCH_S, help="length of a stretch")
-    output_options(parser)
     options = parser.parse_args()
     result = run(options.streams, options.rounds, options.seconds)
     report(result)
-    failed = any(one["failures"] for one in result["windows"])
-    write_json(result, options.json)
-    return int(failed)
+    write_json("failover", result, options.json)
+    return int(any(one["failures"] for one in result["windows"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ when one is missed.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import sys
 import threading
@@ -25,8 +24,7 @@ from typing import Any
 
 import grpc
 
-from benchmarks.common import MODEL, Verdict, machine, output_options, progress, write_json
-from benchmarks.common import show_verdicts as show
+from benchmarks.common import MODEL, Verdict, command, progress, show_verdicts, write_json
 from benchmarks.serve_clients import Ports
 from benchmarks.shipped import free_ports, with_ports
 
@@ -216,8 +214,6 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
         begin("calm")
         time.sleep(SETTLE_S)
     return {
-        "benchmark": "handover",
-        "machine": machine(),
         "redeploys": redeploys,
         "clients": count * len(MOST_LOST),
         "calls": {
@@ -242,19 +238,18 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.handover", description=__doc__)
+    parser = command("handover", __doc__)
     parser.add_argument("--redeploys", type=int, default=REDEPLOYS, metavar="N")
     parser.add_argument("--clients", type=int, default=CLIENTS, metavar="N")
-    output_options(parser)
     options = parser.parse_args(argv)
     result = run(options.redeploys, options.clients)
-    verdicts = judge(result)
-    show(f"calls during {options.redeploys + 3} changes of the gateways", verdicts)
+    title = f"calls during {options.redeploys + 3} changes of the gateways"
+    status = show_verdicts(title, judge(result))
     for kind, calls in result["calls"].items():
         for failure, number in calls["failures"].items():
             print(f"{kind}: {number} x {failure}")
-    write_json(result, options.json)
-    return int(not all(one.is_kept for one in verdicts))
+    write_json("handover", result, options.json)
+    return status
 
 
 if __name__ == "__main__":

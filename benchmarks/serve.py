@@ -12,7 +12,6 @@ before and after them, so that a machine whose speed drifts favours neither.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import tempfile
@@ -27,16 +26,14 @@ from benchmarks import avx2, baseline, engine
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
-    PROMISED_MB,
     PROMPT_TOKENS,
     SIZES,
     cache_mb,
+    command,
     dense_mb,
     expert_mb,
-    machine,
     make_checkpoint,
     memory_of,
-    output_options,
     progress,
     show,
     show_memory,
@@ -222,8 +219,6 @@ def engine_alone(
 def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     result: dict[str, Any] = {
-        "benchmark": "serve",
-        "machine": machine(),
         "sizes": SIZES,
         "clients": clients,
         "tokens": tokens,
@@ -273,32 +268,17 @@ def report(result: Mapping[str, Any]) -> None:
     rows = []
     for way, one in result["ways"].items():
         ratios = (result["ratio"][way], result["of_engine"][way])
-        cells = [f"{one['tokens_per_s']:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        for latency in LATENCIES:
-            summary = one.get(latency)
-            cells += [f"{summary[p]:.1f}" if summary else "" for p in ("p50_ms", "p99_ms")]
-        rows.append((way, *cells))
-    alone = result["transformers"]["tokens_per_s"]
-    of_engine = alone / result["engine"]["tokens_per_s"]
-    one_process = (f"{alone:.0f}", "1.00", f"{of_engine:.2f}")
-    rows.append((f"transformers {TRANSFORMERS}", *one_process, *[""] * 6))
-    engine_alone = (f"{result['engine']['tokens_per_s']:.0f}", f"{1 / of_engine:.2f}", "1.00")
-    rows.append((ENGINE, *engine_alone, *[""] * 6))
-    columns = [
-        "",
-        "tok/s",
-        "/ transformers",
-        "/ engine",
-        "first token p50 ms",
-        "p99",
-        "between p50 ms",
-        "p99",
-    ]
-    show(f"serve, {result['clients']} clients", rows, [*columns, "request p50 ms", "p99"])
+        latencies = [one.get(name, {}).get(p) for name in LATENCIES for p in ("p50_ms", "p99_ms")]
+        rows.append((way, one["tokens_per_s"], *ratios, *latencies))
+    alone, engine_alone = (result[side]["tokens_per_s"] for side in ("transformers", "engine"))
+    for name, rate in ((f"transformers {TRANSFORMERS}", alone), (ENGINE, engine_alone)):
+        rows.append((name, rate, rate / alone, rate / engine_alone, *[None] * 6))
+    columns = ["", "tok/s|.0f", "/ transformers|.2f", "/ engine|.2f"]
+    for name in ("first token", "between", "request"):
+        columns += [f"{name} p50 ms|.1f", "p99|.1f"]
+    show(f"serve, {result['clients']} clients", rows, columns)
     show_processor_time(result)
     show_memory(result["memory"])
-    bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
-    print(f"Promised beyond weights and cache: {bounds}.")
 
 
 def show_processor_time(result: Mapping[str, Any]) -> None:
@@ -307,27 +287,26 @@ def show_processor_time(result: Mapping[str, Any]) -> None:
     sides[ENGINE] = result["engine"]["processor_us"]
     names = list(dict.fromkeys(name for spent_us in sides.values() for name in spent_us))
     rows = [
-        (side, f"{sum(spent_us.values()):.0f}", *(f"{spent_us.get(n, 0.0):.0f}" for n in names))
+        (side, sum(spent_us.values()), *(spent_us.get(n, 0.0) for n in names))
         for side, spent_us in sides.items()
     ]
-    show("processor time, µs a token", rows, ["", "all", *names])
+    show("processor time, µs a token", rows, ["", *(f"{name}|.0f" for name in ("all", *names))])
 
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("serve", __doc__)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--actors", type=int, default=2)
     avx2.add_option(parser)
-    output_options(parser)
     options = parser.parse_args()
     if options.avx2:
         avx2.use_alone(parser)
     result = run(options.clients, options.tokens, options.rounds, options.actors)
     report(result)
-    write_json(result, options.json)
+    write_json("serve", result, options.json)
 
 
 if __name__ == "__main__":

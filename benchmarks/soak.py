@@ -14,9 +14,7 @@ that its memory is seen over all of it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -29,8 +27,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, prompts, show
-from benchmarks.growth import Sampler
+from benchmarks.common import CACHE_TOKENS, MODEL, command, progress, prompts, show, write_json
+from benchmarks.growth import Sampler, show_growth
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
 from cluster.errors import ExpertMeshError
@@ -128,8 +126,6 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         [replace(wait, began_s=wait.began_s - started_s) for wait in waits], WAITS_SHOWN
     )
     return {
-        "benchmark": "soak",
-        "machine": machine(),
         "minutes": minutes,
         "every_s": every_s,
         "seed": seed,
@@ -245,35 +241,22 @@ def answers(client: Client) -> list[Case]:
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables and the verdict."""
     figures = [
-        *((kind, str(count)) for kind, count in result["faults"].items()),
-        ("requests", str(result["requests"])),
-        *((f"asked again: {reason}", str(count)) for reason, count in result["damages"].items()),
-        *((f"failed: {reason}", str(count)) for reason, count in result["failures"].items()),
-        ("tokens/s", f"{result['tokens_per_s']:.0f}"),
+        *result["faults"].items(),
+        ("requests", result["requests"]),
+        *((f"asked again: {reason}", count) for reason, count in result["damages"].items()),
+        *((f"failed: {reason}", count) for reason, count in result["failures"].items()),
+        ("tokens/s", result["tokens_per_s"]),
     ]
-    show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count"])
+    show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count|.0f"])
     show(
         f"longest waits for a token, and the faults from {LEAD_S:g} s before each",
         [
-            (f"{one['began_s']:.1f}", f"{one['took_s']:.1f}", ", ".join(map(_told, one["faults"])))
+            (one["began_s"], one["took_s"], ", ".join(map(_told, one["faults"])))
             for one in result["waits"]
         ],
-        ["began, s", "took, s", "faults, by seconds after the begin"],
+        ["began, s|.1f", "took, s|.1f", "faults, by seconds after the begin"],
     )
-    rows = [
-        (
-            f"{one['name']} {one['pid']}",
-            f"{one['last']['at_s'] - one['first']['at_s']:.0f}",
-            *(f"{one[end]['rss_mb']:.0f}" for end in ("first", "last")),
-            f"{one['mb_per_min']:.2f}",
-            *(str(one[end]["descriptors"]) for end in ("first", "last")),
-            f"{one['descriptors_per_min']:.2f}",
-            "flat" if one["is_flat"] else "[red]grows[/red]",
-        )
-        for one in result["processes"]
-    ]
-    columns = ["process", "seconds", "MB at first", "at last", "MB/min"]
-    show("long-lived processes", rows, [*columns, "descriptors at first", "at last", "/min", ""])
+    show_growth(result["processes"])
 
 
 def _told(fault: Mapping[str, Any]) -> str:
@@ -292,17 +275,15 @@ def is_good(result: Mapping[str, Any]) -> bool:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--every-s", type=float, default=5.0, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same faults")
     parser.add_argument("--no-faults", action="store_true", help="load alone, all the time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
     result = run(options.minutes, options.every_s, options.seed, not options.no_faults)
     report(result)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json("soak", result, options.json)
     return int(not is_good(result))
 
 

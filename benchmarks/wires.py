@@ -12,7 +12,6 @@ before or has grown, or somebody said that the server failed.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import sys
@@ -24,7 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import MODEL, machine, progress, show
+from benchmarks.common import MODEL, command, progress, show, write_json
+from benchmarks.growth import Sampler, show_growth
 
 if TYPE_CHECKING:
     from benchmarks.fuzzing.hostile import Places
@@ -167,7 +167,6 @@ def bombard(
 
 def run(count: int, seed: int) -> dict[str, Any]:
     """Run the whole bombardment; returns what ``--json`` writes."""
-    from benchmarks.growth import Sampler
     from benchmarks.serve import deployed
     from router.client import Client
 
@@ -187,8 +186,6 @@ def run(count: int, seed: int) -> dict[str, Any]:
             after = pids_of(client.status())
             processes = sampler.end()
     return {
-        "benchmark": "wires",
-        "machine": machine(),
         "count": count,
         "seed": seed,
         "took_s": took_s,
@@ -223,7 +220,7 @@ def report(result: Mapping[str, Any]) -> None:
     rows = [
         (
             kind,
-            str(sum(codes.values())),
+            sum(codes.values()),
             ", ".join(f"{n} {code}" for code, n in sorted(codes.items(), key=lambda one: -one[1])),
         )
         for kind, codes in result["came"].items()
@@ -235,33 +232,20 @@ def report(result: Mapping[str, Any]) -> None:
     for part, pids in result["pids_after"].items():
         same = "the same" if pids == result["pids_before"][part] else "NOT those before"
         print(f"{part}: pids {', '.join(map(str, pids))}, {same}")
-    growing = [
-        (
-            f"{one['name']} {one['pid']}",
-            *(f"{one[end]['rss_mb']:.0f}" for end in ("first", "last")),
-            f"{one['mb_per_min']:.2f}",
-            *(str(one[end]["descriptors"]) for end in ("first", "last")),
-            "flat" if one["is_flat"] else "[red]grows[/red]",
-        )
-        for one in result["processes"]
-    ]
-    columns = ["process", "MB at first", "at last", "MB/min", "descriptors", "at last", ""]
-    show("processes", growing, columns)
+    show_growth(result["processes"])
     for problem in problems(result):
         print(f"problem: {problem}")
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("wires", __doc__)
     parser.add_argument("--count", type=int, default=10_000, help="wires to send")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same wires")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
     result = run(options.count, options.seed)
     report(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json("wires", result, options.json)
     return bool(problems(result))
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.common import machine, output_options, show, write_json
+from benchmarks.common import command, show, write_json
 
 if TYPE_CHECKING:
     from tests.world.many import Found
@@ -115,8 +115,6 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
         smaller = [pool.submit(shrunk_seed, seed, law, SHRINK_S) for seed, law in tally.to_shrink()]
         shrunk = [one.result() for one in smaller]
     return {
-        "benchmark": "world",
-        "machine": machine(),
         "seeds": [seeds.start, seeds.stop],
         "processes": processes,
         "took_s": took_s,
@@ -139,18 +137,17 @@ def report(result: Mapping[str, Any]) -> None:
     """Print the tables, and the smaller scenarios."""
     counts, took_s = result["counts"], result["took_s"]
     num_seeds = counts.get("seeds", 0)
-    rows = [(what, f"{counts[what]:,}") for what in counts]
-    rows += [
+    rows = [
+        *counts.items(),
         ("seconds", f"{took_s:.0f}"),
         ("seeds/s", f"{num_seeds / took_s:.2f}"),
         ("processor seconds a seed", f"{result['cpu_s'] / max(1, num_seeds):.2f}"),
         ("pairs of a fault and an operation that met", "{} of {}".format(*result["pairs_met"])),
-        ("seeds that broke a law", str(len(result["failed"]))),
+        ("seeds that broke a law", len(result["failed"])),
     ]
-    show(f"world, {result['processes']} processes", rows, ["", "count"])
+    show(f"world, {result['processes']} processes", rows, ["", "count|,"])
     print("seeds in which a fault and an operation hit\n\n" + result["coverage"] + "\n")
-    laws = [(law, str(len(seeds)), str(seeds[0])) for law, seeds in result["laws"].items()]
-    if laws:
+    if laws := [(law, len(seeds), seeds[0]) for law, seeds in result["laws"].items()]:
         show("laws broken", laws, ["law", "seeds", "first seed"])
     for seed, breaches in result["failed"].items():
         print(failure_line(seed, {law for law, _, _ in breaches}))
@@ -215,14 +212,13 @@ def scenario_of(words: str) -> tuple[Scenario, str]:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("world", __doc__)
     parser.add_argument("--seeds", type=seeds_of, default=range(1000), metavar="A:B")
     parser.add_argument("--minutes", type=float, default=10.0, help="no seed begins later")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--replay", metavar="SEED|FILE", help="run one, and print its timeline")
     parser.add_argument("--verbose", action="store_true", help="with --replay: the product's log")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw timelines here")
-    output_options(parser)
     options = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings have an order of their own
         os.environ["PYTHONHASHSEED"] = "0"
@@ -236,7 +232,7 @@ def main() -> int:
     report(result)
     for shrunk in result["shrunk"]:
         keep(shrunk, options.svg or Path())
-    write_json(result, options.json)
+    write_json("world", result, options.json)
     return int(bool(result["failed"]))
 
 
