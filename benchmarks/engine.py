@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.actors import TIMEOUT_S, start_actors
 from benchmarks.baseline import run_module
 from benchmarks.common import (
-    CACHE_TOKENS,
     MODEL,
     SIZES,
     Sizes,
@@ -106,44 +104,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ray.shutdown()
 
 
-class Collector:
-    """Takes what the engine emits, and wakes who waits when every stream has ended."""
-
-    def __init__(self) -> None:
-        """Wait for nothing yet."""
-        self._ended = threading.Event()
-        self._open: set[str] = set()
-        self._error: Exception | None = None
-        self.tokens: dict[str, list[int]] = {}
-
-    def expect(self, request_ids: Sequence[str]) -> None:
-        """Begin a round of these requests."""
-        self.tokens = {request_id: [] for request_id in request_ids}
-        self._open = set(request_ids)
-        self._ended.clear()
-
-    def __call__(self, emissions: Sequence[Any]) -> None:
-        """Take a step's emissions, on the engine's thread."""
-        for emission in emissions:
-            if isinstance(emission.outcome, Exception):
-                self._error = emission.outcome
-                self._ended.set()
-                return
-            self.tokens[emission.request_id] += emission.outcome.token_ids
-            if emission.outcome.finish_reason is not None:
-                self._open.discard(emission.request_id)
-        if not self._open:
-            self._ended.set()
-
-    def wait(self) -> None:
-        """Wait for the round's end; raises what a request was answered with."""
-        ended = self._ended.wait(TIMEOUT_S)
-        if self._error is not None:
-            raise self._error
-        if not ended:
-            raise TimeoutError(f"the streams did not end within {TIMEOUT_S} s")
-
-
 class Bench:
     """An engine and its actors."""
 
@@ -168,83 +128,33 @@ class Bench:
         """
         import torch
 
-        from cluster.processor import num_cpus
+        from benchmarks.timed_engine import Collector, TimedEngine, model_of, scheduler_of
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from experts.remote import RemoteExpertActor
         from router.config.deployment import ExpertsConfig, RouterConfig
-        from router.engine.engine import Engine
-        from router.engine.scheduling.prefixes import why_dependent
-        from router.engine.scheduling.scheduler import Limits, Scheduler
-        from router.model.model import MoEModel
         from router.moe.combine import WeightedSums
         from router.moe.dispatch import Dispatcher
         from router.moe.layer import MoELayers
 
-        config, experts = RouterConfig(), ExpertsConfig()
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(RouterConfig().threads)
         checkpoint = open_checkpoint(folder)
         self._folder = folder
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
         actor_class = actor_class or RemoteExpertActor
-        shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
-        self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus, stored)
+        self.actors = start_actors(
+            folder, checkpoint.shape, actors, actor_class, app, actor_gpus, stored
+        )
         self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
-        view, timeout_s = self.actors.view, experts.call_timeout_s
+        view, timeout_s = self.actors.view, ExpertsConfig().call_timeout_s
         dispatcher = Dispatcher(MODEL, view, self._transport, _ignore, timeout_s)
         layers = MoELayers(dispatcher, WeightedSums())
-        steps = self._steps = Steps()
-        all_there = self._all_there = threading.Event()
-
-        class HeldScheduler(Scheduler):
-            """Takes no request of a round before all are there, so that rounds have one course."""
-
-            def add(self, request: Any) -> Any:
-                all_there.wait(TIMEOUT_S)
-                return super().add(request)
-
-        class TimedEngine(Engine):
-            """Notes what each step took, and its layers."""
-
-            def step(self, work: Any, trace: Any = None) -> None:
-                self.tally.latest_layers_s.clear()
-                started_s = time.perf_counter()
-                super().step(work, trace)
-                took_s = time.perf_counter() - started_s
-                if all(item.end - item.start == 1 for item in work):
-                    steps.decode_s.append(took_s)
-                    steps.layer_s.extend(self.tally.latest_layers_s)
-                else:
-                    steps.prefill_s.append(took_s)
-
-        where = device or torch.device("cpu")
-        self._model = model = MoEModel(
-            checkpoint,
-            dtype,
-            CACHE_TOKENS,
-            layers,
-            where,
-            min(config.prefill_threads, num_cpus()),
-        )
-        limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
-        is_independent = not why_dependent(model.is_independent, layers.has_limit)
+        self._model = model_of(checkpoint, dtype, layers, device or torch.device("cpu"))
+        self._scheduler = scheduler_of(self._model, layers)
         self._collector = Collector()
-        self._engine = TimedEngine(
-            model,
-            layers,
-            HeldScheduler(
-                limits,
-                model.num_pages,
-                model.attention.page_size,
-                model.even_context,
-                MODEL if is_independent else None,
-                is_independent,
-            ),
-            frozenset(),
-            self._collector,
-        )
+        self._engine = TimedEngine(self._model, layers, self._scheduler, self._collector)
         self._engine.start()
 
     @property
@@ -259,16 +169,10 @@ class Bench:
     def prefill(self, length: int, rounds: int) -> list[float]:
         """Return each round's seconds from a prompt of ``length`` tokens to its first new token."""
         prompt = long_prompt(length, self._sizes["vocab_size"])
-        return [self.first_token_s(prompt, f"{length}/{i}") for i in range(rounds + 1)][1:]
-
-    def first_token_s(self, prompt: Sequence[int], salt: str = "") -> float:
-        """Return the seconds from a prompt to its first new token.
-
-        Nothing of the prompt is found in the cache but what came with the same ``salt``.
-        """
-        return self._generate([prompt], 1, salt)
+        return [self._generate([prompt], 1, f"{length}/{i}") for i in range(rounds + 1)][1:]
 
     def _generate(self, given: Sequence[Sequence[int]], tokens: int, salt: str = "") -> float:
+        """Generate for all prompts at once; the cache has only those of the same ``salt``."""
         from router.messages.request import GenerationRequest, SamplingParams
 
         self.actors.renew()
@@ -285,11 +189,11 @@ class Bench:
             for i, ids in enumerate(given)
         ]
         self._collector.expect([request.request_id for request in requests])
-        self._all_there.clear()
+        self._scheduler.all_there.clear()
         started_s = time.perf_counter()
         for request in requests:
             self._engine.submit(request)
-        self._all_there.set()
+        self._scheduler.all_there.set()
         self._collector.wait()
         return time.perf_counter() - started_s
 
@@ -297,7 +201,7 @@ class Bench:
         """Return median tokens per second, times of decode steps and layers, calls, and tokens."""
         for _ in range(2):  # connections come in the background
             self.round(streams, tokens)
-        self._steps.clear()
+        steps = self._engine.begin_steps()
         before = Counter(self._transport.calls)
         with per_token(streams * tokens * rounds, "router") as processor_us:
             rates = [streams * tokens / self.round(streams, tokens) for _ in range(rounds)]
@@ -305,9 +209,9 @@ class Bench:
             "tokens_per_s": statistics.median(rates),
             "rates": rates,
             "processor_us": processor_us,
-            "step": summary_ms(self._steps.decode_s),
-            "prefill": summary_ms(self._steps.prefill_s),
-            "layer": summary_ms(self._steps.layer_s),
+            "step": summary_ms(steps.decode_s),
+            "prefill": summary_ms(steps.prefill_s),
+            "layer": summary_ms(steps.layer_s),
             "calls": dict(Counter(self._transport.calls) - before),
             "tokens": list(self._collector.tokens.values()),
         }
@@ -330,21 +234,6 @@ class Bench:
         self._engine.close()
         self._transport.close()
         self.actors.kill()
-
-
-class Steps:
-    """Times of steps that only decode, of those that prefill, and of the former's layers."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.decode_s: list[float] = []
-        self.prefill_s: list[float] = []
-        self.layer_s: list[float] = []
-
-    def clear(self) -> None:
-        """Forget all."""
-        for times_s in (self.decode_s, self.prefill_s, self.layer_s):
-            times_s.clear()
 
 
 def _ignore(actor_id: str, generation: int) -> None:
