@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import steered
 from benchmarks.common import (
@@ -34,12 +31,9 @@ from benchmarks.common import (
     show_verdicts,
     write_json,
 )
-from benchmarks.load_step import Plan, run_step
+from benchmarks.load_step import TIMEOUT_S, Clients, Plan, run_step
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
-
-if TYPE_CHECKING:
-    from benchmarks.devices import Product
 
 DEVICES, STREAMS, ROUTERS = 8, 64, 8
 """Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there
@@ -69,74 +63,9 @@ STANDBY_ACTORS = {"none stands by": 0, "two stand by": 2}
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
 PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
-
-
 APART_S = 0.1
 """Between the starts of two streams, so that Serve sees which router has fewer."""
-TIMEOUT_S = 600.0
 TOKENS = 3000
-
-
-class Streams:
-    """Clients that each read one endless stream, and when they got how many tokens."""
-
-    def __init__(self, ports: Ports, tokens: Sequence[int], apart_s: float = APART_S) -> None:
-        """Start one for each token, one after the other."""
-        from router.client import Client
-
-        self._client = Client(ports.grpc_address)
-        self._tokens = tokens
-        self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(len(tokens))
-        self.arrivals: list[list[tuple[float, int]]] = [[] for _ in tokens]
-        self._reading = []
-        # Streams of one expert start one after the other, so that they go to different routers.
-        order = sorted(range(len(tokens)), key=lambda one: steered.expert_of(0, tokens[one]))
-        for stream in order:
-            self._reading.append(self._pool.submit(self._read, stream))
-            time.sleep(apart_s)
-
-    def _read(self, stream: int) -> None:
-        from router.client import Sampling
-
-        token = self._tokens[stream]
-        sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-        pieces = self._client.stream([token], sampling, model=MODEL, timeout_s=TIMEOUT_S)
-        for piece in pieces:
-            if piece.exact:
-                raise RuntimeError("an answer of emulated experts says that it is exact")
-            for one in piece.token_ids:
-                token = steered.next_token(token)
-                if one != token:
-                    raise RuntimeError(f"stream {stream} said {one}, not {token}: not steered")
-            self.arrivals[stream].append((time.perf_counter(), len(piece.token_ids)))
-            if self._stopping.is_set():
-                pieces.close()
-                return
-
-    def wait_started(self) -> None:
-        """Return when every stream has had a few tokens; raises what a stream failed with."""
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while min(map(len, self.arrivals)) < 3:
-            self.check()
-            if time.monotonic() > deadline_s:
-                raise TimeoutError("the streams did not start")
-            time.sleep(0.05)
-
-    def check(self) -> None:
-        """Raise what a stream has failed with."""
-        for reading in self._reading:
-            if reading.done():
-                reading.result()
-                raise RuntimeError("a stream ended by itself")
-
-    def stop(self) -> None:
-        """End all streams, each at its next token."""
-        self._stopping.set()
-        for reading in self._reading:
-            reading.result(TIMEOUT_S)
-        self._pool.shutdown()
-        self._client.close()
 
 
 def rate(arrivals: Sequence[tuple[float, int]], start_s: float, end_s: float) -> float:
@@ -151,56 +80,39 @@ def rate(arrivals: Sequence[tuple[float, int]], start_s: float, end_s: float) ->
     return sum(tokens for _, tokens in within[1:]) / (within[-1][0] - within[0][0])
 
 
-def cpu_s() -> float:
-    """Return the processor seconds that this process and all below it have used, Ray's too."""
-    import psutil
-
-    own = psutil.Process()
-    total_s = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.Error):  # it ended a moment ago
-            total_s += sum(process.cpu_times()[:2])
-    return total_s
-
-
-def busy_share(products: Sequence[Product], start_s: float, end_s: float) -> float:
-    """Return the part of a time in which a device was computing."""
-    busy_s = sum(max(0.0, min(one.end_s, end_s) - max(one.start_s, start_s)) for one in products)
-    return busy_s / (end_s - start_s)
-
-
-def measure_streams(streams: Streams, seconds: float) -> dict[str, Any]:
-    """Return throughput and busy shares of streams that run."""
-    from benchmarks.devices import recorded
-
-    start_s, used_s = time.perf_counter(), cpu_s()
-    time.sleep(seconds)
-    end_s = time.perf_counter()
-    used_s = cpu_s() - used_s
-    streams.check()
-    busy = {name: busy_share(one, start_s, end_s) for name, one in recorded(MODEL).items()}
-    return {
-        "tokens_per_s": sum(rate(arrivals, start_s, end_s) for arrivals in streams.arrivals),
-        "busy": busy,
-        "cores_used": used_s / (end_s - start_s),
-    }
-
-
 def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
-    """Return throughput and busy shares under Zipf's load, and how many copies there are."""
+    """Return the throughput of endless streams under Zipf's load, and how many copies there are."""
     from router.client import Client
 
     apart = steered.ZIPF_CYCLE / STREAMS
-    streams = Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
+    tokens = [steered.zipf_token(int(apart * i)) for i in range(STREAMS)]
+    # Streams of one expert start one after the other, so that they go to different routers.
+    tokens.sort(key=lambda token: steered.expert_of(0, token))
+    clients = Clients(ports, TOKENS)
     try:
-        streams.wait_started()
+        clients.come(tokens, APART_S * STREAMS)
+        wait_started(clients)
         time.sleep(SETTLE_S)
-        measured = measure_streams(streams, seconds)
+        start_s = time.perf_counter()
+        time.sleep(seconds)
+        end_s = time.perf_counter()
     finally:
-        streams.stop()
+        clients.close()
+    if clients.failures:
+        raise RuntimeError(clients.failures[0])
     with Client(ports.grpc_address) as client:
-        measured["copies"] = sum(len(one.actors) for one in client.load().experts)
-    return measured
+        copies = sum(len(one.actors) for one in client.load().experts)
+    rates = [rate(answer.pieces, start_s, end_s) for answer in clients.answers]
+    return {"tokens_per_s": sum(rates), "copies": copies}
+
+
+def wait_started(clients: Clients) -> None:
+    """Return when every stream has had a few tokens, or one has failed."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while sum(len(one.pieces) >= 3 for one in clients.answers) < STREAMS and not clients.failures:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("the streams did not start")
+        time.sleep(0.05)
 
 
 def _application(args: dict[str, Any]) -> Any:
@@ -241,8 +153,6 @@ def step_experts(standby_actors: int) -> dict[str, Any]:
 def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     result: dict[str, Any] = {
-        "actors": {"zipf": DEVICES, "least": ACTORS, "most": MOST_ACTORS},
-        "clients": {"streams": STREAMS, "before": plan.base, "crowd": plan.crowd},
         "targets": TARGETS,
         "zipf": {},
         "steps": {},
@@ -287,7 +197,7 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
             _within(f"{case}: its copies are gone", gone_s["copies"], delay_s),
             Verdict(
                 f"{case}: failed or wrong answers",
-                f"{len(step['failures'])} of {step['answers'] + len(step['failures'])}",
+                f"{len(step['failures'])} of {step['answers']}",
                 "none",
                 not step["failures"],
             ),
@@ -308,21 +218,14 @@ def report(result: Mapping[str, Any]) -> None:
             one["tokens_per_s"],
             one["tokens_per_s"] / result["zipf"]["one copy"]["tokens_per_s"],
             one["copies"],
-            max(one["busy"].values()),
-            min(one["busy"].values()),
-            one["cores_used"],
         )
         for case, one in result["zipf"].items()
     ]
-    columns = ["", "tok/s|.1f", "gain|.2f", "copies", "busiest device|.1%", "least busy|.1%"]
-    columns.append("cores used|.2f")
-    show(f"Zipf's load: {STREAMS} streams, {DEVICES} devices", rows, columns)
+    title = f"Zipf's load: {STREAMS} streams, {DEVICES} devices"
+    show(title, rows, ["", "tok/s|.1f", "gain|.2f", "copies"])
     for case, step in result["steps"].items():
-        times = [(phase, *ms.values()) for phase, ms in step["phases"].items()]
-        show(f"{case}: time between tokens, ms", times, ["", "p50|.0f", "p99|.0f"])
-        for what in ("actors", "copies"):
-            told = ", ".join(f"{when} {number}" for when, number in step[what].items())
-            print(f"{what.capitalize()}: {told}.")
+        numbers = [(what, *of_times.values()) for what, of_times in step["numbers"].items()]
+        show(case, numbers, ["", "before", "most", "after"])
         for failure in step["failures"][:5]:
             print(failure)
 
