@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.actors import TIMEOUT_S, start_actors
-from benchmarks.baseline import run_module
 from benchmarks.common import (
     MODEL,
     SIZES,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 APP = "bench-decode"
+MODULE_TIMEOUT_S = 600.0
 
 
 def measure(
@@ -66,6 +68,24 @@ def measure(
         arguments += ["--prefill", *map(str, prefill)]
     environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
     return run_module("benchmarks.engine", arguments, environment)
+
+
+def run_module(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Run a benchmark's module in a process; returns the JSON of the last line it prints.
+
+    Raises ``RuntimeError`` with the end of its stderr when it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=MODULE_TIMEOUT_S,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from benchmarks.processor_time import per_token
 from benchmarks.serve_clients import WAYS, Ports, Timed
 from benchmarks.shipped import free_ports, serve_options, with_ports
 
-TRANSFORMERS = "grouped_mm"
+TRANSFORMERS = f"transformers, {baseline.FORMAT}"
 FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
 """How the cache is filled: by as many requests as a router decodes together."""
 CLIENTS, ENGINE = "clients", "router's engine and actors alone"
@@ -228,8 +228,9 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         folder = Path(name)
         begin("checkpoint")
         make_checkpoint(folder)
-        begin(f"transformers, {TRANSFORMERS}")
-        result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
+        begin(TRANSFORMERS)
+        one_process = baseline.measure(folder, [clients], tokens, rounds)
+        result["transformers"] = one_process[str(clients)]
         turns = [engine_alone(begin, folder, actors, clients, tokens, rounds)]
         begin("deployment")
         with deployed(folder, actors) as ports:
@@ -271,7 +272,7 @@ def report(result: Mapping[str, Any]) -> None:
         latencies = [one.get(name, {}).get(p) for name in LATENCIES for p in ("p50_ms", "p99_ms")]
         rows.append((way, one["tokens_per_s"], *ratios, *latencies))
     alone, engine_alone = (result[side]["tokens_per_s"] for side in ("transformers", "engine"))
-    for name, rate in ((f"transformers {TRANSFORMERS}", alone), (ENGINE, engine_alone)):
+    for name, rate in ((TRANSFORMERS, alone), (ENGINE, engine_alone)):
         rows.append((name, rate, rate / alone, rate / engine_alone, *[None] * 6))
     columns = ["", "tok/s|.0f", "/ transformers|.2f", "/ engine|.2f"]
     for name in ("first token", "between", "request"):

@@ -14,13 +14,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baseline
+from benchmarks import baseline, engine
 from benchmarks.common import CACHE_TOKENS
 from benchmarks.gpu.models import fitted, names, room
 from benchmarks.gpu.settings import Settings
-from benchmarks.synthetic import normal_pool, write_checkpoint
+from benchmarks.synthetic import write_checkpoint
 
-TRANSFORMERS = "grouped_mm"
 APP = "bench-gpu"
 OBJECT_STORE_BYTES = 256 << 20
 """Of the host's shared memory, which may have the checkpoint."""
@@ -36,19 +35,15 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix=settings.label, dir=fit.folder) as name:
         folder = Path(name)
         say(f"writing {fit.num_bytes / 1e9:.1f} GB to {fit.folder}")
-        write_checkpoint(folder, fit.config, normal_pool())
+        write_checkpoint(folder, fit.config)
         say("transformers")
-        measured = baseline.measure_all(
-            folder,
-            TRANSFORMERS,
-            settings.streams,
-            settings.tokens,
-            settings.rounds,
-            settings.device,
+        streams = [int(n) for n in settings.streams]
+        measured = baseline.measure(
+            folder, streams, settings.tokens, settings.rounds, settings.device
         )
         say("router and actors")
         environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-        ours = baseline.run_module("benchmarks.gpu.speed", [name, str(results)], environment)
+        ours = engine.run_module("benchmarks.gpu.speed", [name, str(results)], environment)
     ratios = {
         count: {
             n: one["streams"][n]["tokens_per_s"] / measured[n]["tokens_per_s"]

@@ -26,7 +26,7 @@ class Task:
 
     ``model`` is a checkpoint's folder or a GGUF file. ``prompts`` has a prompt for each of the most
     streams; ``long_prompts`` are prefilled one at a time. ``context`` is the most tokens that all
-    sequences of a batch have together.
+    sequences of a batch have together. ``device`` is ``cpu``, or for transformers ``accelerator``.
     """
 
     model: str
@@ -38,6 +38,7 @@ class Task:
     rounds: int
     long_prompts: Tokens
     context: int
+    device: str = "cpu"
 
     def to_json(self) -> str:
         """Return the task as :func:`read_task` reads it."""

@@ -19,7 +19,7 @@ from benchmarks.gpu.models import (
     names,
     room,
 )
-from benchmarks.synthetic import bytes_of, normal_pool, write_checkpoint
+from benchmarks.synthetic import bytes_of, write_checkpoint
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.ops.doctor.machine import SHARED_MEMORY
 
@@ -92,7 +92,7 @@ def test_a_synthetic_checkpoint_is_one_that_transformers_and_this_project_load(
     tmp_path: Path,
 ) -> None:
     logging.disable_progress_bar()
-    write_checkpoint(tmp_path, TINY, normal_pool())
+    write_checkpoint(tmp_path, TINY)
     assert open_checkpoint(tmp_path).num_bytes == bytes_of(TINY)
     model = MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     state = model.state_dict()
