@@ -45,11 +45,6 @@ BACK_S = 60.0
 POLL_S = 0.1
 
 QUIET, KILL, HANG = "no fault", "kill of an actor with copies elsewhere", "hang of such an actor"
-ONLY_COPY, CONTROLLER, ROUTER = (
-    "kill of the only copy",
-    "kill of the controller",
-    "kill of a router",
-)
 
 Fault = Callable[["Client"], "ClusterStatus"]
 Back = Callable[["ClusterStatus", "ClusterStatus"], bool]
@@ -173,40 +168,24 @@ def _inflict(client: Client, fault: Fault, is_back: Back) -> float:
     raise RuntimeError(f"not as before within {BACK_S:g} s")
 
 
-def kill_actor(client: Client) -> ClusterStatus:
-    """Kill the first actor."""
-    from tests.fault.signals import kill
+def fault_of(deed: str, pid_of: Callable[[ClusterStatus], int]) -> Fault:
+    """Return the fault that does ``kill`` or ``stop`` of ``tests.fault.signals`` to a process."""
 
-    told = client.status()
-    kill(told, told.actors[0].pid)
-    return told
+    def inflict(client: Client) -> ClusterStatus:
+        from tests.fault import signals
 
+        told = client.status()
+        getattr(signals, deed)(told, pid_of(told))
+        return told
 
-def hang_actor(client: Client) -> ClusterStatus:
-    """Stop the first actor, which the controller then replaces."""
-    from tests.fault.signals import stop
-
-    told = client.status()
-    stop(told, told.actors[0].pid)
-    return told
+    return inflict
 
 
-def kill_controller(client: Client) -> ClusterStatus:
-    """Kill the controller."""
-    from tests.fault.signals import kill
-
-    told = client.status()
-    kill(told, told.controller_pid)
-    return told
-
-
-def kill_router(client: Client) -> ClusterStatus:
-    """Kill the first router."""
-    from tests.fault.signals import kill
-
-    told = client.status()
-    kill(told, told.routers[0].pid)
-    return told
+kill_actor = fault_of("kill", lambda told: told.actors[0].pid)
+hang_actor = fault_of("stop", lambda told: told.actors[0].pid)
+"""The controller replaces it then."""
+kill_controller = fault_of("kill", lambda told: told.controller_pid)
+kill_router = fault_of("kill", lambda told: told.routers[0].pid)
 
 
 def actor_is_back(before: ClusterStatus, now: ClusterStatus) -> bool:
@@ -236,17 +215,24 @@ def with_copies(rounds: int, seconds: float) -> list[Scenario]:
     return [quiet, *[killed, quiet] * rounds, hung]
 
 
-def without_copies() -> list[Scenario]:
-    """Return what is lost where nothing stands by."""
-    return [
-        Scenario(ONLY_COPY, SHORT_S, kill_actor, actor_is_back),
-        Scenario(CONTROLLER, SHORT_S, kill_controller, controller_is_back),
-        Scenario(ROUTER, SHORT_S, kill_router, router_is_back),
-    ]
+WITHOUT_COPIES = [
+    Scenario("kill of the only copy", SHORT_S, kill_actor, actor_is_back),
+    Scenario("kill of the controller", SHORT_S, kill_controller, controller_is_back),
+    Scenario("kill of a router", SHORT_S, kill_router, router_is_back),
+]
+"""What is lost where nothing stands by."""
 
 
-def answers(client: Client, streams: int) -> list[Case]:
-    """Return prompts, all different, with what the deployment makes of them without a fault."""
+def lengths_of(streams: int) -> Sequence[int]:
+    """Return how many tokens each stream generates."""
+    return range(TOKENS, TOKENS + TOKENS_STEP * streams, TOKENS_STEP)
+
+
+def answers(client: Client, lengths: Sequence[int]) -> list[Case]:
+    """Return prompts, all different, with what the deployment makes of them without a fault.
+
+    Each has so many tokens as ``lengths`` says.
+    """
     from router.client import Sampling
     from tests.fault.load import Case
 
@@ -257,16 +243,15 @@ def answers(client: Client, streams: int) -> list[Case]:
         [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
         return Case(tuple(prompt), reply.token_ids)
 
-    with ThreadPoolExecutor(streams) as pool:
-        lengths = range(TOKENS, TOKENS + TOKENS_STEP * streams, TOKENS_STEP)
-        return list(pool.map(answer, prompts(streams), lengths))
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        return list(pool.map(answer, prompts(len(lengths)), lengths))
 
 
 def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     from router.client import Client
 
-    parts = [(1, COPIES, with_copies(rounds, seconds)), (ROUTERS, 1, without_copies())]
+    parts = [(1, COPIES, with_copies(rounds, seconds)), (ROUTERS, 1, WITHOUT_COPIES)]
     windows = []
     with progress("failover", sum(2 + len(scenarios) for _, _, scenarios in parts)) as begin:
         for routers, copies, scenarios in parts:
@@ -275,7 +260,7 @@ def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
             # Without retries, so that what the server lets through is seen.
             with served as ports, Client(ports.grpc_address, retry=None) as client:
                 begin("answers without faults")
-                cases = answers(client, streams)
+                cases = answers(client, lengths_of(streams))
                 for scenario in scenarios:
                     begin(scenario.name)
                     windows.append(observe(client, cases, scenario))

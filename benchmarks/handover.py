@@ -17,9 +17,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -41,61 +40,45 @@ _OWN = ("grpc.use_local_subchannel_pool", 1)
 _LIVE = "/inference.GRPCInferenceService/ServerLive"
 
 
-@dataclass(slots=True)
-class Calls:
-    """The calls of one kind: how many were answered, and why the others failed."""
-
-    answered: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_failed(self) -> int:
-        """The number of calls that failed."""
-        return sum(self.failures.values())
-
-
 class Clients:
-    """Threads that call until they are ended."""
+    """Threads that call while a block runs."""
 
     def __init__(self, ports: Ports) -> None:
-        self.calls = {kind: Calls() for kind in MOST_LOST}
+        self.answered: Counter[str] = Counter()
+        self.failures: dict[str, Counter[str]] = {kind: Counter() for kind in MOST_LOST}
         self._ports = ports
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
 
-    def start(self, count: int) -> None:
-        """Start so many threads of each kind."""
-        loops: Mapping[str, Callable[[], None]] = {
-            HTTP: lambda: self._over_http(True),
-            HTTP_NEW: lambda: self._over_http(False),
-            GRPC: lambda: self._over_grpc(GRPC),
-            GRPC_NEW: lambda: self._over_grpc(GRPC_NEW),
-            GRPC_ONCE: lambda: self._over_grpc(GRPC_ONCE),
-        }
-        self._threads = [
-            threading.Thread(target=loop, name=kind)
-            for kind, loop in loops.items()
+    @contextmanager
+    def calling(self, count: int) -> Iterator[None]:
+        """Have so many threads of each kind call until the block ends."""
+        threads = [
+            threading.Thread(
+                target=self._over_http if kind in (HTTP, HTTP_NEW) else self._over_grpc,
+                args=(kind,),
+            )
+            for kind in MOST_LOST
             for _ in range(count)
         ]
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
-
-    def end(self) -> None:
-        """End all threads."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(2 * CALL_S)
+        try:
+            yield
+        finally:
+            self._ended.set()
+            for thread in threads:
+                thread.join(2 * CALL_S)
 
     def _note(self, kind: str, failure: str = "") -> None:
         with self._lock:
             if failure:
-                self.calls[kind].failures[failure] += 1
+                self.failures[kind][failure] += 1
             else:
-                self.calls[kind].answered += 1
+                self.answered[kind] += 1
 
-    def _over_http(self, is_kept: bool) -> None:
-        kind, connection = HTTP if is_kept else HTTP_NEW, None
+    def _over_http(self, kind: str) -> None:
+        connection = None
         while not self._ended.is_set():
             if connection is None:
                 connection = http.client.HTTPConnection("127.0.0.1", self._ports.http, CALL_S)
@@ -107,7 +90,7 @@ class Clients:
             except (OSError, http.client.HTTPException) as error:
                 self._note(kind, repr(error))
                 answer = None
-            if answer is None or answer.will_close or not is_kept:
+            if answer is None or answer.will_close or kind == HTTP_NEW:
                 connection.close()
                 connection = None
 
@@ -124,17 +107,6 @@ class Clients:
             if kind == GRPC_NEW:
                 channel.close()
                 channel = None
-
-
-@contextmanager
-def calling(ports: Ports, count: int) -> Iterator[Clients]:
-    """Have clients call until the block ends."""
-    clients = Clients(ports)
-    clients.start(count)
-    try:
-        yield clients
-    finally:
-        clients.end()
 
 
 class Deployment:
@@ -197,11 +169,11 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
     from router.app import build
 
     ports = Ports(*free_ports(2))
-    deployment = Deployment(ports)
+    deployment, clients = Deployment(ports), Clients(ports)
     with (
         progress("handover", redeploys + 4) as begin,
         served(build, deployment.args(), ports=ports),
-        calling(ports, count) as clients,
+        clients.calling(count),
     ):
         for number in range(redeploys):
             begin(f"redeploy {number + 1}")
@@ -217,8 +189,8 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
         "redeploys": redeploys,
         "clients": count * len(MOST_LOST),
         "calls": {
-            kind: {"answered": calls.answered, "failures": dict(calls.failures)}
-            for kind, calls in clients.calls.items()
+            kind: {"answered": clients.answered[kind], "failures": dict(failures)}
+            for kind, failures in clients.failures.items()
         },
     }
 

@@ -27,7 +27,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import CACHE_TOKENS, MODEL, command, progress, prompts, show, write_json
+from benchmarks.common import CACHE_TOKENS, MODEL, command, progress, show, write_json
+from benchmarks.failover import MODEL_PATH, REQUEST_TIMEOUT_S, answers
 from benchmarks.growth import Sampler, show_growth
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
@@ -36,13 +37,11 @@ from cluster.errors import ExpertMeshError
 if TYPE_CHECKING:
     from router.client import Client
     from tests.fault.injector import Hit
-    from tests.fault.load import Case, Wait
+    from tests.fault.load import Wait
 
-MODEL_PATH = "models/mesh-tiny"
 ACTORS, ROUTERS = 3, 2
 STREAMS, UNARY = 6, 2
-PROMPTS, TOKENS, VOCAB = 8, 48, 2000
-REQUEST_TIMEOUT_S = 60.0
+PROMPTS, TOKENS = 8, 48
 REDEPLOY_S = 180.0
 DAMAGE_REASONS = ("not_finite", "damaged", "malformed")
 LONG_S, WAITS_SHOWN = 1.0, 8
@@ -97,12 +96,12 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         served = weights.served()
         with served as ports, Client(ports.grpc_address) as client:
             begin("answers without faults")
-            cases = answers(client)
+            cases = answers(client, [TOKENS] * PROMPTS)
             if has_faults:
                 weights.redeploy(client)
                 cases = [
                     replace(case, others=(other.expected,))
-                    for case, other in zip(cases, answers(client), strict=True)
+                    for case, other in zip(cases, answers(client, [TOKENS] * PROMPTS), strict=True)
                 ]
             load = Load(client, MODEL, cases, STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
             sampler, started_s = Sampler(), time.monotonic()
@@ -221,21 +220,6 @@ def damages_of(ports: Ports) -> dict[str, int]:
             if reason:
                 counts[reason] += int(float(line.rpartition(" ")[2]))
     return dict(counts)
-
-
-def answers(client: Client) -> list[Case]:
-    """Return prompts, all different, with what the deployment makes of them without a fault."""
-    from router.client import Sampling
-    from tests.fault.load import Case
-
-    sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-    cases = []
-    for prompt in prompts(PROMPTS):
-        # The bundled vocabulary is smaller than that of the benchmarks' random model.
-        prompt = [2 + token_id % VOCAB for token_id in prompt]
-        [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
-        cases.append(Case(tuple(prompt), reply.token_ids))
-    return cases
 
 
 def report(result: Mapping[str, Any]) -> None:
