@@ -165,22 +165,30 @@ def show(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str]) -
     cell, and texts stay as they are.
     """
     table = Table(title=title, title_justify="left")
-    split = [column.partition("|") for column in columns]
-    for i, (name, _, _) in enumerate(split):
-        table.add_column(name, justify="left" if i == 0 else "right")
+    for i, column in enumerate(columns):
+        table.add_column(column.partition("|")[0], justify="left" if i == 0 else "right")
     for row in rows:
-        cells = zip(row, split, strict=True)
-        table.add_row(*(_cell(value, spec) for value, (_, _, spec) in cells))
+        table.add_row(*_cells(row, columns))
     console = Console()
     if not console.is_terminal:  # a file has no width, for which rich takes 80 columns
         console = Console(width=FILE_WIDTH)
     console.print(table)
 
 
-def _cell(value: object, spec: str) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else format(value, spec)
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown, with columns as :func:`show` has them."""
+    header = [column.partition("|")[0] for column in columns]
+    lines = [header, *(_cells(row, columns) for row in rows)]
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def _cells(row: Sequence[object], columns: Sequence[str]) -> list[str]:
+    specs = (column.partition("|")[2] for column in columns)
+    return [
+        value if isinstance(value, str) else "" if value is None else format(value, spec)
+        for value, spec in zip(row, specs, strict=True)
+    ]
 
 
 def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:

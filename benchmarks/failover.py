@@ -301,20 +301,29 @@ def minute_ratio(compared: Sequence[Mapping[str, float]]) -> float:
     return 1 - statistics.mean(one["lost_s"] for one in compared) / MINUTE_S
 
 
-def report(result: Mapping[str, Any]) -> None:
-    """Print the tables."""
-    rows = [
+WINDOW_COLUMNS = (
+    "", "s|.0f", "tok/s|.0f", "gap p50 s|.3f", "p99|.3f", "longest|.3f",
+    "first token longest s|.2f", "back after s|.1f", "requests", "failed or wrong",
+)  # fmt: skip
+
+
+def window_rows(windows: Iterable[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """Return the rows of windows under :data:`WINDOW_COLUMNS`."""
+    return [
         (
             *(one[key] for key in ("name", "seconds", "tokens_per_s")),
             *(one["gap_s"][part] for part in ("p50", "p99", "longest")),
             *(one[key] for key in ("longest_first_s", "back_s", "requests")),
             ", ".join(f"{count} {reason}" for reason, count in one["failures"].items()) or "0",
         )
-        for one in result["windows"]
+        for one in windows
     ]
-    columns = ["", "s|.0f", "tok/s|.0f", "gap p50 s|.3f", "p99|.3f", "longest|.3f"]
-    columns += ["first token longest s|.2f", "back after s|.1f", "requests", "failed or wrong"]
-    show(f"failover, {result['streams']} streams", rows, columns)
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    title = f"failover, {result['streams']} streams"
+    show(title, window_rows(result["windows"]), WINDOW_COLUMNS)
     kill_rows = [(place, *one.values()) for place, one in enumerate(result["kills"], 1)]
     columns = ["", "throughput lost s|.3f", "the same without|.3f", "longest gap without s|.3f"]
     show("stretches with a kill", kill_rows, [*columns, "longest gap above that s|.3f"])

@@ -13,6 +13,7 @@ import numpy as np
 import sklearn
 import torch
 
+from benchmarks.common import markdown
 from benchmarks.local_mixture import LocalMixture
 from cluster.processor import processor_name
 from experts.checkpoint.identity import identity_of
@@ -72,10 +73,7 @@ def filled(
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; real numbers have four digits after the point."""
-    first, *others = (
-        f"| {' | '.join(line)} |" for line in (header, *([_cell(v) for v in row] for row in rows))
-    )
-    return "\n".join([first, "|" + "---|" * len(header), *others])
+    return markdown(header, [[_cell(value) for value in row] for row in rows])
 
 
 def losses(fitted: Any, title: str) -> str:
