@@ -14,10 +14,10 @@ machine. The exit status is 1 when a peer fails.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,33 +65,13 @@ MODELS: dict[str, Sizes] = {
 """Sizes by the number of parameters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run measures, and how often."""
-
-    size: str
-    tokens: int
-    rounds: int
-    passes: int
-    actors: int
-    transports: Sequence[str]
-    prefill: Sequence[int]
-    avx2_alone: bool = False
-    """Nothing uses more of the processor."""
-
-    @property
-    def sizes(self) -> Sizes:
-        """The checkpoint's sizes."""
-        return MODELS[self.size]
-
-
 Measure = Callable[[], dict[str, Any]]
 """Measures one side once."""
 Key = tuple[str, str]
 """A side: a peer or :data:`OURS` with a transport, and the format of the weights."""
 
 
-def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
+def run(options: argparse.Namespace, peers: Mapping[Peer, str]) -> dict[str, Any]:
     """Run the whole benchmark; returns the content of ``--json``.
 
     Each pass measures all sides, so that a machine that gets slower meanwhile slows all of them. A
@@ -100,15 +80,15 @@ def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         folder.mkdir()
-        sides = {**_peer_sides(settings, folder, peers), **_our_sides(settings, folder)}
+        sides = {**_peer_sides(options, folder, peers), **_our_sides(options, folder)}
         taken: dict[Key, list[dict[str, Any]]] = {key: [] for key in sides}
         failed: dict[str, str] = {}
-        with progress("decode", 1 + settings.passes * len(sides)) as begin:
+        with progress("decode", 1 + options.passes * len(sides)) as begin:
             begin("checkpoint")
-            make_checkpoint(folder, sizes=settings.sizes)
-            for number in range(settings.passes):
+            make_checkpoint(folder, sizes=MODELS[options.size])
+            for number in range(options.passes):
                 for key, measure in sides.items():
-                    begin(f"pass {number + 1} of {settings.passes}, {' '.join(key)}")
+                    begin(f"pass {number + 1} of {options.passes}, {' '.join(key)}")
                     if key in taken:
                         try:
                             taken[key].append(measure())
@@ -118,13 +98,13 @@ def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
     return with_ratios(
         {
             "processor": processor_name(),
-            "avx2_alone": settings.avx2_alone,
-            "size": settings.size,
-            "sizes": settings.sizes,
-            "tokens": settings.tokens,
-            "actors": settings.actors,
+            "avx2_alone": options.avx2,
+            "size": options.size,
+            "sizes": MODELS[options.size],
+            "tokens": options.tokens,
+            "actors": options.actors,
             "streams": list(STREAMS),
-            "prefill": [str(length) for length in settings.prefill],
+            "prefill": [str(length) for length in options.prefill],
             "sides": [
                 {"program": program, "format": number_format, **merged(passes)}
                 for (program, number_format), passes in taken.items()
@@ -135,29 +115,31 @@ def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
     )
 
 
-def _peer_sides(settings: Settings, folder: Path, peers: Mapping[Peer, str]) -> dict[Key, Measure]:
+def _peer_sides(
+    options: argparse.Namespace, folder: Path, peers: Mapping[Peer, str]
+) -> dict[Key, Measure]:
     return {
-        (peer.name, kind): partial(_measure_peer, settings, folder, peer, python, kind)
+        (peer.name, kind): partial(_measure_peer, options, folder, peer, python, kind)
         for peer, python in peers.items()
         for kind in peer.formats
     }
 
 
-def _our_sides(settings: Settings, folder: Path) -> dict[Key, Measure]:
+def _our_sides(options: argparse.Namespace, folder: Path) -> dict[Key, Measure]:
     return {
-        (f"{OURS}, {transport}", dtype): partial(_measure_ours, settings, folder, dtype, transport)
+        (f"{OURS}, {transport}", dtype): partial(_measure_ours, options, folder, dtype, transport)
         for dtype in VALUE_BYTES
-        for transport in settings.transports
+        for transport in dict.fromkeys(options.transport)
     }
 
 
 def _measure_peer(
-    settings: Settings, folder: Path, peer: Peer, python: str, number_format: str
+    options: argparse.Namespace, folder: Path, peer: Peer, python: str, number_format: str
 ) -> dict[str, Any]:
     """Measure a peer on all cores; a GGUF file exists only meanwhile."""
-    vocab_size = settings.sizes["vocab_size"]
+    vocab_size = MODELS[options.size]["vocab_size"]
     streams = tuple(map(int, STREAMS))
-    lengths = settings.prefill if peer.name == PREFILL_PEER else ()
+    lengths = options.prefill if peer.name == PREFILL_PEER else ()
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         model = folder
         if peer.gguf_architecture is not None:
@@ -169,25 +151,27 @@ def _measure_peer(
             psutil.cpu_count() or 1,
             prompts(max(streams), vocab_size),
             streams,
-            settings.tokens,
-            settings.rounds,
+            options.tokens,
+            options.rounds,
             [long_prompt(length, vocab_size) for length in lengths],
             CACHE_TOKENS,
         )
         return {**ask(python, peer.module, task), "bits": bits_of(number_format)}
 
 
-def _measure_ours(settings: Settings, folder: Path, dtype: str, transport: str) -> dict[str, Any]:
+def _measure_ours(
+    options: argparse.Namespace, folder: Path, dtype: str, transport: str
+) -> dict[str, Any]:
     measured = engine.measure(
         folder,
         transport,
-        settings.actors,
+        options.actors,
         STREAMS,
-        settings.tokens,
-        settings.rounds,
-        sizes=settings.sizes,
+        options.tokens,
+        options.rounds,
+        sizes=MODELS[options.size],
         dtype=dtype,
-        prefill=settings.prefill,
+        prefill=options.prefill,
     )
     return {**measured, "bits": 8 * VALUE_BYTES[dtype], "version": ""}
 
@@ -203,7 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="has a virtual environment for each peer, named after the peer",
     )
     lengths = ", ".join(f"{n:,}" for n in PREFILL_TOKENS)
-    parser.add_argument("--prefill", action="store_true", help=f"prompts of {lengths} tokens too")
+    parser.add_argument(
+        "--prefill",
+        action="store_const",
+        const=PREFILL_TOKENS,
+        default=(),
+        help=f"prompts of {lengths} tokens too",
+    )
     parser.add_argument("--tokens", type=positive, default=32, help="of each stream")
     parser.add_argument("--rounds", type=positive, default=5, help="of each side in a pass")
     parser.add_argument("--passes", type=positive, default=1, help="over all sides")
@@ -217,17 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers = installed(options.peers)
     except ValueError as error:
         parser.error(str(error))
-    settings = Settings(
-        options.size,
-        options.tokens,
-        options.rounds,
-        options.passes,
-        options.actors,
-        tuple(dict.fromkeys(options.transport)),
-        PREFILL_TOKENS if options.prefill else (),
-        options.avx2,
-    )
-    result = run(settings, peers)
+    result = run(options, peers)
     report(result)
     write_json("decode", result, options.json)
     return int(bool(result["failed"]))

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,53 +64,23 @@ class Scenario:
     is_back: Back = lambda before, now: True
 
 
-@dataclass(slots=True)
-class Window:
-    """What the streams saw in so many seconds under load."""
-
-    name: str
-    seconds: float
-    tokens: int = 0
-    gaps_s: list[float] = field(default_factory=list)
-    """Between two pieces of a stream, sorted."""
-    first_s: list[float] = field(default_factory=list)
-    """From a request to its first piece."""
-    back_s: float | None = None
-    """From the fault until all was as before."""
-    requests: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    lost_s: float = 0.0
-    """What :func:`lost_s` says of it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return its figures."""
-        return {
-            "name": self.name,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens / self.seconds,
-            "gap_s": {
-                "p50": percentile(self.gaps_s, 0.5),
-                "p99": percentile(self.gaps_s, 0.99),
-                "longest": self.gaps_s[-1],
-            },
-            "longest_first_s": max(self.first_s, default=0.0),
-            "back_s": self.back_s,
-            "requests": self.requests,
-            "failures": self.failures,
-            "lost_s": self.lost_s,
-        }
-
-
-def window(name: str, waits: Iterable[Wait], begin_s: float, end_s: float) -> Window:
-    """Return what falls into a stretch of time: pieces that came in it, gaps that touch it."""
-    result = Window(name, end_s - begin_s)
-    for wait in waits:
-        if begin_s <= wait.ended_s < end_s:
-            result.tokens += wait.tokens
-        if wait.ended_s > begin_s and wait.began_s < end_s:
-            (result.first_s if wait.is_first else result.gaps_s).append(wait.took_s)
-    result.gaps_s.sort()
-    return result
+def window(name: str, waits: Sequence[Wait], begin_s: float, end_s: float) -> dict[str, Any]:
+    """Return what the streams saw in a stretch of time: its pieces, and the gaps that touch it."""
+    touching = [wait for wait in waits if wait.ended_s > begin_s and wait.began_s < end_s]
+    gaps_s = sorted(wait.took_s for wait in touching if not wait.is_first)
+    tokens = sum(wait.tokens for wait in waits if begin_s <= wait.ended_s < end_s)
+    return {
+        "name": name,
+        "seconds": end_s - begin_s,
+        "tokens_per_s": tokens / (end_s - begin_s),
+        "gap_s": {
+            "p50": percentile(gaps_s, 0.5),
+            "p99": percentile(gaps_s, 0.99),
+            "longest": gaps_s[-1],
+        },
+        "longest_first_s": max((wait.took_s for wait in touching if wait.is_first), default=0.0),
+        "lost_s": lost_s(waits, begin_s, end_s),
+    }
 
 
 def lost_s(waits: Iterable[Wait], begin_s: float, end_s: float) -> float:
@@ -146,10 +116,12 @@ def observe(client: Client, cases: Sequence[Case], scenario: Scenario) -> dict[s
         end_s = time.monotonic()
     finally:
         outcome = load.end()
-    seen = window(scenario.name, waits, begin_s, end_s)
-    seen.lost_s = lost_s(waits, begin_s, end_s)
-    seen.back_s, seen.requests, seen.failures = back_s, outcome.requests, dict(outcome.failures)
-    return seen.to_json()
+    return {
+        **window(scenario.name, waits, begin_s, end_s),
+        "back_s": back_s,
+        "requests": outcome.requests,
+        "failures": dict(outcome.failures),
+    }
 
 
 def _inflict(client: Client, fault: Fault, is_back: Back) -> float:

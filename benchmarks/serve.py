@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +112,11 @@ def wait_ready(ports: Ports, timeout_s: float = 120) -> None:
             time.sleep(0.2)
 
 
-@dataclass(slots=True)
-class Measured:
-    """The rounds of one way, and what a token took of each process in them, in microseconds."""
-
-    rounds: list[list[Timed]] = field(default_factory=list)
-    processor_us: list[dict[str, float]] = field(default_factory=list)
+Turn = tuple[list[list[Timed]], dict[str, float]]
+"""Rounds of one way, and the microseconds that a token took of each process in them."""
 
 
-def measure(
-    ports: Ports, way: str, clients: int, tokens: int, rounds: int, measured: Measured
-) -> None:
+def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> Turn:
     """Load the deployment one way; a first round, which makes the connections, does not count.
 
     Raises ``RuntimeError`` when an answer has not as many tokens as it was asked for.
@@ -135,8 +128,7 @@ def measure(
             timed_rounds = [once() for _ in range(rounds)]
     if any(timed.tokens != tokens for some in timed_rounds for timed in some):
         raise RuntimeError(f"{way}: an answer has not {tokens} tokens")
-    measured.rounds += timed_rounds
-    measured.processor_us.append(processor_us)
+    return timed_rounds, processor_us
 
 
 def mean(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -234,16 +226,16 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         turns = [engine_alone(begin, folder, actors, clients, tokens, rounds)]
         begin("deployment")
         with deployed(folder, actors) as ports:
-            ways = {way: Measured() for way in WAYS}
+            of_way: dict[str, list[Turn]] = {way: [] for way in WAYS}
             for way in (*WAYS, *reversed([*WAYS])):
                 begin(way)
-                measure(ports, way, clients, tokens, rounds, ways[way])
+                of_way[way].append(measure(ports, way, clients, tokens, rounds))
             result["ways"] = {
                 way: {
-                    **summarize(measured.rounds, WAYS[way][1]),
-                    "processor_us": mean(measured.processor_us),
+                    **summarize([one for some, _ in both for one in some], WAYS[way][1]),
+                    "processor_us": mean([spent_us for _, spent_us in both]),
                 }
-                for way, measured in ways.items()
+                for way, both in of_way.items()
             }
             result["router"] = router_layers()
             begin("full cache")

@@ -12,8 +12,6 @@ before or has grown, or somebody said that the server failed.
 
 from __future__ import annotations
 
-import http.client
-import json
 import sys
 import time
 from collections import Counter
@@ -117,21 +115,15 @@ class Canaries:
         return tuple(reply.token_ids)
 
     def _by_http(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        from benchmarks.fuzzing.hostile import canary_body
+        import httpx
 
-        connection = http.client.HTTPConnection("127.0.0.1", self._http_port, timeout=60)
-        try:
-            body = canary_body(self._model, prompt, CANARY_TOKENS)
-            connection.request(
-                "POST", "/v1/completions", body, {"content-type": "application/json"}
-            )
-            answer = connection.getresponse()
-            told = json.loads(answer.read())
-            if "choices" not in told:
-                raise RuntimeError(f"{answer.status}: {told}")
-            return tuple(told["choices"][0]["token_ids"])
-        finally:
-            connection.close()
+        body = {
+            "model": self._model, "prompt": list(prompt), "max_tokens": CANARY_TOKENS,
+            "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        url = f"http://127.0.0.1:{self._http_port}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=60).raise_for_status()
+        return tuple(answer.json()["choices"][0]["token_ids"])
 
 
 def bombard(

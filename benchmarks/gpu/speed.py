@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import baseline, engine
 from benchmarks.common import CACHE_TOKENS
-from benchmarks.gpu.models import fitted, names, room
+from benchmarks.gpu.models import fitted, name_of, room
 from benchmarks.gpu.settings import Settings
 from benchmarks.synthetic import write_checkpoint
 
@@ -52,7 +52,7 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
         for count, one in ours["actors"].items()
     }
     return {
-        "model": names([fit.config])[0],
+        "model": name_of(fit.config),
         "config": fit.config,
         "parameters": fit.parameters,
         "size": fit.reason,

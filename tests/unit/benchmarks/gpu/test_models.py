@@ -16,7 +16,7 @@ from benchmarks.gpu.models import (
     NoRoomError,
     Room,
     fitted,
-    names,
+    name_of,
     room,
 )
 from benchmarks.synthetic import bytes_of, write_checkpoint
@@ -37,7 +37,7 @@ MEMORY = str(SHARED_MEMORY)
 
 
 def test_the_models_have_their_sizes() -> None:
-    assert names([SMALL, MEDIUM, LARGE]) == ["111M", "445M", "6.7B"]
+    assert [name_of(config) for config in (SMALL, MEDIUM, LARGE)] == ["111M", "445M", "6.7B"]
 
 
 def test_a_model_that_fits_is_whole() -> None:
