@@ -7,7 +7,9 @@ import ctypes
 import json
 import mmap
 import platform
+import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,6 +243,15 @@ def show_verdicts(title: str, verdicts: Sequence[Verdict]) -> int:
     ]
     show(title, rows, ["figure", "measured", "promised", ""])
     return int(not all(one.is_kept for one in verdicts))
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, so that folders and processes go with it."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def positive(text: str) -> int:

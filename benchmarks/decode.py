@@ -4,12 +4,9 @@
         [--json FILE] [--actors N] [--transport auto|ray|stream ...]
         [--avx2]
 
-Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one, in fp32 and bf16:
-with a router's engine on one thread and its expert actors, without Serve and gateway
-(``benchmarks.serve`` has those), and with each peer in a process of its own on all cores.
-transformers is in this environment; FOLDER has an environment for each other peer
-(``benchmarks/README.md`` says how to make them). Keep the ratios: absolute figures move with the
-machine. The exit status is 1 when a peer fails.
+Makes a random bf16 Mixtral checkpoint and generates greedily with a router's engine and its expert
+actors, and with each peer in a process of its own on all cores. The exit status is 1 when a peer
+fails. ``benchmarks/README.md`` says how to install the peers, and what the tables mean.
 """
 
 from __future__ import annotations

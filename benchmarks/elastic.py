@@ -2,14 +2,9 @@
 
     python -m benchmarks.elastic [--seconds 12] [--quick] [--seed N] [--json FILE]
 
-Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
-expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
-tokens take experts as often as Zipf says: throughput with one copy of each expert, and with copies
-that follow the load. Then clients that ask for so many tokens a second: from one moment on four
-times as many, the new ones all for one expert, and later as few as before. Measured is how long it
-takes until a new copy serves on an actor that was there, and on one that was not, and until copies
-and actors are gone again; once where actors stand by, and once where new ones must be started. The
-exit status is 1 when a figure is missed or a request failed.
+Serves a checkpoint whose tokens choose their experts (``benchmarks.steered``) over actors that take
+an accelerator's time (``experts.emulate``). ``benchmarks/README.md`` describes both loads. The exit
+status is 1 when a figure is missed or a request failed.
 """
 
 from __future__ import annotations
@@ -58,8 +53,19 @@ TARGETS = {
     "upscale_delay_s": 0.5,
     "downscale_delay_s": 10.0,
 }
-STANDBY_ACTORS = {"none stands by": 0, "two stand by": 2}
-"""The cases of the load that steps."""
+FOLLOWS = {"memory_budget_bytes": BUDGET_BYTES, "rebalance_period_s": REBALANCE_S}
+ZIPF = {"actors": DEVICES, "emulate": {"batch_s": BATCH_S, "row_s": ROW_S}}
+ZIPF_CASES = {"one copy": ZIPF, "copies follow": {**ZIPF, **FOLLOWS}}
+STEP_CASES = {
+    case: {
+        "actors": ACTORS,
+        "emulate": {"batch_s": STEP_BATCH_S, "row_s": STEP_ROW_S},
+        "autoscaling": {**TARGETS, "standby_actors": standby_actors},
+        **FOLLOWS,
+    }
+    for case, standby_actors in (("none stands by", 0), ("two stand by", 2))
+}
+"""The configuration of the experts, by case."""
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
 PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
 QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
@@ -116,8 +122,12 @@ def wait_started(clients: Clients) -> None:
 
 
 def _application(args: dict[str, Any]) -> Any:
-    from benchmarks.recording import RecordingController
+    from benchmarks.devices import RecordingRemoteActor
     from router.app import application
+    from router.serve.controller import ControllerDeployment
+
+    class RecordingController(ControllerDeployment):
+        actor_class = RecordingRemoteActor
 
     return application(args, RecordingController)
 
@@ -130,49 +140,22 @@ def _args(folder: Path, experts: Mapping[str, Any], routers: int) -> dict[str, A
     }
 
 
-def zipf_experts(with_copies: bool) -> dict[str, Any]:
-    """Return the configuration of the experts, whose copies follow the load or not."""
-    emulate = {"batch_s": BATCH_S, "row_s": ROW_S}
-    experts: dict[str, Any] = {"actors": DEVICES, "emulate": emulate}
-    if with_copies:
-        experts |= {"memory_budget_bytes": BUDGET_BYTES, "rebalance_period_s": REBALANCE_S}
-    return experts
-
-
-def step_experts(standby_actors: int) -> dict[str, Any]:
-    """Return the configuration of the experts under the load that steps."""
-    return {
-        "actors": ACTORS,
-        "emulate": {"batch_s": STEP_BATCH_S, "row_s": STEP_ROW_S},
-        "memory_budget_bytes": BUDGET_BYTES,
-        "rebalance_period_s": REBALANCE_S,
-        "autoscaling": {**TARGETS, "standby_actors": standby_actors},
-    }
-
-
 def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
-    result: dict[str, Any] = {
-        "targets": TARGETS,
-        "zipf": {},
-        "steps": {},
-    }
+    zipf, steps = {}, {}
     with tempfile.TemporaryDirectory() as name, progress("elastic", 4) as begin:
         folder = Path(name)
         steered.save(folder)
-        for case, with_copies in (("one copy", False), ("copies follow", True)):
+        for case, experts in ZIPF_CASES.items():
             begin(f"Zipf's load, {case}")
-            args = _args(folder, zipf_experts(with_copies), ROUTERS)
-            with served(_application, args) as ports:
-                result["zipf"][case] = measure_zipf(ports, seconds)
-        for case, standby_actors in STANDBY_ACTORS.items():
+            with served(_application, _args(folder, experts, ROUTERS)) as ports:
+                zipf[case] = measure_zipf(ports, seconds)
+        for case, experts in STEP_CASES.items():
             begin(f"a load that steps, {case}")
-            args = _args(folder, step_experts(standby_actors), STEP_ROUTERS)
-            with served(_application, args) as ports:
-                result["steps"][case] = run_step(ports, plan, ACTORS, seed)
-    alone, copied = (result["zipf"][case]["tokens_per_s"] for case in ("one copy", "copies follow"))
-    result["gain"] = copied / alone
-    return result
+            with served(_application, _args(folder, experts, STEP_ROUTERS)) as ports:
+                steps[case] = run_step(ports, plan, ACTORS, seed)
+    alone, copied = (one["tokens_per_s"] for one in zipf.values())
+    return {"targets": TARGETS, "zipf": zipf, "steps": steps, "gain": copied / alone}
 
 
 def judge(result: Mapping[str, Any]) -> list[Verdict]:

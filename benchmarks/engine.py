@@ -9,7 +9,6 @@ gives a router replica: threads obey it only when it is there before torch is im
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.actors import TIMEOUT_S, start_actors
@@ -62,12 +62,19 @@ def measure(
     from cluster.environment import router_environment
     from router.config.deployment import RouterConfig
 
-    arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
-    arguments += ["--sizes", json.dumps(dict(sizes)), "--dtype", dtype]
-    if prefill:
-        arguments += ["--prefill", *map(str, prefill)]
+    options = {
+        "folder": str(folder),
+        "transport": transport,
+        "actors": actors,
+        "streams": list(streams),
+        "tokens": tokens,
+        "rounds": rounds,
+        "sizes": dict(sizes),
+        "dtype": dtype,
+        "prefill": list(prefill),
+    }
     environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-    return run_module("benchmarks.engine", arguments, environment)
+    return run_module("benchmarks.engine", [json.dumps(options)], environment)
 
 
 def run_module(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def run_module(module: str, arguments: list[str], environment: dict[str, str]) -
     return result
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: SimpleNamespace) -> dict[str, Any]:
     """Measure in this process.
 
     Returns the figures of each number of streams, the memory of router and actors after them, the
@@ -100,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
     try:
         bench = Bench(
-            options.folder,
+            Path(options.folder),
             options.transport,
             options.actors,
             sizes=options.sizes,
@@ -261,17 +268,8 @@ def _ignore(actor_id: str, generation: int) -> None:
 
 
 def main() -> None:
-    """Measure in this process; prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("transport")
-    for number in ("actors", "tokens", "rounds"):
-        parser.add_argument(number, type=int)
-    parser.add_argument("streams", nargs="+")
-    parser.add_argument("--sizes", type=json.loads, default=SIZES)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prefill", nargs="+", type=int, default=[])
-    print(json.dumps(run(parser.parse_args())))
+    """Measure with the options of the command line, as :func:`measure` gives them; prints JSON."""
+    print(json.dumps(run(SimpleNamespace(**json.loads(sys.argv[1])))))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
     python -m benchmarks.failover [--json FILE]
 
-Serves the bundled model in fp32 and has 32 streams never stop. With two copies of every expert:
-stretches without a fault and stretches in which an actor is killed, by turns, and an actor that
-hangs. With one copy and two routers: an actor, the controller and a router are killed. Every token
-is compared with that of the same deployment without a fault. The exit status is 1 when a request
-failed or was wrong.
+Serves the bundled model in fp32 and compares every token with that of the same deployment without a
+fault. ``benchmarks/README.md`` describes the stretches. The exit status is 1 when a request failed
+or was wrong.
 """
 
 from __future__ import annotations

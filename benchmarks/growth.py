@@ -39,7 +39,6 @@ class Growth:
     last: Sample
     mb_per_min: float
     descriptors_per_min: float
-    is_memory_flat: bool
     is_flat: bool
     """Both memory and descriptors."""
 
@@ -65,7 +64,6 @@ def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
         samples[-1],
         mb_per_min,
         descriptors_per_min,
-        is_memory_flat,
         is_flat=is_memory_flat and descriptors_per_min * minutes < GROWTH_FDS,
     )
 

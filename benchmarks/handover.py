@@ -2,12 +2,8 @@
 
     python -m benchmarks.handover [--redeploys 10] [--clients 8] [--json FILE]
 
-Each kind of client calls in a loop, with so many of it at once: HTTP on kept connections and on a
-new one each time, gRPC on a new channel each time, and on kept ones with grpcio's defaults and with
-``grpc.enable_retries: 0``. Meanwhile the deployment is
-deployed anew, a second application comes and goes, and the gateways go from one to three and back.
-Each change is proved by the gateways' pids. Prints a verdict for each kind; the exit status is 1
-when one is missed.
+``benchmarks/README.md`` describes the clients and the changes, each of which is proved by the
+gateways' pids. Prints a verdict for each kind of client; the exit status is 1 when one is missed.
 """
 
 from __future__ import annotations

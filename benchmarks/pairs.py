@@ -2,19 +2,15 @@
 
     python -m benchmarks.pairs OLD [NEW] [--pairs 10] [--benchmarks decode serve] [--json FILE]
 
-OLD and NEW (by default HEAD) name commits. Each pair starts both anew and gives them rounds by
-turns: an engine and its actors with 32 streams and with one, as in ``benchmarks.decode``, and a
-deployment under 32 clients, as in ``benchmarks.serve``. Tokens per second on a shared machine move
-by a third from run to run; processor seconds of the same work by turns move by a few percent.
-
-No slower: there are ten pairs or more, and the 90 % interval of the median ratio new / old ends at
-1.05 or below. The exit status is 1 when a case has fewer pairs or misses that.
+OLD and NEW (by default HEAD) name commits; ``benchmarks/README.md`` describes a pair. Tokens per
+second on a shared machine move by a third from run to run; processor seconds of the same work by
+turns move by a few percent. The exit status is 1 when a case has fewer than ten pairs, or the 90 %
+interval of the median ratio new / old ends above 1.05.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import sys
 import tempfile
@@ -25,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil, comb
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -33,6 +29,7 @@ from benchmarks.checkout import Commit, Side, check_out, commit_of, running, unc
 from benchmarks.common import (
     SIZES,
     command,
+    exit_on_sigterm,
     make_checkpoint,
     positive,
     progress,
@@ -355,10 +352,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int({summary_of(pairs).verdict for pairs in measured.values()} != {"no slower"})
 
 
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _exit)  # as Ctrl-C does: sides end and the checkouts go
+    exit_on_sigterm()
     sys.exit(main())

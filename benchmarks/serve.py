@@ -2,12 +2,9 @@
 
     python -m benchmarks.serve [--avx2] [--json FILE]
 
-Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
-generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
-transformers' in the same run, the time to the first token, between tokens and of whole requests,
-the processor time of a token by process, and the memory of each process afterwards. The clients
-share the cores with the deployment. The ways are measured there and back, and the engine alone
-before and after them, so that a machine whose speed drifts favours neither.
+Serves a random bf16 Mixtral to 32 clients at once; ``benchmarks/README.md`` describes the tables.
+The ways are measured there and back, and the engine alone before and after them, so that a machine
+whose speed drifts favours neither.
 """
 
 from __future__ import annotations

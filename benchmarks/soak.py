@@ -2,14 +2,9 @@
 
     python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--no-faults] [--json FILE]
 
-Serves the bundled model (gateway, two routers, three expert actors, fp32) and has streams and unary
-requests never stop, while a seeded schedule kills actors, routers and the controller, stops actors
-and lets them go on, and deploys other weights under the same id. Meanwhile one in a hundred answers
-of an actor is damaged: NaN, infinite, cut short, or with one bit flipped. Every answer is compared
-with those of both weights before the first fault. Prints what failed, and memory and descriptors of
-the processes that live long. The exit status is 1 when a request failed or was wrong, when no
-damage was seen, or when a process grew. Without faults every process lives as long as the run, so
-that its memory is seen over all of it.
+Serves the bundled model; ``benchmarks/README.md`` describes load, faults and damage. The exit
+status is 1 when a request failed or was wrong, when no damage was seen, or when a process grew.
+Without faults every process lives as long as the run, so that its memory is seen over all of it.
 """
 
 from __future__ import annotations
@@ -212,14 +207,15 @@ def swapped_experts(folder: Path) -> Path:
 def damages_of(ports: Ports) -> dict[str, int]:
     """Return how many frames were asked for again, by reason, of the routers that live."""
     import httpx
+    from prometheus_client.parser import text_string_to_metric_families
 
     counts: Counter[str] = Counter()
-    for line in httpx.get(f"http://127.0.0.1:{ports.http}/metrics").text.splitlines():
-        if line.startswith("expertmesh_dispatch_retries_total{"):
-            [reason] = [part for part in line.split('"')[1::2] if part in DAMAGE_REASONS] or [""]
-            if reason:
-                counts[reason] += int(float(line.rpartition(" ")[2]))
-    return dict(counts)
+    told = httpx.get(f"http://127.0.0.1:{ports.http}/metrics").text
+    for family in text_string_to_metric_families(told):
+        for sample in family.samples:
+            if sample.name == "expertmesh_dispatch_retries_total":
+                counts[sample.labels["reason"]] += int(sample.value)
+    return {reason: counts[reason] for reason in DAMAGE_REASONS if counts[reason]}
 
 
 def report(result: Mapping[str, Any]) -> None:

@@ -2,10 +2,8 @@
 
     python -m benchmarks.start [--rounds 3] [--json FILE]
 
-Runs the command on ports of its own until the bundled model has answered, ends it as Ctrl-C does,
-and has an application of one line started by turns with it, with the same options of Serve: what
-Ray and Serve take by themselves. Prints seconds, and the processor seconds of each process until
-the answer. The machine's own speed is told by a loop of Python, for starts are mostly imports.
+Starts the shipped deployment and an application of one line by turns. The machine's own speed is
+told by a loop of Python, for starts are mostly imports.
 """
 
 from __future__ import annotations

@@ -4,13 +4,9 @@
         [--svg FOLDER] [--json FILE]
     python -m benchmarks.world --replay SEED|FILE.json [--verbose] [--svg FOLDER]
 
-Each seed is a world of ``tests/world/``: the product's own code on some nodes, in virtual time,
-with requests, faults and operations that the seed decides. The law is looked at all the time: right
-tokens, typed errors in time, nothing healthy killed, everything whole again, nothing left.
-
-A failing seed prints the line that replays it, and a smaller scenario that breaks the same law, as
-a timeline, as JSON for ``--replay``, and with ``--svg`` as a picture. The exit status is 1 when a
-law was broken, and on ``--replay`` also when a second run differs from the first.
+Each seed is a world of ``tests/world/``; ``benchmarks/README.md`` has the laws. A failing seed
+prints the line that replays it, and a smaller scenario that breaks the same law. The exit status is
+1 when a law was broken, and on ``--replay`` also when a second run differs from the first.
 """
 
 from __future__ import annotations

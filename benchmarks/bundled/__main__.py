@@ -21,10 +21,10 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.bundled.trained import Begin
 from benchmarks.common import progress
-from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.mixture import Mixture, open_mixture
 from experts.mixture.parts import MIXTURE_FILE
+from tests.local_mixture import LocalMixture
 from workshop.estimators.saved.folder import document_bytes, write
 
 NAMES = ("digits", "diabetes", "hierarchy", "sequences")

@@ -91,8 +91,7 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
     import torch
 
     from benchmarks.engine import Bench
-    from benchmarks.gpu.actors import MeasuredActor
-    from benchmarks.gpu.memory import compared, most_bytes, planned
+    from benchmarks.gpu.memory import MeasuredActor, compared, most_bytes, planned
     from cluster.device import device_of
 
     device = device_of(settings.device, 0, "--device")

@@ -116,7 +116,7 @@ def result() -> dict[str, Any]:
         "targets": elastic.TARGETS,
         "zipf": {"one copy": case, "copies follow": {**case, "tokens_per_s": 18.0}},
         "gain": 1.8,
-        "steps": {case: deepcopy(step) for case in elastic.STANDBY_ACTORS},
+        "steps": {case: deepcopy(step) for case in elastic.STEP_CASES},
     }
 
 
