@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -207,19 +207,13 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
 
     ``None`` stands for a number that nobody knows.
     """
-    columns = (
-        TextColumn(f"{title}: {{task.description}}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
         begun = 0
 
         def begin(what: str) -> None:
             nonlocal begun
-            bar.update(task, description=what, completed=begun)
+            bar.update(task, description=f"{title}: {what}", completed=begun)
             begun += 1
 
         yield begin

@@ -1,8 +1,7 @@
 """Decode speed of one router's engine and its actors, beside peers.
 
     python -m benchmarks.decode [--size 14M|111M|445M] [--peers FOLDER] [--prefill] [--passes N]
-        [--json FILE] [--actors N] [--transport auto|ray|stream ...]
-        [--avx2]
+        [--json FILE] [--actors N] [--transport auto|ray|stream ...] [--avx2]
 
 Makes a random bf16 Mixtral checkpoint and generates greedily with a router's engine and its expert
 actors, and with each peer in a process of its own on all cores. The exit status is 1 when a peer

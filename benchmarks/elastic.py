@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import steered
-from benchmarks.common import (
-    MODEL,
-    Verdict,
-    command,
-    progress,
-    show,
-    show_verdicts,
-    write_json,
-)
+from benchmarks.common import MODEL, Verdict, command, progress, show, show_verdicts, write_json
 from benchmarks.load_step import TIMEOUT_S, Clients, Plan, run_step
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
@@ -67,8 +59,7 @@ STEP_CASES = {
 }
 """The configuration of the experts, by case."""
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
-PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
-QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
+PLAN, QUICK_PLAN = Plan(base_s=15, crowd_s=40, after_s=5), Plan(base_s=12, crowd_s=25, after_s=3)
 APART_S = 0.1
 """Between the starts of two streams, so that Serve sees which router has fewer."""
 TOKENS = 3000

@@ -3,9 +3,8 @@
     python -m benchmarks.fuzz [TARGET ...] [--minutes 1] [--seed N] [--engine ENGINE]
         [--keep FOLDER] [--json FILE]
 
-Targets: frames, both ends of the streams and of both links, safetensors headers and indexes,
-configurations of each layout, GGUF files, tokenizers, HTTP bodies, gRPC messages and statuses,
-and what callers say of themselves in headers and metadata.
+Targets: frames, both ends of the streams and of both links, a checkpoint's files in each layout,
+HTTP bodies, gRPC messages and statuses, and what callers say of themselves in headers and metadata.
 With the engine ``atheris`` (``pip install 'expertmesh[fuzz]'``) libFuzzer looks for inputs that
 reach new code; ``mutation`` needs nothing and mutates good inputs blindly. A finding is anything
 but the refusal that a part promises: another error, a wrong answer, more than ten seconds or 4 GB.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import show
+from benchmarks.processor_time import ray_name
 
 SAMPLE_S = 5.0
 SETTLE_SHARE = 0.25
@@ -122,11 +123,8 @@ def name_of(words: Sequence[str]) -> str:
     """Return what a process is called in the tables, from its command line."""
     if not words:
         return "?"
-    if words[0].startswith("ray::"):
-        name = words[0].removeprefix("ray::").partition("(")[0].split(".")[0].strip()
-        return name.removeprefix("SERVE_REPLICA::").split("#")[-2] if "#" in name else name
     scripts = [word for word in words if word.endswith(".py")]
-    return Path(scripts[0] if scripts else words[0]).name
+    return ray_name(words[0]) or Path(scripts[0] if scripts else words[0]).name
 
 
 def show_growth(processes: Sequence[Mapping[str, Any]]) -> None:

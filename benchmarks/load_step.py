@@ -176,12 +176,12 @@ class Looks:
 class Plan:
     """How the load goes: clients before and in the step, and for how long."""
 
-    base: int
-    crowd: int
     base_s: float
     crowd_s: float
     after_s: float
-    leave_timeout_s: float
+    base: int = 4
+    crowd: int = 12
+    leave_timeout_s: float = 60.0
 
 
 BASE_EXPERT, CROWD_EXPERT = 0, 1

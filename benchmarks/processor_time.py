@@ -47,12 +47,16 @@ class ServingProcessEndedError(Exception):
     """A serving process has ended while it was measured, and its time is lost."""
 
 
+def ray_name(command_line: str) -> str | None:
+    """Return the class or deployment that Ray's title of a process names, if it has one."""
+    found = _WORKER.match(command_line)
+    return None if found is None else found["name"]
+
+
 def worker_name(command_line: str) -> str | None:
     """Return the class or deployment of a Ray worker; ``None`` for any other process."""
-    found = _WORKER.match(command_line)
-    if found is None or found["name"].startswith(_RAYS_OWN):
-        return None
-    return found["name"]
+    name = ray_name(command_line)
+    return None if name is None or name.startswith(_RAYS_OWN) else name
 
 
 def group_of(name: str) -> str:

@@ -52,13 +52,10 @@ def longest_apart(waits: Sequence[Wait], count: int) -> list[Wait]:
     """
     chosen: list[Wait] = []
     for wait in sorted(waits, key=lambda one: -one.took_s):
-        if len(chosen) < count and not any(_overlap(wait, one) for one in chosen):
+        is_apart = all(wait.began_s >= o.ended_s or o.began_s >= wait.ended_s for o in chosen)
+        if len(chosen) < count and is_apart:
             chosen.append(wait)
     return chosen
-
-
-def _overlap(one: Wait, other: Wait) -> bool:
-    return one.began_s < other.ended_s and other.began_s < one.ended_s
 
 
 def met(wait: Wait, hits: Sequence[Hit]) -> list[dict[str, Any]]:

@@ -22,10 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from benchmarks.common import command, show, write_json
+from benchmarks.common import command, progress, show, write_json
 
 if TYPE_CHECKING:
     from tests.world.many import Found
@@ -84,15 +81,9 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
     from tests.world.shrinking import shrunk_seed
 
     tally = Tally()
-    columns = (
-        TextColumn("world: {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with workers(processes) as pool, Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("imports", total=len(seeds))
+    has_bar = sys.stderr.isatty()
+    with workers(processes) as pool, progress("world", len(seeds)) as begin:
+        begin("imports")
         started_s = time.perf_counter()
         until_s, said_s = started_s + 60 * minutes, started_s
         for found in all_of(pool, processes, iter(seeds), until_s):
@@ -100,14 +91,14 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
             now_s = time.perf_counter()
             rate = tally.counts["seeds"] / (now_s - started_s)
             said = f"{rate:.2f} seeds/s, {len(tally.failed)} failed"
-            bar.update(task, advance=1, description=said)
-            if not console.is_terminal and now_s - said_s >= SAID_EVERY_S:
+            begin(said)
+            if not has_bar and now_s - said_s >= SAID_EVERY_S:
                 said_s = now_s
-                console.print(f"world: {tally.counts['seeds']} of {len(seeds)}, {said}")
+                print(f"world: {tally.counts['seeds']} of {len(seeds)}, {said}", file=sys.stderr)
             if found.breaches:
-                console.print(failure_line(found.seed, found.laws()), soft_wrap=True, markup=False)
+                print(failure_line(found.seed, found.laws()), file=sys.stderr)
         took_s = time.perf_counter() - started_s
-        bar.update(task, description="shrinks what failed", total=None)
+        begin("shrinks what failed")
         smaller = [pool.submit(shrunk_seed, seed, law, SHRINK_S) for seed, law in tally.to_shrink()]
         shrunk = [one.result() for one in smaller]
     return {

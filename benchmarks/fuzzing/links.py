@@ -17,12 +17,7 @@ import numpy as np
 
 from benchmarks.fuzzing.target import Target
 from cluster.transport.stream.handshake import PROOF_BYTES, Side, new_nonce, proof
-from router.messages.call_link import (
-    CallLink,
-    CallServer,
-    LinkBrokenError,
-    Wire,
-)
+from router.messages.call_link import CallLink, CallServer, LinkBrokenError, Wire
 from router.messages.link import (
     LinkAddress,
     LinkListener,

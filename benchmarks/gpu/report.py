@@ -122,7 +122,8 @@ def document(result: Mapping[str, Any]) -> str:
         parts += ["## An actor is killed under load", _kill(result["kill"])]
     if result["parity"]:
         parts += ["## Parity by family", _parity(result["parity"])]
-    parts += ["## Parts", _parts(result["parts"])]
+    rows = [(one["name"], one["status"], one["took_s"]) for one in result["parts"]]
+    parts += ["## Parts", markdown(["Part", "Ended", "s|.0f"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,9 +178,8 @@ def _memory(largest: Mapping[str, Any]) -> str:
 
 
 def _kill(result: Mapping[str, Any]) -> str:
-    told = (
-        f"{result['actors']} actors on {', '.join(result['devices'])}, two copies of each expert."
-    )
+    devices = ", ".join(result["devices"])
+    told = f"{result['actors']} actors on {devices}, two copies of each expert."
     return f"{told}\n\n{markdown(WINDOW_COLUMNS, window_rows(result['windows']))}"
 
 
@@ -194,8 +194,3 @@ def _parity(parity: Sequence[Mapping[str, Any]]) -> str:
     ]
     columns = ["Family", "Equal tokens, fp32", "Distance, bf16|.4f", "Of transformers|.4f"]
     return markdown([*columns, "Allowed|.4f", "Attention, bf16"], rows)
-
-
-def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(one["name"], one["status"], one["took_s"]) for one in parts]
-    return markdown(["Part", "Ended", "s|.0f"], rows)

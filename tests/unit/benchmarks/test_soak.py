@@ -60,8 +60,8 @@ def test_a_leak_of_descriptors_is_growth() -> None:
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (["ray::SERVE_REPLICA::bench#Gateway#abc.handle_request"], "Gateway"),
-        (["ray::SERVE_REPLICA::bench#Router-bench#abc"], "Router-bench"),
+        (["ray::ServeReplica:bench:Gateway.handle_request"], "Gateway"),
+        (["ray::ServeReplica:bench:Router-bench"], "Router-bench"),
         (["ray::ExpertActor.compute"], "ExpertActor"),
         (["ray::IDLE"], "IDLE"),
         (["/x/raylet/raylet", "--port=1"], "raylet"),
