@@ -60,7 +60,6 @@ MODELS: dict[str, Sizes] = {
 }
 """Sizes by the number of parameters."""
 
-
 Measure = Callable[[], dict[str, Any]]
 """Measures one side once."""
 Key = tuple[str, str]

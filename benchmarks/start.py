@@ -38,8 +38,6 @@ POLL_S, TIMEOUT_S = 0.1, 180.0
 LOOP = 10_000_000
 OURS, ALONE = "expertmesh", "Serve alone"
 RAY = "Ray and Serve"
-
-
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
 
 

@@ -35,8 +35,6 @@ MAX_HELLO_BYTES = 1024
 SECRET = b"secret"
 NODE = "node"
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)
-
-
 CHECKED = b"\xff"
 
 
