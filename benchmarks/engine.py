@@ -59,9 +59,6 @@ def measure(
 
     ``sizes`` are those of the checkpoint. ``prefill`` has lengths of prompts.
     """
-    from cluster.environment import router_environment
-    from router.config.deployment import RouterConfig
-
     options = {
         "folder": str(folder),
         "transport": transport,
@@ -73,8 +70,15 @@ def measure(
         "dtype": dtype,
         "prefill": list(prefill),
     }
-    environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-    return run_module("benchmarks.engine", [json.dumps(options)], environment)
+    return run_module("benchmarks.engine", [json.dumps(options)], router_variables())
+
+
+def router_variables() -> dict[str, str]:
+    """Return the environment that the product gives a router replica, with a Ray of its own."""
+    from cluster.environment import router_environment
+    from router.config.deployment import RouterConfig
+
+    return {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
 
 
 def run_module(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -150,19 +154,16 @@ class Bench:
         """Start the actors, load their experts, and start the engine with the product's limits.
 
         The router's part computes on ``device``, by default the CPU. Each actor has ``actor_gpus``
-        of a GPU. ``actor_class`` takes the place of the product's.
-        ``sizes`` are the checkpoint's; ``dtype`` is by default bf16.
+        of a GPU. ``actor_class`` takes the place of the product's. ``sizes`` are the checkpoint's;
+        ``dtype`` is by default bf16.
         """
         import torch
 
-        from benchmarks.timed_engine import Collector, TimedEngine, model_of, scheduler_of
+        from benchmarks import timed_engine
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from experts.remote import RemoteExpertActor
-        from router.config.deployment import ExpertsConfig, RouterConfig
-        from router.moe.combine import WeightedSums
-        from router.moe.dispatch import Dispatcher
-        from router.moe.layer import MoELayers
+        from router.config.deployment import RouterConfig
 
         torch.set_num_threads(RouterConfig().threads)
         checkpoint = open_checkpoint(folder)
@@ -175,13 +176,14 @@ class Bench:
             folder, checkpoint.shape, actors, actor_class, app, actor_gpus, stored
         )
         self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
-        view, timeout_s = self.actors.view, ExpertsConfig().call_timeout_s
-        dispatcher = Dispatcher(MODEL, view, self._transport, _ignore, timeout_s)
-        layers = MoELayers(dispatcher, WeightedSums())
-        self._model = model_of(checkpoint, dtype, layers, device or torch.device("cpu"))
-        self._scheduler = scheduler_of(self._model, layers)
-        self._collector = Collector()
-        self._engine = TimedEngine(self._model, layers, self._scheduler, self._collector)
+        layers = timed_engine.layers_of(self.actors.view, self._transport)
+        where = device or torch.device("cpu")
+        self._model = timed_engine.model_of(checkpoint, dtype, layers, where)
+        self._scheduler = timed_engine.scheduler_of(self._model, layers)
+        self._collector = timed_engine.Collector()
+        self._engine = timed_engine.TimedEngine(
+            self._model, layers, self._scheduler, self._collector
+        )
         self._engine.start()
 
     @property
@@ -261,10 +263,6 @@ class Bench:
         self._engine.close()
         self._transport.close()
         self.actors.kill()
-
-
-def _ignore(actor_id: str, generation: int) -> None:
-    """Nobody is told of a suspicion here: a call that fails is tried again."""
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ from benchmarks.shipped import free_ports, serve_options, with_ports
 TRANSFORMERS = f"transformers, {baseline.FORMAT}"
 FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
 """How the cache is filled: by as many requests as a router decodes together."""
+LATENCIES = ("first_token", "between_tokens", "request")
 CLIENTS, ENGINE = "clients", "router's engine and actors alone"
 
 
@@ -248,9 +249,6 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         rate = result[side]["tokens_per_s"]
         result[name] = {way: one["tokens_per_s"] / rate for way, one in result["ways"].items()}
     return result
-
-
-LATENCIES = ("first_token", "between_tokens", "request")
 
 
 def report(result: Mapping[str, Any]) -> None:

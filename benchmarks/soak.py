@@ -32,7 +32,7 @@ from cluster.errors import ExpertMeshError
 if TYPE_CHECKING:
     from router.client import Client
     from tests.fault.injector import Hit
-    from tests.fault.load import Wait
+    from tests.fault.load import Case, Wait
 
 ACTORS, ROUTERS = 3, 2
 STREAMS, UNARY = 6, 2
@@ -88,13 +88,7 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         served = weights.served()
         with served as ports, Client(ports.grpc_address) as client:
             begin("answers without faults")
-            cases = answers(client, [TOKENS] * PROMPTS)
-            if has_faults:
-                weights.redeploy(client)
-                cases = [
-                    replace(case, others=(other.expected,))
-                    for case, other in zip(cases, answers(client, [TOKENS] * PROMPTS), strict=True)
-                ]
+            cases = weights.answers(client)
             load = Load(client, MODEL, cases, STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
             sampler, started_s = Sampler(), time.monotonic()
 
@@ -137,6 +131,15 @@ class Weights:
         """Write the other weights to ``folder``."""
         self._folders = itertools.cycle([str(swapped_experts(folder)), MODEL_PATH])
         self._is_damaging = is_damaging
+
+    def answers(self, client: Client) -> list[Case]:
+        """Return prompts with the answers of the weights that may be deployed."""
+        cases = answers(client, [TOKENS] * PROMPTS)
+        if not self._is_damaging:
+            return cases
+        self.redeploy(client)
+        others = [other.expected for other in answers(client, [TOKENS] * PROMPTS)]
+        return [replace(case, others=(other,)) for case, other in zip(cases, others, strict=True)]
 
     def served(self) -> AbstractContextManager[Ports]:
         """Serve the bundled model until the block ends."""

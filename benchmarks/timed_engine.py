@@ -17,12 +17,15 @@ from benchmarks.actors import TIMEOUT_S
 from benchmarks.common import CACHE_TOKENS, MODEL
 from cluster.processor import num_cpus
 from experts.checkpoint.checkpoint import Checkpoint
-from router.config.deployment import RouterConfig
+from router.config.deployment import ExpertsConfig, RouterConfig
+from router.control.placement_view import PlacementView
 from router.engine.emission import Emit
 from router.engine.engine import Engine
 from router.engine.scheduling.prefixes import why_dependent
 from router.engine.scheduling.scheduler import Limits, Scheduler
 from router.model.model import MoEModel
+from router.moe.combine import WeightedSums
+from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 
 
@@ -113,6 +116,13 @@ class TimedEngine(Engine):
             self._steps.layer_s.extend(self.tally.latest_layers_s)
         else:
             self._steps.prefill_s.append(took_s)
+
+
+def layers_of(view: PlacementView, transport: Any) -> MoELayers[torch.Tensor]:
+    """Return what dispatches the layers; nobody is told of a suspicion, and calls are retried."""
+    timeout_s = ExpertsConfig().call_timeout_s
+    dispatcher = Dispatcher(MODEL, view, transport, lambda actor_id, generation: None, timeout_s)
+    return MoELayers(dispatcher, WeightedSums())
 
 
 def model_of(

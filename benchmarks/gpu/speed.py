@@ -7,9 +7,9 @@ memory against the plan.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,6 @@ OBJECT_STORE_BYTES = 256 << 20
 
 def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
     """Measure the model of this number; the folder ``results`` has the settings."""
-    from cluster.environment import router_environment
-    from router.config.deployment import RouterConfig
-
     config = settings.models[number]
     fit = fitted(config, room(settings.device_bytes))
     with tempfile.TemporaryDirectory(prefix=settings.label, dir=fit.folder) as name:
@@ -42,8 +39,8 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
             folder, streams, settings.tokens, settings.rounds, settings.device
         )
         say("router and actors")
-        environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-        ours = engine.run_module("benchmarks.gpu.speed", [name, str(results)], environment)
+        words = [name, str(results)]
+        ours = engine.run_module("benchmarks.gpu.speed", words, engine.router_variables())
     ratios = {
         count: {
             n: one["streams"][n]["tokens_per_s"] / measured[n]["tokens_per_s"]
@@ -133,12 +130,8 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
 
 def main() -> None:
     """Measure in this process; prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("results", type=Path)
-    options = parser.parse_args()
-    settings = Settings.load(options.results)
-    print(json.dumps(measure(settings, options.folder)))
+    folder, results = map(Path, sys.argv[1:])
+    print(json.dumps(measure(Settings.load(results), folder)))
 
 
 if __name__ == "__main__":
