@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+import router.client
 from benchmarks import elastic, load_step, steered
 from benchmarks.devices import Product
 from benchmarks.load_step import Look
+from benchmarks.serve_clients import Ports
 from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus
+from router.client import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,52 @@ def test_zipfs_cycle_has_experts_as_often_as_zipf_says_and_one_first_actor() -> 
 def test_a_token_of_its_own_repeats_itself() -> None:
     own = steered.own_token(3)
     assert load_step.expected(own, 3) == [own] * 3
+
+
+class Answering:
+    """A client's deployment: says what must come, or what ``said`` makes of it."""
+
+    said = staticmethod(lambda tokens: tokens)
+
+    def __init__(self, address: str, retry: None) -> None: ...
+
+    def close(self) -> None: ...
+
+    def stream(self, prompt: list[int], sampling: Sampling, **_: object) -> Iterator[Any]:
+        for token in self.said(load_step.expected(prompt[0], sampling.max_tokens)):
+            yield SimpleNamespace(exact=False, token_ids=(token,))
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[load_step.Clients]:
+    monkeypatch.setattr(router.client, "Client", Answering)
+    found = load_step.Clients(Ports(1, 2), 10_000)
+    yield found
+    found.close()
+
+
+def test_a_client_that_leaves_ends_its_answer_and_has_not_failed(
+    clients: load_step.Clients,
+) -> None:
+    leaving = threading.Event()
+    leaving.set()
+    clients._ask(steered.zipf_token(0), leaving)
+    assert [one.tokens for one in clients.answers] == [1]
+    clients.come([steered.zipf_token(0), steered.own_token(1)])
+    clients.leave(2)
+    assert clients.failures == []
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(lambda tokens: [*tokens[:2], 0], "not steered"), (lambda tokens: tokens[:2], "2 tokens")],
+)
+def test_a_wrong_token_and_a_short_answer_are_failures(
+    clients: load_step.Clients, monkeypatch: pytest.MonkeyPatch, said: Any, why: str
+) -> None:
+    monkeypatch.setattr(Answering, "said", staticmethod(said))
+    with pytest.raises(RuntimeError, match=why):
+        clients._ask(steered.zipf_token(0), threading.Event())
 
 
 def look(at_s: float, *actors: str, layer: int = 0) -> Look:
