@@ -7,15 +7,17 @@ import ctypes
 import json
 import mmap
 import platform
+import signal
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -120,19 +122,6 @@ def mapped_mb(tensor: torch.Tensor) -> float:
     return sum(page & 1 for page in pages) * page_bytes / 1e6
 
 
-def begin_peak(pid: int) -> float:
-    """Have the kernel count a process's peak anew; returns what is resident now, in MB."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
-    return resident_mb(pid)
-
-
-def peak_mb(pid: int) -> float:
-    """Return the most that has been resident of a process since :func:`begin_peak`."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024 / 1e6
-
-
 def memory_of(pid: int, weights_mb: float) -> dict[str, float]:
     """Return a process's memory: resident, of its weights, and the rest."""
     rss_mb = resident_mb(pid)
@@ -171,26 +160,45 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str]) -> None:
-    """Print a table."""
+def show(title: str, rows: Iterable[Sequence[object]], columns: Sequence[str]) -> None:
+    """Print a table.
+
+    A column may end in ``|`` and the format of its numbers, such as ``s|.1f``. ``None`` is an empty
+    cell, and texts stay as they are.
+    """
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column.partition("|")[0], justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*_cells(row, columns))
     console = Console()
     if not console.is_terminal:  # a file has no width, for which rich takes 80 columns
         console = Console(width=FILE_WIDTH)
     console.print(table)
 
 
-def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
-    """Print what :func:`memory_of` gave for each process."""
-    rows = [
-        (name, *(f"{one[part]:.0f}" for part in ("rss_mb", "weights_mb", "beyond_mb")))
-        for name, one in memory.items()
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown, with columns as :func:`show` has them."""
+    header = [column.partition("|")[0] for column in columns]
+    lines = [header, *(_cells(row, columns) for row in rows)]
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, "|" + "---|" * len(header), *others])
+
+
+def _cells(row: Sequence[object], columns: Sequence[str]) -> list[str]:
+    specs = (column.partition("|")[2] for column in columns)
+    return [
+        value if isinstance(value, str) else "" if value is None else format(value, spec)
+        for value, spec in zip(row, specs, strict=True)
     ]
-    show("memory, MB", rows, ["process", "resident", "weights, cache", "beyond"])
+
+
+def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what :func:`memory_of` gave for each process, and what is promised."""
+    rows = [(name, *one.values()) for name, one in memory.items()]
+    show("memory, MB", rows, ["process", "resident|.0f", "weights, cache|.0f", "beyond|.0f"])
+    bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
+    print(f"Promised beyond weights and cache: {bounds}.")
 
 
 @contextmanager
@@ -199,19 +207,13 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
 
     ``None`` stands for a number that nobody knows.
     """
-    columns = (
-        TextColumn(f"{title}: {{task.description}}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
         begun = 0
 
         def begin(what: str) -> None:
             nonlocal begun
-            bar.update(task, description=what, completed=begun)
+            bar.update(task, description=f"{title}: {what}", completed=begun)
             begun += 1
 
         yield begin
@@ -227,21 +229,45 @@ class Verdict:
     is_kept: bool
 
 
-def show_verdicts(title: str, verdicts: Sequence[Verdict]) -> None:
-    """Print what was promised, and what came of it."""
+def show_verdicts(title: str, verdicts: Sequence[Verdict]) -> int:
+    """Print what was promised, and what came of it; returns the exit status."""
     rows = [
         (one.figure, one.measured, one.promised, "kept" if one.is_kept else "[red]missed[/red]")
         for one in verdicts
     ]
     show(title, rows, ["figure", "measured", "promised", ""])
+    return int(not all(one.is_kept for one in verdicts))
 
 
-def output_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every benchmark has: ``--json``."""
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, so that folders and processes go with it."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def positive(text: str) -> int:
+    """Parse an option that is a positive number."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def command(name: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark's options, with what every benchmark has: ``--json``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    return parser
 
 
-def write_json(result: Mapping[str, Any], file: Path | None) -> None:
-    """Write a result where ``--json`` says, if it says anything."""
+def write_json(name: str, result: Mapping[str, Any], file: Path | None) -> None:
+    """Write a benchmark's result and its machine where ``--json`` says, if it says anything."""
     if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        content = {"benchmark": name, "machine": machine(), **result}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

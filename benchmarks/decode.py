@@ -1,15 +1,11 @@
 """Decode speed of one router's engine and its actors, beside peers.
 
     python -m benchmarks.decode [--size 14M|111M|445M] [--peers FOLDER] [--prefill] [--passes N]
-        [--json FILE] [--actors N] [--transport auto|ray|stream ...]
-        [--avx2]
+        [--json FILE] [--actors N] [--transport auto|ray|stream ...] [--avx2]
 
-Makes a random bf16 Mixtral checkpoint and generates greedily, 32 streams and one, in fp32 and bf16:
-with a router's engine on one thread and its expert actors, without Serve and gateway
-(``benchmarks.serve`` has those), and with each peer in a process of its own on all cores.
-transformers is in this environment; FOLDER has an environment for each other peer
-(``benchmarks/README.md`` says how to make them). Keep the ratios: absolute figures move with the
-machine. The exit status is 1 when a peer fails.
+Makes a random bf16 Mixtral checkpoint and generates greedily with a router's engine and its expert
+actors, and with each peer in a process of its own on all cores. The exit status is 1 when a peer
+fails. ``benchmarks/README.md`` says how to install the peers, and what the tables mean.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +25,15 @@ from benchmarks.common import (
     CACHE_TOKENS,
     SIZES,
     Sizes,
+    command,
     long_prompt,
-    machine,
     make_checkpoint,
-    output_options,
+    positive,
     progress,
     prompts,
     write_json,
 )
-from benchmarks.decode_report import PREFILL_PEER, merged, report, with_ratios
+from benchmarks.decode_report import OURS, PREFILL_PEER, merged, report, with_ratios
 from benchmarks.peers.ask import PeerFailedError, ask
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.registry import Peer, bits_of, installed, missing
@@ -65,34 +60,13 @@ MODELS: dict[str, Sizes] = {
 }
 """Sizes by the number of parameters."""
 
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run measures, and how often."""
-
-    size: str
-    tokens: int
-    rounds: int
-    passes: int
-    actors: int
-    transports: Sequence[str]
-    prefill: Sequence[int]
-    avx2_alone: bool = False
-    """Nothing uses more of the processor."""
-
-    @property
-    def sizes(self) -> Sizes:
-        """The checkpoint's sizes."""
-        return MODELS[self.size]
-
-
 Measure = Callable[[], dict[str, Any]]
 """Measures one side once."""
-Key = tuple[str, str, str]
-"""A side: ("peers", peer, format), or ("cluster", dtype, transport)."""
+Key = tuple[str, str]
+"""A side: a peer or :data:`OURS` with a transport, and the format of the weights."""
 
 
-def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
+def run(options: argparse.Namespace, peers: Mapping[Peer, str]) -> dict[str, Any]:
     """Run the whole benchmark; returns the content of ``--json``.
 
     Each pass measures all sides, so that a machine that gets slower meanwhile slows all of them. A
@@ -101,53 +75,66 @@ def run(settings: Settings, peers: Mapping[Peer, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         folder.mkdir()
-        sides = {**_peer_sides(settings, folder, peers), **_our_sides(settings, folder)}
-        total = 1 + settings.passes * len(sides)
+        sides = {**_peer_sides(options, folder, peers), **_our_sides(options, folder)}
         taken: dict[Key, list[dict[str, Any]]] = {key: [] for key in sides}
         failed: dict[str, str] = {}
-        with progress("decode", total) as begin:
+        with progress("decode", 1 + options.passes * len(sides)) as begin:
             begin("checkpoint")
-            make_checkpoint(folder, sizes=settings.sizes)
-            for number in range(settings.passes):
-                where = f"pass {number + 1} of {settings.passes}"
+            make_checkpoint(folder, sizes=MODELS[options.size])
+            for number in range(options.passes):
                 for key, measure in sides.items():
-                    title = f"{key[1]} {key[2]}"
-                    begin(f"{where}, {title}")
-                    if title not in failed:
+                    begin(f"pass {number + 1} of {options.passes}, {' '.join(key)}")
+                    if key in taken:
                         try:
                             taken[key].append(measure())
                         except PeerFailedError as error:
-                            failed[title] = str(error)
+                            failed[" ".join(key)] = str(error)
                             del taken[key]
-    result = _result(settings, taken)
-    return with_ratios({**result, "missing": missing(peers), "failed": failed})
+    return with_ratios(
+        {
+            "processor": processor_name(),
+            "avx2_alone": options.avx2,
+            "size": options.size,
+            "sizes": MODELS[options.size],
+            "tokens": options.tokens,
+            "actors": options.actors,
+            "streams": list(STREAMS),
+            "prefill": [str(length) for length in options.prefill],
+            "sides": [
+                {"program": program, "format": number_format, **merged(passes)}
+                for (program, number_format), passes in taken.items()
+            ],
+            "missing": missing(peers),
+            "failed": failed,
+        }
+    )
 
 
-def _peer_sides(settings: Settings, folder: Path, peers: Mapping[Peer, str]) -> dict[Key, Measure]:
+def _peer_sides(
+    options: argparse.Namespace, folder: Path, peers: Mapping[Peer, str]
+) -> dict[Key, Measure]:
     return {
-        ("peers", peer.name, number_format): partial(
-            _measure_peer, settings, folder, peer, python, number_format
-        )
+        (peer.name, kind): partial(_measure_peer, options, folder, peer, python, kind)
         for peer, python in peers.items()
-        for number_format in peer.formats
+        for kind in peer.formats
     }
 
 
-def _our_sides(settings: Settings, folder: Path) -> dict[Key, Measure]:
+def _our_sides(options: argparse.Namespace, folder: Path) -> dict[Key, Measure]:
     return {
-        ("cluster", dtype, transport): partial(_measure_ours, settings, folder, dtype, transport)
+        (f"{OURS}, {transport}", dtype): partial(_measure_ours, options, folder, dtype, transport)
         for dtype in VALUE_BYTES
-        for transport in settings.transports
+        for transport in dict.fromkeys(options.transport)
     }
 
 
 def _measure_peer(
-    settings: Settings, folder: Path, peer: Peer, python: str, number_format: str
+    options: argparse.Namespace, folder: Path, peer: Peer, python: str, number_format: str
 ) -> dict[str, Any]:
     """Measure a peer on all cores; a GGUF file exists only meanwhile."""
-    vocab_size = settings.sizes["vocab_size"]
+    vocab_size = MODELS[options.size]["vocab_size"]
     streams = tuple(map(int, STREAMS))
-    lengths = settings.prefill if peer.name == PREFILL_PEER else ()
+    lengths = options.prefill if peer.name == PREFILL_PEER else ()
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         model = folder
         if peer.gguf_architecture is not None:
@@ -159,60 +146,34 @@ def _measure_peer(
             psutil.cpu_count() or 1,
             prompts(max(streams), vocab_size),
             streams,
-            settings.tokens,
-            settings.rounds,
+            options.tokens,
+            options.rounds,
             [long_prompt(length, vocab_size) for length in lengths],
             CACHE_TOKENS,
         )
         return {**ask(python, peer.module, task), "bits": bits_of(number_format)}
 
 
-def _measure_ours(settings: Settings, folder: Path, dtype: str, transport: str) -> dict[str, Any]:
+def _measure_ours(
+    options: argparse.Namespace, folder: Path, dtype: str, transport: str
+) -> dict[str, Any]:
     measured = engine.measure(
         folder,
         transport,
-        settings.actors,
+        options.actors,
         STREAMS,
-        settings.tokens,
-        settings.rounds,
-        sizes=settings.sizes,
+        options.tokens,
+        options.rounds,
+        sizes=MODELS[options.size],
         dtype=dtype,
-        prefill=settings.prefill,
+        prefill=options.prefill,
     )
     return {**measured, "bits": 8 * VALUE_BYTES[dtype], "version": ""}
 
 
-def _result(settings: Settings, taken: Mapping[Key, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "benchmark": "decode",
-        "machine": machine(),
-        "processor": processor_name(),
-        "avx2_alone": settings.avx2_alone,
-        "size": settings.size,
-        "sizes": settings.sizes,
-        "tokens": settings.tokens,
-        "actors": settings.actors,
-        "streams": list(STREAMS),
-        "prefill": [str(length) for length in settings.prefill],
-        "peers": {},
-        "cluster": {},
-    }
-    for (kind, name, detail), passes in taken.items():
-        result[kind].setdefault(name, {})[detail] = merged(passes)
-    return result
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode", description=__doc__.split("\n")[0]
-    )
+    parser = command("decode", __doc__)
     parser.add_argument("--size", choices=tuple(MODELS), default="111M", help="parameters")
     parser.add_argument(
         "--peers",
@@ -220,18 +181,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="has a virtual environment for each peer, named after the peer",
     )
+    lengths = ", ".join(f"{n:,}" for n in PREFILL_TOKENS)
     parser.add_argument(
         "--prefill",
-        action="store_true",
-        help=f"prompts of {', '.join(f'{n:,}' for n in PREFILL_TOKENS)} tokens too",
+        action="store_const",
+        const=PREFILL_TOKENS,
+        default=(),
+        help=f"prompts of {lengths} tokens too",
     )
-    parser.add_argument("--tokens", type=_positive, default=32, help="of each stream")
-    parser.add_argument("--rounds", type=_positive, default=5, help="of each side in a pass")
-    parser.add_argument("--passes", type=_positive, default=1, help="over all sides")
-    parser.add_argument("--actors", type=_positive, default=2)
+    parser.add_argument("--tokens", type=positive, default=32, help="of each stream")
+    parser.add_argument("--rounds", type=positive, default=5, help="of each side in a pass")
+    parser.add_argument("--passes", type=positive, default=1, help="over all sides")
+    parser.add_argument("--actors", type=positive, default=2)
     parser.add_argument("--transport", nargs="+", choices=TRANSPORTS, default=["auto"])
     avx2.add_option(parser)
-    output_options(parser)
     options = parser.parse_args(argv)
     if options.avx2:
         avx2.use_alone(parser)
@@ -239,19 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers = installed(options.peers)
     except ValueError as error:
         parser.error(str(error))
-    settings = Settings(
-        options.size,
-        options.tokens,
-        options.rounds,
-        options.passes,
-        options.actors,
-        tuple(dict.fromkeys(options.transport)),
-        PREFILL_TOKENS if options.prefill else (),
-        options.avx2,
-    )
-    result = run(settings, peers)
+    result = run(options, peers)
     report(result)
-    write_json(result, options.json)
+    write_json("decode", result, options.json)
     return int(bool(result["failed"]))
 
 

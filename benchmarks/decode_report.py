@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import PROMISED_MB, show, show_memory
+from benchmarks.common import show, show_memory
 
 OURS = "ExpertMesh"
 REFERENCE = "float32"
 """The dtype of ours whose tokens the others' are compared with."""
 PREFILL_PEER = "transformers"
 
-Streams = Mapping[str, Mapping[str, Any]]
+Side = Mapping[str, Any]
+"""A program's figures with one format of the weights."""
 
 
 def merged(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -43,158 +44,115 @@ def same_tokens(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[in
     return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
-def best_peer(
-    peers: Mapping[str, Mapping[str, Any]], bits: int, streams: str
-) -> tuple[str, float] | None:
+def best_peer(sides: Sequence[Side], bits: int, streams: str) -> tuple[str, float] | None:
     """Return the fastest peer's name and tokens per second, of those with weights of ``bits``."""
     rates = [
-        (one["streams"][streams]["tokens_per_s"], f"{name} {number_format}")
-        for name, formats in peers.items()
-        for number_format, one in formats.items()
-        if one["bits"] == bits
+        (one["streams"][streams]["tokens_per_s"], f"{one['program']} {one['format']}")
+        for one in sides
+        if one["bits"] == bits and not _is_ours(one)
     ]
-    if not rates:
-        return None
-    rate, name = max(rates)
-    return name, rate
+    return max(rates)[::-1] if rates else None
 
 
-def best_prefill_s(peers: Mapping[str, Mapping[str, Any]], length: str) -> float | None:
-    """Return the shortest time of transformers for a prompt, over its formats."""
-    formats = peers.get(PREFILL_PEER, {}).values()
-    return min((one["prefill_s"][length] for one in formats), default=None)
+def _is_ours(side: Side) -> bool:
+    return bool(side["program"].startswith(OURS))
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     """Add the best peers and ratios to them; tokens become their share of equal ones."""
-    cluster, peers = result["cluster"], result["peers"]
-    first = next(iter(cluster[REFERENCE].values()))["streams"]
-    reference = {n: figures["tokens"] for n, figures in first.items()}
-    everything = [one for formats in peers.values() for one in formats.values()]
-    everything += [one for by_transport in cluster.values() for one in by_transport.values()]
-    for one in everything:
+    sides = result["sides"]
+    ours = [one for one in sides if _is_ours(one)]
+    first = next(one for one in ours if one["format"] == REFERENCE)
+    reference = {n: figures["tokens"] for n, figures in first["streams"].items()}
+    prefills = [one["prefill_s"] for one in sides if one["program"] == PREFILL_PEER]
+    for one in sides:
         for n, figures in one["streams"].items():
             figures["same_tokens"] = same_tokens(figures.pop("tokens"), reference[n])
-    for by_transport in cluster.values():
-        for one in by_transport.values():
-            for n, figures in one["streams"].items():
-                best = best_peer(peers, one["bits"], n)
-                if best is not None:
-                    figures["best_peer"], rate = best
-                    figures["ratio"] = figures["tokens_per_s"] / rate
-            one["prefill_ratio"] = {
-                length: best_s / time_s
-                for length, time_s in one["prefill_s"].items()
-                if (best_s := best_prefill_s(peers, length)) is not None
-            }
+    for one in ours:
+        for n, figures in one["streams"].items():
+            if (best := best_peer(sides, one["bits"], n)) is not None:
+                figures["best_peer"], rate = best
+                figures["ratio"] = figures["tokens_per_s"] / rate
+        one["prefill_ratio"] = {
+            length: min(prefill_s[length] for prefill_s in prefills) / time_s
+            for length, time_s in one["prefill_s"].items()
+            if prefills
+        }
     return result
 
 
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
-    _report_speed(result)
-    _report_ratios(result)
-    _report_steps(result)
+    sides = sorted(result["sides"], key=lambda side: -side["bits"])
+    ours = [one for one in sides if _is_ours(one)]
+    _report_speed(result, sides)
+    _report_streams(result, ours)
     if result["prefill"]:
-        _report_prefill(result)
+        _report_prefill(result["prefill"], sides)
     show_memory(
         {
-            f"{process}, {dtype}, {transport}": memory
-            for dtype, by_transport in result["cluster"].items()
-            for transport, one in by_transport.items()
+            f"{process}, {one['format']}, {one['program']}": memory
+            for one in ours
             for process, memory in one["memory"].items()
         }
     )
-    bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
-    print(f"Promised beyond weights and cache: {bounds}.")
     for name, requirement in result["missing"].items():
         print(f"Not installed: {name} (pip install {requirement}).")
     for name, problem in result["failed"].items():
         print(f"FAILED: {name}: {problem}")
 
 
-def _sides(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return (program, format, figures) of all sides, by bits, and ours last of these."""
-    sides = [
-        (name, number_format, one)
-        for name, formats in result["peers"].items()
-        for number_format, one in formats.items()
-    ]
-    sides += [
-        (f"{OURS}, {transport}", dtype, one)
-        for dtype, by_transport in result["cluster"].items()
-        for transport, one in by_transport.items()
-    ]
-    return sorted(sides, key=lambda side: -side[2]["bits"])
-
-
-def _report_speed(result: Mapping[str, Any]) -> None:
+def _report_speed(result: Mapping[str, Any], sides: Sequence[Side]) -> None:
     streams = result["streams"]
     rows = [
         (
-            name,
-            number_format,
-            str(one["bits"]),
-            *(f"{one['streams'][n]['tokens_per_s']:,.0f}" for n in streams),
-            *(f"{one['streams'][n]['same_tokens']:.1%}" for n in streams),
+            *(one[key] for key in ("program", "format", "bits")),
+            *(one["streams"][n]["tokens_per_s"] for n in streams),
+            *(one["streams"][n]["same_tokens"] for n in streams),
             one["version"],
         )
-        for name, number_format, one in _sides(result)
+        for one in sides
     ]
-    columns = ["", "weights", "bits", *(f"tok/s, {n} streams" for n in streams)]
-    columns += [*(f"same tokens, {n}" for n in streams), "version"]
+    columns = ["", "weights", "bits", *(f"tok/s, {n} streams|,.0f" for n in streams)]
+    columns += [*(f"same tokens, {n}|.1%" for n in streams), "version"]
     title = f"{result['size']}, {result['processor']}: tokens/s with prefill; {REFERENCE}'s tokens"
     show(title, rows, columns)
 
 
-def _report_ratios(result: Mapping[str, Any]) -> None:
-    rows = []
-    for dtype, by_transport in result["cluster"].items():
-        for transport, one in by_transport.items():
-            for n, figures in one["streams"].items():
-                ratio = figures.get("ratio")
-                rows.append(
-                    (
-                        f"{n} streams, {dtype}, {transport}",
-                        f"{figures['tokens_per_s']:,.0f}",
-                        "" if ratio is None else f"{ratio:.2f}",
-                        figures.get("best_peer", ""),
-                    )
-                )
-    columns = ["", "tok/s", "/ best peer", "best peer in as many bits"]
+def _report_streams(result: Mapping[str, Any], ours: Sequence[Side]) -> None:
+    """Print the ratios to the best peers, and the times of the decoding steps."""
+    named = [
+        (f"{n} streams, {one['format']}, {one['program']}", figures)
+        for one in ours
+        for n, figures in one["streams"].items()
+    ]
+    keys = ("tokens_per_s", "ratio", "best_peer")
+    rows = [(name, *(figures.get(key) for key in keys)) for name, figures in named]
+    columns = ["", "tok/s|,.0f", "/ best peer|.2f", "best peer in as many bits"]
     show(f"{OURS}: router's engine and {result['actors']} actors", rows, columns)
+    times = [
+        (
+            name,
+            figures["step"]["p50_ms"],
+            figures["layer"]["p50_ms"],
+            figures["layer"]["p99_ms"],
+            ", ".join(f"{kind} {count}" for kind, count in sorted(figures["calls"].items())),
+        )
+        for name, figures in named
+    ]
+    columns = ["", "step p50 ms|.2f", "layer p50|.2f", "p99|.2f", "calls"]
+    show("decoding steps", times, columns)
 
 
-def _report_steps(result: Mapping[str, Any]) -> None:
-    rows = []
-    for dtype, by_transport in result["cluster"].items():
-        for transport, one in by_transport.items():
-            for n, figures in one["streams"].items():
-                calls = figures["calls"].items()
-                rows.append(
-                    (
-                        f"{n} streams, {dtype}, {transport}",
-                        f"{figures['step']['p50_ms']:.2f}",
-                        f"{figures['layer']['p50_ms']:.2f}",
-                        f"{figures['layer']['p99_ms']:.2f}",
-                        ", ".join(f"{kind} {count}" for kind, count in sorted(calls)),
-                    )
-                )
-    show("decoding steps", rows, ["", "step p50 ms", "layer p50", "p99", "calls"])
-
-
-def _report_prefill(result: Mapping[str, Any]) -> None:
-    rows = []
-    for name, number_format, one in _sides(result):
-        if one["prefill_s"]:
-            ratios = one.get("prefill_ratio", {})
-            rows.append(
-                (
-                    f"{name}, {number_format}",
-                    *(f"{one['prefill_s'][n]:.3f}" for n in result["prefill"]),
-                    *(f"{ratios[n]:.2f}" if n in ratios else "" for n in result["prefill"]),
-                )
-            )
-    columns = ["", *(f"{n} tokens, s" for n in result["prefill"])]
-    columns += [f"ratio, {n}" for n in result["prefill"]]
+def _report_prefill(lengths: Sequence[str], sides: Sequence[Side]) -> None:
+    rows = [
+        (
+            f"{one['program']}, {one['format']}",
+            *(one["prefill_s"][n] for n in lengths),
+            *(one.get("prefill_ratio", {}).get(n) for n in lengths),
+        )
+        for one in sides
+        if one["prefill_s"]
+    ]
+    columns = ["", *(f"{n} tokens, s|.3f" for n in lengths), *(f"ratio, {n}|.2f" for n in lengths)]
     show(f"prefill of one prompt; ratio: speed / {PREFILL_PEER}'s best", rows, columns)

@@ -2,46 +2,25 @@
 
     python -m benchmarks.elastic [--seconds 12] [--quick] [--seed N] [--json FILE]
 
-Serves a checkpoint whose tokens choose their experts themselves (``benchmarks.steered``) over
-expert actors that take an accelerator's time (``experts.emulate``). First 64 endless streams whose
-tokens take experts as often as Zipf says: throughput with one copy of each expert, and with copies
-that follow the load. Then clients that ask for so many tokens a second: from one moment on four
-times as many, the new ones all for one expert, and later as few as before. Measured is how long it
-takes until a new copy serves on an actor that was there, and on one that was not, and until copies
-and actors are gone again; once where actors stand by, and once where new ones must be started. The
-exit status is 1 when a figure is missed or a request failed.
+Serves a checkpoint whose tokens choose their experts (``benchmarks.steered``) over actors that take
+an accelerator's time (``experts.emulate``). ``benchmarks/README.md`` describes both loads. The exit
+status is 1 when a figure is missed or a request failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import steered
-from benchmarks.common import (
-    MODEL,
-    Verdict,
-    machine,
-    output_options,
-    progress,
-    show,
-    show_verdicts,
-    write_json,
-)
-from benchmarks.load_step import Plan, run_step
+from benchmarks.common import MODEL, Verdict, command, progress, show, show_verdicts, write_json
+from benchmarks.load_step import TIMEOUT_S, Clients, Plan, run_step
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
-
-if TYPE_CHECKING:
-    from benchmarks.devices import Product
 
 DEVICES, STREAMS, ROUTERS = 8, 64, 8
 """Of Zipf's load. A router has all rows of one expert in one step computed by one copy, so there
@@ -66,79 +45,24 @@ TARGETS = {
     "upscale_delay_s": 0.5,
     "downscale_delay_s": 10.0,
 }
-STANDBY_ACTORS = {"none stands by": 0, "two stand by": 2}
-"""The cases of the load that steps."""
+FOLLOWS = {"memory_budget_bytes": BUDGET_BYTES, "rebalance_period_s": REBALANCE_S}
+ZIPF = {"actors": DEVICES, "emulate": {"batch_s": BATCH_S, "row_s": ROW_S}}
+ZIPF_CASES = {"one copy": ZIPF, "copies follow": {**ZIPF, **FOLLOWS}}
+STEP_CASES = {
+    case: {
+        "actors": ACTORS,
+        "emulate": {"batch_s": STEP_BATCH_S, "row_s": STEP_ROW_S},
+        "autoscaling": {**TARGETS, "standby_actors": standby_actors},
+        **FOLLOWS,
+    }
+    for case, standby_actors in (("none stands by", 0), ("two stand by", 2))
+}
+"""The configuration of the experts, by case."""
 NEW_COPY_S, NEW_ACTOR_S = 1.0, 5.0
-PLAN = Plan(base=4, crowd=12, base_s=15, crowd_s=40, after_s=5, leave_timeout_s=60)
-QUICK_PLAN = Plan(base=4, crowd=12, base_s=12, crowd_s=25, after_s=3, leave_timeout_s=60)
-
-
+PLAN, QUICK_PLAN = Plan(base_s=15, crowd_s=40, after_s=5), Plan(base_s=12, crowd_s=25, after_s=3)
 APART_S = 0.1
 """Between the starts of two streams, so that Serve sees which router has fewer."""
-TIMEOUT_S = 600.0
 TOKENS = 3000
-
-
-class Streams:
-    """Clients that each read one endless stream, and when they got how many tokens."""
-
-    def __init__(self, ports: Ports, tokens: Sequence[int], apart_s: float = APART_S) -> None:
-        """Start one for each token, one after the other."""
-        from router.client import Client
-
-        self._client = Client(ports.grpc_address)
-        self._tokens = tokens
-        self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(len(tokens))
-        self.arrivals: list[list[tuple[float, int]]] = [[] for _ in tokens]
-        self._reading = []
-        # Streams of one expert start one after the other, so that they go to different routers.
-        order = sorted(range(len(tokens)), key=lambda one: steered.expert_of(0, tokens[one]))
-        for stream in order:
-            self._reading.append(self._pool.submit(self._read, stream))
-            time.sleep(apart_s)
-
-    def _read(self, stream: int) -> None:
-        from router.client import Sampling
-
-        token = self._tokens[stream]
-        sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-        pieces = self._client.stream([token], sampling, model=MODEL, timeout_s=TIMEOUT_S)
-        for piece in pieces:
-            if piece.exact:
-                raise RuntimeError("an answer of emulated experts says that it is exact")
-            for one in piece.token_ids:
-                token = steered.next_token(token)
-                if one != token:
-                    raise RuntimeError(f"stream {stream} said {one}, not {token}: not steered")
-            self.arrivals[stream].append((time.perf_counter(), len(piece.token_ids)))
-            if self._stopping.is_set():
-                pieces.close()
-                return
-
-    def wait_started(self) -> None:
-        """Return when every stream has had a few tokens; raises what a stream failed with."""
-        deadline_s = time.monotonic() + TIMEOUT_S
-        while min(map(len, self.arrivals)) < 3:
-            self.check()
-            if time.monotonic() > deadline_s:
-                raise TimeoutError("the streams did not start")
-            time.sleep(0.05)
-
-    def check(self) -> None:
-        """Raise what a stream has failed with."""
-        for reading in self._reading:
-            if reading.done():
-                reading.result()
-                raise RuntimeError("a stream ended by itself")
-
-    def stop(self) -> None:
-        """End all streams, each at its next token."""
-        self._stopping.set()
-        for reading in self._reading:
-            reading.result(TIMEOUT_S)
-        self._pool.shutdown()
-        self._client.close()
 
 
 def rate(arrivals: Sequence[tuple[float, int]], start_s: float, end_s: float) -> float:
@@ -153,61 +77,48 @@ def rate(arrivals: Sequence[tuple[float, int]], start_s: float, end_s: float) ->
     return sum(tokens for _, tokens in within[1:]) / (within[-1][0] - within[0][0])
 
 
-def cpu_s() -> float:
-    """Return the processor seconds that this process and all below it have used, Ray's too."""
-    import psutil
-
-    own = psutil.Process()
-    total_s = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.Error):  # it ended a moment ago
-            total_s += sum(process.cpu_times()[:2])
-    return total_s
-
-
-def busy_share(products: Sequence[Product], start_s: float, end_s: float) -> float:
-    """Return the part of a time in which a device was computing."""
-    busy_s = sum(max(0.0, min(one.end_s, end_s) - max(one.start_s, start_s)) for one in products)
-    return busy_s / (end_s - start_s)
-
-
-def measure_streams(streams: Streams, seconds: float) -> dict[str, Any]:
-    """Return throughput and busy shares of streams that run."""
-    from benchmarks.devices import recorded
-
-    start_s, used_s = time.perf_counter(), cpu_s()
-    time.sleep(seconds)
-    end_s = time.perf_counter()
-    used_s = cpu_s() - used_s
-    streams.check()
-    busy = {name: busy_share(one, start_s, end_s) for name, one in recorded(MODEL).items()}
-    return {
-        "tokens_per_s": sum(rate(arrivals, start_s, end_s) for arrivals in streams.arrivals),
-        "busy": busy,
-        "cores_used": used_s / (end_s - start_s),
-    }
-
-
 def measure_zipf(ports: Ports, seconds: float) -> dict[str, Any]:
-    """Return throughput and busy shares under Zipf's load, and how many copies there are."""
+    """Return the throughput of endless streams under Zipf's load, and how many copies there are."""
     from router.client import Client
 
     apart = steered.ZIPF_CYCLE / STREAMS
-    streams = Streams(ports, [steered.zipf_token(int(apart * i)) for i in range(STREAMS)])
+    tokens = [steered.zipf_token(int(apart * i)) for i in range(STREAMS)]
+    # Streams of one expert start one after the other, so that they go to different routers.
+    tokens.sort(key=lambda token: steered.expert_of(0, token))
+    clients = Clients(ports, TOKENS)
     try:
-        streams.wait_started()
+        clients.come(tokens, APART_S * STREAMS)
+        wait_started(clients)
         time.sleep(SETTLE_S)
-        measured = measure_streams(streams, seconds)
+        start_s = time.perf_counter()
+        time.sleep(seconds)
+        end_s = time.perf_counter()
     finally:
-        streams.stop()
+        clients.close()
+    if clients.failures:
+        raise RuntimeError(clients.failures[0])
     with Client(ports.grpc_address) as client:
-        measured["copies"] = sum(len(one.actors) for one in client.load().experts)
-    return measured
+        copies = sum(len(one.actors) for one in client.load().experts)
+    rates = [rate(answer.pieces, start_s, end_s) for answer in clients.answers]
+    return {"tokens_per_s": sum(rates), "copies": copies}
+
+
+def wait_started(clients: Clients) -> None:
+    """Return when every stream has had a few tokens, or one has failed."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while sum(len(one.pieces) >= 3 for one in clients.answers) < STREAMS and not clients.failures:
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("the streams did not start")
+        time.sleep(0.05)
 
 
 def _application(args: dict[str, Any]) -> Any:
-    from benchmarks.recording import RecordingController
+    from benchmarks.devices import RecordingRemoteActor
     from router.app import application
+    from router.serve.controller import ControllerDeployment
+
+    class RecordingController(ControllerDeployment):
+        actor_class = RecordingRemoteActor
 
     return application(args, RecordingController)
 
@@ -220,53 +131,22 @@ def _args(folder: Path, experts: Mapping[str, Any], routers: int) -> dict[str, A
     }
 
 
-def zipf_experts(with_copies: bool) -> dict[str, Any]:
-    """Return the configuration of the experts, whose copies follow the load or not."""
-    emulate = {"batch_s": BATCH_S, "row_s": ROW_S}
-    experts: dict[str, Any] = {"actors": DEVICES, "emulate": emulate}
-    if with_copies:
-        experts |= {"memory_budget_bytes": BUDGET_BYTES, "rebalance_period_s": REBALANCE_S}
-    return experts
-
-
-def step_experts(standby_actors: int) -> dict[str, Any]:
-    """Return the configuration of the experts under the load that steps."""
-    return {
-        "actors": ACTORS,
-        "emulate": {"batch_s": STEP_BATCH_S, "row_s": STEP_ROW_S},
-        "memory_budget_bytes": BUDGET_BYTES,
-        "rebalance_period_s": REBALANCE_S,
-        "autoscaling": {**TARGETS, "standby_actors": standby_actors},
-    }
-
-
 def run(seconds: float, plan: Plan, seed: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
-    result: dict[str, Any] = {
-        "benchmark": "elastic",
-        "machine": machine(),
-        "actors": {"zipf": DEVICES, "least": ACTORS, "most": MOST_ACTORS},
-        "clients": {"streams": STREAMS, "before": plan.base, "crowd": plan.crowd},
-        "targets": TARGETS,
-        "zipf": {},
-        "steps": {},
-    }
+    zipf, steps = {}, {}
     with tempfile.TemporaryDirectory() as name, progress("elastic", 4) as begin:
         folder = Path(name)
         steered.save(folder)
-        for case, with_copies in (("one copy", False), ("copies follow", True)):
+        for case, experts in ZIPF_CASES.items():
             begin(f"Zipf's load, {case}")
-            args = _args(folder, zipf_experts(with_copies), ROUTERS)
-            with served(_application, args) as ports:
-                result["zipf"][case] = measure_zipf(ports, seconds)
-        for case, standby_actors in STANDBY_ACTORS.items():
+            with served(_application, _args(folder, experts, ROUTERS)) as ports:
+                zipf[case] = measure_zipf(ports, seconds)
+        for case, experts in STEP_CASES.items():
             begin(f"a load that steps, {case}")
-            args = _args(folder, step_experts(standby_actors), STEP_ROUTERS)
-            with served(_application, args) as ports:
-                result["steps"][case] = run_step(ports, plan, ACTORS, seed)
-    alone, copied = (result["zipf"][case]["tokens_per_s"] for case in ("one copy", "copies follow"))
-    result["gain"] = copied / alone
-    return result
+            with served(_application, _args(folder, experts, STEP_ROUTERS)) as ports:
+                steps[case] = run_step(ports, plan, ACTORS, seed)
+    alone, copied = (one["tokens_per_s"] for one in zipf.values())
+    return {"targets": TARGETS, "zipf": zipf, "steps": steps, "gain": copied / alone}
 
 
 def judge(result: Mapping[str, Any]) -> list[Verdict]:
@@ -291,7 +171,7 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
             _within(f"{case}: its copies are gone", gone_s["copies"], delay_s),
             Verdict(
                 f"{case}: failed or wrong answers",
-                f"{len(step['failures'])} of {step['answers'] + len(step['failures'])}",
+                f"{len(step['failures'])} of {step['answers']}",
                 "none",
                 not step["failures"],
             ),
@@ -305,48 +185,37 @@ def _within(figure: str, took_s: float | None, most_s: float) -> Verdict:
 
 
 def report(result: Mapping[str, Any]) -> None:
-    """Print the tables and the verdicts."""
+    """Print the tables."""
     rows = [
         (
             case,
-            f"{one['tokens_per_s']:.1f}",
-            f"{one['tokens_per_s'] / result['zipf']['one copy']['tokens_per_s']:.2f}",
-            str(one["copies"]),
-            f"{max(one['busy'].values()):.1%}",
-            f"{min(one['busy'].values()):.1%}",
-            f"{one['cores_used']:.2f}",
+            one["tokens_per_s"],
+            one["tokens_per_s"] / result["zipf"]["one copy"]["tokens_per_s"],
+            one["copies"],
         )
         for case, one in result["zipf"].items()
     ]
-    columns = ["", "tok/s", "gain", "copies", "busiest device", "least busy", "cores used"]
-    show(f"Zipf's load: {STREAMS} streams, {DEVICES} devices", rows, columns)
+    title = f"Zipf's load: {STREAMS} streams, {DEVICES} devices"
+    show(title, rows, ["", "tok/s|.1f", "gain|.2f", "copies"])
     for case, step in result["steps"].items():
-        rows = [
-            (phase, *("" if ms is None else f"{ms:.0f}" for ms in times.values()))
-            for phase, times in step["phases"].items()
-        ]
-        show(f"{case}: time between tokens, ms", rows, ["", "p50", "p99"])
-        for what in ("actors", "copies"):
-            told = ", ".join(f"{when} {number}" for when, number in step[what].items())
-            print(f"{what.capitalize()}: {told}.")
+        numbers = [(what, *of_times.values()) for what, of_times in step["numbers"].items()]
+        show(case, numbers, ["", "before", "most", "after"])
         for failure in step["failures"][:5]:
             print(failure)
-    show_verdicts("elastic", judge(result))
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("elastic", __doc__)
     parser.add_argument("--seconds", type=float, help="how long each of Zipf's cases is measured")
     parser.add_argument("--quick", action="store_true", help="6 seconds, and a shorter crowd")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same pauses")
-    output_options(parser)
     options = parser.parse_args()
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     result = run(seconds, QUICK_PLAN if options.quick else PLAN, options.seed)
     report(result)
-    write_json(result, options.json)
-    return int(not all(one.is_kept for one in judge(result)))
+    write_json("elastic", result, options.json)
+    return show_verdicts("elastic", judge(result))
 
 
 if __name__ == "__main__":

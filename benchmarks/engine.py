@@ -9,21 +9,20 @@ gives a router replica: threads obey it only when it is there before torch is im
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.actors import TIMEOUT_S, start_actors
-from benchmarks.baseline import run_module
 from benchmarks.common import (
-    CACHE_TOKENS,
     MODEL,
     SIZES,
     Sizes,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 APP = "bench-decode"
+MODULE_TIMEOUT_S = 600.0
 
 
 def measure(
@@ -59,18 +59,47 @@ def measure(
 
     ``sizes`` are those of the checkpoint. ``prefill`` has lengths of prompts.
     """
+    options = {
+        "folder": str(folder),
+        "transport": transport,
+        "actors": actors,
+        "streams": list(streams),
+        "tokens": tokens,
+        "rounds": rounds,
+        "sizes": dict(sizes),
+        "dtype": dtype,
+        "prefill": list(prefill),
+    }
+    return run_module("benchmarks.engine", [json.dumps(options)], router_variables())
+
+
+def router_variables() -> dict[str, str]:
+    """Return the environment that the product gives a router replica, with a Ray of its own."""
     from cluster.environment import router_environment
     from router.config.deployment import RouterConfig
 
-    arguments = [str(folder), transport, str(actors), str(tokens), str(rounds), *streams]
-    arguments += ["--sizes", json.dumps(dict(sizes)), "--dtype", dtype]
-    if prefill:
-        arguments += ["--prefill", *map(str, prefill)]
-    environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-    return run_module("benchmarks.engine", arguments, environment)
+    return {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run_module(module: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Run a benchmark's module in a process; returns the JSON of the last line it prints.
+
+    Raises ``RuntimeError`` with the end of its stderr when it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=MODULE_TIMEOUT_S,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def run(options: SimpleNamespace) -> dict[str, Any]:
     """Measure in this process.
 
     Returns the figures of each number of streams, the memory of router and actors after them, the
@@ -82,7 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ray.init(address="local", include_dashboard=False, logging_level="warning", namespace="serve")
     try:
         bench = Bench(
-            options.folder,
+            Path(options.folder),
             options.transport,
             options.actors,
             sizes=options.sizes,
@@ -106,44 +135,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ray.shutdown()
 
 
-class Collector:
-    """Takes what the engine emits, and wakes who waits when every stream has ended."""
-
-    def __init__(self) -> None:
-        """Wait for nothing yet."""
-        self._ended = threading.Event()
-        self._open: set[str] = set()
-        self._error: Exception | None = None
-        self.tokens: dict[str, list[int]] = {}
-
-    def expect(self, request_ids: Sequence[str]) -> None:
-        """Begin a round of these requests."""
-        self.tokens = {request_id: [] for request_id in request_ids}
-        self._open = set(request_ids)
-        self._ended.clear()
-
-    def __call__(self, emissions: Sequence[Any]) -> None:
-        """Take a step's emissions, on the engine's thread."""
-        for emission in emissions:
-            if isinstance(emission.outcome, Exception):
-                self._error = emission.outcome
-                self._ended.set()
-                return
-            self.tokens[emission.request_id] += emission.outcome.token_ids
-            if emission.outcome.finish_reason is not None:
-                self._open.discard(emission.request_id)
-        if not self._open:
-            self._ended.set()
-
-    def wait(self) -> None:
-        """Wait for the round's end; raises what a request was answered with."""
-        ended = self._ended.wait(TIMEOUT_S)
-        if self._error is not None:
-            raise self._error
-        if not ended:
-            raise TimeoutError(f"the streams did not end within {TIMEOUT_S} s")
-
-
 class Bench:
     """An engine and its actors."""
 
@@ -163,87 +154,35 @@ class Bench:
         """Start the actors, load their experts, and start the engine with the product's limits.
 
         The router's part computes on ``device``, by default the CPU. Each actor has ``actor_gpus``
-        of a GPU. ``actor_class`` takes the place of the product's.
-        ``sizes`` are the checkpoint's; ``dtype`` is by default bf16.
+        of a GPU. ``actor_class`` takes the place of the product's. ``sizes`` are the checkpoint's;
+        ``dtype`` is by default bf16.
         """
         import torch
 
-        from cluster.processor import num_cpus
+        from benchmarks import timed_engine
         from cluster.transport.open import open_transport
         from experts.checkpoint.checkpoint import open_checkpoint
         from experts.remote import RemoteExpertActor
-        from router.config.deployment import ExpertsConfig, RouterConfig
-        from router.engine.engine import Engine
-        from router.engine.scheduling.prefixes import why_dependent
-        from router.engine.scheduling.scheduler import Limits, Scheduler
-        from router.model.model import MoEModel
-        from router.moe.combine import WeightedSums
-        from router.moe.dispatch import Dispatcher
-        from router.moe.layer import MoELayers
+        from router.config.deployment import RouterConfig
 
-        config, experts = RouterConfig(), ExpertsConfig()
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(RouterConfig().threads)
         checkpoint = open_checkpoint(folder)
         self._folder = folder
         self._sizes = sizes
         self._dtype = dtype = dtype or torch.bfloat16
         actor_class = actor_class or RemoteExpertActor
-        shape = checkpoint.shape
         stored = str(dtype).removeprefix("torch.")
-        self.actors = start_actors(folder, shape, actors, actor_class, app, actor_gpus, stored)
-        self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
-        view, timeout_s = self.actors.view, experts.call_timeout_s
-        dispatcher = Dispatcher(MODEL, view, self._transport, _ignore, timeout_s)
-        layers = MoELayers(dispatcher, WeightedSums())
-        steps = self._steps = Steps()
-        all_there = self._all_there = threading.Event()
-
-        class HeldScheduler(Scheduler):
-            """Takes no request of a round before all are there, so that rounds have one course."""
-
-            def add(self, request: Any) -> Any:
-                all_there.wait(TIMEOUT_S)
-                return super().add(request)
-
-        class TimedEngine(Engine):
-            """Notes what each step took, and its layers."""
-
-            def step(self, work: Any, trace: Any = None) -> None:
-                self.tally.latest_layers_s.clear()
-                started_s = time.perf_counter()
-                super().step(work, trace)
-                took_s = time.perf_counter() - started_s
-                if all(item.end - item.start == 1 for item in work):
-                    steps.decode_s.append(took_s)
-                    steps.layer_s.extend(self.tally.latest_layers_s)
-                else:
-                    steps.prefill_s.append(took_s)
-
-        where = device or torch.device("cpu")
-        self._model = model = MoEModel(
-            checkpoint,
-            dtype,
-            CACHE_TOKENS,
-            layers,
-            where,
-            min(config.prefill_threads, num_cpus()),
+        self.actors = start_actors(
+            folder, checkpoint.shape, actors, actor_class, app, actor_gpus, stored
         )
-        limits = Limits(config.max_batch_size, config.max_batch_tokens, config.max_queue_requests)
-        is_independent = not why_dependent(model.is_independent, layers.has_limit)
-        self._collector = Collector()
-        self._engine = TimedEngine(
-            model,
-            layers,
-            HeldScheduler(
-                limits,
-                model.num_pages,
-                model.attention.page_size,
-                model.even_context,
-                MODEL if is_independent else None,
-                is_independent,
-            ),
-            frozenset(),
-            self._collector,
+        self._transport: Any = open_transport(app, transport)  # type: ignore[arg-type]
+        layers = timed_engine.layers_of(self.actors.view, self._transport)
+        where = device or torch.device("cpu")
+        self._model = timed_engine.model_of(checkpoint, dtype, layers, where)
+        self._scheduler = timed_engine.scheduler_of(self._model, layers)
+        self._collector = timed_engine.Collector()
+        self._engine = timed_engine.TimedEngine(
+            self._model, layers, self._scheduler, self._collector
         )
         self._engine.start()
 
@@ -259,16 +198,10 @@ class Bench:
     def prefill(self, length: int, rounds: int) -> list[float]:
         """Return each round's seconds from a prompt of ``length`` tokens to its first new token."""
         prompt = long_prompt(length, self._sizes["vocab_size"])
-        return [self.first_token_s(prompt, f"{length}/{i}") for i in range(rounds + 1)][1:]
-
-    def first_token_s(self, prompt: Sequence[int], salt: str = "") -> float:
-        """Return the seconds from a prompt to its first new token.
-
-        Nothing of the prompt is found in the cache but what came with the same ``salt``.
-        """
-        return self._generate([prompt], 1, salt)
+        return [self._generate([prompt], 1, f"{length}/{i}") for i in range(rounds + 1)][1:]
 
     def _generate(self, given: Sequence[Sequence[int]], tokens: int, salt: str = "") -> float:
+        """Generate for all prompts at once; the cache has only those of the same ``salt``."""
         from router.messages.request import GenerationRequest, SamplingParams
 
         self.actors.renew()
@@ -285,11 +218,11 @@ class Bench:
             for i, ids in enumerate(given)
         ]
         self._collector.expect([request.request_id for request in requests])
-        self._all_there.clear()
+        self._scheduler.all_there.clear()
         started_s = time.perf_counter()
         for request in requests:
             self._engine.submit(request)
-        self._all_there.set()
+        self._scheduler.all_there.set()
         self._collector.wait()
         return time.perf_counter() - started_s
 
@@ -297,7 +230,7 @@ class Bench:
         """Return median tokens per second, times of decode steps and layers, calls, and tokens."""
         for _ in range(2):  # connections come in the background
             self.round(streams, tokens)
-        self._steps.clear()
+        steps = self._engine.begin_steps()
         before = Counter(self._transport.calls)
         with per_token(streams * tokens * rounds, "router") as processor_us:
             rates = [streams * tokens / self.round(streams, tokens) for _ in range(rounds)]
@@ -305,9 +238,9 @@ class Bench:
             "tokens_per_s": statistics.median(rates),
             "rates": rates,
             "processor_us": processor_us,
-            "step": summary_ms(self._steps.decode_s),
-            "prefill": summary_ms(self._steps.prefill_s),
-            "layer": summary_ms(self._steps.layer_s),
+            "step": summary_ms(steps.decode_s),
+            "prefill": summary_ms(steps.prefill_s),
+            "layer": summary_ms(steps.layer_s),
             "calls": dict(Counter(self._transport.calls) - before),
             "tokens": list(self._collector.tokens.values()),
         }
@@ -332,37 +265,9 @@ class Bench:
         self.actors.kill()
 
 
-class Steps:
-    """Times of steps that only decode, of those that prefill, and of the former's layers."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.decode_s: list[float] = []
-        self.prefill_s: list[float] = []
-        self.layer_s: list[float] = []
-
-    def clear(self) -> None:
-        """Forget all."""
-        for times_s in (self.decode_s, self.prefill_s, self.layer_s):
-            times_s.clear()
-
-
-def _ignore(actor_id: str, generation: int) -> None:
-    """Nobody is told of a suspicion here: a call that fails is tried again."""
-
-
 def main() -> None:
-    """Measure in this process; prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("transport")
-    for number in ("actors", "tokens", "rounds"):
-        parser.add_argument(number, type=int)
-    parser.add_argument("streams", nargs="+")
-    parser.add_argument("--sizes", type=json.loads, default=SIZES)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prefill", nargs="+", type=int, default=[])
-    print(json.dumps(run(parser.parse_args())))
+    """Measure with the options of the command line, as :func:`measure` gives them; prints JSON."""
+    print(json.dumps(run(SimpleNamespace(**json.loads(sys.argv[1])))))
 
 
 if __name__ == "__main__":

@@ -2,36 +2,24 @@
 
     python -m benchmarks.failover [--json FILE]
 
-Serves the bundled model in fp32 and has 32 streams never stop. With two copies of every expert:
-stretches without a fault and stretches in which an actor is killed, by turns, and an actor that
-hangs. With one copy and two routers: an actor, the controller and a router are killed. Every token
-is compared with that of the same deployment without a fault. The exit status is 1 when a request
-failed or was wrong.
+Serves the bundled model in fp32 and compares every token with that of the same deployment without a
+fault. ``benchmarks/README.md`` describes the stretches. The exit status is 1 when a request failed
+or was wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import (
-    MODEL,
-    machine,
-    output_options,
-    percentile,
-    progress,
-    prompts,
-    show,
-    write_json,
-)
+from benchmarks.common import MODEL, command, percentile, progress, prompts, show, write_json
 from benchmarks.serve import deployed
 
 if TYPE_CHECKING:
@@ -55,11 +43,6 @@ BACK_S = 60.0
 POLL_S = 0.1
 
 QUIET, KILL, HANG = "no fault", "kill of an actor with copies elsewhere", "hang of such an actor"
-ONLY_COPY, CONTROLLER, ROUTER = (
-    "kill of the only copy",
-    "kill of the controller",
-    "kill of a router",
-)
 
 Fault = Callable[["Client"], "ClusterStatus"]
 Back = Callable[["ClusterStatus", "ClusterStatus"], bool]
@@ -79,53 +62,23 @@ class Scenario:
     is_back: Back = lambda before, now: True
 
 
-@dataclass(slots=True)
-class Window:
-    """What the streams saw in so many seconds under load."""
-
-    name: str
-    seconds: float
-    tokens: int = 0
-    gaps_s: list[float] = field(default_factory=list)
-    """Between two pieces of a stream, sorted."""
-    first_s: list[float] = field(default_factory=list)
-    """From a request to its first piece."""
-    back_s: float | None = None
-    """From the fault until all was as before."""
-    requests: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    lost_s: float = 0.0
-    """What :func:`lost_s` says of it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return its figures."""
-        return {
-            "name": self.name,
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens / self.seconds,
-            "gap_s": {
-                "p50": percentile(self.gaps_s, 0.5),
-                "p99": percentile(self.gaps_s, 0.99),
-                "longest": self.gaps_s[-1],
-            },
-            "longest_first_s": max(self.first_s, default=0.0),
-            "back_s": self.back_s,
-            "requests": self.requests,
-            "failures": self.failures,
-            "lost_s": self.lost_s,
-        }
-
-
-def window(name: str, waits: Iterable[Wait], begin_s: float, end_s: float) -> Window:
-    """Return what falls into a stretch of time: pieces that came in it, gaps that touch it."""
-    result = Window(name, end_s - begin_s)
-    for wait in waits:
-        if begin_s <= wait.ended_s < end_s:
-            result.tokens += wait.tokens
-        if wait.ended_s > begin_s and wait.began_s < end_s:
-            (result.first_s if wait.is_first else result.gaps_s).append(wait.took_s)
-    result.gaps_s.sort()
-    return result
+def window(name: str, waits: Sequence[Wait], begin_s: float, end_s: float) -> dict[str, Any]:
+    """Return what the streams saw in a stretch of time: its pieces, and the gaps that touch it."""
+    touching = [wait for wait in waits if wait.ended_s > begin_s and wait.began_s < end_s]
+    gaps_s = sorted(wait.took_s for wait in touching if not wait.is_first)
+    tokens = sum(wait.tokens for wait in waits if begin_s <= wait.ended_s < end_s)
+    return {
+        "name": name,
+        "seconds": end_s - begin_s,
+        "tokens_per_s": tokens / (end_s - begin_s),
+        "gap_s": {
+            "p50": percentile(gaps_s, 0.5),
+            "p99": percentile(gaps_s, 0.99),
+            "longest": gaps_s[-1],
+        },
+        "longest_first_s": max((wait.took_s for wait in touching if wait.is_first), default=0.0),
+        "lost_s": lost_s(waits, begin_s, end_s),
+    }
 
 
 def lost_s(waits: Iterable[Wait], begin_s: float, end_s: float) -> float:
@@ -161,10 +114,12 @@ def observe(client: Client, cases: Sequence[Case], scenario: Scenario) -> dict[s
         end_s = time.monotonic()
     finally:
         outcome = load.end()
-    seen = window(scenario.name, waits, begin_s, end_s)
-    seen.lost_s = lost_s(waits, begin_s, end_s)
-    seen.back_s, seen.requests, seen.failures = back_s, outcome.requests, dict(outcome.failures)
-    return seen.to_json()
+    return {
+        **window(scenario.name, waits, begin_s, end_s),
+        "back_s": back_s,
+        "requests": outcome.requests,
+        "failures": dict(outcome.failures),
+    }
 
 
 def _inflict(client: Client, fault: Fault, is_back: Back) -> float:
@@ -183,40 +138,24 @@ def _inflict(client: Client, fault: Fault, is_back: Back) -> float:
     raise RuntimeError(f"not as before within {BACK_S:g} s")
 
 
-def kill_actor(client: Client) -> ClusterStatus:
-    """Kill the first actor."""
-    from tests.fault.signals import kill
+def fault_of(deed: str, pid_of: Callable[[ClusterStatus], int]) -> Fault:
+    """Return the fault that does ``kill`` or ``stop`` of ``tests.fault.signals`` to a process."""
 
-    told = client.status()
-    kill(told, told.actors[0].pid)
-    return told
+    def inflict(client: Client) -> ClusterStatus:
+        from tests.fault import signals
 
+        told = client.status()
+        getattr(signals, deed)(told, pid_of(told))
+        return told
 
-def hang_actor(client: Client) -> ClusterStatus:
-    """Stop the first actor, which the controller then replaces."""
-    from tests.fault.signals import stop
-
-    told = client.status()
-    stop(told, told.actors[0].pid)
-    return told
+    return inflict
 
 
-def kill_controller(client: Client) -> ClusterStatus:
-    """Kill the controller."""
-    from tests.fault.signals import kill
-
-    told = client.status()
-    kill(told, told.controller_pid)
-    return told
-
-
-def kill_router(client: Client) -> ClusterStatus:
-    """Kill the first router."""
-    from tests.fault.signals import kill
-
-    told = client.status()
-    kill(told, told.routers[0].pid)
-    return told
+kill_actor = fault_of("kill", lambda told: told.actors[0].pid)
+hang_actor = fault_of("stop", lambda told: told.actors[0].pid)
+"""The controller replaces it then."""
+kill_controller = fault_of("kill", lambda told: told.controller_pid)
+kill_router = fault_of("kill", lambda told: told.routers[0].pid)
 
 
 def actor_is_back(before: ClusterStatus, now: ClusterStatus) -> bool:
@@ -246,17 +185,24 @@ def with_copies(rounds: int, seconds: float) -> list[Scenario]:
     return [quiet, *[killed, quiet] * rounds, hung]
 
 
-def without_copies() -> list[Scenario]:
-    """Return what is lost where nothing stands by."""
-    return [
-        Scenario(ONLY_COPY, SHORT_S, kill_actor, actor_is_back),
-        Scenario(CONTROLLER, SHORT_S, kill_controller, controller_is_back),
-        Scenario(ROUTER, SHORT_S, kill_router, router_is_back),
-    ]
+WITHOUT_COPIES = [
+    Scenario("kill of the only copy", SHORT_S, kill_actor, actor_is_back),
+    Scenario("kill of the controller", SHORT_S, kill_controller, controller_is_back),
+    Scenario("kill of a router", SHORT_S, kill_router, router_is_back),
+]
+"""What is lost where nothing stands by."""
 
 
-def answers(client: Client, streams: int) -> list[Case]:
-    """Return prompts, all different, with what the deployment makes of them without a fault."""
+def lengths_of(streams: int) -> Sequence[int]:
+    """Return how many tokens each stream generates."""
+    return range(TOKENS, TOKENS + TOKENS_STEP * streams, TOKENS_STEP)
+
+
+def answers(client: Client, lengths: Sequence[int]) -> list[Case]:
+    """Return prompts, all different, with what the deployment makes of them without a fault.
+
+    Each has so many tokens as ``lengths`` says.
+    """
     from router.client import Sampling
     from tests.fault.load import Case
 
@@ -267,16 +213,15 @@ def answers(client: Client, streams: int) -> list[Case]:
         [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
         return Case(tuple(prompt), reply.token_ids)
 
-    with ThreadPoolExecutor(streams) as pool:
-        lengths = range(TOKENS, TOKENS + TOKENS_STEP * streams, TOKENS_STEP)
-        return list(pool.map(answer, prompts(streams), lengths))
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        return list(pool.map(answer, prompts(len(lengths)), lengths))
 
 
 def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     from router.client import Client
 
-    parts = [(1, COPIES, with_copies(rounds, seconds)), (ROUTERS, 1, without_copies())]
+    parts = [(1, COPIES, with_copies(rounds, seconds)), (ROUTERS, 1, WITHOUT_COPIES)]
     windows = []
     with progress("failover", sum(2 + len(scenarios) for _, _, scenarios in parts)) as begin:
         for routers, copies, scenarios in parts:
@@ -285,13 +230,11 @@ def run(streams: int, rounds: int, seconds: float) -> dict[str, Any]:
             # Without retries, so that what the server lets through is seen.
             with served as ports, Client(ports.grpc_address, retry=None) as client:
                 begin("answers without faults")
-                cases = answers(client, streams)
+                cases = answers(client, lengths_of(streams))
                 for scenario in scenarios:
                     begin(scenario.name)
                     windows.append(observe(client, cases, scenario))
     return {
-        "benchmark": "failover",
-        "machine": machine(),
         "streams": streams,
         "seconds": seconds,
         "actors": ACTORS,
@@ -328,48 +271,47 @@ def minute_ratio(compared: Sequence[Mapping[str, float]]) -> float:
     return 1 - statistics.mean(one["lost_s"] for one in compared) / MINUTE_S
 
 
-def report(result: Mapping[str, Any]) -> None:
-    """Print the tables."""
-    rows = [
+WINDOW_COLUMNS = (
+    "", "s|.0f", "tok/s|.0f", "gap p50 s|.3f", "p99|.3f", "longest|.3f",
+    "first token longest s|.2f", "back after s|.1f", "requests", "failed or wrong",
+)  # fmt: skip
+
+
+def window_rows(windows: Iterable[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """Return the rows of windows under :data:`WINDOW_COLUMNS`."""
+    return [
         (
-            one["name"],
-            f"{one['seconds']:.0f}",
-            f"{one['tokens_per_s']:.0f}",
-            *(f"{one['gap_s'][part]:.3f}" for part in ("p50", "p99", "longest")),
-            f"{one['longest_first_s']:.2f}",
-            "" if one["back_s"] is None else f"{one['back_s']:.1f}",
-            str(one["requests"]),
+            *(one[key] for key in ("name", "seconds", "tokens_per_s")),
+            *(one["gap_s"][part] for part in ("p50", "p99", "longest")),
+            *(one[key] for key in ("longest_first_s", "back_s", "requests")),
             ", ".join(f"{count} {reason}" for reason, count in one["failures"].items()) or "0",
         )
-        for one in result["windows"]
+        for one in windows
     ]
-    columns = ["", "s", "tok/s", "gap p50 s", "p99", "longest", "first token longest s"]
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
     title = f"failover, {result['streams']} streams"
-    show(title, rows, [*columns, "back after s", "requests", "failed or wrong"])
-    parts = ("lost_s", "noise_s", "normal_s", "above_s")
-    kill_rows = [
-        (str(place), *(f"{one[part]:.3f}" for part in parts))
-        for place, one in enumerate(result["kills"], 1)
-    ]
-    columns = ["", "throughput lost s", "the same without", "longest gap without s"]
-    show("stretches with a kill", kill_rows, [*columns, "longest gap above that s"])
+    show(title, window_rows(result["windows"]), WINDOW_COLUMNS)
+    kill_rows = [(place, *one.values()) for place, one in enumerate(result["kills"], 1)]
+    columns = ["", "throughput lost s|.3f", "the same without|.3f", "longest gap without s|.3f"]
+    show("stretches with a kill", kill_rows, [*columns, "longest gap above that s|.3f"])
     ratio = minute_ratio(result["kills"])
     print(f"a minute with a kill has {ratio:.3f} of the tokens of one without")
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("failover", __doc__)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="stretches with a kill")
     parser.add_argument("--seconds", type=float, default=STRETCH_S, help="length of a stretch")
-    output_options(parser)
     options = parser.parse_args()
     result = run(options.streams, options.rounds, options.seconds)
     report(result)
-    failed = any(one["failures"] for one in result["windows"])
-    write_json(result, options.json)
-    return int(failed)
+    write_json("failover", result, options.json)
+    return int(any(one["failures"] for one in result["windows"]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python -m benchmarks.fuzz [TARGET ...] [--minutes 1] [--seed N] [--engine ENGINE]
         [--keep FOLDER] [--json FILE]
 
-Targets: frames, both ends of the streams and of both links, safetensors headers and indexes,
-configurations of each layout, GGUF files, tokenizers, HTTP bodies, gRPC messages and statuses,
-and what callers say of themselves in headers and metadata.
+Targets: frames, both ends of the streams and of both links, a checkpoint's files in each layout,
+HTTP bodies, gRPC messages and statuses, and what callers say of themselves in headers and metadata.
 With the engine ``atheris`` (``pip install 'expertmesh[fuzz]'``) libFuzzer looks for inputs that
 reach new code; ``mutation`` needs nothing and mutates good inputs blindly. A finding is anything
 but the refusal that a part promises: another error, a wrong answer, more than ten seconds or 4 GB.
@@ -14,9 +13,7 @@ The exit status is 1 when there was one; its input is kept in FOLDER.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -25,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, progress, show
+from benchmarks.common import command, progress, show, write_json
 
 TARGETS = (
     "frame", "stranger", "router", "actor", "link", "call-link", "link-handshake", "header",
@@ -40,11 +37,11 @@ _SHOWN_LINES = 25
 
 def fuzz(target: str, engine: str, minutes: float, seed: int, folder: Path) -> dict[str, Any]:
     """Run one target in a process of its own; returns what became of it."""
-    command = [sys.executable, "-m", "benchmarks.fuzzing.run", target, engine]
-    command += [str(60 * minutes), str(seed), str(folder)]
+    words = [sys.executable, "-m", "benchmarks.fuzzing.run", target, engine]
+    words += [str(60 * minutes), str(seed), str(folder)]
     try:
         done = subprocess.run(
-            command,
+            words,
             capture_output=True,
             text=True,
             errors="replace",
@@ -82,29 +79,17 @@ def run(
         for target in targets:
             begin(target)
             results.append(fuzz(target, engine, minutes, seed, folder))
-    return {
-        "benchmark": "fuzz",
-        "machine": machine(),
-        "engine": engine,
-        "minutes": minutes,
-        "seed": seed,
-        "targets": results,
-    }
+    return {"engine": engine, "minutes": minutes, "seed": seed, "targets": results}
 
 
 def report(result: Mapping[str, Any]) -> None:
     """Print the table, and what was found."""
     rows = [
-        (
-            one["target"],
-            f"{one['runs']:,}",
-            str(one["peak_mb"]),
-            "[red]finding[/red]" if one["finding"] else "nothing",
-        )
-        for one in result["targets"]
+        (*found, "[red]finding[/red]" if finding else "nothing")
+        for *found, finding in map(dict.values, result["targets"])
     ]
     title = f"fuzz by {result['engine']}, {result['minutes']:g} minutes each, seed {result['seed']}"
-    show(title, rows, ["target", "inputs", "peak MB", "found"])
+    show(title, rows, ["target", "inputs|,", "peak MB", "found"])
     for one in result["targets"]:
         if one["finding"]:
             print(f"{one['target']}: {one['finding']}")
@@ -112,7 +97,7 @@ def report(result: Mapping[str, Any]) -> None:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("fuzz", __doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--minutes", type=float, default=1.0, help="for each target")
     parser.add_argument("--seed", type=int, default=0, help="of what is chosen at random")
@@ -124,7 +109,6 @@ def main() -> int:
         help="default: atheris where it is installed",
     )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for inputs that failed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
     unknown = sorted(set(options.targets) - set(TARGETS))
     if unknown:
@@ -134,8 +118,7 @@ def main() -> int:
     targets = options.targets or TARGETS
     result = run(targets, options.engine, options.minutes, options.seed, folder)
     report(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json("fuzz", result, options.json)
     return any(one["finding"] for one in result["targets"])
 
 

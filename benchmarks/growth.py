@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from benchmarks.common import show
+from benchmarks.processor_time import ray_name
 
 SAMPLE_S = 5.0
 SETTLE_SHARE = 0.25
@@ -37,30 +40,23 @@ class Growth:
     last: Sample
     mb_per_min: float
     descriptors_per_min: float
-    is_memory_flat: bool
     is_flat: bool
     """Both memory and descriptors."""
 
 
-def trend(points: Sequence[tuple[float, float]]) -> float:
-    """Return the slope that fits points (time, value) best: the median of all pairs' slopes.
+def per_min(samples: Sequence[Sample], values: Sequence[float]) -> float:
+    """Return how fast the samples' values rise, by Theil and Sen: a burst does not move it."""
+    from scipy.stats import theilslopes
 
-    Theil and Sen's estimator: a burst that passes does not move it.
-    """
-    slopes = [
-        (later - sooner) / (end_s - begin_s)
-        for place, (begin_s, sooner) in enumerate(points)
-        for end_s, later in points[place + 1 :]
-    ]
-    return statistics.median(slopes)
+    return 60 * float(theilslopes(values, [one.at_s for one in samples]).slope)
 
 
 def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
     """Judge one process by its samples, at least two after the first :data:`SETTLE_SHARE`."""
     judged = samples[int(len(samples) * SETTLE_SHARE) :]
     minutes = (judged[-1].at_s - judged[0].at_s) / 60
-    mb_per_min = 60 * trend([(one.at_s, one.rss_mb) for one in judged])
-    descriptors_per_min = 60 * trend([(one.at_s, float(one.descriptors)) for one in judged])
+    mb_per_min = per_min(judged, [one.rss_mb for one in judged])
+    descriptors_per_min = per_min(judged, [one.descriptors for one in judged])
     is_memory_flat = mb_per_min * minutes < max(GROWTH_SHARE * judged[0].rss_mb, GROWTH_MB)
     return Growth(
         name,
@@ -69,7 +65,6 @@ def growth(name: str, pid: int, samples: Sequence[Sample]) -> Growth:
         samples[-1],
         mb_per_min,
         descriptors_per_min,
-        is_memory_flat,
         is_flat=is_memory_flat and descriptors_per_min * minutes < GROWTH_FDS,
     )
 
@@ -128,8 +123,24 @@ def name_of(words: Sequence[str]) -> str:
     """Return what a process is called in the tables, from its command line."""
     if not words:
         return "?"
-    if words[0].startswith("ray::"):
-        name = words[0].removeprefix("ray::").partition("(")[0].split(".")[0].strip()
-        return name.removeprefix("SERVE_REPLICA::").split("#")[-2] if "#" in name else name
     scripts = [word for word in words if word.endswith(".py")]
-    return Path(scripts[0] if scripts else words[0]).name
+    return ray_name(words[0]) or Path(scripts[0] if scripts else words[0]).name
+
+
+def show_growth(processes: Sequence[Mapping[str, Any]]) -> None:
+    """Print processes, each a :class:`Growth` as a dictionary."""
+    rows = [
+        (
+            f"{one['name']} {one['pid']}",
+            one["last"]["at_s"] - one["first"]["at_s"],
+            *(one[end]["rss_mb"] for end in ("first", "last")),
+            one["mb_per_min"],
+            *(one[end]["descriptors"] for end in ("first", "last")),
+            one["descriptors_per_min"],
+            "flat" if one["is_flat"] else "[red]grows[/red]",
+        )
+        for one in processes
+    ]
+    columns = ["process", "seconds|.0f", "MB at first|.0f", "at last|.0f", "MB/min|.2f"]
+    columns += ["descriptors at first", "at last", "/min|.2f", ""]
+    show("long-lived processes", rows, columns)

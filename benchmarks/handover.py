@@ -2,31 +2,24 @@
 
     python -m benchmarks.handover [--redeploys 10] [--clients 8] [--json FILE]
 
-Each kind of client calls in a loop, with so many of it at once: HTTP on kept connections and on a
-new one each time, gRPC on a new channel each time, and on kept ones with grpcio's defaults and with
-``grpc.enable_retries: 0``. Meanwhile the deployment is
-deployed anew, a second application comes and goes, and the gateways go from one to three and back.
-Each change is proved by the gateways' pids. Prints a verdict for each kind; the exit status is 1
-when one is missed.
+``benchmarks/README.md`` describes the clients and the changes, each of which is proved by the
+gateways' pids. Prints a verdict for each kind of client; the exit status is 1 when one is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
-from benchmarks.common import MODEL, Verdict, machine, output_options, progress, write_json
-from benchmarks.common import show_verdicts as show
+from benchmarks.common import MODEL, Verdict, command, progress, show_verdicts, write_json
 from benchmarks.serve_clients import Ports
 from benchmarks.shipped import free_ports, with_ports
 
@@ -43,61 +36,45 @@ _OWN = ("grpc.use_local_subchannel_pool", 1)
 _LIVE = "/inference.GRPCInferenceService/ServerLive"
 
 
-@dataclass(slots=True)
-class Calls:
-    """The calls of one kind: how many were answered, and why the others failed."""
-
-    answered: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def num_failed(self) -> int:
-        """The number of calls that failed."""
-        return sum(self.failures.values())
-
-
 class Clients:
-    """Threads that call until they are ended."""
+    """Threads that call while a block runs."""
 
     def __init__(self, ports: Ports) -> None:
-        self.calls = {kind: Calls() for kind in MOST_LOST}
+        self.answered: Counter[str] = Counter()
+        self.failures: dict[str, Counter[str]] = {kind: Counter() for kind in MOST_LOST}
         self._ports = ports
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
 
-    def start(self, count: int) -> None:
-        """Start so many threads of each kind."""
-        loops: Mapping[str, Callable[[], None]] = {
-            HTTP: lambda: self._over_http(True),
-            HTTP_NEW: lambda: self._over_http(False),
-            GRPC: lambda: self._over_grpc(GRPC),
-            GRPC_NEW: lambda: self._over_grpc(GRPC_NEW),
-            GRPC_ONCE: lambda: self._over_grpc(GRPC_ONCE),
-        }
-        self._threads = [
-            threading.Thread(target=loop, name=kind)
-            for kind, loop in loops.items()
+    @contextmanager
+    def calling(self, count: int) -> Iterator[None]:
+        """Have so many threads of each kind call until the block ends."""
+        threads = [
+            threading.Thread(
+                target=self._over_http if kind in (HTTP, HTTP_NEW) else self._over_grpc,
+                args=(kind,),
+            )
+            for kind in MOST_LOST
             for _ in range(count)
         ]
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
-
-    def end(self) -> None:
-        """End all threads."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(2 * CALL_S)
+        try:
+            yield
+        finally:
+            self._ended.set()
+            for thread in threads:
+                thread.join(2 * CALL_S)
 
     def _note(self, kind: str, failure: str = "") -> None:
         with self._lock:
             if failure:
-                self.calls[kind].failures[failure] += 1
+                self.failures[kind][failure] += 1
             else:
-                self.calls[kind].answered += 1
+                self.answered[kind] += 1
 
-    def _over_http(self, is_kept: bool) -> None:
-        kind, connection = HTTP if is_kept else HTTP_NEW, None
+    def _over_http(self, kind: str) -> None:
+        connection = None
         while not self._ended.is_set():
             if connection is None:
                 connection = http.client.HTTPConnection("127.0.0.1", self._ports.http, CALL_S)
@@ -109,7 +86,7 @@ class Clients:
             except (OSError, http.client.HTTPException) as error:
                 self._note(kind, repr(error))
                 answer = None
-            if answer is None or answer.will_close or not is_kept:
+            if answer is None or answer.will_close or kind == HTTP_NEW:
                 connection.close()
                 connection = None
 
@@ -126,17 +103,6 @@ class Clients:
             if kind == GRPC_NEW:
                 channel.close()
                 channel = None
-
-
-@contextmanager
-def calling(ports: Ports, count: int) -> Iterator[Clients]:
-    """Have clients call until the block ends."""
-    clients = Clients(ports)
-    clients.start(count)
-    try:
-        yield clients
-    finally:
-        clients.end()
 
 
 class Deployment:
@@ -199,11 +165,11 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
     from router.app import build
 
     ports = Ports(*free_ports(2))
-    deployment = Deployment(ports)
+    deployment, clients = Deployment(ports), Clients(ports)
     with (
         progress("handover", redeploys + 4) as begin,
         served(build, deployment.args(), ports=ports),
-        calling(ports, count) as clients,
+        clients.calling(count),
     ):
         for number in range(redeploys):
             begin(f"redeploy {number + 1}")
@@ -216,13 +182,11 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
         begin("calm")
         time.sleep(SETTLE_S)
     return {
-        "benchmark": "handover",
-        "machine": machine(),
         "redeploys": redeploys,
         "clients": count * len(MOST_LOST),
         "calls": {
-            kind: {"answered": calls.answered, "failures": dict(calls.failures)}
-            for kind, calls in clients.calls.items()
+            kind: {"answered": clients.answered[kind], "failures": dict(failures)}
+            for kind, failures in clients.failures.items()
         },
     }
 
@@ -242,19 +206,18 @@ def judge(result: Mapping[str, Any]) -> list[Verdict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.handover", description=__doc__)
+    parser = command("handover", __doc__)
     parser.add_argument("--redeploys", type=int, default=REDEPLOYS, metavar="N")
     parser.add_argument("--clients", type=int, default=CLIENTS, metavar="N")
-    output_options(parser)
     options = parser.parse_args(argv)
     result = run(options.redeploys, options.clients)
-    verdicts = judge(result)
-    show(f"calls during {options.redeploys + 3} changes of the gateways", verdicts)
+    title = f"calls during {options.redeploys + 3} changes of the gateways"
+    status = show_verdicts(title, judge(result))
     for kind, calls in result["calls"].items():
         for failure, number in calls["failures"].items():
             print(f"{kind}: {number} x {failure}")
-    write_json(result, options.json)
-    return int(not all(one.is_kept for one in verdicts))
+    write_json("handover", result, options.json)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,20 +2,15 @@
 
     python -m benchmarks.pairs OLD [NEW] [--pairs 10] [--benchmarks decode serve] [--json FILE]
 
-OLD and NEW (by default HEAD) name commits. Each pair starts both anew and gives them rounds by
-turns: an engine and its actors with 32 streams and with one, as in ``benchmarks.decode``, and a
-deployment under 32 clients, as in ``benchmarks.serve``. Tokens per second on a shared machine move
-by a third from run to run; processor seconds of the same work by turns move by a few percent.
-
-No slower: there are ten pairs or more, and the 90 % interval of the median ratio new / old ends at
-1.05 or below. The exit status is 1 when a case has fewer pairs or misses that.
+OLD and NEW (by default HEAD) name commits; ``benchmarks/README.md`` describes a pair. Tokens per
+second on a shared machine move by a third from run to run; processor seconds of the same work by
+turns move by a few percent. The exit status is 1 when a case has fewer than ten pairs, or the 90 %
+interval of the median ratio new / old ends above 1.05.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import statistics
 import sys
 import tempfile
@@ -26,12 +21,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil, comb
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from rich.console import Console
 
 from benchmarks.checkout import Commit, Side, check_out, commit_of, running, uncommitted
-from benchmarks.common import SIZES, machine, make_checkpoint, progress, show
+from benchmarks.common import (
+    SIZES,
+    command,
+    exit_on_sigterm,
+    make_checkpoint,
+    positive,
+    progress,
+    show,
+    write_json,
+)
 from benchmarks.processor_time import group_of, spent_between
 
 MIN_PAIRS = 10
@@ -140,6 +144,11 @@ def summarize(ratios: Sequence[float]) -> Summary:
         verdict = "no slower" if interval[1] <= MOST_RATIO else "slower"
     median = statistics.median(ratios) if ratios else None
     return Summary(len(ratios), median, interval, verdict)
+
+
+def summary_of(pairs: Sequence[Pair]) -> Summary:
+    """Return what a case's pairs say."""
+    return summarize([pair.ratio for pair in pairs])
 
 
 def by_turns(count: int, first: int) -> list[int]:
@@ -259,39 +268,25 @@ def run(
                         side.check_code()
                 for case, one in cases.items():
                     measured.setdefault(case, []).append(one)
-            if file is not None:
-                text = json.dumps(to_json(old, new, measured), indent=2) + "\n"
-                file.write_text(text, encoding="utf-8")
+            write_json("pairs", to_json(old, new, measured), file)
 
 
 def to_json(old: Commit, new: Commit, measured: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
     """Return what ``--json`` writes: all pairs, and what they say."""
-    cases = {}
-    for case, pairs in measured.items():
-        summary = summarize([pair.ratio for pair in pairs])
-        cases[case] = {
-            "median": summary.median,
-            "interval": summary.interval,
-            "verdict": summary.verdict,
-            "pairs": [
-                {
-                    "ratio": pair.ratio,
-                    "old": [asdict(turn) for turn in pair.old],
-                    "new": [asdict(turn) for turn in pair.new],
-                }
-                for pair in pairs
-            ],
-        }
     return {
-        "benchmark": "pairs",
-        "machine": machine(),
         "sizes": SIZES,
         "tokens": TOKENS,
         "old": {"commit": old.hash, "subject": old.subject},
         "new": {"commit": new.hash, "subject": new.subject},
         "confidence": CONFIDENCE,
         "most_ratio": MOST_RATIO,
-        "cases": cases,
+        "cases": {
+            case: {
+                **asdict(summary_of(pairs)),
+                "pairs": [{"ratio": pair.ratio, **asdict(pair)} for pair in pairs],
+            }
+            for case, pairs in measured.items()
+        },
     }
 
 
@@ -299,33 +294,30 @@ def report(measured: Mapping[str, Sequence[Pair]]) -> None:
     """Print the verdicts, and where the processor time went."""
     rows, parts = [], []
     for case, pairs in measured.items():
-        summary = summarize([pair.ratio for pair in pairs])
-        lower, upper = summary.interval or (None, None)
+        summary = summary_of(pairs)
         color = "green" if summary.verdict == "no slower" else "red"
         rows.append(
             (
                 case,
-                str(summary.pairs),
+                summary.pairs,
                 *_sides_ms(pairs, None),
-                *(_number(value) for value in (summary.median, lower, upper)),
+                summary.median,
+                *(summary.interval or (None, None)),
                 f"[{color}]{summary.verdict}[/{color}]",
             )
         )
         names = {name for pair in pairs for turn in (*pair.old, *pair.new) for name in turn.cpu_s}
         parts += [(f"{case}: {name}", *_sides_ms(pairs, name)) for name in sorted(names)]
-    columns = ["processor ms per token", "pairs", "old", "new", "new / old", "from", "to", ""]
-    show(f"median and {CONFIDENCE:.0%} interval; at most {MOST_RATIO} is no slower", rows, columns)
-    show("by process, medians", parts, ["processor ms per token", "old", "new"])
+    columns = ["processor ms per token", "pairs"]
+    numbers = [f"{name}|.3f" for name in ("old", "new", "new / old", "from", "to")]
+    title = f"median and {CONFIDENCE:.0%} interval; at most {MOST_RATIO} is no slower"
+    show(title, rows, [*columns, *numbers, ""])
+    show("by process, medians", parts, [*columns[:1], *numbers[:2]])
 
 
-def _sides_ms(pairs: Sequence[Pair], process: str | None) -> tuple[str, str]:
+def _sides_ms(pairs: Sequence[Pair], process: str | None) -> tuple[float, float]:
     old = statistics.median(ms_per_token(pair.old, process) for pair in pairs)
-    new = statistics.median(ms_per_token(pair.new, process) for pair in pairs)
-    return f"{old:.3f}", f"{new:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return old, statistics.median(ms_per_token(pair.new, process) for pair in pairs)
 
 
 def _commit(name: str) -> Commit:
@@ -336,20 +328,13 @@ def _commit(name: str) -> Commit:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pairs from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", description=__doc__)
+    parser = command("pairs", __doc__)
     parser.add_argument("old", type=_commit, metavar="OLD")
     parser.add_argument("new", type=_commit, metavar="NEW", nargs="?", default="HEAD")
-    parser.add_argument("--pairs", type=_positive, default=MIN_PAIRS, metavar="N")
+    parser.add_argument("--pairs", type=positive, default=MIN_PAIRS, metavar="N")
     parser.add_argument("--benchmarks", nargs="+", choices=tuple(MEASURES), default=list(MEASURES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args(argv)
     benchmarks = list(dict.fromkeys(options.benchmarks))
     say = Console(stderr=True).print
@@ -364,14 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(measured, (options.old, options.new), options.pairs, benchmarks, options.json)
     finally:  # a run that ends early has measured something, too
         report(measured)
-    verdicts = {summarize([pair.ratio for pair in pairs]).verdict for pairs in measured.values()}
-    return int(verdicts != {"no slower"})
-
-
-def _exit(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
+    return int({summary_of(pairs).verdict for pairs in measured.values()} != {"no slower"})
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _exit)  # as Ctrl-C does: sides end and the checkouts go
+    exit_on_sigterm()
     sys.exit(main())

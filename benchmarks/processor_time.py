@@ -11,10 +11,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _WORKER = re.compile(r"ray::(?:ServeReplica:[^:]+:)?(?P<name>[\w-]+)")
 """The title of a Ray worker: its class, or the deployment of a Serve replica."""
@@ -48,12 +47,16 @@ class ServingProcessEndedError(Exception):
     """A serving process has ended while it was measured, and its time is lost."""
 
 
+def ray_name(command_line: str) -> str | None:
+    """Return the class or deployment that Ray's title of a process names, if it has one."""
+    found = _WORKER.match(command_line)
+    return None if found is None else found["name"]
+
+
 def worker_name(command_line: str) -> str | None:
     """Return the class or deployment of a Ray worker; ``None`` for any other process."""
-    found = _WORKER.match(command_line)
-    if found is None or found["name"].startswith(_RAYS_OWN):
-        return None
-    return found["name"]
+    name = ray_name(command_line)
+    return None if name is None or name.startswith(_RAYS_OWN) else name
 
 
 def group_of(name: str) -> str:
@@ -70,43 +73,26 @@ def serving_times(root_pid: int, root_name: str | None) -> dict[ProcessId, Proce
     import psutil
 
     root = psutil.Process(root_pid)
-    descendants = root.children(recursive=True)
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {root_pid: root_name} if root_name is not None else {}
-    known: dict[int, Any] = {root_pid: root}
-    for process in descendants:
-        try:
-            parents[process.pid] = process.ppid()
+    names = {} if root_name is None else {root: root_name}
+    workers = []
+    for process in root.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended, and its parent has its time
             name = worker_name(" ".join(process.cmdline()))
-        except psutil.NoSuchProcess:  # it has just ended, and its parent has its time
-            continue
-        known[process.pid] = process
-        if name is not None:
-            names[process.pid] = name
-    workers = set(names) - {root_pid}
+            if name is not None:
+                names[process] = name
+                workers.append(process)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            for process in worker.children(recursive=True):
+                names.setdefault(process, process.name())
     times: dict[ProcessId, ProcessTime] = {}
-    for pid, process in known.items():
-        try:
-            if pid not in names:
-                if not _is_below(pid, workers, parents):
-                    continue
-                names[pid] = process.name()
+    for process, name in names.items():
+        with suppress(psutil.NoSuchProcess):
             spent = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        cpu_s = spent.user + spent.system + spent.children_user + spent.children_system
-        identity = ProcessId(pid, process.create_time())
-        times[identity] = ProcessTime(names[pid], parents.get(pid, 0), cpu_s)
+            cpu_s = spent.user + spent.system + spent.children_user + spent.children_system
+            identity = ProcessId(process.pid, process.create_time())
+            times[identity] = ProcessTime(name, process.ppid(), cpu_s)
     return times
-
-
-def _is_below(pid: int, ancestors: set[int], parents: Mapping[int, int]) -> bool:
-    """Return whether one of ``ancestors`` is above a process."""
-    while pid in parents:
-        pid = parents[pid]
-        if pid in ancestors:
-            return True
-    return False
 
 
 def spent_between(before: Times, after: Times) -> dict[str, float]:

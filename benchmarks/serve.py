@@ -2,24 +2,19 @@
 
     python -m benchmarks.serve [--avx2] [--json FILE]
 
-Serves a random bf16 Mixtral (gateway, one router, two expert actors), and has 32 clients at once
-generate greedily: by gRPC and HTTP, unary and streamed. Prints tokens per second and their ratio to
-transformers' in the same run, the time to the first token, between tokens and of whole requests,
-the processor time of a token by process, and the memory of each process afterwards. The clients
-share the cores with the deployment. The ways are measured there and back, and the engine alone
-before and after them, so that a machine whose speed drifts favours neither.
+Serves a random bf16 Mixtral to 32 clients at once; ``benchmarks/README.md`` describes the tables.
+The ways are measured there and back, and the engine alone before and after them, so that a machine
+whose speed drifts favours neither.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +22,14 @@ from benchmarks import avx2, baseline, engine
 from benchmarks.common import (
     CACHE_TOKENS,
     MODEL,
-    PROMISED_MB,
     PROMPT_TOKENS,
     SIZES,
     cache_mb,
+    command,
     dense_mb,
     expert_mb,
-    machine,
     make_checkpoint,
     memory_of,
-    output_options,
     progress,
     show,
     show_memory,
@@ -47,9 +40,10 @@ from benchmarks.processor_time import per_token
 from benchmarks.serve_clients import WAYS, Ports, Timed
 from benchmarks.shipped import free_ports, serve_options, with_ports
 
-TRANSFORMERS = "grouped_mm"
+TRANSFORMERS = f"transformers, {baseline.FORMAT}"
 FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
 """How the cache is filled: by as many requests as a router decodes together."""
+LATENCIES = ("first_token", "between_tokens", "request")
 CLIENTS, ENGINE = "clients", "router's engine and actors alone"
 
 
@@ -116,17 +110,11 @@ def wait_ready(ports: Ports, timeout_s: float = 120) -> None:
             time.sleep(0.2)
 
 
-@dataclass(slots=True)
-class Measured:
-    """The rounds of one way, and what a token took of each process in them, in microseconds."""
-
-    rounds: list[list[Timed]] = field(default_factory=list)
-    processor_us: list[dict[str, float]] = field(default_factory=list)
+Turn = tuple[list[list[Timed]], dict[str, float]]
+"""Rounds of one way, and the microseconds that a token took of each process in them."""
 
 
-def measure(
-    ports: Ports, way: str, clients: int, tokens: int, rounds: int, measured: Measured
-) -> None:
+def measure(ports: Ports, way: str, clients: int, tokens: int, rounds: int) -> Turn:
     """Load the deployment one way; a first round, which makes the connections, does not count.
 
     Raises ``RuntimeError`` when an answer has not as many tokens as it was asked for.
@@ -138,8 +126,7 @@ def measure(
             timed_rounds = [once() for _ in range(rounds)]
     if any(timed.tokens != tokens for some in timed_rounds for timed in some):
         raise RuntimeError(f"{way}: an answer has not {tokens} tokens")
-    measured.rounds += timed_rounds
-    measured.processor_us.append(processor_us)
+    return timed_rounds, processor_us
 
 
 def mean(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -222,8 +209,6 @@ def engine_alone(
 def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
     """Run the whole benchmark; returns what ``--json`` writes."""
     result: dict[str, Any] = {
-        "benchmark": "serve",
-        "machine": machine(),
         "sizes": SIZES,
         "clients": clients,
         "tokens": tokens,
@@ -233,21 +218,22 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
         folder = Path(name)
         begin("checkpoint")
         make_checkpoint(folder)
-        begin(f"transformers, {TRANSFORMERS}")
-        result["transformers"] = baseline.measure(folder, TRANSFORMERS, clients, tokens, rounds)
+        begin(TRANSFORMERS)
+        one_process = baseline.measure(folder, [clients], tokens, rounds)
+        result["transformers"] = one_process[str(clients)]
         turns = [engine_alone(begin, folder, actors, clients, tokens, rounds)]
         begin("deployment")
         with deployed(folder, actors) as ports:
-            ways = {way: Measured() for way in WAYS}
+            of_way: dict[str, list[Turn]] = {way: [] for way in WAYS}
             for way in (*WAYS, *reversed([*WAYS])):
                 begin(way)
-                measure(ports, way, clients, tokens, rounds, ways[way])
+                of_way[way].append(measure(ports, way, clients, tokens, rounds))
             result["ways"] = {
                 way: {
-                    **summarize(measured.rounds, WAYS[way][1]),
-                    "processor_us": mean(measured.processor_us),
+                    **summarize([one for some, _ in both for one in some], WAYS[way][1]),
+                    "processor_us": mean([spent_us for _, spent_us in both]),
                 }
-                for way, measured in ways.items()
+                for way, both in of_way.items()
             }
             result["router"] = router_layers()
             begin("full cache")
@@ -265,40 +251,22 @@ def run(clients: int, tokens: int, rounds: int, actors: int) -> dict[str, Any]:
     return result
 
 
-LATENCIES = ("first_token", "between_tokens", "request")
-
-
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     rows = []
     for way, one in result["ways"].items():
         ratios = (result["ratio"][way], result["of_engine"][way])
-        cells = [f"{one['tokens_per_s']:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
-        for latency in LATENCIES:
-            summary = one.get(latency)
-            cells += [f"{summary[p]:.1f}" if summary else "" for p in ("p50_ms", "p99_ms")]
-        rows.append((way, *cells))
-    alone = result["transformers"]["tokens_per_s"]
-    of_engine = alone / result["engine"]["tokens_per_s"]
-    one_process = (f"{alone:.0f}", "1.00", f"{of_engine:.2f}")
-    rows.append((f"transformers {TRANSFORMERS}", *one_process, *[""] * 6))
-    engine_alone = (f"{result['engine']['tokens_per_s']:.0f}", f"{1 / of_engine:.2f}", "1.00")
-    rows.append((ENGINE, *engine_alone, *[""] * 6))
-    columns = [
-        "",
-        "tok/s",
-        "/ transformers",
-        "/ engine",
-        "first token p50 ms",
-        "p99",
-        "between p50 ms",
-        "p99",
-    ]
-    show(f"serve, {result['clients']} clients", rows, [*columns, "request p50 ms", "p99"])
+        latencies = [one.get(name, {}).get(p) for name in LATENCIES for p in ("p50_ms", "p99_ms")]
+        rows.append((way, one["tokens_per_s"], *ratios, *latencies))
+    alone, engine_alone = (result[side]["tokens_per_s"] for side in ("transformers", "engine"))
+    for name, rate in ((TRANSFORMERS, alone), (ENGINE, engine_alone)):
+        rows.append((name, rate, rate / alone, rate / engine_alone, *[None] * 6))
+    columns = ["", "tok/s|.0f", "/ transformers|.2f", "/ engine|.2f"]
+    for name in ("first token", "between", "request"):
+        columns += [f"{name} p50 ms|.1f", "p99|.1f"]
+    show(f"serve, {result['clients']} clients", rows, columns)
     show_processor_time(result)
     show_memory(result["memory"])
-    bounds = ", ".join(f"{part} <= {most:.0f} MB" for part, most in PROMISED_MB.items())
-    print(f"Promised beyond weights and cache: {bounds}.")
 
 
 def show_processor_time(result: Mapping[str, Any]) -> None:
@@ -307,27 +275,26 @@ def show_processor_time(result: Mapping[str, Any]) -> None:
     sides[ENGINE] = result["engine"]["processor_us"]
     names = list(dict.fromkeys(name for spent_us in sides.values() for name in spent_us))
     rows = [
-        (side, f"{sum(spent_us.values()):.0f}", *(f"{spent_us.get(n, 0.0):.0f}" for n in names))
+        (side, sum(spent_us.values()), *(spent_us.get(n, 0.0) for n in names))
         for side, spent_us in sides.items()
     ]
-    show("processor time, µs a token", rows, ["", "all", *names])
+    show("processor time, µs a token", rows, ["", *(f"{name}|.0f" for name in ("all", *names))])
 
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("serve", __doc__)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--actors", type=int, default=2)
     avx2.add_option(parser)
-    output_options(parser)
     options = parser.parse_args()
     if options.avx2:
         avx2.use_alone(parser)
     result = run(options.clients, options.tokens, options.rounds, options.actors)
     report(result)
-    write_json(result, options.json)
+    write_json("serve", result, options.json)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ QUIET_PORTS = range(20_000, 30_000, 2)
 """Below Serve's own (from 30000) and those of outgoing connections (from 32768 on Linux); the port
 after each is for operators."""
 SERVE_KEYS = ("proxy_location", "logging_config", "controller_options")
-
-
 _INTERRUPTIBLE = (
     "import os, signal, sys;"
     "signal.signal(signal.SIGINT, signal.SIG_DFL);"

@@ -2,21 +2,14 @@
 
     python -m benchmarks.soak [--minutes 20] [--every-s 5] [--seed N] [--no-faults] [--json FILE]
 
-Serves the bundled model (gateway, two routers, three expert actors, fp32) and has streams and unary
-requests never stop, while a seeded schedule kills actors, routers and the controller, stops actors
-and lets them go on, and deploys other weights under the same id. Meanwhile one in a hundred answers
-of an actor is damaged: NaN, infinite, cut short, or with one bit flipped. Every answer is compared
-with those of both weights before the first fault. Prints what failed, and memory and descriptors of
-the processes that live long. The exit status is 1 when a request failed or was wrong, when no
-damage was seen, or when a process grew. Without faults every process lives as long as the run, so
-that its memory is seen over all of it.
+Serves the bundled model; ``benchmarks/README.md`` describes load, faults and damage. The exit
+status is 1 when a request failed or was wrong, when no damage was seen, or when a process grew.
+Without faults every process lives as long as the run, so that its memory is seen over all of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -29,8 +22,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import CACHE_TOKENS, MODEL, machine, progress, prompts, show
-from benchmarks.growth import Sampler
+from benchmarks.common import CACHE_TOKENS, MODEL, command, progress, show, write_json
+from benchmarks.failover import MODEL_PATH, REQUEST_TIMEOUT_S, answers
+from benchmarks.growth import Sampler, show_growth
 from benchmarks.serve import served
 from benchmarks.serve_clients import Ports
 from cluster.errors import ExpertMeshError
@@ -40,11 +34,9 @@ if TYPE_CHECKING:
     from tests.fault.injector import Hit
     from tests.fault.load import Case, Wait
 
-MODEL_PATH = "models/mesh-tiny"
 ACTORS, ROUTERS = 3, 2
 STREAMS, UNARY = 6, 2
-PROMPTS, TOKENS, VOCAB = 8, 48, 2000
-REQUEST_TIMEOUT_S = 60.0
+PROMPTS, TOKENS = 8, 48
 REDEPLOY_S = 180.0
 DAMAGE_REASONS = ("not_finite", "damaged", "malformed")
 LONG_S, WAITS_SHOWN = 1.0, 8
@@ -60,13 +52,10 @@ def longest_apart(waits: Sequence[Wait], count: int) -> list[Wait]:
     """
     chosen: list[Wait] = []
     for wait in sorted(waits, key=lambda one: -one.took_s):
-        if len(chosen) < count and not any(_overlap(wait, one) for one in chosen):
+        is_apart = all(wait.began_s >= o.ended_s or o.began_s >= wait.ended_s for o in chosen)
+        if len(chosen) < count and is_apart:
             chosen.append(wait)
     return chosen
-
-
-def _overlap(one: Wait, other: Wait) -> bool:
-    return one.began_s < other.ended_s and other.began_s < one.ended_s
 
 
 def met(wait: Wait, hits: Sequence[Hit]) -> list[dict[str, Any]]:
@@ -99,13 +88,7 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         served = weights.served()
         with served as ports, Client(ports.grpc_address) as client:
             begin("answers without faults")
-            cases = answers(client)
-            if has_faults:
-                weights.redeploy(client)
-                cases = [
-                    replace(case, others=(other.expected,))
-                    for case, other in zip(cases, answers(client), strict=True)
-                ]
+            cases = weights.answers(client)
             load = Load(client, MODEL, cases, STREAMS, UNARY, REQUEST_TIMEOUT_S, waited)
             sampler, started_s = Sampler(), time.monotonic()
 
@@ -128,8 +111,6 @@ def run(minutes: float, every_s: float, seed: int, has_faults: bool) -> dict[str
         [replace(wait, began_s=wait.began_s - started_s) for wait in waits], WAITS_SHOWN
     )
     return {
-        "benchmark": "soak",
-        "machine": machine(),
         "minutes": minutes,
         "every_s": every_s,
         "seed": seed,
@@ -150,6 +131,15 @@ class Weights:
         """Write the other weights to ``folder``."""
         self._folders = itertools.cycle([str(swapped_experts(folder)), MODEL_PATH])
         self._is_damaging = is_damaging
+
+    def answers(self, client: Client) -> list[Case]:
+        """Return prompts with the answers of the weights that may be deployed."""
+        cases = answers(client, [TOKENS] * PROMPTS)
+        if not self._is_damaging:
+            return cases
+        self.redeploy(client)
+        others = [other.expected for other in answers(client, [TOKENS] * PROMPTS)]
+        return [replace(case, others=(other,)) for case, other in zip(cases, others, strict=True)]
 
     def served(self) -> AbstractContextManager[Ports]:
         """Serve the bundled model until the block ends."""
@@ -217,63 +207,36 @@ def swapped_experts(folder: Path) -> Path:
 def damages_of(ports: Ports) -> dict[str, int]:
     """Return how many frames were asked for again, by reason, of the routers that live."""
     import httpx
+    from prometheus_client.parser import text_string_to_metric_families
 
     counts: Counter[str] = Counter()
-    for line in httpx.get(f"http://127.0.0.1:{ports.http}/metrics").text.splitlines():
-        if line.startswith("expertmesh_dispatch_retries_total{"):
-            [reason] = [part for part in line.split('"')[1::2] if part in DAMAGE_REASONS] or [""]
-            if reason:
-                counts[reason] += int(float(line.rpartition(" ")[2]))
-    return dict(counts)
-
-
-def answers(client: Client) -> list[Case]:
-    """Return prompts, all different, with what the deployment makes of them without a fault."""
-    from router.client import Sampling
-    from tests.fault.load import Case
-
-    sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-    cases = []
-    for prompt in prompts(PROMPTS):
-        # The bundled vocabulary is smaller than that of the benchmarks' random model.
-        prompt = [2 + token_id % VOCAB for token_id in prompt]
-        [reply] = client.generate(prompt, sampling, model=MODEL, timeout_s=REQUEST_TIMEOUT_S)
-        cases.append(Case(tuple(prompt), reply.token_ids))
-    return cases
+    told = httpx.get(f"http://127.0.0.1:{ports.http}/metrics").text
+    for family in text_string_to_metric_families(told):
+        for sample in family.samples:
+            if sample.name == "expertmesh_dispatch_retries_total":
+                counts[sample.labels["reason"]] += int(sample.value)
+    return {reason: counts[reason] for reason in DAMAGE_REASONS if counts[reason]}
 
 
 def report(result: Mapping[str, Any]) -> None:
     """Print the tables and the verdict."""
     figures = [
-        *((kind, str(count)) for kind, count in result["faults"].items()),
-        ("requests", str(result["requests"])),
-        *((f"asked again: {reason}", str(count)) for reason, count in result["damages"].items()),
-        *((f"failed: {reason}", str(count)) for reason, count in result["failures"].items()),
-        ("tokens/s", f"{result['tokens_per_s']:.0f}"),
+        *result["faults"].items(),
+        ("requests", result["requests"]),
+        *((f"asked again: {reason}", count) for reason, count in result["damages"].items()),
+        *((f"failed: {reason}", count) for reason, count in result["failures"].items()),
+        ("tokens/s", result["tokens_per_s"]),
     ]
-    show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count"])
+    show(f"soak, {result['minutes']:g} minutes, seed {result['seed']}", figures, ["", "count|.0f"])
     show(
         f"longest waits for a token, and the faults from {LEAD_S:g} s before each",
         [
-            (f"{one['began_s']:.1f}", f"{one['took_s']:.1f}", ", ".join(map(_told, one["faults"])))
+            (one["began_s"], one["took_s"], ", ".join(map(_told, one["faults"])))
             for one in result["waits"]
         ],
-        ["began, s", "took, s", "faults, by seconds after the begin"],
+        ["began, s|.1f", "took, s|.1f", "faults, by seconds after the begin"],
     )
-    rows = [
-        (
-            f"{one['name']} {one['pid']}",
-            f"{one['last']['at_s'] - one['first']['at_s']:.0f}",
-            *(f"{one[end]['rss_mb']:.0f}" for end in ("first", "last")),
-            f"{one['mb_per_min']:.2f}",
-            *(str(one[end]["descriptors"]) for end in ("first", "last")),
-            f"{one['descriptors_per_min']:.2f}",
-            "flat" if one["is_flat"] else "[red]grows[/red]",
-        )
-        for one in result["processes"]
-    ]
-    columns = ["process", "seconds", "MB at first", "at last", "MB/min"]
-    show("long-lived processes", rows, [*columns, "descriptors at first", "at last", "/min", ""])
+    show_growth(result["processes"])
 
 
 def _told(fault: Mapping[str, Any]) -> str:
@@ -292,17 +255,15 @@ def is_good(result: Mapping[str, Any]) -> bool:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--every-s", type=float, default=5.0, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same faults")
     parser.add_argument("--no-faults", action="store_true", help="load alone, all the time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
     result = run(options.minutes, options.every_s, options.seed, not options.no_faults)
     report(result)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json("soak", result, options.json)
     return int(not is_good(result))
 
 

@@ -2,15 +2,12 @@
 
     python -m benchmarks.start [--rounds 3] [--json FILE]
 
-Runs the command on ports of its own until the bundled model has answered, ends it as Ctrl-C does,
-and has an application of one line started by turns with it, with the same options of Serve: what
-Ray and Serve take by themselves. Prints seconds, and the processor seconds of each process until
-the answer. The machine's own speed is told by a loop of Python, for starts are mostly imports.
+Starts the shipped deployment and an application of one line by turns. The machine's own speed is
+told by a loop of Python, for starts are mostly imports.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import re
@@ -30,7 +27,7 @@ from urllib.request import urlopen
 import yaml
 from ray import serve
 
-from benchmarks.common import machine, output_options, progress, show, write_json
+from benchmarks.common import command, progress, show, write_json
 from benchmarks.shipped import free_ports, serve_command, shipped_document
 from router.ops.startup.announce import Endpoint, why_not_ready
 from router.serve.options import completed
@@ -41,8 +38,6 @@ POLL_S, TIMEOUT_S = 0.1, 180.0
 LOOP = 10_000_000
 OURS, ALONE = "expertmesh", "Serve alone"
 RAY = "Ray and Serve"
-
-
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
 
 
@@ -189,12 +184,7 @@ def run(rounds: int) -> dict[str, Any]:
             for kind, start in kinds.items():
                 begin(kind)
                 starts[kind].append(start())
-    return {
-        "benchmark": "start",
-        "machine": machine(),
-        "loop_s": loop_s(),
-        **{kind: summary(those) for kind, those in starts.items()},
-    }
+    return {"loop_s": loop_s(), **{kind: summary(those) for kind, those in starts.items()}}
 
 
 def show_result(result: Mapping[str, Any]) -> None:
@@ -202,32 +192,27 @@ def show_result(result: Mapping[str, Any]) -> None:
     rows = [
         (
             kind,
-            f"{result[kind]['answer_s']:.1f}",
+            result[kind]["answer_s"],
             " ".join(f"{one:.1f}" for one in result[kind]["answers_s"]),
-            f"{result[kind]['end_s']:.1f}",
-            f"{sum(result[kind]['cpu_s'].values()):.1f}",
+            result[kind]["end_s"],
+            sum(result[kind]["cpu_s"].values()),
         )
         for kind in (OURS, ALONE)
     ]
     title = f"serve run, s (ten million additions of Python: {result['loop_s']:.2f} s)"
-    show(title, rows, ["", "first answer", "each", "Ctrl-C to end", "processor"])
+    show(title, rows, ["", "first answer|.1f", "each", "Ctrl-C to end|.1f", "processor|.1f"])
     parts = sorted(result[OURS]["cpu_s"].items(), key=lambda part: -part[1])
-    show(
-        "processor seconds until the first answer",
-        [(name, f"{used:.1f}") for name, used in parts],
-        ["processes", "s"],
-    )
+    show("processor seconds until the first answer", parts, ["processes", "s|.1f"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.start", description=__doc__)
+    parser = command("start", __doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
-    output_options(parser)
     options = parser.parse_args(argv)
     result = run(options.rounds)
     show_result(result)
-    write_json(result, options.json)
+    write_json("start", result, options.json)
     return 0
 
 

@@ -7,15 +7,16 @@ drawing random numbers. The pool's length divides no matrix, so that experts and
 from __future__ import annotations
 
 import json
-import os
-import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experts.families.registry import FAMILIES
+
+if TYPE_CHECKING:
+    import torch
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,8 +35,6 @@ NORMAL_VALUES = (1 << 23) - 15
 """A prime, so that no tensor's rows repeat the rows of another tensor."""
 NORMAL_DEVIATION = 0.02
 """That of transformers' own initialisation."""
-_ONE = b"\x80\x3f"
-"""1.0 in bf16."""
 
 
 def shapes_of(config: dict[str, Any]) -> Shapes:
@@ -50,34 +49,22 @@ def bytes_of(config: dict[str, Any]) -> int:
     return 2 * sum(map(prod, shapes_of(config).values()))
 
 
-def normal_pool(seed: int = 0) -> memoryview:
-    """Return the bytes of normally distributed bf16 values."""
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Write a checkpoint of normal values, a file for each layer and one for the rest.
+
+    Norms are ones.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(NORMAL_VALUES, generator=generator) * NORMAL_DEVIATION
-    return values.bfloat16().view(torch.uint8).numpy().data
-
-
-def write_checkpoint(
-    folder: Path, config: dict[str, Any], pool: memoryview, *, is_synced: bool = False
-) -> None:
-    """Write a checkpoint with the pool's bytes, a file for each layer and one for the rest.
-
-    Norms are ones. With ``is_synced`` the files are on the disk at the return, so that the kernel
-    can forget them.
-    """
     files: dict[str, Shapes] = {}
     for name, shape in shapes_of(config).items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         files.setdefault(f"model-{layer}.safetensors", {})[name] = shape
+    generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(NORMAL_VALUES, generator=generator) * NORMAL_DEVIATION).bfloat16()
     with ThreadPoolExecutor(WRITERS) as writers:
-        written = [
-            writers.submit(_write_shard, folder / file, shapes, pool, is_synced)
-            for file, shapes in files.items()
-        ]
-    for one in written:
-        one.result()
+        for _ in writers.map(lambda file: _write_shard(folder / file, files[file], pool), files):
+            pass
     index = {
         "metadata": {"total_size": bytes_of(config)},  # transformers asks for it
         "weight_map": {name: file for file, shapes in files.items() for name in shapes},
@@ -86,25 +73,17 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _write_shard(file: Path, shapes: Shapes, pool: memoryview, is_synced: bool) -> None:
-    header, end = {}, 0
+def _write_shard(file: Path, shapes: Shapes, pool: torch.Tensor) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors, at = {}, zlib.crc32(file.name.encode()) % len(pool)
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    at = 2 * zlib.crc32(file.name.encode()) % len(pool)
-    with file.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(encoded)) + encoded)
-        for shape in shapes.values():
-            if len(shape) == 1:
-                opened.write(_ONE * prod(shape))
-                continue
-            left = 2 * prod(shape)
-            while left:
-                piece = pool[at : at + left]
-                opened.write(piece)
-                left -= len(piece)
-                at = (at + len(piece)) % len(pool)
-        if is_synced:
-            opened.flush()
-            os.fsync(opened.fileno())
+        count = prod(shape)
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=pool.dtype)
+            continue
+        pools = -(-(at + count) // len(pool))
+        tensors[name] = pool.repeat(pools)[at : at + count].reshape(shape)
+        at = (at + count) % len(pool)
+    save_file(tensors, file, {"format": "pt"})

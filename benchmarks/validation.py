@@ -8,7 +8,6 @@ is 1 when one takes more than promised.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import timeit
@@ -16,14 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from benchmarks.common import (
-    MODEL,
-    Verdict,
-    machine,
-    output_options,
-    show_verdicts,
-    write_json,
-)
+from benchmarks.common import MODEL, Verdict, command, show_verdicts, write_json
 
 if TYPE_CHECKING:
     from router.gateway.input.tokenizer import Tokenizer
@@ -129,15 +121,10 @@ def verdicts(measured: Mapping[str, float]) -> list[Verdict]:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    output_options(parser)
-    options = parser.parse_args()
+    options = command("validation", __doc__).parse_args()
     measured = run(MODEL_PATH)
-    judged = verdicts(measured)
-    show_verdicts("checking a request", judged)
-    result = {"benchmark": "validation", "machine": machine(), "us": measured}
-    write_json(result, options.json)
-    return int(not all(one.is_kept for one in judged))
+    write_json("validation", {"us": measured}, options.json)
+    return show_verdicts("checking a request", verdicts(measured))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ before or has grown, or somebody said that the server failed.
 
 from __future__ import annotations
 
-import argparse
-import http.client
-import json
 import sys
 import time
 from collections import Counter
@@ -24,7 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import MODEL, machine, progress, show
+from benchmarks.common import MODEL, command, progress, show, write_json
+from benchmarks.growth import Sampler, show_growth
 
 if TYPE_CHECKING:
     from benchmarks.fuzzing.hostile import Places
@@ -117,21 +115,15 @@ class Canaries:
         return tuple(reply.token_ids)
 
     def _by_http(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        from benchmarks.fuzzing.hostile import canary_body
+        import httpx
 
-        connection = http.client.HTTPConnection("127.0.0.1", self._http_port, timeout=60)
-        try:
-            body = canary_body(self._model, prompt, CANARY_TOKENS)
-            connection.request(
-                "POST", "/v1/completions", body, {"content-type": "application/json"}
-            )
-            answer = connection.getresponse()
-            told = json.loads(answer.read())
-            if "choices" not in told:
-                raise RuntimeError(f"{answer.status}: {told}")
-            return tuple(told["choices"][0]["token_ids"])
-        finally:
-            connection.close()
+        body = {
+            "model": self._model, "prompt": list(prompt), "max_tokens": CANARY_TOKENS,
+            "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        url = f"http://127.0.0.1:{self._http_port}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=60).raise_for_status()
+        return tuple(answer.json()["choices"][0]["token_ids"])
 
 
 def bombard(
@@ -167,7 +159,6 @@ def bombard(
 
 def run(count: int, seed: int) -> dict[str, Any]:
     """Run the whole bombardment; returns what ``--json`` writes."""
-    from benchmarks.growth import Sampler
     from benchmarks.serve import deployed
     from router.client import Client
 
@@ -187,8 +178,6 @@ def run(count: int, seed: int) -> dict[str, Any]:
             after = pids_of(client.status())
             processes = sampler.end()
     return {
-        "benchmark": "wires",
-        "machine": machine(),
         "count": count,
         "seed": seed,
         "took_s": took_s,
@@ -223,7 +212,7 @@ def report(result: Mapping[str, Any]) -> None:
     rows = [
         (
             kind,
-            str(sum(codes.values())),
+            sum(codes.values()),
             ", ".join(f"{n} {code}" for code, n in sorted(codes.items(), key=lambda one: -one[1])),
         )
         for kind, codes in result["came"].items()
@@ -235,33 +224,20 @@ def report(result: Mapping[str, Any]) -> None:
     for part, pids in result["pids_after"].items():
         same = "the same" if pids == result["pids_before"][part] else "NOT those before"
         print(f"{part}: pids {', '.join(map(str, pids))}, {same}")
-    growing = [
-        (
-            f"{one['name']} {one['pid']}",
-            *(f"{one[end]['rss_mb']:.0f}" for end in ("first", "last")),
-            f"{one['mb_per_min']:.2f}",
-            *(str(one[end]["descriptors"]) for end in ("first", "last")),
-            "flat" if one["is_flat"] else "[red]grows[/red]",
-        )
-        for one in result["processes"]
-    ]
-    columns = ["process", "MB at first", "at last", "MB/min", "descriptors", "at last", ""]
-    show("processes", growing, columns)
+    show_growth(result["processes"])
     for problem in problems(result):
         print(f"problem: {problem}")
 
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("wires", __doc__)
     parser.add_argument("--count", type=int, default=10_000, help="wires to send")
     parser.add_argument("--seed", type=int, default=0, help="the same seed has the same wires")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
     options = parser.parse_args()
     result = run(options.count, options.seed)
     report(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json("wires", result, options.json)
     return bool(problems(result))
 
 

@@ -4,13 +4,9 @@
         [--svg FOLDER] [--json FILE]
     python -m benchmarks.world --replay SEED|FILE.json [--verbose] [--svg FOLDER]
 
-Each seed is a world of ``tests/world/``: the product's own code on some nodes, in virtual time,
-with requests, faults and operations that the seed decides. The law is looked at all the time: right
-tokens, typed errors in time, nothing healthy killed, everything whole again, nothing left.
-
-A failing seed prints the line that replays it, and a smaller scenario that breaks the same law, as
-a timeline, as JSON for ``--replay``, and with ``--svg`` as a picture. The exit status is 1 when a
-law was broken, and on ``--replay`` also when a second run differs from the first.
+Each seed is a world of ``tests/world/``; ``benchmarks/README.md`` has the laws. A failing seed
+prints the line that replays it, and a smaller scenario that breaks the same law. The exit status is
+1 when a law was broken, and on ``--replay`` also when a second run differs from the first.
 """
 
 from __future__ import annotations
@@ -26,10 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from benchmarks.common import machine, output_options, show, write_json
+from benchmarks.common import command, progress, show, write_json
 
 if TYPE_CHECKING:
     from tests.world.many import Found
@@ -88,15 +81,9 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
     from tests.world.shrinking import shrunk_seed
 
     tally = Tally()
-    columns = (
-        TextColumn("world: {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with workers(processes) as pool, Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("imports", total=len(seeds))
+    has_bar = sys.stderr.isatty()
+    with workers(processes) as pool, progress("world", len(seeds)) as begin:
+        begin("imports")
         started_s = time.perf_counter()
         until_s, said_s = started_s + 60 * minutes, started_s
         for found in all_of(pool, processes, iter(seeds), until_s):
@@ -104,19 +91,17 @@ def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:
             now_s = time.perf_counter()
             rate = tally.counts["seeds"] / (now_s - started_s)
             said = f"{rate:.2f} seeds/s, {len(tally.failed)} failed"
-            bar.update(task, advance=1, description=said)
-            if not console.is_terminal and now_s - said_s >= SAID_EVERY_S:
+            begin(said)
+            if not has_bar and now_s - said_s >= SAID_EVERY_S:
                 said_s = now_s
-                console.print(f"world: {tally.counts['seeds']} of {len(seeds)}, {said}")
+                print(f"world: {tally.counts['seeds']} of {len(seeds)}, {said}", file=sys.stderr)
             if found.breaches:
-                console.print(failure_line(found.seed, found.laws()), soft_wrap=True, markup=False)
+                print(failure_line(found.seed, found.laws()), file=sys.stderr)
         took_s = time.perf_counter() - started_s
-        bar.update(task, description="shrinks what failed", total=None)
+        begin("shrinks what failed")
         smaller = [pool.submit(shrunk_seed, seed, law, SHRINK_S) for seed, law in tally.to_shrink()]
         shrunk = [one.result() for one in smaller]
     return {
-        "benchmark": "world",
-        "machine": machine(),
         "seeds": [seeds.start, seeds.stop],
         "processes": processes,
         "took_s": took_s,
@@ -139,18 +124,17 @@ def report(result: Mapping[str, Any]) -> None:
     """Print the tables, and the smaller scenarios."""
     counts, took_s = result["counts"], result["took_s"]
     num_seeds = counts.get("seeds", 0)
-    rows = [(what, f"{counts[what]:,}") for what in counts]
-    rows += [
+    rows = [
+        *counts.items(),
         ("seconds", f"{took_s:.0f}"),
         ("seeds/s", f"{num_seeds / took_s:.2f}"),
         ("processor seconds a seed", f"{result['cpu_s'] / max(1, num_seeds):.2f}"),
         ("pairs of a fault and an operation that met", "{} of {}".format(*result["pairs_met"])),
-        ("seeds that broke a law", str(len(result["failed"]))),
+        ("seeds that broke a law", len(result["failed"])),
     ]
-    show(f"world, {result['processes']} processes", rows, ["", "count"])
+    show(f"world, {result['processes']} processes", rows, ["", "count|,"])
     print("seeds in which a fault and an operation hit\n\n" + result["coverage"] + "\n")
-    laws = [(law, str(len(seeds)), str(seeds[0])) for law, seeds in result["laws"].items()]
-    if laws:
+    if laws := [(law, len(seeds), seeds[0]) for law, seeds in result["laws"].items()]:
         show("laws broken", laws, ["law", "seeds", "first seed"])
     for seed, breaches in result["failed"].items():
         print(failure_line(seed, {law for law, _, _ in breaches}))
@@ -215,14 +199,13 @@ def scenario_of(words: str) -> tuple[Scenario, str]:
 
 def main() -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command("world", __doc__)
     parser.add_argument("--seeds", type=seeds_of, default=range(1000), metavar="A:B")
     parser.add_argument("--minutes", type=float, default=10.0, help="no seed begins later")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--replay", metavar="SEED|FILE", help="run one, and print its timeline")
     parser.add_argument("--verbose", action="store_true", help="with --replay: the product's log")
     parser.add_argument("--svg", type=Path, metavar="FOLDER", help="draw timelines here")
-    output_options(parser)
     options = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # sets of strings have an order of their own
         os.environ["PYTHONHASHSEED"] = "0"
@@ -236,7 +219,7 @@ def main() -> int:
     report(result)
     for shrunk in result["shrunk"]:
         keep(shrunk, options.svg or Path())
-    write_json(result, options.json)
+    write_json("world", result, options.json)
     return int(bool(result["failed"]))
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.client import Client
 from tests.cluster_fixture import ServedCluster, deploy, wait_until
+from tests.local_mixture import LocalMixture
 from tests.mixture_guide import MODEL as PIECES
 from tests.mixture_guide import fit_by_guide
 from tests.mixtures import (

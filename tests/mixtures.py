@@ -1,7 +1,7 @@
 """Mixtures for tests of whole paths: experts of every kind, two levels of gates, sequences.
 
 All weights come from a seed. A mixture's predictions are compared with the libraries' own in
-``tests/unit``; tests of whole paths compare with :class:`benchmarks.local_mixture.LocalMixture`.
+``tests/unit``; tests of whole paths compare with :class:`tests.local_mixture.LocalMixture`.
 """
 
 from __future__ import annotations

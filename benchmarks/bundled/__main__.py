@@ -12,21 +12,38 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 
-from benchmarks.bundled.files import CARD_FILE, save_mixture
 from benchmarks.bundled.trained import Begin
 from benchmarks.common import progress
-from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
-from experts.checkpoint.mixture import Mixture
+from experts.checkpoint.mixture import Mixture, open_mixture
+from experts.mixture.parts import MIXTURE_FILE
+from tests.local_mixture import LocalMixture
+from workshop.estimators.saved.folder import document_bytes, write
 
 NAMES = ("digits", "diabetes", "hierarchy", "sequences")
 BUNDLED = Path(__file__).parents[2] / "deploy" / "models"
+
+
+CARD_FILE = "README.md"
+
+
+def save_mixture(folder: Path, spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Mixture:
+    """Write a mixture's folder anew, without its card; returns it opened.
+
+    Other files of weights and of estimators in the folder are deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.rglob("*.skops"), *folder.glob("*.safetensors"), *folder.glob("*.json")):
+        old.unlink()
+    write(folder, {MIXTURE_FILE: document_bytes(spec), **files})
+    return open_mixture(folder)
 
 
 def make(name: str, out: Path, begin: Begin) -> Mixture:

@@ -13,11 +13,12 @@ import numpy as np
 import sklearn
 import torch
 
-from benchmarks.local_mixture import LocalMixture
+from benchmarks.common import markdown
 from cluster.processor import processor_name
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture
 from router.messages.tensor_bytes import NUMPY_DTYPES
+from tests.local_mixture import LocalMixture
 
 _TEMPLATES = Path(__file__).parent / "cards"
 _EXAMPLE = """\
@@ -72,10 +73,7 @@ def filled(
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; real numbers have four digits after the point."""
-    first, *others = (
-        f"| {' | '.join(line)} |" for line in (header, *([_cell(v) for v in row] for row in rows))
-    )
-    return "\n".join([first, "|" + "---|" * len(header), *others])
+    return markdown(header, [[_cell(value) for value in row] for row in rows])
 
 
 def losses(fitted: Any, title: str) -> str:
@@ -115,29 +113,23 @@ def _versions(mixture: Mixture) -> str:
 
 
 def _asked(local: LocalMixture, inputs: Mapping[str, np.ndarray]) -> str:
-    tensors = [
-        {
-            "name": part.name,
-            "shape": list(inputs[part.name].shape),
-            "datatype": part.datatype,
-            "data": inputs[part.name].ravel().tolist(),
-        }
-        for part in local.spec.inputs
-        if part.name in inputs
-    ]
-    return json.dumps({"inputs": tensors})
+    return json.dumps({"inputs": _tensors(local.spec.inputs, inputs)})
 
 
 def _reply(local: LocalMixture, inputs: Mapping[str, np.ndarray]) -> str:
-    datatypes = {output.name: output.datatype for output in local.spec.outputs}
-    tensors = [
-        {
-            "name": name,
-            "datatype": datatypes[name],
-            "shape": list(array.shape),
-            "data": array.ravel().tolist(),
-        }
-        for name, array in local.predict(inputs).items()
-    ]
-    lines = ",\n  ".join(json.dumps(tensor) for tensor in tensors)
+    tensors = _tensors(local.spec.outputs, local.predict(inputs))
+    lines = ",\n  ".join(map(json.dumps, tensors))
     return f'{{"outputs": [\n  {lines}\n]}}'
+
+
+def _tensors(parts: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": part.name,
+            "datatype": part.datatype,
+            "shape": list(arrays[part.name].shape),
+            "data": arrays[part.name].ravel().tolist(),
+        }
+        for part in parts
+        if part.name in arrays
+    ]

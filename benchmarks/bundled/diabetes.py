@@ -16,8 +16,8 @@ from sklearn.svm import SVR
 
 from benchmarks.bundled.card import converted, filled, losses, table
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import MixtureOfExpertsRegressor
 
 NUM_STEPS = 1

@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline
 
 from benchmarks.bundled.card import converted, filled, losses, table
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import MixtureOfExpertsClassifier
 
 NUM_STEPS = 1

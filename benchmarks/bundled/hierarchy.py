@@ -22,8 +22,8 @@ from sklearn.tree import DecisionTreeRegressor
 
 from benchmarks.bundled.card import converted, filled, table
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import HierarchicalMixtureRegressor
 
 NUM_ROWS, NUM_FEATURES = 8000, 3

@@ -29,8 +29,8 @@ from benchmarks.bundled.readings import (
     make_batches,
 )
 from benchmarks.bundled.trained import Begin, Trained, is_held_out, trained
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.adaptive.estimators import AdaptiveMixtureClassifier
 from workshop.estimators.adaptive.network import Cell
 from workshop.estimators.parts import FittedMixture, RecurrentPart

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.saved.folder import files_of
 
 HELD_OUT_EVERY = 4

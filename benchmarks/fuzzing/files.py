@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save, save_file
 
+from benchmarks.common import SIZES, make_checkpoint
 from benchmarks.fuzzing.target import Target, check_refusal
 from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
@@ -21,39 +22,16 @@ from workshop.convert.gguf_file import open_gguf
 from workshop.convert.layouts import open_source
 from workshop.convert.plan import make_plan
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_act": "silu",
-    "hidden_size": 8,
-    "intermediate_size": 4,
-    "max_position_embeddings": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 1,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-    "rope_theta": 10000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "vocab_size": 16,
-    "eos_token_id": 1,
-}
+TINY = {
+    **SIZES, "vocab_size": 257, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2,
+    "num_experts_per_tok": 1, "max_position_embeddings": 64,
+}  # fmt: skip
 PARAMS: dict[str, Any] = {
-    "dim": 8,
-    "n_layers": 1,
-    "head_dim": 4,
-    "hidden_dim": 4,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "norm_eps": 1e-5,
-    "vocab_size": 16,
-    "rope_theta": 10000.0,
-    "max_seq_len": 64,
+    "dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 4, "n_heads": 2, "n_kv_heads": 1,
+    "norm_eps": 1e-5, "vocab_size": 16, "rope_theta": 10000.0, "max_seq_len": 64,
     "moe": {"num_experts": 2, "num_experts_per_tok": 1},
-}
+}  # fmt: skip
 MAX_SHARD_BYTES = 1 << 30
 
 
@@ -77,32 +55,35 @@ def header() -> Target:
 
 def config() -> Target:
     """Return the target of ``config.json``."""
-    return _checkpoint_with("config.json", [json.dumps(CONFIG).encode()])
+    folder = _Folder()
+    make_checkpoint(folder.path, "float32", sizes=TINY)
+    return _checkpoint_with(folder, "config.json")
 
 
 def index() -> Target:
     """Return the target of the index of shards."""
-    weight_map = dict.fromkeys(tensors(), "a.safetensors")
-    seed = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
-    return _checkpoint_with(INDEX_FILE, [seed])
-
-
-def _checkpoint_with(name: str, seeds: list[bytes]) -> Target:
     folder = _Folder()
-    (folder.path / "config.json").write_text(json.dumps(CONFIG))
-    for file in (WEIGHTS_FILE, "a.safetensors"):
-        save_file(tensors(), folder.path / file)
+    make_checkpoint(folder.path, "float32", sizes=TINY)
+    (folder.path / WEIGHTS_FILE).rename(folder.path / "a.safetensors")
+    weight_map = dict.fromkeys(read_header(folder.path / "a.safetensors"), "a.safetensors")
+    content = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    (folder.path / INDEX_FILE).write_text(content)
+    return _checkpoint_with(folder, INDEX_FILE)
+
+
+def _checkpoint_with(folder: _Folder, name: str) -> Target:
+    num_tensors = len(open_checkpoint(folder.path).tensors)
 
     def run(data: bytes) -> None:
         (folder.path / name).write_bytes(data)
         with folder.refusals():
             checkpoint = open_checkpoint(folder.path)
-            assert len(checkpoint.tensors) == len(tensors())
+            assert len(checkpoint.tensors) == num_tensors
             identity_of(checkpoint)
         with folder.refusals():
             make_plan(open_source(folder.path), "auto", MAX_SHARD_BYTES)
 
-    return Target(seeds, run)
+    return Target([(folder.path / name).read_bytes()], run)
 
 
 def params() -> Target:
@@ -183,27 +164,6 @@ def tokenizer() -> Target:
                 loaded.token_text(token_id)
 
     return Target([raw.to_str().encode()], run)
-
-
-def tensors() -> dict[str, np.ndarray]:
-    """Return the tensors of :data:`CONFIG`, all zeros."""
-    layer = "model.layers.0"
-    shapes = {
-        "model.embed_tokens.weight": (16, 8),
-        "model.norm.weight": (8,),
-        "lm_head.weight": (16, 8),
-        f"{layer}.self_attn.q_proj.weight": (8, 8),
-        f"{layer}.self_attn.k_proj.weight": (4, 8),
-        f"{layer}.self_attn.v_proj.weight": (4, 8),
-        f"{layer}.self_attn.o_proj.weight": (8, 8),
-        f"{layer}.input_layernorm.weight": (8,),
-        f"{layer}.post_attention_layernorm.weight": (8,),
-        f"{layer}.block_sparse_moe.gate.weight": (2, 8),
-    }
-    for expert in (f"{layer}.block_sparse_moe.experts.{number}" for number in range(2)):
-        shapes |= {f"{expert}.w1.weight": (4, 8), f"{expert}.w3.weight": (4, 8)}
-        shapes[f"{expert}.w2.weight"] = (8, 4)
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 class _Folder:

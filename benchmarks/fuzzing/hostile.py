@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import random
 import socket
 import struct
@@ -293,12 +292,3 @@ def _kind_of(data: bytes, is_checked: bool) -> str:
         return "too long"
     frame = decode(intact)
     return frame.kind if isinstance(frame, ErrorFrame) else "rows"
-
-
-def canary_body(model: str, prompt: Sequence[int], tokens: int) -> bytes:
-    """Return a good request whose answer does not depend on anything else."""
-    body = {
-        "model": model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0,
-        "ignore_eos": True, "return_token_ids": True,
-    }  # fmt: skip
-    return json.dumps(body).encode()

@@ -17,12 +17,7 @@ import numpy as np
 
 from benchmarks.fuzzing.target import Target
 from cluster.transport.stream.handshake import PROOF_BYTES, Side, new_nonce, proof
-from router.messages.call_link import (
-    CallLink,
-    CallServer,
-    LinkBrokenError,
-    Wire,
-)
+from router.messages.call_link import CallLink, CallServer, LinkBrokenError, Wire
 from router.messages.link import (
     LinkAddress,
     LinkListener,
@@ -40,8 +35,6 @@ MAX_HELLO_BYTES = 1024
 SECRET = b"secret"
 NODE = "node"
 EVENT = TokenEvent(1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)),) * 2, "stop", False, 3)
-
-
 CHECKED = b"\xff"
 
 

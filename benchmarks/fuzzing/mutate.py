@@ -9,22 +9,8 @@ from typing import Any, Literal
 
 MAX_BYTES = 1 << 16
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
-_EDGES = (
-    0,
-    1,
-    2,
-    127,
-    128,
-    255,
-    256,
-    65_535,
-    65_536,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**63,
-    2**64 - 1,
-)
+_SIGNS = tuple((1 << bits) - one for bits in (31, 32, 63, 64) for one in (0, 1))
+_EDGES = (0, 1, 2, 127, 128, 255, 256, 65_535, 65_536, *_SIGNS)
 _PIECES = (
     b"\x00", b"\xff" * 8, b"\xc1", b"\xdd\xff\xff\xff\xff", b"\x91" * 64, b"[" * 64, b"{}", b"null",
     b"NaN", b"-1", b"1e999", b"\xed\xa0\x80", b"../", b"\r\n\r\n", b"\x80\x04\x95", b"9" * 400,

@@ -11,71 +11,44 @@ import numpy as np
 
 from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from cluster.spec import ModelExperts, ModelSource
-from experts.mixture.spec import MixtureSpec
 from router.config.deployment import GatewayConfig
-from router.control.readiness import Readiness
 from router.gateway.errors import v2_error
-from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_grpc import PredictionHandlers
 from router.gateway.predict.v2_http import encoded_reply, parse_infer
 from router.messages.prediction import PredictionReply, PredictionRequest
+from router.messages.tensor_bytes import NUMPY_DTYPES
 from router.protos import open_inference_pb2
 from router.protos.errors import grpc_error
 from router.security.keys import ANYBODY
-from router.served import ServedMixture
+from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
 
-MODEL = "rows"
-_GATE = {"kind": "linear", "file": "gate.safetensors", "choices": ["a"]}
-_SPEC: dict[str, Any] = {
-    "format": 1,
-    "dtype": "float32",
-    "inputs": [
-        {"name": "x", "datatype": "FP32", "shape": [2]},
-        {"name": "flag", "datatype": "BOOL", "shape": [1]},
-    ],
-    "gate": "top",
-    "gates": {"top": _GATE},
-    "experts": {"a": {"kind": "linear", "file": "a.safetensors"}},
-    "combine": {"kind": "probabilities", "classes": ["no", "yes"]},
-    "outputs": [
-        {"name": "label", "datatype": "BYTES", "from": "label"},
-        {"name": "probabilities", "datatype": "FP32", "from": "probabilities"},
-    ],
+MODEL = "team/flow"
+"""It has inputs of five datatypes."""
+_ARRAYS = {
+    given.name: np.ones((3, *given.shape), NUMPY_DTYPES[given.datatype])
+    for given in MIXTURES[MODEL].spec.inputs
 }
-_X, _FLAG = np.ones((3, 2), np.float32), np.ones((3, 1), bool)
+_INPUTS: list[dict[str, Any]] = [
+    {"name": given.name, "datatype": given.datatype, "shape": _ARRAYS[given.name].shape}
+    for given in MIXTURES[MODEL].spec.inputs
+]
 
 
-class _Rows:
-    """Answers every row alike."""
+class _Rows(FakePredictions):
+    """Answers every row alike, and keeps no request."""
 
     async def predict(self, request: PredictionRequest) -> PredictionReply:
-        num_rows = request.num_rows
-        outputs = {
-            "label": np.full((num_rows, 1), "yes"),
-            "probabilities": np.zeros((num_rows, 2), np.float32),
-        }
-        return PredictionReply({name: outputs[name] for name in request.outputs}, True, "now")
-
-    def ready(self) -> Readiness:
-        return Readiness("", (1, 1), 0.0)
-
-    def model_ready(self, model: str) -> Readiness:
-        return self.ready()
+        outputs = dict.fromkeys(request.outputs, np.zeros((request.num_rows, 2)))
+        return PredictionReply(outputs, True, "now")
 
 
 def service() -> PredictionService:
-    """Return a gateway's service for one mixture, whose rows are all answered alike."""
-    spec = MixtureSpec.model_validate(_SPEC)
-    source = ModelSource("unused", spec.dtype, ModelExperts(f"{MODEL}@1", (0,), 1, 0), "unused")
-    limits = GatewayConfig()
-    mixtures = {MODEL: ServedMixture(source, spec, "now")}
-    upstream: Any = _Rows()  # what a service calls of the routers
-    metrics, room = Metrics(), Room(limits, list(mixtures))
-    return PredictionService(mixtures, limits, upstream, metrics, room, Charges(metrics))
+    """Return a gateway's service for the tests' mixtures, whose rows are all answered alike."""
+    limits, metrics = GatewayConfig(), Metrics()
+    return prediction_service(_Rows(), limits, metrics, Room(limits, list(MIXTURES)))
 
 
 def http() -> Target:
@@ -127,23 +100,21 @@ def _check(error: ExpertMeshError) -> None:
 
 def bodies() -> list[bytes]:
     """Return good bodies, of JSON alone and with binary tensors."""
-    x = {"name": "x", "datatype": "FP32", "shape": [3, 2]}
-    flag = {"name": "flag", "datatype": "BOOL", "shape": [3, 1]}
-    plain = {"inputs": [{**x, "data": _X.tolist()}, {**flag, "data": [True, False, True]}]}
+    arrays = list(_ARRAYS.values())
+    plain = [{**one, "data": array.tolist()} for one, array in zip(_INPUTS, arrays, strict=True)]
     binary = {
         "id": "mine",
         "parameters": {"timeout_s": 3, "on_expert_loss": "drop", "binary_data_output": True},
         "inputs": [
-            {**x, "parameters": {"binary_data_size": _X.nbytes}},
-            {**flag, "parameters": {"binary_data_size": _FLAG.nbytes}},
+            {**one, "parameters": {"binary_data_size": array.nbytes}}
+            for one, array in zip(_INPUTS, arrays, strict=True)
         ],
-        "outputs": [{"name": "label", "parameters": {"binary_data": False}}],
+        "outputs": [{"name": "value", "parameters": {"binary_data": False}}],
     }
     text = json.dumps(binary).encode()
-    length = len(text).to_bytes(2, "big")
     return [
-        b"\0\0" + json.dumps(plain).encode(),
-        length + text + _X.tobytes() + _FLAG.tobytes(),
+        b"\0\0" + json.dumps({"inputs": plain}).encode(),
+        len(text).to_bytes(2, "big") + text + b"".join(array.tobytes() for array in arrays),
     ]
 
 
@@ -151,12 +122,14 @@ def messages() -> list[bytes]:
     """Return good messages, of raw bytes and of typed contents."""
     raw = open_inference_pb2.ModelInferRequest(model_name=MODEL, id="mine")
     typed = open_inference_pb2.ModelInferRequest(model_name=MODEL, model_version="1")
+    fields = {"FP64": "fp64", "INT32": "int", "BOOL": "bool", "UINT8": "uint", "INT64": "int64"}
     for request in (raw, typed):
         request.parameters["timeout_s"].double_param = 3.0
-        request.inputs.add(name="x", datatype="FP32", shape=[3, 2])
-        request.inputs.add(name="flag", datatype="BOOL", shape=[3, 1])
-        request.outputs.add(name="probabilities")
-    raw.raw_input_contents.extend([_X.tobytes(), _FLAG.tobytes()])
-    typed.inputs[0].contents.fp32_contents.extend(_X.ravel().tolist())
-    typed.inputs[1].contents.bool_contents.extend(_FLAG.ravel().tolist())
+        request.outputs.add(name="value")
+        for one in _INPUTS:
+            request.inputs.add(**one)
+    for tensor in typed.inputs:
+        contents = getattr(tensor.contents, f"{fields[tensor.datatype]}_contents")
+        contents.extend(_ARRAYS[tensor.name].ravel().tolist())
+    raw.raw_input_contents.extend(array.tobytes() for array in _ARRAYS.values())
     return [request.SerializeToString() for request in (raw, typed)]

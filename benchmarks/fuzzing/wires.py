@@ -143,17 +143,9 @@ def _served(hello: object) -> Target:
 
 
 def _nonce(sock: socket.socket) -> bytes:
-    length, _ = _START.unpack(_exactly(sock, _START.size))
-    return _exactly(sock, length + -length % ALIGNMENT)[:length]
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = sock.recv(count - len(data))
-        assert piece, "the server said nothing"
-        data += piece
-    return data
+    with sock.makefile("rb") as stream:
+        length, _ = _START.unpack(stream.read(_START.size))
+        return bytes(stream.read(length + -length % ALIGNMENT)[:length])
 
 
 def _answers(frames: Sequence[Buffer]) -> list[Buffers]:

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason := refusal():
         print(f"benchmarks/gpu.sh: {reason}", file=sys.stderr)
         return 2
+    from benchmarks.common import exit_on_sigterm
     from benchmarks.gpu.command import run
-    from benchmarks.gpu.parts import exit_on_sigterm
     from benchmarks.gpu.settings import Settings
 
     exit_on_sigterm()

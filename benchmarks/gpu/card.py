@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+from contextlib import suppress
 from typing import Any
 
 from benchmarks.common import machine
@@ -26,17 +26,13 @@ def driver_version() -> str:
         ["rocm-smi", "--showdriverversion", "--csv"],
     )
     for command in queries:
-        if shutil.which(command[0]) is None:
-            continue
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        # There may be no such tool, or it hangs, and torch may still compute.
+        with suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.check_output(
+                command, text=True, timeout=TIMEOUT_S, stderr=subprocess.DEVNULL
             )
-        except subprocess.TimeoutExpired:  # the driver's tool hangs; torch may still compute
-            continue
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        if done.returncode == 0 and lines:
-            return f"{command[0].removesuffix('-smi')} {lines[-1].strip()}"
+            if lines := told.strip().splitlines():
+                return f"{command[0].removesuffix('-smi')} {lines[-1].strip()}"
     return UNKNOWN
 
 

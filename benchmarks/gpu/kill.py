@@ -19,6 +19,7 @@ from benchmarks.failover import (
     actor_is_back,
     answers,
     kill_actor,
+    lengths_of,
     observe,
 )
 from benchmarks.gpu.settings import ACTORS_SHARE, Settings
@@ -61,7 +62,7 @@ def run(settings: Settings) -> dict[str, Any]:
     # Without retries, so that what the server lets through is seen.
     with application as ports, Client(ports.grpc_address, retry=None) as client:
         print("answers without a fault", flush=True)
-        cases = answers(client, settings.kill_streams)
+        cases = answers(client, lengths_of(settings.kill_streams))
         windows = []
         for scenario in scenarios:
             print(scenario.name, flush=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from cluster.wire.frames import DTYPE_BYTES
+from experts.remote import RemoteExpertActor
 from router.config.deployment import RouterConfig
 from router.model.memory import StepLimits
 from router.ops.plan.plan import Wish, make_plan
@@ -75,3 +77,20 @@ def compared(
             "ratio": num_bytes / of_plan.most_bytes,
         }
     return found
+
+
+class MeasuredActor(RemoteExpertActor):
+    """The product's actor, which tells its kernels and the memory that torch had on its device.
+
+    A subclass: the product has no hook.
+    """
+
+    @ray.method(concurrency_group="control")
+    def device_bytes(self) -> tuple[int, int]:
+        """Return the most bytes at once of tensors, and of torch; 0 without a device."""
+        return most_bytes() if torch.accelerator.is_available() else (0, 0)
+
+    @ray.method(concurrency_group="control")
+    def kernel_classes(self) -> list[str]:
+        """Return the classes of the kernels that compute its experts."""
+        return [kernel.kernel_class for kernel in self.describe().kernels]

@@ -8,7 +8,6 @@ folder.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +120,7 @@ def _layers_in(config: dict[str, Any], num_bytes: int) -> int:
     return max(0, (num_bytes - (one - layer_bytes)) // layer_bytes)
 
 
-def names(models: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a name for each model by its parameters, such as ``111M`` and ``6.7B``."""
-    found = []
-    for config in models:
-        millions = bytes_of(config) / 2e6
-        found.append(f"{millions:.0f}M" if millions < 1000 else f"{millions / 1000:.1f}B")
-    return found
+def name_of(config: dict[str, Any]) -> str:
+    """Return a model's name by its parameters, such as ``111M`` and ``6.7B``."""
+    millions = bytes_of(config) / 2e6
+    return f"{millions:.0f}M" if millions < 1000 else f"{millions / 1000:.1f}B"

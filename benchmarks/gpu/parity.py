@@ -162,8 +162,10 @@ def compare(
         for pair in zip(event.token_ids, ids, strict=True)
     ]
     answers = [event.token_ids for event in in_bf16]
-    exact = _all_logprobs(oracle, prompts, answers, "float32")
-    theirs = _all_logprobs(oracle, prompts, answers, "bfloat16")
+    exact, theirs = (
+        [oracle.logprobs(*pair, dtype) for pair in zip(prompts, answers, strict=True)]
+        for dtype in ("float32", "bfloat16")
+    )
     distances: list[float] = []
     oracle_distances: list[float] = []
     for event, true, rounded in zip(in_bf16, exact, theirs, strict=True):
@@ -201,18 +203,6 @@ def _generate(
         return answers, cluster.model.attention.name
     finally:
         cluster.close()
-
-
-def _all_logprobs(
-    oracle: Oracle,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    dtype: str,
-) -> list[torch.Tensor]:
-    return [
-        oracle.logprobs(prompt, answer, dtype)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
 
 
 def run(device: torch.device, families: Sequence[str] = tuple(FAMILIES)) -> list[dict[str, Any]]:

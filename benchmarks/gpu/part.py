@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import Part, exit_on_sigterm
+from benchmarks.common import exit_on_sigterm
+from benchmarks.gpu.parts import Part
 from benchmarks.gpu.settings import Settings
 
 CARD, PARITY, KILL = "card", "parity", "kill"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -146,12 +145,3 @@ def _pass_on(lines: IO[bytes], name: str, say: Say) -> None:
 def _last_lines(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([f"{log} ends:", *lines[-LOG_LINES:]])
-
-
-def exit_on_sigterm() -> None:
-    """Have SIGTERM end this process as Ctrl-C does, so that folders and processes go with it."""
-
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import Verdict
+from benchmarks.common import Verdict, markdown
+from benchmarks.failover import WINDOW_COLUMNS, window_rows
 from benchmarks.gpu.kill import kept
 
 LEAST_RATIO = 0.9
@@ -15,7 +16,12 @@ GROUPED = "grouped"
 """The products of all experts of a frame at once, in kernel classes of actors."""
 NOT_MEASURED = "not measured"
 
-Row = Sequence[str]
+PARITY = (
+    ("greedy tokens equal to transformers' there, fp32, all families", "all"),
+    ("distance of bf16 from fp32, of the allowed one, worst family", "at most 1"),
+    ("families whose attention may read pages in place and does, bf16", "all"),
+)
+"""Figures and promises."""
 
 
 def verdicts_of(result: Mapping[str, Any]) -> list[Verdict]:
@@ -28,54 +34,51 @@ def verdicts_of(result: Mapping[str, Any]) -> list[Verdict]:
 
 
 def _parity_verdicts(parity: Sequence[Mapping[str, Any]] | None) -> list[Verdict]:
-    fp32 = "greedy tokens equal to transformers' there, fp32, all families"
-    bf16 = "distance of bf16 from fp32, of the allowed one, worst family"
-    attention = "families whose attention may read pages in place and does, bf16"
-    if not parity:
-        return [
-            Verdict(fp32, NOT_MEASURED, "all", False),
-            Verdict(bf16, NOT_MEASURED, "at most 1", False),
-            Verdict(attention, NOT_MEASURED, "all", False),
+    found = [(NOT_MEASURED, False)] * len(PARITY)
+    if parity:
+        equal, tokens = (sum(one[key] for one in parity) for key in ("equal_tokens", "tokens"))
+        worst = max(one["distance"] / one["most_distance"] for one in parity)
+        attentions = [one["attention"] for one in parity if one["may_read_pages"]]
+        in_place, able = attentions.count(IN_PLACE), len(attentions)
+        found = [
+            (f"{equal} of {tokens}", equal == tokens),
+            (f"{worst:.2f}", worst <= 1),
+            (f"{in_place} of {able}", in_place == able),
         ]
-    equal, tokens = (sum(one[key] for one in parity) for key in ("equal_tokens", "tokens"))
-    worst = max(one["distance"] / one["most_distance"] for one in parity)
-    attentions = [one["attention"] for one in parity if one["may_read_pages"]]
-    in_place, able = attentions.count(IN_PLACE), len(attentions)
     return [
-        Verdict(fp32, f"{equal} of {tokens}", "all", equal == tokens),
-        Verdict(bf16, f"{worst:.2f}", "at most 1", worst <= 1),
-        Verdict(attention, f"{in_place} of {able}", "all", in_place == able),
+        Verdict(figure, measured, promised, is_kept)
+        for (figure, promised), (measured, is_kept) in zip(PARITY, found, strict=True)
     ]
 
 
 def _speed_verdicts(models: Sequence[Mapping[str, Any]], card: Mapping[str, Any]) -> list[Verdict]:
     largest = next((one for one in models if one["is_largest"]), None)
-    promised = f"at least {LEAST_RATIO}"
-    speed = "the largest model at {} streams, experts in one process, of transformers grouped_mm"
-    memory = "the most memory of a process on the card, of its plan, largest model"
-    ways = "ways of the largest model's attention and experts"
     is_grouped = card.get("has_grouped_kernel", True)
     wanted = f"{IN_PLACE}, {GROUPED}" if is_grouped else IN_PLACE
-    if largest is None:
-        return [
-            Verdict(speed.format("the most"), NOT_MEASURED, promised, False),
-            Verdict(memory, NOT_MEASURED, "at most 1", False),
-            Verdict(ways, NOT_MEASURED, wanted, False),
+    streams, found = "the most", [(NOT_MEASURED, False)] * 3
+    if largest is not None:
+        runs = list(largest["actors"].values())
+        most = max((one["ratio"] for run in runs for one in run["memory"].values()), default=None)
+        ways = [", ".join(_ways(run)) for run in runs]
+        streams, ratio = next(iter(largest["ratio"]["1"].items()))
+        found = [
+            (f"{ratio:.2f}", ratio >= LEAST_RATIO),
+            # The CPU has none.
+            (NOT_MEASURED, False) if most is None else (f"{most:.2f}", most <= 1),
+            ("; ".join(ways), all(way.startswith(wanted) for way in ways)),
         ]
-    processes = [one for run in largest["actors"].values() for one in run["memory"].values()]
-    most = max((one["ratio"] for one in processes), default=None)  # the CPU has none
-    found = [_ways(run) for run in largest["actors"].values()]
-    are_fast = all(", ".join(way).startswith(wanted) for way in found)
-    streams, ratio = next(iter(largest["ratio"]["1"].items()))
-    return [
-        Verdict(speed.format(streams), f"{ratio:.2f}", promised, ratio >= LEAST_RATIO),
-        Verdict(
-            memory,
-            NOT_MEASURED if most is None else f"{most:.2f}",
-            "at most 1",
-            most is not None and most <= 1,
+    figures = (
+        (
+            f"the largest model at {streams} streams, experts in one process, of transformers "
+            "grouped_mm",
+            f"at least {LEAST_RATIO}",
         ),
-        Verdict(ways, "; ".join(map(", ".join, found)), wanted, are_fast),
+        ("the most memory of a process on the card, of its plan, largest model", "at most 1"),
+        ("ways of the largest model's attention and experts", wanted),
+    )
+    return [
+        Verdict(figure, measured, promised, is_kept)
+        for (figure, promised), (measured, is_kept) in zip(figures, found, strict=True)
     ]
 
 
@@ -101,10 +104,10 @@ def document(result: Mapping[str, Any]) -> str:
         f"# On {result['card']['name']}" if result["card"] else "# On an unknown card",
         _conditions(result),
         "## Figures",
-        _table(
+        markdown(
             ["Figure", "Measured", "Promised", ""],
             [
-                [one.figure, one.measured, one.promised, "kept" if one.is_kept else "missed"]
+                (one.figure, one.measured, one.promised, "kept" if one.is_kept else "missed")
                 for one in verdicts_of(result)
             ],
         ),
@@ -119,7 +122,8 @@ def document(result: Mapping[str, Any]) -> str:
         parts += ["## An actor is killed under load", _kill(result["kill"])]
     if result["parity"]:
         parts += ["## Parity by family", _parity(result["parity"])]
-    parts += ["## Parts", _parts(result["parts"])]
+    rows = [(one["name"], one["status"], one["took_s"]) for one in result["parts"]]
+    parts += ["## Parts", markdown(["Part", "Ended", "s|.0f"], rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -144,7 +148,7 @@ def _speed(models: Sequence[Mapping[str, Any]]) -> list[str]:
     rows, sizes = [], []
     for model in models:
         for n, theirs in model["transformers"].items():
-            row = [model["model"], n, f"{theirs['tokens_per_s']:.0f}"]
+            row = [model["model"], n, theirs["tokens_per_s"]]
             for count, one in model["actors"].items():
                 rate, ratio = one["streams"][n]["tokens_per_s"], model["ratio"][count][n]
                 row.append(f"{rate:.0f} ({ratio:.2f})")
@@ -157,65 +161,36 @@ def _speed(models: Sequence[Mapping[str, Any]]) -> list[str]:
         )
     counts = list(models[0]["actors"])
     actors = [f"ExpertMesh, {n} actor process{'es' if n != '1' else ''}" for n in counts]
-    return [_table(["Model", "Streams", "transformers", *actors], rows), "\n".join(sizes)]
+    columns = ["Model", "Streams", "transformers|.0f", *actors]
+    return [markdown(columns, rows), "\n".join(sizes)]
 
 
 def _memory(largest: Mapping[str, Any]) -> str:
-    rows = []
-    for count, one in largest["actors"].items():
-        for process, memory in one["memory"].items():
-            keys = "peak_bytes", "reserved_bytes", "held_bytes", "planned_bytes"
-            sizes = (memory[key] / 1e9 for key in keys)
-            rows.append(
-                [count, process, *(f"{one:.2f}" for one in sizes), f"{memory['ratio']:.2f}"]
-            )
-    columns = ["Actors", "Process", "Most, of tensors, GB", "Most, kept by torch, GB"]
-    return _table([*columns, "Plan, held, GB", "Plan, with its work, GB", "Ratio"], rows)
+    keys = "peak_bytes", "reserved_bytes", "held_bytes", "planned_bytes"
+    rows = [
+        (count, process, *(memory[key] / 1e9 for key in keys), memory["ratio"])
+        for count, one in largest["actors"].items()
+        for process, memory in one["memory"].items()
+    ]
+    columns = ["Most, of tensors", "Most, kept by torch", "Plan, held", "Plan, with its work"]
+    numbers = [*(f"{column}, GB|.2f" for column in columns), "Ratio|.2f"]
+    return markdown(["Actors", "Process", *numbers], rows)
 
 
 def _kill(result: Mapping[str, Any]) -> str:
-    rows = []
-    for one in result["windows"]:
-        failures = ", ".join(f"{count} {reason}" for reason, count in one["failures"].items())
-        back = "" if one["back_s"] is None else f"{one['back_s']:.1f}"
-        gap = one["gap_s"]
-        rows.append(
-            [
-                one["name"],
-                f"{one['tokens_per_s']:.0f}",
-                f"{gap['p50']:.3f}",
-                f"{gap['longest']:.3f}",
-                back,
-                str(one["requests"]),
-                failures or "0",
-            ]
-        )
-    columns = ["", "Tokens/s", "Gap p50, s", "Longest gap, s", "Back after, s", "Requests"]
     devices = ", ".join(result["devices"])
-    return f"{result['actors']} actors on {devices}, two copies of each expert.\n\n" + _table(
-        [*columns, "Failed or wrong"], rows
-    )
+    told = f"{result['actors']} actors on {devices}, two copies of each expert."
+    return f"{told}\n\n{markdown(WINDOW_COLUMNS, window_rows(result['windows']))}"
 
 
 def _parity(parity: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        [
+        (
             one["family"],
             f"{one['equal_tokens']} of {one['tokens']}",
-            *(f"{one[key]:.4f}" for key in ("distance", "oracle_distance", "most_distance")),
-            one["attention"],
-        ]
+            *(one[key] for key in ("distance", "oracle_distance", "most_distance", "attention")),
+        )
         for one in parity
     ]
-    columns = ["Family", "Equal tokens, fp32", "Distance, bf16", "Of transformers", "Allowed"]
-    return _table([*columns, "Attention, bf16"], rows)
-
-
-def _parts(parts: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[one["name"], one["status"], f"{one['took_s']:.0f}"] for one in parts]
-    return _table(["Part", "Ended", "s"], rows)
-
-
-def _table(columns: Row, rows: Sequence[Row]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = ["Family", "Equal tokens, fp32", "Distance, bf16|.4f", "Of transformers|.4f"]
+    return markdown([*columns, "Allowed|.4f", "Attention, bf16"], rows)

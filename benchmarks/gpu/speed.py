@@ -7,20 +7,19 @@ memory against the plan.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baseline
+from benchmarks import baseline, engine
 from benchmarks.common import CACHE_TOKENS
-from benchmarks.gpu.models import fitted, names, room
+from benchmarks.gpu.models import fitted, name_of, room
 from benchmarks.gpu.settings import Settings
-from benchmarks.synthetic import normal_pool, write_checkpoint
+from benchmarks.synthetic import write_checkpoint
 
-TRANSFORMERS = "grouped_mm"
 APP = "bench-gpu"
 OBJECT_STORE_BYTES = 256 << 20
 """Of the host's shared memory, which may have the checkpoint."""
@@ -28,27 +27,20 @@ OBJECT_STORE_BYTES = 256 << 20
 
 def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
     """Measure the model of this number; the folder ``results`` has the settings."""
-    from cluster.environment import router_environment
-    from router.config.deployment import RouterConfig
-
     config = settings.models[number]
     fit = fitted(config, room(settings.device_bytes))
     with tempfile.TemporaryDirectory(prefix=settings.label, dir=fit.folder) as name:
         folder = Path(name)
         say(f"writing {fit.num_bytes / 1e9:.1f} GB to {fit.folder}")
-        write_checkpoint(folder, fit.config, normal_pool())
+        write_checkpoint(folder, fit.config)
         say("transformers")
-        measured = baseline.measure_all(
-            folder,
-            TRANSFORMERS,
-            settings.streams,
-            settings.tokens,
-            settings.rounds,
-            settings.device,
+        streams = [int(n) for n in settings.streams]
+        measured = baseline.measure(
+            folder, streams, settings.tokens, settings.rounds, settings.device
         )
         say("router and actors")
-        environment = {**router_environment(RouterConfig().threads), "RAY_ADDRESS": "local"}
-        ours = baseline.run_module("benchmarks.gpu.speed", [name, str(results)], environment)
+        words = [name, str(results)]
+        ours = engine.run_module("benchmarks.gpu.speed", words, engine.router_variables())
     ratios = {
         count: {
             n: one["streams"][n]["tokens_per_s"] / measured[n]["tokens_per_s"]
@@ -57,7 +49,7 @@ def run(settings: Settings, number: int, results: Path) -> dict[str, Any]:
         for count, one in ours["actors"].items()
     }
     return {
-        "model": names([fit.config])[0],
+        "model": name_of(fit.config),
         "config": fit.config,
         "parameters": fit.parameters,
         "size": fit.reason,
@@ -96,8 +88,7 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
     import torch
 
     from benchmarks.engine import Bench
-    from benchmarks.gpu.actors import MeasuredActor
-    from benchmarks.gpu.memory import compared, most_bytes, planned
+    from benchmarks.gpu.memory import MeasuredActor, compared, most_bytes, planned
     from cluster.device import device_of
 
     device = device_of(settings.device, 0, "--device")
@@ -139,12 +130,8 @@ def _with_actors(settings: Settings, folder: Path, count: int) -> dict[str, Any]
 
 def main() -> None:
     """Measure in this process; prints a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("results", type=Path)
-    options = parser.parse_args()
-    settings = Settings.load(options.results)
-    print(json.dumps(measure(settings, options.folder)))
+    folder, results = map(Path, sys.argv[1:])
+    print(json.dumps(measure(Settings.load(results), folder)))
 
 
 if __name__ == "__main__":

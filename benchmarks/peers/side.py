@@ -26,7 +26,7 @@ class Task:
 
     ``model`` is a checkpoint's folder or a GGUF file. ``prompts`` has a prompt for each of the most
     streams; ``long_prompts`` are prefilled one at a time. ``context`` is the most tokens that all
-    sequences of a batch have together.
+    sequences of a batch have together. ``device`` is ``cpu``, or for transformers ``accelerator``.
     """
 
     model: str
@@ -38,6 +38,7 @@ class Task:
     rounds: int
     long_prompts: Tokens
     context: int
+    device: str = "cpu"
 
     def to_json(self) -> str:
         """Return the task as :func:`read_task` reads it."""
@@ -71,29 +72,29 @@ def measure(task: Task, peer: Loaded) -> dict[str, Any]:
     """
     streams = {}
     for count in task.streams:
-        prompts = task.prompts[:count]
-        peer.generate(prompts, 2)
-        rates = []
-        for _ in range(task.rounds):
-            began_s = time.perf_counter()
-            tokens = peer.generate(prompts, task.tokens)
-            rates.append(count * task.tokens / (time.perf_counter() - began_s))
+        times_s, tokens = _rounds(peer, task, task.prompts[:count], task.tokens)
+        rates = [count * task.tokens / time_s for time_s in times_s]
         streams[str(count)] = {"rates": rates, "tokens": tokens}
-    prefill_s = {}
-    for prompt in task.long_prompts:
-        peer.generate([prompt], 1)
-        times_s = []
-        for _ in range(task.rounds):
-            began_s = time.perf_counter()
-            peer.generate([prompt], 1)
-            times_s.append(time.perf_counter() - began_s)
-        prefill_s[str(len(prompt))] = times_s
+    prefill_s = {str(len(ids)): _rounds(peer, task, [ids], 1)[0] for ids in task.long_prompts}
     return {
         "version": peer.version,
         "threads": task.threads,
         "streams": streams,
         "prefill_s": prefill_s,
     }
+
+
+def _rounds(
+    peer: Loaded, task: Task, prompts: Sequence[Sequence[int]], tokens: int
+) -> tuple[list[float], Tokens]:
+    """Return the seconds of each round after a short one, and the last one's tokens."""
+    generated = peer.generate(prompts, min(2, tokens))
+    times_s = []
+    for _ in range(task.rounds):
+        began_s = time.perf_counter()
+        generated = peer.generate(prompts, tokens)
+        times_s.append(time.perf_counter() - began_s)
+    return times_s, generated
 
 
 def main(load: Load) -> None:

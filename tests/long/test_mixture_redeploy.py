@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from ray import serve
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.app import build
 from tests.cluster_fixture import APP, ServedCluster, wait_until
+from tests.local_mixture import LocalMixture
 from tests.mixture_cluster import RTOL, UNLIKE, Inputs, Mixtures, rows_of, served_mixtures
 from tests.mixtures import save_unlike
 

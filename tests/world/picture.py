@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.drawing import document, line, rect, text
+from tests.world.drawing import document, line, rect, text
 from tests.world.rows import Piece, packed
 from tests.world.timeline import PREFIX, name_of, outcome_of, short
 from tests.world.weather import CALM_S

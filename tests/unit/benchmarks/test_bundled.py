@@ -26,10 +26,10 @@ from benchmarks.bundled import diabetes, sequences
 from benchmarks.bundled.card import table
 from benchmarks.bundled.readings import make_batches
 from benchmarks.bundled.trained import is_held_out
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import MixtureOfExpertsRegressor
 from workshop.estimators.saved.weights import estimator_bytes
 

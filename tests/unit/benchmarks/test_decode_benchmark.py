@@ -104,13 +104,14 @@ def test_ours_stand_beside_the_best_peer_in_as_many_bits(
     assert len(machine.asked) == 2 * (4 + 2 + 4)
     assert {len(task.long_prompts) for task in machine.asked} == {0, 3}
     result = json.loads(file.read_text())
-    in_32, in_16 = (result["cluster"][dtype]["auto"] for dtype in ("float32", "bfloat16"))
+    sides = {(side["program"], side["format"]): side for side in result["sides"]}
+    in_32, in_16 = (sides["ExpertMesh, auto", dtype] for dtype in ("float32", "bfloat16"))
     assert in_32["streams"]["32"]["best_peer"] == "vllm fp32"
     assert in_32["streams"]["32"]["ratio"] == 0.5
     assert in_16["streams"]["1"]["best_peer"] == "llama.cpp F16"
     assert in_16["streams"]["1"]["ratio"] == 2.0
     assert in_16["prefill_ratio"] == dict.fromkeys(("512", "2048", "4000"), 10 / 5)
-    assert result["peers"]["vllm"]["fp32"]["streams"]["32"]["same_tokens"] == 1
+    assert sides["vllm", "fp32"]["streams"]["32"]["same_tokens"] == 1
     assert in_16["streams"]["32"]["same_tokens"] == 0
     assert "tokens" not in in_32["streams"]["32"]
     printed = capsys.readouterr().out
@@ -129,8 +130,9 @@ def test_a_peer_that_fails_is_left_out_and_the_exit_status_says_so(
     assert decode.main(words) == 1
     assert "FAILED: llama.cpp BF16: an illegal instruction" in capsys.readouterr().out
     assert [task.format for task in machine.asked].count("BF16") == 1
-    peers = json.loads((tmp_path / "result.json").read_text())["peers"]
-    assert set(peers["llama.cpp"]) == {"F32", "F16", "Q8_0"}
+    sides = json.loads((tmp_path / "result.json").read_text())["sides"]
+    formats = {one["format"] for one in sides if one["program"] == "llama.cpp"}
+    assert formats == {"F32", "F16", "Q8_0"}
 
 
 def test_a_folder_without_peers_ends_the_run_before_it_begins(

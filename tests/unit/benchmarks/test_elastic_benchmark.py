@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+import router.client
 from benchmarks import elastic, load_step, steered
 from benchmarks.devices import Product
 from benchmarks.load_step import Look
-from benchmarks.serve_clients import Timed
+from benchmarks.serve_clients import Ports
 from cluster.reports import DeviceStatus, ExpertLoad, LoadStatus
+from router.client import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +44,6 @@ def test_a_rate_is_of_the_tokens_between_the_first_and_the_last_piece() -> None:
     assert elastic.rate(arrivals, 0.9, 5.0) == pytest.approx(4 / 2)
     assert elastic.rate(arrivals, 8.0, 10.0) == 0.0
     assert elastic.rate([], 0.0, 1.0) == 0.0
-
-
-def test_the_busy_share_is_cut_at_the_ends() -> None:
-    times = [(0.0, 1.5), (2.0, 2.5), (4.8, 7.0)]
-    products = [Product(0, 0, (1,), start_s, end_s) for start_s, end_s in times]
-    assert elastic.busy_share(products, 1.0, 5.0) == pytest.approx((0.5 + 0.5 + 0.2) / 4)
-    assert elastic.busy_share([], 1.0, 5.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -75,20 +73,67 @@ def test_a_token_of_its_own_repeats_itself() -> None:
     assert load_step.expected(own, 3) == [own] * 3
 
 
+class Answering:
+    """A client's deployment: says what must come, or what ``said`` makes of it."""
+
+    said = staticmethod(lambda tokens: tokens)
+
+    def __init__(self, address: str, retry: None) -> None: ...
+
+    def close(self) -> None: ...
+
+    def stream(self, prompt: list[int], sampling: Sampling, **_: object) -> Iterator[Any]:
+        for token in self.said(load_step.expected(prompt[0], sampling.max_tokens)):
+            yield SimpleNamespace(exact=False, token_ids=(token,))
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[load_step.Clients]:
+    monkeypatch.setattr(router.client, "Client", Answering)
+    found = load_step.Clients(Ports(1, 2), 10_000)
+    yield found
+    found.close()
+
+
+def test_a_client_that_leaves_ends_its_answer_and_has_not_failed(
+    clients: load_step.Clients,
+) -> None:
+    leaving = threading.Event()
+    leaving.set()
+    clients._ask(steered.zipf_token(0), leaving)
+    assert [one.tokens for one in clients.answers] == [1]
+    clients.come([steered.zipf_token(0), steered.own_token(1)])
+    clients.leave(2)
+    assert clients.failures == []
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(lambda tokens: [*tokens[:2], 0], "not steered"), (lambda tokens: tokens[:2], "2 tokens")],
+)
+def test_a_wrong_token_and_a_short_answer_are_failures(
+    clients: load_step.Clients, monkeypatch: pytest.MonkeyPatch, said: Any, why: str
+) -> None:
+    monkeypatch.setattr(Answering, "said", staticmethod(said))
+    with pytest.raises(RuntimeError, match=why):
+        clients._ask(steered.zipf_token(0), threading.Event())
+
+
 def look(at_s: float, *actors: str, layer: int = 0) -> Look:
-    return Look(at_s, frozenset((actor, layer, 0) for actor in actors), 0)
+    return Look(at_s, frozenset((actor, layer, 0) for actor in actors))
 
 
-def test_a_look_tells_who_holds_what_and_who_holds_nothing() -> None:
+def test_a_look_tells_who_holds_what() -> None:
     devices = [DeviceStatus(actor, "n", 1, 0.0, 0.0, 0.0) for actor in ("a", "b", "c")]
     experts = (ExpertLoad("m", 0, 1, 0.0, ("a", "b")), ExpertLoad("m", 1, 1, 0.0, ("a",)))
     seen = load_step.look_of(LoadStatus(30.0, 1.0, 1.0, tuple(devices), experts, ()), 7.0)
-    assert seen == Look(7.0, frozenset({("a", 0, 1), ("b", 0, 1), ("a", 1, 1)}), 1)
+    assert seen == Look(7.0, frozenset({("a", 0, 1), ("b", 0, 1), ("a", 1, 1)}))
     assert seen.actors == {"a", "b"}
+    assert seen.numbers == {"actors": 2, "copies": 3}
 
 
 def product(expert: int, start_s: float) -> Product:
-    return Product(0, expert, (1,), start_s, start_s + 0.1)
+    return Product(0, expert, start_s)
 
 
 def test_a_new_copy_serves_when_it_first_computes_after_the_crowd_came() -> None:
@@ -110,36 +155,20 @@ def test_actors_are_gone_once_there_are_so_few_for_good() -> None:
     assert load_step.gone_after(seen[:-1], 1, 4.0) is None
 
 
-def answers() -> list[Timed]:
-    return [
-        Timed(0.0, [(0.5, 1), (1.5, 2), (2.5, 1)], 2.5),
-        Timed(0.0, [(1.2, 1), (1.4, 1)], 1.4),
-    ]
-
-
-def test_times_between_tokens_count_each_token_when_it_comes() -> None:
-    assert sorted(load_step.gaps_s(answers(), 1.0, 2.0)) == pytest.approx([0.2, 0.5, 0.5])
-    assert load_step.between_ms(answers(), 1.0, 2.0)["p50_ms"] == pytest.approx(500)
-    assert load_step.between_ms(answers(), 8.0, 9.0) == {"p50_ms": None, "p99_ms": None}
-
-
 def result() -> dict[str, Any]:
-    case = {"tokens_per_s": 10.0, "copies": 16, "busy": {"a": 0.5}, "cores_used": 1.0}
-    times = {"p50_ms": 40.0, "p99_ms": 90.0}
+    case = {"tokens_per_s": 10.0, "copies": 16}
     step = {
         "answers": 9,
         "failures": [],
         "served_s": {"standing": 1.0, "new": 5.0},
         "gone_s": dict.fromkeys(("actors", "copies"), elastic.TARGETS["downscale_delay_s"]),
-        "actors": {"before": 2, "most": 4, "after": 2},
-        "copies": {"before": 18, "most": 24, "after": 18},
-        "phases": {"before": times, "after": {"p50_ms": None, "p99_ms": None}},
+        "numbers": {"actors": {"before": 2, "most": 4, "after": 2}},
     }
     return {
         "targets": elastic.TARGETS,
         "zipf": {"one copy": case, "copies follow": {**case, "tokens_per_s": 18.0}},
         "gain": 1.8,
-        "steps": {case: deepcopy(step) for case in elastic.STANDBY_ACTORS},
+        "steps": {case: deepcopy(step) for case in elastic.STEP_CASES},
     }
 
 

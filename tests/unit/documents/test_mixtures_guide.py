@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from tests.readme import blocks
 from workshop.estimators.saved.fit_config import FitConfig, LearnerSettings, build, load_fit_config
 

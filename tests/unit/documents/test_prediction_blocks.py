@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import deploy
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.messages.prediction import PredictionRequest
+from tests.local_mixture import LocalMixture
 from tests.readme import GRPC_PORT, HTTP_PORT, blocks
 from tests.unit import prediction_fakes
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, says

@@ -110,8 +110,10 @@ def window(name: str, failures: dict[str, int], back_s: float | None) -> dict[st
     gap = {"p50": 0.01, "p99": 0.02, "longest": 0.5}
     return {
         "name": name,
+        "seconds": 20.0,
         "tokens_per_s": 1000.0,
         "gap_s": gap,
+        "longest_first_s": 0.25,
         "back_s": back_s,
         "requests": 50,
         "failures": failures,
@@ -245,7 +247,8 @@ def test_the_document_has_card_versions_and_all_tables() -> None:
         "| 6.7B | 32 | 2000 | 1900 (0.95) | 1900 (0.95) |",
         "- 111M: hidden 512, experts 8 of 1,024, vocabulary 4,096; all 8 layers.",
         "| 1 | router | 1.00 | 1.10 | 0.80 | 1.25 | 0.80 |",
-        "| kill of an actor with copies elsewhere | 1000 | 0.010 | 0.500 | 3.0 | 50 | 0 |",
+        "| kill of an actor with copies elsewhere | 20 | 1000 | 0.010 | 0.020 | 0.500 | 0.25 | 3.0 "
+        "| 50 | 0 |",
         "| mixtral | 24 of 24 | 0.0400 | 0.0300 | 0.0800 | varlen |",
     ):
         assert part in text

@@ -16,10 +16,10 @@ from benchmarks.gpu.models import (
     NoRoomError,
     Room,
     fitted,
-    names,
+    name_of,
     room,
 )
-from benchmarks.synthetic import bytes_of, normal_pool, write_checkpoint
+from benchmarks.synthetic import bytes_of, write_checkpoint
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.ops.doctor.machine import SHARED_MEMORY
 
@@ -37,7 +37,7 @@ MEMORY = str(SHARED_MEMORY)
 
 
 def test_the_models_have_their_sizes() -> None:
-    assert names([SMALL, MEDIUM, LARGE]) == ["111M", "445M", "6.7B"]
+    assert [name_of(config) for config in (SMALL, MEDIUM, LARGE)] == ["111M", "445M", "6.7B"]
 
 
 def test_a_model_that_fits_is_whole() -> None:
@@ -92,7 +92,7 @@ def test_a_synthetic_checkpoint_is_one_that_transformers_and_this_project_load(
     tmp_path: Path,
 ) -> None:
     logging.disable_progress_bar()
-    write_checkpoint(tmp_path, TINY, normal_pool())
+    write_checkpoint(tmp_path, TINY)
     assert open_checkpoint(tmp_path).num_bytes == bytes_of(TINY)
     model = MixtralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     state = model.state_dict()

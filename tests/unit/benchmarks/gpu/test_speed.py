@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baseline
+from benchmarks import baseline, engine
 from benchmarks.common import SIZES, machine
 from benchmarks.failover import KILL, QUIET
 from benchmarks.gpu import card, kill, models, speed
 from benchmarks.gpu.settings import Settings
-from benchmarks.synthetic import MIXTRAL, normal_pool, write_checkpoint
+from benchmarks.synthetic import MIXTRAL, write_checkpoint
 
 TINY = {
     **MIXTRAL,
@@ -31,13 +31,10 @@ SETTINGS = Settings(
 
 
 def test_one_process_generates_for_each_number_of_streams(tmp_path: Path, one_thread: None) -> None:
-    write_checkpoint(tmp_path, TINY, normal_pool())
-    words = [str(tmp_path), "grouped_mm", "3", "2", "4", "1", "--device", "cpu"]
-    measured = baseline.run(baseline.parser().parse_args(words))
+    write_checkpoint(tmp_path, TINY)
+    measured = baseline.measure(tmp_path, [4, 1], 3, 2)
     assert measured.keys() == {"4", "1"}
-    for figures in measured.values():
-        assert figures.keys() == {"tokens_per_s", "rss_mb"}
-        assert figures["tokens_per_s"] > 0
+    assert all(figures["tokens_per_s"] > 0 for figures in measured.values())
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -52,8 +49,8 @@ def test_a_model_is_written_measured_and_removed(
         assert device_bytes == SETTINGS.device_bytes
         return models.Room(device_bytes, 1 << 40, {str(temp): 1 << 40})
 
-    def measure_all(folder: Path, kind: str, *arguments: Any) -> dict[str, Any]:
-        assert (kind, *arguments) == ("grouped_mm", ("32", "1"), 4, 1, "cpu")
+    def measure(folder: Path, *arguments: Any) -> dict[str, Any]:
+        assert arguments == ([32, 1], 4, 1, "cpu")
         assert json.loads((folder / "config.json").read_text()) == TINY
         seen.append(folder)
         return {n: {"tokens_per_s": 100.0} for n in ("32", "1")}
@@ -66,8 +63,8 @@ def test_a_model_is_written_measured_and_removed(
         return {"actors": {"1": {"streams": streams}}}
 
     monkeypatch.setattr(speed, "room", room)
-    monkeypatch.setattr(baseline, "measure_all", measure_all)
-    monkeypatch.setattr(baseline, "run_module", run_module)
+    monkeypatch.setattr(baseline, "measure", measure)
+    monkeypatch.setattr(engine, "run_module", run_module)
     result = speed.run(SETTINGS, number, results)
     assert result["ratio"] == {"1": {"32": 0.9, "1": 0.9}}
     assert result["is_largest"] == (number == 1)

@@ -7,20 +7,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import families
 from cluster.controller.records.pool import actor_options
 from cluster.placement.placement import assign_experts
 from cluster.spec import ActorSpec, ModelExperts
 from experts.checkpoint import expert_weights as weights_module
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
-from tests.checkpoints import VOCAB_SIZE, save_mixtral
-from tests.family_checkpoints import save_dbrx, save_gpt_oss, save_qwen2_moe
+from tests import grok_oracle
+from tests.checkpoints import save_mixtral
+from tests.family_checkpoints import save_dbrx, save_deepseek_v3, save_gpt_oss, save_qwen2_moe
 from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, Case, make, quantise
 
 MOST = 1.2
@@ -92,17 +94,31 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
         assert end == info.end - info.begin
 
 
-def narrow(config: Any) -> Any:
-    """Return a configuration of two layers, whose experts take half of what they did.
-
-    A matrix is then smaller than what an actor's ``malloc`` maps by itself.
-    """
-    if not isinstance(config, dict):
-        return config
-    inner = ("intermediate_size", "moe_intermediate_size", "ffn_hidden_size")
-    changed = dict.fromkeys(inner, families.INNER // 2)
-    changed |= {"num_hidden_layers": 2, "n_layers": 2, "vocab_size": VOCAB_SIZE}
-    return {key: changed.get(key, narrow(value)) for key, value in config.items()}
+WIDTH, INNER, LAYERS = 512, 512, 2
+"""A matrix is smaller than what an actor's ``malloc`` maps by itself."""
+BF16 = {"dtype": torch.bfloat16}
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    **BF16,
+}
+OF_DBRX: dict[str, Any] = {
+    "d_model": WIDTH,
+    "n_layers": LAYERS,
+    "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": 8, "moe_top_k": 2},
+    **BF16,
+}
+LAYOUTS: dict[str, Callable[[Path], Any]] = {
+    "mixtral": partial(save_mixtral, **SIZES),
+    "dbrx": partial(save_dbrx, **OF_DBRX),
+    "gpt_oss": partial(save_gpt_oss, **SIZES),
+    "deepseek_v3": partial(
+        save_deepseek_v3, **SIZES, moe_intermediate_size=INNER, first_k_dense_replace=0
+    ),
+    "grok-1": partial(grok_oracle.save_grok, **BF16),
+}
+"""Save a checkpoint in bf16 of one family for each layout of tensors, all of one size."""
 
 
 def quantised_folder(plain: Path, config: dict[str, Any]) -> Path:
@@ -116,13 +132,15 @@ def quantised_folder(plain: Path, config: dict[str, Any]) -> Path:
 def of_all_families(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Make a checkpoint of each layout, and quantised ones; to be loaded as they are, and wider."""
     place = tmp_path_factory.mktemp("families")
-    folders = [place / name for name in ("mixtral", "dbrx", "gpt_oss", "deepseek_v3", "grok-1")]
+    folders = [place / name for name in LAYOUTS]
+    of_grok = {key: value for key, value in SIZES.items() if key != "dtype"}
     with pytest.MonkeyPatch.context() as patched:
-        config_of = families.config_of
-        patched.setattr(families, "config_of", lambda name: narrow(config_of(name)))
+        heads = WIDTH // grok_oracle.HEAD
+        for key, value in {**of_grok, "num_attention_heads": heads}.items():
+            patched.setitem(grok_oracle.SIZES, key, value)
         for folder in folders:
             folder.mkdir()
-            families.make_family(folder, folder.name)
+            LAYOUTS[folder.name](folder)
     fp8 = {**FP8_CONFIG, "weight_block_size": [128, 128]}
     stored = [("mixtral", fp8), ("dbrx", fp8), ("gpt_oss", MXFP4_CONFIG)]
     folders += [quantised_folder(place / name, config) for name, config in stored]
@@ -141,7 +159,7 @@ def test_the_peak_of_loading_is_little_more_than_the_share(of_all_families: list
         text=True,
     )
     told = dict(zip(of_all_families, json.loads(ran.stdout), strict=True))
-    parameters = 2 * 8 * 3 * families.WIDTH * families.INNER // 2
+    parameters = LAYERS * 8 * 3 * WIDTH * INNER
     for name, one in told.items():
         assert parameters * (2 if "bfloat16" in name else 4) <= one["share"], name
     ratios = {name: one["peak"] / one["share"] for name, one in told.items()}

@@ -25,10 +25,10 @@ from torch import nn
 from benchmarks.bundled.hierarchy import make_data
 from benchmarks.bundled.readings import make_batches
 from benchmarks.bundled.trained import is_held_out
-from benchmarks.local_mixture import LocalMixture
 from experts.backends.check import check_mixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture, open_mixture
+from tests.local_mixture import LocalMixture
 from tests.unit.router.mixture.small_mixtures import leaves, softmax
 from workshop.estimators.estimators import AdaptiveMixtureClassifier
 from workshop.estimators.saved.folder import load as load_estimator

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.local_mixture import LocalMixture
 from cluster.errors import (
     CancelledRequestError,
     DeadlineExceededError,
@@ -48,6 +47,7 @@ from router.moe.layer import MoELayers
 from router.moe.permute import PlacedModel
 from router.moe.shared_load import SharedLoad
 from tests.local_cluster import Answered, BankTransport
+from tests.local_mixture import LocalMixture
 from tests.mixtures import (
     NUM_FEATURES,
     save_given,
@@ -595,7 +595,6 @@ class Later(Answered):
 
 
 def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
-    """``benchmarks.mixtures`` measures it."""
     num_devices = 8
     with router_of(
         save_given(tmp_path), lanes=num_devices, num_banks=num_devices, transport=Devices

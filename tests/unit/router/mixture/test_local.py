@@ -19,9 +19,9 @@ from skops.io import dumps
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.local_mixture import LocalMixture
 from cluster.errors import ExpertFailedError
 from experts.checkpoint.mixture import Mixture
+from tests.local_mixture import LocalMixture
 from tests.unit.experts.backends.folders import RTOL, save_mixture
 from tests.unit.router.mixture.small_mixtures import leaves, linear_gate
 

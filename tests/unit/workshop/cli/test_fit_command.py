@@ -13,11 +13,11 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
 from router.cli.app import app
 from router.cli.rows import parse_rows, read_table
 from router.client import MixtureInfo, TensorInfo
+from tests.local_mixture import LocalMixture
 from workshop.estimators.saved.folder import load
 
 SOURCE = np.random.default_rng(5)

@@ -19,8 +19,8 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, train_test_
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.adaptive.estimators import (
     AdaptiveMixtureClassifier,
     AdaptiveMixtureRegressor,

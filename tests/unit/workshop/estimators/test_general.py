@@ -28,8 +28,8 @@ from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from threadpoolctl import threadpool_limits
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.ensemble import FLOOR_MASS, FitFailedError
 

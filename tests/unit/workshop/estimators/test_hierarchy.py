@@ -20,8 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from benchmarks.local_mixture import LocalMixture
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import (
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,

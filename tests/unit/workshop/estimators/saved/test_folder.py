@@ -27,9 +27,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
-from benchmarks.local_mixture import LocalMixture
 from cluster.errors import CheckpointError
 from experts.checkpoint.mixture import open_mixture
+from tests.local_mixture import LocalMixture
 from tests.unit.workshop.estimators.planted import (
     FEATURES,
     PlantedClassifier,

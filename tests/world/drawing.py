@@ -1,4 +1,4 @@
-"""The few shapes of SVG that the benchmarks' pictures are made of."""
+"""The few shapes of SVG that a picture is made of."""
 
 from __future__ import annotations
 
@@ -30,18 +30,6 @@ def line(x1: float, y1: float, x2: float, y2: float, color: str, dash: str = "no
         f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
         f'stroke-width="1.5" stroke-dasharray="{dash}"/>'
     )
-
-
-def curve(points: Sequence[tuple[float, float]], color: str) -> list[str]:
-    """Return straight pieces through ``points``, and a dot at each."""
-    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in points]
-    return [polyline(points, color), *dots]
-
-
-def polyline(points: Sequence[tuple[float, float]], color: str) -> str:
-    """Return straight pieces through ``points``."""
-    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="2"/>'
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", size: int = 13) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from benchmarks.fuzzing import api
 from router.gateway.http.openai import call, tokens
+from tests import api_requests as api
 
 SEED = 2
 EXAMPLES = 16
