@@ -127,16 +127,20 @@ def run_command(command: str, source: Path, dest: Path, text: Path) -> dict[str,
 
 
 def _prune(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
-    from workshop.folders.prune.command import PruneOptions, prune
+    from workshop.folders.making import make_folder
+    from workshop.folders.options import PruneOptions
+    from workshop.folders.prune.command import Prune
 
     options = PruneOptions(8, by="output" if texts else "random", sequences=SEQUENCES)
-    prune(checkpoint, dest, options, texts, on_progress)
+    make_folder(Prune(checkpoint, options), dest, texts, on_progress)
 
 
 def _merge(checkpoint: Checkpoint, dest: Path, texts: list[Path], on_progress: OnProgress) -> None:
-    from workshop.folders.merge.command import MergeOptions, merge
+    from workshop.folders.making import make_folder
+    from workshop.folders.merge.command import Merge
+    from workshop.folders.options import MergeOptions
 
-    merge(checkpoint, dest, MergeOptions(4, sequences=SEQUENCES), texts, on_progress)
+    make_folder(Merge(checkpoint, MergeOptions(4, sequences=SEQUENCES)), dest, texts, on_progress)
 
 
 def run(folder: Path, gigabytes: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from workshop.convert.write import write_model
 from workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
 from workshop.folders.dense_model import DenseModel
 from workshop.folders.layerwise import LayeredModel
+from workshop.folders.options import MakeOptions
 from workshop.folders.passes import NewObserver, Pass, Seen
 from workshop.folders.speed import speeds_of, with_active
 from workshop.folders.text import Rows, Text, read_text
@@ -105,11 +106,11 @@ class NewModel:
 
 
 class Command(ABC):
-    """A command that makes a folder of ``model``, by ``options``, which are a dataclass."""
+    """A command that makes a folder of ``model``, by ``options``."""
 
     name: ClassVar[str]
     model: Checkpoint | DenseModel
-    options: Any
+    options: MakeOptions
 
     @abstractmethod
     def plan(self, has_text: bool) -> Plan:
@@ -148,8 +149,7 @@ def make_folder(
     :func:`workshop.convert.staging.staged` do.
     """
     plan, text = prepare(command, dest, texts)
-    # The speed differs from run to run; all other options decide the bytes.
-    options = {name: value for name, value in asdict(command.options).items() if name != "speed"}
+    options = command.options.recipe()
     text_sha256 = {} if text is None else text.sha256
     job = {"command": command.name, **options, "text": text_sha256}
     with staged(dest, plan.source, job) as folder:

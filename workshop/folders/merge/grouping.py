@@ -5,8 +5,6 @@ Dimension letters: T tokens, S sampled tokens, E experts, N groups of experts, H
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch.nn import functional
@@ -16,11 +14,11 @@ from cluster.wire.tensors import from_array
 from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from workshop.folders.layerwise import LayerExperts
+from workshop.folders.options import Alike
 from workshop.folders.passes import block_bytes
 from workshop.folders.prune.importance import UseObserver
 from workshop.folders.rewritten import gate_tensors
 
-Alike = Literal["routing", "output"]
 SAMPLED_TOKENS, SAMPLE_BLOCKS = 256, 2
 """The most tokens for which outputs are compared. The outputs of all experts for them take no more
 bytes than so many blocks of a pass, but at least a token's."""

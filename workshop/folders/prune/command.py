@@ -12,10 +12,9 @@ from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.checkpoint import Checkpoint
 from router.observability.progress import OnProgress
 from workshop.convert.plan import STORED, Plan, make_plan
-from workshop.folders.card import Record
-from workshop.folders.making import Command, NewModel, make_folder, seen_on
+from workshop.folders.making import Command, NewModel, seen_on
+from workshop.folders.options import PruneOptions
 from workshop.folders.prune.importance import (
-    By,
     UseObserver,
     importance,
     most_important,
@@ -32,18 +31,6 @@ from workshop.folders.text import Text
 
 Kept = Mapping[int, Sequence[int]]
 """The ids of the kept experts of each layer, ascending."""
-
-
-@dataclass(frozen=True, slots=True)
-class PruneOptions:
-    """What decides a pruned model; ``seed`` counts for ``random`` alone."""
-
-    experts: int
-    by: By = "output"
-    seed: int = 0
-    sequences: int = 64
-    sequence_length: int = 256
-    max_shard_size: int = 5_000_000_000
 
 
 class KeptExperts(NewTensors):
@@ -113,17 +100,3 @@ class Prune(Command):
         config, new = new_config(self.model, self.options.experts), KeptExperts(self.model, kept)
         source = rewritten_source(self.model, config, new)
         return make_plan(source, STORED, self.options.max_shard_size)
-
-
-def prune(
-    checkpoint: Checkpoint,
-    dest: Path,
-    options: PruneOptions,
-    texts: Sequence[Path],
-    on_progress: OnProgress = lambda phase, done, total: None,
-) -> Record:
-    """Write the checkpoint with fewer experts to the folder ``dest``; returns its record.
-
-    Raises as :func:`workshop.folders.making.make_folder` does.
-    """
-    return make_folder(Prune(checkpoint, options), dest, texts, on_progress)

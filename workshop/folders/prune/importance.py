@@ -5,15 +5,12 @@ Dimension letters: T tokens, K experts of a token, R rows of an expert, E expert
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from cluster.errors import ConfigError
 from workshop.folders.layerwise import LayerExperts
-
-By = Literal["weight", "output", "random"]
+from workshop.folders.options import Importance
 
 
 class UseObserver:
@@ -46,7 +43,7 @@ class UseObserver:
         }
 
 
-def importance(by: By, seen: dict[str, np.ndarray]) -> np.ndarray:
+def importance(by: Importance, seen: dict[str, np.ndarray]) -> np.ndarray:
     """Return the importance [E] of a layer's experts, from what :class:`UseObserver` saw.
 
     ``weight`` is the mean weight of the gate times the hit rate (Chen et al. 2022, arXiv

@@ -34,18 +34,12 @@ from tests.unit.workshop.folders.families import (
     whole_model,
 )
 from workshop.folders.card import Record
-from workshop.folders.making import source_checkpoint
+from workshop.folders.making import make_folder, source_checkpoint
 from workshop.folders.merge.alignment import DOWN, in_order, neuron_orders
-from workshop.folders.merge.command import (
-    Group,
-    MergedExperts,
-    MergeOptions,
-    Merging,
-    merge,
-    merging_of,
-)
+from workshop.folders.merge.command import Group, Merge, MergedExperts, Merging, merging_of
 from workshop.folders.merge.dense import DENSE_CONFIGS, WITHOUT_DENSE
 from workshop.folders.merge.grouping import grouped
+from workshop.folders.options import MergeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -57,7 +51,7 @@ WITH_ONE = [name for name in ALL if name != "deepseek_v3"]
 
 def merged(folder: Path, dest: Path, text: Path, experts: int, **options: Any) -> Record:
     chosen = MergeOptions(experts, **{"sequences": 4, "sequence_length": 32} | options)
-    return merge(source_checkpoint(str(folder)), dest, chosen, [text])
+    return make_folder(Merge(source_checkpoint(str(folder)), chosen), dest, [text])
 
 
 def dense_logits(folder: Path) -> torch.Tensor:
