@@ -18,8 +18,8 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, read_header
 from workshop.convert.gguf_file import open_gguf
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import make_plan
+from workshop.convert.write import open_source
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],

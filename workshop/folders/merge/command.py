@@ -19,16 +19,17 @@ from experts.checkpoint.config import read_json
 from experts.checkpoint.shards import read_headers
 from router.observability.progress import OnProgress
 from workshop.convert.plan import STORED, Plan, make_plan
-from workshop.folders.making import Command, NewModel, seen_on
-from workshop.folders.merge.alignment import (
+from workshop.folders.making import Command, NewModel, Text, seen_on
+from workshop.folders.merge.dense import check_dense, dense_plan, score_dense
+from workshop.folders.merge.likeness import (
     DOWN,
     DOWN_BIAS,
+    LikenessObserver,
     assignment_bytes,
+    grouped,
     in_order,
     neuron_orders,
 )
-from workshop.folders.merge.dense import check_dense, dense_plan, score_dense
-from workshop.folders.merge.grouping import LikenessObserver, grouped
 from workshop.folders.options import MergeOptions
 from workshop.folders.passes import Seen
 from workshop.folders.rewritten import (
@@ -38,7 +39,6 @@ from workshop.folders.rewritten import (
     new_config,
     rewritten_source,
 )
-from workshop.folders.text import Text
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,11 @@ from workshop.folders.as_mixture import (
 )
 from workshop.folders.dense_model import DenseModel
 from workshop.folders.layerwise import LayeredModel
-from workshop.folders.making import Command, NewModel, seen_on
+from workshop.folders.making import Command, NewModel, Rows, Text, seen_on
 from workshop.folders.options import UpcycleOptions
+from workshop.folders.passes import Missed, twin_run
 from workshop.folders.rewritten import NewTensors, rewritten_source, sized_source
-from workshop.folders.text import Rows, Text
 from workshop.folders.upcycle.split_fit import SplitObserver, layer_split
-from workshop.folders.upcycle.twin_pass import Missed, TwinPass
 from workshop.folders.upcycle.upcycled import Copies, Split
 
 _CURVE_SHARES = (0.75, 0.5, 0.25, 0.125)
@@ -168,6 +167,11 @@ def _split(
     if sizes.active == sizes.experts:
         seen = seen_on(dense, rows, work, new_observer, on_progress)
     else:
-        twin = TwinPass(LayeredModel(dense), rows, work)
-        seen = twin.run(new_observer, lambda *done: on_progress("calibrating", *done))
+        seen = twin_run(
+            LayeredModel(dense),
+            rows.inputs,
+            work,
+            new_observer,
+            lambda *done: on_progress("calibrating", *done),
+        )
     return Split(dense, {layer_id: layer_split(found, sizes) for layer_id, found in seen.items()})

@@ -29,13 +29,12 @@ from tests.unit.workshop.folders.families import (
     save,
     whole_model,
 )
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import STORED, make_plan
+from workshop.convert.write import open_source
 from workshop.folders.card import Record
 from workshop.folders.making import make_folder, source_checkpoint
 from workshop.folders.options import Importance, PruneOptions
-from workshop.folders.prune.command import Prune
-from workshop.folders.prune.importance import importance, most_important
+from workshop.folders.prune.command import Prune, importance, most_important
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[5]

@@ -15,8 +15,7 @@ from workshop.folders.dense_model import opened_dense
 from workshop.folders.making import make_folder
 from workshop.folders.options import UpcycleOptions
 from workshop.folders.upcycle.command import Upcycle
-from workshop.folders.upcycle.division import divide
-from workshop.folders.upcycle.split_fit import fit_gate
+from workshop.folders.upcycle.split_fit import divide, fit_gate
 
 NUM_TOKENS, NUM_EXPERTS, SIZE = 240, 4, 6
 
