@@ -18,10 +18,11 @@ from tests.unit.workshop.folders.dense_models import save_dense
 from tests.unit.workshop.folders.edits import write_letters
 from tests.unit.workshop.folders.families import save, whole_model
 from workshop.folders.dense_model import opened_dense
-from workshop.folders.making import source_checkpoint
-from workshop.folders.merge.command import MergeOptions, merge
-from workshop.folders.prune.command import PruneOptions, prune
-from workshop.folders.upcycle.command import UpcycleOptions, upcycle
+from workshop.folders.making import make_folder, source_checkpoint
+from workshop.folders.merge.command import Merge
+from workshop.folders.options import MergeOptions, PruneOptions, UpcycleOptions
+from workshop.folders.prune.command import Prune
+from workshop.folders.upcycle.command import Upcycle
 
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "deepseek_v3")
 SIZES = ((1, 12), (30, 16), (90, 8))
@@ -37,8 +38,8 @@ def make_folders(families: Sequence[str], place: Path) -> dict[str, Path]:
         save(family, place / family)
         checkpoint = source_checkpoint(str(place / family))
         pruned, merged = (f"{family}-{command}" for command in ("pruned", "merged"))
-        prune(checkpoint, place / pruned, PruneOptions(**FEW), [text])
-        merge(checkpoint, place / merged, MergeOptions(**FEW), [text])
+        make_folder(Prune(checkpoint, PruneOptions(**FEW)), place / pruned, [text])
+        make_folder(Merge(checkpoint, MergeOptions(**FEW)), place / merged, [text])
         folders |= {name: place / name for name in (pruned, merged)}
     return folders
 
@@ -55,7 +56,7 @@ def make_upcycled(place: Path) -> dict[str, Path]:
         family, dense = name.partition("-")[0], place / f"{name}-dense"
         save_dense(family, dense)
         with opened_dense(str(dense)) as model:
-            upcycle(model, place / name, options, [text])
+            make_folder(Upcycle(model, options), place / name, [text])
     return {name: place / name for name in wanted}
 
 

@@ -19,8 +19,8 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, read_header
 from workshop.convert.gguf_file import open_gguf
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import make_plan
+from workshop.convert.write import open_source
 
 TINY = {
     **SIZES, "vocab_size": 257, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1,

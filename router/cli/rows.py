@@ -49,7 +49,8 @@ class Row:
 def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
     """Read a CSV file; without ``has_header`` a first line with a cell that is no number is one.
 
-    Raises :class:`InvalidRequestError` with the line where the file is no CSV or has no rows.
+    Raises :class:`InvalidRequestError` with the line where the file is no CSV, has no rows, or has
+    a row longer than the header.
     """
     reader = csv.reader(lines, strict=True)
     rows: list[tuple[int, Cells]] = []
@@ -63,6 +64,11 @@ def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
     if not rows:
         hint = "; its first line was read as the names of columns (--no-header)" if header else ""
         raise InvalidRequestError(f"has no rows{hint}")
+    for line, cells in rows:
+        if header is not None and len(cells) > len(header):
+            raise InvalidRequestError(
+                f"has {len(cells)} cells, but the header has {len(header)}", f"line {line}"
+            )
     return Table(header, rows)
 
 
@@ -80,11 +86,6 @@ def parse_rows(table: Table, info: MixtureInfo, ignored: Sequence[str]) -> list[
     Raises :class:`InvalidRequestError` with the line and the column of a wrong cell.
     """
     width = max(len(cells) for _, cells in table.rows)
-    if table.header is not None and width > len(table.header):
-        line = next(line for line, cells in table.rows if len(cells) == width)
-        raise InvalidRequestError(
-            f"has {width} cells, but the header has {len(table.header)}", f"line {line}"
-        )
     names = table.header or [str(place) for place in range(width)]
     columns = _columns(names if table.header else None, width, info, ignored)
     return [_row(line, cells, columns, names) for line, cells in table.rows]

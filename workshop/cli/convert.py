@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from router.cli.common import AsJson, write, write_json
 from router.observability.progress import phases
-from router.ops.plan.sizes import format_size, parse_size
-from workshop.cli.folders import MaxShardSize, again_after_ctrl_c
+from router.ops.plan.sizes import format_size
+from workshop.cli.folders import again_after_ctrl_c
+from workshop.folders.options import MAX_SHARD_BYTES, DtypeOption, MaxShardSize
 
 if TYPE_CHECKING:
     from workshop.convert.write import Converted
@@ -26,11 +27,8 @@ def convert(
         ),
     ],
     dest: Annotated[Path, typer.Argument(help="Folder for the checkpoint; new or empty.")],
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
-    ] = "auto",
-    max_shard_size: MaxShardSize = "5GB",
+    dtype: DtypeOption = "auto",
+    max_shard_size: MaxShardSize = MAX_SHARD_BYTES,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model into the served layout, or change its dtype or shard size.
@@ -44,13 +42,12 @@ def convert(
     """
     from workshop.convert.write import convert as run
 
-    max_shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     with again_after_ctrl_c(dest), phases("reading") as on:
         done = run(
             source,
             dest,
             dtype,
-            max_shard_bytes,
+            max_shard_size,
             lambda done, total: on("converting, MB", done >> 20, total >> 20),
         )
     if as_json:

@@ -71,7 +71,7 @@ def explain(
         explained = _ask(client, prompt, model, max_tokens, timeout)
     place = _place_of(explained, layer)
     if picture is not None:
-        from workshop.cli.explain_picture import draw
+        from workshop.cli.explained import draw
 
         try:
             draw(explained, picture)

@@ -153,8 +153,8 @@ def _fit_all(
     data: Path,
 ) -> list[Fitted]:
     """Fit the mixture, and each of its experts alone where rows are held out to compare them."""
-    from workshop.estimators.alone import experts_alone, score
     from workshop.estimators.base import progress
+    from workshop.estimators.saved.fit_config import experts_alone, score
 
     targets = columns.targets
     alone = experts_alone(estimator) if len(held_out) else {}

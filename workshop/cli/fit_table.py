@@ -56,18 +56,13 @@ def read_columns(
 
     With ``values_per_step`` a row is a sequence, and cells at its end may be empty.
     Classes are integers where all are, and texts otherwise. Raises :class:`InvalidRequestError`
-    with the line and the column of a cell that is empty or no finite number, of a row that is too
-    long, and of a column that is missing, unnamed, named twice, or named like another input.
+    with the line and the column of a cell that is empty or no finite number, and of a column that
+    is missing, unnamed, named twice, or named like another input.
     """
     import numpy as np
 
     header = table.header or []
     chosen = _chosen(header, targets, features)
-    for line, cells in table.rows:
-        if len(cells) > len(header):
-            raise InvalidRequestError(
-                f"has {len(cells)} cells, but the header has {len(header)}", f"line {line}"
-            )
     places = [header.index(name) for name in chosen]
     rows: np.ndarray | list[np.ndarray]
     if values_per_step is None:

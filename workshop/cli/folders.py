@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from router.cli.common import INTERRUPTED, AsJson, fail, write, write_json
 from router.observability.progress import phases
-from router.ops.plan.sizes import format_size, parse_size
+from router.ops.plan.sizes import format_size
+from workshop.folders.options import MakeOptions, MergeOptions, PruneOptions, UpcycleOptions
 
 if TYPE_CHECKING:
     from workshop.convert.plan import Plan
@@ -25,180 +28,124 @@ Source = Annotated[
         "owner/name@revision)."
     ),
 ]
+Dense = Annotated[
+    str,
+    typer.Argument(
+        help="A dense Llama-like model: a folder with config.json and safetensors, a hub id, "
+        "or a .gguf file."
+    ),
+]
 Dest = Annotated[Path, typer.Argument(help="Folder for the new model; new or empty.")]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
-        "--text",
         help="A UTF-8 text for calibration; a fifth of it is held out for the perplexities. "
         "Repeatable.",
     ),
 ]
-Sequences = Annotated[int, typer.Option(help="Most sequences for calibration, and held out.")]
-SequenceLength = Annotated[int, typer.Option(help="Tokens of a sequence.")]
-MaxShardSize = Annotated[str, typer.Option(help="Most bytes of a file, like 5GB.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and write nothing.")]
+_HELP = """{}
+
+Example: expertmesh {}
+
+DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
+"""
 
 
-def prune(
-    source: Source,
-    dest: Dest,
-    experts: Annotated[int, typer.Option(help="Experts that stay in each layer.")],
-    by: Annotated[
-        Literal["weight", "output", "random"],
-        typer.Option(
-            help="Importance: the gate's weight times the hit rate, the norm of the weighted "
-            "output (REAP), or a random number, as a control."
-        ),
-    ] = "output",
-    text: Texts = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of --by random.")] = 0,
-    sequences: Sequences = 64,
-    sequence_length: SequenceLength = 256,
-    max_shard_size: MaxShardSize = "5GB",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a model with the most important experts of each layer.
+def _folder_command(
+    options: type[MakeOptions],
+    opened: Callable[[str, Any], AbstractContextManager[Command]],
+    source_kind: Any,
+    *texts: str,
+) -> Callable[..., None]:
+    """Return the function of a command; its parameters are the fields of the options too."""
 
-    Example: expertmesh prune my-model my-model-4 --experts 4 --text novel.txt
+    def run(
+        source: str, dest: Path, text: list[Path] | None, dry_run: bool, as_json: bool, **given: Any
+    ) -> None:
+        with opened(source, options(**given)) as command:
+            _make_or_plan(command, dest, text or [], dry_run=dry_run, as_json=as_json)
 
-    DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
-    """
-    from workshop.folders.making import source_checkpoint
-    from workshop.folders.prune.command import Prune, PruneOptions
-
-    options = PruneOptions(
-        experts=experts,
-        by=by,
-        seed=seed,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
+    kinds = get_type_hints(options, include_extras=True)
+    of_all = [field.name for field in fields(MakeOptions)]
+    own_first = sorted(fields(options), key=lambda field: field.name in of_all)
+    of_options = {field.name: (kinds[field.name], field.default) for field in own_first}
+    common = {"text": (Texts, None), "dry_run": (DryRun, False), "as_json": (AsJson, False)}
+    arguments = {"source": (source_kind, MISSING), "dest": (Dest, MISSING)}
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is MISSING else default,
+                annotation=kind,
+            )
+            for name, (kind, default) in {**arguments, **of_options, **common}.items()
+        ]
     )
-    command = Prune(source_checkpoint(source), options)
-    _make_or_plan(command, dest, text, dry_run=dry_run, as_json=as_json)
+    run.__doc__ = _HELP.format(*texts)
+    return run
 
 
-def merge(
-    source: Source,
-    dest: Dest,
-    experts: Annotated[int, typer.Option(help="Experts of each layer afterwards.")],
-    by: Annotated[
-        Literal["routing", "output"],
-        typer.Option(help="Which experts are alike: by the gate's logits, or by their outputs."),
-    ] = "output",
-    dense: Annotated[
-        bool,
-        typer.Option(
-            "--dense", help="With --experts 1: write a plain dense model for transformers."
-        ),
-    ] = False,
-    text: Texts = None,
-    sequences: Sequences = 64,
-    sequence_length: SequenceLength = 256,
-    max_shard_size: MaxShardSize = "5GB",
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a model whose alike experts are merged: neurons aligned, weighted by use.
-
-    Example: expertmesh merge my-model my-model-4 --experts 4 --text novel.txt
-
-    DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
-    """
+@contextmanager
+def _pruning(source: str, options: PruneOptions) -> Iterator[Command]:
     from workshop.folders.making import source_checkpoint
-    from workshop.folders.merge.command import Merge, MergeOptions
+    from workshop.folders.prune.command import Prune
 
-    options = MergeOptions(
-        experts=experts,
-        by=by,
-        dense=dense,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
-    )
-    command = Merge(source_checkpoint(source), options)
-    _make_or_plan(command, dest, text, dry_run=dry_run, as_json=as_json)
+    yield Prune(source_checkpoint(source), options)
 
 
-def upcycle(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A dense Llama-like model: a folder with config.json and safetensors, a hub id, "
-            "or a .gguf file."
-        ),
-    ],
-    dest: Dest,
-    experts: Annotated[int, typer.Option(help="Experts of each layer.")],
-    by: Annotated[
-        Literal["split", "copies"],
-        typer.Option(
-            help="Divide the neurons into experts and a shared expert, or copy the layer into "
-            "every expert."
-        ),
-    ] = "split",
-    shared: Annotated[
-        int, typer.Option(help="With --by split: the shared expert's size, in experts.")
-    ] = 1,
-    active: Annotated[
-        int | None,
-        typer.Option(help="Experts of a token.", show_default="all parts, or two copies"),
-    ] = None,
-    text: Texts = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the gate of --by copies.")] = 0,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: the source's most common dtype; of quantised weights, bfloat16."),
-    ] = "auto",
-    sequences: Sequences = 64,
-    sequence_length: SequenceLength = 256,
-    max_shard_size: MaxShardSize = "5GB",
-    speed: Annotated[
-        bool,
-        typer.Option("--speed", help="Time the model too, for the card: on a quiet machine."),
-    ] = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a dense model as a mixture of experts.
+@contextmanager
+def _merging(source: str, options: MergeOptions) -> Iterator[Command]:
+    from workshop.folders.making import source_checkpoint
+    from workshop.folders.merge.command import Merge
 
-    Example: expertmesh upcycle model.gguf my-model --experts 16 --shared 8 --text novel.txt
+    yield Merge(source_checkpoint(source), options)
 
-    DEST appears at the end, complete, with a card. The same command resumes an interrupted run.
-    """
+
+@contextmanager
+def _upcycling(source: str, options: UpcycleOptions) -> Iterator[Command]:
     from workshop.folders.dense_model import opened_dense
-    from workshop.folders.upcycle.command import Upcycle, UpcycleOptions
+    from workshop.folders.upcycle.command import Upcycle
 
-    options = UpcycleOptions(
-        experts=experts,
-        by=by,
-        shared=shared,
-        active=active,
-        seed=seed,
-        dtype=dtype,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        max_shard_size=parse_size(max_shard_size, "--max-shard-size"),
-        speed=speed,
-    )
     with opened_dense(source) as model:
-        command = Upcycle(model, options)
-        _make_or_plan(command, dest, text, dry_run=dry_run, as_json=as_json)
+        yield Upcycle(model, options)
+
+
+prune = _folder_command(
+    PruneOptions,
+    _pruning,
+    Source,
+    "Write a model with the most important experts of each layer.",
+    "prune my-model my-model-4 --experts 4 --text novel.txt",
+)
+merge = _folder_command(
+    MergeOptions,
+    _merging,
+    Source,
+    "Write a model whose alike experts are merged: neurons aligned, weighted by use.",
+    "merge my-model my-model-4 --experts 4 --text novel.txt",
+)
+upcycle = _folder_command(
+    UpcycleOptions,
+    _upcycling,
+    Dense,
+    "Write a dense model as a mixture of experts.",
+    "upcycle model.gguf my-model --experts 16 --shared 8 --text novel.txt",
+)
 
 
 def _make_or_plan(
-    command: Command, dest: Path, texts: list[Path] | None, *, dry_run: bool, as_json: bool
+    command: Command, dest: Path, texts: list[Path], *, dry_run: bool, as_json: bool
 ) -> None:
     """Make a folder, or check that it can be made; prints what came of it."""
     from workshop.folders.making import make_folder, prepare
 
     if dry_run:
-        _print_plan(prepare(command, dest, texts or [])[0], dest, as_json)
+        _print_plan(prepare(command, dest, texts)[0], dest, as_json)
         return
     with again_after_ctrl_c(dest), phases("reading") as on_progress:
-        record = make_folder(command, dest, texts or [], on_progress)
+        record = make_folder(command, dest, texts, on_progress)
     _print_record(record, dest, as_json)
 
 

@@ -63,7 +63,7 @@ def train(
     from workshop.train.run import StoppedError
     from workshop.train.run import train as run
     from workshop.train.settings import load_config
-    from workshop.train.state import STATE_FILE
+    from workshop.train.trainer import STATE_FILE
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()

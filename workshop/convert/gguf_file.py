@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, shown, shown_name
 from experts.families.base import Config
-from workshop.convert.mixtral_names import expert_part, takes_by_part
-from workshop.convert.source import QUANTISED, Entry, Source, Take
+from workshop.convert.source import QUANTISED, Entry, Source, Take, expert_part, takes_by_part
 
 if TYPE_CHECKING:
     import torch

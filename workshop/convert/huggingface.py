@@ -15,8 +15,15 @@ from experts.checkpoint.config import read_json
 from experts.checkpoint.quantization import quantization_of
 from experts.checkpoint.shards import DTYPES, INDEX_FILE, WEIGHTS_FILE, weight_map_of
 from experts.families.grok import GROK_1, GROK_1_OF_XAI, name_of_xai
-from workshop.convert.safetensors_files import SafetensorsFiles
-from workshop.convert.source import QUANTISED, Entry, MadeTensors, Source, Take, Tensors
+from workshop.convert.source import (
+    QUANTISED,
+    Entry,
+    MadeTensors,
+    SafetensorsFiles,
+    Source,
+    Take,
+    Tensors,
+)
 
 if TYPE_CHECKING:
     import torch

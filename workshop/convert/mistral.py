@@ -14,9 +14,7 @@ from typing import Any
 from cluster.errors import CheckpointError
 from experts.checkpoint.config import read_json
 from experts.families.base import Config
-from workshop.convert.mixtral_names import expert_part, takes_by_part
-from workshop.convert.safetensors_files import SafetensorsFiles
-from workshop.convert.source import Source, Take
+from workshop.convert.source import SafetensorsFiles, Source, Take, expert_part, takes_by_part
 
 PARAMS_FILE = "params.json"
 _PATTERN = "consolidated*.safetensors"

@@ -1,16 +1,22 @@
-"""A model in another layout: its configuration, and how to read each tensor."""
+"""A model in another layout: its configuration, its tensors' names, and how to read each."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from safetensors import SafetensorError, safe_open
+
+from cluster.errors import CheckpointError, shown_name
+from experts.checkpoint.shards import DTYPES, TensorInfo, read_all
 from experts.families.base import Config
 
 if TYPE_CHECKING:
     import torch
+
 
 QUANTISED = "quantised"
 """The dtype of an entry with codes, which reading dequantises to float32."""
@@ -122,3 +128,82 @@ def read(tensors: Tensors, take: Take) -> torch.Tensor:
         pairs = tensor.reshape(take.rotary_heads, -1, 2, tensor.shape[-1])
         tensor = pairs.transpose(1, 2).reshape(tensor.shape)
     return tensor.contiguous()
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"block_sparse_moe\.experts\.(\d+)\.(w[123])")
+
+
+def takes_by_part(
+    config: Config,
+    layers: str,
+    outer: Mapping[str, str],
+    in_layer: Mapping[str, str],
+    rest: Callable[[str, str], list[Take]] = lambda prefix, part: [],
+) -> Callable[[str], list[Take]]:
+    """Return the function from a tensor's name to its takes, for a layout of llama.cpp or Mistral.
+
+    ``layers`` is the prefix of all layers' names. ``outer`` and ``in_layer`` have the layout's name
+    of a tensor outside and inside of a layer. ``rest(prefix of the layer, part)`` returns the takes
+    of all other tensors of a layer. Queries and keys are rotary pairs, but not those of Qwen2.
+    """
+    rotary = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
+    }
+    rotary = {} if config["model_type"] == "qwen2" else rotary
+
+    def takes(name: str) -> list[Take]:
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return [Take(outer[name])] if name in outer else []
+        prefix, part, kind = f"{layers}.{int(match[1])}", match[2], match[3]
+        if part in in_layer:
+            return [Take(f"{prefix}.{in_layer[part]}.{kind}", rotary_heads=rotary.get(part))]
+        return rest(prefix, part)
+
+    return takes
+
+
+def expert_part(part: str) -> tuple[int, str] | None:
+    """Return the expert and the matrix (``w1``) of a part, or ``None`` for any other part."""
+    match = _EXPERT.fullmatch(part)
+    return None if match is None else (int(match[1]), match[2])
+
+
+class SafetensorsFiles:
+    """The tensors of files with checked headers."""
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        """Read the headers of one or more files in one folder.
+
+        Raises :class:`CheckpointError` for a missing or broken file, a dtype that cannot be
+        converted, and a tensor in two files.
+        """
+        tensors = read_all(files)
+        self.entries = {name: _entry(name, info, files[0]) for name, info in tensors.items()}
+        self._files = {name: files[0].parent / info.file for name, info in tensors.items()}
+
+    def read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Return rows of a tensor; only these rows are read."""
+        file = self._files[name]
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                return opened.get_slice(name)[begin:end]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"tensor {name} cannot be read: {error}", str(file)) from None
+
+
+def _entry(name: str, info: TensorInfo, file: Path) -> Entry:
+    if not info.shape or 0 in info.shape:
+        raise CheckpointError(
+            f"tensor {shown_name(name)} has shape {list(info.shape)}",
+            str(file.with_name(info.file)),
+        )
+    if info.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor {shown_name(name)} has dtype {info.dtype}, and nothing says how it is "
+            f"quantised; supported: {', '.join(DTYPES)}",
+            str(file.with_name(info.file)),
+        )
+    return Entry(info.shape, DTYPES[info.dtype])

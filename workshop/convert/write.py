@@ -1,24 +1,30 @@
-"""``convert`` writes the shards, one tensor at a time, then the small files, and renames once."""
+"""``convert`` finds the layout of a path, writes shards, then small files, and renames once.
+
+A shard is written a tensor at a time: the library's own writer takes all tensors of a file at once.
+The format is that of github.com/huggingface/safetensors: the length of the header, the header as
+JSON, then the tensors without gaps.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError
+from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_small
-from experts.checkpoint.shards import INDEX_FILE
+from experts.checkpoint.shards import DTYPES, INDEX_FILE, PICKLE_SUFFIXES, listed_names
 from experts.checkpoint.small_files import text_files_of
-from workshop.convert.huggingface import CONFIG_FILE
-from workshop.convert.layouts import open_source
+from workshop.convert.gguf_file import is_gguf, open_gguf
+from workshop.convert.huggingface import CONFIG_FILE, is_huggingface, open_huggingface
+from workshop.convert.mistral import is_mistral, open_mistral
 from workshop.convert.plan import Piece, Plan, Shard, make_plan
-from workshop.convert.shard_writer import write_shard
-from workshop.convert.source import read
+from workshop.convert.source import Source, read
 from workshop.convert.staging import (
     UNFINISHED,
     ConvertFailedError,
@@ -31,6 +37,7 @@ from workshop.convert.staging import (
 
 if TYPE_CHECKING:
     import torch
+
 
 Progress = Callable[[int, int], None]
 """Receives the bytes written so far, and the bytes of all tensors."""
@@ -155,3 +162,87 @@ def _write_small_files(plan: Plan, folder: Path) -> None:
     for name in text_files_of(beside):
         write_whole(folder / name, read_small(plan.source.folder / name))
     write_whole(folder / CONFIG_FILE, json.dumps(plan.config, indent=2).encode())
+
+
+_CODES = {name: code for code, name in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+def write_shard(file: Path, shard: Shard, tensors: Iterable[torch.Tensor]) -> None:
+    """Write a shard whose tensors come in the order of its pieces, in the pieces' dtypes.
+
+    Wider numbers lie before narrower ones, so that every tensor is aligned. Raises ``OSError``.
+    """
+    from cluster.wire.tensors import to_bytes
+
+    places = _places(shard)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for piece in shard.pieces:
+        begin = places[piece.name]
+        header[piece.name] = {
+            "dtype": _CODES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [begin, begin + piece.num_bytes],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        data_begin = opened.tell()
+        for piece, tensor in zip(shard.pieces, tensors, strict=True):
+            opened.seek(data_begin + places[piece.name])
+            opened.write(to_bytes(tensor))
+
+
+def _places(shard: Shard) -> dict[str, int]:
+    """Return where each tensor of a shard begins."""
+    places, begin = {}, 0
+    for piece in sorted(shard.pieces, key=lambda piece: -DTYPE_BYTES[piece.dtype]):
+        places[piece.name] = begin
+        begin += piece.num_bytes
+    return places
+
+
+_ALLOWED = (
+    "a folder with config.json and safetensors, a folder with params.json and "
+    "consolidated*.safetensors, or a .gguf file"
+)
+
+
+def open_source(path: Path) -> Source:
+    """Open a model in any known layout; reads the configuration and the headers, and no weight.
+
+    Raises :class:`CheckpointError` for a path without a known layout, for pickles, which are never
+    loaded, and for the errors of the layout.
+    """
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.exists():
+            raise CheckpointError(f"no such file or folder; allowed: {_ALLOWED}", str(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", str(path)) from None
+    if path.suffix in PICKLE_SUFFIXES:
+        raise _pickled(path, [path.name])
+    if not path.is_file() or not is_gguf(path):
+        raise CheckpointError(f"is not a known layout; allowed: {_ALLOWED}", str(path))
+    return open_gguf(path)
+
+
+def _open_folder(path: Path) -> Source:
+    if is_huggingface(path):
+        return open_huggingface(path)
+    if is_mistral(path):
+        return open_mistral(path)
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise _pickled(path, pickles)
+    raise CheckpointError(f"is not a known layout; allowed: {_ALLOWED}", str(path))
+
+
+def _pickled(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"has only pickle weights ({listed_names(names)}), which can run any "
+        "program when they are loaded and so never are; look for the model's safetensors",
+        str(path),
+    )

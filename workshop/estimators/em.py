@@ -4,7 +4,8 @@ Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm":
 each gate is a generalised linear model. The M step maximises Σ h_ij log P_ij(y | x) for an expert
 and Σ h_i log g_i(x) for a gate: the posteriors h of the E step are weights of rows, or targets.
 Iteratively reweighted least squares is Newton's method here.
-Everything is float64, and many models that share the rows are fitted at once.
+Everything is float64. Sums over the last axis, that of experts, choices or classes, are written
+out: it is often two or three long, and numpy's own reductions are many times slower there.
 
 Dimension letters: N rows, F features, D = F + 1 columns of the design, G models, C classes or
 choices, O outputs.
@@ -12,14 +13,58 @@ choices, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.sparse.linalg import LinearOperator, cg
 
-from workshop.estimators.choices import Array, centred, log_softmax, sum_of_choices
+Array = np.ndarray
+
+_FEW_CHOICES = 16
+
+
+def log_sum_exp(scores: Array) -> Array:
+    """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
+    top = _over_choices(np.maximum, scores)
+    if np.isfinite(top).all():  # no logarithm below is one of 0
+        return np.log(sum_of_choices(np.exp(scores - top))) + top
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(sum_of_choices(np.exp(scores - top))) + top
+
+
+def sum_of_choices(values: Array) -> Array:
+    """Return the sum over the last axis, kept with length 1."""
+    return _over_choices(np.add, values)
+
+
+def centred(values: Array) -> Array:
+    """Return ``values`` less their mean over the last axis. numpy's own mean is slow there."""
+    num_choices = values.shape[-1]
+    if num_choices == 2:
+        return values - (values[..., :1] + values[..., 1:]) / num_choices
+    result: Array = values - np.add.reduce(values, axis=-1, keepdims=True) / num_choices
+    return result
+
+
+def _over_choices(function: np.ufunc, values: Array) -> Array:
+    """Reduce the last axis. numpy's own reduction is many times slower where it is short."""
+    if values.shape[-1] > _FEW_CHOICES:
+        reduced: Array = function.reduce(values, axis=-1, keepdims=True)
+        return reduced
+    if values.shape[-1] < 2:
+        return values[..., :1].copy()
+    result = function(values[..., :1], values[..., 1:2])
+    for choice in range(2, values.shape[-1]):
+        function(result, values[..., choice : choice + 1], out=result)
+    return result
+
+
+def log_softmax(scores: Array) -> Array:
+    """Return the log of the softmax over the last axis."""
+    return scores - log_sum_exp(scores)
+
 
 NEWTON_DECREMENT = 1e-10
 """Newton's method ends after a step that promises less than this, in nats a row."""
@@ -61,11 +106,10 @@ def least_squares(
     for model, of_model in enumerate(row_weight.T):
         weighted = design.T * of_model
         normal, cross = weighted @ design, weighted @ targets
-        if penalty_scale is None:
-            coefficients[model] = _solved(design, targets, of_model, normal, cross, penalty)
-            continue
-        for output, scale in enumerate(penalty_scale[model]):
-            place = slice(output, output + 1)
+        parts: list[tuple[slice, float]] = [(slice(None), 1.0)]
+        if penalty_scale is not None:
+            parts = [(slice(o, o + 1), scale) for o, scale in enumerate(penalty_scale[model])]
+        for place, scale in parts:
             coefficients[model, :, place] = _solved(
                 design, targets[:, place], of_model, normal, cross[:, place], scale * penalty
             )
@@ -91,13 +135,13 @@ def _solved(
 
 @dataclass(frozen=True)
 class SoftmaxProblem:
-    """G softmax regressions on the same rows.
+    """A softmax regression on rows ``design`` [N, D].
 
-    The objective of model g, which is concave in its coefficients θ_g [D, C], is
-    Σ_nc targets[n, g, c] log softmax(design[n] θ_g)_c − ½ Σ_dc penalty[d] θ_g[d, c]².
+    The objective, which is concave in the coefficients θ [D, C], is
+    Σ_nc targets[n, c] log softmax(design[n] θ)_c − ½ Σ_dc penalty[d] θ[d, c]².
 
-    ``targets`` [N, G, C] are not negative and need not add up to 1: their sum over the choices is
-    the weight of the row.
+    ``targets`` [N, C] are not negative and need not add up to 1: their sum over the choices is the
+    weight of the row.
     """
 
     design: Array
@@ -105,34 +149,14 @@ class SoftmaxProblem:
     penalty: Array
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape [D, G, C] of the coefficients of all models."""
-        return (self.design.shape[1], *self.targets.shape[1:])
+    def shape(self) -> tuple[int, int]:
+        """The shape [D, C] of the coefficients."""
+        return self.design.shape[1], self.targets.shape[1]
 
-    def scores(self, coefficients: Array) -> Array:
-        """Return design · coefficients, [N, G, C]."""
-        flat = self.design @ coefficients.reshape(len(coefficients), -1)
-        return flat.reshape(-1, *coefficients.shape[1:])
-
-    def transposed(self, rows: Array) -> Array:
-        """Return designᵀ · ``rows`` [N, G, C]: [D, G, C]."""
-        flat = self.design.T @ rows.reshape(len(rows), -1)
-        return flat.reshape(-1, *rows.shape[1:])
-
-    def penalised(self, coefficients: Array) -> Array:
-        """Return penalty · coefficients, [D, G, C]."""
-        return self.penalty[:, None, None] * coefficients
-
-    def objectives(self, coefficients: Array, log_probabilities: Array) -> Array:
-        """Return the objective [G] of each model, given the :func:`log_softmax` of its scores."""
-        likelihood = np.einsum("ngc,ngc->g", self.targets, log_probabilities)
-        return likelihood - 0.5 * _dot(coefficients, self.penalised(coefficients))
-
-    def of(self, models: Array) -> SoftmaxProblem:
-        """Return the problem of some of the models."""
-        if len(models) == self.targets.shape[1]:
-            return self
-        return SoftmaxProblem(self.design, self.targets[:, models], self.penalty)
+    def objective(self, coefficients: Array, log_probabilities: Array) -> float:
+        """Return the objective, given the :func:`log_softmax` of design · ``coefficients``."""
+        likelihood = np.vdot(self.targets, log_probabilities)
+        return float(likelihood - 0.5 * self.penalty @ (coefficients**2).sum(axis=1))
 
 
 def ascend(
@@ -142,75 +166,71 @@ def ascend(
     decrement: float = NEWTON_DECREMENT,
     tolerance: float = EXACT,
 ) -> tuple[Array, bool]:
-    """Raise the objectives of all models from ``coefficients`` [D, G, C] by Newton's method.
+    """Raise the objective from ``coefficients`` [D, C] by Newton's method.
 
-    ``tolerance`` is the relative error of the steps' directions.
-    Returns the new coefficients and whether all models converged, in ``max_iter`` steps or fewer.
-    No step lowers an objective by more than rounding. The sum of coefficients over the choices,
-    which changes nothing but the penalty, becomes 0.
+    ``tolerance`` is the relative error of the steps' directions. Returns the new coefficients and
+    whether they converged, in ``max_iter`` steps or fewer. No step lowers the objective by more
+    than rounding. The sum of coefficients over the choices, which changes nothing but the penalty,
+    becomes 0.
     """
     coefficients = centred(coefficients)
-    mass = problem.targets.sum(axis=(0, 2))
-    if problem.shape[2] == 1:
+    mass = float(problem.targets.sum())
+    if problem.shape[1] == 1:
         return coefficients, True
-    active = np.flatnonzero(mass > 0)
-    starved = np.flatnonzero(mass <= 0)
-    # Without rows the prior alone decides, and its maximum is at 0.
-    coefficients[:, starved] = 0.0
+    if mass <= 0:  # without rows the prior alone decides, and its maximum is at 0
+        return np.zeros_like(coefficients), True
     for _ in range(max_iter):
-        if not len(active):
-            break
-        part = problem.of(active)
-        step, gain = _newton_step(part, coefficients[:, active], mass[active], tolerance)
-        coefficients[:, active] += step
-        active = active[gain > decrement * mass[active]]
-    return coefficients, not len(active)
+        step, gain = _newton_step(problem, coefficients, mass, tolerance)
+        coefficients = coefficients + step
+        if gain <= decrement * mass:
+            return coefficients, True
+    return coefficients, False
 
 
-def _dot(left: Array, right: Array) -> Array:
-    """Return the inner products [G] of coefficients [D, G, C]."""
-    return np.einsum("dgc,dgc->g", left, right)
+def ascend_all(
+    design: Array,
+    targets: Array,
+    penalty: Array,
+    coefficients: Array,
+    max_iter: int,
+    tolerance: float = ROUGH,
+) -> Array:
+    """Return coefficients [D, G, C] after :func:`ascend` of G models with targets [N, G, C]."""
+    models = zip(targets.swapaxes(0, 1), coefficients.swapaxes(0, 1), strict=True)
+    raised = [
+        ascend(SoftmaxProblem(design, wanted, penalty), begun, max_iter, tolerance=tolerance)[0]
+        for wanted, begun in models
+    ]
+    return np.stack(raised, axis=1)
 
 
 def _newton_step(
-    problem: SoftmaxProblem, coefficients: Array, mass: Array, tolerance: float
-) -> tuple[Array, Array]:
-    """Return a step [D, G, C] and the gain [G] that it promised.
+    problem: SoftmaxProblem, coefficients: Array, mass: float, tolerance: float
+) -> tuple[Array, float]:
+    """Return a step [D, C] and the gain that it promised.
 
-    The step lowers no objective by more than rounding. Where none is found, both are 0.
+    The step lowers the objective by no more than rounding. Where none is found, both are 0.
     """
-    scores = problem.scores(coefficients)
+    scores = problem.design @ coefficients
     log_probabilities = log_softmax(scores)
-    before = problem.objectives(coefficients, log_probabilities)
+    before = problem.objective(coefficients, log_probabilities)
     probabilities = np.exp(log_probabilities)
     row_mass = sum_of_choices(problem.targets)
     residuals = problem.targets - row_mass * probabilities
+    penalised = problem.penalty[:, None] * coefficients
     # The sum over the choices is 0 but for rounding.
-    gradient = centred(problem.transposed(residuals) - problem.penalised(coefficients))
+    gradient = centred(problem.design.T @ residuals - penalised)
     direction = _newton_direction(problem, row_mass, probabilities, gradient, tolerance)
-    promised = _dot(gradient, direction)
-    score_direction = problem.scores(direction)
-    size = np.ones(len(mass))
-    pending = promised > 0
-    size[~pending] = 0.0
+    promised = float(np.vdot(gradient, direction))
+    score_direction = problem.design @ direction
     # A step whose gain is below rounding is taken whole: near the maximum Newton's method is right.
-    rounding = 16 * np.finfo(np.float64).eps * (np.abs(before) + mass)
-    for _ in range(_MOST_HALVINGS):
-        models = np.flatnonzero(pending)
-        if not len(models):
-            break
-        moved = size[models, None] * direction[:, models]
-        after = problem.of(models).objectives(
-            coefficients[:, models] + moved,
-            log_softmax(scores[:, models] + size[models, None] * score_direction[:, models]),
-        )
-        needed = before[models] + _ARMIJO * size[models] * promised[models]
-        enough = after >= needed - rounding[models]
-        pending[models[enough]] = False
-        size[models[~enough]] /= 2
-    size[pending] = 0.0
-    promised = np.where(pending, 0.0, promised)
-    return size[None, :, None] * direction, promised / 2
+    rounding = 16 * np.finfo(np.float64).eps * (abs(before) + mass)
+    for size in 0.5 ** np.arange(_MOST_HALVINGS) if promised > 0 else ():
+        moved = log_softmax(scores + size * score_direction)
+        after = problem.objective(coefficients + size * direction, moved)
+        if after >= before + _ARMIJO * size * promised - rounding:
+            return size * direction, promised / 2
+    return np.zeros_like(direction), 0.0
 
 
 def _newton_direction(
@@ -220,74 +240,45 @@ def _newton_direction(
     gradient: Array,
     tolerance: float,
 ) -> Array:
-    """Return the solution [D, G, C] of (damping − Hessian) direction = gradient.
+    """Return the solution [D, C] of (damping − Hessian) direction = gradient.
 
-    It is found by conjugate gradients, up to the relative error ``tolerance``. The preconditioner
-    is the inverse of the Hessian's blocks of one class each, or of its diagonal where the design is
-    wide. Memory stays at G·C small matrices, where the whole Hessian has C times as many. The
-    damping bounds the step where no row has any curvature left.
+    It is found by conjugate gradients, up to the relative error ``tolerance``, so that the Hessian
+    needs no memory. The preconditioner is the inverse of its blocks of one class each, or of its
+    diagonal where the design is wide. The damping bounds the step where no row has any curvature
+    left.
     """
-    ridge = problem.penalty[:, None] + _DAMPING * (problem.design**2).T @ row_mass[..., 0]
-    preconditioned = _preconditioner(problem, row_mass * probabilities * (1 - probabilities), ridge)
-
-    def curved(vector: Array) -> Array:
-        scores = problem.scores(vector)
-        mean = sum_of_choices(probabilities * scores)
-        curvature = problem.transposed(row_mass * probabilities * (scores - mean))
-        return curvature + ridge[..., None] * vector
-
-    solution = np.zeros_like(gradient)
-    residual = gradient.copy()
-    search = preconditioned(residual)
-    gain = first_gain = _dot(residual, search)
-    for _ in range(_MOST_CG_STEPS):
-        open_models = gain > tolerance**2 * first_gain
-        if not open_models.any():
-            break
-        product = curved(search)
-        curvature = _dot(search, product)
-        open_models &= curvature > 0
-        length = np.where(open_models, gain / np.where(open_models, curvature, 1.0), 0.0)
-        solution += length[None, :, None] * search
-        residual -= length[None, :, None] * product
-        ahead = preconditioned(residual)
-        new_gain = np.where(open_models, _dot(residual, ahead), 0.0)
-        ratio = np.where(open_models, new_gain / np.where(open_models, gain, 1.0), 0.0)
-        search = ahead + ratio[None, :, None] * search
-        gain = new_gain
-    return solution
-
-
-def _preconditioner(
-    problem: SoftmaxProblem, curvature: Array, ridge: Array
-) -> Callable[[Array], Array]:
-    """Return the map of vectors [D, G, C] by the inverse of a part of the Hessian.
-
-    The part is the blocks designᵀ diag(curvature[:, g, c]) design + ridge[:, g], or their diagonals
-    where the design has more columns than :data:`_MOST_BLOCK_COLUMNS`.
-    """
-    num_columns, num_models, num_classes = problem.shape
+    design = problem.design
+    mass = row_mass * probabilities
+    ridge = problem.penalty + _DAMPING * (design**2).T @ row_mass[:, 0]
     # A column of zeros under no ridge has a gradient of 0: any value will do for it.
-    added = np.where(ridge > 0, ridge, 1.0)[..., None]
-    of_classes = curvature.reshape(len(curvature), -1)
+    added = np.where(ridge > 0, ridge, 1.0)
+    curvatures = mass * (1 - probabilities)
 
-    if num_columns > _MOST_BLOCK_COLUMNS:
-        diagonals = ((problem.design**2).T @ of_classes).reshape(problem.shape) + added
-        return lambda vector: centred(vector / diagonals)  # the Hessian's own subspace
-    left, right = _upper_triangle(num_columns)
-    products = problem.design[:, left] * problem.design[:, right]
-    halves = (of_classes.T @ products).reshape(num_models, num_classes, -1)
-    blocks = np.empty((num_models, num_classes, num_columns, num_columns))
-    blocks[..., left, right] = halves
-    blocks[..., right, left] = halves
-    np.einsum("gcdd->dgc", blocks)[...] += added
-    inverses = np.linalg.inv(blocks)
+    def curved(flat: Array) -> Array:
+        vector = flat.reshape(gradient.shape)
+        scores = design @ vector
+        scores -= sum_of_choices(probabilities * scores)
+        return (design.T @ (mass * scores) + ridge[:, None] * vector).ravel()
 
-    def by_blocks(vector: Array) -> Array:
-        solved = inverses @ vector.transpose(1, 2, 0)[..., None]
-        return centred(solved[..., 0].transpose(2, 0, 1))
+    if len(ridge) > _MOST_BLOCK_COLUMNS:
+        inverses = 1 / ((design**2).T @ curvatures + added[:, None])
+    else:
+        blocks = [(design.T * of_class) @ design + np.diag(added) for of_class in curvatures.T]
+        inverses = np.linalg.inv(blocks)
 
-    return by_blocks
+    def preconditioned(flat: Array) -> Array:
+        vector = flat.reshape(gradient.shape)
+        if inverses.ndim == 2:
+            return centred(inverses * vector).ravel()
+        return centred(np.einsum("cde,ec->dc", inverses, vector)).ravel()
 
-
-_upper_triangle = lru_cache(np.triu_indices)
+    shape = gradient.size, gradient.size
+    solution, _ = cg(
+        LinearOperator(shape, curved),
+        gradient.ravel(),
+        rtol=tolerance,
+        maxiter=_MOST_CG_STEPS,
+        M=LinearOperator(shape, preconditioned),
+    )
+    direction: Array = solution.reshape(gradient.shape)
+    return direction

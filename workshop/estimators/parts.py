@@ -24,7 +24,7 @@ from experts.backends.torch_experts import RnnModel
 from experts.mixture.parts import Activation, RnnExpert
 from router.mixture.scores import best_choices
 from router.mixture.sums import sum_first
-from workshop.estimators.choices import log_softmax, log_sum_exp
+from workshop.estimators.em import log_softmax, log_sum_exp
 from workshop.estimators.sequences import Sequences
 
 Array = npt.NDArray[np.float64]

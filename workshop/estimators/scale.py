@@ -5,11 +5,18 @@ Dimension letters: N rows, T steps of a sequence, F columns, W outputs of a laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from workshop.estimators.parts import Array
+from workshop.estimators.parts import (
+    Array,
+    EstimatorPart,
+    ExpertPart,
+    FittedMixture,
+    Layers,
+    NetworkPart,
+)
 
 Layer = tuple[Array, Array]
 """The weight [W, F] and the bias [W] of a linear layer."""
@@ -83,3 +90,41 @@ class Scales:
     def log_units(self) -> float:
         """How much a log density of raw targets is below one of scaled targets."""
         return float(np.log(self.targets.deviation).sum())
+
+
+def folded(mixture: FittedMixture, scales: Scales) -> FittedMixture:
+    """Return the mixture for raw rows and targets of one for scaled ones, in arrays of its own.
+
+    With the inverse scales it is the other way round.
+    """
+    deviations = mixture.deviations
+    return replace(
+        mixture,
+        gates={
+            name: replace(gate, layers=_after(scales.inputs, gate.layers))
+            for name, gate in mixture.gates.items()
+        },
+        experts={name: _folded(part, scales) for name, part in mixture.experts.items()},
+        deviations=None if deviations is None else deviations * scales.targets.deviation,
+    )
+
+
+def _folded(part: ExpertPart, scales: Scales) -> ExpertPart:
+    if isinstance(part, NetworkPart):
+        *layers, last = _after(scales.inputs, part.layers)
+        return replace(part, layers=(*layers, scales.targets.undone_after(last)))
+    assert not isinstance(part, EstimatorPart), "its rows are raw"
+    tensors = {name: tensor.copy() for name, tensor in part.tensors.items()}
+    for scale, weight, bias in (
+        (scales.inputs.before, "rnn.weight_ih_l0", "rnn.bias_ih_l0"),
+        (scales.targets.undone_after, "head.weight", "head.bias"),
+    ):
+        tensors[weight], tensors[bias] = scale((tensors[weight], tensors[bias]))
+    return replace(part, tensors=tensors)
+
+
+def _after(inputs: Scale, layers: Layers) -> Layers:
+    """Return copies of layers, of which the first takes raw inputs."""
+    first, *rest = layers
+    weight, bias = inputs.tiled(first[0].shape[1] // len(inputs.mean)).before(first)
+    return (np.ascontiguousarray(weight), bias), *((w.copy(), b.copy()) for w, b in rest)

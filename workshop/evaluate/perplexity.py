@@ -1,19 +1,41 @@
-"""The perplexity of texts, and which experts their tokens use.
+"""What a scorer says of token ids; the perplexity of texts, and which experts their tokens use.
 
 The experts of a token are those that the gate chose at the token before it, which predict it.
 
-Dimension letters: E experts of a layer.
+Dimension letters: N scored tokens, K experts per token, E experts of a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from workshop.evaluate.scores import Scored
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The natural log probabilities [N] of all ids of a prompt but the first.
+
+    ``experts`` has, by layer, the experts [N, K] of the token before each, where they are known.
+    ``exact`` is false where an expert was replaced or left out.
+    """
+
+    logprobs: np.ndarray
+    experts: Mapping[int, np.ndarray] = field(default_factory=dict)
+    exact: bool = True
+
+
+class Scorer(Protocol):
+    """A model that scores prompts."""
+
+    def score(self, prompts: Iterable[Ids]) -> Iterator[Scored]:
+        """Score prompts, each of at least one token, in their order; takes few of them ahead."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

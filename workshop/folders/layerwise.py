@@ -25,9 +25,8 @@ from experts.compute.ffn import ACTIVATIONS, ffn
 from router.model.attention.interface import PagedBatch, Span
 from router.model.attention.latent import keep_latents
 from router.model.attention.paged import GatheredAttention, PagedContext
-from router.model.attention_choice import head_size
+from router.model.attention_choice import make_cache
 from router.model.decoder import DecoderLayer, Map, Rotation
-from router.model.kv_cache import LatentCache, PagedCache
 from router.model.model import attention_name, class_of, experts_replaced, layers_with_window
 from router.model.own_values import own_value
 from router.model.page_pool import pages_needed
@@ -149,7 +148,8 @@ class LayeredModel:
                 config, attn_implementation=attention_name(checkpoint.family)
             )
         self._model = model.eval().requires_grad_(False)
-        self._config = config
+        self._one_layer = copy.copy(config)
+        self._one_layer.num_hidden_layers = 1
         self._stored = _stored_names(checkpoint, self._model)
         base = self._model.base_model
         self._prefix_of_layers = next(
@@ -203,19 +203,13 @@ class LayeredModel:
     def context(self, num_sequences: int, length: int, has_window: bool) -> PagedContext:
         """Return a cache of one layer for sequences in a row, each of which attends to itself."""
         num_tokens = num_sequences * length
-        pages = pages_needed(num_tokens, self._attention.page_size), self._attention.page_size
+        num_pages = pages_needed(num_tokens, self._attention.page_size)
+        family = self.checkpoint.family
+        cache = make_cache(self._attention, family, self._one_layer, num_pages, torch.float32, CPU)
         slots = np.arange(num_tokens, dtype=np.int64).reshape(num_sequences, length)
         view = self._attention.view([Span(row, 0) for row in slots], 0)
         batch = PagedBatch(torch.from_numpy(slots.reshape(-1)), view)
-        return PagedContext(self._cache(pages), self._attention, batch, (has_window,))
-
-    def _cache(self, pages: tuple[int, int]) -> PagedCache:
-        config = self._config
-        if self.checkpoint.family.caches_latents:
-            sizes = config.kv_lora_rank, config.qk_rope_head_dim
-            return LatentCache(1, pages, *sizes, torch.float32, CPU)
-        sizes = config.num_key_value_heads, head_size(config)
-        return PagedCache(1, pages, *sizes, torch.float32, CPU)
+        return PagedContext(cache, self._attention, batch, (has_window,))
 
     def _name_of(self, module: Any) -> str:
         return next(f"{n}." for n, found in self._model.named_modules() if found is module)

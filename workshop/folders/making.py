@@ -1,7 +1,10 @@
 """What every command that makes a folder of a model does.
 
-It calibrates, writes the new model beside the destination, scores both models on held-out text,
-adds the card, and renames once. The same command resumes a run that was killed.
+It reads texts as rows of tokens, calibrates, writes the new model beside the destination, scores
+both models on held-out text, adds the card, and renames once. The same command resumes a run that
+was killed.
+
+Dimension letters: N rows, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -9,43 +12,111 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
+from cluster.errors import CheckpointError, ConfigError
 from cluster.heap import give_back_freed
+from cluster.processor import processor_name
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.folder import language_model, open_folder
 from experts.checkpoint.hub import name_of
 from experts.checkpoint.stored import resolve_folder
+from experts.families.counts import with_counts
+from router.gateway.input.tokenizer import Tokenizer
 from router.observability.progress import OnProgress
 from workshop.convert.plan import Plan
 from workshop.convert.staging import check_dest, staged, write_whole
 from workshop.convert.write import write_model
-from workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, card
+from workshop.folders.card import CARD_FILE, RECORD_FILE, Figures, Record, Speeds, card
 from workshop.folders.dense_model import DenseModel
 from workshop.folders.layerwise import LayeredModel
+from workshop.folders.options import MakeOptions
 from workshop.folders.passes import NewObserver, Pass, Seen
-from workshop.folders.speed import speeds_of, with_active
-from workshop.folders.text import Rows, Text, read_text
+from workshop.texts import Sequences, read_corpus
+
+HOLDOUT_EVERY_BLOCKS = 5
+"""Every fifth block of about 4,096 characters is held out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """The source as the card names it: its name, its ``model_type`` and its weights' bytes."""
+class Rows:
+    """Token ids [N, L], each row as a served prompt begins, and the next tokens [N, L]."""
 
-    name: str
-    family: str
-    num_bytes: int
+    inputs: torch.Tensor
+    targets: torch.Tensor
 
 
-def origin_of(model: Checkpoint | DenseModel) -> Origin:
-    """Return a source as the card names it."""
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Rows for calibration and held-out rows of the same texts; ``sha256`` goes by file name."""
+
+    calibration: Rows
+    heldout: Rows
+    sha256: dict[str, str]
+
+
+def read_text(
+    model: Checkpoint | DenseModel, paths: Sequence[Path], num_rows: int, row_tokens: int
+) -> Text:
+    """Return at most ``num_rows`` rows of each kind, spread evenly over the texts.
+
+    Raises ``ConfigError`` for a text that cannot be read, is shorter than a row, or too short to
+    hold any of it out, and for a tokenizer that does not fit the model, and
+    :class:`CheckpointError` for a model without one.
+    """
+    longest = model.max_position_embeddings
+    if not 1 <= row_tokens <= longest:
+        raise ConfigError(f"must be from 1 to {longest} (given: {row_tokens})", "--sequence-length")
+    if num_rows < 1:
+        raise ConfigError(f"must be at least 1 (given: {num_rows})", "--sequences")
+    corpus = read_corpus(paths, HOLDOUT_EVERY_BLOCKS)
+    if not any((*model.folder.glob("tokenizer.json"), *model.folder.glob("*.model"))):
+        raise CheckpointError("has no tokenizer, so no text can be read", str(model.folder))
+    tokenizer = Tokenizer.load(str(model.folder))
+    sequences = Sequences(tokenizer, model.vocab_size, row_tokens + 1)
+
+    def rows(documents: Iterable[str], where: str) -> Rows:
+        return _rows(sequences.cut(_ids(model, tokenizer, documents), where), num_rows)
+
+    heldout = (part for parts in corpus.heldout_documents.values() for part in parts)
+    calibration = rows(corpus.train_documents, "--text")
+    return Text(calibration, rows(heldout, "--text, held-out part"), corpus.files)
+
+
+def _rows(sequences: Iterable[Sequence[int]], num_rows: int) -> Rows:
+    """Return at most so many of the sequences, evenly spread."""
+    found = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    places = torch.linspace(0, len(found) - 1, min(num_rows, len(found))).round().long()
+    rows = torch.stack([found[place] for place in places.tolist()])
+    return Rows(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+def _ids(
+    model: Checkpoint | DenseModel, tokenizer: Tokenizer, documents: Iterable[str]
+) -> Iterator[list[int]]:
+    """Yield the ids of each document, and an end-of-text token after them."""
+    end = model.config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    for document in documents:
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        yield [*ids, end] if isinstance(end, int) else ids
+
+
+def origin_of(model: Checkpoint | DenseModel) -> dict[str, Any]:
+    """Return a source's name, its ``model_type`` and its weights' bytes, as the record has them."""
     if isinstance(model, DenseModel):
-        return Origin(model.name, model.family, model.num_bytes)
-    return Origin(name_of(model.folder), model.family.model_type, model.num_bytes)
+        name, family = model.name, model.family
+    else:
+        name, family = name_of(model.folder), model.family.model_type
+    return {"source": name, "family": family, "source_bytes": model.num_bytes}
 
 
 def source_checkpoint(path: str) -> Checkpoint:
@@ -105,11 +176,11 @@ class NewModel:
 
 
 class Command(ABC):
-    """A command that makes a folder of ``model``, by ``options``, which are a dataclass."""
+    """A command that makes a folder of ``model``, by ``options``."""
 
     name: ClassVar[str]
     model: Checkpoint | DenseModel
-    options: Any
+    options: MakeOptions
 
     @abstractmethod
     def plan(self, has_text: bool) -> Plan:
@@ -128,7 +199,7 @@ def prepare(command: Command, dest: Path, texts: Sequence[Path]) -> tuple[Plan, 
     """Check everything before the first step; returns a plan of the same sizes, and the text.
 
     ``dest`` is new or empty. Raises as :func:`workshop.convert.staging.check_dest`,
-    :meth:`Command.plan` and :func:`workshop.folders.text.read_text` do.
+    :meth:`Command.plan` and :func:`workshop.folders.making.read_text` do.
     """
     check_dest(dest)
     plan = command.plan(bool(texts))
@@ -148,8 +219,7 @@ def make_folder(
     :func:`workshop.convert.staging.staged` do.
     """
     plan, text = prepare(command, dest, texts)
-    # The speed differs from run to run; all other options decide the bytes.
-    options = {name: value for name, value in asdict(command.options).items() if name != "speed"}
+    options = command.options.recipe()
     text_sha256 = {} if text is None else text.sha256
     job = {"command": command.name, **options, "text": text_sha256}
     with staged(dest, plan.source, job) as folder:
@@ -166,11 +236,9 @@ def make_folder(
         record = Record(
             name=name,
             command=command.name,
-            words=_words(command.name, origin.name, name, options, text_sha256),
+            words=_words(command.name, origin["source"], name, options, text_sha256),
             options=options,
-            source=origin.name,
-            family=origin.family,
-            source_bytes=origin.num_bytes,
+            **origin,
             size_bytes=made.plan.size_bytes,
             text_sha256=text_sha256,
             figures=figures,
@@ -223,3 +291,43 @@ def _figures(
         perplexity_by_active=curve,
         speeds=speeds_of(folder, made.curve, on_progress) if made.with_speed else None,
     )
+
+
+TOKENS = 128
+"""The tokens that are timed, fewer where the model's context is shorter."""
+
+
+def with_active(checkpoint: Checkpoint, active: int) -> Checkpoint:
+    """Return an opened checkpoint with another number of experts of a token."""
+    shape = replace(checkpoint.shape, num_experts_per_tok=active)
+    config = with_counts(checkpoint.family, checkpoint.config, shape.num_experts, active)
+    return replace(checkpoint, config=config, shape=shape)
+
+
+def speeds_of(
+    folder: Path, counts: Iterable[int], on_progress: Callable[[str, int, int], None]
+) -> Speeds:
+    """Time a served folder's model as it is, and with other numbers of experts of a token."""
+    checkpoint = open_checkpoint(folder)
+    on_progress("timing", 0, 0)
+    return Speeds(
+        processor=processor_name(),
+        threads=torch.get_num_threads(),
+        tokens_per_s=tokens_per_s(checkpoint),
+        tokens_per_s_by_active={n: tokens_per_s(with_active(checkpoint, n)) for n in counts},
+    )
+
+
+def tokens_per_s(checkpoint: Checkpoint) -> float:
+    """Return the tokens per second of one stream: those of the median token.
+
+    Attention, gates and experts are the served ones; what a network and other processes cost is
+    not in it.
+    """
+    # Brings Ray and its 90 MB, which prune and merge have no use for.
+    from workshop.evaluate.local_model import FolderModel
+
+    length = min(1 + TOKENS, checkpoint.max_position_embeddings)
+    model = FolderModel(checkpoint, length)
+    _, at_s = model.greedy((0,), length - 1)
+    return 1 / statistics.median(later - earlier for earlier, later in pairwise(at_s))

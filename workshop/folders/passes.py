@@ -8,7 +8,6 @@ Dimension letters: N rows of tokens, L tokens of a row, H hidden size, T = N * L
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,8 @@ Seen = dict[int, dict[str, np.ndarray]]
 """What observers saw, by layer."""
 Progress = Callable[[int, int], None]
 """Receives the layers done so far, and all layers."""
+Missed = Callable[[], torch.Tensor]
+"""Returns what the states after a layer lack [T, H], by the source's own experts there."""
 
 
 def block_bytes(checkpoint: Checkpoint) -> int:
@@ -175,9 +176,7 @@ class Pass:
         unfinished = _unfinished(file)
         with unfinished.open("wb") as opened:
             np.savez(opened, allow_pickle=False, **seen)
-            opened.flush()
-            os.fsync(opened.fileno())
-        unfinished.replace(file)
+        finish(unfinished, file)
 
     def _seen(self) -> Seen:
         seen: Seen = {}
@@ -185,6 +184,30 @@ class Pass:
             with np.load(self._folder / f"seen-{layer_id}.npz", allow_pickle=False) as arrays:
                 seen[layer_id] = dict(arrays)
         return seen
+
+
+def twin_run(
+    model: LayeredModel,
+    rows: torch.Tensor,
+    folder: Path,
+    new_observer: Callable[[int, Missed], Observer],
+    progress: Progress,
+) -> Seen:
+    """Pass rows through a model and, a layer behind, through what is made of it.
+
+    Returns what the observers of the new model's layers saw. What a layer is made into is so fitted
+    to the inputs that the new layers before it give. An observer gives :meth:`LayerExperts.replace`
+    the new experts of its layer, and may ask what the states lack before it does. Raises as
+    :meth:`Pass.run` does.
+    """
+    source, made = (Pass(model, rows, folder / name) for name in ("source", "made"))
+
+    def observer_of(layer_id: int) -> Observer:
+        source.run_to(layer_id + 1)
+        after = layer_id + 1
+        return new_observer(layer_id, lambda: source.states(after) - made.states(after))
+
+    return made.run(observer_of, progress)
 
 
 def _unfinished(file: Path) -> Path:

@@ -31,7 +31,7 @@ from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import open_mixture
 from tests.local_mixture import LocalMixture
 from workshop.estimators.estimators import MixtureOfExpertsRegressor
-from workshop.estimators.saved.weights import estimator_bytes
+from workshop.estimators.saved.served import estimator_bytes
 
 BUNDLED = Path(__file__).parents[3] / "deploy" / "models"
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.readme import ROOT, blocks
 from tests.unit.workshop.folders.edits import write_letters
-from workshop.folders.merge.dense import DENSE_CONFIGS, WITHOUT_DENSE
+from workshop.folders.merge.dense import DENSE_CLASSES, WITHOUT_DENSE
 
 GUIDE = (ROOT / "docs" / "workshop.md").read_text(encoding="utf-8")
 NAMES = {
@@ -37,6 +37,6 @@ def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_table_of_dense_classes_has_every_family() -> None:
     rows = [line for line in GUIDE.splitlines() if line.startswith("| ")]
-    for family in DENSE_CONFIGS | WITHOUT_DENSE:
+    for family in DENSE_CLASSES | WITHOUT_DENSE:
         [row] = [row for row in rows if NAMES[family] in row.split("|")[1]]
         assert (row.split("|")[2].strip() == "none") is (family in WITHOUT_DENSE)

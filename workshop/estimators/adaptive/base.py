@@ -16,8 +16,7 @@ import torch
 from sklearn.utils._param_validation import StrOptions
 
 from workshop.estimators.adaptive.fit import Fit, FitSettings, Rows, fit_network
-from workshop.estimators.adaptive.network import Architecture, Cell
-from workshop.estimators.adaptive.packed import PackedRows
+from workshop.estimators.adaptive.network import Architecture, Cell, PackedRows
 from workshop.estimators.adaptive.parts import fitted_mixture, take_over
 from workshop.estimators.base import Targets
 from workshop.estimators.iterative import (
@@ -116,9 +115,7 @@ class AdaptiveMixture(IterativeMixture):
     ) -> None:
         """Set the fitted attributes."""
         steps = (rows.shape[1] if self.pool == "flatten" else -1,) if rows.ndim == 3 else ()
-        deviations = None
-        if fit.deviations is not None:
-            deviations = fit.deviations.numpy() * scales.targets.deviation
+        deviations = None if fit.deviations is None else fit.deviations.numpy()
         row_shape = (*steps, rows.shape[-1])
         mixture = fitted_mixture(
             fit.network, scales, self._kind(), row_shape, self.top_k, deviations

@@ -35,7 +35,7 @@ from workshop.estimators.adaptive.network import (
 )
 from workshop.estimators.adaptive.noisy_gate import importance_loss, load_loss
 from workshop.estimators.adaptive.starts import place_experts
-from workshop.estimators.ascent import Ascent, Limits
+from workshop.estimators.iterative import Ascent, Limits
 
 Advance = Callable[[str], object]
 """Takes a remark after each iteration."""

@@ -9,7 +9,6 @@ Dimension letters: N rows, E experts, F inputs, T steps, W outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -24,13 +23,12 @@ from workshop.estimators.parts import (
     Array,
     FittedMixture,
     GatePart,
-    Layers,
     Link,
     NetworkPart,
     RecurrentPart,
     named_tensors,
 )
-from workshop.estimators.scale import Layer, Scale, Scales
+from workshop.estimators.scale import Layer, Scales, folded
 
 NetworkExpert = NetworkPart | RecurrentPart
 Pair = tuple[Array, Array]
@@ -61,25 +59,6 @@ def expert_part(network: AdaptiveNetwork, number: int, is_softmax: bool) -> Netw
     )
 
 
-def folded_gate(part: GatePart, scales: Scales) -> GatePart:
-    """Return the gate for raw rows."""
-    return replace(part, layers=_folded(part.layers, scales.inputs))
-
-
-def folded_expert(part: NetworkExpert, scales: Scales) -> NetworkExpert:
-    """Return the expert for raw rows and raw outputs."""
-    if isinstance(part, NetworkPart):
-        *layers, last = _folded(part.layers, scales.inputs)
-        return replace(part, layers=(*layers, scales.targets.undone_after(last)))
-    tensors = {name: tensor.copy() for name, tensor in part.tensors.items()}
-    for scale, weight, bias in (
-        (scales.inputs.before, "rnn.weight_ih_l0", "rnn.bias_ih_l0"),
-        (scales.targets.undone_after, "head.weight", "head.bias"),
-    ):
-        tensors[weight], tensors[bias] = scale((tensors[weight], tensors[bias]))
-    return replace(part, tensors=tensors)
-
-
 def fitted_mixture(
     network: AdaptiveNetwork,
     scales: Scales,
@@ -88,16 +67,14 @@ def fitted_mixture(
     top_k: int | None,
     deviations: Array | None,
 ) -> FittedMixture:
-    """Return the mixture for raw rows. ``deviations`` [E, W] are in raw units."""
+    """Return the mixture for raw rows. ``deviations`` [E, W] are of standardised targets."""
     a = network.architecture
     names = tuple(f"expert{number}" for number in range(a.num_experts))
-    gate = folded_gate(gate_part(network, top_k, names), scales)
     is_softmax = kind == "probabilities"
-    experts = {
-        name: folded_expert(expert_part(network, number, is_softmax), scales)
-        for number, name in enumerate(names)
-    }
-    return FittedMixture(ROOT, {ROOT: gate}, experts, kind, row_shape, a.width, deviations)
+    experts = {name: expert_part(network, number, is_softmax) for number, name in enumerate(names)}
+    gates = {ROOT: gate_part(network, top_k, names)}
+    scaled = FittedMixture(ROOT, gates, experts, kind, row_shape, a.width, deviations)
+    return folded(scaled, scales)
 
 
 def take_over(network: AdaptiveNetwork, mixture: FittedMixture, scales: Scales) -> None:
@@ -106,33 +83,24 @@ def take_over(network: AdaptiveNetwork, mixture: FittedMixture, scales: Scales) 
     The noise of a noisy gate stays as it is. Raises ``ValueError`` where sizes or kinds of the
     networks differ.
     """
-    parts = list(mixture.experts.values())
-    if len(parts) != network.architecture.num_experts:
-        raise _differs("n_experts", len(parts), network.architecture.num_experts)
-    back = scales.inverse()
-    pairs: list[Pair] = []
-    gate = mixture.gates[mixture.root]
-    pairs += _pairs("the gate", folded_gate(gate, back), gate_part(network, None, gate.choices))
-    for number, part in enumerate(parts):
+    num_experts = network.architecture.num_experts
+    if len(mixture.experts) != num_experts:
+        raise _differs("n_experts", len(mixture.experts), num_experts)
+    back = folded(mixture, scales.inverse())
+    gate = back.gates[mixture.root]
+    pairs = [*_pairs("the gate", gate, gate_part(network, None, gate.choices))]
+    for number, part in enumerate(back.experts.values()):
         assert isinstance(part, NetworkPart | RecurrentPart)
         own = expert_part(network, number, part.link == "softmax")
-        pairs += _pairs("experts", folded_expert(part, back), own)
+        pairs += _pairs("experts", part, own)
     # The arrays of ``gate_part`` and ``expert_part`` are views of the network's parameters.
     for given, parameter in pairs:
         parameter[...] = given
-    if network.architecture.deviation != "none" and mixture.deviations is not None:
-        relative = mixture.deviations / scales.targets.deviation
-        variances = (relative**2).mean(axis=1, keepdims=True)
+    if network.architecture.deviation != "none" and back.deviations is not None:
+        variances = (back.deviations**2).mean(axis=1, keepdims=True)
         if network.architecture.deviation == "shared":
             variances = variances.mean(axis=0, keepdims=True)
         _array(network.log_deviations)[...] = 0.5 * np.log(variances)
-
-
-def _folded(layers: Layers, inputs: Scale) -> Layers:
-    """Return copies of layers, of which the first takes raw inputs."""
-    first, *rest = ((weight.copy(), bias.copy()) for weight, bias in layers)
-    copies = first[0].shape[1] // len(inputs.mean)
-    return (inputs.tiled(copies).before(first), *rest)
 
 
 def _pairs(

@@ -31,9 +31,8 @@ from dataclasses import replace
 import numpy as np
 from sklearn.exceptions import FitFailedWarning
 
-from workshop.estimators.choices import log_sum_exp
-from workshop.estimators.general.fits import Data, Expert, Fit, FitFailedError, fits
-from workshop.estimators.general.folds import Fold, Rows
+from workshop.estimators.em import log_sum_exp
+from workshop.estimators.general.fits import Data, Expert, Fit, FitFailedError, Fold, Rows, fits
 from workshop.estimators.general.gates import (
     ConstantLearner,
     GateLearner,

@@ -18,7 +18,6 @@ from sklearn.pipeline import _name_estimators
 from sklearn.utils.metaestimators import _BaseComposition
 
 from experts.mixture.parts import checked_name
-from workshop.estimators.ascent import Ascent, Limits
 from workshop.estimators.base import (
     MixtureClassifier,
     MixtureRegressor,
@@ -27,16 +26,16 @@ from workshop.estimators.base import (
 )
 from workshop.estimators.general.divisions import divisions_of
 from workshop.estimators.general.ensemble import GATE, EnsembleEM
-from workshop.estimators.general.fits import MOST_VALUE, Data, Expert
-from workshop.estimators.general.folds import Fold, folds_of, given_folds
+from workshop.estimators.general.fits import MOST_VALUE, Data, Expert, Fold, folds_of, given_folds
 from workshop.estimators.general.gates import learner_of
-from workshop.estimators.general.search import Judge, best_start, run, score_of
-from workshop.estimators.general.unseen import UnseenSearch
+from workshop.estimators.general.unseen import Judge, UnseenSearch, best_start, run, score_of
 from workshop.estimators.iterative import (
     AT_LEAST_0,
     AT_LEAST_1,
     MAX_SEED,
+    Ascent,
     IterativeMixture,
+    Limits,
     parameter,
 )
 from workshop.estimators.parts import Array

@@ -8,7 +8,6 @@ Dimension letters: N rows, F features, E experts, W values of an output.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -47,18 +46,7 @@ _FORGOTTEN = -30.0
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "tanh": "tanh", "logistic": "sigmoid"}
 
 
-class GateLearner(ABC):
-    """The M step of a gate; keeps what it learnt for the next one."""
-
-    @abstractmethod
-    def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
-        """Return layers of scaled rows X [N, F] that score the experts.
-
-        ``shares`` [N, E] are the posteriors, ``weights`` [N] those of the rows.
-        """
-
-
-class LinearLearner(GateLearner):
+class LinearLearner:
     """Softmax regression on the posteriors, with a ridge.
 
     The first M step is exact. Each later one is a single Newton step, which raises the expected
@@ -70,8 +58,11 @@ class LinearLearner(GateLearner):
         self._coefficients: Array | None = None
 
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
-        """Return one layer."""
-        targets = (shares * weights[:, None])[:, None, :]
+        """Return one layer of scaled rows X [N, F] that scores the experts.
+
+        ``shares`` [N, E] are the posteriors, ``weights`` [N] those of the rows.
+        """
+        targets = shares * weights[:, None]
         penalty = penalty_of(X.shape[1], GATE_RIDGE, BIAS_RIDGE)
         problem = SoftmaxProblem(design_of(X), targets, penalty)
         if self._coefficients is None:
@@ -79,10 +70,10 @@ class LinearLearner(GateLearner):
             self._coefficients, _ = ascend(problem, begun, MOST_STEPS)
         else:
             self._coefficients, _ = ascend(problem, self._coefficients, 1, tolerance=ROUGH)
-        return ((self._coefficients[:-1, 0].T.copy(), self._coefficients[-1, 0].copy()),), "tanh"
+        return ((self._coefficients[:-1].T.copy(), self._coefficients[-1].copy()),), "tanh"
 
 
-class ClassifierLearner(GateLearner):
+class ClassifierLearner:
     """A scikit-learn classifier of experts, whose decision scores become the gate's.
 
     A classifier that takes ``sample_weight`` is fitted to a copy of each row for each expert, with
@@ -159,7 +150,7 @@ def learner_of(gate: Any, num_experts: int, draw: Callable[[Any], Any]) -> GateL
     )
 
 
-class ConstantLearner(GateLearner):
+class ConstantLearner:
     """A gate that learns nothing: all rows have the same weights of experts."""
 
     def __init__(self, weights_of_experts: Array) -> None:
@@ -169,6 +160,10 @@ class ConstantLearner(GateLearner):
     def fit(self, X: Array, shares: Array, weights: Array) -> tuple[Layers, Activation]:
         """Return one layer, whose weight is 0."""
         return ((np.zeros((len(self._scores), X.shape[1])), self._scores),), "tanh"
+
+
+GateLearner = LinearLearner | ClassifierLearner | ConstantLearner
+"""The M step of a gate; keeps what it learnt for the next one."""
 
 
 def least_squares_weights(errors: Array, weights: Array) -> Array:

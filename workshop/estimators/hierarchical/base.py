@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from experts.mixture.spec import MAX_LEVELS
-from workshop.estimators.ascent import Ascent, Limits
 from workshop.estimators.base import Targets, distinct
 from workshop.estimators.em import design_of, penalty_of
-from workshop.estimators.hierarchical.leaves import Leaves
 from workshop.estimators.hierarchical.parts import mixture_of, tree_of
 from workshop.estimators.hierarchical.starts import random_start
-from workshop.estimators.hierarchical.tree import Rows, Tree, empty_gates, fit_tree
+from workshop.estimators.hierarchical.tree import Leaves, Rows, Tree, empty_gates, fit_tree
 from workshop.estimators.iterative import (
     ABOVE_0,
     AT_LEAST_1,
     MAX_SEED,
+    Ascent,
     IterativeMixture,
+    Limits,
     parameter,
 )
 from workshop.estimators.parts import Array

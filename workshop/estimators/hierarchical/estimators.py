@@ -11,7 +11,7 @@ import numpy as np
 
 from workshop.estimators.base import MixtureClassifier, MixtureRegressor, Targets
 from workshop.estimators.hierarchical.base import NEWTON_STEPS, HierarchicalMixture
-from workshop.estimators.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
+from workshop.estimators.hierarchical.tree import GaussianLeaves, SoftmaxLeaves
 from workshop.estimators.iterative import ABOVE_0, AT_LEAST_1, parameter
 from workshop.estimators.parts import Array
 from workshop.estimators.scale import Scale

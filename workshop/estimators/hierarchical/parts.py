@@ -13,10 +13,9 @@ from itertools import product
 
 import numpy as np
 
-from workshop.estimators.hierarchical.leaves import GaussianLeaves, SoftmaxLeaves
-from workshop.estimators.hierarchical.tree import Tree
+from workshop.estimators.hierarchical.tree import SoftmaxLeaves, Tree
 from workshop.estimators.parts import Array, FittedMixture, GatePart, NetworkPart
-from workshop.estimators.scale import Layer, Scale, Scales
+from workshop.estimators.scale import Layer, Scales, folded
 
 
 def mixture_of(tree: Tree, scales: Scales, top_k: Sequence[int | None]) -> FittedMixture:
@@ -30,22 +29,22 @@ def mixture_of(tree: Tree, scales: Scales, top_k: Sequence[int | None]) -> Fitte
         kind = "gate" if depth + 1 < len(branching) else "expert"
         for number, path in enumerate(_paths(branching[:depth])):
             choices = tuple(_name(kind, (*path, place)) for place in range(branching[depth]))
-            layer = _raw_layer(level[:, number], scales.inputs)
+            layer = _layer(level[:, number])
             gates[_name("gate", path)] = GatePart((layer,), choices, top_k[depth])
     leaves = tree.leaves
-    assert isinstance(leaves, GaussianLeaves | SoftmaxLeaves)
     names = [_name("expert", path) for path in _paths(branching)]
     is_softmax = isinstance(leaves, SoftmaxLeaves)
     experts = {}
     for number, name in enumerate(names):
         own = leaves.coefficients[:, number] if is_softmax else leaves.coefficients[number]
-        layer = scales.targets.undone_after(_raw_layer(own, scales.inputs))
-        experts[name] = NetworkPart((layer,), link="softmax" if is_softmax else "none")
+        experts[name] = NetworkPart((_layer(own),), link="softmax" if is_softmax else "none")
     width, row_shape = len(scales.targets.mean), (len(scales.inputs.mean),)
     if isinstance(leaves, SoftmaxLeaves):
-        return FittedMixture("gate", gates, experts, "probabilities", row_shape, width)
-    deviations = np.sqrt(leaves.variances) * scales.targets.deviation
-    return FittedMixture("gate", gates, experts, "density", row_shape, width, deviations)
+        mixture = FittedMixture("gate", gates, experts, "probabilities", row_shape, width)
+    else:
+        deviations = np.sqrt(leaves.variances)
+        mixture = FittedMixture("gate", gates, experts, "density", row_shape, width, deviations)
+    return folded(mixture, scales)
 
 
 def tree_of(mixture: FittedMixture, empty: Tree, scales: Scales) -> Tree:
@@ -60,43 +59,39 @@ def tree_of(mixture: FittedMixture, empty: Tree, scales: Scales) -> Tree:
             f"warm_start: branching={tuple(branching)} has {math.prod(branching)} experts in "
             f"another tree than the {len(mixture.experts)} of the fit before"
         )
+    mixture = folded(mixture, scales.inverse())
     gates = tuple(
         np.stack(
             [
-                _coefficients(mixture.gates[_name("gate", path)].layers[0], scales.inputs)
+                _coefficients(mixture.gates[_name("gate", path)].layers[0])
                 for path in _paths(branching[:depth])
             ],
             axis=1,
         )
         for depth in range(len(branching))
     )
-    back = scales.inverse().targets
     coefficients = []
     for part in mixture.experts.values():
         assert isinstance(part, NetworkPart)
-        coefficients.append(_coefficients(back.undone_after(part.layers[0]), scales.inputs))
+        coefficients.append(_coefficients(part.layers[0]))
     leaves = empty.leaves
     if isinstance(leaves, SoftmaxLeaves):
         leaves = replace(leaves, coefficients=np.stack(coefficients, axis=1))
     else:
-        assert isinstance(leaves, GaussianLeaves)
         assert mixture.deviations is not None
-        variances = (mixture.deviations / scales.targets.deviation) ** 2
-        variances = np.maximum(variances, leaves.min_variance)
+        variances = np.maximum(mixture.deviations**2, leaves.min_variance)
         leaves = replace(leaves, coefficients=np.stack(coefficients), variances=variances)
     return Tree(gates, leaves, empty.penalty, empty.newton_steps)
 
 
-def _raw_layer(coefficients: Array, rows_scale: Scale) -> Layer:
-    """Return the layer for raw rows, of coefficients [D, W] for scaled ones."""
-    weight, bias = rows_scale.before((coefficients[:-1].T, coefficients[-1]))
-    return np.ascontiguousarray(weight), bias
+def _layer(coefficients: Array) -> Layer:
+    """Return coefficients [D, W] as a layer."""
+    return coefficients[:-1].T, coefficients[-1]
 
 
-def _coefficients(layer: Layer, rows_scale: Scale) -> Array:
-    """Return the coefficients [D, W] for scaled rows: the inverse of :func:`_raw_layer`."""
-    weight, bias = rows_scale.inverse().before(layer)
-    return np.vstack([weight.T, bias])
+def _coefficients(layer: Layer) -> Array:
+    """Return a layer's coefficients [D, W]."""
+    return np.vstack([layer[0].T, layer[1]])
 
 
 def _paths(branching: Sequence[int]) -> list[tuple[int, ...]]:

@@ -14,24 +14,23 @@ Dimension letters: N rows, F features, D columns of the design, O outputs, E exp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 
-from workshop.estimators.ascent import Limits
-from workshop.estimators.choices import Array
-from workshop.estimators.em import least_squares
-from workshop.estimators.hierarchical.grouping import grouped
+from workshop.estimators.em import Array, least_squares
 from workshop.estimators.hierarchical.tree import Rows, Tree, empty_gates, fit_tree
+from workshop.estimators.iterative import Limits
 
 REGIONS_PER_EXPERT = 4
 NUM_CUTS = 16
 """The random cuts among which the best is taken."""
 RIDGE = 0.01
 """The ridge of the regressions that find the pieces."""
+_TIE = 1e-9
 _FLAT = Limits(max_iter=30, tol=1e-4, n_iter_no_change=2)
 _SOFTNESS = 0.05
-_TIE = 1e-9
 
 
 def random_start(
@@ -86,7 +85,9 @@ def _pieces(tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Gen
     num_experts, num_columns = math.prod(branching), rows.design.shape[1]
     penalty = np.full(num_columns, RIDGE)
     centred = Rows(rows.design, rows.targets - rows.weight @ rows.targets / rows.mass, rows.weight)
-    regions = _regions(centred, num_experts, penalty, rng)
+    # A region has on average at least twice the weight that the design has columns.
+    enough = min(REGIONS_PER_EXPERT * num_experts, int(rows.mass / (2 * len(penalty))))
+    regions = _regions(centred, max(enough, num_experts), penalty, rng)
     pieces = _softened(_merged(centred, regions, num_experts, penalty))
     flat = Tree(empty_gates((num_experts,), num_columns), tree.leaves, tree.penalty, 1)
     posteriors = fit_tree(flat, rows, _FLAT, pieces).last.expectation(rows)[0]
@@ -98,28 +99,23 @@ def _softened(posteriors: Array) -> Array:
     return (1 - _SOFTNESS) * posteriors + _SOFTNESS / posteriors.shape[1]
 
 
-def _regions(rows: Rows, num_experts: int, penalty: Array, rng: np.random.Generator) -> list[Array]:
-    """Return regions, row numbers each: the costliest is cut in two until there are enough.
+def _regions(rows: Rows, count: int, penalty: Array, rng: np.random.Generator) -> list[Array]:
+    """Return regions, row numbers each: the costliest is cut in two until there are ``count``.
 
-    A region has on average at least twice the weight that the design has columns, unless that
-    leaves fewer regions than experts. There are fewer where too few rows differ.
+    ``penalty`` [D] is the ridge of a region's regression. There are fewer regions where too few
+    rows differ.
     """
-    enough = min(REGIONS_PER_EXPERT * num_experts, int(rows.mass / (2 * len(penalty))))
     regions, costs = [np.arange(len(rows.weight))], [1.0]
-    while len(regions) < max(enough, num_experts) and max(costs) > -np.inf:
+    while len(regions) < count and max(costs) > -np.inf:
         place = int(np.argmax(costs))
-        sides = _cut(_subset(rows, regions[place]), penalty, rng)
+        sides = _cut(rows.of(regions[place]), penalty, rng)
         if sides is None:
             costs[place] = -np.inf
             continue
         parts = [regions[place][side] for side in sides]
         regions[place : place + 1] = parts
-        costs[place : place + 1] = [_cost(_subset(rows, part), penalty) for part in parts]
+        costs[place : place + 1] = [_cost(rows.of(part), penalty) for part in parts]
     return regions
-
-
-def _subset(rows: Rows, part: Array) -> Rows:
-    return Rows(rows.design[part], rows.targets[part], rows.weight[part])
 
 
 def _squares(rows: Rows, row_weight: Array, penalty: Array) -> tuple[Array, Array]:
@@ -195,7 +191,7 @@ def _merged(rows: Rows, regions: list[Array], num_pieces: int, penalty: Array) -
     The cost of a pair is the growth of the sum of squared residuals of a regression for both
     instead of one for each.
     """
-    moments = np.stack([_moments(_subset(rows, region)) for region in regions])
+    moments = np.stack([_moments(rows.of(region)) for region in regions])
     squares = _squares_of(moments, penalty)
     growth = np.full((len(regions), len(regions)), np.inf)
     for region in range(len(regions) - 1):
@@ -233,3 +229,82 @@ def _squares_of(moments: Array, penalty: Array) -> Array:
     cross = moments[:, :num_columns, num_columns:]
     explained = np.einsum("gdo,gdo->g", cross, np.linalg.solve(normal, cross))
     return np.einsum("goo->g", moments[:, num_columns:, num_columns:]) - explained
+
+
+_MOST_GROUPINGS = 500
+
+
+def grouped(
+    rows: Rows,
+    pieces: Array,
+    branching: Sequence[int],
+    penalty: Array,
+    rng: np.random.Generator,
+) -> Array:
+    """Return the order of ``pieces`` [N, E] as leaves of a tree, numbers [E].
+
+    From the root down, pieces are grouped so that linear regressions tell the groups from each
+    other best.
+    """
+    return np.array(_ordered(rows, pieces, list(range(pieces.shape[1])), branching, penalty, rng))
+
+
+def _ordered(
+    rows: Rows,
+    pieces: Array,
+    numbers: list[int],
+    branching: Sequence[int],
+    penalty: Array,
+    rng: np.random.Generator,
+) -> list[int]:
+    if len(branching) <= 1:
+        return numbers
+    below = pieces[:, numbers]
+    weight = rows.weight * below.sum(axis=1)
+    coefficients = least_squares(rows.design, below, weight[:, None], penalty)[0]
+    unexplained = (below.T * weight) @ (below - rows.design @ coefficients)
+    mean = weight @ below / max(weight.sum(), np.finfo(np.float64).tiny)
+    total = (below.T * weight) @ (below - mean)
+    best = min(
+        _groupings(len(numbers), branching[0], rng),
+        key=lambda groups: _confusion(groups, unexplained, total),
+    )
+    order: list[int] = []
+    for group in best:
+        members = [numbers[place] for place in group]
+        order += _ordered(rows, pieces, members, branching[1:], penalty, rng)
+    return order
+
+
+def _confusion(groups: Sequence[Sequence[int]], unexplained: Array, total: Array) -> float:
+    """Return the sum over the groups of the unexplained share of their indicator's variance."""
+    shares = 0.0
+    for group in groups:
+        square = np.ix_(group, group)
+        shares += unexplained[square].sum() / max(total[square].sum(), 1e-300)
+    return shares
+
+
+def _groupings(
+    num_pieces: int, num_groups: int, rng: np.random.Generator
+) -> Iterator[list[list[int]]]:
+    """Yield ways to part pieces into groups of one size: all of them, or many random ones."""
+    size = num_pieces // num_groups
+    count = math.factorial(num_pieces) // (math.factorial(size) ** num_groups)
+    if count // math.factorial(num_groups) <= _MOST_GROUPINGS:
+        yield from _all_groupings(list(range(num_pieces)), size)
+        return
+    for _ in range(_MOST_GROUPINGS):
+        order = rng.permutation(num_pieces).tolist()
+        yield [order[start : start + size] for start in range(0, num_pieces, size)]
+
+
+def _all_groupings(numbers: list[int], size: int) -> Iterator[list[list[int]]]:
+    if not numbers:
+        yield []
+        return
+    first, rest = numbers[0], numbers[1:]
+    for others in combinations(rest, size - 1):
+        left = [number for number in rest if number not in others]
+        for groups in _all_groupings(left, size):
+            yield [[first, *others], *groups]

@@ -1,8 +1,9 @@
-"""A tree of softmax gates over experts, and its expectation-maximisation.
+"""A tree of softmax gates over linear or softmax experts, and its expectation-maximisation.
 
 Jordan and Jacobs 1994, "Hierarchical mixtures of experts and the EM algorithm". All gates of a
 level have the same number of choices. Dimension letters: N rows, D columns of the design, E
-experts, L levels; G gates of a level with B choices each.
+experts, L levels; G gates of a level with B choices each; O outputs,
+C classes. Inputs and targets are standardised.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from workshop.estimators.ascent import Ascent, Limits
-from workshop.estimators.choices import Array, log_softmax, log_sum_exp, sum_of_choices
-from workshop.estimators.em import ROUGH, SoftmaxProblem, ascend
-from workshop.estimators.hierarchical.leaves import Leaves
+from workshop.estimators.em import (
+    Array,
+    ascend_all,
+    least_squares,
+    log_softmax,
+    log_sum_exp,
+    sum_of_choices,
+)
+from workshop.estimators.iterative import Ascent, Limits
 
 _ROUNDING = 1e-9
 """The most that rounding may lower the objective, relative to the sum of its terms."""
@@ -34,6 +40,10 @@ class Rows:
     def mass(self) -> float:
         """The sum of the weights."""
         return float(self.weight.sum())
+
+    def of(self, part: Array) -> Rows:
+        """Return some of the rows."""
+        return Rows(self.design[part], self.targets[part], self.weight[part])
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,7 @@ class Tree:
         for level in self.gates:
             below = weighted.reshape(len(weighted), *level.shape[1:], -1)
             targets = sum_of_choices(below)[..., 0]
-            problem = SoftmaxProblem(rows.design, targets, self.penalty)
-            gates.append(ascend(problem, level, self.newton_steps, tolerance=ROUGH)[0])
+            gates.append(ascend_all(rows.design, targets, self.penalty, level, self.newton_steps))
         leaves = self.leaves.maximised(rows.design, rows.targets, weighted)
         return replace(self, gates=tuple(gates), leaves=leaves)
 
@@ -139,3 +148,106 @@ def fit_tree(
 
 def _mean_likelihood(tree: Tree, rows: Rows) -> float:
     return tree.expectation(rows)[1] / rows.mass
+
+
+VARIANCE_ROWS = 0.1
+"""The weight of a variance's prior, in rows whose squared residual is the target's variance."""
+
+
+@dataclass(frozen=True)
+class GaussianLeaves:
+    """Linear regressions with a variance for each expert and output.
+
+    The prior of a coefficient is N(0, 1 / penalty[d]). That of a variance, of the weight
+    :data:`VARIANCE_ROWS`, keeps it from 0 where an expert has fewer rows than coefficients, and
+    gives an expert without rows the mean and the variance of the targets. No variance is below
+    ``min_variance``.
+    """
+
+    coefficients: Array  # [E, D, O]
+    variances: Array  # [E, O]
+    penalty: Array  # [D]
+    min_variance: float
+
+    @classmethod
+    def empty(
+        cls, num_experts: int, num_outputs: int, penalty: Array, min_variance: float
+    ) -> GaussianLeaves:
+        """Return experts without rows."""
+        return cls(
+            np.zeros((num_experts, len(penalty), num_outputs)),
+            np.ones((num_experts, num_outputs)),
+            penalty,
+            min_variance,
+        )
+
+    def log_density(self, design: Array, targets: Array) -> Array:
+        """Return log N(target; coefficientsᵀ row, variance), [N, E]."""
+        density = np.zeros((len(design), len(self.coefficients)))
+        for output in range(targets.shape[1]):
+            residuals = targets[:, output, None] - design @ self.coefficients[:, :, output].T
+            variance = self.variances[:, output]
+            density -= 0.5 * (residuals**2 / variance + np.log(2 * np.pi * variance))
+        return density
+
+    def log_prior(self) -> float:
+        """Return the log of the prior density, up to a constant."""
+        squares = np.einsum("d,edo->", self.penalty, self.coefficients**2)
+        spread = VARIANCE_ROWS * (1 / self.variances + np.log(self.variances))
+        return float(-0.5 * (squares + spread.sum()))
+
+    def maximised(self, design: Array, targets: Array, row_weight: Array) -> GaussianLeaves:
+        """Return the weighted least squares fit by the variances so far, then its variances."""
+        coefficients = least_squares(design, targets, row_weight, self.penalty, self.variances)
+        squares = np.full(self.variances.shape, VARIANCE_ROWS)
+        for output in range(targets.shape[1]):
+            residuals = targets[:, output, None] - design @ coefficients[:, :, output].T
+            squares[:, output] += np.einsum("ne,ne->e", row_weight, residuals**2)
+        variances = squares / (row_weight.sum(axis=0)[:, None] + VARIANCE_ROWS)
+        return GaussianLeaves(
+            coefficients,
+            np.maximum(variances, self.min_variance),
+            self.penalty,
+            self.min_variance,
+        )
+
+
+@dataclass(frozen=True)
+class SoftmaxLeaves:
+    """Softmax regressions. The prior of a coefficient is N(0, 1 / penalty[d]).
+
+    It gives a class that an expert never saw a probability above 0, and an expert without rows
+    equal probabilities.
+    """
+
+    coefficients: Array  # [D, E, C]
+    penalty: Array  # [D]
+    newton_steps: int
+
+    @classmethod
+    def empty(
+        cls, num_experts: int, num_classes: int, penalty: Array, newton_steps: int
+    ) -> SoftmaxLeaves:
+        """Return experts without rows."""
+        return cls(np.zeros((len(penalty), num_experts, num_classes)), penalty, newton_steps)
+
+    def log_density(self, design: Array, targets: Array) -> Array:
+        """Return Σ_c target_c · log probability_c, [N, E]; targets are 0 or 1."""
+        flat = design @ self.coefficients.reshape(len(self.coefficients), -1)
+        scores = log_softmax(flat.reshape(len(design), *self.coefficients.shape[1:]))
+        return np.einsum("nec,nc->ne", scores, targets)
+
+    def log_prior(self) -> float:
+        """Return the log of the prior density, up to a constant."""
+        return float(-0.5 * np.einsum("d,dec->", self.penalty, self.coefficients**2))
+
+    def maximised(self, design: Array, targets: Array, row_weight: Array) -> SoftmaxLeaves:
+        """Return the experts after ``newton_steps`` rough Newton steps."""
+        soft = row_weight[:, :, None] * targets[:, None, :]
+        steps = self.newton_steps
+        coefficients = ascend_all(design, soft, self.penalty, self.coefficients, steps)
+        return SoftmaxLeaves(coefficients, self.penalty, self.newton_steps)
+
+
+Leaves = GaussianLeaves | SoftmaxLeaves
+"""All experts of a tree, immutable; no M step lowers Σ row_weight · log_density + log_prior."""

@@ -24,8 +24,7 @@ from sklearn.model_selection import KFold, LeaveOneOut, PredefinedSplit, Stratif
 from cluster.errors import CheckpointError, shown, shown_name
 from experts.backends.errors import described
 from workshop.estimators.parts import FittedMixture
-from workshop.estimators.saved.served import served_deviations
-from workshop.estimators.saved.weights import estimator_bytes
+from workshop.estimators.saved.served import estimator_bytes, served_deviations
 
 RECORD_FILE = "estimator.json"
 RECORD_FORMAT = 1

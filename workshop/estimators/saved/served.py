@@ -7,13 +7,18 @@ Dimension letters: E experts, D outputs of a regression, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save
+from skops.io import dumps
 
 from cluster.errors import CheckpointError, shown
 from experts.backends.classes import ClassMap
@@ -44,7 +49,6 @@ from workshop.estimators.parts import (
     RecurrentPart,
     named_tensors,
 )
-from workshop.estimators.saved.weights import estimator_bytes, tensor_bytes
 
 ROWS, TARGET = "x", "y"
 """The inputs of a request: rows, and the target of a log density."""
@@ -250,3 +254,50 @@ def _narrowed(name: str, part: ExpertPart, width: int) -> tuple[ExpertPart, Arra
         return replace(part, tensors={**part.tensors, **head}), bias[width:]
     weight, bias = part.layers[-1]
     return replace(part, layers=(*part.layers[:-1], (weight[:width], bias[:width]))), bias[width:]
+
+
+_SCHEMA = "schema.json"
+_DATE = (1980, 1, 1, 0, 0, 0)
+"""The earliest date that a zip archive can give a file."""
+
+
+def estimator_bytes(estimator: Any) -> bytes:
+    """Return a fitted estimator as a compressed skops file.
+
+    skops names objects by their addresses and dates the archive. Numbers in order of appearance
+    replace the addresses here, and a fixed date the other, so that equal estimators have equal
+    bytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(dumps(estimator))) as archive:
+        schema = json.loads(archive.read(_SCHEMA))
+        numbers: dict[int, int] = {}
+        names: dict[str, str] = {}
+        _renumber(schema, numbers, names)
+        entries = {names[name]: archive.read(name) for name in archive.namelist() if name in names}
+    if len(entries) != len(names):
+        raise ValueError("the schema of skops names a file that is not in its archive")
+    entries[_SCHEMA] = json.dumps(schema, separators=(",", ":")).encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, data in sorted(entries.items()):
+            archive.writestr(zipfile.ZipInfo(name, _DATE), data, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _renumber(node: Any, numbers: dict[int, int], names: dict[str, str]) -> None:
+    """Replace the addresses in a schema; ``names`` gets the new name of each array's file."""
+    if isinstance(node, dict):
+        if "__id__" in node:
+            node["__id__"] = numbers.setdefault(node["__id__"], len(numbers))
+        if "file" in node and "__loader__" in node:
+            node["file"] = names.setdefault(node["file"], f"{len(names)}.npy")
+        for value in node.values():
+            _renumber(value, numbers, names)
+    elif isinstance(node, list):
+        for value in node:
+            _renumber(value, numbers, names)
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray], dtype: str) -> bytes:
+    """Return tensors of one dtype as a safetensors file."""
+    return save({name: np.array(t, dtype, order="C") for name, t in sorted(tensors.items())})

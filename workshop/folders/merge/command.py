@@ -19,17 +19,18 @@ from experts.checkpoint.config import read_json
 from experts.checkpoint.shards import read_headers
 from router.observability.progress import OnProgress
 from workshop.convert.plan import STORED, Plan, make_plan
-from workshop.folders.card import Record
-from workshop.folders.making import Command, NewModel, make_folder, seen_on
-from workshop.folders.merge.alignment import (
+from workshop.folders.making import Command, NewModel, Text, seen_on
+from workshop.folders.merge.dense import check_dense, dense_plan, score_dense
+from workshop.folders.merge.likeness import (
     DOWN,
     DOWN_BIAS,
+    LikenessObserver,
     assignment_bytes,
+    grouped,
     in_order,
     neuron_orders,
 )
-from workshop.folders.merge.dense import check_dense, dense_plan, score_dense
-from workshop.folders.merge.grouping import Alike, LikenessObserver, grouped
+from workshop.folders.options import MergeOptions
 from workshop.folders.passes import Seen
 from workshop.folders.rewritten import (
     NewTensors,
@@ -38,19 +39,6 @@ from workshop.folders.rewritten import (
     new_config,
     rewritten_source,
 )
-from workshop.folders.text import Text
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """What decides a merged model; ``dense`` writes one expert a layer as a plain dense model."""
-
-    experts: int
-    by: Alike = "output"
-    dense: bool = False
-    sequences: int = 64
-    sequence_length: int = 256
-    max_shard_size: int = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,20 +237,6 @@ class Merge(Command):
             MergedExperts(self.model, merging),
         )
         return make_plan(rewritten_source(self.model, config, new), STORED, most_bytes)
-
-
-def merge(
-    checkpoint: Checkpoint,
-    dest: Path,
-    options: MergeOptions,
-    texts: Sequence[Path],
-    on_progress: OnProgress = lambda phase, done, total: None,
-) -> Record:
-    """Write the checkpoint with merged experts to the folder ``dest``; returns its record.
-
-    Raises as :func:`workshop.folders.making.make_folder` does.
-    """
-    return make_folder(Merge(checkpoint, options), dest, texts, on_progress)
 
 
 def _has_tensors(folder: Path) -> None:

@@ -10,7 +10,6 @@ Dimension letters: I neurons, H hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from router.observability.progress import OnProgress
 from workshop.convert.plan import STORED, Found, Plan, plan_of
 from workshop.convert.source import Entry, MadeTensors, Source, Take
 from workshop.folders.as_mixture import EXPERT_PARTS
-from workshop.folders.merge.alignment import DOWN
+from workshop.folders.making import Rows
+from workshop.folders.merge.likeness import DOWN
 from workshop.folders.rewritten import NewTensors, files_of, gate_tensors, stored_dtype
-from workshop.folders.text import Rows
 
 _FFN = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(EXPERT_PARTS)})\.weight")
 _SHARED = "shared_experts"
@@ -41,47 +40,13 @@ _OF_MIXTURES = (
 )  # fmt: skip
 
 
-def _mistral(config: Config, width: int) -> Config:
-    return {
-        **_without_mixture(config),
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-    }
-
-
-def _qwen3(config: Config, width: int) -> Config:
-    changed = {
-        **_without_mixture(config),
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "intermediate_size": width,
-    }
-    if config.get("use_sliding_window"):  # in Qwen3-MoE all layers have the window
-        changed |= {"layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
-    return changed
-
-
-def _deepseek(config: Config, width: int) -> Config:
-    changed = {key: value for key, value in config.items() if key != "quantization_config"}
-    if "num_nextn_predict_layers" in changed:
-        changed["num_nextn_predict_layers"] = 0
-    return changed | {
-        "first_k_dense_replace": config["num_hidden_layers"],
-        "intermediate_size": width,
-    }
-
-
-def _without_mixture(config: Config) -> Config:
-    return {key: value for key, value in config.items() if key not in _OF_MIXTURES}
-
-
-DENSE_CONFIGS: dict[str, Callable[[Config, int], Config]] = {
-    "mixtral": _mistral,
-    "qwen3_moe": _qwen3,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
+DENSE_CLASSES = {
+    "mixtral": ("MistralForCausalLM", "mistral"),
+    "qwen3_moe": ("Qwen3ForCausalLM", "qwen3"),
+    "deepseek_v2": None,
+    "deepseek_v3": None,
 }
-"""By family: the dense configuration of a mixture's and of the widest layer's neurons."""
+"""By family: the class of its dense models and their ``model_type``, or ``None`` for its own."""
 WITHOUT_DENSE = {
     "qwen2_moe": "Qwen2 has no gated shared expert",
     "olmoe": "no class has its norms with a plain layer",
@@ -96,8 +61,8 @@ WITHOUT_DENSE = {
 def check_dense(checkpoint: Checkpoint) -> None:
     """Raise ``ConfigError`` for a family without a dense class in transformers."""
     family = checkpoint.family.model_type
-    if family not in DENSE_CONFIGS:
-        known = ", ".join(DENSE_CONFIGS)
+    if family not in DENSE_CLASSES:
+        known = ", ".join(DENSE_CLASSES)
         raise ConfigError(
             f"{family} has no dense class ({WITHOUT_DENSE[family]}); possible: {known}", "--dense"
         )
@@ -111,11 +76,30 @@ def dense_plan(checkpoint: Checkpoint, expert: NewTensors, max_shard_bytes: int)
     check_dense(checkpoint)
     tensors = _DenseTensors(checkpoint, expert)
     file = checkpoint.folder / "config.json"
-    config = DENSE_CONFIGS[checkpoint.family.model_type](read_json(file), tensors.width)
+    config = _dense_config(checkpoint.family.model_type, read_json(file), tensors.width)
     made = MadeTensors(tensors.entries, tensors.make)
     source = Source("dense", checkpoint.folder, file, config, made, files_of(checkpoint))
     found: list[Found] = [(name, entry.shape, Take(name)) for name, entry in made.entries.items()]
     return plan_of(source, found, STORED, max_shard_bytes)
+
+
+def _dense_config(family: str, config: Config, width: int) -> Config:
+    """Return the dense configuration of a mixture's; the widest layer has ``width`` neurons."""
+    dense_class = DENSE_CLASSES[family]
+    if dense_class is None:
+        changed = {key: value for key, value in config.items() if key != "quantization_config"}
+        if "num_nextn_predict_layers" in changed:
+            changed["num_nextn_predict_layers"] = 0
+        changed["first_k_dense_replace"] = config["num_hidden_layers"]
+        return changed | {"intermediate_size": width}
+    architecture, model_type = dense_class
+    changed = {key: value for key, value in config.items() if key not in _OF_MIXTURES}
+    changed |= {"architectures": [architecture], "model_type": model_type}
+    if family == "qwen3_moe" and config.get(
+        "use_sliding_window"
+    ):  # in Qwen3-MoE all layers have the window
+        changed |= {"layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
+    return changed | {"intermediate_size": width}
 
 
 class _DenseTensors:

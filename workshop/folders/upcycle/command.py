@@ -7,11 +7,9 @@ model is the dense one, and with fewer it is cheaper and worse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -25,50 +23,17 @@ from workshop.folders.as_mixture import (
     one_expert,
     qwen2_moe_config,
 )
-from workshop.folders.card import Record
 from workshop.folders.dense_model import DenseModel
 from workshop.folders.layerwise import LayeredModel
-from workshop.folders.making import Command, NewModel, make_folder, seen_on
+from workshop.folders.making import Command, NewModel, Rows, Text, seen_on
+from workshop.folders.options import UpcycleOptions
+from workshop.folders.passes import Missed, twin_run
 from workshop.folders.rewritten import NewTensors, rewritten_source, sized_source
-from workshop.folders.text import Rows, Text
 from workshop.folders.upcycle.split_fit import SplitObserver, layer_split
-from workshop.folders.upcycle.twin_pass import Missed, TwinPass
 from workshop.folders.upcycle.upcycled import Copies, Split
 
-By = Literal["split", "copies"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_COPIES_ACTIVE = 2
 _CURVE_SHARES = (0.75, 0.5, 0.25, 0.125)
 """The shares of the experts with which a split model is scored too."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpcycleOptions:
-    """What decides an upcycled model.
-
-    A layer has ``experts``, and a token ``active`` of them: by default all parts, and two copies.
-    ``shared`` counts for parts: the shared expert is as large as so many of them. ``seed`` counts
-    for copies: it is that of the random gate. With ``speed`` the card has tokens per second, which
-    differ from run to run; all else decides the bytes.
-    """
-
-    experts: int
-    by: By = "split"
-    shared: int = 1
-    active: int | None = None
-    seed: int = 0
-    dtype: Dtype = "auto"
-    sequences: int = 64
-    sequence_length: int = 256
-    max_shard_size: int = 5_000_000_000
-    speed: bool = False
-
-    @property
-    def num_active(self) -> int:
-        """The experts of a token."""
-        if self.active is not None:
-            return self.active
-        return self.experts if self.by == "split" else min(_COPIES_ACTIVE, self.experts)
 
 
 @dataclass(frozen=True)
@@ -191,20 +156,6 @@ class Upcycle(Command):
         )
 
 
-def upcycle(
-    model: DenseModel,
-    dest: Path,
-    options: UpcycleOptions,
-    texts: Sequence[Path],
-    on_progress: OnProgress = lambda phase, done, total: None,
-) -> Record:
-    """Write the dense model as a mixture to the folder ``dest``; returns its record.
-
-    Raises as :func:`workshop.folders.making.make_folder` does.
-    """
-    return make_folder(Upcycle(model, options), dest, texts, on_progress)
-
-
 def _split(
     dense: Checkpoint, rows: Rows, sizes: Sizes, work: Path, on_progress: OnProgress
 ) -> Split:
@@ -216,6 +167,11 @@ def _split(
     if sizes.active == sizes.experts:
         seen = seen_on(dense, rows, work, new_observer, on_progress)
     else:
-        twin = TwinPass(LayeredModel(dense), rows, work)
-        seen = twin.run(new_observer, lambda *done: on_progress("calibrating", *done))
+        seen = twin_run(
+            LayeredModel(dense),
+            rows.inputs,
+            work,
+            new_observer,
+            lambda *done: on_progress("calibrating", *done),
+        )
     return Split(dense, {layer_id: layer_split(found, sizes) for layer_id, found in seen.items()})

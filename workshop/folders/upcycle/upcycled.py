@@ -18,7 +18,7 @@ import numpy as np
 
 from experts.checkpoint.checkpoint import Checkpoint
 from workshop.folders.as_mixture import EXPERT_PARTS
-from workshop.folders.merge.alignment import DOWN
+from workshop.folders.merge.likeness import DOWN
 from workshop.folders.rewritten import NewTensors
 
 _SHARED = re.compile(rf"\.(\d+)\.mlp\.shared_expert\.({'|'.join(EXPERT_PARTS)})\.")

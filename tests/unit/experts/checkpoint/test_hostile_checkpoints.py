@@ -29,7 +29,7 @@ from router.model.model import load_dense
 from tests.checkpoints import save_mixtral
 from tests.unit.bomb import EXECUTED, pickled_bomb
 from tests.unit.gateway_fakes import tokenizer
-from workshop.convert.layouts import open_source
+from workshop.convert.write import open_source
 
 
 @pytest.fixture(scope="module")

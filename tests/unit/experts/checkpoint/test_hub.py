@@ -123,7 +123,7 @@ def test_a_snapshots_own_path_stays_as_it_is(cache: Path) -> None:
 
 
 def test_a_made_folder_names_repository_and_commit_of_its_source(cache: Path) -> None:
-    assert origin_of(source_checkpoint("owner/na.me@v1")).name == f"owner/na.me@{OLD}"
+    assert origin_of(source_checkpoint("owner/na.me@v1"))["source"] == f"owner/na.me@{OLD}"
 
 
 @pytest.mark.parametrize("change", [str.upper, lambda name: name[:-1], lambda name: f"{name}0"])

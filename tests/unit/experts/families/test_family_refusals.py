@@ -21,8 +21,8 @@ from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
 from tests.unit.experts.families.test_families import change_config
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import make_plan
+from workshop.convert.write import open_source
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, torch.Tensor]

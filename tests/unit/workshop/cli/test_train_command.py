@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 
 from router.cli.app import app
 from tests.unit.workshop.train.training_runs import tiny_settings
-from workshop.train import state
+from workshop.train import trainer
 from workshop.train.settings import load_config
-from workshop.train.state import STATE_FILE
-from workshop.train.trainer import StepReport, Trainer
+from workshop.train.trainer import STATE_FILE, StepReport, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 8
@@ -125,7 +124,7 @@ def test_ctrl_c_twice_ends_a_step_at_once(
 def test_ctrl_c_while_saving_leaves_a_whole_state(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, saves = state.save_file, []
+    real, saves = trainer.save_file, []
 
     def save(tensors: Any, path: Path, metadata: Any) -> None:
         saves.append(path)
@@ -134,7 +133,7 @@ def test_ctrl_c_while_saving_leaves_a_whole_state(
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(state, "save_file", save)
+    monkeypatch.setattr(trainer, "save_file", save)
     result = run(words)
     assert result.exit_code == 130
     assert "the saved state is kept" in result.stderr

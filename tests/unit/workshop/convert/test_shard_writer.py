@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.family_checkpoints import SAVERS
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import STORED, Piece, Shard, make_plan
-from workshop.convert.shard_writer import write_shard
 from workshop.convert.source import Take
+from workshop.convert.write import open_source, write_shard
 
 
 def test_the_library_reads_what_is_written_with_wide_numbers_first(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from workshop.estimators.adaptive.estimators import (
     AdaptiveMixtureClassifier,
     AdaptiveMixtureRegressor,
 )
-from workshop.estimators.adaptive.network import AdaptiveNetwork, Architecture, Cell
-from workshop.estimators.adaptive.packed import PackedRows
-from workshop.estimators.alone import experts_alone
+from workshop.estimators.adaptive.network import AdaptiveNetwork, Architecture, Cell, PackedRows
+from workshop.estimators.saved.fit_config import experts_alone
 from workshop.estimators.sequences import Sequences, sequences_of
 
 CELLS: list[Cell] = ["plain", "gru", "lstm"]

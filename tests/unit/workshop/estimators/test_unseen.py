@@ -21,11 +21,9 @@ from sklearn.tree import DecisionTreeRegressor
 from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.ensemble import EnsembleEM
-from workshop.estimators.general.fits import Data, Expert
-from workshop.estimators.general.folds import folds_of, given_folds, merged
+from workshop.estimators.general.fits import Data, Expert, folds_of, given_folds, merged
 from workshop.estimators.general.gates import learner_of, least_squares_weights
-from workshop.estimators.general.search import losses_of
-from workshop.estimators.general.unseen import UnseenSearch
+from workshop.estimators.general.unseen import UnseenSearch, losses_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

@@ -237,5 +237,6 @@ def test_a_folder_yields_transformers_greedy_tokens(tmp_path: Path, family: str)
     expected = FAMILIES[family](tmp_path / "model")
     model = FolderModel(open_checkpoint(tmp_path / "model"), 40)
     for prompt in ([7, 3, 11, 200], [5]):  # one after another: each frees its pages
-        tokens = tuple(model.greedy(prompt, 12))
-        assert tokens == transformers_tokens(expected, prompt, 12)
+        tokens, at_s = model.greedy(prompt, 12)
+        assert len(at_s) == 12
+        assert tuple(tokens) == transformers_tokens(expected, prompt, 12)

@@ -22,10 +22,11 @@ from tests.unit.workshop.folders.edits import write_letters
 from tests.unit.workshop.folders.families import save
 from workshop.convert.staging import ConvertFailedError, staging_folder
 from workshop.folders.dense_model import opened_dense
-from workshop.folders.making import source_checkpoint
-from workshop.folders.merge.command import MergeOptions, merge
-from workshop.folders.prune.command import PruneOptions, prune
-from workshop.folders.upcycle.command import UpcycleOptions, upcycle
+from workshop.folders.making import make_folder, source_checkpoint
+from workshop.folders.merge.command import Merge
+from workshop.folders.options import MergeOptions, PruneOptions, UpcycleOptions
+from workshop.folders.prune.command import Prune
+from workshop.folders.upcycle.command import Upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = PruneOptions(4, sequences=6, sequence_length=32, max_shard_size=200_000)
@@ -80,13 +81,13 @@ def run(
     if command in ("upcycle", FITTED):
         options = UPCYCLE_OPTIONS if command == "upcycle" else replace(UPCYCLE_OPTIONS, active=2)
         with opened_dense(str(given.dense)) as model:
-            upcycle(model, dest, options, [given.text], on_progress)
+            make_folder(Upcycle(model, options), dest, [given.text], on_progress)
         return
     checkpoint = source_checkpoint(str(given.source))
     if command == "prune":
-        prune(checkpoint, dest, OPTIONS, [given.text], on_progress)
+        make_folder(Prune(checkpoint, OPTIONS), dest, [given.text], on_progress)
     else:
-        merge(checkpoint, dest, MERGE_OPTIONS, [given.text], on_progress)
+        make_folder(Merge(checkpoint, MERGE_OPTIONS), dest, [given.text], on_progress)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +142,9 @@ def test_a_changed_option_begins_anew(
         if phase == "scoring the source":
             raise KeyboardInterrupt
 
+    command = Prune(source_checkpoint(str(given.source)), replace(OPTIONS, experts=5))
     with pytest.raises(KeyboardInterrupt):
-        prune(
-            source_checkpoint(str(given.source)),
-            tmp_path / "out",
-            PruneOptions(5, sequences=6, sequence_length=32, max_shard_size=200_000),
-            [given.text],
-            break_off,
-        )
+        make_folder(command, tmp_path / "out", [given.text], break_off)
     run("prune", given, tmp_path / "out")
     assert files_of(tmp_path / "out") == whole["prune"]
 

@@ -22,7 +22,7 @@ from tests.unit.workshop.folders.families import (
 from workshop.folders import passes
 from workshop.folders.layerwise import LayeredModel, LayerExperts
 from workshop.folders.passes import Pass
-from workshop.folders.prune.importance import UseObserver
+from workshop.folders.prune.command import UseObserver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = torch.randint(1, 300, (5, 25), generator=torch.Generator().manual_seed(1))

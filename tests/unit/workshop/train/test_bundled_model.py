@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from workshop.train.folder import CARD_FILE
 from workshop.train.report import RECORD_FILE, Record, model_card
+from workshop.train.run import CARD_FILE
 from workshop.train.settings import load_config
 
 FOLDER = Path(__file__).parents[4] / "deploy" / "models" / "mesh-tiny"

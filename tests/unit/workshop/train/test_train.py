@@ -20,8 +20,7 @@ from tests.unit.workshop.train.training_runs import (
 from workshop.train.report import Record
 from workshop.train.run import StoppedError, Watcher, train
 from workshop.train.settings import TrainingConfig, TrainingError
-from workshop.train.state import STATE_FILE
-from workshop.train.trainer import StepReport, learning_rate_at
+from workshop.train.trainer import STATE_FILE, StepReport, learning_rate_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Trained = tuple[Path, list[StepReport], Record]
@@ -95,7 +94,7 @@ def test_state_torn_while_written_leaves_the_one_before(
 
     def tear_the_second(report: StepReport) -> None:
         if report.steps_done == 5:
-            monkeypatch.setattr("workshop.train.state.save_file", tear)
+            monkeypatch.setattr("workshop.train.trainer.save_file", tear)
 
     with pytest.raises(BrokenOffError):
         train(tiny_config(), [grammar], tmp_path, watcher=Watcher(on_step=tear_the_second))
@@ -111,7 +110,7 @@ def test_a_run_broken_off_at_its_end_still_writes_its_checkpoint(
     def break_off(*_anything: object) -> None:
         raise BrokenOffError
 
-    monkeypatch.setattr("workshop.train.folder.model_card", break_off)
+    monkeypatch.setattr("workshop.train.run.model_card", break_off)
     with pytest.raises(BrokenOffError):
         train(tiny_config(), [grammar], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from workshop.evaluate.perplexity import together
-from workshop.train.evaluation import score, unigram_nats
+from workshop.train.corpus import score, unigram_nats
 from workshop.train.settings import TrainingError
 
 L, V = 6, 20

@@ -20,8 +20,9 @@ from tests.unit.workshop.train.training_runs import (
     tiny_config,
     tiny_settings,
 )
-from workshop.folders.making import source_checkpoint
-from workshop.folders.prune.command import PruneOptions, prune
+from workshop.folders.making import make_folder, source_checkpoint
+from workshop.folders.options import PruneOptions
+from workshop.folders.prune.command import Prune
 from workshop.train.origin import open_origin
 from workshop.train.report import RECORD_FILE, Record
 from workshop.train.run import Watcher, train
@@ -43,7 +44,9 @@ def first(grammar: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: N
 def pruned(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with one expert of four, chosen by chance."""
     dest = tmp_path_factory.mktemp("pruned") / "one"
-    prune(source_checkpoint(str(first)), dest, PruneOptions(experts=1, by="random"), [])
+    make_folder(
+        Prune(source_checkpoint(str(first)), PruneOptions(experts=1, by="random")), dest, []
+    )
     return dest
 
 
@@ -116,7 +119,11 @@ def test_a_run_of_another_model_is_not_resumed(
     with pytest.raises(BrokenOffError):
         train(config, [grammar], tmp_path / "out", origin=origin, watcher=watcher)
     other = tmp_path / "other"
-    prune(source_checkpoint(str(first)), other, PruneOptions(experts=1, by="random", seed=1), [])
+    make_folder(
+        Prune(source_checkpoint(str(first)), PruneOptions(experts=1, by="random", seed=1)),
+        other,
+        [],
+    )
     with pytest.raises(TrainingError, match="another configuration or text"):
         train(config, [grammar], tmp_path / "out", origin=open_origin(other), resume=True)
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig
 
 from tests.unit.workshop.train.training_runs import tiny_settings, write_grammar
-from workshop.train.gating import TrainingGate
-from workshop.train.groups import capacity_of, second_by_chance, within_capacity
+from workshop.train.gating import TrainingGate, capacity_of, second_by_chance, within_capacity
 from workshop.train.run import Watcher, train
 from workshop.train.settings import GatingSettings, GroupSettings, TrainingConfig
 from workshop.train.trainer import StepReport

@@ -30,8 +30,7 @@ from workshop.train.settings import (
     TrainingFailedError,
     load_config,
 )
-from workshop.train.state import STATE_FILE
-from workshop.train.trainer import StepReport
+from workshop.train.trainer import STATE_FILE, StepReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

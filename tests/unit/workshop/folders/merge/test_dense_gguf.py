@@ -22,7 +22,9 @@ from tests.unit.workshop.folders.upcycle.test_upcycle import assert_is_dense
 from workshop.convert.gguf_file import GgufFile
 from workshop.convert.gguf_tokenizer import write_tokenizer
 from workshop.folders.dense_model import opened_dense
-from workshop.folders.upcycle.command import UpcycleOptions, upcycle
+from workshop.folders.making import make_folder
+from workshop.folders.options import UpcycleOptions
+from workshop.folders.upcycle.command import Upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = (
@@ -57,7 +59,7 @@ def test_a_dense_gguf_becomes_the_same_model(name: str, packing: str, tmp_path: 
     text = write_letters(tmp_path / "letters.txt")
     options = UpcycleOptions(experts=4, shared=2, dtype="float32", sequences=4, sequence_length=32)
     with opened_dense(str(tmp_path / "model.gguf")) as model:
-        record = upcycle(model, tmp_path / "out", options, [text])
+        record = make_folder(Upcycle(model, options), tmp_path / "out", [text])
     assert (record.source, record.family) == ("model.gguf", dense.config.model_type)
     assert_is_dense(tmp_path / "out", dense)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -34,18 +34,11 @@ from tests.unit.workshop.folders.families import (
     whole_model,
 )
 from workshop.folders.card import Record
-from workshop.folders.making import source_checkpoint
-from workshop.folders.merge.alignment import DOWN, in_order, neuron_orders
-from workshop.folders.merge.command import (
-    Group,
-    MergedExperts,
-    MergeOptions,
-    Merging,
-    merge,
-    merging_of,
-)
-from workshop.folders.merge.dense import DENSE_CONFIGS, WITHOUT_DENSE
-from workshop.folders.merge.grouping import grouped
+from workshop.folders.making import make_folder, source_checkpoint
+from workshop.folders.merge.command import Group, Merge, MergedExperts, Merging, merging_of
+from workshop.folders.merge.dense import DENSE_CLASSES, WITHOUT_DENSE
+from workshop.folders.merge.likeness import DOWN, grouped, in_order, neuron_orders
+from workshop.folders.options import MergeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -57,7 +50,7 @@ WITH_ONE = [name for name in ALL if name != "deepseek_v3"]
 
 def merged(folder: Path, dest: Path, text: Path, experts: int, **options: Any) -> Record:
     chosen = MergeOptions(experts, **{"sequences": 4, "sequence_length": 32} | options)
-    return merge(source_checkpoint(str(folder)), dest, chosen, [text])
+    return make_folder(Merge(source_checkpoint(str(folder)), chosen), dest, [text])
 
 
 def dense_logits(folder: Path) -> torch.Tensor:
@@ -86,7 +79,7 @@ def test_experts_that_are_one_in_other_orders_merge_without_loss(
     if name in WITH_ONE:
         merged(tmp_path / "model", tmp_path / "one", letters, 1)
         assert_close(logits_of(name, whole_model(tmp_path / "one"), ROWS), before)
-    elif name in DENSE_CONFIGS:  # of the others, the dense model is compared with this one below
+    elif name in DENSE_CLASSES:  # of the others, the dense model is compared with this one below
         merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
         assert_close(dense_logits(tmp_path / "dense"), before)
 
@@ -118,7 +111,7 @@ def test_a_merged_model_is_served_and_a_dense_one_equals_it(
         one = merged(tmp_path / "model", tmp_path / "one", letters, 1, by="output")
         assert open_checkpoint(tmp_path / "one").shape.num_experts_per_tok == 1
         check_served(name, tmp_path / "one")
-    if name in WITH_ONE and name in DENSE_CONFIGS:
+    if name in WITH_ONE and name in DENSE_CLASSES:
         dense = merged(tmp_path / "model", tmp_path / "dense", letters, 1, dense=True)
         expected = logits_of(name, whole_model(tmp_path / "one"), ROWS)
         assert_close(dense_logits(tmp_path / "dense"), expected)
@@ -137,8 +130,8 @@ def test_a_quantised_model_becomes_dense(letters: Path, tmp_path: Path) -> None:
 
 
 def test_every_family_has_a_dense_class_or_a_reason() -> None:
-    assert DENSE_CONFIGS.keys() | WITHOUT_DENSE.keys() == ALL.keys()
-    assert not DENSE_CONFIGS.keys() & WITHOUT_DENSE.keys()
+    assert DENSE_CLASSES.keys() | WITHOUT_DENSE.keys() == ALL.keys()
+    assert not DENSE_CLASSES.keys() & WITHOUT_DENSE.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,12 +29,12 @@ from tests.unit.workshop.folders.families import (
     save,
     whole_model,
 )
-from workshop.convert.layouts import open_source
 from workshop.convert.plan import STORED, make_plan
+from workshop.convert.write import open_source
 from workshop.folders.card import Record
-from workshop.folders.making import source_checkpoint
-from workshop.folders.prune.command import PruneOptions, prune
-from workshop.folders.prune.importance import By, importance, most_important
+from workshop.folders.making import make_folder, source_checkpoint
+from workshop.folders.options import Importance, PruneOptions
+from workshop.folders.prune.command import Prune, importance, most_important
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[5]
@@ -45,7 +45,9 @@ ROWS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(0)
 
 def pruned(folder: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
     few = {"sequences": 8, "sequence_length": 32}
-    return prune(source_checkpoint(str(folder)), dest, PruneOptions(**few | options), texts)
+    return make_folder(
+        Prune(source_checkpoint(str(folder)), PruneOptions(**few | options)), dest, texts
+    )
 
 
 @torch.inference_mode()
@@ -65,7 +67,7 @@ def engine_logits(folder: Path) -> torch.Tensor:
     ("name", "by"), [*((name, "output") for name in ALL), ("mixtral", "weight")]
 )
 def test_without_experts_that_no_token_chose_the_logits_are_the_same_bits(
-    name: str, by: By, letters: Path, tmp_path: Path
+    name: str, by: Importance, letters: Path, tmp_path: Path
 ) -> None:
     save(name, tmp_path / "model")
     never_route(tmp_path / "model", NEVER)
@@ -115,8 +117,10 @@ def test_importance_beats_random_at_equal_count(tmp_path: Path) -> None:
     def perplexity(**options: Any) -> float:
         dest = tmp_path / "-".join(map(str, options.values()))
         few = {"experts": 4, "sequences": 24, "sequence_length": 64}
-        record = prune(
-            source_checkpoint("models/mesh-tiny"), dest, PruneOptions(**few, **options), [text]
+        record = make_folder(
+            Prune(source_checkpoint("models/mesh-tiny"), PruneOptions(**few, **options)),
+            dest,
+            [text],
         )
         assert record.figures is not None
         assert record.figures.perplexity_before < record.figures.perplexity_after

@@ -12,9 +12,10 @@ from cluster.errors import CheckpointError
 from tests.unit.workshop.folders.dense_models import save_dense
 from tests.unit.workshop.folders.edits import WEIGHTS, write_letters
 from workshop.folders.dense_model import opened_dense
-from workshop.folders.upcycle.command import UpcycleOptions, upcycle
-from workshop.folders.upcycle.division import divide
-from workshop.folders.upcycle.split_fit import fit_gate
+from workshop.folders.making import make_folder
+from workshop.folders.options import UpcycleOptions
+from workshop.folders.upcycle.command import Upcycle
+from workshop.folders.upcycle.split_fit import divide, fit_gate
 
 NUM_TOKENS, NUM_EXPERTS, SIZE = 240, 4, 6
 
@@ -70,5 +71,5 @@ def test_a_model_that_yields_nan_is_refused_and_nothing_is_left(tmp_path: Path) 
         opened_dense(str(tmp_path / "dense")) as model,
         pytest.raises(CheckpointError, match=r"layer 1 yields NaN or infinity"),
     ):
-        upcycle(model, tmp_path / "out", options, [text])
+        make_folder(Upcycle(model, options), tmp_path / "out", [text])
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,7 @@ import torch
 from experts.checkpoint.checkpoint import open_checkpoint
 from tests.unit.workshop.folders.families import save
 from workshop.folders.layerwise import LayeredModel, LayerExperts
-from workshop.folders.text import Rows
-from workshop.folders.upcycle.twin_pass import Missed, TwinPass
+from workshop.folders.passes import Missed, twin_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = torch.randint(1, 300, (5, 25), generator=torch.Generator().manual_seed(1))
@@ -59,7 +58,7 @@ def test_each_layer_sees_what_the_new_ones_before_it_lack(
 ) -> None:
     model = save("mixtral", tmp_path / "model")
     layered = LayeredModel(open_checkpoint(tmp_path / "model"))
-    rows = Rows(ROWS[:, :-1].contiguous(), ROWS[:, 1:].contiguous())
+    rows = ROWS[:, :-1].contiguous()
 
     def new_observer(layer_id: int, missed: Missed) -> NoExperts:
         return NoExperts(missed)
@@ -70,8 +69,8 @@ def test_each_layer_sees_what_the_new_ones_before_it_lack(
 
     if breaks_after is not None:
         with pytest.raises(KeyboardInterrupt):
-            TwinPass(layered, rows, tmp_path / "pass").run(new_observer, break_off)
-    seen = TwinPass(layered, rows, tmp_path / "pass").run(new_observer, lambda done, total: None)
+            twin_run(layered, rows, tmp_path / "pass", new_observer, break_off)
+    seen = twin_run(layered, rows, tmp_path / "pass", new_observer, lambda done, total: None)
     assert sorted(seen) == list(range(layered.num_layers))
     for layer_id, found in seen.items():
         whole = states_after(model, layer_id, 0)

@@ -22,7 +22,9 @@ from tests.unit.workshop.folders.families import (
 )
 from workshop.folders.card import Record
 from workshop.folders.dense_model import opened_dense
-from workshop.folders.upcycle.command import UpcycleOptions, upcycle
+from workshop.folders.making import make_folder
+from workshop.folders.options import UpcycleOptions
+from workshop.folders.upcycle.command import Upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -31,7 +33,7 @@ ROWS = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(0)
 def upcycled(source: Path, dest: Path, texts: list[Path], **options: Any) -> Record:
     few = {"experts": 4, "shared": 2, "sequences": 8, "sequence_length": 32}
     with opened_dense(str(source)) as model:
-        return upcycle(model, dest, UpcycleOptions(**few | options), texts)
+        return make_folder(Upcycle(model, UpcycleOptions(**few | options)), dest, texts)
 
 
 @torch.inference_mode()
