@@ -29,7 +29,7 @@ CALL_S, CHANGE_S, SETTLE_S = 60.0, 300.0, 3.0
 HTTP, HTTP_NEW = "HTTP, kept connections", "HTTP, a new connection each"
 GRPC, GRPC_NEW = "gRPC, kept channels", "gRPC, a new channel each"
 GRPC_ONCE = "gRPC, kept channels, enable_retries: 0"
-MOST_LOST = {HTTP: 0.0, HTTP_NEW: 0.0, GRPC: 0.0, GRPC_NEW: 1e-4, GRPC_ONCE: 1e-3}
+MAX_LOST = {HTTP: 0.0, HTTP_NEW: 0.0, GRPC: 0.0, GRPC_NEW: 1e-4, GRPC_ONCE: 1e-3}
 """The share of calls that may fail, by kind. Without retries grpcio's client fails a call that it
 has not sent yet when GOAWAY comes, whenever a connection ends by its age."""
 _OWN = ("grpc.use_local_subchannel_pool", 1)
@@ -41,7 +41,7 @@ class Clients:
 
     def __init__(self, ports: Ports) -> None:
         self.answered: Counter[str] = Counter()
-        self.failures: dict[str, Counter[str]] = {kind: Counter() for kind in MOST_LOST}
+        self.failures: dict[str, Counter[str]] = {kind: Counter() for kind in MAX_LOST}
         self._ports = ports
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -54,7 +54,7 @@ class Clients:
                 target=self._over_http if kind in (HTTP, HTTP_NEW) else self._over_grpc,
                 args=(kind,),
             )
-            for kind in MOST_LOST
+            for kind in MAX_LOST
             for _ in range(count)
         ]
         for thread in threads:
@@ -183,7 +183,7 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
         time.sleep(SETTLE_S)
     return {
         "redeploys": redeploys,
-        "clients": count * len(MOST_LOST),
+        "clients": count * len(MAX_LOST),
         "calls": {
             kind: {"answered": clients.answered[kind], "failures": dict(failures)}
             for kind, failures in clients.failures.items()
@@ -194,7 +194,7 @@ def run(redeploys: int, count: int) -> dict[str, Any]:
 def judge(result: Mapping[str, Any]) -> list[Verdict]:
     """Judge every kind of client."""
     verdicts = []
-    for kind, most_lost in MOST_LOST.items():
+    for kind, most_lost in MAX_LOST.items():
         calls = result["calls"][kind]
         failed = sum(calls["failures"].values())
         total = calls["answered"] + failed

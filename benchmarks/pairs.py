@@ -40,7 +40,7 @@ from benchmarks.processor_time import group_of, spent_between
 
 MIN_PAIRS = 10
 CONFIDENCE = 0.9
-MOST_RATIO = 1.05
+MAX_RATIO = 1.05
 """The upper end of the interval that still is "no slower"."""
 TOKENS = 32
 """What a stream generates in a round."""
@@ -141,7 +141,7 @@ def summarize(ratios: Sequence[float]) -> Summary:
     if interval is None or len(ratios) < MIN_PAIRS:
         verdict = "too few pairs"
     else:
-        verdict = "no slower" if interval[1] <= MOST_RATIO else "slower"
+        verdict = "no slower" if interval[1] <= MAX_RATIO else "slower"
     median = statistics.median(ratios) if ratios else None
     return Summary(len(ratios), median, interval, verdict)
 
@@ -279,7 +279,7 @@ def to_json(old: Commit, new: Commit, measured: Mapping[str, Sequence[Pair]]) ->
         "old": {"commit": old.hash, "subject": old.subject},
         "new": {"commit": new.hash, "subject": new.subject},
         "confidence": CONFIDENCE,
-        "most_ratio": MOST_RATIO,
+        "most_ratio": MAX_RATIO,
         "cases": {
             case: {
                 **asdict(summary_of(pairs)),
@@ -310,7 +310,7 @@ def report(measured: Mapping[str, Sequence[Pair]]) -> None:
         parts += [(f"{case}: {name}", *_sides_ms(pairs, name)) for name in sorted(names)]
     columns = ["processor ms per token", "pairs"]
     numbers = [f"{name}|.3f" for name in ("old", "new", "new / old", "from", "to")]
-    title = f"median and {CONFIDENCE:.0%} interval; at most {MOST_RATIO} is no slower"
+    title = f"median and {CONFIDENCE:.0%} interval; at most {MAX_RATIO} is no slower"
     show(title, rows, [*columns, *numbers, ""])
     show("by process, medians", parts, [*columns[:1], *numbers[:2]])
 

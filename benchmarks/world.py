@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.world.many import Found
     from tests.world.weather import Scenario
 
-MOST_SHRUNK = 3
+MAX_SHRUNK = 3
 """Only the first seeds that fail are made smaller, one for each law."""
 SHRINK_S = 240.0
 SAID_EVERY_S = 60.0
@@ -72,7 +72,7 @@ class Tally:
         chosen: dict[int, str] = {}
         for law, seeds in self.laws().items():
             chosen.setdefault(seeds[0], law)
-        return list(chosen.items())[:MOST_SHRUNK]
+        return list(chosen.items())[:MAX_SHRUNK]
 
 
 def run(seeds: range, minutes: float, processes: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY_RETRY_S = 0.1
 """When a frame may come again that its device had no memory for."""
-MOST_PIECES = 32
+MAX_PIECES = 32
 """The most results that an answer sends from their own memory; more are concatenated first."""
 
 
@@ -387,6 +387,6 @@ def _answer(task: _Task) -> RowsFrame | ErrorFrame:
     frame, rows = task.frame, tuple(task.results)
     if task.failure is not None:
         return ErrorFrame(frame.request_id, type(task.failure).__name__, task.failure)
-    if len(rows) > MOST_PIECES:
+    if len(rows) > MAX_PIECES:
         rows = (b"".join(rows),)
     return RowsFrame(frame.request_id, frame.num_rows, task.answer_shape, frame.dtype, rows)

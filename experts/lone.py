@@ -4,7 +4,7 @@ At one stream an actor has one frame at a time, and its products have driven the
 the processor's caches when the answer is to be sent. So native code receives such a frame, computes
 and sends (``native/wire/lone.c``). It answers as :mod:`experts.queue` does, which gets whatever
 else comes: frames of several routers at once, malformed or traced frames, frames for experts that
-are not here or not native, rows that are not finite, and one frame each :data:`MOST_WAIT_MS`, from
+are not here or not native, rows that are not finite, and one frame each :data:`MAX_WAIT_MS`, from
 which the self-test takes its sample.
 """
 
@@ -21,7 +21,7 @@ from cluster.transport.stream.server import ReceivedAlone
 from cluster.wire.frames import Buffer
 from experts.compute.native_ffn import NativeFfn
 
-MOST_WAIT_MS = 250
+MAX_WAIT_MS = 250
 """The longest time until a frame is the queue's."""
 IS_BUILT = hasattr(native, "answer_lone")
 """Whether there is native code for it: only on Linux."""
@@ -98,6 +98,6 @@ def answer_lone(
 ) -> ReceivedAlone | None:
     """Answer frames of sockets; see :class:`cluster.transport.stream.server.AnswersAlone`."""
     received: ReceivedAlone | None = native.answer_lone(  # type: ignore[union-attr]
-        epoll_fd, buffers, layers.by_name, counters, FRAME_VERSION, MOST_WAIT_MS
+        epoll_fd, buffers, layers.by_name, counters, FRAME_VERSION, MAX_WAIT_MS
     )
     return received

@@ -31,7 +31,7 @@ SAMPLE_PERIOD_S = 0.25
 not finite ask other copies from then on, so no later answer might tell."""
 SAMPLE_ROWS = 16
 """The most rows of an answer that are looked at; a device that fails spoils all of them."""
-MOST_CHARS = 200
+MAX_CHARS = 200
 """The most characters of a failure in reports."""
 
 ComputeAlone = Callable[[DispatchFrame], RowsFrame | ErrorFrame]
@@ -176,7 +176,7 @@ class SelfTest:
     def _note(self, failure: str) -> None:
         if not self.failed_tests:
             logger.error("%s: a self-test failed: %s", self._actor_id, failure)
-        self.failure = failure[:MOST_CHARS]
+        self.failure = failure[:MAX_CHARS]
         self.failed_tests += 1
 
 

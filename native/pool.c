@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 
-#define MOST_WORKERS (MOST_THREADS - 1)
+#define MAX_WORKERS (MAX_THREADS - 1)
 
 /* One call of pool_run, on its caller's stack: no worker may touch it once the caller has taken it
  * off the list and num_active is zero. */
@@ -92,7 +92,7 @@ static void start_workers(Py_ssize_t wanted) {
 void pool_run(void (*work)(void *context, Py_ssize_t index), void *context, Py_ssize_t count,
               Py_ssize_t threads) {
     Py_ssize_t others = (threads < count ? threads : count) - 1;
-    if (others > MOST_WORKERS) others = MOST_WORKERS;
+    if (others > MAX_WORKERS) others = MAX_WORKERS;
     Job job = {.work = work, .context = context, .count = count, .num_free = others};
     if (others < 1) {
         compute(&job);

@@ -2,7 +2,7 @@
 #pragma once
 #include "native.h"
 
-#define MOST_THREADS 64 /* of one call */
+#define MAX_THREADS 64 /* of one call */
 
 /* Call work(context, index) for each index below `count`, on `threads` threads at most, one of
  * which is the caller's; returns when all calls have returned. Indices are taken in their order by

@@ -30,7 +30,7 @@ from tests.mixtures import (
     save_unlike,
 )
 
-CLIENTS, MOST_ROWS = 4, 40
+CLIENTS, MAX_ROWS = 4, 40
 RTOL = 1e-12
 REPLACED_S = 60.0
 UNLIKE, GIVEN, TREE, SEQUENCES, FITTED = "unlike", "given", "tree", "sequences", "fitted"
@@ -112,7 +112,7 @@ class Load:
         seed = worker
         while not self._ended.is_set():
             model = self._names[seed % len(self._names)]
-            self._mixtures.check(model, rows_of(model, 1 + seed % MOST_ROWS, seed), self._client)
+            self._mixtures.check(model, rows_of(model, 1 + seed % MAX_ROWS, seed), self._client)
             seed += CLIENTS
             with self._lock:
                 self.answers += 1

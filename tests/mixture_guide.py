@@ -13,14 +13,14 @@ from tests.readme import ROOT, Block, Place, Step, blocks, run_console, shown, s
 GUIDE = ROOT / "docs" / "mixtures.md"
 SERVE = "expertmesh serve pieces"
 MODEL = "pieces"
-MOST_COMMANDS = 10
+MAX_COMMANDS = 10
 
 
 def commands() -> tuple[list[Step], list[Step]]:
     """Return the steps before and after the command that serves."""
     [block] = [b for b in blocks(GUIDE.read_text(encoding="utf-8")) if b.language == "console"]
     planned = steps(block.text)
-    assert len(planned) <= MOST_COMMANDS
+    assert len(planned) <= MAX_COMMANDS
     [number] = [number for number, step in enumerate(planned) if step.command == SERVE]
     return planned[:number], planned[number + 1 :]
 

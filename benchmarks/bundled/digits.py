@@ -31,7 +31,7 @@ EXPERTS: list[tuple[str, Any]] = [
         ),
     ),
 ]
-LEAST_PROBABILITY = 1e-6
+MIN_PROBABILITY = 1e-6
 """Smaller ones count as this in a log loss, which is infinite at 0."""
 CHANGES = {
     "description": "Handwritten digits, 8 by 8 pixels of 0 to 16: the mean of nearest neighbours, "
@@ -75,5 +75,5 @@ def train(begin: Begin) -> Trained:
 def _scores(y: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
     """Return accuracy and log loss of probabilities [T, C] of rows T and classes C."""
     accuracy = accuracy_score(y, probabilities.argmax(axis=1))
-    kept = np.maximum(probabilities, LEAST_PROBABILITY)
+    kept = np.maximum(probabilities, MIN_PROBABILITY)
     return accuracy, log_loss(y, kept / kept.sum(axis=1, keepdims=True))

@@ -37,7 +37,7 @@ LIMITS = Limits(32, 16, 256)
 """So few tokens a step that the last prompt is prefilled in chunks beside the decodes."""
 TOP = 20
 """The likeliest tokens of each place, whose log probabilities are compared."""
-MOST_DISTANCE, LEAST_DISTANCE = 2.5, 0.05
+MAX_DISTANCE, MIN_DISTANCE = 2.5, 0.05
 """How far bf16 may be from fp32: so many times the oracle's distance, or this at least."""
 
 
@@ -130,7 +130,7 @@ class Parity:
     @property
     def most_distance(self) -> float:
         """The largest distance that is allowed."""
-        return max(LEAST_DISTANCE, MOST_DISTANCE * self.oracle_distance)
+        return max(MIN_DISTANCE, MAX_DISTANCE * self.oracle_distance)
 
     @property
     def is_kept(self) -> bool:

@@ -9,7 +9,7 @@ from benchmarks.common import Verdict, markdown
 from benchmarks.failover import WINDOW_COLUMNS, window_rows
 from benchmarks.gpu.kill import kept
 
-LEAST_RATIO = 0.9
+MIN_RATIO = 0.9
 IN_PLACE = "varlen"
 """The attention that reads the cache's pages in place."""
 GROUPED = "grouped"
@@ -62,7 +62,7 @@ def _speed_verdicts(models: Sequence[Mapping[str, Any]], card: Mapping[str, Any]
         ways = [", ".join(_ways(run)) for run in runs]
         streams, ratio = next(iter(largest["ratio"]["1"].items()))
         found = [
-            (f"{ratio:.2f}", ratio >= LEAST_RATIO),
+            (f"{ratio:.2f}", ratio >= MIN_RATIO),
             # The CPU has none.
             (NOT_MEASURED, False) if most is None else (f"{most:.2f}", most <= 1),
             ("; ".join(ways), all(way.startswith(wanted) for way in ways)),
@@ -71,7 +71,7 @@ def _speed_verdicts(models: Sequence[Mapping[str, Any]], card: Mapping[str, Any]
         (
             f"the largest model at {streams} streams, experts in one process, of transformers "
             "grouped_mm",
-            f"at least {LEAST_RATIO}",
+            f"at least {MIN_RATIO}",
         ),
         ("the most memory of a process on the card, of its plan, largest model", "at most 1"),
         ("ways of the largest model's attention and experts", wanted),

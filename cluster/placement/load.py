@@ -22,7 +22,7 @@ RISE_S = 2.0
 """The same for the rates in which a rise shows."""
 FALL_S = 120.0
 """The default time after which nothing is left of a load that ended."""
-LEAST_FALL_S = 10.0
+MIN_FALL_S = 10.0
 """The shortest time of a fall: a tenth of it is still as long as reports are apart."""
 FALL_PARTS = 10
 """The time of a fall is divided into this many parts. After each one a fall is looked for, over all
@@ -101,7 +101,7 @@ class LoadTracker:
         may be chance, the rate only fades.
         """
         self._begun_at_s = now_s
-        self.fall_s = max(fall_s, LEAST_FALL_S)
+        self.fall_s = max(fall_s, MIN_FALL_S)
         self._counted: Counter[ExpertKey] = Counter()
         self._earlier: deque[tuple[float, Counter[ExpertKey]]] = deque([(now_s, Counter())])
         """The counts at times that are a part of ``fall_s`` apart."""

@@ -46,7 +46,7 @@ KERNELS: tuple[tuple[str, str, str], ...] = () if native is None else native.ffn
 first."""
 
 
-MOST_SIZE = 1 << 24
+MAX_SIZE = 1 << 24
 """The largest hidden or intermediate size (``native/experts/kernels.h``)."""
 
 
@@ -58,7 +58,7 @@ def kernel_class(dtype: str, sizes: Sequence[int] = ()) -> str | None:
     between the two matrices in bfloat16. "tiled" does the same with AMX, and adds those products
     32 at a time. ``None`` means that there is no native code, or none for the dtype or a size.
     """
-    if native is None or dtype not in FORMATS or any(size > MOST_SIZE for size in sizes):
+    if native is None or dtype not in FORMATS or any(size > MAX_SIZE for size in sizes):
         return None
     return KERNELS[0][2 if dtype == "bfloat16" else 1]
 

@@ -11,8 +11,8 @@
 
 #define ALONE_PRODUCTS (1 << 18) /* more than these are computed without holding the interpreter */
 #define SHARE_PRODUCTS (1 << 21) /* so many are worth a thread of the pool */
-#define MOST_HEADS (1 << 16) /* and values of a head */
-#define MOST_COUNT (1LL << 36) /* of tokens, pages and strides: no product of sizes overflows */
+#define MAX_HEADS (1 << 16) /* and values of a head */
+#define MAX_COUNT (1LL << 36) /* of tokens, pages and strides: no product of sizes overflows */
 #define SPAN_NUMBERS 4
 #define ALIGNMENT 64 /* of scratch, in bytes */
 
@@ -56,10 +56,10 @@ FUNCTION(store) {
     Py_ssize_t num_tokens = slots_view->len / 8;
     const int64_t *slots = slots_view->buf;
     if (format < FLOAT32 || format > FLOAT16 || layout < ROWS || layout > COLUMNS ||
-        num_pages < 1 || num_pages > MOST_COUNT || num_heads < 1 || num_heads > MOST_HEADS ||
-        size < 1 || size > MOST_HEADS || num_tokens < 1 || num_tokens > MOST_COUNT ||
-        token_stride < 0 || token_stride > MOST_HEADS * (Py_ssize_t)MOST_HEADS ||
-        head_stride < 0 || head_stride > MOST_COUNT)
+        num_pages < 1 || num_pages > MAX_COUNT || num_heads < 1 || num_heads > MAX_HEADS ||
+        size < 1 || size > MAX_HEADS || num_tokens < 1 || num_tokens > MAX_COUNT ||
+        token_stride < 0 || token_stride > MAX_HEADS * (Py_ssize_t)MAX_HEADS ||
+        head_stride < 0 || head_stride > MAX_COUNT)
         return refuse(&buffers, "sizes must be positive, and of a format and a layout");
     Py_ssize_t value_bytes = bytes_of((Format)format);
     Py_ssize_t page_bytes = layout == ROWS ? size * PAGE * value_bytes
@@ -139,13 +139,13 @@ static const char *check_spans(const Step *step, Py_ssize_t num_ids, Py_ssize_t 
         const int64_t *span = step->spans + b * SPAN_NUMBERS;
         if (span[0] != token || span[1] < 1 || span[1] > num_tokens - token)
             return "spans must have all tokens, one after the other";
-        if (span[2] < 0 || span[2] > MOST_COUNT || span[3] < 0 || span[3] > num_ids ||
+        if (span[2] < 0 || span[2] > MAX_COUNT || span[3] < 0 || span[3] > num_ids ||
             (span[2] + span[1] + PAGE - 1) / PAGE > num_ids - span[3])
             return "a sequence must have pages for all its tokens";
         token += span[1];
         Py_ssize_t pages = (span[2] + span[1] + PAGE - 1) / PAGE;
         double seen = (double)least(span[2] + span[1], a->window);
-        if (a->window < MOST_COUNT) pages = least(pages, (a->window + step->tile_rows) / PAGE + 2);
+        if (a->window < MAX_COUNT) pages = least(pages, (a->window + step->tile_rows) / PAGE + 2);
         *most_pages = most(*most_pages, pages);
         *products += seen * (double)span[1] * (double)(a->num_kv * a->heads * a->size);
     }
@@ -185,7 +185,7 @@ FUNCTION(attend) {
     if (!(pages = take(&buffers, args[4], 0))) return NULL;
     if (!(out = take(&buffers, args[5], 1))) return NULL;
     if (args[8] != Py_None && !(sinks = take(&buffers, args[8], 0))) return NULL;
-    const Py_ssize_t heads = MOST_HEADS, much = MOST_COUNT;
+    const Py_ssize_t heads = MAX_HEADS, much = MAX_COUNT;
     if (format < FLOAT32 || format > FLOAT16 || num_tokens < 1 || num_tokens > much ||
         num_pages < 1 || num_pages > much || a.num_kv < 1 || a.num_kv > heads || num_q < 1 ||
         num_q > heads || num_q % a.num_kv || a.size < 1 || a.size > heads || a.value_size < 1 ||
@@ -209,8 +209,8 @@ FUNCTION(attend) {
     a.out = out->buf, a.sinks = sinks ? sinks->buf : NULL;
     a.heads = num_q / a.num_kv;
     a.scaling = (float)scaling, a.softcap = (float)softcap;
-    if (!a.window) a.window = MOST_COUNT;
-    Py_ssize_t tile_rows = values ? TILE_ROWS : MOST_TILE_ROWS; /* latents are turned for a tile */
+    if (!a.window) a.window = MAX_COUNT;
+    Py_ssize_t tile_rows = values ? TILE_ROWS : MAX_TILE_ROWS; /* latents are turned for a tile */
     if (a.heads < tile_rows) tile_rows -= tile_rows % a.heads;
     Step step = {.attention = &a, .kernel = kernel, .spans = spans->buf, .pages = pages->buf,
                  .num_spans = spans->len / (8 * SPAN_NUMBERS), .tile_rows = tile_rows};
@@ -224,7 +224,7 @@ FUNCTION(attend) {
         num_tiles += tiles_of(&step, &span) * a.num_kv;
     }
     double worth = products / SHARE_PRODUCTS;
-    Py_ssize_t num_shares = least(least(threads, num_tiles), MOST_THREADS);
+    Py_ssize_t num_shares = least(least(threads, num_tiles), MAX_THREADS);
     if (worth < (double)num_shares) num_shares = most((Py_ssize_t)worth, 1);
     char *scratch = PyMem_RawMalloc(num_shares * step.scratch_bytes + ALIGNMENT);
     if (!scratch) {

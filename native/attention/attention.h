@@ -16,7 +16,7 @@
 #define BLOCK_PAGES 4 /* pages that are read at once, for all rows of a tile */
 #define WIDTH_STEP 32 /* a row's sums have room for a multiple of it */
 #define TILE_ROWS 24
-#define MOST_TILE_ROWS 32
+#define MAX_TILE_ROWS 32
 
 /* One layer's attention; `sizes` are checked before. Strides count values. */
 typedef struct {

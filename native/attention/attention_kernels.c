@@ -100,12 +100,12 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define TARGET
 #define LANES 4
 #ifdef __aarch64__
-#define MOST_ROWS 4
+#define MAX_ROWS 4
 #define SCORE_PAGES(rows) ((rows) > 2 ? 1 : (rows) > 1 ? 2 : 4)
 #define VALUE_VECTORS(rows) 4
 #define FUSED(a, b, c) ((Vector)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #else
-#define MOST_ROWS 2
+#define MAX_ROWS 2
 #define SCORE_PAGES(rows) ((rows) > 1 ? 1 : 2)
 #define VALUE_VECTORS(rows) 4
 #define FUSED(a, b, c) ((a) * (b) + (c))
@@ -124,7 +124,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define KERNEL avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
-#define MOST_ROWS 6
+#define MAX_ROWS 6
 #define SCORE_PAGES(rows) ((rows) > 2 ? 1 : (rows) > 1 ? 2 : 4)
 #define VALUE_VECTORS(rows) ((rows) > 2 ? 2 : 4)
 #define SPREAD(x) ((Vector)_mm256_set1_ps(x))
@@ -139,7 +139,7 @@ static inline const char *values_of(const Attention *a, const Tile *tile, Py_ssi
 #define KERNEL avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
 #define LANES 16
-#define MOST_ROWS 6
+#define MAX_ROWS 6
 #define SCORE_PAGES(rows) 4
 #define VALUE_VECTORS(rows) 4
 #define SPREAD(x) ((Vector)_mm512_set1_ps(x))

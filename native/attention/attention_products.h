@@ -5,7 +5,7 @@
  *   KERNEL     the suffix of this kind's names
  *   TARGET     an attribute with the instructions that functions may use
  *   LANES      float32 of a vector: 4, 8 or 16
- *   MOST_ROWS  rows whose sums are in registers at once
+ *   MAX_ROWS  rows whose sums are in registers at once
  *   SCORE_PAGES(rows), VALUE_VECTORS(rows)  pages, and vectors of a value, that go with them
  *   SPREAD(x), FUSED(a, b, c)  LANES times x, and a * b + c; explicitly, since a compiler
  *              that contracts products and sums does so in some loops and not in others
@@ -48,7 +48,7 @@ typedef uint16_t NAME(Halves) __attribute__((vector_size(LANES * 2), aligned(1),
 INLINE void NAME(add_products)(const char *const *pages, const float *queries, Py_ssize_t rows,
                                Py_ssize_t size, int num_rows, int num_pages, Format format,
                                float *scores) {
-    Vector sums[MOST_ROWS][BLOCK_PAGES * PARTS];
+    Vector sums[MAX_ROWS][BLOCK_PAGES * PARTS];
     const int count = num_pages * PARTS;
     UNROLLED for (int r = 0; r < num_rows; r++)
         UNROLLED for (int v = 0; v < count; v++) sums[r][v] = (Vector){};
@@ -129,7 +129,7 @@ INLINE void NAME(add_values)(const char *const *pages, Py_ssize_t step, Py_ssize
                              const float *shares, Py_ssize_t rows, Py_ssize_t begin,
                              Py_ssize_t end, int num_rows, int count, Format format, float *sums,
                              Py_ssize_t width) {
-    Vector all[MOST_ROWS][4];
+    Vector all[MAX_ROWS][4];
     UNROLLED for (int r = 0; r < num_rows; r++)
         UNROLLED for (int v = 0; v < count; v++)
             all[r][v] = *(const LooseVector *)(sums + r * width + v * LANES);
@@ -189,11 +189,11 @@ INLINE void NAME(weigh_block)(const char *const *pages, Py_ssize_t step, const f
     case n:                                                                                    \
         NAME(weigh_block)(pages, step, shares, rows, begin, end, n, format, sums, width);      \
         return;
-#if MOST_ROWS == 6
+#if MAX_ROWS == 6
 #define CASES(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#elif MOST_ROWS == 4
+#elif MAX_ROWS == 4
 #define CASES(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
-#elif MOST_ROWS == 2
+#elif MAX_ROWS == 2
 #define CASES(CASE) CASE(1) CASE(2)
 #endif
 #define WITH_FORMAT(score, weigh, FORMAT)                                                      \
@@ -229,7 +229,7 @@ static TARGET void NAME(score)(const char *const *pages, Py_ssize_t num_pages,
 static TARGET void NAME(weigh)(const char *const *pages, Py_ssize_t step, const float *shares,
                                Py_ssize_t rows, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t row,
                                Py_ssize_t count, Format format, float *sums, Py_ssize_t width) {
-    Py_ssize_t num_tiles = (count + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t num_tiles = (count + MAX_ROWS - 1) / MAX_ROWS;
     for (Py_ssize_t t = 0; begin < end && t < num_tiles; t++) {
         Py_ssize_t r = row + count * t / num_tiles;
         int num_rows = (int)(row + count * (t + 1) / num_tiles - r);

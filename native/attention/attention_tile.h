@@ -174,7 +174,7 @@ typedef struct {
 static TARGET void NAME(score_tile)(const Work *work) {
     const Attention *a = work->attention;
     const Tile *tile = work->tile;
-    Py_ssize_t rows = work->rows, num_tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t rows = work->rows, num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     int widens = !a->values || (a->format != FLOAT32 && num_tiles >= WIDEN_TILES);
     Format format = widens ? FLOAT32 : a->format;
     for (Py_ssize_t p = 0; p < work->num_pages; p += BLOCK_PAGES) {
@@ -233,7 +233,7 @@ static TARGET void NAME(soften_tile)(const Work *work) {
 static TARGET void NAME(weigh_tile)(const Work *work) {
     const Attention *a = work->attention;
     Py_ssize_t rows = work->rows, width = padded(a->value_size, STEP);
-    Py_ssize_t num_tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t num_tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     int widens = a->value_size % STEP ||
                  (a->format != FLOAT32 && num_tiles >= WIDEN_TILES);
     Format format = widens ? FLOAT32 : a->format;
@@ -290,7 +290,7 @@ static TARGET void NAME(attend)(const Attention *a, const Tile *tile, float *scr
     work.scores = work.totals + rows * PAGE;
     work.narrow = work.scores + work.num_pages * rows * PAGE;
     work.wide = work.narrow + 4 * padded(a->size, WIDTH_STEP);
-    const char *queries[MOST_TILE_ROWS];
+    const char *queries[MAX_TILE_ROWS];
     for (Py_ssize_t r = 0; r < rows; r++) queries[r] = query_of(a, tile, r);
     NAME(turn)(queries, rows, a->size, a->format, a->scaling, work.narrow, work.queries, rows);
     NAME(score_tile)(&work);
@@ -324,7 +324,7 @@ static const AttentionKernel NAME(attention) = {NAME(attend)};
 #undef KERNEL
 #undef TARGET
 #undef LANES
-#undef MOST_ROWS
+#undef MAX_ROWS
 #undef SCORE_PAGES
 #undef VALUE_VECTORS
 #undef SPREAD

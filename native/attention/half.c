@@ -14,8 +14,8 @@
 #include "float16.h"
 #include "kernels.h"
 
-#define MOST_NUMBER (1 << 16) /* of heads, and of values of a head: no product of sizes overflows */
-#define MOST_TOKENS (1 << 28)
+#define MAX_NUMBER (1 << 16) /* of heads, and of values of a head: no product of sizes overflows */
+#define MAX_TOKENS (1 << 28)
 
 /* What is the same in every step, by its place in a tuple. */
 enum {
@@ -127,9 +127,9 @@ FUNCTION(attention_half) {
         return NULL;
     if (!(slots = take(&buffers, args[3], 0))) return NULL;
     Py_ssize_t num_tokens = slots->len / 8;
-    if (num_tokens < 1 || num_tokens > MOST_TOKENS || value_bytes < 1 || value_bytes > 4 ||
-        num_kv < 1 || num_q < 1 || size < 1 || num_kv > MOST_NUMBER || num_q > MOST_NUMBER ||
-        size > MOST_NUMBER || num_q + 2 * num_kv > MOST_NUMBER / size * 256)
+    if (num_tokens < 1 || num_tokens > MAX_TOKENS || value_bytes < 1 || value_bytes > 4 ||
+        num_kv < 1 || num_q < 1 || size < 1 || num_kv > MAX_NUMBER || num_q > MAX_NUMBER ||
+        size > MAX_NUMBER || num_q + 2 * num_kv > MAX_NUMBER / size * 256)
         return refuse(&buffers, "there must be tokens and heads");
     Py_ssize_t queries = num_q * size, stride = queries + 2 * num_kv * size;
     Py_ssize_t head_bytes = num_tokens * stride * value_bytes;

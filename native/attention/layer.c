@@ -14,7 +14,7 @@
 #include "float16.h"
 
 #define LANES 32 /* sums side by side */
-#define MOST_HEADS (1 << 16)
+#define MAX_HEADS (1 << 16)
 
 typedef enum { NO_NORM, ROOT_MEAN_SQUARE, LAYER_NORM } Norm;
 
@@ -126,7 +126,7 @@ FUNCTION(normalise) {
     if (!(rows = take(&buffers, args[0], 0))) return NULL;
     if (!(weights = take(&buffers, args[1], 0))) return NULL;
     if (!(out = take(&buffers, args[2], 1))) return NULL;
-    if (size < 1 || size > MOST_SIZE || !is_format(row_format) || !is_format(out_format) ||
+    if (size < 1 || size > MAX_SIZE || !is_format(row_format) || !is_format(out_format) ||
         !is_norm(norm) || weights->len != size * 4)
         return refuse(&buffers, "there must be a weight for each value of a row");
     Py_ssize_t row_bytes = size * bytes_of((Format)row_format);
@@ -178,9 +178,9 @@ static void finish_heads(const Heads *h, Py_ssize_t token, float *sums) {
 }
 
 static int are_heads(const Heads *h) {
-    return h->num_q >= 1 && h->num_q <= MOST_HEADS && h->num_kv >= 1 && h->num_kv <= MOST_HEADS &&
-           h->size >= 2 && h->size <= MOST_HEADS && h->size % 2 == 0 &&
-           (h->num_q + 2 * h->num_kv) * h->size <= MOST_SIZE && h->q_norm_size >= 0 &&
+    return h->num_q >= 1 && h->num_q <= MAX_HEADS && h->num_kv >= 1 && h->num_kv <= MAX_HEADS &&
+           h->size >= 2 && h->size <= MAX_HEADS && h->size % 2 == 0 &&
+           (h->num_q + 2 * h->num_kv) * h->size <= MAX_SIZE && h->q_norm_size >= 0 &&
            h->k_norm_size >= 0 && !h->q_norm_size == !h->k_norm_size &&
            (!h->q_norm_size || (h->num_q * h->size % h->q_norm_size == 0 &&
                                 h->num_kv * h->size % h->k_norm_size == 0));
@@ -221,7 +221,7 @@ FUNCTION(attention_inputs) {
     if (args[4] != Py_None && !(head_weights = take(&buffers, args[4], 0))) return NULL;
     if (!(out = take(&buffers, args[5], 1))) return NULL;
     if (!are_heads(&heads) || !is_format(row_format) || !is_norm(norm) || threads < 1 ||
-        hidden < 1 || hidden > MOST_SIZE || weights->len != hidden * 4 ||
+        hidden < 1 || hidden > MAX_SIZE || weights->len != hidden * 4 ||
         (head_weights ? head_weights->len : 0) != (heads.q_norm_size + heads.k_norm_size) * 4)
         return refuse(&buffers, "sizes must be positive, and weights as they say");
     Py_ssize_t outputs = (heads.num_q + 2 * heads.num_kv) * heads.size;

@@ -13,7 +13,7 @@
 #include "kernels.h"
 #include "pool.h"
 
-#define LEAST_SLICE_ROWS 24
+#define MIN_SLICE_ROWS 24
 #define SLICE_VALUES (1 << 18)   /* of a slice's rows and inner rows, in float32 */
 #define BATCH_VALUES (1 << 20)   /* the same of the slices that several threads share */
 #define SHARE_PRODUCTS (1 << 23) /* so many are worth another thread, which has to wake up */
@@ -86,7 +86,7 @@ static void compute_product(Product *p, Py_ssize_t num_slices, Py_ssize_t thread
 static Py_ssize_t slice_rows(const Shape *s) {
     Py_ssize_t most = SLICE_VALUES / (s->hidden_length + s->inner_length);
     if (most > SLICE_ROWS) most = SLICE_ROWS;
-    return most < LEAST_SLICE_ROWS ? LEAST_SLICE_ROWS : most;
+    return most < MIN_SLICE_ROWS ? MIN_SLICE_ROWS : most;
 }
 
 /* Compute experts whose `num_rows` may be many; 0 when there is no memory. */
@@ -208,7 +208,7 @@ FUNCTION(ffn) {
     if (!kernel) return NULL;
     if (!(rows = take(&buffers, args[0], 0))) return NULL;
     if (!(out = take(&buffers, args[3], 1))) return NULL;
-    if (s.hidden < 1 || s.hidden > MOST_SIZE || s.inner < 1 || s.inner > MOST_SIZE || threads < 1 ||
+    if (s.hidden < 1 || s.hidden > MAX_SIZE || s.inner < 1 || s.inner > MAX_SIZE || threads < 1 ||
         weights < FLOAT32 || weights > FLOAT16 || row_format < FLOAT32 || row_format > FLOAT16 ||
         activation < SILU || activation > CLAMPED)
         return refuse(&buffers, "sizes must be positive, and formats and activations known");

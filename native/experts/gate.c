@@ -12,8 +12,8 @@
 #include "bfloat16.h"
 #include "float16.h"
 
-#define MOST_EXPERTS (1 << 16)
-#define LEAST_SUM 1e-20f /* added to a sum of sigmoids, which may be 0 */
+#define MAX_EXPERTS (1 << 16)
+#define MIN_SUM 1e-20f /* added to a sum of sigmoids, which may be 0 */
 
 typedef enum { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN } Score;
 
@@ -104,7 +104,7 @@ static void weigh(const Spec *s, const uint8_t *allowed, const float *scores, co
     for (Py_ssize_t i = 0; i < s->num_chosen; i++) size += fabsf(weights[i]);
     for (Py_ssize_t i = 0; s->is_normalised && i < s->num_chosen; i++) weights[i] /= size;
     for (Py_ssize_t i = 0; i < s->num_chosen; i++) sum += weights[i];
-    if (s->score == SIGMOID) sum += LEAST_SUM;
+    if (s->score == SIGMOID) sum += MIN_SUM;
     for (Py_ssize_t i = 0; i < s->num_chosen; i++) {
         if (s->renormalises) weights[i] /= sum;
         weights[i] *= s->scaling;
@@ -148,7 +148,7 @@ static int are_experts(const Spec *s, const int64_t *ids, Py_ssize_t num_rows) {
 }
 
 static int is_spec(const Spec *s) {
-    return s->num_experts >= 1 && s->num_experts <= MOST_EXPERTS && s->num_chosen >= 1 &&
+    return s->num_experts >= 1 && s->num_experts <= MAX_EXPERTS && s->num_chosen >= 1 &&
            s->num_chosen <= s->num_experts && s->num_groups >= 1 &&
            s->num_groups <= s->num_experts && s->num_experts % s->num_groups == 0 &&
            s->num_best_groups >= 1 && s->num_best_groups <= s->num_groups &&

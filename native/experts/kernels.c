@@ -47,12 +47,12 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define TARGET
 #define LANES 4
 #ifdef __aarch64__
-#define MOST_ROWS 6
-#define MOST_SUMS 16
+#define MAX_ROWS 6
+#define MAX_SUMS 16
 #define FUSED(a, b, c) ((Vector)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #else
-#define MOST_ROWS 3
-#define MOST_SUMS 4
+#define MAX_ROWS 3
+#define MAX_SUMS 4
 #define FUSED(a, b, c) ((a) * (b) + (c))
 #endif
 #define SPREAD(x) ((Vector){(x), (x), (x), (x)})
@@ -67,8 +67,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define KERNEL avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
-#define MOST_ROWS 6
-#define MOST_SUMS 8
+#define MAX_ROWS 6
+#define MAX_SUMS 8
 #define SPREAD(x) ((Vector)_mm256_set1_ps(x))
 #define FUSED(a, b, c) ((Vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at))))
@@ -79,8 +79,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define KERNEL avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
 #define LANES 16
-#define MOST_ROWS 12
-#define MOST_SUMS 24
+#define MAX_ROWS 12
+#define MAX_SUMS 24
 #define SPREAD(x) ((Vector)_mm512_set1_ps(x))
 #define FUSED(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))
@@ -94,8 +94,8 @@ static inline void narrow_halves(Four values, uint16_t *at) {
 #define KERNEL avx512_bf16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")))
 #define LANES 16
-#define MOST_ROWS 12
-#define MOST_SUMS 24
+#define MAX_ROWS 12
+#define MAX_SUMS 24
 #define SPREAD(x) ((Vector)_mm512_set1_ps(x))
 #define FUSED(a, b, c) ((Vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define WIDEN_HALVES(at) ((Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at))))

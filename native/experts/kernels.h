@@ -14,7 +14,7 @@
 
 #define SIDE 16
 #define PANEL (2 * SIDE)
-#define MOST_SIZE (1 << 24) /* of a row: no product of sizes overflows */
+#define MAX_SIZE (1 << 24) /* of a row: no product of sizes overflows */
 #define SLICE_ROWS 96 /* rows that use a panel while it is in the cache */
 
 /* PAIRS are bfloat16 whose rows are bfloat16 too, for instructions that take pairs of them. */

@@ -13,7 +13,7 @@
 #include "pool.h"
 
 #define SLICE_VALUES (1 << 17) /* of the rows that use a panel while they are in the cache */
-#define LEAST_SLICE_ROWS 24
+#define MIN_SLICE_ROWS 24
 #define SHARE_PRODUCTS (1 << 22) /* so many are worth a thread of the pool, which has to wake up */
 #define THREAD_SHARES 4          /* so that a thread that is late leaves its shares to others */
 #define READ_ROWS 4 /* reading a weight takes as long as so many products with it */
@@ -28,7 +28,7 @@ int is_format(int number) { return number >= FLOAT32 && number <= FLOAT16; }
 
 int take_matrix(const Py_buffer *from, Py_ssize_t size, Py_ssize_t outputs, int format,
                 int has_bias, Matrix *matrix) {
-    if (size < 1 || size > MOST_SIZE || outputs < 1 || outputs > MOST_SIZE || !is_format(format)) {
+    if (size < 1 || size > MAX_SIZE || outputs < 1 || outputs > MAX_SIZE || !is_format(format)) {
         PyErr_SetString(PyExc_ValueError, "sizes must be positive, and formats known");
         return 0;
     }
@@ -94,7 +94,7 @@ int multiply_rows(const Kernel *kernel, const Matrix *m, Rows rows, Py_ssize_t n
                   Rows added, char *out, Format out_format, Py_ssize_t threads) {
     Py_ssize_t length = length_of(m), most = SLICE_VALUES / length;
     if (most > SLICE_ROWS) most = SLICE_ROWS;
-    if (most < LEAST_SLICE_ROWS) most = LEAST_SLICE_ROWS;
+    if (most < MIN_SLICE_ROWS) most = MIN_SLICE_ROWS;
     Py_ssize_t parts = (num_rows + most - 1) / most, num_panels = panels_of(m);
     if (most > num_rows) most = num_rows;
     char *room = PyMem_RawMalloc(most * length * sizeof(float) + 64);
@@ -145,7 +145,7 @@ FUNCTION(linear) {
     if (!(packed = take(&buffers, args[1], 0))) return NULL;
     if (!(out = take(&buffers, args[2], 1))) return NULL;
     if (!is_format(row_format) || !is_format(out_format) || threads < 1 || count < 1 ||
-        count > MOST_SIZE || packed->len % count)
+        count > MAX_SIZE || packed->len % count)
         return refuse(&buffers, "formats must be known, and matrices and threads positive");
     Py_ssize_t packed_bytes = packed->len / count;
     Py_buffer first = *packed;

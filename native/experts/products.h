@@ -4,8 +4,8 @@
  *   KERNEL     the suffix of this kind's names
  *   TARGET     an attribute with the instructions that functions may use
  *   LANES      float32 of a vector: 4, 8 or 16
- *   MOST_ROWS  rows of the largest tile
- *   MOST_SUMS  most vectors of sums of a panel's whole width at once
+ *   MAX_ROWS  rows of the largest tile
+ *   MAX_SUMS  most vectors of sums of a panel's whole width at once
  *   SPREAD(x), FUSED(a, b, c)  LANES times x, and a * b + c; explicitly, so that no compiler
  *              chooses which products and sums have one rounding
  *   WIDEN_HALVES(at), NARROW_HALVES(vector, at)  LANES of float16 from memory, and to it
@@ -51,7 +51,7 @@ typedef int32_t NAME(LooseWhole) __attribute__((vector_size(LANES * 4), aligned(
 INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
                               int count, Format format, const char *next, Py_ssize_t stride,
                               float *sums) {
-    Vector all[MOST_ROWS][2 * HALF];
+    Vector all[MAX_ROWS][2 * HALF];
     UNROLLED for (int r = 0; r < num_rows; r++)
         UNROLLED for (int v = 0; v < count; v++)
             all[r][v] = *(const LooseVector *)(sums + r * PANEL + v * LANES);
@@ -113,7 +113,7 @@ INLINE void NAME(add_vectors)(const char *panel, const float *rows, Py_ssize_t s
 
 INLINE void NAME(add_rows)(const char *panel, const float *rows, Py_ssize_t size, int num_rows,
                            Format format, const char *next, Py_ssize_t stride, float *sums) {
-    if (num_rows * 2 * HALF <= MOST_SUMS) {
+    if (num_rows * 2 * HALF <= MAX_SUMS) {
         NAME(add_vectors)(panel, rows, size, num_rows, 2 * HALF, format, next, stride, sums);
         return;
     }
@@ -135,14 +135,14 @@ INLINE void NAME(add_rows)(const char *panel, const float *rows, Py_ssize_t size
         const Format format = FORMAT;                                                         \
         switch (num_rows) { ROWS_CASES }                                                      \
     }
-#if MOST_ROWS == 12
+#if MAX_ROWS == 12
 #define ROWS_CASES                                                                             \
     ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6) ROWS_CASE(7) \
     ROWS_CASE(8) ROWS_CASE(9) ROWS_CASE(10) ROWS_CASE(11) ROWS_CASE(12)
-#elif MOST_ROWS == 6
+#elif MAX_ROWS == 6
 #define ROWS_CASES                                                                             \
     ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
-#elif MOST_ROWS == 3
+#elif MAX_ROWS == 3
 #define ROWS_CASES ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3)
 #endif
 WITH_FORMAT(add_float32, FLOAT32)
@@ -169,7 +169,7 @@ static TARGET void NAME(widen_panel)(const char *panel, Py_ssize_t size, float *
  * [K, R], or [K / 2, R, 2] in PAIRS; K is cut so that weights stay in the cache for all tiles. */
 static TARGET void NAME(multiply)(const char *panel, const float *rows, Py_ssize_t num_rows,
                                   Py_ssize_t size, Format format, float *sums) {
-    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     int widens = LANES < SIDE && format == BFLOAT16 && num_tiles >= WIDEN_TILES;
     Py_ssize_t step = PANEL * (format == FLOAT32 ? 4 : 2);
     Py_ssize_t block = BLOCK_BYTES / (widens ? PANEL * 4 : step);
@@ -231,10 +231,10 @@ static TARGET void NAME(tile_pairs)(const char *given, Py_ssize_t num_rows, Py_s
 static TARGET void NAME(tile_rows)(const char *given, Py_ssize_t num_rows, Py_ssize_t width,
                                    Py_ssize_t size, Format format, int in_pairs, float *tiled) {
     if (in_pairs) {
-        NAME(tile_pairs)(given, num_rows, width, size, MOST_ROWS, (uint32_t *)tiled);
+        NAME(tile_pairs)(given, num_rows, width, size, MAX_ROWS, (uint32_t *)tiled);
         return;
     }
-    Py_ssize_t num_tiles = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
+    Py_ssize_t num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
     for (Py_ssize_t t = 0; t < num_tiles; t++) {
         Py_ssize_t begin = num_rows * t / num_tiles, count = num_rows * (t + 1) / num_tiles - begin;
         float *tile = tiled + begin * size;
@@ -296,7 +296,7 @@ static TARGET void NAME(gate_tiles)(const float *sums, const Shape *shape, const
 /* The same into tiles as `multiply` takes them. */
 static TARGET void NAME(gate_sums)(const float *sums, const Shape *shape, const float *biases,
                                    Py_ssize_t number, Py_ssize_t num_rows, float *tiled) {
-    NAME(gate_tiles)(sums, shape, biases, number, num_rows, MOST_ROWS, tiled);
+    NAME(gate_tiles)(sums, shape, biases, number, num_rows, MAX_ROWS, tiled);
 }
 
 /* Round sums [P, PANEL] of panel number `number` of down into rows of a format. */
@@ -351,8 +351,8 @@ static const Kernel NAME(kernel) = {NAME(tile_rows), NAME(multiply), NAME(gate_s
 #undef TARGET
 #undef ASK_FOR_NEXT
 #undef LANES
-#undef MOST_ROWS
-#undef MOST_SUMS
+#undef MAX_ROWS
+#undef MAX_SUMS
 #undef SPREAD
 #undef FUSED
 #undef WIDEN_HALVES

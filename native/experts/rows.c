@@ -10,8 +10,8 @@
 #include "bfloat16.h"
 
 #define BLOCK 256 /* values that are summed at once */
-#define MOST_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
-#define MOST_ROW_BYTES (1 << 30)
+#define MAX_EXPERTS (1 << 20) /* of a token; and most bytes of a row: no product overflows */
+#define MAX_ROW_BYTES (1 << 30)
 
 void order_summands(const int64_t *ids, Py_ssize_t num_pairs, Py_ssize_t k, int64_t *summand_of) {
     for (Py_ssize_t begin = 0; begin < num_pairs; begin += k) {
@@ -109,7 +109,7 @@ FUNCTION(route) {
     if (!(ordered_view = take(&buffers, args[5], 1))) return NULL;
     Py_ssize_t num_ids = ids_view->len / 8, num_experts = experts_view->len / 8;
     Py_ssize_t num_pairs = pairs_view->len / 8, num_shares = ends_view->len / 8;
-    if (k < 1 || k > MOST_EXPERTS || num_experts > MOST_EXPERTS ||
+    if (k < 1 || k > MAX_EXPERTS || num_experts > MAX_EXPERTS ||
         ordered_view->len != pairs_view->len)
         return refuse(&buffers, "there must be as much room as pairs, and experts for each token");
     const int64_t *ids = ids_view->buf, *ordered_ids = experts_view->buf, *ends = ends_view->buf;
@@ -158,7 +158,7 @@ FUNCTION(gather) {
     if (!(ordered_view = take(&buffers, args[1], 0))) return NULL;
     Py_ssize_t count = ordered_view->len / 8;
     const int64_t *ordered = ordered_view->buf;
-    if (k < 1 || k > MOST_EXPERTS || row_bytes < 1 || row_bytes > MOST_ROW_BYTES ||
+    if (k < 1 || k > MAX_EXPERTS || row_bytes < 1 || row_bytes > MAX_ROW_BYTES ||
         rows->len % row_bytes)
         return refuse(&buffers, "rows must be whole, and of one token at least");
     Py_ssize_t end = rows->len / row_bytes * k;

@@ -16,8 +16,8 @@
 #include <unistd.h>
 
 #define WITH_TILES __attribute__((target("amx-tile,amx-bf16")))
-#define MOST_ROWS (2 * SIDE) /* of two tiles */
-#define MOST_K 32            /* bfloat16 in a row of a tile */
+#define MAX_ROWS (2 * SIDE) /* of two tiles */
+#define MAX_K 32            /* bfloat16 in a row of a tile */
 #define PAIR_BYTES (PANEL * 4)
 #define AHEAD_BYTES (16 << 10) /* how far ahead weights are asked for */
 #define LINE_BYTES 64
@@ -83,7 +83,7 @@ WITH_TILES static void add_products(const char *panel, const char *rows, Py_ssiz
         }
     }
     while (num_steps--) {
-        for (int i = 0; ahead && i < MOST_K / 2 * PAIR_BYTES; i += LINE_BYTES)
+        for (int i = 0; ahead && i < MAX_K / 2 * PAIR_BYTES; i += LINE_BYTES)
             __builtin_prefetch(panel + ahead + i, 0, 2);
         _tile_loadd(4, rows, row_bytes);
         _tile_loadd(6, panel, PAIR_BYTES);
@@ -95,8 +95,8 @@ WITH_TILES static void add_products(const char *panel, const char *rows, Py_ssiz
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        panel += MOST_K / 2 * PAIR_BYTES;
-        rows += MOST_K * 2;
+        panel += MAX_K / 2 * PAIR_BYTES;
+        rows += MAX_K * 2;
     }
     _tile_stored(0, sums, PANEL * 4);
     _tile_stored(1, sums + SIDE, PANEL * 4);
@@ -109,20 +109,20 @@ WITH_TILES static void add_products(const char *panel, const char *rows, Py_ssiz
 /* The sums [P, PANEL] of a panel's columns, of rows [P, K] with an even K. */
 WITH_TILES void multiply_tiles(const char *panel, const char *rows, Py_ssize_t num_rows,
                                Py_ssize_t size, float *sums) {
-    Py_ssize_t num_parts = (num_rows + MOST_ROWS - 1) / MOST_ROWS;
-    Py_ssize_t num_steps = size / MOST_K, row_bytes = size * 2;
-    int left = (int)(size % MOST_K);
+    Py_ssize_t num_parts = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    Py_ssize_t num_steps = size / MAX_K, row_bytes = size * 2;
+    int left = (int)(size % MAX_K);
     /* What is left of K has smaller tiles, so its sums come back from memory. */
     for (int is_left = 0; is_left < (left ? 2 : 1); is_left++) {
         int shaped = 0;
-        const char *weights = panel + (is_left ? num_steps * (MOST_K / 2) * PAIR_BYTES : 0);
+        const char *weights = panel + (is_left ? num_steps * (MAX_K / 2) * PAIR_BYTES : 0);
         for (Py_ssize_t i = 0; i < num_parts; i++) {
             Py_ssize_t begin = num_rows * i / num_parts;
             int count = (int)(num_rows * (i + 1) / num_parts - begin);
             int first = count < SIDE ? count : SIDE, others = count - first;
-            if (count != shaped) shape_tiles(first, others, is_left ? left : MOST_K);
+            if (count != shaped) shape_tiles(first, others, is_left ? left : MAX_K);
             shaped = count;
-            add_products(weights, rows + begin * row_bytes + (is_left ? num_steps * MOST_K * 2 : 0),
+            add_products(weights, rows + begin * row_bytes + (is_left ? num_steps * MAX_K * 2 : 0),
                          row_bytes, others > 0, is_left ? 1 : num_steps, !is_left,
                          i ? 0 : AHEAD_BYTES, sums + begin * PANEL);
         }

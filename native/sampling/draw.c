@@ -13,7 +13,7 @@
 #define BLOCK 64 /* logits whose weights are added before others' */
 #define LEAST (-700.0) /* e to the power of less counts as 0 */
 #define NUM_BINS 4097
-#define MOST_ROWS (1 << 20) /* no product overflows */
+#define MAX_ROWS (1 << 20) /* no product overflows */
 
 typedef struct {
     const float *logits;
@@ -233,7 +233,7 @@ FUNCTION(draw) {
     if (!(params = take(&buffers, args[1], 0))) return NULL;
     if (!(out = take(&buffers, args[3], 1))) return NULL;
     const Py_ssize_t four = sizeof(float), eight = sizeof(double);
-    if (rows < 1 || rows > MOST_ROWS || logits->len < rows * four || logits->len % (rows * four) ||
+    if (rows < 1 || rows > MAX_ROWS || logits->len < rows * four || logits->len % (rows * four) ||
         params->len != 5 * rows * eight || out->len != rows * eight)
         return refuse(&buffers, "logits, params and out must have as many rows");
     Py_ssize_t vocab = logits->len / four / rows, num_blocks = (vocab + BLOCK - 1) / BLOCK;

@@ -8,7 +8,7 @@
 
 #define MINUS_INF 0xff800000u /* its bits */
 #define WORD 32
-#define MOST_ROWS (1 << 20) /* no product overflows */
+#define MAX_ROWS (1 << 20) /* no product overflows */
 
 static inline float less(float logit, uint32_t word, int bit) {
     uint32_t bits = (((word >> bit) & 1u) - 1u) & MINUS_INF;
@@ -39,7 +39,7 @@ FUNCTION(forbid) {
     if (!(logits = take(&buffers, args[2], 0))) return NULL;
     if (!(out = take(&buffers, args[3], 1))) return NULL;
     const Py_ssize_t four = sizeof(float);
-    if (rows < 1 || rows > MOST_ROWS || words->len % (rows * four) || logits->len % (rows * four) ||
+    if (rows < 1 || rows > MAX_ROWS || words->len % (rows * four) || logits->len % (rows * four) ||
         out->len != logits->len)
         return refuse(&buffers, "words, logits and out must have as many rows");
     Py_ssize_t num_words = words->len / four / rows, vocab = logits->len / four / rows;

@@ -16,12 +16,12 @@
 #include "rows.h"
 #include "wire.h"
 
-#define MOST_PAIRS 512
-#define MOST_EXPERTS 4096
-#define MOST_CHOSEN 64 /* experts of a token */
-#define MOST_ACTORS 32
-#define MOST_SIZE (1 << 20) /* of a row */
-#define MOST_WAIT_MS 1000
+#define MAX_PAIRS 512
+#define MAX_EXPERTS 4096
+#define MAX_CHOSEN 64 /* experts of a token */
+#define MAX_ACTORS 32
+#define MAX_SIZE (1 << 20) /* of a row */
+#define MAX_WAIT_MS 1000
 #define ANY_OFFSET(experts, k) ((experts) * (k) + 1)
 
 /* A part, in the order of the layer's actors. */
@@ -43,8 +43,8 @@ typedef struct {
     PyObject *buffers;
     Py_ssize_t *index_of, *offsets; /* of pairs; one that the pairs are placed by follows */
     int64_t *ordered;
-    LayerPart parts[MOST_ACTORS];
-    Py_ssize_t order[MOST_ACTORS]; /* of sending, by the parts' indices */
+    LayerPart parts[MAX_ACTORS];
+    Py_ssize_t order[MAX_ACTORS]; /* of sending, by the parts' indices */
 } Layer;
 
 /* The actor that answered last gets its part first (cluster/transport/stream/client.py). */
@@ -107,9 +107,9 @@ static int take_layer(PyObject *layer, PyObject *lanes, const Py_buffer *ids, Bu
         return 0;
     Py_ssize_t num_pairs = ids->len / 8, num_experts = ordered_ids->len / 8;
     l->num_lanes = PyTuple_GET_SIZE(l->buffers);
-    if (k < 1 || k > MOST_CHOSEN || num_pairs < 1 || num_pairs > MOST_PAIRS || num_pairs % k ||
-        num_experts < 1 || num_experts > MOST_EXPERTS || l->ends->len != l->lane_of->len ||
-        l->ends->len / 8 > MOST_ACTORS || size < 1 || size > MOST_SIZE || name_bytes < 5 ||
+    if (k < 1 || k > MAX_CHOSEN || num_pairs < 1 || num_pairs > MAX_PAIRS || num_pairs % k ||
+        num_experts < 1 || num_experts > MAX_EXPERTS || l->ends->len != l->lane_of->len ||
+        l->ends->len / 8 > MAX_ACTORS || size < 1 || size > MAX_SIZE || name_bytes < 5 ||
         name_bytes > 4 + 255 || (dtype != 1 && dtype != 2) || fds->len != l->num_lanes * 4 ||
         last->len != (l->num_lanes + 1) * 8) {
         PyErr_SetString(PyExc_ValueError, "a layer of few pairs, and a lane for each actor");
@@ -172,7 +172,7 @@ static Py_ssize_t send_part(const Layer *l, const LayerPart *part, const char *r
                             unsigned char *header, Py_ssize_t header_bytes) {
     static unsigned char padding[ALIGNMENT];
     unsigned char start[START_BYTES];
-    struct iovec pieces[MOST_PAIRS + 3] = {{start, START_BYTES}, {header, (size_t)header_bytes}};
+    struct iovec pieces[MAX_PAIRS + 3] = {{start, START_BYTES}, {header, (size_t)header_bytes}};
     Py_ssize_t count = part->end - part->begin, length = header_bytes + count * l->row_bytes;
     put_start(start, length, call_id);
     for (Py_ssize_t i = 0; i < count; i++)
@@ -227,7 +227,7 @@ FUNCTION(send_layer) {
     } else if (!header) {
         PyErr_NoMemory();
     } else {
-        Py_ssize_t left[MOST_ACTORS], is_whole = 1;
+        Py_ssize_t left[MAX_ACTORS], is_whole = 1;
         PyThreadState *saved = PyEval_SaveThread();
         for (Py_ssize_t i = 0; i < layer.num_parts; i++) {
             Py_ssize_t n = layer.order[i];
@@ -299,9 +299,9 @@ static int combine_parts(const Layer *l, const Py_buffer *rooms, const Py_buffer
                          char *sums) {
     const Routing *r = &l->routing;
     Py_ssize_t num_pairs = r->num_pairs;
-    int64_t summand_of[MOST_PAIRS];
-    const char *row_of[MOST_PAIRS];
-    float weight_of[MOST_PAIRS];
+    int64_t summand_of[MAX_PAIRS];
+    const char *row_of[MAX_PAIRS];
+    float weight_of[MAX_PAIRS];
     order_summands(r->ids, num_pairs, r->k, summand_of);
     order_weights(weights->buf, weights->len / num_pairs, summand_of, num_pairs, weight_of);
     for (Py_ssize_t n = 0; n < l->num_parts; n++) {
@@ -319,8 +319,8 @@ static int combine_parts(const Layer *l, const Py_buffer *rooms, const Py_buffer
 FUNCTION(receive_layer) {
     Buffers taken = {.count = 0};
     Layer layer = {0};
-    Py_buffer *ids, *weights, *sums, rooms[MOST_ACTORS];
-    Py_ssize_t got[MOST_ACTORS] = {0}, num_rooms = 0;
+    Py_buffer *ids, *weights, *sums, rooms[MAX_ACTORS];
+    Py_ssize_t got[MAX_ACTORS] = {0}, num_rooms = 0;
     if (!are_given(given, 8)) return NULL;
     uint64_t call_id = PyLong_AsUnsignedLongLong(args[5]);
     uint64_t request_id = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[6]);
@@ -333,7 +333,7 @@ FUNCTION(receive_layer) {
     if (!take_layer(args[3], args[4], ids, &taken, &layer)) goto done;
     Py_ssize_t num_pairs = layer.routing.num_pairs, weight_bytes = weights->len / num_pairs;
     if (sums->len != num_pairs / layer.routing.k * layer.row_bytes || weights->len % num_pairs ||
-        (weight_bytes != 2 && weight_bytes != 4) || wait_ms < 0 || wait_ms > MOST_WAIT_MS) {
+        (weight_bytes != 2 && weight_bytes != 4) || wait_ms < 0 || wait_ms > MAX_WAIT_MS) {
         PyErr_SetString(PyExc_ValueError, "a weight for each pair, a sum for each token, a short wait");
         goto done;
     }

@@ -17,8 +17,8 @@
 
 #include "kernels.h"
 
-#define MOST_EXPERTS 64 /* of a frame */
-#define MOST_WAIT_MS 1000
+#define MAX_EXPERTS 64 /* of a frame */
+#define MAX_WAIT_MS 1000
 
 enum { STEPS, FRAMES, BUSY_S, WAITING, NUM_COUNTS }; /* the actor's counters */
 
@@ -27,7 +27,7 @@ typedef struct {
     uint64_t call_id, request_id;
     unsigned version, dtype;
     Py_ssize_t num_rows, num_experts, hidden, row_bytes;
-    Py_ssize_t ids[MOST_EXPERTS], counts[MOST_EXPERTS];
+    Py_ssize_t ids[MAX_EXPERTS], counts[MAX_EXPERTS];
     const unsigned char *layer; /* number and model, which lie beside each other */
     Py_ssize_t layer_bytes;
     char *rows;
@@ -49,7 +49,7 @@ static int read_lone(unsigned char *start, Py_ssize_t received, unsigned version
     Py_ssize_t time_at = counts_at + 4 * lone->num_experts, layer_at = time_at + 8;
     Py_ssize_t rows_at = padded(layer_at + 4 + name_bytes), sum = 0;
     if (lone->version != version || frame[2] != DISPATCH || num_axes != 1 || trace_bytes ||
-        !name_bytes || lone->num_experts < 1 || lone->num_experts > MOST_EXPERTS ||
+        !name_bytes || lone->num_experts < 1 || lone->num_experts > MAX_EXPERTS ||
         (Py_ssize_t)length < rows_at)
         return 0;
     for (Py_ssize_t i = 0; i < lone->num_experts; i++) {
@@ -230,7 +230,7 @@ FUNCTION(answer_lone) {
     unsigned version = (unsigned)PyLong_AsUnsignedLong(args[4]);
     long wait_ms = PyLong_AsLong(args[5]);
     if (PyErr_Occurred()) return NULL;
-    if (!PyDict_Check(args[1]) || !PyDict_Check(args[2]) || wait_ms < 0 || wait_ms > MOST_WAIT_MS) {
+    if (!PyDict_Check(args[1]) || !PyDict_Check(args[2]) || wait_ms < 0 || wait_ms > MAX_WAIT_MS) {
         PyErr_SetString(PyExc_ValueError, "dictionaries, and a short wait");
         return NULL;
     }

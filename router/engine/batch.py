@@ -21,11 +21,11 @@ from router.engine.routed_rows import step_routed
 from router.engine.sampling import Draw, Sampling, SamplingTensors
 from router.engine.sequence import ScheduledChunk, Sequence
 from router.model.attention.interface import Attention, PagedBatch, Span
-from router.model.decoder import MOST_PIECES, Microbatch
+from router.model.decoder import MAX_PIECES, Microbatch
 from router.moe.layer import StepContext
 from router.observability.tracing import StepTrace
 
-LEAST_PIECE_TOKENS = 128
+MIN_PIECE_TOKENS = 128
 """The fewest tokens in a microbatch of a step. Smaller products cost more per row."""
 _ROUTED = attrgetter("routed")
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -55,7 +55,7 @@ class StepInput:
 def pack(
     due: list[ScheduledChunk],
     attention: Attention,
-    most_pieces: int = MOST_PIECES,
+    most_pieces: int = MAX_PIECES,
     wants_all: bool = True,
 ) -> StepInput:
     """Pack a step, without padding: decodes (single-token chunks), then prefill chunks.
@@ -135,14 +135,14 @@ def piece_ends(num_tokens: int, num_decode: int, most_pieces: int) -> list[int]:
 
     The first microbatch has all ``num_decode`` decodes, which come first. The tokens are divided
     evenly among as many microbatches as allowed; if there are several, none is shorter than
-    :data:`LEAST_PIECE_TOKENS`.
+    :data:`MIN_PIECE_TOKENS`.
     """
-    num_pieces = min(most_pieces, num_tokens // LEAST_PIECE_TOKENS)
+    num_pieces = min(most_pieces, num_tokens // MIN_PIECE_TOKENS)
     if num_pieces < 2:
         return [num_tokens]
     first = max(num_decode, -(-num_tokens // num_pieces))
     left = num_tokens - first
-    num_left = min(num_pieces - 1, left // LEAST_PIECE_TOKENS)
+    num_left = min(num_pieces - 1, left // MIN_PIECE_TOKENS)
     if not num_left:
         return [num_tokens]
     return [first + left * i // num_left for i in range(num_left + 1)]

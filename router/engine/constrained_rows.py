@@ -18,7 +18,7 @@ from router.engine.constraints import Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, words_of
 
-MOST_WAIT_S = 0.02
+MAX_WAIT_S = 0.02
 """How long a step waits for its matchers. A choice whose matcher takes longer is recomputed in the
 next step, so that it does not hold up the others."""
 
@@ -57,11 +57,11 @@ ToDevice = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
 def forbidden_of(sampled: Sequence[Choice], to_device: ToDevice) -> Forbidden | None:
     """Return what grammars forbid in a step's rows, ``None`` if it is known for no row.
 
-    Waits at most :data:`MOST_WAIT_S` for all rows. A choice whose matcher takes longer is
+    Waits at most :data:`MAX_WAIT_S` for all rows. A choice whose matcher takes longer is
     ``deferred``; a later step does not wait for it beside other choices. A choice whose grammar
     fails gets its ``failure``.
     """
-    until_s = time.monotonic() + MOST_WAIT_S
+    until_s = time.monotonic() + MAX_WAIT_S
     waits_again = all(choice.deferred for choice in sampled)
     rows: list[int] = []
     masks: list[Mask] = []

@@ -39,7 +39,7 @@ from router.engine.sequence import ScheduledChunk, Sequence
 from router.engine.stats import EngineTally
 from router.engine.token_rules import rules_of
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
-from router.model.decoder import MOST_PIECES
+from router.model.decoder import MAX_PIECES
 from router.model.model import MoEModel
 from router.moe.layer import MoELayers, StepContext
 from router.moe.missing import StepMissing
@@ -87,7 +87,7 @@ class Engine:
         """
         self._model = model
         self._layers = layers
-        self._most_pieces = 1 if layers.has_limit else MOST_PIECES
+        self._most_pieces = 1 if layers.has_limit else MAX_PIECES
         # An expert's capacity counts all tokens of a step.
         self._wants_all = layers.has_limit or model.decoder.is_on_device
         self._scheduler = scheduler

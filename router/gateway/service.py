@@ -31,7 +31,7 @@ from router.messages.request import (
 from router.security.keys import Caller
 from router.served import ServedModel
 
-_LEAST_LOGPROB = -9999.0
+_MIN_LOGPROB = -9999.0
 Surface = Literal["http", "grpc"]
 Logprobs = TypeVar("Logprobs", bound=TokenLogprobs)
 
@@ -377,11 +377,11 @@ def _finite(rows: tuple[Logprobs, ...]) -> tuple[Logprobs, ...]:
         return rows
     return tuple(
         row
-        if min((row.logprob, *row.top_logprobs[-1:])) >= _LEAST_LOGPROB
+        if min((row.logprob, *row.top_logprobs[-1:])) >= _MIN_LOGPROB
         else replace(
             row,
-            logprob=max(row.logprob, _LEAST_LOGPROB),
-            top_logprobs=tuple(max(logprob, _LEAST_LOGPROB) for logprob in row.top_logprobs),
+            logprob=max(row.logprob, _MIN_LOGPROB),
+            top_logprobs=tuple(max(logprob, _MIN_LOGPROB) for logprob in row.top_logprobs),
         )
         for row in rows
     )

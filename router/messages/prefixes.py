@@ -15,7 +15,7 @@ from blake3 import blake3
 
 BLOCK_TOKENS = 16
 """The tokens of a block by which gateways choose routers."""
-MOST_BLOCKS = 256
+MAX_BLOCKS = 256
 """A gateway looks at so many blocks of a prompt; those of routers are not bounded."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-MOST_SMALL = 255
+MAX_SMALL = 255
 """Ids of so many experts at most fit one byte; the largest number of the dtype is no id."""
 LITTLE_ENDIAN = {"uint8": "<u1", "uint16": "<u2"}
 """numpy's names of the packed dtypes."""
@@ -20,7 +20,7 @@ LITTLE_ENDIAN = {"uint8": "<u1", "uint16": "<u2"}
 
 def dtype_of(num_experts: int) -> str:
     """Return the name of the dtype of the ids of a layer with so many experts."""
-    return "uint8" if num_experts <= MOST_SMALL else "uint16"
+    return "uint8" if num_experts <= MAX_SMALL else "uint16"
 
 
 @dataclass(frozen=True, slots=True)

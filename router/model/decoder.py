@@ -32,7 +32,7 @@ from router.moe.gate import Choice, ChooseAmong, ForcedGate, Gate
 from router.moe.layer import StepContext
 from router.moe.missing import Tokens
 
-MOST_PIECES = 2
+MAX_PIECES = 2
 """The most pieces of a step. While the experts compute one piece, the router attends the other.
 Further pieces add nothing but products of fewer rows. Staged rows last for so many copies
 (:data:`cluster.staging.RING`)."""

@@ -30,16 +30,16 @@ WEIGHT = 0.05
 RARE_WEIGHT, RARE_S = 0.3, 0.5
 """The weight of an answer that comes so long after its actor's last one: an actor that is seldom
 asked would take long to recover otherwise."""
-LEAST_ANSWERS = 8
+MIN_ANSWERS = 8
 """The answers of an actor before it is judged."""
-MOST_TIMES = 16.0
+MAX_TIMES = 16.0
 """The most that an answer counts, in multiples of the expected time: one pause says little."""
 SLOW = 1.5
 """The multiple of the fastest actor's time from which an actor's own time decides whether it is
 asked. Below it, actors count as equal, so that noise decides nothing."""
 USUAL_WEIGHT = 0.1
 """The weight of a batch in the time of a usual part."""
-LEAST_S = 0.00025
+MIN_S = 0.00025
 """Times of usual parts that differ by less count as equal: as long as the router itself takes to
 send and to read."""
 FRESH_S = 60.0
@@ -140,10 +140,10 @@ class AnswerTimes:
         return now_s - self._known[actor].at_s <= FRESH_S
 
     def _judged(self) -> dict[Actor, float]:
-        logs = {a: k.log for a, k in self._known.items() if k.answers >= LEAST_ANSWERS}
+        logs = {a: k.log for a, k in self._known.items() if k.answers >= MIN_ANSWERS}
         least = min(logs.values(), default=0.0)
         judged = {actor: math.exp(log - least) for actor, log in logs.items()}
-        least_times = 1.0 + LEAST_S / self._usual_s if self._usual_s else math.inf
+        least_times = 1.0 + MIN_S / self._usual_s if self._usual_s else math.inf
         return {actor: times if times >= least_times else 1.0 for actor, times in judged.items()}
 
     def _learn(self, now_s: float) -> None:
@@ -156,7 +156,7 @@ class AnswerTimes:
         else:
             expected_s = np.maximum(work[:, :3] @ self._costs, 1e-6)
             self._usual_s += USUAL_WEIGHT * (float(expected_s.mean()) - self._usual_s)
-            logs = np.log(np.clip(took_s / expected_s, 1 / MOST_TIMES, MOST_TIMES))
+            logs = np.log(np.clip(took_s / expected_s, 1 / MAX_TIMES, MAX_TIMES))
             for actor, log in zip(batch.actors, logs.tolist(), strict=True):
                 self._average(actor, log, now_s)
         # Slow actors are left out: they alone have small parts, so that their slowness would be

@@ -31,7 +31,7 @@ AVOID_S = 10.0
 is replaced sooner; an actor that was merely slow is tried again."""
 DECAY = 0.9
 """The share of an actor's recent rows that still counts one layer later."""
-MOST_LAYOUTS = 256
+MAX_LAYOUTS = 256
 PROBE_S = 1.0
 """How long after its last part a slow actor is asked for an expert that others would compute
 sooner."""
@@ -106,7 +106,7 @@ class CopyChoice:
 
     def _laid_out(self, chosen: tuple[str | None, ...], placement: Placement) -> Layout:
         """Return the layout of chosen copies, which is kept, since choices recur."""
-        if placement is not self._laid_for or len(self._laid) >= MOST_LAYOUTS:
+        if placement is not self._laid_for or len(self._laid) >= MAX_LAYOUTS:
             self._laid_for, self._laid = placement, {}
         layout = self._laid.get(chosen)
         if layout is None:

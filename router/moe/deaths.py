@@ -24,7 +24,7 @@ import numpy as np
 from cluster.errors import PoisonedRequestError
 from router.moe.permute import Part
 
-MOST_DEATHS = 2
+MAX_DEATHS = 2
 """Rounds of deaths in one layer until the chunks that saw them are computed alone."""
 
 ALONE_DEATHS = 2
@@ -35,7 +35,7 @@ Actor = tuple[str, int]
 
 
 class ActorsDiedError(Exception):
-    """Works of the step have seen :data:`MOST_DEATHS` rounds of deaths, or another one alone."""
+    """Works of the step have seen :data:`MAX_DEATHS` rounds of deaths, or another one alone."""
 
 
 class Deaths(NamedTuple):
@@ -48,12 +48,12 @@ class Deaths(NamedTuple):
     @property
     def is_suspect(self) -> bool:
         """Whether the work is to be computed alone."""
-        return self.times >= MOST_DEATHS
+        return self.times >= MAX_DEATHS
 
     @property
     def is_guilty(self) -> bool:
         """Whether actors died repeatedly with only this chunk's rows."""
-        return self.times >= MOST_DEATHS + ALONE_DEATHS
+        return self.times >= MAX_DEATHS + ALONE_DEATHS
 
 
 def died_at(deaths: Deaths) -> PoisonedRequestError:

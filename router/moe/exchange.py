@@ -39,13 +39,13 @@ from router.moe.permute import Layout, LayoutCache
 if TYPE_CHECKING:  # the workshop computes layers without Ray, which the view imports
     from router.control.placement_view import PlacementView
 
-MOST_PAIRS = 512
+MAX_PAIRS = 512
 """In a layer with more pairs, products take nearly all of the time."""
 MOST = 32, 4096, 64, 259
 """Other limits of native code: actors, experts, K, bytes of a layer's number and its model."""
 WAIT_MS = 5
 """The longest that native code waits for one actor."""
-MOST_LATE, PAUSE_LAYERS = 3, 50
+MAX_LATE, PAUSE_LAYERS = 3, 50
 """After this many native calls in a row that could not finish, Python does this many layers."""
 _HEADER_BYTES = 64
 """An upper bound on an answer message's bytes besides its rows."""
@@ -141,8 +141,8 @@ class Exchanges:
         """
         if self.under_way is not None:
             self.under_way.settle()
-        if self._late >= MOST_LATE:
-            self._late = self._late + 1 if self._late < MOST_LATE + PAUSE_LAYERS else 0
+        if self._late >= MAX_LATE:
+            self._late = self._late + 1 if self._late < MAX_LATE + PAUSE_LAYERS else 0
             return None
         layer, num_pairs = self._layer(layer_id, rows, choice), choice.ids.size
         if layer is None or not 0 < num_pairs <= layer.most_pairs or choice.pairs is not None:
@@ -252,5 +252,5 @@ class Exchanges:
         size, dtype = rows.shape[1], DTYPE_CODES[dtype_name(rows.dtype)]
         fields = layout.ordered_ids, layout.ends, lane_of, name, kind[2], size, dtype
         room = lanes.least_bytes - _HEADER_BYTES
-        most_pairs = min(MOST_PAIRS, room // (size * rows.itemsize))
+        most_pairs = min(MAX_PAIRS, room // (size * rows.itemsize))
         return NativeLayer(placement, lanes, layout, actors, most_pairs, (*fields, FRAME_VERSION))

@@ -19,7 +19,7 @@ import torch
 from cluster.wire.tensors import MicrobatchBuffers, to_ids
 from experts.families.base import GateSpec
 
-_LEAST_SUM = 1e-20
+_MIN_SUM = 1e-20
 """Added to the sum of sigmoids, which may be 0; the value is DeepSeek-V3's."""
 
 
@@ -179,7 +179,7 @@ class Gate:
             scores = scores / norm
         if spec.renormalises:
             total = scores.sum(-1, keepdim=True)
-            scores = scores / (total + _LEAST_SUM if spec.score == "sigmoid" else total)
+            scores = scores / (total + _MIN_SUM if spec.score == "sigmoid" else total)
         return scores if spec.scaling_factor == 1.0 else scores * spec.scaling_factor
 
 

@@ -24,7 +24,7 @@ from cluster.wire.tensors import TORCH_DTYPES
 from router.moe.pending import FailedPart, PendingLayer
 from router.moe.permute import Part
 
-MOST_ERRORS = 2
+MAX_ERRORS = 2
 """Error answers to an expert's rows in one layer before its actor is probed with zeros."""
 ZEROS_S = 2.0
 """How long an actor may take to compute rows of zeros."""
@@ -45,7 +45,7 @@ class ActorProbe:
         """Raise :class:`PoisonedRequestError` if a part's rows are at fault, not its actor."""
         for part, failure in failed_parts:
             errors = max(map(layer.errors.count, part.expert_ids), default=0)
-            if failure is None and errors >= MOST_ERRORS and self._are_computed(layer, part):
+            if failure is None and errors >= MAX_ERRORS and self._are_computed(layer, part):
                 logger.error(
                     "expert actors fail on some rows of layer %d; %s g%d computes other rows",
                     layer.layer_id,

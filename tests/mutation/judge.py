@@ -1,6 +1,6 @@
 """Judges the faults of one file, in a copy of the repository that this process may change.
 
-    python -m tests.mutation.judge FILE SEED MOST_MUTANTS TEST_FILE ...
+    python -m tests.mutation.judge FILE SEED MAX_MUTANTS TEST_FILE ...
 
 Prints one JSON object a line: first the number of mutants, then the :class:`Verdict` on each.
 """

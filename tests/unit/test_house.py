@@ -13,7 +13,7 @@ import yaml
 from tests.readme import blocks
 
 ROOT = Path(__file__).parents[2]
-MOST_LINES, MOST_ENTRIES = 400, 20
+MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
     ("cluster", "expertmesh", "experts", "router"): 57_000,
     ("workshop",): 15_000,
@@ -71,7 +71,7 @@ def test_no_file_is_long(suffix: str) -> None:
         str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
         for file in product_files(suffix)
     }
-    assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+    assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_no_folder_has_many_entries() -> None:
@@ -84,7 +84,7 @@ def test_no_folder_has_many_entries() -> None:
         below = file.relative_to(ROOT)
         for folder in below.parents[:-1]:
             entries[folder].add(below.relative_to(folder).parts[0])
-    assert {folder: len(of) for folder, of in entries.items() if len(of) > MOST_ENTRIES} == {}
+    assert {folder: len(of) for folder, of in entries.items() if len(of) > MAX_ENTRIES} == {}
 
 
 @pytest.mark.parametrize("folders", REACHED)

@@ -30,7 +30,7 @@ REPLACED_S = 4.5
 """How long an actor may live whose device has failed at a batch."""
 LEARN_S = 2.5
 """How long routers may need to learn that a copy is slow."""
-LEAST_PRODUCTS = 40
+MIN_PRODUCTS = 40
 SPARED = 0.6
 """The share of its even part of all products that a slow copy may compute."""
 
@@ -71,7 +71,7 @@ class LawOfDevices:
             return
         total, own = sum(self._products.values()), self._products[name]
         world.note(f"{own} of {total} products on the slow {name}")
-        if total < LEAST_PRODUCTS:
+        if total < MIN_PRODUCTS:
             return
         if own > SPARED * total / world.setting.num_actors:
             world.law.broken("a slow copy is spared", f"{own} of {total} products on {name}")

@@ -10,9 +10,9 @@ from tests.world.kernel import Process
 if TYPE_CHECKING:
     from tests.world.world import World
 
-MOST_ENDS = {"router": 6, "actor": 20}
+MAX_ENDS = {"router": 6, "actor": 20}
 """The processes that a bad request may end: some with others, some alone, and their copies."""
-MOST_LIVES = 6
+MAX_LIVES = 6
 """The lives in six seconds of an actor that dies as soon as it serves."""
 ORPHANS_S = 95.0
 """How long an actor may outlive its application."""
@@ -33,7 +33,7 @@ class LawOfEnds:
             world.law.broken("only orphans end themselves", process.name)
         if code:
             self._ends[role] += 1
-            if self._ends[role] == MOST_ENDS[role] + 1:
+            if self._ends[role] == MAX_ENDS[role] + 1:
                 world.law.broken(
                     "a bad request ends few processes", f"{self._ends[role]} of {role}"
                 )
@@ -45,7 +45,7 @@ class LawOfEnds:
         """
         world = self._world
         world.note(f"{actor_id} died {lives} times")
-        if len(world.happenings.hit) == 1 and lives > MOST_LIVES:
+        if len(world.happenings.hit) == 1 and lives > MAX_LIVES:
             world.law.broken("a loop of deaths backs off", f"{lives} lives of {actor_id}")
 
     def orphaned(self) -> None:

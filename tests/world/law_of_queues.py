@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tests.world.serve_api import Replica
     from tests.world.world import World
 
-MOST_WAITING = 48
+MAX_WAITING = 48
 """The choices that a router lets wait; gateways hold more for two routers."""
-MOST_HELD = 64
+MAX_HELD = 64
 """The choices that a gateway holds of one model."""
-MOST_FRAME_BYTES = 64 << 10
+MAX_FRAME_BYTES = 64 << 10
 """The tokens of a step, by which a link may pass its bound."""
 PEERS_A_ROUTER = 4
 """The connections of a router to an actor: one, and those whose end it has not seen yet."""
@@ -30,8 +30,8 @@ def look_at_queues(world: World) -> None:
     for replica in world.serve.deployments["router"].running():
         router: RouterReplica = replica.handle.instance
         name, waiting = replica.process.name, len(router._scheduler.waiting)
-        bounds.append((name, "choices", waiting, MOST_WAITING))
-        most_bytes = MAX_BUFFERED_BYTES + MOST_FRAME_BYTES
+        bounds.append((name, "choices", waiting, MAX_WAITING))
+        most_bytes = MAX_BUFFERED_BYTES + MAX_FRAME_BYTES
         bounds.append((name, "unsent bytes", unsent_bytes(router), most_bytes))
     for replica in world.serve.deployments["gateway"].running():
         bounds += _of_gateway(replica)
@@ -61,8 +61,8 @@ def _of_gateway(replica: Replica) -> list[tuple[str, str, int, int]]:
     upstream, name = replica.handle.instance.upstream, replica.process.name
     events = [len(inbox._events) for inbox in upstream._inboxes.values()]
     return [
-        (name, "choices", sum(upstream._held.values()), MOST_HELD),
-        (name, "requests", len(upstream._inboxes), MOST_HELD),
-        (name, "routes", len(upstream._link._routes), MOST_HELD),
+        (name, "choices", sum(upstream._held.values()), MAX_HELD),
+        (name, "requests", len(upstream._inboxes), MAX_HELD),
+        (name, "routes", len(upstream._link._routes), MAX_HELD),
         (name, "events", max(events, default=0), MAX_BUFFERED_EVENTS),
     ]

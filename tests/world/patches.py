@@ -159,7 +159,7 @@ def replaced(world: World) -> Iterator[None]:
     if world.setting.tls:
         # So that a short step comes in pieces, and messages are longer than what is read at once.
         table += [
-            (router.engine.batch, "LEAST_PIECE_TOKENS", 3),
+            (router.engine.batch, "MIN_PIECE_TOKENS", 3),
             (cluster.transport.stream.channel, "BUFFER_BYTES", 128),
         ]
     state = random.getstate()

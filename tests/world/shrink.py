@@ -13,7 +13,7 @@ from typing import TypeVar
 from tests.world.weather import Event, Scenario
 
 Item = TypeVar("Item")
-MOST_RUNS = 200
+MAX_RUNS = 200
 
 
 class _Trials:
@@ -53,7 +53,7 @@ def reduced(
 
 
 def shrunk(
-    scenario: Scenario, breaks: Callable[[Scenario], bool], most_runs: int = MOST_RUNS
+    scenario: Scenario, breaks: Callable[[Scenario], bool], most_runs: int = MAX_RUNS
 ) -> Scenario:
     """Return a part of a scenario that still ``breaks``: events, then requests, then round times.
 

@@ -15,7 +15,7 @@ from tests.world import law_of_queues
 from tests.world.clients import Answer, Choice, Client, Plan
 from tests.world.kernel import Process
 from tests.world.law import ALLOWED, LATE_S, UNTRUE_S, USED_S, WELL_S
-from tests.world.law_of_ends import MOST_LIVES
+from tests.world.law_of_ends import MAX_LIVES
 from tests.world.law_of_time import FIRST_S, look_at_times
 from tests.world.model import tokens_of
 from tests.world.ray_api import Handle
@@ -297,7 +297,7 @@ def test_an_older_placement_breaks_the_law(living: World) -> None:
     assert broken(living) == ["epochs rise"]
 
 
-BOUNDS = ("MOST_WAITING", "MOST_HELD", "MAX_BUFFERED_EVENTS", "MAX_KEYS", "PEERS_A_ROUTER")
+BOUNDS = ("MAX_WAITING", "MAX_HELD", "MAX_BUFFERED_EVENTS", "MAX_KEYS", "PEERS_A_ROUTER")
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -317,16 +317,16 @@ def test_rows_and_bytes_above_their_bounds_break_the_law(
     living.happenings.actors()[0].instance._actor._queue.max_rows = -1
     living.law.look()
     assert broken(living) == ["queues are bounded"]
-    monkeypatch.setattr(law_of_queues, "MAX_BUFFERED_BYTES", -law_of_queues.MOST_FRAME_BYTES - 1)
+    monkeypatch.setattr(law_of_queues, "MAX_BUFFERED_BYTES", -law_of_queues.MAX_FRAME_BYTES - 1)
     living.law.look()
     assert broken(living) == ["queues are bounded"] * (2 + living.setting.num_routers)
 
 
 def test_an_actor_that_lives_too_often_breaks_the_law(world: World) -> None:
     world.happenings.hit.append(Event(4.0, "actor dies again and again"))
-    world.ends.looped("expert-1", MOST_LIVES)
+    world.ends.looped("expert-1", MAX_LIVES)
     assert broken(world) == []
-    world.ends.looped("expert-1", MOST_LIVES + 1)
+    world.ends.looped("expert-1", MAX_LIVES + 1)
     assert broken(world) == ["a loop of deaths backs off"]
 
 

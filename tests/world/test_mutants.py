@@ -10,7 +10,7 @@ import pytest
 from tests.world.mutants.find import FOLDER, ROOT, Patch, apply, patches
 
 PRODUCT = ("cluster/", "experts/", "router/")
-LEAST_MUTANTS = 33
+MIN_MUTANTS = 33
 
 
 @pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
@@ -29,7 +29,7 @@ def test_patch_has_a_story_and_changes_the_product(patch: Patch) -> None:
 
 
 def test_there_are_enough_mutants() -> None:
-    assert len(patches()) >= LEAST_MUTANTS
+    assert len(patches()) >= MIN_MUTANTS
 
 
 def test_patch_that_does_not_fit_is_refused(tmp_path: Path) -> None:

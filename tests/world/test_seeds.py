@@ -13,7 +13,7 @@ SEEDS = range(100)
 PROCESSES = 2
 LIMIT_S = 1200.0
 """For a machine that does much else. What the seeds cost is counted, not timed."""
-MOST_CALLBACKS = 300
+MAX_CALLBACKS = 300
 """How many callbacks a request may take, with all that goes on beside it."""
 
 
@@ -24,5 +24,5 @@ def test_seeds_break_no_law() -> None:
     assert {one.seed: one.breaches for one in found if one.breaches} == {}
     assert sorted(one.seed for one in found) == list(SEEDS)
     assert sum(len(one.hit) for one in found) > 2 * len(SEEDS), "the weather is too fine"
-    most = MOST_CALLBACKS * sum(one.num_requests for one in found)
+    most = MAX_CALLBACKS * sum(one.num_requests for one in found)
     assert sum(one.num_callbacks for one in found) < most

@@ -46,7 +46,7 @@ from tests.world.law_of_copies import LawOfCopies
 from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
-from tests.world.law_of_queues import MOST_HELD, MOST_WAITING
+from tests.world.law_of_queues import MAX_HELD, MAX_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
 from tests.world.model import (
     DTYPE,
@@ -178,7 +178,7 @@ class Gateway:
             lambda transport: None,
             keys_of_call,
         )
-        self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MOST_HELD)
+        self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MAX_HELD)
 
 
 class World:
@@ -370,7 +370,7 @@ class World:
             cache_tokens=256,
             max_batch_size=8,
             max_batch_tokens=16,
-            max_queue_requests=MOST_WAITING,
+            max_queue_requests=MAX_WAITING,
         )
 
         def router() -> RouterReplica:

@@ -165,7 +165,7 @@ def _rounded(shares: np.ndarray) -> list[float]:
     return [round(float(share), 6) for share in shares]
 
 
-MOST_NAMED = 160
+MAX_NAMED = 160
 """The most tokens that have their texts under the picture."""
 _DPI = 120
 _DISTINCT = 20
@@ -195,7 +195,7 @@ def draw(explained: Explained, path: Path) -> None:
     )
     tokens.set_title(f"{explained.info.id}: the first expert of each token", fontsize=10)
     tokens.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
-    if num_tokens <= MOST_NAMED:
+    if num_tokens <= MAX_NAMED:
         texts = [_label(token.text) for token in explained.tokens]
         tokens.set_xticks(range(num_tokens), texts, rotation=90, fontsize=7, family="monospace")
     if explained.num_prompt < num_tokens:

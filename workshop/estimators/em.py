@@ -70,12 +70,12 @@ NEWTON_DECREMENT = 1e-10
 """Newton's method ends after a step that promises less than this, in nats a row."""
 EXACT, ROUGH = 1e-3, 0.1
 """The relative error of a Newton step's direction. A rough one costs a fraction of an exact one."""
-_MOST_CG_STEPS = 200
-_MOST_HALVINGS = 40
+_MAX_CG_STEPS = 200
+_MAX_HALVINGS = 40
 _ARMIJO = 1e-4
 _DAMPING = 1e-12
-_LEAST_PIVOT = 1e-6
-_MOST_BLOCK_COLUMNS = 8
+_MIN_PIVOT = 1e-6
+_MAX_BLOCK_COLUMNS = 8
 """The columns up to which blocks of the Hessian pay as a preconditioner of conjugate gradients."""
 
 
@@ -123,7 +123,7 @@ def _solved(
     solution: Array
     factor, failed = dpotrf(normal + np.diag(penalty), lower=True)
     pivots = np.diag(factor)
-    if not failed and pivots.min() > _LEAST_PIVOT * pivots.max():
+    if not failed and pivots.min() > _MIN_PIVOT * pivots.max():
         solution, _ = dpotrs(factor, cross, lower=True)
         return solution
     root = np.sqrt(weight)[:, None]
@@ -225,7 +225,7 @@ def _newton_step(
     score_direction = problem.design @ direction
     # A step whose gain is below rounding is taken whole: near the maximum Newton's method is right.
     rounding = 16 * np.finfo(np.float64).eps * (abs(before) + mass)
-    for size in 0.5 ** np.arange(_MOST_HALVINGS) if promised > 0 else ():
+    for size in 0.5 ** np.arange(_MAX_HALVINGS) if promised > 0 else ():
         moved = log_softmax(scores + size * score_direction)
         after = problem.objective(coefficients + size * direction, moved)
         if after >= before + _ARMIJO * size * promised - rounding:
@@ -260,7 +260,7 @@ def _newton_direction(
         scores -= sum_of_choices(probabilities * scores)
         return (design.T @ (mass * scores) + ridge[:, None] * vector).ravel()
 
-    if len(ridge) > _MOST_BLOCK_COLUMNS:
+    if len(ridge) > _MAX_BLOCK_COLUMNS:
         inverses = 1 / ((design**2).T @ curvatures + added[:, None])
     else:
         blocks = [(design.T * of_class) @ design + np.diag(added) for of_class in curvatures.T]
@@ -277,7 +277,7 @@ def _newton_direction(
         LinearOperator(shape, curved),
         gradient.ravel(),
         rtol=tolerance,
-        maxiter=_MOST_CG_STEPS,
+        maxiter=_MAX_CG_STEPS,
         M=LinearOperator(shape, preconditioned),
     )
     direction: Array = solution.reshape(gradient.shape)

@@ -17,7 +17,7 @@ CURVE_POINTS = 401
 GRID_POINTS = 201
 """The points along an axis of a curve, and of a plane."""
 _MARGIN = 0.05
-_MOST_NAMED = 20
+_MAX_NAMED = 20
 """The most experts that a legend names."""
 _FAINTEST = 0.12
 
@@ -182,7 +182,7 @@ def _name_experts(ax: Any, mixture: FittedMixture, colours: Array) -> None:
     from matplotlib.patches import Patch
 
     shown = list(zip(mixture.experts, colours, strict=True))
-    patches = [Patch(color=colour, label=name) for name, colour in shown[:_MOST_NAMED]]
+    patches = [Patch(color=colour, label=name) for name, colour in shown[:_MAX_NAMED]]
     more = len(shown) - len(patches)
     if more:
         patches.append(Patch(color="none", label=f"and {more} more"))

@@ -41,7 +41,7 @@ from workshop.evaluate.perplexity import Ids, Scored
 
 STEP_TOKENS = 1024
 """The tokens of a step, of one prompt or of several."""
-MOST_PROMPTS = 32
+MAX_PROMPTS = 32
 _MODEL, _ACTOR = "folder", "folder"
 _TIMEOUT_S = 86_400.0
 """No step waits for anything; a deadline must be somewhere."""
@@ -105,10 +105,10 @@ class FolderModel:
         transport = _BankTransport(_loaded(checkpoint, keys, dtype))
         dispatcher = Dispatcher(_MODEL, view, transport, lambda *actor: None, _TIMEOUT_S)
         self._layers: MoELayers[torch.Tensor] = MoELayers(dispatcher, WeightedSums())
-        cache_tokens = max(longest, STEP_TOKENS) + MOST_PROMPTS * PAGE_SIZE
+        cache_tokens = max(longest, STEP_TOKENS) + MAX_PROMPTS * PAGE_SIZE
         self._model = MoEModel(checkpoint, TORCH_DTYPES[dtype], cache_tokens, self._layers)
         self._scheduler = Scheduler(
-            Limits(MOST_PROMPTS, STEP_TOKENS, MOST_PROMPTS, MOST_PROMPTS * longest),
+            Limits(MAX_PROMPTS, STEP_TOKENS, MAX_PROMPTS, MAX_PROMPTS * longest),
             self._model.num_pages,
             self._model.attention.page_size,
         )
@@ -122,7 +122,7 @@ class FolderModel:
         Raises :class:`NotFiniteError` for logits that are NaN.
         """
         remaining = iter(prompts)
-        while some := list(itertools.islice(remaining, MOST_PROMPTS)):
+        while some := list(itertools.islice(remaining, MAX_PROMPTS)):
             yield from map(self._scored, self._run(some, _SCORE))
 
     def greedy(self, prompt: Ids, max_tokens: int) -> tuple[list[int], list[float]]:

@@ -22,11 +22,11 @@ from workshop.evaluate.local_model import FolderModel
 from workshop.evaluate.perplexity import Ids, Scored, Scorer, TextFigures, TextTally, together
 from workshop.texts import Sequences, TokenizerMisfitError, beginning, check_ids, read_blocks
 
-LEAST_LEFT_S = 0.001
+MIN_LEFT_S = 0.001
 AT_ONCE = 8
 """The requests under way; a router computes them together."""
 _ASKED = Sampling(max_tokens=0, prompt_logprobs=0, temperature=0.0)
-_MOST_TOKENS_OF_A_CHARACTER = 8
+_MAX_TOKENS_OF_A_CHARACTER = 8
 
 
 class ServedModel:
@@ -43,7 +43,7 @@ class ServedModel:
 
     def check_tokenizer(self, tokenizer: Tokenizer, text: str, where: str) -> None:
         """Raise :class:`TokenizerMisfitError` if the server makes other ids of a text's start."""
-        sample = text[: self.info.max_model_len // _MOST_TOKENS_OF_A_CHARACTER]
+        sample = text[: self.info.max_model_len // _MAX_TOKENS_OF_A_CHARACTER]
         ids = tokenizer.encode(sample)
         check_ids(ids, self.info.vocab_size, where)
         if tuple(ids) != tuple(self._client.tokenize(sample, model=self.info.id)):
@@ -70,7 +70,7 @@ class ServedModel:
         """Return the reply; retries an overloaded server until the deadline."""
         until_s = time.monotonic() + self._timeout_s
         while True:
-            left_s = max(until_s - time.monotonic(), LEAST_LEFT_S)
+            left_s = max(until_s - time.monotonic(), MIN_LEFT_S)
             try:
                 return self._client.generate(prompt, _ASKED, model=self.info.id, timeout_s=left_s)[
                     0

@@ -28,7 +28,7 @@ MAX_RETRY_S = 60.0
 AVOID_NODE_S = 60.0
 MAX_AVOID_NODE_S = 3600.0
 """How long a node is avoided after one bad end of an actor, and at most; it doubles each time."""
-MOST_DOUBLINGS = 30
+MAX_DOUBLINGS = 30
 TOGETHER_S = 20.0
 """Deaths on several nodes within this time have one reason; a start takes part of this time."""
 
@@ -204,7 +204,7 @@ class Deaths:
         if now_s - node.until_s > MAX_AVOID_NODE_S:
             node.ends = 0
         node.ends += 1
-        avoid_s = AVOID_NODE_S * 2 ** min(node.ends - 1, MOST_DOUBLINGS)
+        avoid_s = AVOID_NODE_S * 2 ** min(node.ends - 1, MAX_DOUBLINGS)
         node.until_s = now_s + min(avoid_s, MAX_AVOID_NODE_S)
 
 
@@ -216,4 +216,4 @@ def delay_s(deaths: int, came_up: bool) -> float:
     doublings = deaths - 2 if came_up else deaths - 1
     if doublings < 0:
         return 0.0
-    return min(FIRST_RETRY_S * 2 ** min(doublings, MOST_DOUBLINGS), MAX_RETRY_S)
+    return min(FIRST_RETRY_S * 2 ** min(doublings, MAX_DOUBLINGS), MAX_RETRY_S)

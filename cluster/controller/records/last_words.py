@@ -13,7 +13,7 @@ from cluster.ray_private import KeyValueStore
 
 LEAVE_TIMEOUT_S = 0.5
 """How long an actor waits for the store before it ends without saving a reason."""
-MOST_CHARACTERS = 500
+MAX_CHARACTERS = 500
 """A longer reason is cut off: a device's error may contain a trace of its driver."""
 
 logger = logging.getLogger("expertmesh.actor")
@@ -40,7 +40,7 @@ class LastWords:
             except Exception:
                 logger.exception("%s: its exit reason was not saved", actor_id)
 
-        words = words[:MOST_CHARACTERS]
+        words = words[:MAX_CHARACTERS]
         putting = threading.Thread(target=put, name="last words", daemon=True)
         putting.start()
         putting.join(LEAVE_TIMEOUT_S)

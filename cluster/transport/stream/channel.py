@@ -27,7 +27,7 @@ from cluster.wire.frames import ALIGNMENT, Buffer, Buffers
 MAX_MESSAGE_BYTES = 256 << 20
 BUFFER_BYTES = 256 << 10
 KEPT_BUFFER_BYTES = 4 << 20
-_MOST_PIECES = 64
+_MAX_PIECES = 64
 """The most buffers of one system call."""
 _START = struct.Struct("<QQ")
 _PADDING = [bytes(count) for count in range(ALIGNMENT)]
@@ -103,7 +103,7 @@ class Channel:
         if left is not None:
             _skip(rest, _START.size + length + -length % ALIGNMENT - left)
         elif not self.outgoing:
-            while rest and (sent := self._send(tuple(islice(rest, _MOST_PIECES)))):
+            while rest and (sent := self._send(tuple(islice(rest, _MAX_PIECES)))):
                 _skip(rest, sent)
         with self._queue:
             self.queued_bytes += sum(map(len, rest))
@@ -128,7 +128,7 @@ class Channel:
         ``OSError`` when the connection is gone.
         """
         with self._queue:
-            pieces = tuple(islice(self.outgoing, _MOST_PIECES))
+            pieces = tuple(islice(self.outgoing, _MAX_PIECES))
         sent = self._write(pieces, wait_ms)
         with self._queue:
             self.written_bytes += sent

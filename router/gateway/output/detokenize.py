@@ -13,7 +13,7 @@ from router.gateway.input.tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 4
 """The tokens of the prompt before the text, for decoders that treat the first token differently."""
-_MOST_WINDOW_TOKENS = 16
+_MAX_WINDOW_TOKENS = 16
 """A window is decoded for each piece; beyond so many tokens it begins anew, which decodes twice."""
 
 
@@ -45,7 +45,7 @@ class Detokenizer:
         new = whole[self._emitted_chars :]
         self._emitted_chars += len(new)
         if new and len(whole) == len(text):
-            if len(self._window) > _MOST_WINDOW_TOKENS:
+            if len(self._window) > _MAX_WINDOW_TOKENS:
                 self._advance()
             else:
                 self._window_ids_emitted = len(self._window)

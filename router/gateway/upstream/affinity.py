@@ -11,9 +11,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from router.messages.prefixes import BLOCK_TOKENS, MOST_BLOCKS, prefix_keys, prefix_root
+from router.messages.prefixes import BLOCK_TOKENS, MAX_BLOCKS, prefix_keys, prefix_root
 
-MOST_REMEMBERED = 4096
+MAX_REMEMBERED = 4096
 """The blocks that a gateway remembers of one router: some hundred bytes each."""
 SPARE_CALLS, SPARE_SHARE = 2, 0.25
 """A router may owe so many answers, and this share of them, more than the one that owes the fewest,
@@ -49,7 +49,7 @@ class SentPrefixes:
         for key in reversed(keys):
             known.pop(key, None)
             known[key] = None
-        while len(known) > MOST_REMEMBERED:
+        while len(known) > MAX_REMEMBERED:
             del known[next(iter(known))]
 
 
@@ -58,7 +58,7 @@ def keys_of_call(wire: Mapping[str, Any]) -> list[bytes]:
     request = wire["request"]
     root = prefix_root(request["model"], request["tenant"], request["cache_salt"])
     # What ends the prompt is computed in any case.
-    token_ids = request["prompt_token_ids"][:-1][: MOST_BLOCKS * BLOCK_TOKENS]
+    token_ids = request["prompt_token_ids"][:-1][: MAX_BLOCKS * BLOCK_TOKENS]
     return prefix_keys(root, token_ids, BLOCK_TOKENS)
 
 

@@ -42,9 +42,9 @@ ROUTER_LOST = (
 )
 """The errors of a call whose router is lost. Ray has one of its own for a process that it ends
 because a node's memory is full."""
-MOST_TOGETHER = 2
+MAX_TOGETHER = 2
 """Deaths of routers without progress until their request is computed alone."""
-MOST_DEATHS = 6
+MAX_DEATHS = 6
 """Deaths of routers without progress that end their request, even where none was seen alone: a
 process may end before it computes."""
 TOLD_S = 0.1
@@ -109,7 +109,7 @@ class RouterDeaths:
     @property
     def ask_alone(self) -> bool:
         """Whether the next router is to compute the request alone."""
-        return self._times + self._broken_links >= MOST_TOGETHER
+        return self._times + self._broken_links >= MAX_TOGETHER
 
     def note(self, error: BaseException, num_tokens: int) -> None:
         """Count a failure if it is a router's death; ``num_tokens`` have come of the request.
@@ -128,7 +128,7 @@ class RouterDeaths:
         if was_alone:
             message = "a router died while computing only this request; earlier routers died too"
             raise PoisonedRequestError(message)
-        if self._times >= MOST_DEATHS:
+        if self._times >= MAX_DEATHS:
             message = f"{self._times} routers in a row died while they had this request"
             raise PoisonedRequestError(message)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from cluster.native import native
 from cluster.wire.tensors import to_bytes
-from experts.compute.native_ffn import MOST_SIZE
+from experts.compute.native_ffn import MAX_SIZE
 from router.model.cpu.native_attention import takes_heads
 from router.model.cpu.native_modules import ROOT_MEAN_SQUARE, NativeNorm, is_linear, is_norm
 from router.model.own_values import own_value
@@ -28,7 +28,7 @@ def has_llamas_shape(norm: nn.Module, attention: Any, next_norm: nn.Module) -> b
         and products in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"Wqkv", "out_proj"})
         and all(is_linear(getattr(attention, name)) for name in products)
         and len({getattr(attention, name).bias is None for name in inputs}) == 1
-        and sum(getattr(attention, name).out_features for name in inputs) <= MOST_SIZE
+        and sum(getattr(attention, name).out_features for name in inputs) <= MAX_SIZE
         and _can_norm_heads([getattr(attention, name) for name in sorted(head_norms)])
         and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
         and not list(attention.buffers(recurse=False))

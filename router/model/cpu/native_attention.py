@@ -26,7 +26,7 @@ from router.model.kv_cache import LatentCache, PagedCache
 KERNELS: tuple[tuple[str, str], ...] = () if native is None else native.attention_kernels()
 """Name and class of each kernel that this processor can run, the fastest first."""
 
-MOST_HEADS = 1 << 16
+MAX_HEADS = 1 << 16
 """The most heads, and the most values of one (``native/attention/attention.c``)."""
 NATIVE_PAGE_SIZE = 16
 """P of native code."""
@@ -55,7 +55,7 @@ class NativeView:
 
 def takes_heads(num_heads: int, size: int) -> bool:
     """Return whether native attention takes so many heads of so many values."""
-    return native is not None and max(num_heads, size) <= MOST_HEADS
+    return native is not None and max(num_heads, size) <= MAX_HEADS
 
 
 class NativeAttention:

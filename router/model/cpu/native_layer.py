@@ -36,7 +36,7 @@ from router.model.cpu.native_modules import (
 from router.model.kv_cache import PagedCache
 from router.moe.gate import Choice, Gate
 
-LEAST_POSITIONS = 1024
+MIN_POSITIONS = 1024
 """The least size of the table of a rotary embedding."""
 _SCORES = {"softmax": 0, "sigmoid": 1, "softmax_of_chosen": 2}
 
@@ -171,7 +171,7 @@ class NativeRotation:
         """``rotary_embedding`` returns cosines and sines [1, T, D] or [1, T, D / 2]."""
         self._rotary_embedding = rotary_embedding
         self._half = head_size // 2
-        self._extend(LEAST_POSITIONS)
+        self._extend(MIN_POSITIONS)
 
     def __call__(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the cosines and then the sines, [1, T, D], of positions [1, T]."""
@@ -297,7 +297,7 @@ class NativeShare(nn.Module):
         return self._gate.choose(hidden_states)[1]
 
 
-MOST_EXPERTS = 1 << 16
+MAX_EXPERTS = 1 << 16
 """The most experts of a layer (``native/experts/gate.c``)."""
 
 
@@ -307,7 +307,7 @@ def can_choose(spec: GateSpec, weight: torch.Tensor) -> bool:
         native is not None
         and weight.is_cpu
         and weight.dtype in FORMATS
-        and len(weight) <= MOST_EXPERTS
+        and len(weight) <= MAX_EXPERTS
         and spec.norm_exponent in (None, 1, 1.0)
         and math.isfinite(spec.scaling_factor)
     )

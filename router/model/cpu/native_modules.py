@@ -14,7 +14,7 @@ from torch import nn
 from cluster.native import native
 from cluster.wire.tensors import dtype_name, from_bytes, to_array, to_bytes
 from experts.checkpoint.expert_weights import GatedFfnWeights
-from experts.compute.native_ffn import MOST_SIZE, NATIVE_ACTIVATIONS, NativeFfn, compute_native
+from experts.compute.native_ffn import MAX_SIZE, NATIVE_ACTIVATIONS, NativeFfn, compute_native
 from experts.compute.panels import pack_matrix
 from router.model.cpu.formats import FORMATS
 
@@ -131,7 +131,7 @@ def is_linear(module: Any) -> TypeGuard[nn.Linear]:
 
 def can_multiply(weight: torch.Tensor) -> bool:
     """Return whether native code takes a weight."""
-    is_taken = weight.is_cpu and weight.dtype in FORMATS and max(weight.shape) <= MOST_SIZE
+    is_taken = weight.is_cpu and weight.dtype in FORMATS and max(weight.shape) <= MAX_SIZE
     return native is not None and is_taken
 
 

@@ -23,7 +23,7 @@ SLOW_S = 20.0
 LOOK_S, LOOKS = 2.5, 4
 """How often the usage is taken, and over how many of these times a cause is measured."""
 POLL_S = 0.5
-LEAST_SHARE = 0.5
+MIN_SHARE = 0.5
 """Of the measured time, which a cause must have slowed down at least."""
 PRESSURE = Path("/proc/pressure")
 
@@ -77,13 +77,13 @@ def cause(before: Usage, now: Usage, processors: int) -> tuple[str, str]:
     Both are empty where it is not measured.
     """
     elapsed_s = now.at_s - before.at_s
-    if now.disk_wait_s - before.disk_wait_s >= LEAST_SHARE * elapsed_s:
+    if now.disk_wait_s - before.disk_wait_s >= MIN_SHARE * elapsed_s:
         read = f"{now.read_bytes / 1e9:.1f} GB read so far"
         return "disk", f"waits for the disk, {read}; the next start should find them in memory"
     own_s, all_s = now.own_cpu_s - before.own_cpu_s, now.cpu_s - before.cpu_s
     busy = (all_s - own_s) / elapsed_s
-    waits = now.cpu_wait_s - before.cpu_wait_s >= LEAST_SHARE * elapsed_s
-    if waits and busy >= LEAST_SHARE * processors:
+    waits = now.cpu_wait_s - before.cpu_wait_s >= MIN_SHARE * elapsed_s
+    if waits and busy >= MIN_SHARE * processors:
         return "cpu", f"other programs keep {busy:.1f} of {processors} processors busy"
     return "", ""
 

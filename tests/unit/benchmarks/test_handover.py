@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from benchmarks import handover
-from benchmarks.handover import GRPC_NEW, HTTP, MOST_LOST
+from benchmarks.handover import GRPC_NEW, HTTP, MAX_LOST
 
 
 def result(**failed: int) -> dict[str, Any]:
-    kinds = {kind: {"answered": 20_000, "failures": {}} for kind in MOST_LOST}
+    kinds = {kind: {"answered": 20_000, "failures": {}} for kind in MAX_LOST}
     for kind, number in failed.items():
         kinds[{"http": HTTP, "grpc": GRPC_NEW}[kind]]["failures"] = {"reset": number}
     return {"calls": kinds}

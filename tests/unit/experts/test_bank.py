@@ -24,7 +24,7 @@ from cluster.spec import ExpertKey, ModelExperts
 from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
-from experts.bank import MOST_PIECES, ExpertBank, GatedFfnExpert
+from experts.bank import MAX_PIECES, ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS
@@ -257,10 +257,10 @@ def test_many_experts_results_are_in_order_as_few_are() -> None:
     many = ExpertBank()
     for expert_id in range(70):
         many.hold(ExpertKey(MODEL, 0, expert_id), Numbered(expert_id))
-    for count in (1, MOST_PIECES, MOST_PIECES + 1, 70):
+    for count in (1, MAX_PIECES, MAX_PIECES + 1, 70):
         [answer] = many.compute([frame_of(torch.zeros(count, 4), {e: [e] for e in range(count)})])
         assert isinstance(answer, RowsFrame)
-        assert len(answer.rows) == (count if count <= MOST_PIECES else 1)
+        assert len(answer.rows) == (count if count <= MAX_PIECES else 1)
         assert answer_rows(answer)[:, 0].tolist() == list(range(count))
 
 

@@ -31,7 +31,7 @@ from cluster.wire.frames import (
 )
 from experts import lone
 from experts import queue as queue_module
-from experts.lone import MOST_WAIT_MS
+from experts.lone import MAX_WAIT_MS
 from tests.cluster_fixture import wait_until
 from tests.unit.experts.frames import dispatch_bytes
 from tests.unit.experts.local_actor import HIDDEN, LIMIT_S, Actor, frame_of, local_actor, rows_of
@@ -93,7 +93,7 @@ def served(folder: Path) -> Iterator[Served]:
 @pytest.fixture
 def long_wait_s(monkeypatch: pytest.MonkeyPatch, served: Served) -> float:
     """Have native code wait for frames as long as it may: a busy machine holds up less."""
-    monkeypatch.setattr(lone, "MOST_WAIT_MS", 1000)
+    monkeypatch.setattr(lone, "MAX_WAIT_MS", 1000)
     served.ask(frame_of(rows_of(1)))
     served.ask(frame_of(rows_of(1)))
     return 0.9
@@ -138,7 +138,7 @@ def test_a_look_at_answers_is_left_to_the_self_test(served: Served) -> None:
         assert time.monotonic() < began_s + LIMIT_S, (count, len(served.by_python))
         served.ask(frame_of(rows_of(1)))
         count += 1
-        waits = (time.monotonic() - began_s) / (MOST_WAIT_MS / 1000)
+        waits = (time.monotonic() - began_s) / (MAX_WAIT_MS / 1000)
     assert len(served.by_python) <= 2 * waits
 
 

@@ -89,7 +89,7 @@ def test_a_device_that_raises_on_every_product_fails_tests_in_a_row(
     assert isinstance(decode(actor.compute(frame_of(rows_of(2)))), ErrorFrame)
     report = until(actor, lambda report: report.failed_tests >= COUNTED)
     assert report.failure.startswith("RuntimeError: the device is gone")
-    assert len(report.failure) == self_test_module.MOST_CHARS
+    assert len(report.failure) == self_test_module.MAX_CHARS
     assert report.failed_batches == 1
 
 

@@ -39,7 +39,7 @@ from workshop.estimators.iterative import Ascent, Limits
 
 Advance = Callable[[str], object]
 """Takes a remark after each iteration."""
-_LEAST_GRADIENT = 1e-9
+_MIN_GRADIENT = 1e-9
 _MEMORY = 50
 
 
@@ -298,7 +298,7 @@ def _minimise(objective: _Objective, rows: Rows, progress: _Progress) -> bool:
         "maxiter": limits.max_iter,
         "maxfun": 20 * limits.max_iter,
         "ftol": 0.0,
-        "gtol": _LEAST_GRADIENT,
+        "gtol": _MIN_GRADIENT,
         "maxcor": _MEMORY,
     }
     result = minimize(

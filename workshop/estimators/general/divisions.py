@@ -18,10 +18,10 @@ from workshop.estimators.parts import Array
 from workshop.estimators.scale import Scale
 
 _NUM_KMEANS = 3
-_MOST_ROWS = 2000
+_MAX_ROWS = 2000
 """The different rows that choose planes; of more, a random part is taken."""
 _NUM_DIRECTIONS = 32
-_MOST_MIXED = 3
+_MAX_MIXED = 3
 """A random direction has one, two or three features."""
 _LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8)
 """The shares of a cell's rows that lie below a plane."""
@@ -76,8 +76,8 @@ def _by_planes(data: Data, num_experts: int, source: np.random.RandomState) -> A
     """
     first, places = distinct(data.X, data.targets)
     weights: Array = np.bincount(places, data.weights).astype(np.float64)
-    if len(first) > _MOST_ROWS:
-        drawn = source.permutation(len(first))[:_MOST_ROWS]
+    if len(first) > _MAX_ROWS:
+        drawn = source.permutation(len(first))[:_MAX_ROWS]
         first, weights = first[drawn], weights[drawn]
     scale = Scale.of(data.X, data.weights)
     rows, targets = scale(data.X[first]), data.targets[first]
@@ -109,7 +109,7 @@ def _directions(num_features: int, source: np.random.RandomState) -> Array:
     """Return random directions [R, F] of one, two or three features."""
     directions = np.zeros((_NUM_DIRECTIONS, num_features))
     for number, direction in enumerate(directions):
-        size = min(number % _MOST_MIXED + 1, num_features)
+        size = min(number % _MAX_MIXED + 1, num_features)
         features = source.permutation(num_features)[:size]
         direction[features] = source.normal(size=size)
     return directions

@@ -52,7 +52,7 @@ FLOOR_MASS = 1e-3
 """The probability that a likelihood spreads evenly over all classes, so that none is impossible."""
 MIN_DEVIATION = 1e-3
 """The least deviation of an expert, relative to that of the targets."""
-_LEAST_MOVE = 0.01
+_MIN_MOVE = 0.01
 """The part of its shares that must move before an expert is fitted again out of fold."""
 GATE = "gate"
 
@@ -229,7 +229,7 @@ class EnsembleEM:
         tried = self._tried[number]
         if tried is None:
             return True
-        least = _LEAST_MOVE * tried.sum() if self._folds else 0.0
+        least = _MIN_MOVE * tried.sum() if self._folds else 0.0
         return float(np.abs(fitted - tried).sum()) > least
 
     def step_of_gate(self) -> float:

@@ -26,7 +26,7 @@ from workshop.estimators.base import (
 )
 from workshop.estimators.general.divisions import divisions_of
 from workshop.estimators.general.ensemble import GATE, EnsembleEM
-from workshop.estimators.general.fits import MOST_VALUE, Data, Expert, Fold, folds_of, given_folds
+from workshop.estimators.general.fits import MAX_VALUE, Data, Expert, Fold, folds_of, given_folds
 from workshop.estimators.general.gates import learner_of
 from workshop.estimators.general.unseen import Judge, UnseenSearch, best_start, run, score_of
 from workshop.estimators.iterative import (
@@ -166,9 +166,9 @@ class _MixtureOfExperts(IterativeMixture, _BaseComposition):
                 f"n_samples={len(X)} should be at least the number of experts, {len(experts)}"
             )
         for name, values in (("X", X), ("y", targets)):
-            if np.abs(values).max() > MOST_VALUE:
+            if np.abs(values).max() > MAX_VALUE:
                 raise ValueError(
-                    f"{name} has values above {MOST_VALUE:g}, whose squares are too large"
+                    f"{name} has values above {MAX_VALUE:g}, whose squares are too large"
                 )
         if self.top_k is not None and self.top_k > len(experts):
             raise ValueError(f"top_k={self.top_k} is more than the {len(experts)} experts")

@@ -25,13 +25,13 @@ from experts.backends.errors import described
 from workshop.estimators.base import distinct
 from workshop.estimators.parts import Array, EstimatorPart
 
-MOST_VALUE = 1e100
+MAX_VALUE = 1e100
 """The largest feature, target or prediction, because deviations are sums of squares."""
-MOST_RARE = 10
+MAX_RARE = 10
 """The most rows of a class that an expert may refuse."""
-_MOST_ROUNDING = 1e-3
+_MAX_ROUNDING = 1e-3
 """The most by which a row's probabilities may miss a sum of 1, as those in float32 do."""
-_LEAST_SHARE = 1e-10
+_MIN_SHARE = 1e-10
 """Rows of a smaller share, relative to the largest weight, are left out of an expert's fit."""
 Targets = npt.NDArray[Any]
 
@@ -76,7 +76,7 @@ class Data:
     @property
     def least_share(self) -> float:
         """The weight at and below which a row is left out of an expert's fit."""
-        return _LEAST_SHARE * float(self.weights.max())
+        return _MIN_SHARE * float(self.weights.max())
 
     def y(self, rows: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
         """Return the targets of some rows as an estimator takes them."""
@@ -99,7 +99,7 @@ def fitted_part(expert: Expert, data: Data, shares: Array) -> EstimatorPart:
 
     Where all of its rows have one class, a constant classifier stands in for the expert. A
     classifier that refuses its rows is fitted without its rarest classes, as few of them as it
-    takes, if each has at most :data:`MOST_RARE` rows: one that calibrates by folds wants as many
+    takes, if each has at most :data:`MAX_RARE` rows: one that calibrates by folds wants as many
     rows of each class. Raises :class:`FitFailedError`, which names the expert, for any other error
     of the estimator, and where it has no rows.
     """
@@ -120,7 +120,7 @@ def _without_rare(data: Data, rows: npt.NDArray[np.bool_]) -> Iterator[npt.NDArr
     if data.classes is None:
         return
     counts = np.bincount(data.targets[rows], minlength=len(data.classes))
-    for rarest in np.unique(counts[(counts > 0) & (counts <= MOST_RARE)]):
+    for rarest in np.unique(counts[(counts > 0) & (counts <= MAX_RARE)]):
         is_kept = counts > rarest
         if is_kept.sum() < 2:
             return
@@ -166,11 +166,11 @@ def outputs_of(expert: Expert, part: EstimatorPart, data: Data, rows: Any = slic
             f"{expert} predicts the shape {list(outputs.shape)}, where {data.width} values of each "
             f"of {len(X)} rows are needed"
         )
-    if not (np.abs(outputs) <= MOST_VALUE).all():
+    if not (np.abs(outputs) <= MAX_VALUE).all():
         raise FitFailedError(f"{expert} predicts values that are not finite, or too large")
     if data.classes is not None:
         missed = np.abs(outputs.sum(axis=1) - 1).max(initial=0.0)
-        if outputs.min(initial=0.0) < 0 or missed > _MOST_ROUNDING:
+        if outputs.min(initial=0.0) < 0 or missed > _MAX_ROUNDING:
             raise FitFailedError(
                 f"{expert} predicts probabilities that are negative or do not add up to 1"
             )

@@ -32,14 +32,14 @@ HIDDEN_SIZES = (16,)
 MLP_STEPS = 50
 """The hidden layers of the gate ``mlp``, and the steps of L-BFGS of one M step."""
 MLP_ALPHA = 1e-3
-MOST_STEPS = 100
+MAX_STEPS = 100
 """The steps of Newton's method of the first M step of the gate ``linear``."""
 BIAS_RIDGE = 1e-6
 GATE_RIDGE = 0.1
 """The ridge of the gate ``linear`` on scaled features; without one it overfits noisy targets."""
 _NUM_CHECKED = 64
 """The rows on which a classifier's decision is compared with that of its layer."""
-_LEAST_SHARE = 1e-6
+_MIN_SHARE = 1e-6
 """The least share of a row that a gate's target gives an expert, so that none is forgotten."""
 _FORGOTTEN = -30.0
 """The score of an expert that a classifier never saw among its labels."""
@@ -67,7 +67,7 @@ class LinearLearner:
         problem = SoftmaxProblem(design_of(X), targets, penalty)
         if self._coefficients is None:
             begun = np.zeros(problem.shape)
-            self._coefficients, _ = ascend(problem, begun, MOST_STEPS)
+            self._coefficients, _ = ascend(problem, begun, MAX_STEPS)
         else:
             self._coefficients, _ = ascend(problem, self._coefficients, 1, tolerance=ROUGH)
         return ((self._coefficients[:-1].T.copy(), self._coefficients[-1].copy()),), "tanh"
@@ -92,7 +92,7 @@ class ClassifierLearner:
             if self._is_partial:
                 warnings.simplefilter("ignore", ConvergenceWarning)
             if has_fit_parameter(self._classifier, "sample_weight"):
-                mixed = (1 - _LEAST_SHARE) * shares + _LEAST_SHARE / count
+                mixed = (1 - _MIN_SHARE) * shares + _MIN_SHARE / count
                 self._classifier.fit(
                     np.tile(X, (count, 1)),
                     np.repeat(np.arange(count), len(X)),

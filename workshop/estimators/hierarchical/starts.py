@@ -231,7 +231,7 @@ def _squares_of(moments: Array, penalty: Array) -> Array:
     return np.einsum("goo->g", moments[:, num_columns:, num_columns:]) - explained
 
 
-_MOST_GROUPINGS = 500
+_MAX_GROUPINGS = 500
 
 
 def grouped(
@@ -291,10 +291,10 @@ def _groupings(
     """Yield ways to part pieces into groups of one size: all of them, or many random ones."""
     size = num_pieces // num_groups
     count = math.factorial(num_pieces) // (math.factorial(size) ** num_groups)
-    if count // math.factorial(num_groups) <= _MOST_GROUPINGS:
+    if count // math.factorial(num_groups) <= _MAX_GROUPINGS:
         yield from _all_groupings(list(range(num_pieces)), size)
         return
-    for _ in range(_MOST_GROUPINGS):
+    for _ in range(_MAX_GROUPINGS):
         order = rng.permutation(num_pieces).tolist()
         yield [order[start : start + size] for start in range(0, num_pieces, size)]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from workshop.tables import table
 
-_MOST_ROWS = 64
+_MAX_ROWS = 64
 """The most experts that the card lists one by one."""
 
 
@@ -39,8 +39,8 @@ def card_of(estimator: Any, document: Mapping[str, Any], name: str) -> str:
     ]
     shares = zip(document["experts"], estimator.expert_usage_, strict=True)
     usage: list[tuple[Any, Any]] = [(expert, f"{share:.4f}") for expert, share in shares]
-    if len(usage) > _MOST_ROWS:
-        usage[_MOST_ROWS:] = [("others", len(usage) - _MOST_ROWS)]
+    if len(usage) > _MAX_ROWS:
+        usage[_MAX_ROWS:] = [("others", len(usage) - _MAX_ROWS)]
     # A row of zeros; one step where any number is taken.
     zeros = np.zeros((1, *(max(size, 1) for size in rows["shape"])))
     given = {"name": rows["name"], "datatype": "FP64", "shape": zeros.shape, "data": zeros.tolist()}

@@ -228,7 +228,7 @@ def _signature(cls: Any) -> dict[str, inspect.Parameter]:
 SINGLE = {"top_k": None, "noisy_gate": False, "importance_weight": 0.0, "load_weight": 0.0}
 """Parameters of a gate, as a single expert has them."""
 MAX_ITER = 1000
-LEAST_PROBABILITY = float(np.finfo(np.float64).eps)
+MIN_PROBABILITY = float(np.finfo(np.float64).eps)
 """A smaller probability counts as this, as in scikit-learn's log loss."""
 
 
@@ -276,5 +276,5 @@ def score(fitted: Any, X: Any, targets: np.ndarray) -> dict[str, float | None]:
     places = np.searchsorted(fitted.classes_, targets[is_known])
     likelihoods = np.zeros(len(targets))
     likelihoods[is_known] = fitted.predict_proba(X[is_known])[np.arange(len(places)), places]
-    loss = -np.log(np.maximum(likelihoods, LEAST_PROBABILITY)).mean()
+    loss = -np.log(np.maximum(likelihoods, MIN_PROBABILITY)).mean()
     return {"accuracy": accuracy, "log_loss": float(loss)}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement.load import FALL_S, LEAST_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
+from cluster.placement.load import FALL_S, MIN_FALL_S, RISE_S, WINDOW_S, DeviceLoad, LoadTracker
 from cluster.spec import ActorReport, ExpertKey
 
 A, B = ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)
@@ -155,7 +155,7 @@ def asked(tracker: LoadTracker, a_tokens_s: float, b_tokens_s: float, to_s: int)
     return math.inf
 
 
-@pytest.mark.parametrize(("set_s", "fall_s"), [(None, FALL_S), (10.0, 10.0), (0.2, LEAST_FALL_S)])
+@pytest.mark.parametrize(("set_s", "fall_s"), [(None, FALL_S), (10.0, 10.0), (0.2, MIN_FALL_S)])
 @pytest.mark.parametrize("ended_s", [240, 241, 243])
 def test_a_load_that_ended_is_forgotten_within_the_time_that_is_set(
     set_s: float | None, fall_s: float, ended_s: int

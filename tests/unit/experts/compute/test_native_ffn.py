@@ -258,7 +258,7 @@ def test_an_expert_of_a_size_beyond_the_kernels_is_torchs_and_said_once(
     hidden, inner = sizes
     case = make(0, dtype=torch.float32, num_rows=3, hidden=hidden, inner=inner, activation="silu")
     expected = GatedFfnExpert(on_host(case.weights), "silu", 1)(case.rows.numpy())
-    monkeypatch.setattr("experts.compute.native_ffn.MOST_SIZE", 95)
+    monkeypatch.setattr("experts.compute.native_ffn.MAX_SIZE", 95)
     log_torch.cache_clear()
     made = [GatedFfnExpert(on_host(case.weights), "silu", 1) for _ in range(2)]
     log_torch.cache_clear()

@@ -235,7 +235,7 @@ def test_a_slow_grammar_holds_up_nobody(
 
     monkeypatch.setattr(Constraint, "_next", slow)
     monkeypatch.setattr(Constraint, "is_slow", True)
-    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
+    monkeypatch.setattr(constrained_rows, "MAX_WAIT_S", 0.001)
     cluster.engine.submit(replace(request, request_id="slow"))
     assert begun.wait(30)
     assert cluster.generate(replace(plain, request_id="beside a slow one")) == tokens
@@ -256,7 +256,7 @@ def test_a_prompt_is_scored_once_however_long_its_grammar_takes(
 
     monkeypatch.setattr(Constraint, "_next", slow)
     monkeypatch.setattr(Constraint, "is_slow", True)
-    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.001)
+    monkeypatch.setattr(constrained_rows, "MAX_WAIT_S", 0.001)
     [[event]] = cluster.generate(replace(request, request_id="scored and slow"))
     assert len(event.prompt_logprobs) == len(PROMPT) - 1
     assert event == expected
@@ -265,7 +265,7 @@ def test_a_prompt_is_scored_once_however_long_its_grammar_takes(
 def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constrained_rows, "MOST_WAIT_S", 0.2)
+    monkeypatch.setattr(constrained_rows, "MAX_WAIT_S", 0.2)
     waits_s: list[float] = []
 
     class Late:

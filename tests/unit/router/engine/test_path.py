@@ -28,7 +28,7 @@ from tests.unit.cluster.transport.wired import LENGTH, Wired
 from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_of
 
 ROOT = Path(__file__).parents[4]
-MOST_FILES = 16
+MAX_FILES = 16
 TRACED = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
 NATIVE_ATTENTION, GATHERED = (
     "router/model/cpu/native_attention.py",
@@ -143,7 +143,7 @@ def test_a_decode_step_passes_the_files_of_the_document_in_their_order(
     with connected(folder, dtype) as wired:
         files = files_of_a_decode(wired, monkeypatch)
     assert files == numbered(ROUTER)
-    assert len(files) <= MOST_FILES
+    assert len(files) <= MAX_FILES
 
 
 @pytest.mark.parametrize("dtype", [] if native is None else ["float32"])

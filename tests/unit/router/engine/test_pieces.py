@@ -25,12 +25,12 @@ from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gon
 from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
 from router.config.capacity import CapacityConfig
 from router.engine import batch
-from router.engine.batch import LEAST_PIECE_TOKENS, pack, piece_ends
+from router.engine.batch import MIN_PIECE_TOKENS, pack, piece_ends
 from router.engine.scheduling.scheduler import Limits
 from router.engine.sequence import ScheduledChunk
 from router.messages.request import GenerationRequest
 from router.model.attention.interface import Span
-from router.model.decoder import MOST_PIECES
+from router.model.decoder import MAX_PIECES
 from router.moe.layer import InFlightLayer
 from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut steps of few tokens too."""
-    monkeypatch.setattr(batch, "LEAST_PIECE_TOKENS", 4)
+    monkeypatch.setattr(batch, "MIN_PIECE_TOKENS", 4)
 
 
 def requests(name: str = "r", **options: Any) -> list[GenerationRequest]:
@@ -100,10 +100,10 @@ def test_pieces_are_long_enough_and_the_first_has_all_decodes(
     sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     assert sum(sizes) == num_tokens
     assert len(sizes) <= most_pieces
-    assert len(sizes) == 1 or min(sizes) >= LEAST_PIECE_TOKENS
+    assert len(sizes) == 1 or min(sizes) >= MIN_PIECE_TOKENS
     assert sizes[0] >= num_decode
     if num_decode * most_pieces <= num_tokens:
-        assert len(sizes) == max(1, min(most_pieces, num_tokens // LEAST_PIECE_TOKENS))
+        assert len(sizes) == max(1, min(most_pieces, num_tokens // MIN_PIECE_TOKENS))
         assert max(sizes) - min(sizes) <= 1 or len(sizes) > 2
 
 
@@ -122,12 +122,12 @@ def test_pieces_are_long_enough_and_the_first_has_all_decodes(
 def test_decodes_and_short_steps_are_one_piece(
     num_tokens: int, num_decode: int, ends: list[int]
 ) -> None:
-    assert piece_ends(num_tokens, num_decode, MOST_PIECES) == ends
+    assert piece_ends(num_tokens, num_decode, MAX_PIECES) == ends
 
 
 def test_rows_on_the_host_last_until_their_piece_is_finished() -> None:
     """Between them come as many copies to the host as there are other pieces."""
-    assert MOST_PIECES <= RING
+    assert MAX_PIECES <= RING
 
 
 class Spans:
@@ -232,10 +232,10 @@ def test_a_device_copies_once_each_way_for_each_piece_and_layer(folder: Path) ->
             copies.append(found)
 
         cluster.engine.step = counted
-        tokens, counts = tokens_of(cluster, MOST_PIECES)
+        tokens, counts = tokens_of(cluster, MAX_PIECES)
         cluster.close()
     assert tokens == expected
-    assert MOST_PIECES in counts
+    assert MAX_PIECES in counts
     num_layers = len(cluster.checkpoint.shape.layers)
     for found, count in zip(copies, counts, strict=True):
         assert len(found.to_host) == len(found.to_device) == count * num_layers + 1
@@ -275,7 +275,7 @@ def logged(cluster: LocalCluster) -> list[tuple[str, int]]:
     return events
 
 
-def stepped(folder: Path, prompt: list[int], most_pieces: int = MOST_PIECES) -> LocalCluster:
+def stepped(folder: Path, prompt: list[int], most_pieces: int = MAX_PIECES) -> LocalCluster:
     """Return a cluster whose engine has one request, and does a step when told to."""
     cluster = LocalCluster(folder, threaded=False)
     cluster.engine._most_pieces = most_pieces

@@ -16,7 +16,7 @@ from router.engine import batch
 from router.engine.batch import StepInput, pack
 from router.engine.scheduling.scheduler import Limits
 from router.messages.routed import RoutedExperts
-from router.model.decoder import MOST_PIECES
+from router.model.decoder import MAX_PIECES
 from router.moe.layer import StepContext
 from router.moe.permute import Part
 from tests.checkpoints import save_mixtral
@@ -36,7 +36,7 @@ LENGTH = 4
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut steps of few tokens too."""
-    monkeypatch.setattr(batch, "LEAST_PIECE_TOKENS", 4)
+    monkeypatch.setattr(batch, "MIN_PIECE_TOKENS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed(cluster: LocalCluster, wants_all: bool) -> StepInput:
-    return pack(cluster.scheduler.schedule(), cluster.model.attention, MOST_PIECES, wants_all)
+    return pack(cluster.scheduler.schedule(), cluster.model.attention, MAX_PIECES, wants_all)
 
 
 def wanted_of(step: StepInput) -> list[list[int] | None]:

@@ -34,7 +34,7 @@ from router.control.placement_view import PlacementView
 from router.moe import exchange
 from router.moe.combine import WeightedSums
 from router.moe.dispatch import Dispatcher
-from router.moe.exchange import MOST_LATE, PAUSE_LAYERS, WAIT_MS
+from router.moe.exchange import MAX_LATE, PAUSE_LAYERS, WAIT_MS
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers, StepContext
 from tests.cluster_fixture import wait_until
@@ -380,13 +380,13 @@ def test_after_late_answers_python_has_some_layers(
     for actor in router.actors.values():
         actor.answer = router.late
     impatient(True)
-    for _ in range(MOST_LATE):
+    for _ in range(MAX_LATE):
         router.was_taken_over.clear()
         assert torch.equal(sums(router.native, rows, choice), expected)
     impatient(False)
-    for _ in range(2 * MOST_LATE):
+    for _ in range(2 * MAX_LATE):
         assert torch.equal(sums(router.native, rows, choice), expected)
-    assert router.taken_over == MOST_LATE
+    assert router.taken_over == MAX_LATE
     for actor in router.actors.values():
         actor.answer = good
     for _ in range(PAUSE_LAYERS):

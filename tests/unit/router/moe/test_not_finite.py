@@ -20,7 +20,7 @@ from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import prompt_of
 
 LENGTH = 6
-OUTAGE_S, MOST_FAILED = 0.3, 60
+OUTAGE_S, MAX_FAILED = 0.3, 60
 """How long a copy cannot be reached, and how often it may be asked meanwhile by all requests."""
 VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}
 PROMPTS = [prompt_of(5, 1), prompt_of(9, 2), prompt_of(3, 3)]
@@ -146,7 +146,7 @@ def test_while_the_other_copy_cannot_be_reached_it_is_not_asked_without_a_pause(
         if time.monotonic() >= until_s or not experts <= damaged:
             return None
         failed += 1
-        assert failed < MOST_FAILED
+        assert failed < MAX_FAILED
         return CallFailure.UNREACHABLE
 
     cluster.transport.fail = damage

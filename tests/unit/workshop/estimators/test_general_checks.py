@@ -34,7 +34,7 @@ from cluster.errors import CheckpointError
 from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.fits import (
-    MOST_RARE,
+    MAX_RARE,
     Data,
     Expert,
     FitFailedError,
@@ -219,13 +219,13 @@ def test_an_expert_that_refuses_a_rare_class_is_fitted_without_it() -> None:
     np.testing.assert_allclose(fitted.predict_proba(ROWS).sum(axis=1), 1)
 
 
-@pytest.mark.parametrize("num_rare", [MOST_RARE, MOST_RARE + 1])
+@pytest.mark.parametrize("num_rare", [MAX_RARE, MAX_RARE + 1])
 def test_an_expert_may_refuse_a_class_of_few_rows_alone(num_rare: int) -> None:
     numbers = np.repeat([0, 1], [40 - num_rare, num_rare])
     numbers[:14] = 2
     data = Data(ROWS, numbers, np.ones(40), np.array(["a", "b", "c"]))
     expert = Expert("calibrated", CalibratedClassifierCV(SVC(), cv=12))
-    if num_rare <= MOST_RARE:
+    if num_rare <= MAX_RARE:
         assert fitted_part(expert, data, np.ones(40)).class_places.tolist() == [0, 2]
     else:
         with pytest.raises(FitFailedError, match="cannot be fitted to 40 of 40 rows"):

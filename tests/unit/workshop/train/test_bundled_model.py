@@ -12,7 +12,7 @@ from workshop.train.run import CARD_FILE
 from workshop.train.settings import load_config
 
 FOLDER = Path(__file__).parents[4] / "deploy" / "models" / "mesh-tiny"
-MOST_BYTES = 16_000_000
+MAX_BYTES = 16_000_000
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def record() -> Record:
 
 
 def test_it_is_at_most_16_mb_whole() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= MAX_BYTES
 
 
 def test_its_configuration_makes_its_card_and_sizes(record: Record) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cluster.controller.records import last_words
-from cluster.controller.records.last_words import MOST_CHARACTERS, LastWords
+from cluster.controller.records.last_words import MAX_CHARACTERS, LastWords
 from cluster.ray_private import MemoryStore
 
 LIMIT_S = 60.0
@@ -37,8 +37,8 @@ def test_words_that_nobody_asked_for_go_with_those_of_the_next_life() -> None:
 
 def test_long_words_lose_their_end() -> None:
     words = LastWords("app", MemoryStore())
-    words.leave("expert-1", 1, "é" * (MOST_CHARACTERS + 1))
-    assert words.take("expert-1", 1) == "é" * MOST_CHARACTERS
+    words.leave("expert-1", 1, "é" * (MAX_CHARACTERS + 1))
+    assert words.take("expert-1", 1) == "é" * MAX_CHARACTERS
 
 
 def test_a_store_that_does_not_answer_holds_no_end_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from router.gateway.upstream.affinity import MOST_REMEMBERED, SentPrefixes, choose, keys_of_call
-from router.messages.prefixes import BLOCK_TOKENS, MOST_BLOCKS, prefix_keys, prefix_root
+from router.gateway.upstream.affinity import MAX_REMEMBERED, SentPrefixes, choose, keys_of_call
+from router.messages.prefixes import BLOCK_TOKENS, MAX_BLOCKS, prefix_keys, prefix_root
 
 ROOT = prefix_root("m", "", "")
 
@@ -57,25 +57,25 @@ def test_old_prompts_are_forgotten_from_their_ends() -> None:
     source = random.Random(1)
     old = prefix_keys(ROOT, range(160), BLOCK_TOKENS)
     sent.add(old)
-    others = [source.randbytes(32) for _ in range(MOST_REMEMBERED - 4)]
+    others = [source.randbytes(32) for _ in range(MAX_REMEMBERED - 4)]
     sent.add(others)
     assert sent.match(old) == 4
     assert sent.match(others) == len(others)
-    sent.add([source.randbytes(32) for _ in range(MOST_REMEMBERED)])
+    sent.add([source.randbytes(32) for _ in range(MAX_REMEMBERED)])
     assert sent.match(old) == 0
 
 
 def test_more_blocks_than_are_remembered_leave_the_first() -> None:
     sent = SentPrefixes()
-    keys = [i.to_bytes(32, "little") for i in range(2 * MOST_REMEMBERED)]
+    keys = [i.to_bytes(32, "little") for i in range(2 * MAX_REMEMBERED)]
     sent.add(keys)
-    assert sent.match(keys) == MOST_REMEMBERED
+    assert sent.match(keys) == MAX_REMEMBERED
 
 
 def test_the_keys_of_a_call_are_those_of_its_blocks_but_for_what_is_computed_anyway() -> None:
     tokens = range(2 * BLOCK_TOKENS)
     assert len(keys_of_call(call(tokens))) == 1
     assert len(keys_of_call(call(range(2 * BLOCK_TOKENS + 1)))) == 2
-    assert len(keys_of_call(call(range(100_000)))) == MOST_BLOCKS
+    assert len(keys_of_call(call(range(100_000)))) == MAX_BLOCKS
     roots = {keys_of_call(call(tokens, *each))[0] for each in (("", ""), ("t", ""), ("", "t"))}
     assert len(roots) == 3

@@ -35,7 +35,7 @@ MODELS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("qwen3_moe", SAVERS["qwen3_moe"], "float16"),
     ("deepseek_v3", SAVERS["deepseek_v3"], "float32"),
 )
-MOST_KEPT, CHANGES = 12, 60
+MAX_KEPT, CHANGES = 12, 60
 NUMBERS = (-1, 0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, -(2**63))
 REFUSALS = (ValueError, TypeError, OverflowError, BufferError, MemoryError, LookupError)
 
@@ -121,7 +121,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Any,
 def _noting(name: str, function: Any, found: dict[Any, tuple[Any, ...]]) -> Any:
     def noted(*arguments: Any) -> Any:
         kind = repr([_kind(argument) for argument in arguments])
-        if kind not in found and len(found) < MOST_KEPT:
+        if kind not in found and len(found) < MAX_KEPT:
             found[kind] = copied(arguments)
         return function(*arguments)
 

@@ -39,9 +39,9 @@ def gates_of(cluster: LocalCluster) -> list[Any]:
 @pytest.mark.parametrize(
     ("module", "limit"),
     [
-        (native_attention, "MOST_HEADS"),
-        (native_layer, "MOST_EXPERTS"),
-        (native_modules, "MOST_SIZE"),
+        (native_attention, "MAX_HEADS"),
+        (native_layer, "MAX_EXPERTS"),
+        (native_modules, "MAX_SIZE"),
     ],
 )
 def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
@@ -55,11 +55,11 @@ def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
     expected = generated(LocalCluster(tmp_path, dtype="float32"))
     monkeypatch.setattr(module, limit, 3)
     cluster = LocalCluster(tmp_path, dtype="float32")
-    assert isinstance(cluster.model.attention, NativeAttention) == (limit != "MOST_HEADS")
+    assert isinstance(cluster.model.attention, NativeAttention) == (limit != "MAX_HEADS")
     are_native = [isinstance(gate, NativeGate) for gate in gates_of(cluster)]
-    assert are_native == [limit != "MOST_EXPERTS"] * len(are_native)
+    assert are_native == [limit != "MAX_EXPERTS"] * len(are_native)
     assert not cluster.model.is_native
-    assert cluster.model.is_independent == (limit == "MOST_EXPERTS")
+    assert cluster.model.is_independent == (limit == "MAX_EXPERTS")
     assert generated(cluster) == expected
 
 
