@@ -15,10 +15,10 @@ from tests.readme import blocks
 ROOT = Path(__file__).parents[2]
 MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
-    ("cluster", "expertmesh", "experts", "router"): 57_000,
-    ("workshop",): 15_000,
-    ("benchmarks",): 12_100,
-    ("tests",): 100_400,
+    ("cluster", "expertmesh", "experts", "router"): 56_900,
+    ("workshop",): 14_500,
+    ("benchmarks",): 9_800,
+    ("tests",): 100_600,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
 FIRST_SCREEN = 40
