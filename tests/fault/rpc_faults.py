@@ -35,7 +35,7 @@ METHOD = "CoreWorkerService.grpc_client.PushTask"
 MODES = {
     "req_failure_prob": "request failure",
     "resp_failure_prob": "response failure",
-    "in_flight_failure_prob": "response failure while request in pending",
+    "in_flight_failure_prob": "response failure while request in flight",
 }
 """Ray's name of each mode, and what it says in its log whenever it makes a call fail so."""
 PERCENT, MAX_FAILURES = 1, 1000
