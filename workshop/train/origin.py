@@ -1,4 +1,4 @@
-"""The model that a training run goes on from: a folder with a Mixtral-format checkpoint."""
+"""The model at which a training run starts: a folder with a Mixtral-format checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from workshop.train.settings import ModelSettings, TrainingError
 
 @dataclass(frozen=True)
 class Origin:
-    """A model to go on from: its sizes, its tokenizer, and the identity of its weights."""
+    """A model to train further: its sizes, its tokenizer, and the identity of its weights."""
 
     folder: Path
     identity: str
@@ -45,8 +45,8 @@ class Origin:
 def open_origin(folder: Path) -> Origin:
     """Return the model in a folder: one that was trained, pruned or merged, or any plain Mixtral.
 
-    Raises TrainingError for a folder without a checkpoint, and for a model that training cannot go
-    on from: of another family than Mixtral, quantised, or with a tokenizer that does not fit.
+    Raises TrainingError for a folder without a checkpoint, and for a model that cannot be trained
+    further: of another family than Mixtral, quantised, or with a tokenizer that does not fit.
     """
     try:
         checkpoint = open_checkpoint(folder)
@@ -56,7 +56,7 @@ def open_origin(folder: Path) -> Origin:
     config = checkpoint.config
     family = config.get("model_type")
     if family != "mixtral":
-        raise TrainingError(f"{folder}: training goes on from mixtral models; this is {family!r}")
+        raise TrainingError(f"{folder}: only mixtral models can be trained further; got {family!r}")
     if config.get("quantization_config") is not None:
         raise TrainingError(
             f"{folder}: the weights are quantised; `expertmesh convert` makes plain ones"

@@ -67,11 +67,11 @@ def train(
     """Train on the texts and leave a checkpoint, training.json and card in `out`.
 
     `dense` trains the configuration's dense model instead. `beside` are folders of finished dense
-    runs to compare with. `origin` is a model of the configuration's sizes to go on from, with its
-    tokenizer; without one a new model is trained. `resume` continues a run that ended early, from
-    its last saved state. Raises ConfigError for wrong settings or texts, before the first step or
-    at the evaluation; TrainingFailedError when the run fails; StoppedError when the watcher stops
-    it.
+    runs to compare with. `origin` is a model of the configuration's sizes at which the run starts,
+    with its tokenizer; without one a new model is trained. `resume` continues a run that ended
+    early, from its last saved state. Raises ConfigError for wrong settings or texts, before the
+    first step or at the evaluation; TrainingFailedError when the run fails; StoppedError when the
+    watcher stops it.
     """
     watcher = watcher or Watcher()
     if dense and beside:
@@ -80,7 +80,7 @@ def train(
         )
     if origin is not None and (dense or beside):
         raise TrainingError(
-            "a run that goes on from a model has no dense runs; leave out --dense and --beside"
+            "a run that starts from a model has no dense runs; leave out --dense and --beside"
         )
     if dense:
         config = config.as_dense(dense)

@@ -207,7 +207,7 @@ class TrainingConfig(_Settings):
 def load_config(path: Path, sizes: ModelSettings | None = None) -> TrainingConfig:
     """Read and validate a training configuration.
 
-    ``sizes`` are those of a model that the run goes on from; ``model`` may be left out then.
+    ``sizes`` are those of a model at which the run starts; ``model`` may be left out then.
     Raises ConfigError for a file that is no YAML, and TrainingError that names the file and each
     offending key, or the first size that is another than the model's.
     """

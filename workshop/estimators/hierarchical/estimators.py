@@ -54,7 +54,7 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
       iterations in a row raise the objective by less than ``tol``.
     - ``early_stopping``: judge by the log likelihood of a ``validation_fraction`` of the rows, and
       keep the tree that is best for them.
-    - ``warm_start``: go on from the fitted mixture, with one start.
+    - ``warm_start``: continue from the fitted mixture, with one start.
     - ``n_jobs``: processes for the starts; the result does not depend on it.
     - ``random_state``: a fit with the same number and the same data has the same result. Without
       early stopping the order of rows changes nothing, and a row of weight 2 equals two rows.

@@ -1,4 +1,4 @@
-"""Training that goes on from a model: weights, tokenizer, sizes, and what is refused."""
+"""Training that starts from a model: weights, tokenizer, sizes, and what is refused."""
 
 from __future__ import annotations
 
@@ -195,7 +195,9 @@ def test_what_training_cannot_go_on_from_is_refused_in_a_line(
 
 def test_another_family_is_refused_by_name(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path / "qwen3")
-    with pytest.raises(TrainingError, match="goes on from mixtral models; this is 'qwen3_moe'"):
+    with pytest.raises(
+        TrainingError, match="mixtral models can be trained further; got 'qwen3_moe'"
+    ):
         open_origin(tmp_path / "qwen3")
 
 
