@@ -26,7 +26,7 @@ from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import GatewayReplica
 from router.serve.instance import refuse_proxies
-from router.serve.options import GATEWAY, REPLICA_VARIABLES
+from router.serve.options import CONTROLLER, GATEWAY, REPLICA_VARIABLES
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
 
@@ -106,7 +106,7 @@ def deployment_names(models: Sequence[Served]) -> dict[str, str]:
 
 def _controller(controller_class: type[ControllerDeployment]) -> Any:
     return serve.deployment(
-        name="Controller",
+        name=CONTROLLER,
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
         ray_actor_options={"num_cpus": 0, "runtime_env": _runtime_env(SERVING_ENVIRONMENT)},

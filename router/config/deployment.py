@@ -7,11 +7,12 @@ are an :class:`AppConfig`. The error of an unknown key lists the allowed keys.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
@@ -19,7 +20,7 @@ from experts.checkpoint.hub import parse_hub_id
 from router.config.capacity import CapacityConfig
 from router.config.experts import SINGLE_POOL_KEYS, ExpertsConfig, starts_within_bounds
 from router.config.listen import ListenConfig
-from router.section import Section
+from router.section import Section, models_in, unknown_key
 from router.security.config import SecurityConfig, with_open_word
 
 IMPORT_PATH = "router.app:build"
@@ -314,19 +315,12 @@ def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
     return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
 
 
-def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: type[Section] = AppConfig
+def _allowed_keys(loc: tuple[int | str, ...]) -> Iterable[str]:
+    section: type[BaseModel] = AppConfig
     for part in loc[:-1]:
         if isinstance(part, str):
-            [section] = _sections_in(section.model_fields[part].annotation)
-    return sorted(section.model_fields)
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    """Return the section in the type of a key, which may be optional or a tuple of sections."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections_in(part)]
+            [section] = models_in(section.model_fields[part].annotation)
+    return section.model_fields
 
 
 def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
@@ -341,8 +335,8 @@ def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
         first = error.errors()[0]
         path = _yaml_path(first["loc"], root)
         if first["type"] == "extra_forbidden":
-            keys = ", ".join(_allowed_keys(first["loc"]))
-            raise ConfigError(f"unknown key; allowed keys: {keys}", path) from None
+            message = unknown_key(str(first["loc"][-1]), _allowed_keys(first["loc"]))
+            raise ConfigError(message, path) from None
         given = "" if first["type"] == "missing" else f" (given: {first['input']!r:.80})"
         raise ConfigError(f"{first['msg']}{given}", path) from None
 

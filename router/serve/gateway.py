@@ -91,14 +91,15 @@ class GatewayReplica:
             self._let_in(limits.listen, security, metrics)
 
         def samples() -> Samples:
-            return replace(metrics.samples(), problem=self._problem(), uses=charges.uses())
+            own = {"problem": self._problem(), "uses": charges.uses(), "deployment": deployment}
+            return replace(metrics.samples(), **own)
 
+        replica = serve.get_replica_context()
+        application, deployment = replica.app_name, replica.deployment
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
         context = ray.get_runtime_context()
         node = context.get_node_id()
-        replica = serve.get_replica_context()
-        application, deployment = replica.app_name, replica.deployment
         self._deployment = Deployment(
             controller,
             [model.id for model in models],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from ray import serve
@@ -17,7 +18,7 @@ LONG_PROMPTS, IN_FLIGHT, LONG = PROMPTS[:2], 40, 900
 """Streams are begun until the gateway is replaced; the newest have some hundred tokens to come."""
 DRAINED_S = GRACEFUL_SHUTDOWN_S + 1.0
 """Longer than Serve waits for what ends at once."""
-CHANGED = {
+CHANGED: dict[str, dict[str, Any]] = {
     "experts": {"num_cpus": 0.5},  # its process's for life: every actor is replaced
     "router": {"max_queue_requests": 250},
     "gateway": {"max_ongoing_requests": 1000, "max_choices": 15},

@@ -194,6 +194,7 @@ def _ready_object(readiness: Readiness) -> dict[str, Any]:
         "epoch": epoch,
         "placement_version": version,
         "controller_loop_age_s": readiness.loop_age_s,
+        "failed_deploy": readiness.failed_deploy or None,
     }
 
 
