@@ -1,4 +1,4 @@
-"""A node lost, one added and one drained by `expertmesh drain`, all under 32 streams: no token changes."""
+"""A node lost, one added and one drained by command, under 32 streams: no token changes."""
 
 from __future__ import annotations
 

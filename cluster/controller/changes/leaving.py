@@ -8,7 +8,6 @@ import time
 from collections.abc import Collection
 
 from cluster.controller.changes.elastic import COMMAND, Elastic
-from cluster.controller.changes.rebalance import Moved
 from cluster.controller.records.pool import ExpertPool
 from cluster.controller.records.state import ClusterState
 from cluster.errors import InvalidRequestError
@@ -41,52 +40,43 @@ class LeavingNodes:
         refuses, as for the head, :class:`UnavailableError` while another actor is away.
         """
         node = await self._named(target)
-        began_at_s = time.monotonic()
         what = f"drain node {node}"
-        if dry_run:
-            async with self._elastic.lock:
-                leaving = self._actors_on({node})
-                pools = [self._fleet.pool_of[a] for a in leaving if a not in self._fleet.standby]
-                coming = self._elastic.coming(pools)
-                return await self._elastic.shrink(leaving, what, True, COMMAND, coming)
-        await self._expert_pool.drain_node(node)
-        report = await self._leave({node}, what, COMMAND)
-        return report or self._elastic.report(what, COMMAND, Moved("committed"), began_at_s)
+        async with self._elastic.lock:
+            if not dry_run:
+                await self._expert_pool.drain_node(node)
+                return await self._hand_over({node}, what, COMMAND)
+            leaving = self._actors_on({node})
+            pools = [self._fleet.pool_of[a] for a in leaving if a not in self._fleet.standby]
+            coming = self._elastic.coming(pools)
+            return await self._elastic.shrink(leaving, what, True, COMMAND, coming)
 
     async def look(self) -> None:
         """Empty the nodes that Ray is about to take away by now."""
-        await self._leave(await asyncio.to_thread(self._expert_pool.draining))
-
-    async def _leave(
-        self, draining: Collection[str], what: str = "", reason: str = "Ray drains it"
-    ) -> ChangeReport | None:
-        """Drain the actors on nodes that Ray drains, after asking for successors elsewhere.
-
-        Returns what was done; ``None`` without such actors.
-        """
+        draining = await asyncio.to_thread(self._expert_pool.draining)
         self._succeeded &= self._fleet.specs.keys()
-        if not self._actors_on(draining):
-            return None
-        async with self._elastic.lock:
-            began_at_s = time.monotonic()
-            leaving = self._actors_on(draining)
-            # A standby actor needs no successor here: keep_standby starts another elsewhere.
-            has_successor = self._succeeded | self._fleet.standby
-            without = [actor_id for actor_id in leaving if actor_id not in has_successor]
-            pools = [self._fleet.pool_of[actor_id] for actor_id in without]
-            added = await self._elastic.grow(pools, draining)
-            self._succeeded |= set(without)
-            up = await self._elastic.wait_up(added, SUCCESSOR_TIMEOUT_S)
-            self._elastic.note_spread(up)
-            what = what or f"{', '.join(leaving)} to go with their node"
-            report = await self._elastic.shrink(leaving, what, False, reason)
-            if added:
-                logger.info(
-                    "%s took over after %.1f s", ", ".join(up), time.monotonic() - began_at_s
-                )
-            if report.outcome == "committed":
-                self._succeeded -= set(leaving)
-            return report
+        if leaving := self._actors_on(draining):
+            async with self._elastic.lock:
+                what = f"{', '.join(leaving)} to go with their node"
+                await self._hand_over(draining, what, "Ray drains it")
+
+    async def _hand_over(self, draining: Collection[str], what: str, reason: str) -> ChangeReport:
+        """Drain the actors on nodes that Ray drains, after asking for successors elsewhere."""
+        began_at_s = time.monotonic()
+        leaving = self._actors_on(draining)
+        # A standby actor needs no successor here: keep_standby starts another elsewhere.
+        has_successor = self._succeeded | self._fleet.standby
+        without = [actor_id for actor_id in leaving if actor_id not in has_successor]
+        pools = [self._fleet.pool_of[actor_id] for actor_id in without]
+        added = await self._elastic.grow(pools, draining)
+        self._succeeded |= set(without)
+        up = await self._elastic.wait_up(added, SUCCESSOR_TIMEOUT_S)
+        self._elastic.note_spread(up)
+        report = await self._elastic.shrink(leaving, what, False, reason)
+        if added:
+            logger.info("%s took over after %.1f s", ", ".join(up), time.monotonic() - began_at_s)
+        if report.outcome == "committed":
+            self._succeeded -= set(leaving)
+        return report
 
     def _actors_on(self, nodes: Collection[str]) -> list[str]:
         """Return the actors on these nodes, and those that have a successor already."""
