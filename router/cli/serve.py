@@ -113,10 +113,14 @@ def deploy(
 def _serve(
     path: Path, ray_address: str | None, folder: Path, handles_signals: Callable[[], None]
 ) -> None:
-    from router.ops.doctor.running_ray import target_of
+    from router.ops.doctor.running_ray import is_stale, target_of
     from router.ops.startup.ray_token import dashboard_variable, token_variable
 
-    starts_ray = target_of(ray_address, os.environ) is None
+    target = target_of(ray_address, os.environ)
+    if target is not None and is_stale(target):
+        write_line(f"expertmesh: the Ray that {target.named_by} names has ended: starting another")
+        target, ray_address = None, "local"
+    starts_ray = target is None
     variables = token_variable() if starts_ray else {}
     os.environ.update(variables)
     import ray
