@@ -80,3 +80,18 @@ def name_of(folder: Path) -> str:
     """Return what a model's folder is called: by repository and commit in the hub's cache."""
     cached = cached_id(folder)
     return folder.name if cached is None else str(cached)
+
+
+def why_not_fetched(error: Exception) -> str:
+    """Return why the hub's client did not fetch a model, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated: accept its terms on the hub and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such model, or it is private: mend the name or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the model has no such revision"
+    if isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        return "no network: the hub does not answer, and the model is not in its local cache"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"

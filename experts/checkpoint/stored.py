@@ -15,7 +15,7 @@ from typing import Protocol
 from cluster.errors import CheckpointError, CheckpointMissingError, shown_name
 from experts.checkpoint.config import read_small
 from experts.checkpoint.hashes import HashTable, leaf_spans
-from experts.checkpoint.hub import HubId, cached_id, fetch, parse_hub_id
+from experts.checkpoint.hub import HubId, cached_id, fetch, parse_hub_id, why_not_fetched
 from experts.checkpoint.shard_file import ShardFile, Stamp
 from experts.checkpoint.shards import TensorInfo
 from experts.families.base import Config
@@ -114,7 +114,9 @@ def resolve_folder(path: str) -> Path:
         raise CheckpointMissingError(f"{error}, and there is no such folder", path) from None
     if hub_id is None:
         raise CheckpointMissingError(
-            "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
+            "is no folder, neither an absolute one nor one beside the deployment file or in the "
+            "deploy package, and no hub id",
+            path,
         )
     return _fetch(hub_id)
 
@@ -136,8 +138,8 @@ def _fetch(hub_id: HubId) -> Path:
         return fetch(hub_id)
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointMissingError(
-            "is not a folder of the deploy package and could not be fetched from the hub "
-            f"({type(error).__name__})",
+            "is no folder beside the deployment file or in the deploy package, and was not fetched "
+            f"from the hub: {why_not_fetched(error)}",
             str(hub_id),
         ) from None
 

@@ -95,7 +95,7 @@ def check(
 
     Example: expertmesh check deploy/cluster.yaml
     """
-    from router.config.deployment import read_document
+    from router.config.deployment import read_file
     from router.ops.startup.reach import check_document
     from router.serve.options import completed
     from router.served import check_file
@@ -109,7 +109,7 @@ def check(
             result["hashes"] = [asdict(checkpoint) for checkpoint in verified]
         else:
             lines = check_file(file)
-        check_document(completed(read_document(file)), file, reads_files=False)
+        check_document(completed(read_file(file)), file, reads_files=False)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})

@@ -20,6 +20,7 @@ from experts.checkpoint.hub import parse_hub_id
 from router.config.capacity import CapacityConfig
 from router.config.experts import SINGLE_POOL_KEYS, ExpertsConfig, starts_within_bounds
 from router.config.listen import ListenConfig
+from router.config.local_paths import localized
 from router.section import Section, models_in, unknown_key
 from router.security.config import SecurityConfig, with_open_word
 
@@ -42,8 +43,9 @@ class ModelConfig(Section):
     )
     path: str = Field(
         min_length=1,
-        description="A folder (absolute, or inside the installed `deploy` package), or a Hugging "
-        "Face hub id: `owner/name`, or `owner/name@revision` with a commit, tag or branch.",
+        description="A folder (absolute, or beside the file, where `serve run` does not look, or "
+        "inside the installed `deploy` package), or a Hugging Face hub id: `owner/name`, or "
+        "`owner/name@revision` with a commit, tag or branch.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -346,7 +348,15 @@ def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
 
     Raises :class:`ConfigError` with the file and the YAML path.
     """
-    return parse_deployment(read_document(file), file)
+    return parse_deployment(read_file(file), file)
+
+
+def read_file(file: Path) -> Any:
+    """Return a deployment file's document, whose relative paths may lie beside it.
+
+    See :func:`router.config.local_paths.localized`. Raises :class:`ConfigError`.
+    """
+    return localized(read_document(file), file.parent)
 
 
 def read_document(file: Path) -> Any:
