@@ -67,6 +67,8 @@ def chat(
 
     Example: expertmesh chat --system "Answer as a prophet would." --temperature 0.8
 
+    Each token is the likeliest one, unless --temperature, --top-p or --top-k asks for a draw.
+
     The command forgets the oldest exchanges that the context has no room for, and says how many.
     When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
     the first failure ends the command.
@@ -78,9 +80,10 @@ def chat(
         info = first_model(runner.run(client.model_info(model)))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
+        default_temperature = 0.0 if top_p is None and top_k is None else None
         sampling = Sampling(
             max_tokens=max_tokens,
-            temperature=temperature,
+            temperature=default_temperature if temperature is None else temperature,
             top_p=top_p,
             top_k=top_k,
             seed=seed,

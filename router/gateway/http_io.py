@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready"})
-"""What a load balancer asks without a key. Without one, readiness has no details."""
+OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
+"""What a load balancer asks without a key, and the front pages. Without one they have no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
@@ -234,6 +234,8 @@ class EdgeMiddleware:
             if caller is not None and scope["method"] == "POST":
                 self._charges.begin(caller)
                 continue_trace(headers)
+            if scope["method"] == "HEAD":  # answered as GET is; the listener leaves the body out
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise

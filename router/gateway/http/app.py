@@ -23,6 +23,7 @@ from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
 from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
 from router.gateway.health import HEALTH_PATH, healthz
+from router.gateway.http.front import add_front
 from router.gateway.http.openai import tokens
 from router.gateway.http.openai.call import OpenAiCall
 from router.gateway.http.openai.chat import parse_chat
@@ -86,6 +87,7 @@ def create_app(
     add_v2_routes(app, predictions)
     _add_operator_routes(app, service, admin)
     _add_document(app, service, predictions)
+    add_front(app)
     return app
 
 
