@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
-"""What a load balancer asks without a key, and the front pages. Without one they have no details."""
+"""Asked without a key by load balancers and newcomers. Without one they have no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
