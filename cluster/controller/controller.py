@@ -383,12 +383,12 @@ class Controller:
         return await self._outcome(drains.drain(target, dry_run))
 
     async def set_copies(
-        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool, of_all: bool = False
     ) -> dict[str, Any]:
         """Bring an expert to ``number`` copies; see :meth:`Elastic.set_copies`."""
         keys = [key for key in self._state.keys if model_id_of(key) == model]
         key = ExpertKey(keys[0] if keys else model, layer, expert)
-        return await self._outcome(self._elastic.set_copies(key, number, dry_run))
+        return await self._outcome(self._elastic.set_copies(key, number, dry_run, of_all))
 
     async def _outcome(self, change: Coroutine[Any, Any, Report]) -> dict[str, Any]:
         """Return a change's report, or its error as plain data; Serve would wrap a raised error."""

@@ -21,7 +21,7 @@ from cluster.controller.records.pool import ExpertPool
 from cluster.controller.records.state import ClusterState
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
-from cluster.placement.drain import change_of_copies, cheapest_to_drain
+from cluster.placement.drain import change_of_all_copies, change_of_copies, cheapest_to_drain
 from cluster.placement.scaling import BusyMeter, wanted_standby
 from cluster.reports import ChangeReport
 from cluster.spec import ExpertKey, model_id_of
@@ -103,20 +103,21 @@ class Elastic:
                 self._check_number(pool, len(actors) - 1, len(actors))
             return await self.shrink([actor_id], f"drain {actor_id}", dry_run, COMMAND)
 
-    async def set_copies(self, key: ExpertKey, number: int, dry_run: bool = False) -> ChangeReport:
+    async def set_copies(
+        self, key: ExpertKey, number: int, dry_run: bool = False, of_all: bool = False
+    ) -> ChangeReport:
         """Bring an expert to ``number`` copies, which stay until a rebalancing changes them.
 
-        Raises :class:`InvalidRequestError` if there is no such expert, or the number is below
-        ``min_copies`` or more than fit.
+        With ``of_all`` it is all experts of the key's model. Raises :class:`InvalidRequestError` if
+        there is no such expert, or the number is below ``min_copies`` or more than fit.
         """
         async with self.lock, self._rebalancer.plan_lock:
-            began_at_s = time.monotonic()
-            if key not in self._state.placement.holders:
-                raise InvalidRequestError(
-                    f"no model {model_id_of(key.model)!r:.80} with expert {key.expert_id} in layer "
-                    f"{key.layer_id}",
-                    "expert",
-                )
+            began_at_s, model = time.monotonic(), model_id_of(key.model)
+            holders = self._state.placement.holders
+            keys = [one for one in holders if (one.model == key.model if of_all else one == key)]
+            which = "" if of_all else f" layer {key.layer_id} expert {key.expert_id}"
+            if not keys:
+                raise InvalidRequestError(f"no model {model!r:.80}{which} is served", "expert")
             devices = self._rebalancer.devices(is_any_room=True)
             least = self._state.min_copies
             if not least <= number <= len(devices):
@@ -124,15 +125,11 @@ class Elastic:
                     f"must be from {least} to {len(devices)} (given: {number})", "copies"
                 )
             free_bytes = self._rebalancer.free_bytes(devices)
-            change = change_of_copies(
-                key,
-                number,
-                devices,
-                self._state.shares,
-                free_bytes,
-                self._expert_bytes[key.model],
-                self._tokens_per_s(),
-            )
+            room = devices, self._state.shares, free_bytes, self._expert_bytes[key.model]
+            if of_all:
+                change = change_of_all_copies(keys, number, *room)
+            else:
+                change = change_of_copies(key, number, *room, self._tokens_per_s())
             moved = Moved("unchanged")
             if change.touched():
                 moved = await self._rebalancer.carry_out(
@@ -140,8 +137,7 @@ class Elastic:
                 )
             if moved.outcome == "committed":
                 self._rebalancer.keep_cold_copies()
-            model = model_id_of(key.model)
-            what = f"{model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
+            what = f"{model}{which}: {number} copies{' of all experts' if of_all else ''}"
             return self.report(what, COMMAND, moved, began_at_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:
