@@ -12,7 +12,7 @@ from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -42,6 +42,9 @@ def serve(
             help="The port for HTTP; the two after it are for gRPC and for operators.",
         ),
     ] = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="How the processes write their log lines.")
+    ] = "text",
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +61,8 @@ def serve(
     """
     from router.ops.startup.supervisor import supervised
 
+    if log_format == "json":
+        os.environ["EXPERTMESH_LOG_FORMAT"] = "json"  # all processes of a Ray inherit it
     folder = Path(mkdtemp(prefix="expertmesh-"))
     handles_signals = supervised(write_line, folder)
     path = _file_of(target, folder)

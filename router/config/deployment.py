@@ -213,6 +213,11 @@ class GatewayConfig(Section):
         description="Requests in progress in one gateway. One more is refused. Where it serves "
         "several models, half of an even share is kept for each.",
     )
+    access_log: bool = Field(
+        default=False,
+        description="Whether each request has a line in the log when it ends: its id, model, key's "
+        "name, outcome and time.",
+    )
     hosts: tuple[str, ...] = Field(
         default=(),
         description="Names that a request's `Host` may have where `listen.host` is loopback, "

@@ -6,6 +6,7 @@ them out with the metrics of all other processes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.errors import Code, ExpertMeshError
 from cluster.reports import Samples
+from router.messages.prediction import PredictionRequest
+from router.messages.request import GenerationRequest
 from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
+access_log = logging.getLogger("expertmesh.access")
 OK = "ok"
 KeyTokens = Literal["prompt", "generated", "rows"]
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -69,10 +73,30 @@ class Metrics:
         self._in_flight.labels(model_id).inc()
         self._prompt_tokens.labels(model_id).inc(prompt_tokens)
 
-    def ended(self, model_id: str, seconds: float) -> None:
-        """Count a request that has ended, ``seconds`` after its start."""
+    def ended(
+        self,
+        request: GenerationRequest | PredictionRequest,
+        surface: str,
+        code: Code | None,
+        seconds: float,
+    ) -> None:
+        """Count a request that has ended, ``seconds`` after its start; ``None`` is success.
+
+        Where ``gateway.access_log`` asks for it, the request has a line in the log.
+        """
+        model_id, outcome = request.model, OK if code is None else code.value
         self._in_flight.labels(model_id).dec()
         self._latency.labels(model_id).observe(seconds)
+        self.finished(surface, code)
+        access_log.info(
+            "%s request %s for %s by %s: %s after %.0f ms",
+            surface,
+            request.request_id,
+            model_id,
+            request.tenant or "anybody",
+            outcome,
+            1e3 * seconds,
+        )
 
     def first_token(self, model_id: str, seconds: float) -> None:
         """Record the time to a request's first token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +29,7 @@ from router.gateway.input.models import load_models
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import GRACE_S, Room
 from router.gateway.listen.listeners import Listeners, Surface
-from router.gateway.metrics import Metrics
+from router.gateway.metrics import Metrics, access_log
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
@@ -85,6 +86,7 @@ class GatewayReplica:
         """
         setup_logging()
         take_turns()
+        access_log.setLevel(logging.INFO if limits.access_log else logging.WARNING)
         metrics = Metrics()
         charges = Charges(metrics)
         with failures_logged("a gateway"):
