@@ -27,6 +27,7 @@ from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Bodies, Share, arrival_timeout
+from router.gateway.metrics import http_request_id
 from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
@@ -216,6 +217,7 @@ class EdgeMiddleware:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        http_request_id.set(request_id)
         has_started = False
 
         async def send_with_headers(message: Message) -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -22,6 +23,8 @@ from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
 access_log = logging.getLogger("expertmesh.access")
+http_request_id: ContextVar[str] = ContextVar("http_request_id", default="")
+"""The id of an HTTP request that its client knows, for the log."""
 OK = "ok"
 KeyTokens = Literal["prompt", "generated", "rows"]
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -91,7 +94,7 @@ class Metrics:
         access_log.info(
             "%s request %s for %s by %s: %s after %.0f ms",
             surface,
-            request.request_id,
+            http_request_id.get() or request.request_id,
             model_id,
             request.tenant or "anybody",
             outcome,
