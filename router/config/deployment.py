@@ -16,11 +16,12 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
-from experts.checkpoint.hub import parse_hub_id
+from cluster.transport.stream.sockets import PORTS_VARIABLE, ports_of
 from router.config.capacity import CapacityConfig
 from router.config.experts import SINGLE_POOL_KEYS, ExpertsConfig, starts_within_bounds
 from router.config.listen import ListenConfig
 from router.config.local_paths import localized
+from router.config.models import ModelConfig
 from router.section import Section, models_in, unknown_key
 from router.security.config import SecurityConfig, with_open_word
 
@@ -30,39 +31,6 @@ BODIES_AT_ONCE = 16
 EACH_NODE, MAX_GATEWAYS = "each_node", 1000
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 _ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-
-
-class ModelConfig(Section):
-    """One model to serve."""
-
-    id: str = Field(
-        min_length=1,
-        max_length=128,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
-        description="The name that clients use.",
-    )
-    path: str = Field(
-        min_length=1,
-        description="A folder (absolute, or beside the file, where `serve run` does not look, or "
-        "inside the installed `deploy` package), or a Hugging Face hub id: `owner/name`, or "
-        "`owner/name@revision` with a commit, tag or branch.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Number format of weights and computation. `auto` takes the checkpoint's, or "
-        "a mixture's.",
-    )
-    max_model_len: int | None = Field(
-        default=None,
-        ge=2,
-        description="Longest prompt plus output, in tokens. Without it, the model's own context.",
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _has_a_revision_after_the_at(cls, path: str) -> str:
-        parse_hub_id(path)  # raises
-        return path
 
 
 class ReplicaScalingConfig(Section):
@@ -299,6 +267,24 @@ class AppConfig(Section):
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = Field(default=SecurityConfig(), json_schema_extra=with_open_word)
+    ports: str | None = Field(
+        default=None,
+        pattern=r"^[0-9]{1,5}-[0-9]{1,5}$",
+        description="The ports at which routers, gateways and expert actors listen for each other "
+        "between machines, as `20000-20999`. Each process takes one. Without it, any free port.",
+    )
+
+    @field_validator("ports")
+    @classmethod
+    def _ports_are_a_range(cls, ports: str | None) -> str | None:
+        if ports is not None:
+            ports_of(ports)  # raises
+        return ports
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables that every process of the application needs."""
+        return {} if self.ports is None else {PORTS_VARIABLE: self.ports}
 
     @field_validator("models")
     @classmethod

@@ -57,7 +57,7 @@ class ControllerDeployment(Controller):
             super().__init__(
                 app,
                 named,
-                ExpertPool(app, self.actor_class, await tracing_environment()),
+                ExpertPool(app, self.actor_class, await tracing_environment() | config.environment),
                 LedgerStore(app, ray_store()),
                 experts.min_copies,
                 experts.rebalance_period_s,

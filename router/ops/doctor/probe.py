@@ -22,10 +22,10 @@ from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
 from router.config.deployment import (
     AppConfig,
-    ModelConfig,
     parse_deployment,
     read_file,
 )
+from router.config.models import ModelConfig
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.access import check_encryption, check_token
 from router.ops.doctor.check import Check
