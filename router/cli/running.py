@@ -1,7 +1,8 @@
-"""``expertmesh stop`` and ``logs``: the application that runs in this machine's Ray cluster."""
+"""``expertmesh stop`` and ``logs``: what runs in a Ray cluster."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -13,7 +14,8 @@ import typer
 from router.cli.common import UNREACHABLE, fail, write
 
 ACTOR_CLASSES = ("ServeReplica:", "RemoteExpertActor")
-LOG_TIMEOUT_S = 30
+TIMEOUT_S = 30
+MAX_ACTORS = 10_000
 
 
 def stop() -> None:
@@ -22,16 +24,17 @@ def stop() -> None:
     Example: expertmesh stop
 
     New requests are refused meanwhile. Ctrl-C ends those under way. `expertmesh serve` ends with
-    it; a cluster that `ray start` made goes on.
+    it; a cluster that `ray start` made goes on. RAY_ADDRESS names one of several clusters.
     """
     _join()
     from ray import serve
 
     from router.ops.startup.drain import ServedGateways, drain, end_requests
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each handle
     gateways, cut = ServedGateways(), Event()
     try:
-        left = drain(gateways, cut, lambda begun: write(f"waiting for {begun.requests} requests\n"))
+        left = drain(gateways, cut, lambda begun: write("waiting for the requests under way\n"))
     except KeyboardInterrupt:
         left = 1
     if left:
@@ -40,46 +43,80 @@ def stop() -> None:
     write("expertmesh: nothing is served any more\n")
 
 
+def _join() -> None:
+    """Join this machine's Ray cluster, with its token; ends the command where none runs."""
+    from router.ops.doctor.running_ray import raylets
+    from router.ops.startup.ray_token import send_token
+
+    named = os.environ.get("RAY_ADDRESS", "auto")
+    if not raylets():
+        fail("nothing runs here: no Ray runs on this machine", UNREACHABLE)
+    send_token(None)
+    import ray
+
+    try:
+        address = "auto" if named == "local" else named
+        ray.init(address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError) as error:
+        fail(f"the Ray on this machine cannot be joined: {error}", UNREACHABLE)
+
+
 def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
     lines: Annotated[
         int, typer.Option("--lines", "-n", min=1, help="The last lines of each process.")
     ] = 100,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The dashboard of the Ray cluster, as `serve status` has."),
+    ] = None,
 ) -> None:
-    """Show the log lines of all processes of ExpertMesh, on all nodes of the cluster.
+    """Show the log lines of all processes of ExpertMesh, on all nodes of a cluster.
 
     Example: expertmesh logs -f
     """
-    _join()
+    from router.ops.startup.ray_token import dashboard_of, send_token
+
+    send_token(address)
+    dashboard = dashboard_of(address)
     from ray.util import state
+    from ray.util.state.exception import RayStateApiException
 
-    actors = [
-        actor
-        for actor in state.list_actors(filters=[("state", "=", "ALIVE")], limit=10_000)
-        if actor.class_name.startswith(ACTOR_CLASSES)
-    ]
-    if follow:
-        arrived: SimpleQueue[str] = SimpleQueue()
-        for actor in actors:
-            Thread(target=_follow, args=(actor, lines, arrived), daemon=True).start()
-        while True:
-            write(arrived.get())
-    told = [line for actor in actors for line in _lines_of(actor, lines)]
-    write("".join(sorted(told)))
+    alive = [("state", "=", "ALIVE")]
+    try:
+        told = state.list_actors(address=dashboard, filters=alive, limit=MAX_ACTORS)
+    except (RayStateApiException, ConnectionError, RuntimeError) as error:
+        fail(f"no Ray answers at {dashboard} ({type(error).__name__})", UNREACHABLE)
+    actors = [actor for actor in told if actor.class_name.startswith(ACTOR_CLASSES)]
+    if not follow:
+        found = [line for actor in actors for line in _lines_of(dashboard, actor, lines)]
+        write("".join(sorted(found)))
+        return
+    arrived: SimpleQueue[str] = SimpleQueue()
+    for actor in actors:
+        arguments = (dashboard, actor, lines, arrived)
+        Thread(target=_follow, args=arguments, name="log", daemon=True).start()
+    while True:
+        write(arrived.get())
 
 
-def _follow(actor: Any, lines: int, arrived: SimpleQueue[str]) -> None:
-    for line in _lines_of(actor, lines, follow=True):
+def _follow(dashboard: str, actor: Any, lines: int, arrived: SimpleQueue[str]) -> None:
+    for line in _lines_of(dashboard, actor, lines, follow=True):
         arrived.put(line)
 
 
-def _lines_of(actor: Any, lines: int, follow: bool = False) -> Iterator[str]:
-    """Yield the lines of a process, each with the process's name after its time."""
+def _lines_of(dashboard: str, actor: Any, lines: int, follow: bool = False) -> Iterator[str]:
+    """Yield the lines of a process, each with the process's name at its end."""
     from ray.util import state
 
     name = actor.class_name.rpartition(":")[2]
     chunks = state.get_log(
-        actor_id=actor.actor_id, suffix="err", tail=lines, follow=follow, timeout=LOG_TIMEOUT_S
+        address=dashboard,
+        actor_id=actor.actor_id,
+        suffix="err",
+        tail=lines,
+        follow=follow,
+        timeout=TIMEOUT_S,
     )
     rest = ""
     for chunk in chunks:
@@ -87,20 +124,3 @@ def _lines_of(actor: Any, lines: int, follow: bool = False) -> Iterator[str]:
         for line in whole:
             if line and not line.startswith(":"):  # Ray's own marks
                 yield f"{line} ({name}, pid {actor.pid})\n"
-
-
-def _join() -> None:
-    """Join this machine's Ray cluster, with its token; fails where none runs."""
-    from router.ops.doctor.running_ray import raylets, user_has_token
-    from router.ops.startup.ray_token import token_variable
-
-    if not raylets():
-        fail("nothing runs here: no Ray runs on this machine", UNREACHABLE)
-    if user_has_token(os.environ):
-        os.environ.update(token_variable())
-    import ray
-
-    try:
-        ray.init("auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError) as error:
-        fail(f"the Ray on this machine cannot be joined: {error}", UNREACHABLE)

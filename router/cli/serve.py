@@ -202,7 +202,9 @@ def _serve(
     Termination(write_line).install()
     handles_signals()
     if starts_ray:
-        preflight.tell_other_shells(variables | dashboard_variable(context.dashboard_url or ""))
+        if dashboard := dashboard_variable(context.dashboard_url or ""):
+            variables |= dashboard | {"RAY_ADDRESS": context.address_info["gcs_address"]}
+        preflight.tell_other_shells(variables)
     written = _written(document, folder / path.name)
     _run_command(path, ["run", "--address", "auto", str(written)])
 

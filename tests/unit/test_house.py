@@ -162,7 +162,7 @@ def test_the_readmes_first_screen_has_the_two_commands_and_ci_runs_its_tests() -
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     screen = "".join(readme.splitlines(keepends=True)[:FIRST_SCREEN])
     serves, tests = [block.text.strip() for block in blocks(screen) if block.language == "sh"]
-    assert serves == "pip install .\nserve run deploy/cluster.yaml"
+    assert serves.endswith("pip install .\nexpertmesh serve")
     assert "pytest" in tests
     assert f'"{tests}"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 

@@ -116,8 +116,7 @@ def tell_other_shells(variables: Mapping[str, str]) -> None:
     if variables:
         assignments = " ".join(f"{name}={value}" for name, value in variables.items())
         print(
-            "expertmesh: for `serve deploy`, `serve status` and `serve shutdown` in another shell: "
-            f"export {assignments}",
+            f"expertmesh: for commands of Ray and Serve in another shell: export {assignments}",
             flush=True,
         )
 
