@@ -15,7 +15,7 @@ from cluster.errors import Code
 from router.observability import catalogue
 
 RULES: list[dict[str, Any]] = yaml.safe_load(
-    files(deploy).joinpath("dashboards", "alerts.yaml").read_text("utf-8")
+    files(deploy).joinpath("dashboards", "alerts.yml").read_text("utf-8")
 )["groups"][0]["rules"]
 FAMILIES = {f.name: f for f in vars(catalogue).values() if isinstance(f, catalogue.Family)}
 OF_SAMPLES = re.compile(r"_(total|bucket|sum|count)$")
