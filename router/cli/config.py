@@ -103,10 +103,7 @@ def check(
     Of a model of the hub it reads configuration and index, and fetches no weights.
     """
     from experts.checkpoint.hub import parse_hub_id
-    from router.config.deployment import read_file
     from router.ops.plan.source import describe_hub
-    from router.ops.startup.reach import check_document
-    from router.serve.options import completed
     from router.served import check_file
 
     result: dict[str, Any] = {"ok": True}
@@ -123,7 +120,7 @@ def check(
         else:
             lines = check_file(file)
         if hub_id is None:
-            check_document(completed(read_file(file)), file, reads_files=False)
+            _check_document(file)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})
@@ -132,6 +129,17 @@ def check(
         write_json({**result, "checks": lines})
     else:
         write("".join(f"{line}\n" for line in lines))
+
+
+def _check_document(file: Path) -> None:
+    from router.config.deployment import read_file
+    from router.ops.startup.reach import check_document
+    from router.serve.options import completed
+
+    try:
+        check_document(completed(read_file(file)), file, reads_files=False)
+    except ConfigError as error:
+        raise ConfigError(error.message, f"{file}: {error.field}") from None
 
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -325,7 +325,8 @@ def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
     try:
         return AppConfig.model_validate(args)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a misspelt key makes its own missing: the first is the cause
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         path = _yaml_path(first["loc"], root)
         if first["type"] == "extra_forbidden":
             message = unknown_key(str(first["loc"][-1]), _allowed_keys(first["loc"]))
