@@ -42,8 +42,8 @@ class LeavingNodes:
         node = await self._named(target)
         what = f"drain node {node}"
         async with self._elastic.lock:
+            await self._expert_pool.drain_node(node, dry_run)
             if not dry_run:
-                await self._expert_pool.drain_node(node)
                 return await self._hand_over({node}, what, COMMAND)
             leaving = self._actors_on({node})
             pools = [self._fleet.pool_of[a] for a in leaving if a not in self._fleet.standby]

@@ -140,10 +140,10 @@ class ExpertPool:
         """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
         return draining_nodes()
 
-    async def drain_node(self, node: str) -> None:
+    async def drain_node(self, node: str, dry_run: bool) -> None:
         """Have Ray start nothing more on a node, and Serve replace its replicas there.
 
-        Raises :class:`InvalidRequestError` with Ray's reason if it refuses.
+        A dry run only looks whether the node is the head. Raises :class:`InvalidRequestError` with Ray's reason if it refuses.
         """
         if any(n["NodeID"] == node and HEAD in n["Resources"] for n in ray.nodes()):
             raise InvalidRequestError(
@@ -151,6 +151,8 @@ class ExpertPool:
                 "its actors one by one",
                 "target",
             )
+        if dry_run:
+            return
         address = ray.get_runtime_context().gcs_address
         options = ("--address", address, "--node-id", node, "--reason-message", "expertmesh drain")
         why = ("--reason", "DRAIN_NODE_REASON_PREEMPTION")
