@@ -143,7 +143,8 @@ class ExpertPool:
     async def drain_node(self, node: str, dry_run: bool) -> None:
         """Have Ray start nothing more on a node, and Serve replace its replicas there.
 
-        A dry run only looks whether the node is the head. Raises :class:`InvalidRequestError` with Ray's reason if it refuses.
+        A dry run only looks whether the node is the head. Raises :class:`InvalidRequestError` with
+        Ray's reason if it refuses.
         """
         if any(n["NodeID"] == node and HEAD in n["Resources"] for n in ray.nodes()):
             raise InvalidRequestError(
