@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import InternalError
 from router.control.readiness import Readiness
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
-from tests.unit.gateway_fakes import EOS, FakeUpstream, http_app, says, tokenizer
+from tests.unit.gateway_fakes import FakeUpstream, http_app, says, tokenizer
 from tests.unit.http_calls import COMPLETIONS, OF_JSON, call, chat, completion, events
 
 
@@ -59,22 +59,22 @@ def test_usage_has_what_no_choice_computed_of_each_prompt(
     assert {request.cache_salt for request in upstream.requests} == {"s"}
 
 
-def test_a_streamed_completion_says_the_same() -> None:
-    response = completion(FakeUpstream(says(" beginning 🙂")), stream=True)
-    chunks = events(response)
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " beginning 🙂"
+@pytest.mark.parametrize("has_usage", [False, True])
+def test_a_streamed_completion_says_the_same_and_its_usage_comes_last(has_usage: bool) -> None:
+    text, options = (
+        " beginning 🙂",
+        {"stream_options": {"include_usage": True}} if has_usage else {},
+    )
+    chunks = events(completion(FakeUpstream(says(text)), stream=True, **options))
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    if has_usage:
+        *chunks, last = chunks
+        assert (last["choices"], {chunk["usage"] for chunk in chunks}) == ([], {None})
+        assert last["usage"]["completion_tokens"] == len(tokenizer().encode(text))
+    assert has_usage or all("usage" not in chunk for chunk in chunks)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + ["length"]
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    assert all("usage" not in chunk for chunk in chunks)
-
-
-def test_stream_usage_comes_last() -> None:
-    options = {"include_usage": True}
-    chunks = events(completion(FakeUpstream(says(" was")), stream=True, stream_options=options))
-    assert all(chunk["usage"] is None for chunk in chunks[:-1])
-    assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["completion_tokens"] == len(tokenizer().encode(" was"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -100,13 +100,10 @@ def test_prompts_and_choices_are_numbered(stream: bool) -> None:
 
 
 def test_token_ids_are_returned_when_asked_for() -> None:
-    ids = tokenizer().encode(" was the")
-    body = completion(FakeUpstream(says(" was the")), prompt=[7, 8], return_token_ids=True).json()
-    assert body["choices"][0]["token_ids"] == ids
-    assert body["choices"][0]["prompt_token_ids"] == [7, 8]
-    stream = completion(
-        FakeUpstream(says(" was the")), prompt=[7, 8], return_token_ids=True, stream=True
-    )
+    ids, asked = tokenizer().encode(" was the"), {"prompt": [7, 8], "return_token_ids": True}
+    [choice] = completion(FakeUpstream(says(" was the")), **asked).json()["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == (ids, [7, 8])
+    stream = completion(FakeUpstream(says(" was the")), **asked, stream=True)
     choices = [chunk["choices"][0] for chunk in events(stream)]
     assert [one for choice in choices for one in choice["token_ids"]] == ids
     assert choices[0]["prompt_token_ids"] == [7, 8]
@@ -175,16 +172,6 @@ def test_a_stopped_choice_waits_for_the_others() -> None:
     assert body["usage"]["completion_tokens"] == used
 
 
-def test_the_end_of_sequence_token_has_no_text() -> None:
-    def script(request: GenerationRequest) -> list[TokenEvent]:
-        return [TokenEvent(0, (*tokenizer().encode(" was"), EOS), finish_reason="stop")]
-
-    body = completion(FakeUpstream(script), return_token_ids=True).json()
-    assert body["choices"][0]["text"] == " was"
-    assert body["choices"][0]["token_ids"][-1] == EOS
-    assert body["choices"][0]["finish_reason"] == "stop"
-
-
 def test_a_chat() -> None:
     upstream = FakeUpstream(says("the word"))
     messages = [
@@ -197,13 +184,6 @@ def test_a_chat() -> None:
     prompt = "system: be brief\nuser: in\nassistant:"
     assert upstream.requests[0].prompt_token_ids == tuple(tokenizer().encode(prompt))
     assert upstream.requests[0].sampling.max_tokens == 12
-
-
-def test_a_chat_without_max_tokens_has_the_rest_of_the_context() -> None:
-    upstream = FakeUpstream(says("the word"))
-    chat(upstream)
-    request = upstream.requests[0]
-    assert request.sampling.max_tokens == 64 - len(request.prompt_token_ids)
 
 
 def test_a_streamed_chat() -> None:
@@ -260,108 +240,105 @@ def test_models_are_listed() -> None:
     assert one["max_model_len"] == 64
 
 
-def test_the_callers_request_id_is_kept_if_it_is_sensible() -> None:
-    upstream = FakeUpstream(says("x"))
-    named = call(upstream, "/health", headers={"X-Request-Id": "abc-1"})
-    assert named.headers["x-request-id"] == "abc-1"
-    odd = call(upstream, "/health", headers={"X-Request-Id": "a b\tc"})
-    assert odd.headers["x-request-id"] != "a b\tc"
+@pytest.mark.parametrize(("given", "is_kept"), [("abc-1", True), ("a b\tc", False)])
+def test_the_callers_request_id_is_kept_if_it_is_sensible(given: str, is_kept: bool) -> None:
+    answer = call(FakeUpstream(says("x")), "/health", headers={"X-Request-Id": given})
+    assert (answer.headers["x-request-id"] == given) == is_kept
 
 
-def test_health_and_readiness() -> None:
+@pytest.mark.parametrize(
+    ("reason", "names", "age_s"),
+    [
+        ("", (3, 7), 0.25),
+        ("2 experts have no live copy", (3, 8), 90.0),
+        ("nothing is known yet", None, None),
+    ],
+)
+def test_health_and_readiness(
+    reason: str, names: tuple[int, int] | None, age_s: float | None
+) -> None:
     upstream = FakeUpstream(says("x"))
-    assert call(upstream, "/health").status_code == 200
-    assert call(upstream, "/ready").json() == {
-        "ready": True,
-        "reason": None,
-        "epoch": 3,
-        "placement_version": 7,
-        "controller_loop_age_s": 0.25,
-    }
-    upstream.readiness = Readiness("2 experts have no live copy", (3, 8), 90.0)
+    upstream.readiness = Readiness(reason, names, age_s)
     assert call(upstream, "/health").status_code == 200
     assert len(call(upstream, "/v1/models").json()["data"]) == 2  # a list of names, not of states
     response = call(upstream, "/ready")
-    assert response.status_code == 503
+    assert response.status_code == (503 if reason else 200)
+    epoch, version = names or (None, None)
     assert response.json() == {
-        "ready": False,
-        "reason": "2 experts have no live copy",
-        "epoch": 3,
-        "placement_version": 8,
-        "controller_loop_age_s": 90.0,
+        "ready": not reason,
+        "reason": reason or None,
+        "epoch": epoch,
+        "placement_version": version,
+        "controller_loop_age_s": age_s,
     }
-    upstream.readiness = Readiness("nothing is known yet", None, None)
-    unknown = call(upstream, "/ready").json()
-    assert (unknown["epoch"], unknown["controller_loop_age_s"]) == (None, None)
+
+
+def in_one_app(
+    upstream: FakeUpstream, asking: Callable[[httpx.AsyncClient], Awaitable[Any]]
+) -> Any:
+    async def run() -> Any:
+        transport = httpx.ASGITransport(http_app(upstream))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await asking(client)
+
+    return asyncio.run(asyncio.wait_for(run(), 20))
+
+
+REPLICA = 'replica="n1:43"'
+OF_TINY = f'{{model_name="tiny",{REPLICA}}}'
 
 
 def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
-    upstream = FakeUpstream(loses_an_expert)
+    async def asking(client: httpx.AsyncClient) -> str:
+        body = {"model": "tiny", "prompt": [5, 6], "n": 2, "on_expert_loss": "drop"}
+        await client.post(COMPLETIONS, json=body)
+        return (await client.get("/metrics")).text
 
-    async def run() -> str:
-        transport = httpx.ASGITransport(http_app(upstream))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            body = {"model": "tiny", "prompt": [5, 6], "n": 2}
-            await client.post(COMPLETIONS, json={**body, "on_expert_loss": "drop"})
-            return (await client.get("/metrics")).text
-
-    told = asyncio.run(asyncio.wait_for(run(), 20))
-    assert (
-        'expertmesh_inexact_tokens_total{model_name="tiny",reason="drop",replica="n1:43"} 2.0'
-        in told
-    )
+    count = f'expertmesh_inexact_tokens_total{{model_name="tiny",reason="drop",{REPLICA}}} 2.0'
+    assert count in in_one_app(FakeUpstream(loses_an_expert), asking)
 
 
 def test_metrics_count_requests_tokens_and_actors() -> None:
     upstream = FakeUpstream(says(" was"))
 
-    async def run() -> tuple[str, str]:
-        transport = httpx.ASGITransport(http_app(upstream))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            body = {"model": "tiny", "prompt": [5, 6]}
-            assert (await client.post(COMPLETIONS, json=body)).status_code == 200
-            await client.post(COMPLETIONS, json={**body, "n": 0})
-            await client.post(COMPLETIONS, content=b"{", headers=OF_JSON)
-            upstream.script = lambda request: [InternalError("x")]
-            await client.post(COMPLETIONS, json=body)
-            first = (await client.get("/metrics")).text
-            upstream.controller.is_away = True
-            upstream.readiness = Readiness("", (3, 7), 60.0)
-            return first, (await client.get("/metrics")).text
+    async def asking(client: httpx.AsyncClient) -> tuple[str, str]:
+        body = {"model": "tiny", "prompt": [5, 6]}
+        assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+        await client.post(COMPLETIONS, json={**body, "n": 0})
+        await client.post(COMPLETIONS, content=b"{", headers=OF_JSON)
+        upstream.script = lambda request: [InternalError("x")]
+        await client.post(COMPLETIONS, json=body)
+        first = (await client.get("/metrics")).text
+        upstream.controller.is_away = True
+        upstream.readiness = Readiness("", (3, 7), 60.0)
+        return first, (await client.get("/metrics")).text
 
-    told, away = asyncio.run(asyncio.wait_for(run(), 20))
+    told, away = in_one_app(upstream, asking)
     lines = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
-    count = "expertmesh_requests_total"
-    replica = 'replica="n1:43"'
-    outcomes = [("ok", "1.0"), ("invalid_argument", "2.0"), ("internal", "1.0")]
-    for code, number in outcomes:
-        assert lines[f'{count}{{code="{code}",{replica},surface="http"}}'] == number
-    model = f'{{model_name="tiny",{replica}}}'
-    assert lines[f"expertmesh_prompt_tokens_total{model}"] == "4.0"
-    tokens = float(len(tokenizer().encode(" was")))
-    assert lines[f"expertmesh_generation_tokens_total{model}"] == str(tokens)
-    assert lines[f"expertmesh_requests_in_flight{model}"] == "0.0"
-    success = "expertmesh_request_success_total"
-    labels = f'{{finished_reason="length",model_name="tiny",{replica}}}'
-    assert lines[success + labels] == "1.0"
-    assert lines[f"expertmesh_time_to_first_token_seconds_count{model}"] == "1.0"
-    assert lines[f"expertmesh_e2e_request_latency_seconds_count{model}"] == "2.0"
-    expert = 'actor_id="a0",expert="5",layer="1",model_name="tiny"'
-    assert lines[f"expertmesh_expert_tokens_total{{{expert}}}"] == "9.0"
-    assert lines['expertmesh_actor_replacements_total{actor_id="a0"}'] == "1.0"
-    assert lines['expertmesh_actor_busy_seconds_total{actor_id="a0"}'] == "1.5"
-    assert lines['expertmesh_processes{kind="router"}'] == "1.0"
-    kernels = "expertmesh_kernel_processes"
-    labels = 'kernel_class="fused",kind="actor",model_name="tiny"'
-    assert lines[f"{kernels}{{{labels}}}"] == "2.0"
-    labels = 'kernel_class="torch-avx2",kind="router",model_name="tiny"'
-    assert lines[f"{kernels}{{{labels}}}"] == "1.0"
-    assert lines["expertmesh_controller_loop_age_seconds"] == "0.25"
+    expected = {
+        f'requests_total{{code="ok",{REPLICA},surface="http"}}': 1,
+        f'requests_total{{code="invalid_argument",{REPLICA},surface="http"}}': 2,
+        f'requests_total{{code="internal",{REPLICA},surface="http"}}': 1,
+        f"prompt_tokens_total{OF_TINY}": 4,
+        f"generation_tokens_total{OF_TINY}": len(tokenizer().encode(" was")),
+        f"requests_in_flight{OF_TINY}": 0,
+        f'request_success_total{{finished_reason="length",model_name="tiny",{REPLICA}}}': 1,
+        f"time_to_first_token_seconds_count{OF_TINY}": 1,
+        f"e2e_request_latency_seconds_count{OF_TINY}": 2,
+        'expert_tokens_total{actor_id="a0",expert="5",layer="1",model_name="tiny"}': 9,
+        'actor_replacements_total{actor_id="a0"}': 1,
+        'actor_busy_seconds_total{actor_id="a0"}': 1.5,
+        'processes{kind="router"}': 1,
+        'kernel_processes{kernel_class="fused",kind="actor",model_name="tiny"}': 2,
+        'kernel_processes{kernel_class="torch-avx2",kind="router",model_name="tiny"}': 1,
+        "controller_loop_age_seconds": 0.25,
+        "placement_version": 7,
+        "missing_experts": 0,
+    }
+    assert {name: float(lines[f"expertmesh_{name}"]) for name in expected} == expected
     assert "expertmesh_controller_loop_age_seconds 60.0" in away
-    assert lines["expertmesh_placement_version"] == "7.0"
-    assert lines["expertmesh_missing_experts"] == "0.0"
     assert "expertmesh_expert_tokens_total{" not in away
-    assert f'expertmesh_requests_total{{code="ok",{replica},surface="http"}} 1.0' in away
+    assert f'expertmesh_requests_total{{code="ok",{REPLICA},surface="http"}} 1.0' in away
     assert "expertmesh_missing_experts NaN" in away
 
 
@@ -373,9 +350,7 @@ def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_fir
     body = json.dumps({"model": "tiny", "prompt": "in", "stream": stream}).encode()
 
     async def run() -> None:
-        app = http_app(upstream)
         left = asyncio.Event()
-        sent: list[Any] = []
         incoming = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Any:
@@ -385,20 +360,14 @@ def test_a_client_that_leaves_ends_the_request_upstream(stream: bool, tokens_fir
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            pass
 
         scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": COMPLETIONS,
-            "raw_path": COMPLETIONS.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        serving = asyncio.create_task(app(scope, receive, send))
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "path": COMPLETIONS, "raw_path": COMPLETIONS.encode(), "query_string": b"",
+            "root_path": "", "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        serving = asyncio.create_task(http_app(upstream)(scope, receive, send))
         while not upstream.requests:
             await asyncio.sleep(0)
         assert not upstream.closed.is_set()
