@@ -71,9 +71,8 @@ def test_answers_and_refusals_tell_what_is_left(tmp_path: Path) -> None:
     assert gateway.post(CHAT, {"model": "tiny", "messages": HELLO}).status_code == 200
     refused = gateway.post(COMPLETIONS, BODY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
-    assert (
-        "too little is left of this key's requests_per_s, 2" in refused.json()["error"]["message"]
-    )
+    told = refused.json()["error"]["message"]
+    assert "too little is left of this key's requests_per_s, 2" in told
     assert refused.headers["retry-after"] == "1"
     assert rates(refused)[:3] == ["2", "0", "1s"]
     gateway.clock.now_s += 0.5
@@ -157,8 +156,7 @@ def test_a_request_is_no_more_urgent_than_its_key(
 def test_without_keys_nobody_is_told_apart() -> None:
     upstream = FakeUpstream(says(" was"))
     assert call(upstream, COMPLETIONS, {**BODY, "user": "alice", "priority": -3}).status_code == 200
-    [request] = upstream.requests
-    assert (request.priority, request.tenant) == (-3, "")
+    assert (upstream.requests[0].priority, upstream.requests[0].tenant) == (-3, "")
 
 
 def test_grpc_has_the_same_quotas_and_the_time_to_come_back(tmp_path: Path) -> None:

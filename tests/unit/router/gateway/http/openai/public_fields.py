@@ -14,7 +14,6 @@ from typing import Any
 
 from tests.unit.http_calls import CHAT, COMPLETIONS
 
-TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PROMPT = "the quick brown fox"
 HELLO = [{"role": "user", "content": PROMPT}]
 TOKENS = 8
@@ -262,37 +261,7 @@ _OF_VLLM = [
              guided_whitespace_pattern=" ", structural_tag="{}"),
     *refused(VLLM_OLD, [CHAT], best_of=1),
 ]  # fmt: skip
-_OF_TOKENIZERS = [
-    Case(TOKENIZE, "model", VLLM, {"prompt": PROMPT},
-         lambda answer, plain: answer["count"] == len(answer["tokens"])),
-    Case(TOKENIZE, "prompt", VLLM, {"prompt": "Hello"}),
-    Case(TOKENIZE, "add_special_tokens", VLLM, {"prompt": PROMPT, "add_special_tokens": False}),
-    Case(TOKENIZE, "return_token_strs", VLLM, {"prompt": PROMPT, "return_token_strs": True},
-         lambda answer, plain: "".join(answer["token_strs"]) == PROMPT),
-    Case(TOKENIZE, "messages", VLLM, {"messages": HELLO}),
-    Case(TOKENIZE, "tools", VLLM, {"messages": HELLO, "tools": [TOOL]}),
-    Case(TOKENIZE, "add_generation_prompt", VLLM,
-         {"messages": HELLO, "add_generation_prompt": True}),
-    *(
-        Case(TOKENIZE, name, VLLM, {"messages": HELLO, name: value})
-        for name, value in {
-            "continue_final_message": False, "media_io_kwargs": {}, "mm_processor_kwargs": {},
-            "tools": [], "chat_template_kwargs": {},
-        }.items()
-    ),
-    *(
-        Case(TOKENIZE, name, VLLM, {"messages": HELLO, name: value}, is_refused=True)
-        for name, value in {
-            "continue_final_message": True, "chat_template": "{{ messages }}",
-            "chat_template_kwargs": {"a": 1}, "media_io_kwargs": {"video": {}},
-            "mm_processor_kwargs": {"num_crops": 4},
-        }.items()
-    ),
-    Case(DETOKENIZE, "model", VLLM, {"tokens": [FORCED]}),
-    Case(DETOKENIZE, "tokens", VLLM, {"tokens": [40, 41, 42]},
-         lambda answer, plain: len(answer["prompt"]) == 3),
-]  # fmt: skip
-CASES = [*_OF_OPENAI, *_OF_VLLM, *_OF_TOKENIZERS]
+CASES = [*_OF_OPENAI, *_OF_VLLM]
 
 _VLLM_BOTH = (
     "model", "echo", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n",
@@ -322,13 +291,5 @@ PUBLIC: Mapping[str, frozenset[str]] = {
             "return_prompt_text", *_VLLM_BOTH, *_UNTIL_0_12,
         }
     ),
-    TOKENIZE: frozenset(
-        {
-            "model", "prompt", "add_special_tokens", "return_token_strs", "messages",
-            "add_generation_prompt", "continue_final_message", "chat_template",
-            "chat_template_kwargs", "media_io_kwargs", "mm_processor_kwargs", "tools",
-        }
-    ),
-    DETOKENIZE: frozenset({"model", "tokens"}),
 }  # fmt: skip
 """vLLM's fields of each endpoint; OpenAI's are read off its package."""
