@@ -16,26 +16,66 @@ from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says, tokenizer
 from tests.unit.http_calls import COMPLETIONS, OF_JSON, call, chat, completion, events
 
+WHOLE_AND_STREAM = pytest.mark.parametrize("stream", [False, True])
+OF_USAGE = {"stream_options": {"include_usage": True}}
 
-def test_a_completion() -> None:
-    upstream = FakeUpstream(says(" beginning 🙂"))
-    response = completion(upstream, max_tokens=9, seed=4, temperature=0.5)
+
+def choices_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return the choices of an answer; those of a stream are put together."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
+    found: dict[int, dict[str, Any]] = {}
+    for part in (choice for chunk in events(response) for choice in chunk["choices"]):
+        choice = found.setdefault(part["index"], {"text": "", "token_ids": [], "logprobs": {}})
+        for name, value in part.items():
+            if name in ("text", "token_ids"):
+                choice[name] += value
+            elif name == "logprobs" and value:
+                for column, rows in value.items():
+                    choice["logprobs"].setdefault(column, []).extend(rows)
+            elif name != "logprobs":
+                choice[name] = value
+    return [choice for _, choice in sorted(found.items())]
+
+
+@WHOLE_AND_STREAM
+def test_a_completion(stream: bool) -> None:
+    text, upstream = " beginning 🙂", FakeUpstream(says(" beginning 🙂"))
+    asked = {"prompt": [7, 8], "max_tokens": 9, "seed": 4, "temperature": 0.5}
+    options: dict[str, Any] = {"stream": True, **OF_USAGE} if stream else {}
+    response = completion(upstream, return_token_ids=True, **asked, **options)
     assert response.status_code == 200
-    assert response.headers["x-expertmesh-exact"] == "true"
-    body = response.json()
-    assert body["object"] == "text_completion"
-    assert body["id"] == f"cmpl-{response.headers['x-request-id']}"
-    choice = {"index": 0, "text": " beginning 🙂", "logprobs": None, "finish_reason": "length"}
-    assert body["choices"] == [{**choice, "exact": True}]
-    prompt, output = len(tokenizer().encode("in the")), len(tokenizer().encode(" beginning 🙂"))
-    assert body["usage"] == {
-        "prompt_tokens": prompt,
-        "completion_tokens": output,
-        "total_tokens": prompt + output,
+    bodies = events(response) if stream else [response.json()]
+    assert {body["object"] for body in bodies} == {"text_completion"}
+    assert {body["id"] for body in bodies} == {f"cmpl-{response.headers['x-request-id']}"}
+    ids = tokenizer().encode(text)
+    [choice] = choices_of(response)
+    assert choice == {
+        "index": 0, "text": text, "logprobs": {} if stream else None, "finish_reason": "length",
+        "exact": True, "token_ids": ids, "prompt_token_ids": [7, 8],
+    }  # fmt: skip
+    *before, last = bodies
+    assert {body["usage"] for body in before} <= {None}
+    assert last["usage"] == {
+        "prompt_tokens": 2, "completion_tokens": len(ids), "total_tokens": 2 + len(ids),
         "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    }  # fmt: skip
+    if stream:
+        assert last["choices"] == []
+        parts = [body["choices"][0] for body in before]
+        reasons = [part["finish_reason"] for part in parts]
+        assert reasons == [None] * (len(before) - 1) + ["length"]
+        assert "prompt_token_ids" in parts[0]
+        assert not any("prompt_token_ids" in part for part in parts[1:])
+    else:
+        assert response.headers["x-expertmesh-exact"] == "true"
     sampling = upstream.requests[0].sampling
     assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (9, 4, 0.5)
+
+
+def test_a_stream_has_usage_where_it_is_asked_for() -> None:
+    chunks = events(completion(FakeUpstream(says(" was")), stream=True))
+    assert not any("usage" in chunk for chunk in chunks)
 
 
 def found_of_prompts(request: GenerationRequest) -> Iterator[TokenEvent]:
@@ -46,11 +86,11 @@ def found_of_prompts(request: GenerationRequest) -> Iterator[TokenEvent]:
 
 
 @pytest.mark.parametrize(("n", "prompts", "cached"), [(1, 1, 32), (3, 1, 32), (2, 4, 128)])
-@pytest.mark.parametrize("stream", [False, True])
+@WHOLE_AND_STREAM
 def test_usage_has_what_no_choice_computed_of_each_prompt(
     n: int, prompts: int, cached: int, stream: bool
 ) -> None:
-    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    options: dict[str, Any] = {"stream": True, **OF_USAGE} if stream else {}
     upstream = FakeUpstream(found_of_prompts)
     response = completion(upstream, n=n, prompt=["in the"] * prompts, cache_salt="s", **options)
     usage = (events(response)[-1] if stream else response.json())["usage"]
@@ -58,97 +98,43 @@ def test_usage_has_what_no_choice_computed_of_each_prompt(
     assert {request.cache_salt for request in upstream.requests} == {"s"}
 
 
-@pytest.mark.parametrize("has_usage", [False, True])
-def test_a_streamed_completion_says_the_same_and_its_usage_comes_last(has_usage: bool) -> None:
-    text, options = (
-        " beginning 🙂",
-        {"stream_options": {"include_usage": True}} if has_usage else {},
-    )
-    chunks = events(completion(FakeUpstream(says(text)), stream=True, **options))
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    if has_usage:
-        *chunks, last = chunks
-        assert (last["choices"], {chunk["usage"] for chunk in chunks}) == ([], {None})
-        assert last["usage"]["completion_tokens"] == len(tokenizer().encode(text))
-    assert has_usage or all("usage" not in chunk for chunk in chunks)
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
-    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
-    assert reasons == [None] * (len(chunks) - 1) + ["length"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
+@WHOLE_AND_STREAM
 def test_prompts_and_choices_are_numbered(stream: bool) -> None:
     upstream = FakeUpstream(says(" was"))
-    prompts = ["in", [5, 6, 7], "the word"]
-    response = completion(upstream, prompt=prompts, n=2, stream=stream)
-    if stream:
-        texts: dict[int, str] = {}
-        for chunk in events(response):
-            choice = chunk["choices"][0]
-            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
-    else:
-        choices = response.json()["choices"]
-        assert [choice["index"] for choice in choices] == list(range(6))
-        texts = {choice["index"]: choice["text"] for choice in choices}
-    assert texts == dict.fromkeys(range(6), " was")
-    assert {request.prompt_token_ids for request in upstream.requests} == {
-        tuple(tokenizer().encode("in")),
-        (5, 6, 7),
-        tuple(tokenizer().encode("the word")),
-    }
+    response = completion(upstream, prompt=["in", [5, 6, 7], "the word"], n=2, stream=stream)
+    found = [(choice["index"], choice["text"]) for choice in choices_of(response)]
+    assert found == [(index, " was") for index in range(6)]
+    in_, word = (tuple(tokenizer().encode(text)) for text in ("in", "the word"))
+    assert {request.prompt_token_ids for request in upstream.requests} == {in_, (5, 6, 7), word}
 
 
-def test_token_ids_are_returned_when_asked_for() -> None:
-    ids, asked = tokenizer().encode(" was the"), {"prompt": [7, 8], "return_token_ids": True}
-    [choice] = completion(FakeUpstream(says(" was the")), **asked).json()["choices"]
-    assert (choice["token_ids"], choice["prompt_token_ids"]) == (ids, [7, 8])
-    stream = completion(FakeUpstream(says(" was the")), **asked, stream=True)
-    choices = [chunk["choices"][0] for chunk in events(stream)]
-    assert [one for choice in choices for one in choice["token_ids"]] == ids
-    assert choices[0]["prompt_token_ids"] == [7, 8]
-    assert "prompt_token_ids" not in choices[1]
-
-
-def test_completion_logprobs() -> None:
-    ids = tokenizer().encode(" was the")
-    texts = [tokenizer().token_text(one) for one in ids]
-    logprobs = completion(FakeUpstream(says(" was the")), logprobs=2).json()["choices"][0][
-        "logprobs"
-    ]
+@WHOLE_AND_STREAM
+def test_completion_logprobs(stream: bool) -> None:
+    texts = [tokenizer().token_text(one) for one in tokenizer().encode(" was the")]
+    response = completion(FakeUpstream(says(" was the")), logprobs=2, stream=stream)
+    logprobs = choices_of(response)[0]["logprobs"]
     assert logprobs["tokens"] == texts
-    assert logprobs["token_logprobs"] == [-0.25] * len(ids)
-    assert logprobs["text_offset"][:2] == [0, len(texts[0])]
+    assert logprobs["token_logprobs"] == [-0.25] * len(texts)
+    assert logprobs["text_offset"] == [len("".join(texts[:n])) for n in range(len(texts))]
     assert logprobs["top_logprobs"][0][texts[0]] == -0.25
-    chunks = events(completion(FakeUpstream(says(" was the")), logprobs=2, stream=True))
-    offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
-    assert [one for part in offsets for one in part] == logprobs["text_offset"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@WHOLE_AND_STREAM
 def test_a_logprob_of_minus_infinity_can_be_sent(stream: bool) -> None:
-    def script(request: GenerationRequest) -> list[TokenEvent]:
-        row = TokenLogprobs(-math.inf, (5, 6), (-0.5, -math.inf))
-        return [TokenEvent(0, (5,), (row,), "length")]
-
-    response = completion(FakeUpstream(script), logprobs=2, stream=stream)
-    body = events(response)[0] if stream else response.json()
-    logprobs = body["choices"][0]["logprobs"]
+    row = TokenLogprobs(-math.inf, (5, 6), (-0.5, -math.inf))
+    upstream = FakeUpstream(lambda request: [TokenEvent(0, (5,), (row,), "length")])
+    response = completion(upstream, logprobs=2, stream=stream)
+    logprobs = choices_of(response)[0]["logprobs"]
     assert logprobs["token_logprobs"] == [-9999.0]
     assert sorted(logprobs["top_logprobs"][0].values()) == [-9999.0, -0.5]
     assert "Infinity" not in response.text
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@WHOLE_AND_STREAM
 def test_a_stop_string_cuts_the_text_and_ends_the_choice_upstream(stream: bool) -> None:
     upstream = FakeUpstream(says(" was the word", finish_reason=None), endless=True)
-    response = completion(upstream, stop=["the wo"], stream=stream)
-    if stream:
-        choices = [chunk["choices"][0] for chunk in events(response)]
-        text, reason = "".join(one["text"] for one in choices), choices[-1]["finish_reason"]
-    else:
-        choice = response.json()["choices"][0]
-        text, reason = choice["text"], choice["finish_reason"]
-    assert (text, reason) == (" was ", "stop")
+    [choice] = choices_of(completion(upstream, stop=["the wo"], stream=stream))
+    assert (choice["text"], choice["finish_reason"]) == (" was ", "stop")
     assert upstream.stopped == [(upstream.requests[0].request_id, 0)]
     assert upstream.closed.is_set()
 
