@@ -122,18 +122,14 @@ def test_an_input_has_values_either_in_json_or_after_it(document: dict[str, Any]
         ("/detokenize", "DetokenizeRequest", "Detokenized", {"tokens": [5]}),
     ],
 )
-def test_bodies_and_answers_fit_their_schemas(
+def test_no_schema_takes_what_is_not_there(
     document: dict[str, Any], path: str, taken: str, answered: str, body: dict[str, Any]
 ) -> None:
+    """test_requests.py has what each of them takes."""
     body = {"model": "tiny", **body}
-    validator(document, taken).validate(body)
-    response = call(UPSTREAM, path, body)
-    assert response.status_code == 200
-    validator(document, answered).validate(response.json())
-    # Neither schema takes what is not there.
-    assert not validator(document, taken).is_valid(body | {"nonsense": 1})
-    assert not validator(document, answered).is_valid(response.json() | {"nonsense": 1})
-    validator(document, "Error").validate(call(UPSTREAM, path, {"nonsense": 1}).json())
+    for name, good in ((taken, body), (answered, call(UPSTREAM, path, body).json())):
+        assert validator(document, name).is_valid(good)
+        assert not validator(document, name).is_valid(good | {"nonsense": 1})
 
 
 def test_bounds_are_those_of_the_deployment() -> None:

@@ -13,6 +13,12 @@ from tests.unit.gateway_fakes import FakeUpstream
 from tests.unit.router.gateway.input.tools import chat_models
 from tests.unit.router.gateway.input.tools.answers import HARMONY
 from tests.unit.router.gateway.input.tools.chat_models import model, says
+from tests.unit.router.gateway.input.tools.test_parsers import (
+    CODER_CALL,
+    LATER_CALL,
+    V3_1_CALL,
+    V3_CALL,
+)
 from tests.unit.router.gateway.input.tools.test_refusals import CALL, TOOL, USER, post
 
 RESULT = {"role": "tool", "tool_call_id": CALL["id"], "content": "fine"}
@@ -26,48 +32,34 @@ EXPECTED = {
         '"name": "get_weather", "parameters":',
         '<think>\nHm.\n</think>\n\n\n<tool_call>\n{"name": "get_weather", "arguments": '
         '{"city": "Paris"}}\n</tool_call><|im_end|>\n',
-        "<tool_response>\nfine\n</tool_response>",
-    ),
+        "<tool_response>\nfine\n</tool_response>"),
     "mixtral": (
         "[AVAILABLE_TOOLS] [",
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]</s>',
-        "[TOOL_RESULTS] fine[/TOOL_RESULTS]",
-    ),
+        "[TOOL_RESULTS] fine[/TOOL_RESULTS]"),
     "qwen3-coder": (
-        "<name>get_weather</name>",
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-        "</function>\n</tool_call><|im_end|>",
-        "<tool_response>\nfine\n</tool_response>",
-    ),
+        "<name>get_weather</name>", f"{CODER_CALL}<|im_end|>",
+        "<tool_response>\nfine\n</tool_response>"),
     "mistral-v11": (
         "[AVAILABLE_TOOLS][",
         '[TOOL_CALLS]get_weather[CALL_ID]call00001[ARGS]{"city": "Paris"}</s>',
-        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
-    ),
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]"),
     "mistral-v13": (
-        "[AVAILABLE_TOOLS][",
-        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}</s>',
-        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
-    ),
+        "[AVAILABLE_TOOLS][", f"{LATER_CALL}</s>",
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]"),
     "deepseek-v3": (
-        '"name": "get_weather", "parameters":',
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-        '{"city": "Paris"}\n```<｜tool▁call▁end｜>',
-        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>",
-    ),
+        '"name": "get_weather", "parameters":', V3_CALL,
+        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>"),
     "deepseek-v3.1": (
-        '"name": "get_weather", "parameters":',
-        '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>',
-        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>",
-    ),
+        '"name": "get_weather", "parameters":', V3_1_CALL,
+        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>"),
     "gpt-oss": (
         '"name": "get_weather", "parameters":',
         "<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
         "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
         '{"city": "Paris"}<|call|>',
-        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>fine<|end|>",
-    ),
-}
+        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>fine<|end|>"),
+}  # fmt: skip
 
 
 def prompt_of(name: str, **body: Any) -> str:
