@@ -80,16 +80,6 @@ async def test_gateways_that_start_together_have_one_socket(port: int) -> None:
         one.close()
 
 
-@in_loop
-async def test_a_port_that_cannot_be_opened_is_claimed_by_nobody(port: int) -> None:
-    def fail() -> list[socket.socket]:
-        raise ConfigError("taken", "gateway.listen")
-
-    with pytest.raises(ConfigError, match="taken"):
-        await claim(HOST, port, "one", fail)
-    (await claim(HOST, port, "two", listening(port))).close()
-
-
 HOLDER = f"""
 import asyncio, socket, sys
 from router.gateway.listen.claim import claim
@@ -111,15 +101,6 @@ def holding(port: int) -> Iterator[subprocess.Popen[bytes]]:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         yield holder
-
-
-@in_loop
-async def test_a_killed_gateway_leaves_the_port_free(port: int) -> None:
-    with holding(port) as holder:
-        shared = await claim(HOST, port, "app", none_made)
-        shared.close()
-        holder.kill()
-    (await claim(HOST, port, "other", listening(port))).close()
 
 
 @in_loop
