@@ -143,7 +143,7 @@ def test_a_row_of_a_mixture_is_a_token(tmp_path: Path) -> None:
     ("given", "least", "expected"),
     [(None, 5, 5), (-9, 5, 5), (7, 5, 7), (-9, -2, -2), (None, -2, 0), (-9, None, -9)],
 )
-def test_a_request_is_no_more_urgent_than_its_key(
+def test_no_request_is_more_urgent_than_its_key(
     tmp_path: Path, given: int | None, least: int | None, expected: int
 ) -> None:
     gateway = Gateway(tmp_path, KeyLimits(priority=least))

@@ -87,7 +87,7 @@ def found_of_prompts(request: GenerationRequest) -> Iterator[TokenEvent]:
 
 @pytest.mark.parametrize(("n", "prompts", "cached"), [(1, 1, 32), (3, 1, 32), (2, 4, 128)])
 @WHOLE_AND_STREAM
-def test_usage_has_what_no_choice_computed_of_each_prompt(
+def test_usage_has_what_was_found_of_prompts(
     n: int, prompts: int, cached: int, stream: bool
 ) -> None:
     options: dict[str, Any] = {"stream": True, **OF_USAGE} if stream else {}
@@ -322,7 +322,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
 @pytest.mark.parametrize(
     ("body", "streamed"), [({}, False), ({"stop": ["x"]}, True), ({"stream": True}, True)]
 )
-def test_only_streams_and_stop_strings_ask_for_tokens_as_they_come(
+def test_streams_and_stop_strings_need_tokens_as_they_come(
     body: dict[str, Any], streamed: bool
 ) -> None:
     upstream = FakeUpstream(says(" was"))

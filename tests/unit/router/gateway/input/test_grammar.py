@@ -125,9 +125,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "field", "told"), BAD)
-def test_forms_are_refused_alike(
-    client: Client, form: dict[str, Any], field: str, told: str
-) -> None:
+def test_forms_are_refused(client: Client, form: dict[str, Any], field: str, told: str) -> None:
     before = len(UPSTREAM.requests)
     body = {"model": "tiny", "prompt": "in", "structured_outputs": form}
     said = refusal(call(UPSTREAM, http_calls.COMPLETIONS, body), 400, field)
@@ -250,7 +248,7 @@ def test_a_long_chain_of_rules_or_references_ends_no_process(form: dict[str, Any
     assert last_grammar()
 
 
-def test_checks_at_once_start_threads_of_the_large_stack_and_leave_the_usual_one(
+def test_checks_at_once_have_large_stacks_and_leave_the_usual(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_size, sizes = threading.stack_size, []

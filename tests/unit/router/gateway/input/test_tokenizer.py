@@ -17,7 +17,7 @@ ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_g
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_a_familys_tokenizer_is_loaded_beside_a_configuration_as_published(
+def test_a_tokenizer_is_loaded_beside_its_familys_configuration(
     tmp_path: Path, family: str
 ) -> None:
     ALL[family](tmp_path)

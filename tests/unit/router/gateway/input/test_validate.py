@@ -138,9 +138,7 @@ def test_bad_prompts_are_refused_and_not_repeated(prompt: Any, field: str) -> No
     assert "word" not in str(error)
 
 
-def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_encode(*args: Any, **kwargs: Any) -> list[int]:
         raise AssertionError("tokenised a prompt that cannot fit")
 
@@ -177,9 +175,7 @@ def test_one_choice_may_always_fill_the_context() -> None:
 
 @pytest.mark.parametrize("given", [None, "strict", "next_expert", "drop"])
 @pytest.mark.parametrize("default", ["strict", "next_expert", "drop"])
-def test_a_requests_on_expert_loss_overrides_the_deployments(
-    given: str | None, default: OnExpertLoss
-) -> None:
+def test_on_expert_loss_overrides_the_deployments(given: str | None, default: OnExpertLoss) -> None:
     limits = GatewayConfig(on_expert_loss=default)
     taken = checked({"on_expert_loss": given}, [5], limits=limits)
     assert taken.request.on_expert_loss == (given or default)
@@ -218,7 +214,7 @@ def test_what_a_client_has_of_each_choice_is_taken() -> None:
         ([Received(), Received((5,))], {"n": 2}, "resume[1].identity"),
     ],
 )
-def test_what_no_client_can_have_is_refused(
+def test_what_nobody_has_is_refused(
     resume: list[Received], given: dict[str, Any], field: str
 ) -> None:
     assert refused(resume=resume, **{"seed": 1, **given}).field == field
@@ -271,7 +267,7 @@ def test_a_prompt_alone_needs_no_room_for_a_token(asked: dict[str, Any]) -> None
         ({"prompt_logprobs": 2, "logprobs": 3, "echo": True}, 3),
     ],
 )
-def test_an_echo_with_log_probabilities_has_those_of_the_prompt(
+def test_an_echo_has_the_prompts_log_probabilities(
     asked: dict[str, Any], number: int | None
 ) -> None:
     assert request_of(**asked).sampling.prompt_logprobs == number

@@ -45,9 +45,7 @@ async def accepted(one: Claim) -> bytes:
 
 
 @in_loop
-async def test_what_waits_to_be_accepted_outlives_the_gateway_that_opened_the_port(
-    port: int,
-) -> None:
+async def test_what_waits_to_be_accepted_outlives_its_gateway(port: int) -> None:
     first = await claim(HOST, port, "app", listening(port))
     others = [await claim(HOST, port, "app", none_made) for _ in range(2)]
     with socket.create_connection((HOST, port)) as client:
@@ -120,7 +118,7 @@ async def test_a_gateway_that_hangs_is_told_and_one_that_ends_gives_its_place(
 
 
 @in_loop
-async def test_a_stranger_is_told_nothing_and_believed_nothing(
+async def test_strangers_are_not_told_and_not_believed(
     monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     first = await claim(HOST, port, "app", listening(port))
@@ -140,7 +138,7 @@ async def test_a_stranger_is_told_nothing_and_believed_nothing(
 
 
 @in_loop
-async def test_a_peer_that_says_nothing_delays_the_next_one_and_no_more(
+async def test_a_silent_peer_delays_only_the_next(
     monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.2)

@@ -223,7 +223,7 @@ async def asked_meanwhile(
 
 
 @in_loop
-async def test_no_request_fails_while_gateways_replace_one_another() -> None:
+async def test_no_request_fails_while_gateways_are_replaced() -> None:
     """The clients have kept connections and new ones, and send no request again."""
     listen = own_ports()
     gateways = [Gateway(listen, str(number)) for number in range(6)]
@@ -285,9 +285,7 @@ def calls_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[str
 
 
 @in_loop
-async def test_no_call_fails_while_gateways_replace_one_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_no_call_fails_while_gateways_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections of clients that never pause end by their age."""
     monkeypatch.setattr("router.gateway.listen.grpc.AGE_S", 1.0)
     listen = own_ports()
@@ -313,7 +311,7 @@ def asked_at_once(port: int, goes: threading.Event, is_ready: threading.Event) -
 
 
 @in_loop
-async def test_calls_that_have_come_and_that_nobody_has_taken_yet_are_answered(
+async def test_calls_that_nobody_has_taken_yet_are_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Grpcio's own stop cancels them, and some of more than a thousand without a stop."""
@@ -385,9 +383,7 @@ def other_program(port: int, shares: bool) -> Iterator[str]:
     ("key", "shares"), [*((key, False) for key in PORTS), ("grpc_port", True), ("http_port", True)]
 )
 @in_loop
-async def test_a_port_of_another_program_is_refused_and_none_stays_open(
-    key: str, shares: bool
-) -> None:
+async def test_another_programs_port_is_refused_and_none_stays_open(key: str, shares: bool) -> None:
     """Whether or not the program lets others of this user share its port."""
     listen = own_ports()
     with other_program(listen.ports()[key], shares) as named:
@@ -455,9 +451,7 @@ async def code_of(port: int, path: str, *keys: str) -> grpc.StatusCode:
 
 
 @in_loop
-async def test_services_are_described_only_where_the_access_is_open(
-    access: Access, key: str
-) -> None:
+async def test_services_are_described_only_where_access_is_open(access: Access, key: str) -> None:
     listen = own_ports()
     async with opened(Gateway(listen)):
         by_itself = {"grpc.reflection.v1alpha.ServerReflection"}
@@ -471,9 +465,7 @@ async def test_services_are_described_only_where_the_access_is_open(
 
 
 @in_loop
-async def test_methods_that_a_port_does_not_have_are_unimplemented(
-    access: Access, key: str
-) -> None:
+async def test_methods_that_a_port_lacks_are_unimplemented(access: Access, key: str) -> None:
     for judge in (access, everybody()):
         listen = own_ports()
         async with opened(Gateway(listen, access=judge)):
@@ -597,7 +589,7 @@ async def test_a_grpc_connection_beyond_the_limit_is_refused_until_another_one_e
 
 
 @in_loop
-async def test_a_message_that_does_not_come_ends_its_call_and_not_the_connection(
+async def test_a_message_that_stays_away_ends_its_call_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A call whose message stays away (HTTP/2 by hand), and then one that has a message."""

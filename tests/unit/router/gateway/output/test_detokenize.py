@@ -32,15 +32,13 @@ def pieces(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 
 @given(ids_of_any_bytes, ids_of_any_bytes)
-def test_pieces_are_the_plain_decode_whatever_the_prompt(
-    context: list[int], ids: list[int]
-) -> None:
+def test_pieces_are_the_plain_decode_after_any_prompt(context: list[int], ids: list[int]) -> None:
     got = "".join(pieces(Detokenizer(tokenizer(), context), ids))
     assert got == tokenizer().decode(ids)
 
 
 @given(st.lists(ids_of_any_bytes, max_size=6), st.data())
-def test_the_text_is_the_same_however_many_tokens_come_at_once(
+def test_it_is_the_same_text_however_tokens_come(
     groups: list[list[int]], data: st.DataObject
 ) -> None:
     context = data.draw(ids_of_any_bytes)
@@ -90,7 +88,7 @@ def test_special_tokens_have_no_text() -> None:
 
 
 @given(st.lists(text, max_size=12), stop_strings)
-def test_the_matcher_cuts_at_the_first_stop_however_the_text_is_cut(
+def test_the_matcher_cuts_at_the_first_stop_in_any_pieces(
     parts: list[str], stops: list[str]
 ) -> None:
     matcher = StopMatcher(stops)
@@ -180,9 +178,7 @@ def test_text_after_shown_marks_keeps_its_first_space(sentencepiece: Tokenizer, 
     assert "".join([*parts, choice.flush()[0]]) == " word[M] words[M][M] the[M]"
 
 
-def test_text_that_goes_on_keeps_its_space_and_characters_of_bytes_come_whole(
-    sentencepiece: Tokenizer,
-) -> None:
+def test_text_goes_on_with_its_space_and_whole_characters(sentencepiece: Tokenizer) -> None:
     ids = [2, *(5 + byte for byte in "é🦊".encode()), 3]
     parts = pieces(Detokenizer(sentencepiece, [0]), ids)
     assert "".join(parts) == "the" + "é🦊" + " word"

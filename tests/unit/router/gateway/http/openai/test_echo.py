@@ -75,7 +75,7 @@ def read_likelihoods(answer: dict[str, Any], context_lengths: list[int]) -> list
     return found
 
 
-def test_likelihoods_that_lm_eval_reads_equal_transformers(
+def test_lm_eval_reads_transformers_likelihoods(
     gateway: LocalGateway, oracle: MixtralForCausalLM
 ) -> None:
     contexts = [5, 1, 29]
@@ -129,9 +129,7 @@ def test_no_new_token_is_needed(gateway: LocalGateway, asked: dict[str, Any]) ->
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_prompt_logprobs_have_vllms_shape(
-    gateway: LocalGateway, oracle: MixtralForCausalLM
-) -> None:
+def test_prompt_logprobs_are_as_vllms(gateway: LocalGateway, oracle: MixtralForCausalLM) -> None:
     ids = PROMPTS[2]
     choice = gateway.post(prompt=ids, prompt_logprobs=2, max_tokens=1).json()["choices"][0]
     first, *rows = choice["prompt_logprobs"]
@@ -173,7 +171,7 @@ def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lost_after", [None, 1, 2, 3, 4, 5])
-def test_answers_and_streams_are_the_same_when_a_router_is_lost(
+def test_a_lost_router_changes_no_answer_and_no_stream(
     folder: Path, lost_after: int | None
 ) -> None:
     cluster = LocalCluster(folder, limits=Limits(4, 8, 16))  # the prompt takes several steps

@@ -295,7 +295,7 @@ def plain(gateway: LocalGateway) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_public_example_passes_or_is_refused_by_name(
+def test_a_public_example(
     gateway: LocalGateway, plain: dict[str, dict[str, Any]], case: Case
 ) -> None:
     response = post(gateway, case.path, case.body)
@@ -320,7 +320,7 @@ def test_no_field_of_openais_package_is_left_out() -> None:
         assert {*request.__annotations__, "stream"} <= found
 
 
-def test_fields_that_vllm_has_dropped_are_refused_with_what_takes_their_place(
+def test_what_takes_the_place_of_fields_that_vllm_has_dropped_is_told(
     gateway: LocalGateway,
 ) -> None:
     error = post(gateway, COMPLETIONS, {"guided_regex": "[0-9]+"}).json()["error"]
@@ -338,7 +338,7 @@ def test_fields_that_vllm_has_dropped_are_refused_with_what_takes_their_place(
         (CHAT, "use_beam_search", 0),
     ],
 )
-def test_a_harmless_value_has_its_type(
+def test_a_harmless_value_is_typed(
     gateway: LocalGateway, path: str, field: str, value: object
 ) -> None:
     response = post(gateway, path, {field: value})

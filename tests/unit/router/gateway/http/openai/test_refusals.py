@@ -175,9 +175,7 @@ def test_unknown_models_and_paths() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_error_before_the_first_token_is_a_status_and_tells_nothing_that_is_not_ours(
-    stream: bool,
-) -> None:
+def test_an_error_before_the_first_token_is_a_status_without_secrets(stream: bool) -> None:
     upstream = FakeUpstream(lambda request: [OverloadedError("full", retry_after_s=3)])
     response = completion(upstream, stream=stream)
     assert refusal(response, 429, None) == "full"

@@ -54,9 +54,7 @@ def test_every_route_is_described_and_no_other(document: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_a_body_has_the_fields_that_the_validation_takes(
-    document: dict[str, Any], kind: type[Request]
-) -> None:
+def test_a_body_has_the_validations_fields(document: dict[str, Any], kind: type[Request]) -> None:
     described = document["components"]["schemas"][kind.__name__]["properties"]
     assert described.keys() == kind.names | kind.others.keys()
     for field, values in kind.others.items():
@@ -69,7 +67,7 @@ def test_a_body_has_the_fields_that_the_validation_takes(
     ("name", "field"),
     [("InferRequest", ""), ("InferInput", "inputs[0]."), ("InferOutput", "outputs[0].")],
 )
-def test_a_prediction_has_the_fields_that_the_validation_takes(
+def test_a_prediction_has_the_validations_fields(
     document: dict[str, Any], name: str, field: str
 ) -> None:
     described = document["components"]["schemas"][name]["properties"]
@@ -87,9 +85,7 @@ def infer(fields: dict[str, Any], **body: Any) -> int:
     return call(UPSTREAM, INFER, {"inputs": [fields], **body}).status_code
 
 
-def test_parameters_of_a_prediction_are_those_that_the_validation_takes(
-    document: dict[str, Any],
-) -> None:
+def test_parameters_of_a_prediction_are_the_validations(document: dict[str, Any]) -> None:
     check = validator(document, "InferRequest")
     good: dict[str, Any] = {"timeout_s": 5, "on_expert_loss": "drop", "binary_data_output": False}
     for parameters in (good, {"timeout": 9_000_000, "content_type": "np"}, {"timeout_s": None}):

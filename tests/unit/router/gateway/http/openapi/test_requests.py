@@ -34,7 +34,7 @@ def test_no_answer_of_any_route_is_other_than_described(app: FastAPI) -> None:
 
 
 @pytest.mark.parametrize("path", BOUNDED)
-def test_the_bounds_of_each_field_are_kept(
+def test_each_fields_bounds_are_kept(
     app: FastAPI, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "MAX_TOKENS", 1)  # the request is what matters here
@@ -47,9 +47,7 @@ def broken_usage(usages: Any) -> dict[str, Any]:
     return {"prompt_tokens": 1}
 
 
-def test_a_fault_is_found_and_told_with_the_request(
-    app: FastAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_is_told_with_its_request(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call, "usage_object", broken_usage)
     found = api.fuzz(app, SEED, 10, path="/v1/completions")
     told = "POST /v1/completions: response_schema_conformance"

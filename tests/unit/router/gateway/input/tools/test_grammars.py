@@ -177,9 +177,7 @@ PLAIN_VALUES: dict[str, Any] = {
         ("mixed", ["true", "false", "[true]", "[]", "a", "ab"], ["[", "[1]", "abc", "TRUE"]),
     ],
 )
-def test_values_between_marks_that_a_grammar_takes(
-    name: str, good: list[str], bad: list[str]
-) -> None:
+def test_values_that_a_grammar_takes(name: str, good: list[str], bad: list[str]) -> None:
     parameters = {**PLAIN_VALUES, "required": [name]}
     tools = (tool("note", parameters, True),)
     grammar = of_strict("qwen3-coder", tools, True)
@@ -212,9 +210,7 @@ REFERRED = {"x y": INTEGER, "é": INTEGER, "a/b": INTEGER, "l": {"anyOf": [INTEG
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_values_between_marks_are_held_to_references_however_they_are_written(
-    reference: str,
-) -> None:
+def test_values_between_marks_are_held_to_references_in_any_writing(reference: str) -> None:
     number = {"$ref": reference}
     for schema in (number, {"anyOf": [number, {"const": "t"}]}):
         parameters = {"type": "object", "properties": {"a": schema}, "$defs": REFERRED}

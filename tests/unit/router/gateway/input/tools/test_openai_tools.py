@@ -142,9 +142,7 @@ def test_a_call_cut_short_is_no_end_by_calls() -> None:
 
 @pytest.mark.parametrize("is_parallel", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
-def test_one_call_ends_the_choice_where_calls_are_not_parallel(
-    is_parallel: bool, stream: bool
-) -> None:
+def test_one_call_ends_a_choice_without_parallel_calls(is_parallel: bool, stream: bool) -> None:
     """Tokens of a whole answer must come early too, or the model would go on to its own end."""
     upstream = FakeUpstream(says("qwen", f"{QWEN_CALL}\n{QWEN_CALL}"))
     told = answer_to(upstream, parallel_tool_calls=is_parallel, stream=stream)

@@ -244,9 +244,7 @@ VALUES = [
 @pytest.mark.parametrize(
     ("schema", "value", "expected"), VALUES, ids=[f"{v[0]} {v[1][:9]!r}" for v in VALUES]
 )
-def test_values_between_marks_have_the_types_of_the_schema(
-    schema: dict[str, Any], value: str, expected: str
-) -> None:
+def test_values_have_the_schemas_types(schema: dict[str, Any], value: str, expected: str) -> None:
     parameters = {
         "type": "object",
         "properties": {"a": schema},
@@ -301,9 +299,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_json_stays_content_and_a_streamed_call_that_breaks_off_is_no_end(
-    name: str,
-) -> None:
+def test_what_is_no_json_stays_content_and_is_no_end_of_a_stream(name: str) -> None:
     first = parsed(QWEN, [BROKEN[name]])
     assert (first.finish_reason, len(first.calls)) == ("stop", 1)
     for pieces in cuts(BROKEN[name]):
@@ -382,9 +378,7 @@ def test_arguments_are_the_models_own_text_in_whole_answers_and_streams(argument
         ('"name": "now", "arguments": "' + "[" * 100_000 + '"', None),
     ],
 )
-def test_of_members_that_come_twice_the_first_holds(
-    members: str, expected: tuple[str, str] | None
-) -> None:
+def test_the_first_of_two_members_holds(members: str, expected: tuple[str, str] | None) -> None:
     """A stream has passed it on before the second comes."""
     text = f"<tool_call>{{{members}}}</tool_call>"
     whole = parsed(QWEN, [text], is_held=True)

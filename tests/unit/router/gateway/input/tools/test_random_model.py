@@ -55,7 +55,7 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
 
 
 @pytest.mark.parametrize("choice", ["required", "Stop"])
-def test_calls_are_valid_and_the_same_when_a_router_is_lost(
+def test_calls_are_valid_and_survive_a_router(
     folder: Path, cluster: LocalCluster, choice: str
 ) -> None:
     named = {"type": "function", "function": {"name": choice}}

@@ -231,7 +231,7 @@ def test_a_templates_own_refusal_is_told() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
-def test_conversations_with_calls_are_rendered_beside_the_event_loop(
+def test_calls_are_rendered_beside_the_event_loop(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body has room for many thousands of calls, which take seconds."""

@@ -80,9 +80,7 @@ CALL, HALF = ("get_weather", PARIS), ("get_weather", r'{"city": "\ud800"}')
         (f"<think>Hm. </think>{QWEN_CALL}\n{BROKEN}", Whole(BROKEN, "Hm.", [CALL])),
     ],
 )
-def test_what_is_no_call_stays_content_with_its_marks_at_every_cut(
-    text: str, expected: Whole
-) -> None:
+def test_what_is_no_call_stays_content_with_its_marks(text: str, expected: Whole) -> None:
     for pieces in cuts(text):
         assert whole_of(pieces) == expected, pieces
 
