@@ -79,8 +79,13 @@ def test_answers_and_refusals_tell_what_is_left(tmp_path: Path) -> None:
     assert gateway.post(COMPLETIONS, BODY).status_code == 200
 
 
-def test_a_stream_begins_with_all_that_it_may_use(tmp_path: Path) -> None:
+def test_a_refusal_costs_nothing_and_a_stream_begins_with_all_that_it_may_use(
+    tmp_path: Path,
+) -> None:
     gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=6000))
+    for wrong in ({"model": "none"}, {"max_tokens": -1}, {"top_p": 2}):
+        assert gateway.post(COMPLETIONS, BODY | wrong).status_code in (400, 404)
+    assert gateway.post(COMPLETIONS, BODY, "em-wrong").status_code == 401
     answer = gateway.post(COMPLETIONS, {**BODY, "stream": True})
     assert answer.headers["x-ratelimit-remaining-tokens"] == str(6000 - TOKENS)
     assert "x-ratelimit-limit-requests" not in answer.headers
@@ -102,15 +107,6 @@ def test_a_call_with_several_prompts_is_one_request_of_all_its_tokens(tmp_path: 
     assert large.status_code == 413
     assert "retry-after" not in large.headers
     assert "this key's tokens_per_min is" in large.json()["error"]["message"]
-
-
-def test_what_the_gateway_itself_refuses_costs_no_tokens(tmp_path: Path) -> None:
-    gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=6000))
-    for wrong in ({"model": "none"}, {"max_tokens": -1}, {"top_p": 2}):
-        assert gateway.post(COMPLETIONS, BODY | wrong).status_code in (400, 404)
-    assert gateway.post(COMPLETIONS, BODY, "em-wrong").status_code == 401
-    answer = gateway.post(COMPLETIONS, {**BODY, "stream": True})
-    assert answer.headers["x-ratelimit-remaining-tokens"] == str(6000 - TOKENS)
 
 
 def test_a_call_that_fails_gives_back_what_it_has_not_generated(tmp_path: Path) -> None:

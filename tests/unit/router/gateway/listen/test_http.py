@@ -97,17 +97,13 @@ async def test_requests_are_answered_on_one_connection_and_on_many(count: int) -
     """Bodies may be larger than heads."""
     async with served() as (listener, _, (host, port)), httpx.AsyncClient(timeout=60) as client:
         url = f"http://{host}:{port}"
-        answers = await asyncio.gather(
-            *(client.post(f"{url}/{n}", content=b"b" * n) for n in range(count))
-        )
-        assert [a.content for a in answers] == [b"/%d " % n + b"b" * n for n in range(count)]
+        bodies = [b"b" * (n * 10_000) for n in range(count + 1)]
+        posts = (client.post(f"{url}/{n}", content=body) for n, body in enumerate(bodies))
+        answers = [answer.content for answer in await asyncio.gather(*posts)]
+        assert answers == [b"/%d " % n + body for n, body in enumerate(bodies)]
         for _ in range(3):
             assert (await client.get(f"{url}/again")).content == b"/again "
-        large = b"b" * 300_000
-        assert (await client.post(f"{url}/large-body", content=large)).content.endswith(
-            b" " + large
-        )
-        assert 1 <= listener.connections <= count
+        assert 1 <= listener.connections <= len(bodies)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,6 @@ async def test_requests_are_answered_on_one_connection_and_on_many(count: int) -
     [
         ([b"no such thing\r\n\r\n"], 400, "not an HTTP/1.1 request"),
         ([b"\x16\x03\x01\x02\x00\x01\x00"], 400, "not an HTTP/1.1 request"),
-        ([HEAD + b"x: " + b"y" * 9000 + b"\r\n\r\n"], 431, "over the limit of 8192 bytes"),
         ([HEAD + b"x: ", *[b"y" * 1000] * 9], 431, "over the limit of 8192 bytes"),
         ([b"GET /" + b"y" * 9000 + b" HTTP/1.1\r\n\r\n"], 431, "over the limit of 8192 bytes"),
     ],
