@@ -15,21 +15,25 @@ from router.gateway.input.tools.answer import AnswerFormat
 from router.gateway.input.tools.definitions import ToolUse
 from router.gateway.input.tools.formats import ChatFormat
 from tests.unit.router.gateway.input.tools.answers import (
-    CODER,
-    GPT_OSS,
-    MISTRAL,
-    MISTRAL_V11,
-    MISTRAL_V13,
-    QWEN,
-    SMOL,
+    DEEPSEEK,
+    HARMONY,
+    LATER,
     TOOLS,
     USE,
-    V3,
-    V3_1,
     Whole,
     parsed,
     tool,
 )
+
+QWEN = ChatFormat("tool_call", thinks=True)
+SMOL = ChatFormat("tool_call")
+CODER = ChatFormat("qwen3_coder")
+MISTRAL = ChatFormat("mistral", special={"[TOOL_CALLS]": 0})
+MISTRAL_V11 = ChatFormat("mistral_v11", special=dict(zip(LATER, range(3), strict=True)))
+MISTRAL_V13 = ChatFormat("mistral_v13", special=dict(zip(LATER[:2], range(2), strict=True)))
+V3 = ChatFormat("deepseek_v3", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+V3_1 = ChatFormat("deepseek_v3_1", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+GPT_OSS = ChatFormat("harmony", special=dict(zip(HARMONY, range(7), strict=True)))
 
 
 def of_json(name: str, arguments: str) -> str:
@@ -38,10 +42,6 @@ def of_json(name: str, arguments: str) -> str:
 
 def marked(call: str) -> str:
     return f"<tool_call>{call}</tool_call>"
-
-
-def said(content: str, reasoning: str = "") -> Whole:
-    return Whole(content, reasoning)
 
 
 def called(*calls: tuple[str, str], content: str = "", reasoning: str = "") -> Whole:
@@ -84,28 +84,28 @@ OF_FORMAT: list[tuple[ChatFormat, dict[str, tuple[str, Whole]]]] = [
         "qwen, marks in a string": (marked(of_json("get_weather", QUOTED)),
                                     called(("get_weather", QUOTED))),
         "qwen, nested": (marked(of_json("now", NESTED)), called(("now", NESTED))),
-        "qwen, no call at all": ("It is <b>fine</b>. <tool", said("It is <b>fine</b>. <tool")),
-        "qwen, unknown tool": (f"{marked(RM_CALL)} x", said(f"{marked(RM_CALL)} x")),
+        "qwen, no call at all": ("It is <b>fine</b>. <tool", Whole("It is <b>fine</b>. <tool")),
+        "qwen, unknown tool": (f"{marked(RM_CALL)} x", Whole(f"{marked(RM_CALL)} x")),
         "qwen, a name that is no JSON": (marked(of_json(r"\q", "{}")),
-                                         said(marked(of_json(r"\q", "{}")))),
+                                         Whole(marked(of_json(r"\q", "{}")))),
         "qwen, empty marks": (marked("") + QWEN_CALL, called(CALL, content=marked(""))),
-        "qwen, a mark alone": ("see <tool_call>\n", said("see <tool_call>\n")),
+        "qwen, a mark alone": ("see <tool_call>\n", Whole("see <tool_call>\n")),
     }),
     (SMOL, {
         "smollm2, a list": (marked(f"[{PARIS_CALL}, {of_json('get_weather', OSLO)}]"),
                             called(CALL, ("get_weather", OSLO))),
-        "smollm2, an empty list": (marked("[]"), said("")),
-        "smollm2, no thought": ("<think>x</think>y", said("<think>x</think>y")),
+        "smollm2, an empty list": (marked("[]"), Whole("")),
+        "smollm2, no thought": ("<think>x</think>y", Whole("<think>x</think>y")),
     }),
     (MISTRAL, {
         "mixtral": (f"[TOOL_CALLS] [{PARIS_CALL}, {NOW_CALL}]", called(CALL, NOW)),
         "mixtral, text before": (f"I look.[TOOL_CALLS] [{PARIS_CALL}]",
                                  called(CALL, content="I look.")),
-        "mixtral, not valid": (f"[TOOL_CALLS] [{RM_CALL}] sorry", said(f" [{RM_CALL}] sorry")),
+        "mixtral, not valid": (f"[TOOL_CALLS] [{RM_CALL}] sorry", Whole(f" [{RM_CALL}] sorry")),
         "mixtral, mark twice": (f"[TOOL_CALLS][TOOL_CALLS] [{PARIS_CALL}]", called(CALL)),
         "mixtral, mark within a list": (f"[TOOL_CALLS] [{PARIS_CALL}, [TOOL_CALLS] [{PARIS_CALL}]",
                                         called(CALL, CALL, content=",")),
-        "mixtral, begun list": ("So [TOOL_CALLS] [", said("So  [")),
+        "mixtral, begun list": ("So [TOOL_CALLS] [", Whole("So  [")),
     }),
     (MISTRAL_V11, {
         "mistral-v11": (f"[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
@@ -115,9 +115,9 @@ OF_FORMAT: list[tuple[ChatFormat, dict[str, tuple[str, Whole]]]] = [
         "mistral-v13": (LATER_CALL + LATER_NOW, called(CALL, NOW)),
         "mistral-v13, text before": (f"I look.{LATER_CALL}", called(CALL, content="I look.")),
         "mistral-v13, unknown tool": (f"So [TOOL_CALLS]rm[ARGS]{PARIS} sorry",
-                                      said(f"So rm{PARIS} sorry")),
+                                      Whole(f"So rm{PARIS} sorry")),
         "mistral-v13, mark twice": (f"[TOOL_CALLS]{LATER_CALL}", called(CALL)),
-        "mistral-v13, no arguments": ("[TOOL_CALLS]now[ARGS]", said("now")),
+        "mistral-v13, no arguments": ("[TOOL_CALLS]now[ARGS]", Whole("now")),
     }),
     (CODER, {
         "coder": (CODER_CALL, called(CALL)),
@@ -139,17 +139,17 @@ OF_FORMAT: list[tuple[ChatFormat, dict[str, tuple[str, Whole]]]] = [
         "coder, of no type that is allowed": (CODER_CALL.replace("=city", "=days"),
                                               called(("get_weather", '{"days": "Paris"}'))),
         "coder, unknown tool": (CODER_CALL.replace("get_weather", "rm") + " x",
-                                said(CODER_CALL.replace("get_weather", "rm") + " x")),
-        "coder, JSON between the marks": (QWEN_CALL, said(QWEN_CALL)),
+                                Whole(CODER_CALL.replace("get_weather", "rm") + " x")),
+        "coder, JSON between the marks": (QWEN_CALL, Whole(QWEN_CALL)),
         "coder, empty marks": (marked("") + CODER_CALL, called(CALL, content=marked(""))),
-        "coder, marks alone": ("<tool_call>\n<function=", said("<tool_call>\n<function=")),
+        "coder, marks alone": ("<tool_call>\n<function=", Whole("<tool_call>\n<function=")),
     }),
     (V3, {
         "deepseek-v3": (f"{BEGIN}{V3_CALL}\n{V3_CALL}{END}", called(CALL, CALL)),
         "deepseek-r1": (f"<think>\nHm.\n</think>\n\nSo:{BEGIN}{V3_CALL}{END}",
                         called(CALL, content="So:", reasoning="Hm.")),
         "deepseek-v3, unknown tool": (V3_CALL.replace("get_weather", "rm"),
-                                      said(f"functionrm\n```json\n{PARIS}\n```")),
+                                      Whole(f"functionrm\n```json\n{PARIS}\n```")),
     }),
     (V3_1, {"deepseek-v3.1": (f"{BEGIN}{V3_1_CALL}{V3_1_CALL}{END}", called(CALL, CALL))}),
     (GPT_OSS, {
@@ -158,15 +158,15 @@ OF_FORMAT: list[tuple[ChatFormat, dict[str, tuple[str, Whole]]]] = [
             f"{THOUGHT} to=functions.get_weather<|channel|>commentary json"
             f"<|message|>{PARIS}<|call|>", called(CALL, reasoning="Need weather.")),
         "gpt-oss, answer": (f"{THOUGHT}<|channel|>final<|message|>It is fine.\n<|return|>",
-                            said("It is fine.\n", "Need weather.")),
+                            Whole("It is fine.\n", "Need weather.")),
         "gpt-oss, preamble": (
             "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
             f"{HARMONY_CALL}<|start|>assistant{HARMONY_CALL}",
             called(CALL, CALL, content="I look.")),
-        "gpt-oss, unknown tool": (HARMONY_CALL.replace("get_weather", "rm"), said(PARIS)),
-        "gpt-oss, no channels": ("It is fine.", said("It is fine.")),
+        "gpt-oss, unknown tool": (HARMONY_CALL.replace("get_weather", "rm"), Whole(PARIS)),
+        "gpt-oss, no channels": ("It is fine.", Whole("It is fine.")),
         "gpt-oss, two thoughts": (f"{THOUGHT}{THOUGHT}<|channel|>final<|message|>Yes",
-                                  said("Yes", "Need weather.\nNeed weather.")),
+                                  Whole("Yes", "Need weather.\nNeed weather.")),
     }),
 ]  # fmt: skip
 CASES = {name: (format_, *case) for format_, cases in OF_FORMAT for name, case in cases.items()}
