@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -250,58 +250,42 @@ def test_health_and_readiness(
     }
 
 
-def in_one_app(
-    upstream: FakeUpstream, asking: Callable[[httpx.AsyncClient], Awaitable[Any]]
-) -> Any:
-    async def run() -> Any:
-        transport = httpx.ASGITransport(http_app(upstream))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await asking(client)
-
-    return asyncio.run(asyncio.wait_for(run(), 20))
-
-
 REPLICA = 'replica="n1:43"'
 OF_TINY = f'{{model_name="tiny",{REPLICA}}}'
 
 
-def test_metrics_count_inexact_tokens_by_what_was_asked_for() -> None:
-    async def asking(client: httpx.AsyncClient) -> str:
-        body = {"model": "tiny", "prompt": [5, 6], "n": 2, "on_expert_loss": "drop"}
-        await client.post(COMPLETIONS, json=body)
-        return (await client.get("/metrics")).text
-
-    count = f'expertmesh_inexact_tokens_total{{model_name="tiny",reason="drop",{REPLICA}}} 2.0'
-    assert count in in_one_app(FakeUpstream(loses_an_expert), asking)
-
-
-def test_metrics_count_requests_tokens_and_actors() -> None:
+def test_metrics_count_requests_tokens_by_exactness_and_actors() -> None:
     upstream = FakeUpstream(says(" was"))
 
-    async def asking(client: httpx.AsyncClient) -> tuple[str, str]:
-        body = {"model": "tiny", "prompt": [5, 6]}
-        assert (await client.post(COMPLETIONS, json=body)).status_code == 200
-        await client.post(COMPLETIONS, json={**body, "n": 0})
-        await client.post(COMPLETIONS, content=b"{", headers=OF_JSON)
-        upstream.script = lambda request: [InternalError("x")]
-        await client.post(COMPLETIONS, json=body)
-        first = (await client.get("/metrics")).text
-        upstream.controller.is_away = True
-        upstream.readiness = Readiness("", (3, 7), 60.0)
-        return first, (await client.get("/metrics")).text
+    async def run() -> tuple[str, str]:
+        transport = httpx.ASGITransport(http_app(upstream))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"model": "tiny", "prompt": [5, 6]}
+            assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+            await client.post(COMPLETIONS, json={**body, "n": 0})
+            await client.post(COMPLETIONS, content=b"{", headers=OF_JSON)
+            upstream.script = lambda request: [InternalError("x")]
+            await client.post(COMPLETIONS, json=body)
+            upstream.script = loses_an_expert
+            await client.post(COMPLETIONS, json={**body, "n": 2, "on_expert_loss": "drop"})
+            first = (await client.get("/metrics")).text
+            upstream.controller.is_away = True
+            upstream.readiness = Readiness("", (3, 7), 60.0)
+            return first, (await client.get("/metrics")).text
 
-    told, away = in_one_app(upstream, asking)
+    told, away = asyncio.run(asyncio.wait_for(run(), 20))
     lines = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
     expected = {
-        f'requests_total{{code="ok",{REPLICA},surface="http"}}': 1,
+        f'requests_total{{code="ok",{REPLICA},surface="http"}}': 2,
         f'requests_total{{code="invalid_argument",{REPLICA},surface="http"}}': 2,
         f'requests_total{{code="internal",{REPLICA},surface="http"}}': 1,
-        f"prompt_tokens_total{OF_TINY}": 4,
-        f"generation_tokens_total{OF_TINY}": len(tokenizer().encode(" was")),
+        f"prompt_tokens_total{OF_TINY}": 6,
+        f"generation_tokens_total{OF_TINY}": len(tokenizer().encode(" was")) + 6,
+        f'inexact_tokens_total{{model_name="tiny",reason="drop",{REPLICA}}}': 2,
         f"requests_in_flight{OF_TINY}": 0,
-        f'request_success_total{{finished_reason="length",model_name="tiny",{REPLICA}}}': 1,
-        f"time_to_first_token_seconds_count{OF_TINY}": 1,
-        f"e2e_request_latency_seconds_count{OF_TINY}": 2,
+        f'request_success_total{{finished_reason="length",model_name="tiny",{REPLICA}}}': 3,
+        f"time_to_first_token_seconds_count{OF_TINY}": 2,
+        f"e2e_request_latency_seconds_count{OF_TINY}": 3,
         'expert_tokens_total{actor_id="a0",expert="5",layer="1",model_name="tiny"}': 9,
         'actor_replacements_total{actor_id="a0"}': 1,
         'actor_busy_seconds_total{actor_id="a0"}': 1.5,
@@ -315,7 +299,7 @@ def test_metrics_count_requests_tokens_and_actors() -> None:
     assert {name: float(lines[f"expertmesh_{name}"]) for name in expected} == expected
     assert "expertmesh_controller_loop_age_seconds 60.0" in away
     assert "expertmesh_expert_tokens_total{" not in away
-    assert f'expertmesh_requests_total{{code="ok",{REPLICA},surface="http"}} 1.0' in away
+    assert f'expertmesh_requests_total{{code="ok",{REPLICA},surface="http"}} 2.0' in away
     assert "expertmesh_missing_experts NaN" in away
 
 
