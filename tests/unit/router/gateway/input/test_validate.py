@@ -188,15 +188,22 @@ def test_an_unknown_model_is_told_which_are_served(bad: str) -> None:
     str(caught.value).encode()
 
 
-def has(*ids: int, finished: bool = False) -> Received:
-    return Received(ids, finished, True, "one")
+def has(*ids: int, finished: bool = False, scored: int = 0) -> Received:
+    """What a client has of a choice, and of ``scored`` tokens of its prompt."""
+    return Received(ids, finished, True, "one", num_prompt_logprobs=scored)
 
 
 def test_what_a_client_has_of_each_choice_is_taken() -> None:
     two = [has(5, 6), has(7, EOS, 8, finished=True)]
     assert request_of(resume=two, seed=1, n=2, max_tokens=3).received == tuple(two)
-    for ids, more in (((), {}), ((5, EOS), {}), ((EOS, 5), {"ignore_eos": True})):
-        assert request_of(resume=[has(*ids)], seed=1, **more).received[0].token_ids == ids
+    for received, more in (
+        (has(), {}),
+        (has(5, EOS), {}),
+        (has(EOS, 5), {"ignore_eos": True}),
+        (has(scored=2), {"prompt_logprobs": 0}),
+    ):
+        given = request_of("in the begin", resume=[received], seed=1, **more)
+        assert given.received == (received,)
 
 
 @pytest.mark.parametrize(
@@ -212,33 +219,15 @@ def test_what_a_client_has_of_each_choice_is_taken() -> None:
         ([has(EOS, 5)], {}, "resume[0].token_ids"),
         ([has(5)], {"seed": None}, "seed"),
         ([Received(), Received((5,))], {"n": 2}, "resume[1].identity"),
+        ([has(scored=1)], {}, "resume[0].prompt_logprobs"),
+        ([has(scored=-1)], {"prompt_logprobs": 0}, "resume[0].prompt_logprobs"),
+        ([has(scored=99)], {"prompt_logprobs": 0}, "resume[0].prompt_logprobs"),
     ],
 )
 def test_what_nobody_has_is_refused(
     resume: list[Received], given: dict[str, Any], field: str
 ) -> None:
     assert refused(resume=resume, **{"seed": 1, **given}).field == field
-
-
-@pytest.mark.parametrize(
-    ("count", "given", "is_taken"),
-    [
-        (0, {}, True),
-        (1, {}, False),
-        (2, {"prompt_logprobs": 0}, True),
-        (-1, {"prompt_logprobs": 0}, False),
-        (99, {"prompt_logprobs": 0}, False),
-    ],
-)
-def test_log_probabilities_of_a_prompt_that_a_client_can_have_are_taken(
-    count: int, given: dict[str, Any], is_taken: bool
-) -> None:
-    received = Received((), identity="one", num_prompt_logprobs=count)
-    if is_taken:
-        assert request_of("in the begin", [received], seed=1, **given).received == (received,)
-    else:
-        error = refused("in the begin", [received], seed=1, **given)
-        assert error.field == "resume[0].prompt_logprobs"
 
 
 @pytest.mark.parametrize("asked", [{"echo": True}, {"prompt_logprobs": 0}])
@@ -257,16 +246,12 @@ def test_a_prompt_alone_needs_no_room_for_a_token(asked: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("asked", "number"),
     [
-        ({}, None),
-        ({"logprobs": 3}, None),
-        ({"echo": True}, None),
-        ({"echo": False, "logprobs": 3}, None),
-        ({"echo": True, "logprobs": 3}, 3),
-        ({"prompt_logprobs": 0}, 0),
-        ({"prompt_logprobs": 2, "logprobs": 3}, 2),
+        ({}, None), ({"logprobs": 3}, None), ({"echo": True}, None),
+        ({"echo": False, "logprobs": 3}, None), ({"echo": True, "logprobs": 3}, 3),
+        ({"prompt_logprobs": 0}, 0), ({"prompt_logprobs": 2, "logprobs": 3}, 2),
         ({"prompt_logprobs": 2, "logprobs": 3, "echo": True}, 3),
     ],
-)
+)  # fmt: skip
 def test_an_echo_has_the_prompts_log_probabilities(
     asked: dict[str, Any], number: int | None
 ) -> None:
