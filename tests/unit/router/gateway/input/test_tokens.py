@@ -44,6 +44,7 @@ def test_a_text_is_tokenised_and_back(address: str) -> None:
     ids = plain.encode(TEXT)
     expected = {"count": len(ids), "max_model_len": CONTEXT, "tokens": ids, "token_strs": None}
     assert tokenized(prompt=TEXT) == expected
+    assert tokenized(prompt=TEXT, add_special_tokens=False)["tokens"] == plain.encode(TEXT, False)
     texts = tokenized(prompt=TEXT, return_token_strs=True)["token_strs"]
     assert texts == [plain.token_text(token_id) for token_id in ids]
     with Client(address) as client:
