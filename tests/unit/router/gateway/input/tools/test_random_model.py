@@ -31,7 +31,7 @@ class Stop(BaseModel):
     now: bool
 
 
-TOOLS = {"Weather": Weather, "Stop": Stop}
+TOOLS: dict[str, type[BaseModel]] = {"Weather": Weather, "Stop": Stop}
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen", "qwen3-coder"])
