@@ -38,8 +38,6 @@ REPORTS = {"status": STATUS, "load": LOAD, "rebalance": REBALANCED}
 
 
 class SilentController(FakeController):
-    """A controller that takes calls and never answers."""
-
     async def _answer(self, name: str, *args: object) -> object:
         await asyncio.Event().wait()
         raise AssertionError("nothing sets the event")

@@ -25,7 +25,6 @@ def client() -> Iterator[Client]:
 
 
 def over_http(path: str, where: str, status: int = 400, **fields: Any) -> str:
-    """Return the words of a refusal that names a field."""
     body = {"model": "tiny", **GOOD[path], **fields}
     said = refusal(call(UPSTREAM, path, body), status, where)
     assert UPSTREAM.requests == []

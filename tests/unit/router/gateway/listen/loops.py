@@ -12,8 +12,6 @@ LIMIT_S = 60.0
 
 
 def in_loop(test: Callable[Parameters, Coroutine[Any, Any, None]]) -> Callable[Parameters, None]:
-    """Run a test in a loop of its own."""
-
     @functools.wraps(test)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         async def bounded() -> None:

@@ -36,7 +36,6 @@ def port() -> int:
 
 
 async def accepted(one: Claim) -> bytes:
-    """Return the first bytes of the next connection."""
     loop = asyncio.get_running_loop()
     peer, _ = await loop.sock_accept(one.sockets[0])
     with peer:

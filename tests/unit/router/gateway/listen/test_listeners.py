@@ -67,7 +67,6 @@ class Named:
         await PlainTextResponse(self.name)(scope, receive, send)
 
     async def answers(self, more: int) -> None:
-        """Return once so many more requests have come."""
         wanted = self.count + more
         await until(lambda: self.count >= wanted)
 
@@ -237,8 +236,6 @@ async def test_no_request_fails_while_gateways_are_replaced() -> None:
 
 
 class HeldUpstream(FakeUpstream):
-    """One that answers no request before ``goes_on`` is set."""
-
     def __init__(self, text: str) -> None:
         super().__init__(says(text))
         self.is_asked, self.goes_on = asyncio.Event(), asyncio.Event()

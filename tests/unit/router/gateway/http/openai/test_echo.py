@@ -159,7 +159,6 @@ def test_tokens_of_one_text_do_not_hide_the_likeliest(gateway: LocalGateway) -> 
 
 
 def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put the chunks of one choice together."""
     parts = [chunk["choices"][0] for chunk in chunks]
     return {
         "text": "".join(part["text"] for part in parts),

@@ -133,12 +133,10 @@ def text_has(test: Callable[[str], bool]) -> Shown:
 
 
 def of_text(shows: Shown | None = None, **body: Any) -> list[Case]:
-    """Return a case for completions."""
     return [Case(COMPLETIONS, body, shows)]
 
 
 def of_chat(shows: Shown | None = None, **body: Any) -> list[Case]:
-    """Return a case for chats."""
     return [Case(CHAT, body, shows)]
 
 

@@ -31,7 +31,6 @@ def document() -> dict[str, Any]:
 
 
 def validator(document: dict[str, Any], name: str) -> jsonschema.Draft202012Validator:
-    """Return the validator of a schema of the document."""
     schema = document["components"]["schemas"][name] | {"components": document["components"]}
     return jsonschema.Draft202012Validator(schema)
 
@@ -81,7 +80,6 @@ def test_a_prediction_has_the_validations_fields(
 
 
 def infer(fields: dict[str, Any], **body: Any) -> int:
-    """Return the status of a prediction of an input."""
     return call(UPSTREAM, INFER, {"inputs": [fields], **body}).status_code
 
 

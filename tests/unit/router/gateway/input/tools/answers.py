@@ -28,7 +28,6 @@ LATER = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 
 
 def tool(name: str, parameters: dict[str, Any], is_strict: bool = False) -> Tool:
-    """A checked tool."""
     function = {"name": name, "parameters": parameters}
     return Tool(name, parameters, is_strict, {"type": "function", "function": function})
 
@@ -39,15 +38,12 @@ USE = ToolUse(TOOLS, TOOLS)
 
 @dataclass
 class Whole:
-    """All parts of an answer."""
-
     content: str = ""
     reasoning: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
     finish_reason: str | None = None
 
     def take(self, parser: ChoiceParser, text: str, is_last: bool) -> None:
-        """Add what a parser finds in more text."""
         parsed = parser.push(text, is_last)
         self.content += parsed.content
         self.reasoning += parsed.reasoning

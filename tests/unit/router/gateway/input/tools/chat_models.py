@@ -152,7 +152,6 @@ TEXT = ['{"name": "get_weather", "arguments": {"city": "Paris"}}', "in the begin
 
 
 def save_tokenizer(folder: Path, name: str, response_template: Any = None) -> None:
-    """Save the tokenizer of a model in a folder."""
     template, special, others = SPECIAL[name]
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -74,14 +74,12 @@ def written(name: str, use: ToolUse, seed: int, form: str = "") -> str:
 
 
 def takes(name: str, grammar: str, text: str) -> bool:
-    """Return whether a text fits a grammar to its end."""
     matcher = LLMatcher(vocabulary(name), grammar, log_level=0)
     ids = model(name).tokenizer.encode(text, add_special_tokens=False)
     return all(map(matcher.consume_token, ids)) and matcher.is_accepting()
 
 
 def of_strict(name: str, tools: Any, is_required: bool = False, prompt: str = "") -> str:
-    """Return the grammar of these tools."""
     chat_format = model(name).tokenizer.chat_format
     return grammar_of(chat_format, ToolUse(tools, tools, is_required), prompt, "")
 

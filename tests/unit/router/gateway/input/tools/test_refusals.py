@@ -32,7 +32,6 @@ CALL: dict[str, Any] = {
 def post(
     name: str = "qwen", upstream: FakeUpstream | None = None, path: str = CHAT, **body: Any
 ) -> httpx.Response:
-    """The answer to one request."""
     app = http_app(
         upstream or FakeUpstream(says(name, "x")), models={each: model(each) for each in SPECIAL}
     )
@@ -46,12 +45,10 @@ def post(
 
 
 def function(**fields: Any) -> list[dict[str, Any]]:
-    """A list of one tool, with other fields."""
     return [{"type": "function", "function": {**TOOL["function"], **fields}}]
 
 
 def messages(*more: Any) -> list[dict[str, Any]]:
-    """A conversation with some more messages."""
     return [USER, *more]
 
 

@@ -63,7 +63,6 @@ EXPECTED = {
 
 
 def prompt_of(name: str, **body: Any) -> str:
-    """The prompt of one request."""
     upstream = FakeUpstream(says(name, "x"))
     answer = post(name, upstream, **body)
     assert answer.status_code == 200, answer.text
