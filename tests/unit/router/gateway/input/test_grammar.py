@@ -11,12 +11,15 @@ from random import Random
 from typing import Any
 
 import pytest
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from cluster.errors import InvalidRequestError
 from router.client import Client, Sampling
 from router.config import grammar_limits
 from router.gateway.input.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
-from router.gateway.input.schemas import has_instance
+from router.gateway.input.schemas import has_instance, target
 from tests.unit import http_calls
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says
 from tests.unit.http_calls import call, chat, completion, refusal
@@ -264,3 +267,39 @@ def test_checks_at_once_have_large_stacks_and_leave_the_usual(
         pool.shutdown()
     assert sizes == [grammar_limits.STACK_BYTES, usual] * 32
     assert set_size() == usual
+
+
+ROOT: dict[str, Any] = {
+    "$defs": {
+        "x y": {"const": 1}, "é": {"const": 2}, "a/b": {"const": 3}, "a~b": {"const": 4},
+        "~1": {"const": 5}, "a%b": {"const": 6}, "": {"const": 7},
+        "l": {"anyOf": [{"const": 8}, {"const": 9}]}, "0": {"const": 10},
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "", "#", "#/$defs/x%20y", "#/$defs/%C3%A9", "#/$defs/a~1b", "#/$defs/a%7E1b",
+        "#/$defs/a%2Fb", "#/$defs/a~0b", "#/$defs/~01", "#/$defs/a%25b", "#/$defs/",
+        "#/$defs/l/anyOf/0", "#/$defs/l/anyOf/1", "#/$defs/l%2FanyOf%2F1", "#/%24defs/0",
+        "#/$defs/l/anyOf/2", "#/$defs/l/anyOf/0/", "#/$defs/none", "#/", "#anchor", "%23/$defs/0",
+        "other.json", "other.json#/$defs/0",
+    ],
+)  # fmt: skip
+def test_references_stand_for_what_the_referencing_library_finds(reference: str) -> None:
+    resource = DRAFT202012.create_resource(ROOT)
+    resolver = Registry().with_resource("", resource).resolver()
+    try:
+        expected = resolver.lookup(reference).contents
+    except Unresolvable:
+        expected = None
+    assert target(reference, ROOT) is expected
+
+
+@pytest.mark.parametrize("reference", ["#/allOf/" + "9" * 5000, "#/allOf/-1", "#/allOf/x", 5])
+def test_a_reference_to_no_place_of_a_list_is_not_found(reference: object) -> None:
+    schema = {"allOf": [{"type": "null"}], "$ref": reference}
+    assert target(reference, schema) is None
+    assert has_instance(schema, 10)
