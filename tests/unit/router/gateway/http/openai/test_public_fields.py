@@ -43,10 +43,7 @@ CAR = {
     "required": ["brand", "car_type"],
     "additionalProperties": False,
 }
-CAR_FORMAT = {
-    "type": "json_schema",
-    "json_schema": {"name": "car", "schema": CAR, "strict": True},
-}
+CAR_FORMAT = {"type": "json_schema", "json_schema": {"name": "car", "schema": CAR, "strict": True}}
 SQL = """
     ?start: select_statement
     ?select_statement: "SELECT " column_list " FROM " table_name
