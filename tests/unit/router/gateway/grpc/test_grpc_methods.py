@@ -599,7 +599,7 @@ def test_status_as_a_message(upstream: FakeUpstream) -> None:
     assert context.code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_only_streams_and_stop_strings_ask_for_tokens_as_they_come() -> None:
+def test_streams_and_stop_strings_need_tokens_as_they_come() -> None:
     upstream = FakeUpstream(says(" was"))
     with grpc_server(upstream) as address, Client(address) as client:
         client.generate("in", model="tiny")
