@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -103,41 +103,33 @@ class Routers:
         return self.calls
 
 
-Test = Callable[[Predictions, Routers], Coroutine[Any, Any, None]]
-
-
 @pytest.fixture(params=["serve", "links"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
-    """Runs a test with an upstream of one model, without a controller and without delays.
+def routers(request: pytest.FixtureRequest) -> Routers:
+    """Their calls go by Serve, since there is no link, or over links."""
+    return Routers(request.param)
 
-    Its calls go by Serve, since there is no link, or over links.
-    """
+
+@pytest.fixture
+def upstream(
+    routers: Routers, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Predictions]:
+    """An upstream of one model, without a controller and without delays."""
     monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
-    def runs(test: Test) -> None:
-        async def main() -> None:
-            routers = Routers(request.param)
-            handles: Any = {"m": routers}
-            samples = Samples(0.0, {})
-            deployment = Deployment(
-                None,
-                handles,
-                "strict",
-                lambda: True,
-                lambda: False,
-                lambda: samples,
-                lambda uses: None,
-            )
-            predictions = Predictions(deployment, handles, MAX_CALLS)
-            await test(predictions, routers)
-            assert not predictions._answers
-            assert predictions._calls["m"] == 0
+    async def make() -> Predictions:
+        handles: Any = {"m": routers}
+        samples = Samples(0.0, {})
+        deployment = Deployment(
+            None, handles, "strict", lambda: True, lambda: False, lambda: samples, lambda uses: None
+        )
+        return Predictions(deployment, handles, MAX_CALLS)
 
-        asyncio.run(asyncio.wait_for(main(), 20))
-
-    return runs
+    predictions = runner.run(make())
+    yield predictions
+    assert not predictions._answers
+    assert predictions._calls["m"] == 0
 
 
 def request(num_rows: int = 3, width: int = 2, timeout_s: float = 30.0) -> PredictionRequest:
@@ -154,90 +146,71 @@ def asked(upstream: Predictions, given: PredictionRequest) -> asyncio.Task[Predi
     return asyncio.create_task(upstream.predict(given))
 
 
-async def answer_all(routers: Routers, work: asyncio.Task[PredictionReply], **how: Any) -> None:
-    """Answer every call that comes, until the work is done."""
-    while not work.done():
-        for call in routers.calls:
-            if not call.reply.done():
-                call.answer(**how)
-        await asyncio.sleep(0)
-
-
 def check_rows(reply: PredictionReply, given: PredictionRequest) -> None:
     np.testing.assert_array_equal(reply.outputs["y"], -given.inputs["x"][:, :1])
 
 
-def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request()
-        work = asked(upstream, given)
-        [call] = await routers.until(1)
-        assert call.request.request_id == "r"
-        assert call.request.outputs == ("y",)
-        assert call.request.on_expert_loss == "drop"
-        assert 10 < call.request.remaining_s() < 30
-        np.testing.assert_array_equal(call.request.inputs["x"], given.inputs["x"])
-        call.answer(exact=False)
-        reply = await work
-        check_rows(reply, given)
-        assert (reply.exact, reply.identity) == (False, "now")
-        assert routers.counted == [routers.way]
-        assert not call.was_cancelled
-
-    run(test)
+async def test_a_small_request_is_one_call(upstream: Predictions, routers: Routers) -> None:
+    given = request()
+    work = asked(upstream, given)
+    [call] = await routers.until(1)
+    assert call.request.request_id == "r"
+    assert call.request.outputs == ("y",)
+    assert call.request.on_expert_loss == "drop"
+    assert 10 < call.request.remaining_s() < 30
+    np.testing.assert_array_equal(call.request.inputs["x"], given.inputs["x"])
+    call.answer(exact=False)
+    reply = await work
+    check_rows(reply, given)
+    assert (reply.exact, reply.identity) == (False, "now")
+    assert routers.counted == [routers.way]
+    assert not call.was_cancelled
 
 
-def test_calls_know_the_span_of_their_request(
-    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+async def test_calls_know_the_span_of_their_request(
+    upstream: Predictions, routers: Routers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
-
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        serves = spans.tracer.start_span("serve")
-        with as_current(serves):
-            work = asked(upstream, request(2 * MAX_PIECE_ROWS))
-        for call in await routers.until(2):
-            call.answer()
-        await work
-        continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
-        failing = asked(upstream, request())  # is not sampled
-        (await routers.until(3))[2].refuse(InternalError("failed"))
-        await asyncio.gather(failing, return_exceptions=True)
-        [told] = spans.told()
-        assert told.name == "expertmesh.prediction"
-        assert told.parent == serves.get_span_context()
-        assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
-        assert told.attributes["expertmesh.exact"] is True
-        contexts = [span.get_span_context() for span in routers.spans]
-        assert contexts[:2] == [told.context] * 2
-        assert contexts[2] != told.context
-
-    run(test)
+    serves = spans.tracer.start_span("serve")
+    with as_current(serves):
+        work = asked(upstream, request(2 * MAX_PIECE_ROWS))
+    for call in await routers.until(2):
+        call.answer()
+    await work
+    continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
+    failing = asked(upstream, request())  # is not sampled
+    (await routers.until(3))[2].refuse(InternalError("failed"))
+    await asyncio.gather(failing, return_exceptions=True)
+    [told] = spans.told()
+    assert told.name == "expertmesh.prediction"
+    assert told.parent == serves.get_span_context()
+    assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
+    assert told.attributes["expertmesh.exact"] is True
+    contexts = [span.get_span_context() for span in routers.spans]
+    assert contexts[:2] == [told.context] * 2
+    assert contexts[2] != told.context
 
 
-def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
-    run: Callable[[Test], None],
+async def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
+    upstream: Predictions, routers: Routers
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(LARGE_ROWS)
-        work = asked(upstream, given)
-        calls = await routers.until(MAX_PIECES_AT_ONCE)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert len(calls) == MAX_PIECES_AT_ONCE
-        for number in (2, 0, 3):  # answers come in any order
-            calls[number].answer()
-        calls = await routers.until(PIECES)
-        calls[5].answer(exact=False)
-        await answer_all(routers, work)
-        reply = await work
-        check_rows(reply, given)
-        assert reply.exact is False
-        assert len(routers.calls) == PIECES
-        assert len({call.request.request_id for call in routers.calls}) == PIECES
-
-    run(test)
+    given = request(LARGE_ROWS)
+    work = asked(upstream, given)
+    calls = await routers.until(MAX_PIECES_AT_ONCE)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(calls) == MAX_PIECES_AT_ONCE
+    for number in (2, 0, 3, 1):  # answers come in any order
+        calls[number].answer()
+    await routers.until(PIECES)
+    calls[5].answer(exact=False)
+    calls[4].answer()
+    reply = await work
+    check_rows(reply, given)
+    assert reply.exact is False
+    assert len(calls) == PIECES
+    assert len({call.request.request_id for call in calls}) == PIECES
 
 
 @pytest.mark.parametrize(
@@ -257,8 +230,7 @@ def test_pieces_are_of_nearly_equal_size_within_the_bounds(
     given = request(num_rows, width)
     pieces = pieces_of(given)
     sizes = [piece.num_rows for piece in pieces]
-    assert len(sizes) == count
-    assert sum(sizes) == num_rows
+    assert (len(sizes), sum(sizes)) == (count, num_rows)
     assert max(sizes) - min(sizes) <= 1
     rows = np.concatenate([piece.inputs["x"] for piece in pieces])
     np.testing.assert_array_equal(rows, given.inputs["x"])
@@ -270,198 +242,145 @@ def test_replies_of_texts_of_other_lengths_are_joined() -> None:
     assert whole.outputs["y"].tolist() == [["a"], ["longer"]]
 
 
-def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        second.answer()
-        for number in range(3):
-            routers.calls[0 if number == 0 else -1].fail(routers.lost())
-            await routers.until(3 + number)
-        again = routers.calls[-1]
-        assert again.request.request_id == first.request.request_id
-        np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
-        again.answer()
-        check_rows(await work, given)
-        assert len(routers.calls) == 5
-
-    run(test)
-
-
-def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        upstream._budget = RetryBudget(max_tokens=1.0)
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        call.fail(routers.lost())
-        with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
-            await work
-        assert caught.value.retry_after_s == 1.0
-
-    run(test)
-
-
-def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(timeout_s=-0.001))
-        [call] = await routers.until(1)
-        call.fail(routers.lost())
-        with pytest.raises(UnavailableError):
-            await work
-        assert len(routers.calls) == 1
-
-    run(test)
-
-
-def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        for number in range(5):
-            calls = await routers.until(number + 1)
-            calls[-1].refuse(ModelReplacedError(), replaced=True)
-        calls = await routers.until(6)
-        calls[-1].answer("new")
-        assert (await work).identity == "new"
-
-    run(test)
-
-
-def test_a_router_with_other_inputs_is_passed_over_for_a_while(
-    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+async def test_a_piece_whose_router_dies_is_sent_again_and_no_other(
+    upstream: Predictions, routers: Routers
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        call.refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
-        calls = await routers.until(2)
-        calls[1].answer()
-        assert (await work).identity == "now"
-        monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
-        work = asked(upstream, request(timeout_s=1e6))
-        calls = await routers.until(3)
-        calls[2].refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
-        with pytest.raises(ModelReplacedError) as caught:
-            await work
-        assert caught.value.retry_after_s is not None
-
-    run(test)
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(upstream, given)
+    first, second = await routers.until(2)
+    second.answer()
+    for number in range(3):
+        routers.calls[0 if number == 0 else -1].fail(routers.lost())
+        await routers.until(3 + number)
+    again = routers.calls[-1]
+    assert again.request.request_id == first.request.request_id
+    np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
+    again.answer()
+    check_rows(await work, given)
+    assert len(routers.calls) == 5
 
 
-def test_no_reply_is_of_two_models(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        first.answer("old")
-        second.refuse(ModelReplacedError(), replaced=True)
-        calls = await routers.until(3)
-        calls[2].answer("new")
-        calls = await routers.until(5)  # both pieces anew
-        calls[3].answer("new")
-        calls[4].answer("new")
-        reply = await work
-        assert reply.identity == "new"
-        check_rows(reply, given)
-
-    run(test)
+@pytest.mark.parametrize(
+    ("timeout_s", "budget"), [(-0.001, RetryBudget()), (30.0, RetryBudget(max_tokens=1.0))]
+)
+async def test_nothing_is_sent_again_past_its_deadline_or_the_budget(
+    upstream: Predictions, routers: Routers, timeout_s: float, budget: RetryBudget
+) -> None:
+    upstream._budget = budget
+    work = asked(upstream, request(timeout_s=timeout_s))
+    [call] = await routers.until(1)
+    call.fail(routers.lost())
+    with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
+        await work
+    assert caught.value.retry_after_s == 1.0
+    assert len(routers.calls) == 1
 
 
-def test_a_request_that_redeploys_divide_for_ever_is_given_up(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(2 * MAX_PIECE_ROWS))
-        for number in range(1 + REPEATED_TIMES):
-            calls = await routers.until(2 * number + 2)
-            calls[-2].answer("one")
-            calls[-1].answer("other")
-        with pytest.raises(ModelReplacedError):
-            await work
-        assert len(routers.calls) == 2 * (1 + REPEATED_TIMES)
+async def test_a_replaced_model_is_asked_for_again_for_a_while(
+    upstream: Predictions, routers: Routers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = asked(upstream, request())
+    for number in range(6):  # some have other inputs
+        calls = await routers.until(number + 1)
+        calls[-1].refuse(ModelReplacedError(), True, number % 2 == 1)
+    (await routers.until(7))[-1].answer("new")
+    assert (await work).identity == "new"
+    monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
+    work = asked(upstream, request(timeout_s=1e6))
+    (await routers.until(8))[-1].refuse(ModelReplacedError(), True, True)
+    with pytest.raises(ModelReplacedError) as caught:
+        await work
+    assert caught.value.retry_after_s is not None
 
-    run(test)
+
+async def test_no_reply_is_of_two_models(upstream: Predictions, routers: Routers) -> None:
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(upstream, given)
+    first, second = await routers.until(2)
+    first.answer("old")
+    second.refuse(ModelReplacedError(), replaced=True)
+    (await routers.until(3))[2].answer("new")
+    for call in (await routers.until(5))[3:]:  # both pieces anew
+        call.answer("new")
+    reply = await work
+    assert reply.identity == "new"
+    check_rows(reply, given)
+
+
+async def test_a_request_that_redeploys_divide_for_ever_is_given_up(
+    upstream: Predictions, routers: Routers
+) -> None:
+    work = asked(upstream, request(2 * MAX_PIECE_ROWS))
+    for number in range(1 + REPEATED_TIMES):
+        calls = await routers.until(2 * number + 2)
+        calls[-2].answer("one")
+        calls[-1].answer("other")
+    with pytest.raises(ModelReplacedError):
+        await work
+    assert len(routers.calls) == 2 * (1 + REPEATED_TIMES)
 
 
 FULL = OverloadedError("the queue is full", "queue", 0.0)
 
 
-def test_a_full_router_refuses_a_new_request(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
-            work = asked(upstream, request())
-            calls = await routers.until(len(routers.calls) + 1)
-            refuse(calls[-1])
-            with pytest.raises(OverloadedError):
-                await work
-        assert len(routers.calls) == 2
-
-    run(test)
-
-
-def test_a_piece_waits_for_room_while_the_routers_have_another(
-    run: Callable[[Test], None],
-) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        second.refuse(FULL)
-        calls = await routers.until(3)
-        calls[2].refuse(FULL)
-        calls = await routers.until(4)
-        first.answer()
-        await asyncio.sleep(0.01)
-        calls[3].refuse(FULL)  # although none of it is under way, one was answered
-        calls = await routers.until(5)
-        calls[4].answer()
-        check_rows(await work, given)
-
-    run(test)
-
-
-def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(LARGE_ROWS))
-        while not work.done():
-            for call in routers.calls:
-                if not call.reply.done():
-                    call.refuse(FULL)
-            await asyncio.sleep(0)
+async def test_full_routers_refuse_a_new_request(upstream: Predictions, routers: Routers) -> None:
+    for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
+        work = asked(upstream, request())
+        calls = await routers.until(len(routers.calls) + 1)
+        refuse(calls[-1])
         with pytest.raises(OverloadedError):
             await work
-
-    run(test)
-
-
-def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        (await routers.until(1))[0].fail(routers.lost())
-        (await routers.until(2))[1].refuse(FULL)
-        (await routers.until(3))[2].answer()
-        check_rows(await work, request())
-
-    run(test)
+    assert len(routers.calls) == 2
+    work = asked(upstream, request(LARGE_ROWS))
+    while not work.done():  # all of its pieces
+        for call in routers.calls[2:]:
+            if not call.reply.done():
+                call.refuse(FULL)
+        await asyncio.sleep(0)
+    with pytest.raises(OverloadedError):
+        await work
 
 
-def test_what_the_routers_cannot_hold_is_refused_without_a_call(
-    run: Callable[[Test], None],
+async def test_a_piece_waits_for_room_while_the_routers_have_another(
+    upstream: Predictions, routers: Routers
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
-        await routers.until(MAX_CALLS)
-        with pytest.raises(OverloadedError, match="hold 8 requests"):
-            await upstream.predict(request())
-        assert len(routers.calls) == MAX_CALLS
-        routers.calls[0].answer()
-        await held[0]
-        more = asked(upstream, request())
-        (await routers.until(MAX_CALLS + 1))[-1].answer()
-        await more
-        for call in routers.calls[1:MAX_CALLS]:
-            call.answer()
-        await asyncio.gather(*held)
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(upstream, given)
+    first, second = await routers.until(2)
+    second.refuse(FULL)
+    (await routers.until(3))[2].refuse(FULL)
+    calls = await routers.until(4)
+    first.answer()
+    await asyncio.sleep(0.01)
+    calls[3].refuse(FULL)  # although none of it is under way, one was answered
+    (await routers.until(5))[4].answer()
+    check_rows(await work, given)
 
-    run(test)
+
+async def test_a_request_of_a_lost_router_waits_for_room(
+    upstream: Predictions, routers: Routers
+) -> None:
+    work = asked(upstream, request())
+    (await routers.until(1))[0].fail(routers.lost())
+    (await routers.until(2))[1].refuse(FULL)
+    (await routers.until(3))[2].answer()
+    check_rows(await work, request())
+
+
+async def test_what_the_routers_cannot_hold_is_refused_without_a_call(
+    upstream: Predictions, routers: Routers
+) -> None:
+    held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
+    calls = await routers.until(MAX_CALLS)
+    with pytest.raises(OverloadedError, match="hold 8 requests"):
+        await upstream.predict(request())
+    assert len(calls) == MAX_CALLS
+    calls[0].answer()
+    await held[0]
+    held.append(asked(upstream, request()))
+    for call in (await routers.until(MAX_CALLS + 1))[1:]:
+        call.answer()
+    await asyncio.gather(*held)
 
 
 @pytest.mark.parametrize(
@@ -472,85 +391,66 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
         UnavailableError("an expert has no copy"),
     ],
 )
-def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
-    run: Callable[[Test], None], error: ExpertMeshError
+async def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
+    upstream: Predictions, routers: Routers, error: ExpertMeshError
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(LARGE_ROWS))
-        calls = await routers.until(MAX_PIECES_AT_ONCE)
-        calls[1].refuse(error)
-        with pytest.raises(type(error)) as caught:
-            await work
-        assert caught.value.to_wire() == error.to_wire()
-        assert [call.was_cancelled for call in routers.calls] == [True, False, True, True]
-
-    run(test)
+    work = asked(upstream, request(LARGE_ROWS))
+    calls = await routers.until(MAX_PIECES_AT_ONCE)
+    calls[1].refuse(error)
+    with pytest.raises(type(error)) as caught:
+        await work
+    assert caught.value.to_wire() == error.to_wire()
+    assert [call.was_cancelled for call in calls] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("failure", ["raises", "other rows", "no output"])
-def test_a_failure_of_a_router_is_internal_without_its_details(
-    run: Callable[[Test], None], failure: str
+async def test_a_failure_of_a_router_is_internal_without_its_details(
+    upstream: Predictions, routers: Routers, failure: str
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        if failure == "raises":
-            call.fail(RuntimeError("secret"))
-        else:
-            outputs = {} if failure == "no output" else {"y": np.zeros((2, 1))}
-            call.reply.set_result({"reply": PredictionReply(outputs, True, "now").to_wire()})
-        with pytest.raises(InternalError, match=r"^the router failed$"):
-            await work
-
-    run(test)
+    work = asked(upstream, request())
+    [call] = await routers.until(1)
+    if failure == "raises":
+        call.fail(RuntimeError("secret"))
+    else:
+        outputs = {} if failure == "no output" else {"y": np.zeros((2, 1))}
+        call.reply.set_result({"reply": PredictionReply(outputs, True, "now").to_wire()})
+    with pytest.raises(InternalError, match=r"^the router failed$"):
+        await work
 
 
-@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
-def test_a_client_that_leaves_ends_all_calls(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(num_rows))
-        count = 1 if num_rows == 3 else MAX_PIECES_AT_ONCE
-        calls = await routers.until(count)
-        work.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await work
-        assert len(calls) == count
-        assert all(call.was_cancelled for call in calls)
-
-    run(test)
-
-
-@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
-def test_a_deletion_ends_requests_with_a_hint(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(num_rows))
-        calls = await routers.until(1 if num_rows == 3 else MAX_PIECES_AT_ONCE)
-        upstream._deployment.end_requests()
-        with pytest.raises(UnavailableError, match="being deleted") as caught:
-            await work
-        assert caught.value.retry_after_s == 1.0
-        assert all(call.was_cancelled for call in calls)
-        assert upstream.ready().is_deleted
-        assert upstream.model_ready("m").is_deleted
-        with pytest.raises(UnavailableError, match="being deleted"):
-            await upstream.predict(request())
-
-    run(test)
-
-
-def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
-    run: Callable[[Test], None],
+@pytest.mark.parametrize(("num_rows", "count"), [(3, 1), (LARGE_ROWS, MAX_PIECES_AT_ONCE)])
+async def test_a_client_that_leaves_and_a_deletion_end_all_calls(
+    upstream: Predictions, routers: Routers, num_rows: int, count: int
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work: Awaitable[PredictionReply] = asked(upstream, request())
-        [call] = await routers.until(1)
-        upstream._deployment.refuse_new_requests()
-        with pytest.raises(UnavailableError, match="being deleted"):
-            await upstream.predict(request())
-        call.answer()
-        check_rows(await work, request())
+    work = asked(upstream, request(num_rows))
+    await routers.until(count)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert [call.was_cancelled for call in routers.calls] == [True] * count
+    work = asked(upstream, request(num_rows))
+    await routers.until(2 * count)
+    upstream._deployment.end_requests()
+    with pytest.raises(UnavailableError, match="being deleted") as caught:
+        await work
+    assert caught.value.retry_after_s == 1.0
+    assert [call.was_cancelled for call in routers.calls] == [True] * 2 * count
+    assert upstream.ready().is_deleted
+    assert upstream.model_ready("m").is_deleted
+    with pytest.raises(UnavailableError, match="being deleted"):
+        await upstream.predict(request())
 
-    run(test)
+
+async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
+    upstream: Predictions, routers: Routers
+) -> None:
+    work = asked(upstream, request())
+    [call] = await routers.until(1)
+    upstream._deployment.refuse_new_requests()
+    with pytest.raises(UnavailableError, match="being deleted"):
+        await upstream.predict(request())
+    call.answer()
+    check_rows(await work, request())
 
 
 class CrashedError(ActorDiedError):
@@ -560,20 +460,17 @@ class CrashedError(ActorDiedError):
         return "The actor is dead because its worker process has died."
 
 
-def test_a_piece_that_ends_its_routers_is_given_up(run: Callable[[Test], None]) -> None:
+async def test_a_piece_that_ends_its_routers_is_given_up(
+    upstream: Predictions, routers: Routers
+) -> None:
     """A broken link says nothing of the router behind it; Serve's call does."""
-
-    async def test(predictions: Predictions, routers: Routers) -> None:
-        asked = asyncio.ensure_future(predictions.predict(request()))
-        lost = 0
-        if routers.way == "links":
-            (await routers.until(1))[0].fail(LinkBrokenError())
-            lost = 1
-        for number in range(6):
-            (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
-        with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
-            await asked
-        assert len(routers.calls) == lost + 6
-        assert routers.counted == ["links"] * lost + ["serve"] * 6
-
-    run(test)
+    work = asked(upstream, request())
+    lost = int(routers.way == "links")
+    if lost:
+        (await routers.until(1))[0].fail(LinkBrokenError())
+    for number in range(6):
+        (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
+    with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
+        await work
+    assert len(routers.calls) == lost + 6
+    assert routers.counted == ["links"] * lost + ["serve"] * 6
