@@ -64,43 +64,40 @@ def counted(served: GenerationService, name: str) -> float:
 
 async def until_closed(upstream: FakeUpstream) -> None:
     assert await asyncio.to_thread(upstream.closed.wait, WAIT_S)
+    upstream.closed.clear()
 
 
-def test_the_work_ends_while_the_client_does_not_read() -> None:
-    async def run() -> None:
-        upstream = Flood()
-        served = service(upstream, SHORT)
-        async with aclosing(start(served)) as deltas:
-            await anext(deltas)
-            await until_closed(upstream)
-            await asyncio.sleep(0)
-            assert counted(served, "expertmesh_slow_readers_total") == 1
-            assert counted(served, "expertmesh_requests_in_flight") == 0
-            async with aclosing(start(served)) as others:  # its place is free, too
-                assert (await anext(others)).token_ids
-            with pytest.raises(SlowReaderError, match=r"read nothing for 0.05 s"):
-                await anext(deltas)
-
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
-
-
-def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
-    async def run() -> None:
-        upstream = FakeUpstream(lambda request: (), endless=True)
-        served = service(upstream)
-        given = {**ASKED, "timeout_s": 0.01}
-        with pytest.raises(DeadlineExceededError):
-            await anext(start(served, given))
+async def test_the_work_ends_while_the_client_does_not_read() -> None:
+    upstream = Flood()
+    served = service(upstream, SHORT)
+    async with aclosing(start(served)) as deltas:
+        await anext(deltas)
         await until_closed(upstream)
+        await asyncio.sleep(0)
+        assert counted(served, "expertmesh_slow_readers_total") == 1
         assert counted(served, "expertmesh_requests_in_flight") == 0
+        async with aclosing(start(served)) as others:  # its place is free, too
+            assert (await anext(others)).token_ids
+        with pytest.raises(SlowReaderError, match=r"read nothing for 0.05 s"):
+            await anext(deltas)
+    deltas = start(served)
+    await anext(deltas)
+    await until_closed(upstream)
+    await deltas.aclose()  # a client that leaves while its work ends is no error
 
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
+
+async def test_a_token_that_never_comes_ends_with_the_deadline() -> None:
+    upstream = FakeUpstream(lambda request: (), endless=True)
+    served = service(upstream)
+    with pytest.raises(DeadlineExceededError):
+        await anext(start(served, {**ASKED, "timeout_s": 0.01}))
+    await until_closed(upstream)
+    assert counted(served, "expertmesh_requests_in_flight") == 0
 
 
 def test_a_client_that_is_slow_but_reads_keeps_its_stream() -> None:
     async def run() -> None:
-        upstream = Flood()
-        served = service(upstream, GatewayConfig(reader_timeout_s=0.3))
+        served = service(Flood(), GatewayConfig(reader_timeout_s=0.3))
         async with aclosing(start(served)) as deltas:
             for _ in range(12):  # longer in sum than may be waited for one
                 await anext(deltas)
@@ -110,46 +107,28 @@ def test_a_client_that_is_slow_but_reads_keeps_its_stream() -> None:
     run_in_virtual_time(run())
 
 
-def test_a_client_may_leave_the_end_of_a_stream_unread() -> None:
-    async def run() -> None:
-        upstream = FakeUpstream(lambda request: [TokenEvent(0, (5,), (), "length")])
-        served = service(upstream, SHORT)
-        async with aclosing(start(served)) as deltas:
-            assert (await anext(deltas)).usage is not None
-            async with aclosing(start(served)) as others:
-                await anext(others)
-            await asyncio.sleep(2 * SHORT.reader_timeout_s)
-            assert await anext(deltas, None) is None
-        assert counted(served, "expertmesh_slow_readers_total") == 0
-
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
+async def test_a_client_may_leave_the_end_of_a_stream_unread() -> None:
+    served = service(FakeUpstream(lambda request: [TokenEvent(0, (5,), (), "length")]), SHORT)
+    async with aclosing(start(served)) as deltas:
+        assert (await anext(deltas)).usage is not None
+        async with aclosing(start(served)) as others:
+            await anext(others)
+        await asyncio.sleep(2 * SHORT.reader_timeout_s)
+        assert await anext(deltas, None) is None
+    assert counted(served, "expertmesh_slow_readers_total") == 0
 
 
-def test_a_client_that_leaves_while_its_work_ends_is_no_error() -> None:
-    async def run() -> None:
-        upstream = Flood()
-        deltas = start(service(upstream, SHORT))
-        await anext(deltas)
-        await until_closed(upstream)
-        await deltas.aclose()
-
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
-
-
-def test_one_more_request_than_may_be_under_way_is_refused() -> None:
-    async def run() -> None:
-        served = service(Flood(), GatewayConfig(max_ongoing_requests=2))
-        async with aclosing(start(served)) as one, aclosing(start(served)) as two:
-            await anext(one)
-            await anext(two)
-            with pytest.raises(OverloadedError, match="at most 2 requests") as caught:
-                await anext(start(served))
-            assert caught.value.retry_after_s == 1.0
-            await one.aclose()
-            async with aclosing(start(served)) as three:
-                await anext(three)
-
-    asyncio.run(asyncio.wait_for(run(), WAIT_S))
+async def test_one_more_request_than_may_be_under_way_is_refused() -> None:
+    served = service(Flood(), GatewayConfig(max_ongoing_requests=2))
+    async with aclosing(start(served)) as one, aclosing(start(served)) as two:
+        await anext(one)
+        await anext(two)
+        with pytest.raises(OverloadedError, match="at most 2 requests") as caught:
+            await anext(start(served))
+        assert caught.value.retry_after_s == 1.0
+        await one.aclose()
+        async with aclosing(start(served)) as three:
+            await anext(three)
 
 
 def test_a_grpc_stream_that_is_not_read_ends_with_its_reason() -> None:
@@ -220,12 +199,9 @@ def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
                 third.take(1)
         assert places.taken == 8
     assert places.taken == 0
-
-
-def test_one_model_alone_may_take_all_places() -> None:
-    places = Places(3, ["a"])
-    with places.share_of("a") as crowd:
+    alone = Places(3, ["a"])
+    with alone.share_of("a") as crowd:
         crowd.take(3)
         with pytest.raises(OverloadedError, match=r"at most 3 requests at one time$"):
             crowd.take(1)
-    assert places.taken == 0
+    assert alone.taken == 0
