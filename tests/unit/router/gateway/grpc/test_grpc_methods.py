@@ -470,7 +470,8 @@ def health(upstream: FakeUpstream) -> Iterator[Health]:
 
 
 def test_health(health: Health, upstream: FakeUpstream) -> None:
-    assert health.check()[0] == health.check("expertmesh.v1.Inference")[0] == SERVING
+    for service in ("", "expertmesh.v1.Inference", "inference.GRPCInferenceService"):
+        assert health.check(service)[0] == SERVING
     watch = health.watch()
     assert next(watch).status == SERVING
     upstream.readiness = Readiness("an expert is missing", (3, 8), 1.5)

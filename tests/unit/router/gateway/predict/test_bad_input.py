@@ -74,25 +74,13 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         Infer("digits", [Tensor("pixels", "FP64", (2, 4), b"\0" * 64)]),
         "inputs.pixels.datatype", "must be FP32; got 'FP64'",
     ),
-    "no datatype": (
-        Infer("digits", [Tensor("pixels", "", (2, 4), b"\0" * 32)]),
-        "inputs.pixels.datatype", "must be FP32; got ''",
-    ),
     "shape": (
         Infer("digits", [Tensor("pixels", "FP32", (2, 5), b"\0" * 40)]),
         "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [2, 5]",
     ),
-    "one row without its batch axis": (
-        Infer("digits", [Tensor("pixels", "FP32", (4,), b"\0" * 16)]),
-        "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [4]",
-    ),
     "no rows": (
         Infer("digits", [Tensor("pixels", "FP32", (0, 4), b"")]),
         "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got 0",
-    ),
-    "a negative axis": (
-        Infer("digits", [Tensor("pixels", "FP32", (-1, 4), b"")]),
-        "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got -1",
     ),
     "a vast shape": (
         Infer("digits", [Tensor("pixels", "FP32", (2**62, 2**62), b"")]),
@@ -111,29 +99,13 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)]),
         "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
     ),
-    "too many values": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0] * 9)]),
-        "inputs.pixels", "data has 9 values; its shape needs 8",
-    ),
     "not finite in bytes": (
         Infer("digits", [Tensor("pixels", "FP32", (2, 4), NAN)]),
         "inputs.pixels", "row 1 has nan; all values must be finite in FP32",
     ),
-    "not finite in values": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0, float("inf")] * 4)]),
-        "inputs.pixels", "row 0 has inf; all values must be finite in FP32",
-    ),
     "a BOOL of 2": (
         Infer("team/flow", flow(flags=Tensor("flags", "BOOL", (3, 2), b"\0\1\2\0\1\0"))),
         "inputs.flags", "has a byte that is neither 0 nor 1, must be BOOL",
-    ),
-    "a UINT8 of 256": (
-        Infer("team/flow", [
-            Tensor(t.name, t.datatype, t.shape, [256, 0, 0] if t.name == "bytes" else [1] * 3)
-            for t in flow(features=None, flags=None)
-        ] + [Tensor("features", "FP64", (3, 2, 3), [1.0] * 18),
-             Tensor("flags", "BOOL", (3, 2), [True] * 6)]),
-        "inputs.bytes", "data has 256; each value must be an integer from 0 to 255",
     ),
     "timeout_s": (
         Infer("digits", [GOOD], parameters={"timeout_s": 0.0}),
@@ -143,17 +115,9 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         Infer("digits", [GOOD], parameters={"timeout_s": 3601.0}),
         "parameters.timeout_s", "must be less than or equal to 3600; got 3601.0",
     ),
-    "timeout_s as a text": (
-        Infer("digits", [GOOD], parameters={"timeout_s": "1"}),
-        "parameters.timeout_s", "must be a valid number; got '1'",
-    ),
     "timeout": (
         Infer("digits", [GOOD], parameters={"timeout": -1}),
         "parameters.timeout", "must be greater than or equal to 1; got -1",
-    ),
-    "a late timeout": (
-        Infer("digits", [GOOD], parameters={"timeout": 3_600_000_001}),
-        "parameters.timeout", "must be less than or equal to 3600000000; got 3600000001",
     ),
     "both timeouts": (
         Infer("digits", [GOOD], parameters={"timeout": 5, "timeout_s": 5.0}),
@@ -226,14 +190,9 @@ BODIES: dict[str, tuple[Any, str]] = {
     "no object": ([], "the body must be a JSON object"),
     "no inputs": ({}, "inputs: is missing"),
     "inputs that are no list": ({"inputs": {}}, "inputs: must be a list; got a mapping of 0"),
-    "an input that is no object": ({"inputs": [3]}, "inputs[0]: must be a mapping; got 3"),
     "an unknown field": ({"inputs": [INPUT], "in\nput": 1}, "'in\\nput': unknown field; allowed"),
     "an unknown field of an input": (
         {"inputs": [{**INPUT, "dtype": "FP32"}]}, "inputs[0].dtype: unknown field; allowed: data",
-    ),
-    "an unknown field of an output": (
-        {"inputs": [INPUT], "outputs": [{"name": "label", "shape": [1]}]},
-        "outputs[0].shape: unknown field; allowed: name, parameters",
     ),
     "no name": ({"inputs": [{**INPUT, "name": 4}]}, "inputs[0].name: must be a valid string;"),
     "half a character": (
@@ -241,7 +200,6 @@ BODIES: dict[str, tuple[Any, str]] = {
     ),
     "no data": ({"inputs": [{**INPUT, "data": None}]}, "inputs[0].data: is missing"),
     "data that is no list": ({"inputs": [{**INPUT, "data": "1"}]}, "inputs[0].data: must be a"),
-    "no shape": ({"inputs": [{**INPUT, "shape": 4}]}, "inputs[0].shape: must be a list; got 4"),
     "a datatype that is no text": (
         {"inputs": [{**INPUT, "datatype": ["FP32"]}]},
         "inputs.pixels.datatype: must be FP32; got a list of 1",
@@ -292,22 +250,19 @@ def test_a_malformed_body_is_refused_with_its_place(name: str) -> None:
     assert upstream.requests == []
 
 
+WRONG_LENGTH = f"{LENGTH_HEADER}: must be from 1 to the body's "
+
+
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ("", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("0", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("-1", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("1e2", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("99999", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("9" * 30, f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        *((length, WRONG_LENGTH) for length in ("", "0", "-1", "1e2", "99999", "9" * 30)),
         ("10", "the body is not JSON: "),
         (None, "the body is not JSON: it cannot be decoded"),
     ],
 )
 def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> None:
-    bytes_ = b"\xff" * 16
-    body, _ = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), bytes_)]))
+    body, _ = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\xff" * 16)]))
     headers = {} if length is None else {LENGTH_HEADER: length}
     response = http_call(DIGITS, body, headers)
     assert response.status_code == 400
@@ -320,11 +275,6 @@ def test_bytes_that_no_input_has_are_refused() -> None:
     assert response.json()["error"] == (
         "inputs: 17 bytes follow the JSON, but the inputs' binary_data_size adds up to 16"
     )
-
-
-def changed(message: Any, change: Callable[[Any], object]) -> Any:
-    change(message)
-    return message
 
 
 GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -374,7 +324,8 @@ GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
 @pytest.mark.parametrize("name", GRPC)
 def test_a_malformed_message_is_refused_with_its_place(name: str) -> None:
     change, message = GRPC[name]
-    request = changed(grpc_message(Infer("digits", [GOOD])), change)
+    request = grpc_message(Infer("digits", [GOOD]))
+    change(request)
     with pytest.raises(ExpertMeshError) as caught:
         grpc_call("ModelInfer", request.SerializeToString())
     assert str(caught.value) == message

@@ -8,10 +8,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.errors import OverloadedError
-from router.config.deployment import GatewayConfig
 from router.messages.tensor_bytes import array_of
 from router.protos import open_inference_pb2 as messages
 from router.protos.errors import DETAILS_KEY, error_from_grpc
@@ -37,18 +35,12 @@ def upstream() -> FakePredictions:
 
 
 @pytest.fixture
-def channel(upstream: FakePredictions) -> Iterator[grpc.Channel]:
-    limits = GatewayConfig(max_body_bytes=8192)
+def stub(upstream: FakePredictions) -> Iterator[Any]:
     with (
-        grpc_server(TEXT_UPSTREAM, limits=limits, predictions=upstream) as address,
-        grpc.insecure_channel(address) as opened,
+        grpc_server(TEXT_UPSTREAM, predictions=upstream) as address,
+        grpc.insecure_channel(address) as channel,
     ):
-        yield opened
-
-
-@pytest.fixture
-def stub(channel: grpc.Channel) -> Any:
-    return GRPCInferenceServiceStub(channel)
+        yield GRPCInferenceServiceStub(channel)
 
 
 def infer(stub: Any, request: Infer) -> tuple[Any, dict[str, str]]:
@@ -163,15 +155,6 @@ def test_errors_have_a_status_and_the_field(stub: Any, upstream: FakePredictions
     assert (error.code(), "secret" in error.details()) == (grpc.StatusCode.INTERNAL, False)
 
 
-def test_bytes_that_are_no_message_and_messages_that_are_too_large(channel: grpc.Channel) -> None:
-    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-    error = refused(lambda: call(b"\xff\xff", timeout=WAIT_S))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    error = refused(lambda: call(b"\0" * 8193, timeout=WAIT_S))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "the message is over the limit of 8192 bytes"
-
-
 def test_a_client_that_cancels_ends_its_request(stub: Any, upstream: FakePredictions) -> None:
     upstream.endless = True
     call = stub.ModelInfer.future(grpc_message(Infer("digits", [tensor("pixels", PIXELS)])))
@@ -179,9 +162,3 @@ def test_a_client_that_cancels_ends_its_request(stub: Any, upstream: FakePredict
         assert not call.done()
     call.cancel()
     assert upstream.cancelled.wait(WAIT_S)
-
-
-def test_health_knows_the_service(channel: grpc.Channel) -> None:
-    asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
-    told = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=WAIT_S)
-    assert told.status == health_pb2.HealthCheckResponse.SERVING
