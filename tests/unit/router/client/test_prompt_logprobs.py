@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from router.client import Client, Message, PromptLogprobs, Reply, Sampling, wire
-from router.engine.scheduling.scheduler import Limits
-from router.retry import RetryPolicy
-from tests.checkpoints import save_mixtral
-from tests.local_cluster import LocalCluster
+from router.client import Message, PromptLogprobs, Reply, Sampling
 from tests.local_gateway import LocalGateway
-from tests.unit.blocking_client import BlockingAsyncClient
 from tests.unit.gateway_fakes import serve_grpc
+from tests.unit.router.client.broken import Connect, broken_stream, whole_reply
 from tests.unit.router.engine.test_engine import prompt_of
 
 PROMPT = prompt_of(30, 3)
 ASKED = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, prompt_logprobs=2, logprobs=1)
-QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
-Connect = type[Client] | type[BlockingAsyncClient]
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGateway]:
-    folder: Path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(folder)
-    cluster = LocalCluster(folder, limits=Limits(4, 8, 16), identity="one")
-    yield LocalGateway(folder, cluster)
-    cluster.close()
-
-
-@pytest.fixture(params=[Client, BlockingAsyncClient])
-def connect(request: pytest.FixtureRequest) -> Connect:
-    chosen: Connect = request.param
-    return chosen
 
 
 def rows_of(pieces: list[Reply]) -> list[PromptLogprobs | None]:
     return [row for piece in pieces for row in piece.prompt_logprobs]
 
 
-def whole_reply(gateway: LocalGateway, connect: Connect, **others: object) -> Reply:
-    with serve_grpc(gateway) as address, connect(address) as client:
-        [reply] = client.generate(PROMPT, ASKED, **others)
-        return reply
-
-
 def test_the_numbers_are_those_of_http(gateway: LocalGateway, connect: Connect) -> None:
-    reply = whole_reply(gateway, connect)
+    reply = whole_reply(gateway, connect, PROMPT, ASKED)
     first, *rows = reply.prompt_logprobs
     body = {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}
     over_http = gateway.post(**body).json()["choices"][0]["prompt_logprobs"]
@@ -61,7 +31,7 @@ def test_the_numbers_are_those_of_http(gateway: LocalGateway, connect: Connect) 
 
 
 def test_a_stream_has_them_before_the_first_token(gateway: LocalGateway, connect: Connect) -> None:
-    whole = whole_reply(gateway, connect)
+    whole = whole_reply(gateway, connect, PROMPT, ASKED)
     with serve_grpc(gateway) as address, connect(address) as client:
         pieces = list(client.stream(PROMPT, ASKED))
     assert tuple(rows_of(pieces)) == whole.prompt_logprobs
@@ -73,17 +43,10 @@ def test_a_stream_has_them_before_the_first_token(gateway: LocalGateway, connect
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_a_broken_stream_goes_on_without_repeating_any(
-    gateway: LocalGateway, connect: Connect, count: int, monkeypatch: pytest.MonkeyPatch
+    gateway: LocalGateway, connect: Connect, count: int
 ) -> None:
-    monkeypatch.setattr(wire, "LOST_S", 0.05)
-    whole = whole_reply(gateway, connect)
-    pieces: list[Reply] = []
-    with serve_grpc(gateway) as address:
-        client = connect(address, retry=QUICK)
-        stream = client.stream(PROMPT, ASKED, timeout_s=30)
-        pieces.extend(next(stream) for _ in range(count))
-    with serve_grpc(gateway, int(address.rpartition(":")[2])), client:
-        pieces.extend(stream)
+    whole = whole_reply(gateway, connect, PROMPT, ASKED)
+    pieces = broken_stream(connect, gateway, gateway, PROMPT, ASKED, count)
     assert tuple(rows_of(pieces)) == whole.prompt_logprobs
     assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
     assert "".join(piece.text for piece in pieces) == whole.text
