@@ -31,17 +31,6 @@ def test_a_key_is_known_by_its_hash(tmp_path: Path, mode: int) -> None:
     assert next(iter(callers)).hex() == HASH
 
 
-def test_a_file_may_have_no_key(tmp_path: Path) -> None:
-    assert read_callers(written(tmp_path, "keys: []\n"))[0] == {}
-
-
-def test_several_keys_may_have_one_name(tmp_path: Path) -> None:
-    other = f"- {{sha256: '{'0' * 64}', name: alice, roles: [admin]}}\n"
-    callers, _ = read_callers(written(tmp_path, GOOD + other))
-    assert {caller.name for caller in callers.values()} == {"alice"}
-    assert len(callers) == 2
-
-
 def test_keys_of_one_name_share_its_limits(tmp_path: Path) -> None:
     limits = "{requests_per_s: 0.5, tokens_per_min: 6000, concurrent_tokens: 900, priority: -3}"
     first = LIMITED.replace("LIMITS", limits)
@@ -51,6 +40,7 @@ def test_keys_of_one_name_share_its_limits(tmp_path: Path) -> None:
         requests_per_s=0.5, tokens_per_min=6000, concurrent_tokens=900, priority=-3
     )
     assert [caller.limits for caller in callers.values()] == [expected, expected]
+    assert read_callers(written(tmp_path, "keys: []\n"))[0] == {}
     other = second.replace("6000", "6001")
     reason = r"keys\[1\]\.limits differ from those of keys\[0\], of the same name"
     with pytest.raises(ConfigError, match=reason) as refused:
