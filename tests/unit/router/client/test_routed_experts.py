@@ -1,4 +1,7 @@
-"""The experts of tokens over HTTP and gRPC: whole, streamed, resumed, forced, refused by name."""
+"""Experts of tokens and a prompt's log probabilities, over HTTP and gRPC: whole, streamed, resumed.
+
+Forced experts that are wrong are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import InvalidRequestError
-from router.client import Client, Message, Reply, Sampling, wire
+from router.client import Client, Message, PromptLogprobs, Reply, Sampling, wire
 from router.config.deployment import GatewayConfig
 from router.gateway.input.request.parts import ExpertRows
 from tests.local_cluster import LocalCluster
@@ -23,6 +26,7 @@ from tests.unit.router.engine.test_engine import prompt_of
 
 PROMPT, COUNT = prompt_of(30, 3), 4
 ASKED = Sampling(max_tokens=COUNT, temperature=0.0, ignore_eos=True, return_routed_experts=True)
+OF_PROMPT = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, prompt_logprobs=2, logprobs=1)
 BODY = {
     "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True,
     "return_routed_experts": True,
@@ -78,14 +82,20 @@ def test_a_stream_has_each_row_with_the_tokens_after_it(
     assert np.array_equal(np.concatenate(parts), whole.routed_experts)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [*((ASKED, count) for count in (1, 3, 4, 6)), *((OF_PROMPT, count) for count in (1, 2, 4, 5))],
+)
 def test_a_broken_stream_goes_on_without_repeating_a_row(
-    gateway: LocalGateway, connect: Connect, count: int
+    gateway: LocalGateway, connect: Connect, asked: Sampling, count: int
 ) -> None:
-    whole = whole_reply(gateway, connect, PROMPT, ASKED)
-    pieces = broken_stream(connect, gateway, gateway, PROMPT, ASKED, count)
-    assert np.array_equal(rows_of(pieces), whole.routed_experts)
+    whole = whole_reply(gateway, connect, PROMPT, asked)
+    pieces = broken_stream(connect, gateway, gateway, PROMPT, asked, count)
+    if asked.return_routed_experts:
+        assert np.array_equal(rows_of(pieces), whole.routed_experts)
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
     assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
+    assert "".join(piece.text for piece in pieces) == whole.text
 
 
 @pytest.mark.parametrize("lost_after", [1, 3, 5])
@@ -238,3 +248,57 @@ def test_rows_count_towards_the_memory_of_a_request(folder: Path, cluster: Local
     refused = small.post(**body | {"max_tokens": 50})
     assert "add up to 262 tokens; at most 256" in refused.json()["error"]["message"]
     assert small.post(**body | {"max_tokens": 50, "return_routed_experts": False}).is_success
+
+
+def logprobs_of(pieces: list[Reply]) -> list[PromptLogprobs | None]:
+    return [row for piece in pieces for row in piece.prompt_logprobs]
+
+
+def test_the_numbers_are_those_of_http(gateway: LocalGateway, connect: Connect) -> None:
+    reply = whole_reply(gateway, connect, PROMPT, OF_PROMPT)
+    first, *rows = reply.prompt_logprobs
+    body = {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}
+    over_http = gateway.post(**body).json()["choices"][0]["prompt_logprobs"]
+    assert (first, over_http[0], len(reply.token_ids)) == (None, None, 3)
+    for token_id, row, expected in zip(PROMPT[1:], rows, over_http[1:], strict=True):
+        assert expected[str(token_id)]["logprob"] == row.logprob
+        assert expected[str(token_id)]["rank"] == row.rank
+        assert [expected[str(i)]["logprob"] for i in row.top_ids] == list(row.top_logprobs)
+
+
+def test_a_stream_has_them_before_the_first_token(gateway: LocalGateway, connect: Connect) -> None:
+    whole = whole_reply(gateway, connect, PROMPT, OF_PROMPT)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        pieces = list(client.stream(PROMPT, OF_PROMPT))
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
+    assert sum(bool(piece.prompt_logprobs) for piece in pieces) > 1
+    begun = [bool(piece.token_ids) for piece in pieces]
+    assert begun == sorted(begun)
+    assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
+
+
+def test_an_echo_begins_the_text_once(gateway: LocalGateway, connect: Connect) -> None:
+    asked = Sampling(max_tokens=2, temperature=0.0, echo=True, logprobs=1)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        [whole] = client.generate("the quick", asked)
+        pieces = list(client.stream("the quick", asked))
+        [chat] = client.generate(messages=[Message("user", "fox")], sampling=asked)
+    assert whole.text.startswith("the quick")
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
+    assert whole.prompt_logprobs[0] is None
+    assert chat.text.startswith("user: fox\nassistant:")
+
+
+def test_a_prompt_alone_is_answered_without_a_token(
+    gateway: LocalGateway, connect: Connect
+) -> None:
+    asked = Sampling(max_tokens=0, prompt_logprobs=0)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        [reply] = client.generate(PROMPT, asked)
+        [single] = client.generate(PROMPT[:1], asked)
+    assert (reply.token_ids, reply.finish_reason, reply.text) == ((), "length", "")
+    assert [row.top_ids for row in reply.prompt_logprobs[1:]] == [()] * (len(PROMPT) - 1)
+    assert single.prompt_logprobs == (None,)
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(PROMPT), 0)

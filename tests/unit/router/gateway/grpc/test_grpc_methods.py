@@ -12,6 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.fuzzing.hostile import http2_call, said
 from cluster.errors import (
     DeadlineExceededError,
     ExpertMeshError,
@@ -40,7 +41,6 @@ from tests.unit.gateway_fakes import (
     grpc_server,
     says,
     tokenizer,
-    vocab_size,
 )
 
 CORRUPT, MAX_BYTES = b"\xff\xff\xff", 4 << 20
@@ -162,8 +162,6 @@ def test_a_conversation_is_rendered_by_the_chat_template(
     [
         (None, [], "prompt"),
         ("in", [HELLO], "messages"),
-        ([5], [HELLO], "messages"),
-        (None, [HELLO, Message("robot", "in")], "messages[1].role"),
         (None, [HELLO, Message("system", "in")], "messages"),
         (None, [Message("user", "in " * CONTEXT)], "messages"),
         (None, [HELLO] * 5000, "messages"),
@@ -176,12 +174,8 @@ def test_a_request_has_exactly_one_input_that_makes_sense(
         client.generate(prompt, messages=messages, model="tiny")
     assert caught.value.field == field
     assert len(str(caught.value)) < 200
-
-
-def test_a_conversation_with_a_model_without_a_template_is_refused(client: Client) -> None:
-    with pytest.raises(InvalidRequestError, match="no chat template; send a prompt") as caught:
+    with pytest.raises(InvalidRequestError, match="no chat template; send a prompt"):
         client.generate(messages=[HELLO], model="bare")
-    assert caught.value.field == "messages"
 
 
 def test_a_stream_has_usage_and_reason_at_the_end(upstream: FakeUpstream) -> None:
@@ -224,10 +218,10 @@ def test_an_error_says_nothing_of_exactness_and_one_that_is_not_ours_nothing_at_
 def test_the_contract_travels_and_the_client_tells_of_exactness(contract: str) -> None:
     upstream = FakeUpstream(says(" was", exact=contract == "strict"))
     with grpc_server(upstream) as address, Client(address) as client:
-        [reply] = client.generate("in", on_expert_loss=contract)
-        pieces = list(client.stream("in", on_expert_loss=contract))
+        replies = client.generate("in", on_expert_loss=contract)
+        replies += client.stream("in", on_expert_loss=contract)
     assert [one.on_expert_loss for one in upstream.requests] == [contract] * 2
-    assert {reply.exact, *(piece.exact for piece in pieces)} == {contract == "strict"}
+    assert {reply.exact for reply in replies} == {contract == "strict"}
 
 
 def test_only_fields_that_are_set_replace_defaults(upstream: FakeUpstream) -> None:
@@ -236,8 +230,6 @@ def test_only_fields_that_are_set_replace_defaults(upstream: FakeUpstream) -> No
     plain, given = (one.sampling for one in upstream.requests)
     assert (plain.temperature, plain.max_tokens, plain.n) == (1.0, 16, 1)
     assert (given.temperature, given.seed) == (0.0, 0)
-    with_zero = inference_pb2.Sampling(max_tokens=0)
-    assert with_zero.HasField("max_tokens")
     _, context = call(upstream, "Generate", request(max_tokens=0))
     assert context.details.startswith("sampling.max_tokens:")
 
@@ -263,11 +255,9 @@ def test_corrupt_bytes_are_an_invalid_argument(upstream: FakeUpstream, method: s
     ("bad", "field"),
     [
         ({}, "prompt"),
-        ({"prompt": ""}, "prompt"),
         ({"prompt_token_ids": {"ids": []}}, "prompt_token_ids.ids"),
         ({"prompt_token_ids": {"ids": [3, -1]}}, "prompt_token_ids.ids[1]"),
-        ({"prompt_token_ids": {"ids": [vocab_size()]}}, "prompt_token_ids.ids[0]"),
-        ({"prompt": "x", "sampling": {"stop": ["ok", ""]}}, "sampling.stop[1]"),
+        ({"prompt": "x", "sampling": {"n": 17}}, "sampling.n"),
         ({"prompt": "x", "timeout_s": -1}, "timeout_s"),
         ({"prompt": "x", "on_expert_loss": "guess"}, "on_expert_loss"),
     ],
@@ -389,6 +379,8 @@ def test_the_client_asks_for_models_and_status(client: Client) -> None:
     [tiny] = client.model_info("tiny")
     assert (tiny.num_experts, tiny.num_experts_per_tok, tiny.dtype) == (8, 2, "float32")
     assert client.status() == STATUS
+    with Client("127.0.0.1:1") as nobody, pytest.raises(UnreachableError):
+        nobody.status()
     with pytest.raises(UnknownModelError):
         client.model_info("nope")
 
@@ -417,19 +409,6 @@ def test_the_client_raises_typed_errors(error: ExpertMeshError, after: int) -> N
             assert not isinstance(caught.value, UnreachableError)
             # A stream's error is a status alone; no empty message comes before it.
             assert len(pieces) == (after if attempt == client.stream else 0)
-
-
-def test_the_client_names_the_bad_field(client: Client) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        client.generate([3, -4])
-    assert caught.value.field == "prompt_token_ids.ids[1]"
-    with pytest.raises(InvalidRequestError, match="cannot be sent"):
-        client.generate("in", Sampling(seed=2**70))
-
-
-def test_nobody_at_the_address_is_unreachable() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(UnreachableError):
-        client.status()
 
 
 def test_leaving_a_stream_ends_it_upstream() -> None:
@@ -537,3 +516,17 @@ def test_the_first_model_is_asked_for_once_and_again_when_it_when_it_is_gone(
             ask("in")
         client.generate("in")
         assert len(asked) == 2 + number
+
+
+async def test_a_call_whose_method_is_no_text_does_not_end_grpcios_server() -> None:
+    """For it pyproject.toml bounds grpcio's versions."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    # Until nothing more comes, by when a server that it ends has ended.
+    await asyncio.to_thread(said, ("127.0.0.1", port), http2_call("/a\xff/b", b""))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/a/b")(b"", timeout=60.0)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    await server.stop(None)

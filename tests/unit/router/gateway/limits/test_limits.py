@@ -1,26 +1,29 @@
-"""A client that does not read its stream: its work ends, others' goes on, and it is counted."""
+"""Clients that do not read their streams or send their bodies, and the room of models and keys."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
+from starlette.types import Message
 
 from cluster.errors import DeadlineExceededError, OverloadedError, SlowReaderError
 from router.client import Client, Sampling
 from router.config.deployment import GatewayConfig
 from router.gateway.input.request.model import GrpcRequest
-from router.gateway.limits.room import Places
+from router.gateway.limits.room import Bodies, Places
 from router.gateway.service import Delta, GenerationService
 from router.messages.request import GenerationRequest, TokenEvent
 from router.protos import inference_pb2, inference_pb2_grpc
 from router.security.keys import ANYBODY
-from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, service
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, http_app, says, service
 from tests.unit.http_calls import http_server
 from tests.unit.virtual_time import run as run_in_virtual_time
 
@@ -205,3 +208,59 @@ def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
         with pytest.raises(OverloadedError, match=r"at most 3 requests at one time$"):
             crowd.take(1)
     assert alone.taken == 0
+
+
+LIMIT = 100
+
+
+def test_one_key_leaves_as_many_bytes_free_as_it_takes() -> None:
+    bodies = Bodies(LIMIT)
+    alice, more, bob, last = (bodies.share_of(name) for name in ("alice", "alice", "bob", "bob"))
+    alice.take(40)
+    more.take(10)
+    with pytest.raises(OverloadedError, match="this key's request bodies take as many"):
+        more.take(1)
+    bob.take(25)
+    with pytest.raises(OverloadedError, match="this key"):
+        last.take(1)
+    more.give_back()
+    more.give_back()  # a second one does nothing
+    last.take(5)
+    assert bodies.taken == 70
+    for share in (alice, bob, last):
+        share.give_back()
+    assert (bodies.taken, bodies.by_name) == (0, {})
+    nobody = bodies.share_of("")  # without keys they may take all
+    nobody.take(LIMIT)
+    with pytest.raises(OverloadedError, match="at most 100 bytes of request bodies at one time"):
+        nobody.take(1)
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+@pytest.mark.parametrize(("piece_s", "status"), [(1.0, 200), (4.0, 408)])
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_body_has_a_time_to_come(
+    path: str, piece_s: float, status: int, has_length: bool
+) -> None:
+    """In nine pieces; without a length, the longest body's time counts: 74 s of 4 MiB."""
+    upstream = FakeUpstream(says(" was"))
+    body = json.dumps({"model": "tiny", "prompt": "in"}).encode()
+    pieces = [body[:-8], *(body[-8 + i : len(body) - 7 + i] for i in range(8))]
+    late_s = piece_s if has_length else 8 * piece_s
+    answer: list[Message] = []
+
+    async def receive() -> Message:
+        await asyncio.sleep(late_s if pieces else 1e6)
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: Message) -> None:
+        answer.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path, "query_string": b""}
+    scope["headers"] = headers if has_length else headers[:1]
+    run_in_virtual_time(http_app(upstream)(scope, receive, send))
+    assert answer[0]["status"] == status
+    if status == 408:
+        assert upstream.requests == []
+        assert b"the body did not arrive within" in answer[1]["body"]
