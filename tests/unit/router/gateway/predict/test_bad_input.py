@@ -50,7 +50,16 @@ def flow(**changed: Tensor) -> list[Tensor]:
     return [given for given in inputs.values() if given is not None]
 
 
-NAN = struct.pack("<8f", *[1.0] * 7, float("nan"))
+def digits(shape: tuple[int, ...], data: Any = b"", datatype: str = "FP32") -> Infer:
+    """A request with such pixels; a number is that of bytes."""
+    sent = bytes(data) if isinstance(data, int) else data
+    return Infer("digits", [Tensor("pixels", datatype, shape, sent)])
+
+
+def having(**parameters: Any) -> Infer:
+    return Infer("digits", [GOOD], parameters=parameters)
+
+
 CASES: dict[str, tuple[Infer, str, str]] = {
     "unknown input": (
         Infer("digits", [GOOD, Tensor("x\x1b", "FP32", (2, 4), b"")]),
@@ -70,25 +79,22 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     "duplicate output": (
         Infer("digits", [GOOD], ["label", "label"]), "outputs.label", "appears twice",
     ),
-    "datatype": (
-        Infer("digits", [Tensor("pixels", "FP64", (2, 4), b"\0" * 64)]),
-        "inputs.pixels.datatype", "must be FP32; got 'FP64'",
-    ),
+    "datatype": (digits((2, 4), 64, "FP64"), "inputs.pixels.datatype", "must be FP32; got 'FP64'"),
     "shape": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 5), b"\0" * 40)]),
+        digits((2, 5), 40),
         "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [2, 5]",
     ),
     "no rows": (
-        Infer("digits", [Tensor("pixels", "FP32", (0, 4), b"")]),
+        digits((0, 4)),
         "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got 0",
     ),
     "a vast shape": (
-        Infer("digits", [Tensor("pixels", "FP32", (2**62, 2**62), b"")]),
+        digits((2**62, 2**62)),
         "inputs.pixels.shape[0]",
         "must be an integer from 1 to 2147483647; got 4611686018427387904",
     ),
     "too many rows": (
-        Infer("digits", [Tensor("pixels", "FP32", (MAX_ROWS + 1, 4), b"")]),
+        digits((MAX_ROWS + 1, 4)),
         "inputs.pixels.shape", f"has {MAX_ROWS + 1} rows; at most {MAX_ROWS}",
     ),
     "batch axes": (
@@ -96,11 +102,10 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         "inputs.flags.shape", "has 2 rows, but features has 3",
     ),
     "too few bytes": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)]),
-        "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
+        digits((2, 4), 31), "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
     ),
-    "not finite in bytes": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), NAN)]),
+    "not finite": (
+        digits((2, 4), struct.pack("<8f", *[1.0] * 7, float("nan"))),
         "inputs.pixels", "row 1 has nan; all values must be finite in FP32",
     ),
     "a BOOL of 2": (
@@ -108,23 +113,21 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         "inputs.flags", "has a byte that is neither 0 nor 1, must be BOOL",
     ),
     "timeout_s": (
-        Infer("digits", [GOOD], parameters={"timeout_s": 0.0}),
-        "parameters.timeout_s", "must be greater than 0; got 0.0",
+        having(timeout_s=0.0), "parameters.timeout_s", "must be greater than 0; got 0.0",
     ),
     "a late timeout_s": (
-        Infer("digits", [GOOD], parameters={"timeout_s": 3601.0}),
+        having(timeout_s=3601.0),
         "parameters.timeout_s", "must be less than or equal to 3600; got 3601.0",
     ),
     "timeout": (
-        Infer("digits", [GOOD], parameters={"timeout": -1}),
-        "parameters.timeout", "must be greater than or equal to 1; got -1",
+        having(timeout=-1), "parameters.timeout", "must be greater than or equal to 1; got -1",
     ),
     "both timeouts": (
-        Infer("digits", [GOOD], parameters={"timeout": 5, "timeout_s": 5.0}),
+        having(timeout=5, timeout_s=5.0),
         "parameters.timeout", "cannot be given together with timeout_s",
     ),
     "on_expert_loss": (
-        Infer("digits", [GOOD], parameters={"on_expert_loss": "hope"}),
+        having(on_expert_loss="hope"),
         "parameters.on_expert_loss", "must be 'strict', 'next_expert' or 'drop'; got 'hope'",
     ),
     "a language model": (
@@ -161,7 +164,7 @@ def test_a_reply_that_would_be_too_large_is_refused_beforehand(
     limits = GatewayConfig(max_body_bytes=8192)
 
     def asked(rows: int) -> Infer:
-        return Infer("digits", [Tensor("pixels", "FP32", (rows, 4), b"\0" * 16 * rows)])
+        return digits((rows, 4), 16 * rows)
 
     # A row has a label of at most 4 + 13 bytes, 3 FP32 and 2 INT64: 45 bytes.
     assert http_infer(asked(182), limits=limits).status_code == 200
@@ -176,7 +179,7 @@ def test_a_reply_that_would_be_too_large_is_refused_beforehand(
 
 def test_the_bounds_of_bodies_hold_for_predictions() -> None:
     limits = GatewayConfig(max_body_bytes=1024)
-    large = Infer("digits", [Tensor("pixels", "FP32", (100, 4), b"\0" * 1600)])
+    large = digits((100, 4), 1600)
     response = http_infer(large, limits=limits)
     assert response.status_code == 413
     assert response.json() == {"error": "the body is over the limit of 1024 bytes"}
@@ -262,7 +265,7 @@ WRONG_LENGTH = f"{LENGTH_HEADER}: must be from 1 to the body's "
     ],
 )
 def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> None:
-    body, _ = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\xff" * 16)]))
+    body, _ = http_body(digits((1, 4), b"\xff" * 16))
     headers = {} if length is None else {LENGTH_HEADER: length}
     response = http_call(DIGITS, body, headers)
     assert response.status_code == 400
@@ -270,7 +273,7 @@ def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> 
 
 
 def test_bytes_that_no_input_has_are_refused() -> None:
-    body, headers = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\0" * 16)]))
+    body, headers = http_body(digits((1, 4), 16))
     response = http_call(DIGITS, body + b"!", headers)
     assert response.json()["error"] == (
         "inputs: 17 bytes follow the JSON, but the inputs' binary_data_size adds up to 16"

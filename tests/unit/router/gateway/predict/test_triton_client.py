@@ -51,11 +51,6 @@ def test_the_server_and_its_models_are_described(served: Served) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
-    assert client.is_model_ready("digits")
-    assert client.is_model_ready("team/flow", "1")
-    assert client.is_model_ready("tiny")
-    assert not client.is_model_ready("digits", "2")
-    assert not client.is_model_ready("nobody")
     assert client.get_model_metadata("digits", "1") == {
         "name": "digits",
         "versions": ["1"],
