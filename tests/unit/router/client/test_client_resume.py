@@ -23,10 +23,8 @@ from cluster.errors import (
     UnavailableError,
 )
 from router.client import Client, Reply, Sampling, UnreachableError, wire
-from router.client.attempts import Attempts
 from router.messages.request import GenerationRequest
-from router.protos import inference_pb2
-from router.retry import Retries, RetryBudget, RetryPolicy
+from router.retry import RetryPolicy
 from tests.unit.blocking_client import BlockingAsyncClient
 from tests.unit.gateway_fakes import (
     IDENTITY,
@@ -80,6 +78,7 @@ def test_a_stream_goes_on_where_it_broke(connect: Connect, count: int) -> None:
     assert again.received_of(0).token_ids == tuple(IDS[:count])
     if count:
         assert again.sampling == first.requests[0].sampling
+        assert again.deadline_s == pytest.approx(first.requests[0].deadline_s, abs=2.0)
 
 
 @pytest.mark.parametrize(("connect", "count"), each_break(TOKENS_TO_STOP))
@@ -106,22 +105,6 @@ def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again(connect: 
     assert [one.finished for one in second.requests[0].received] == [True, False]
     assert pieces[-1].usage is not None
     assert pieces[-1].usage.completion_tokens == sum(len(p.token_ids) for p in pieces)
-
-
-def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
-    request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
-    request.sampling.n = 2
-    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()))
-    assert attempts.request() == request
-    attempts.piece(inference_pb2.GenerateReply(index=1, token_ids=[5, 6], exact=True))
-    attempts.failed(UnavailableError("away"))
-    again = attempts.request()
-    assert 0 < again.timeout_s < 10
-    assert [(list(one.token_ids), one.finished) for one in again.resume] == [
-        ([], False),
-        ([5, 6], False),
-    ]
-    assert not request.resume
 
 
 def test_a_call_without_a_stream_is_made_again_with_the_same_seed(connect: Connect) -> None:
@@ -272,26 +255,10 @@ def test_closing_the_client_ends_a_wait_for_its_server(connect: Connect) -> None
     assert ended.wait(10)
 
 
-def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
-    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
-        ids = tokenizer().encode(" was the")
-        request = inference_pb2.GenerateRequest(
-            model="tiny",
-            prompt="in",
-            sampling={"seed": 1, "stop": ["the"]},
-            resume=[{"token_ids": ids, "identity": IDENTITY}],
-        )
-        with pytest.raises(InvalidRequestError) as caught:
-            client._ask(client._session.inference.Generate, request)
-        assert caught.value.field == "resume[0].finished"
-
-
-REFUSED = InvalidRequestError("'old' is not the model that is served now", "resume[0].identity")
-
-
 def test_a_stream_whose_model_was_replaced_ends_with_a_hint(connect: Connect) -> None:
     first = FakeUpstream(goes_on(TEXT, upto=2), endless=True)
-    second = FakeUpstream(lambda _: [REFUSED])
+    refused = InvalidRequestError("'old' is not the model that is served", "resume[0].identity")
+    second = FakeUpstream(lambda _: [refused])
     with pytest.raises(ModelReplacedError) as caught:
         broken(connect, Sampling(max_tokens=20), first, second, 2)
     assert caught.value.retry_after_s == 1.0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +25,6 @@ from router.client import (
     MixtureInfo,
     ModelInfo,
     TensorInfo,
-    UnreachableError,
 )
 from router.client.prediction import prediction_of
 from router.client.wire import first_model
@@ -163,32 +160,6 @@ def test_other_errors_are_not_tried_again(
     with connect(address) as client, pytest.raises(type(error)):
         client.predict("digits", {"pixels": PIXELS})
     assert len(upstream.requests) == 1
-
-
-def test_a_prediction_survives_the_loss_of_its_server(connect: Connect) -> None:
-    lost, found = FakePredictions(), FakePredictions()
-    lost.endless = True
-    with grpc_server(TEXTS, predictions=lost) as address:
-        client = connect(address)
-        client.mixture_info("digits")
-        replies: list[Any] = []
-        asking = threading.Thread(
-            target=lambda: replies.append(client.predict("digits", {"pixels": PIXELS}))
-        )
-        asking.start()
-        while not lost.requests:
-            time.sleep(0.001)
-    port = int(address.rpartition(":")[2])
-    with grpc_server(TEXTS, port, predictions=found):
-        asking.join(30)
-        assert replies[0].identity == IDENTITY
-        client.close()
-    assert len(found.requests) == 1
-
-
-def test_nobody_at_the_address(connect: Connect) -> None:
-    with connect("127.0.0.1:1") as client, pytest.raises(UnreachableError):
-        client.predict("digits", {"pixels": PIXELS})
 
 
 def test_a_deadline(connect: Connect, address: str, upstream: FakePredictions) -> None:

@@ -99,16 +99,11 @@ def test_a_replica_gets_what_the_file_gives_serve() -> None:
             {"host": "127.0.0.1", "http_port": 81},
         ),
         ({"http_options": {}}, {}),
-        ({"grpc_options": {}}, {}),
         ({"http_options": None, "grpc_options": {"port": 91}}, {"grpc_port": 91}),
         # Serve's own default of the host is all interfaces.
         (
             {"http_options": {"port": 81}, "grpc_options": {"port": 91}},
             {"host": "0.0.0.0", "http_port": 81, "grpc_port": 91},
-        ),
-        (
-            {"http_options": {"host": "::", "ssl_certfile": "c", "ssl_keyfile": "k"}},
-            {"host": "::", "tls": {"certificate": "c", "key": "k"}},
         ),
         (
             {"http_options": {"ssl_certfile": "c", "ssl_keyfile": "k", "ssl_ca_certs": "a"}},

@@ -35,6 +35,7 @@ from tests.cluster_fixture import wait_until
 from tests.unit import virtual_time
 from tests.unit.gateway_fakes import (
     CONTEXT,
+    IDENTITY,
     STATUS,
     FakeUpstream,
     Servicer,
@@ -259,6 +260,14 @@ def test_corrupt_bytes_are_an_invalid_argument(upstream: FakeUpstream, method: s
         ({"prompt_token_ids": {"ids": [3, -1]}}, "prompt_token_ids.ids[1]"),
         ({"prompt": "x", "sampling": {"n": 17}}, "sampling.n"),
         ({"prompt": "x", "timeout_s": -1}, "timeout_s"),
+        (
+            {
+                "prompt": "x",
+                "sampling": {"seed": 1, "stop": ["the"]},
+                "resume": [{"token_ids": tokenizer().encode(WAS), "identity": IDENTITY}],
+            },
+            "resume[0].finished",
+        ),
         ({"prompt": "x", "on_expert_loss": "guess"}, "on_expert_loss"),
     ],
 )
