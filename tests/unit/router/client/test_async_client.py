@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.errors import InvalidRequestError, UnknownModelError
+from cluster.errors import InvalidRequestError
 from router.client import AsyncClient, Sampling, UnreachableError
 from tests.sync_client import FOLDER, synchronous
 from tests.unit.gateway_fakes import STATUS, FakeUpstream, goes_on, grpc_server, says, tokenizer
@@ -39,19 +39,9 @@ async def test_one_client_carries_many_requests_at_once() -> None:
 
             assert await asyncio.gather(*map(ask, range(50))) == [TEXT] * 50
             await client.generate("in", Sampling(seed=50), priority=50, cache_salt="50")
+            assert await client.status() == STATUS
     asked = [(one.sampling.seed, one.priority, one.cache_salt) for one in upstream.requests]
     assert sorted(asked) == [(n, n, str(n)) for n in range(51)]
-
-
-async def test_status_and_models_are_those_of_the_server() -> None:
-    with grpc_server(FakeUpstream(says(TEXT))) as address:
-        async with AsyncClient(address) as client:
-            [tiny, bare] = await client.model_info()
-            assert (tiny.id, bare.id) == ("tiny", "bare")
-            assert await client.model_info("tiny") == [tiny]
-            with pytest.raises(UnknownModelError, match="served: tiny, bare"):
-                await client.model_info("nope")
-            assert await client.status() == STATUS
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -146,18 +146,6 @@ def test_generate_fills_every_field_of_the_reply(upstream: FakeUpstream) -> None
     assert not reply.other_choices[0].HasField("usage")
 
 
-def test_a_conversation_is_rendered_by_the_chat_template(
-    client: Client, upstream: FakeUpstream
-) -> None:
-    messages = [Message("developer", "be brief"), Message("user", "in"), Message("assistant", "")]
-    [reply] = client.generate(messages=messages, model="tiny")
-    pieces = list(client.stream(messages=messages, model="tiny"))
-    assert reply.text == "".join(piece.text for piece in pieces) == WAS
-    ids = tuple(tokenizer().encode("system: be brief\nuser: in\nassistant: \nassistant:"))
-    assert [asked.prompt_token_ids for asked in upstream.requests] == [ids, ids]
-    assert upstream.requests[0].sampling.max_tokens == CONTEXT - len(ids)
-
-
 @pytest.mark.parametrize(
     ("prompt", "messages", "field"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from opentelemetry import trace
-from opentelemetry.trace import Span
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import (
@@ -24,7 +24,6 @@ from cluster.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
-from cluster.reports import Samples
 from router.gateway.predict import upstream as upstream_module
 from router.gateway.predict.upstream import (
     MAX_PIECE_BYTES,
@@ -35,33 +34,25 @@ from router.gateway.predict.upstream import (
     joined,
     pieces_of,
 )
-from router.gateway.upstream import deployment as deployment_module
-from router.gateway.upstream.deployment import Deployment
 from router.messages.call_link import LinkBrokenError
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.observability.tracing import as_current, continue_trace
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
+from tests.unit.router.gateway.upstream import router_fakes
+from tests.unit.router.gateway.upstream.router_fakes import CrashedError, quiet_deployment
 
 MAX_CALLS = 8
 
 
-class Call:
-    """A router's call under way: its request, and the future of its reply."""
+class Call(router_fakes.Call):
+    """A call whose reply is each row's first value, negated."""
 
-    def __init__(self, wire: dict[str, Any]) -> None:
-        self.request = PredictionRequest.from_wire(wire)
-        self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.was_cancelled = False
-
-    def __await__(self) -> Any:
-        return self.reply.__await__()
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
+    @functools.cached_property
+    def request(self) -> PredictionRequest:
+        return PredictionRequest.from_wire(self.wire)
 
     def answer(self, identity: str = "now", exact: bool = True) -> None:
-        """Answer with each row's first value, negated."""
         [rows] = self.request.inputs.values()
         outputs = {"y": -rows.reshape(len(rows), -1)[:, :1]}
         reply = PredictionReply(outputs, exact, identity)
@@ -73,40 +64,19 @@ class Call:
         wire = {"error": error.to_wire(), "replaced": replaced}
         self.reply.set_result(wire | {"has_other_interface": has_other_interface})
 
-    def fail(self, error: Exception) -> None:
-        self.reply.set_exception(error)
+
+Routers = router_fakes.Routers[Call]
 
 
-class Routers:
-    """Stands in for ``RouterCalls`` of ``router_links``; ``way`` is that of calls."""
-
-    def __init__(self, way: str) -> None:
-        self.way = way
-        self.calls: list[Call] = []
-        self.spans: list[Span] = []
-        self.counted: list[str] = []
-
-    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
-        self.counted.append("serve" if by_serve else self.way)
-        self.spans.append(span)
-        self.calls.append(Call(wire))
-        return self.calls[-1]
-
-    def lost(self) -> Exception:
-        """The error of a call whose router is lost."""
-        return RayActorError() if self.way == "serve" else LinkBrokenError()
-
-    async def until(self, count: int) -> list[Call]:
-        """Return all calls once there are so many."""
-        while len(self.calls) < count:
-            await asyncio.sleep(0)
-        return self.calls
+def lost(routers: Routers) -> Exception:
+    """The error of a call whose router is lost."""
+    return RayActorError() if routers.way == "serve" else LinkBrokenError()
 
 
 @pytest.fixture(params=["serve", "links"])
 def routers(request: pytest.FixtureRequest) -> Routers:
     """Their calls go by Serve, since there is no link, or over links."""
-    return Routers(request.param)
+    return Routers(Call, request.param)
 
 
 @pytest.fixture
@@ -114,17 +84,12 @@ def upstream(
     routers: Routers, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Predictions]:
     """An upstream of one model, without a controller and without delays."""
-    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
     async def make() -> Predictions:
         handles: Any = {"m": routers}
-        samples = Samples(0.0, {})
-        deployment = Deployment(
-            None, handles, "strict", lambda: True, lambda: False, lambda: samples, lambda uses: None
-        )
-        return Predictions(deployment, handles, MAX_CALLS)
+        return Predictions(quiet_deployment(handles, monkeypatch), handles, MAX_CALLS)
 
     predictions = runner.run(make())
     yield predictions
@@ -250,7 +215,7 @@ async def test_a_piece_whose_router_dies_is_sent_again_and_no_other(
     first, second = await routers.until(2)
     second.answer()
     for number in range(3):
-        routers.calls[0 if number == 0 else -1].fail(routers.lost())
+        routers.calls[0 if number == 0 else -1].fail(lost(routers))
         await routers.until(3 + number)
     again = routers.calls[-1]
     assert again.request.request_id == first.request.request_id
@@ -269,7 +234,7 @@ async def test_nothing_is_sent_again_past_its_deadline_or_the_budget(
     upstream._budget = budget
     work = asked(upstream, request(timeout_s=timeout_s))
     [call] = await routers.until(1)
-    call.fail(routers.lost())
+    call.fail(lost(routers))
     with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
         await work
     assert caught.value.retry_after_s == 1.0
@@ -361,7 +326,7 @@ async def test_a_request_of_a_lost_router_waits_for_room(
     upstream: Predictions, routers: Routers
 ) -> None:
     work = asked(upstream, request())
-    (await routers.until(1))[0].fail(routers.lost())
+    (await routers.until(1))[0].fail(lost(routers))
     (await routers.until(2))[1].refuse(FULL)
     (await routers.until(3))[2].answer()
     check_rows(await work, request())
@@ -453,24 +418,17 @@ async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refus
     check_rows(await work, request())
 
 
-class CrashedError(ActorDiedError):
-    """Ray's error of a process that ended by itself."""
-
-    def __str__(self) -> str:
-        return "The actor is dead because its worker process has died."
-
-
 async def test_a_piece_that_ends_its_routers_is_given_up(
     upstream: Predictions, routers: Routers
 ) -> None:
     """A broken link says nothing of the router behind it; Serve's call does."""
     work = asked(upstream, request())
-    lost = int(routers.way == "links")
-    if lost:
+    broken = int(routers.way == "links")
+    if broken:
         (await routers.until(1))[0].fail(LinkBrokenError())
     for number in range(6):
-        (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
+        (await routers.called(broken + number + 1)).fail(CrashedError())
     with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
         await work
-    assert len(routers.calls) == lost + 6
-    assert routers.counted == ["links"] * lost + ["serve"] * 6
+    assert len(routers.calls) == broken + 6
+    assert routers.counted == ["links"] * broken + ["serve"] * 6

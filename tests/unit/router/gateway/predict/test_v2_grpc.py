@@ -99,12 +99,6 @@ def test_the_server_and_its_models_are_described(stub: Any, upstream: FakePredic
     for name, is_ready in (("digits", True), ("waves", False), ("tiny", True)):
         ready = messages.ModelReadyRequest(name=name, version="1")
         assert stub.ModelReady(ready, timeout=WAIT_S).ready is is_ready
-    asked = messages.ModelMetadataRequest(name="waves")
-    told = stub.ModelMetadata(asked, timeout=WAIT_S)
-    assert (told.name, list(told.versions)) == ("waves", ["1"])
-    [given], [output] = told.inputs, told.outputs
-    assert (given.name, given.datatype, list(given.shape)) == ("steps", "FP32", [-1, -1, 2])
-    assert (output.name, output.datatype, list(output.shape)) == ("value", "FP32", [-1, -1, 1])
 
 
 def test_errors_have_a_status_and_the_field(stub: Any, upstream: FakePredictions) -> None:

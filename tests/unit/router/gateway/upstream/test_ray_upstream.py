@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.trace import Span
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
@@ -30,13 +29,11 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.placement.placement import empty_placement
-from cluster.reports import Samples
 from cluster.spec import ModelExperts
 from router.gateway.output import inbox as inbox_module
 from router.gateway.output.inbox import Inbox
 from router.gateway.upstream import deployment as deployment_module
 from router.gateway.upstream import ray_upstream
-from router.gateway.upstream.deployment import Deployment
 from router.gateway.upstream.ray_upstream import RESUMED_TIMES, RayUpstream
 from router.messages.call_link import LinkBrokenError
 from router.messages.link import LinkAddress
@@ -52,6 +49,8 @@ from router.messages.request import (
 from router.observability.tracing import as_current
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
+from tests.unit.router.gateway.upstream import router_fakes
+from tests.unit.router.gateway.upstream.router_fakes import CrashedError, quiet_deployment
 
 MAX_HELD = 3
 DELETED = "deleted"
@@ -137,83 +136,40 @@ async def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert await inbox.take(0) == ([event(0), event(1)], None)
 
 
-class Call:
-    """A router's call under way; ``reply`` is its future."""
-
-    def __init__(self) -> None:
-        self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.was_cancelled = False
-
-    def __await__(self) -> Any:
-        return self.reply.__await__()
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
+class Call(router_fakes.Call):
+    @property
+    def request(self) -> GenerationRequest:
+        return GenerationRequest.from_wire(self.wire["request"])
 
     def answer(self, whole: TokenEvent = WHOLE) -> None:
         self.reply.set_result({"events": [whole.to_wire()]})
 
 
-class Router:
-    """Stands in for :class:`router.gateway.upstream.router_links.RouterCalls`."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.wires: list[dict[str, Any]] = []
-        self.spans: list[Span] = []
-        self.by_serve: list[bool] = []
-        self.addresses: list[LinkAddress] = []
-
-    def on_node(self, hear: Callable[[str], None]) -> None:
-        self.tell_node = hear
-
-    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
-        self.addresses.append(LinkAddress.from_wire(wire["address"]))
-        self.wires.append(wire["request"])
-        self.spans.append(span)
-        self.by_serve.append(by_serve)
-        self.calls.append(Call())
-        return self.calls[-1]
-
-    async def called(self, count: int) -> Call:
-        """Return a call once there are so many; they are counted from 1."""
-        while len(self.calls) < count:
-            await asyncio.sleep(0.001)
-        return self.calls[count - 1]
-
-    def asked(self, number: int) -> GenerationRequest:
-        return GenerationRequest.from_wire(self.wires[number])
+Router = router_fakes.Routers[Call]
 
 
 @pytest.fixture
 def router() -> Router:
-    return Router()
-
-
-def made(router: Router) -> RayUpstream:
-    """An upstream with one router and without a controller; needs a running loop."""
-    routers: Any = {"m": router}
-    samples = Samples(0.0, {})
-    deployment = Deployment(
-        None, routers, "strict", lambda: True, lambda: False, lambda: samples, lambda uses: None
-    )
-    return RayUpstream(deployment, routers, MAX_HELD)
+    return Router(Call)
 
 
 @pytest.fixture
-def gateway(
-    router: Router, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RayUpstream]:
-    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
+def made(router: Router, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RayUpstream]:
+    """Makes an upstream with one router and without a controller, in a running loop."""
     monkeypatch.setattr(ray_upstream.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     context = SimpleNamespace(get_node_id=lambda: "here")
     monkeypatch.setattr(ray_upstream.ray, "get_runtime_context", lambda: context)
     nodes = [{"NodeID": "here", "Alive": True}, {"NodeID": "gone", "Alive": False}]
     monkeypatch.setattr(ray_upstream.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray_upstream, "RESEND", RetryPolicy(0.01, 1.0, 0.01))
+    routers: Any = {"m": router}
+    return lambda: RayUpstream(quiet_deployment(routers, monkeypatch), routers, MAX_HELD)
 
+
+@pytest.fixture
+def gateway(made: Callable[[], RayUpstream], runner: asyncio.Runner) -> Iterator[RayUpstream]:
     async def make() -> RayUpstream:
-        return made(router)
+        return made()
 
     async def close() -> None:
         upstream._link.close()
@@ -339,12 +295,14 @@ async def test_a_call_knows_the_span_of_its_request(
 
 
 async def test_routers_of_other_nodes_can_connect_once_there_is_one(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch
+    gateway: RayUpstream,
+    router: Router,
+    made: Callable[[], RayUpstream],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def told(gateway: RayUpstream) -> LinkAddress:
         await (await begun(gateway, router, request(), event(0, "length"))).aclose()
-        router.calls.clear()
-        return router.addresses.pop()
+        return LinkAddress.from_wire(router.calls.pop().wire["address"])
 
     alone = await told(gateway)
     assert (alone.node, bool(alone.name), alone.port) == ("here", True, 0)
@@ -356,7 +314,7 @@ async def test_routers_of_other_nodes_can_connect_once_there_is_one(
 
     two = [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": True}]
     monkeypatch.setattr(ray_upstream.ray, "nodes", lambda: two)
-    knows = made(router)
+    knows = made()
     await knows._looking
     assert (await told(knows)).port
     knows._link.close()
@@ -365,7 +323,7 @@ async def test_routers_of_other_nodes_can_connect_once_there_is_one(
         raise RaySystemError("Ray's head does not answer")
 
     monkeypatch.setattr(ray_upstream.ray, "nodes", fail)
-    learns = made(router)
+    learns = made()
     await learns._looking
     assert (await told(learns)).port == 0
     router.tell_node("there")
@@ -408,14 +366,14 @@ async def test_a_request_whose_router_dies_goes_on_at_another_from_what_was_pass
     for death in range(deaths):
         call = await router.called(death + 1)
         if death > 0:
-            received = [(one.token_ids, one.finished) for one in router.asked(death).received]
+            received = [(one.token_ids, one.finished) for one in call.request.received]
             assert received == [((*range(death),), False), ((5,), True), ((), True)]
         gateway._on_tokens(f"r#{death}", TokenEvent(0, (death,), start=death))
         gateway._on_tokens(f"r#{death}", TokenEvent(1, (5,), finish_reason="stop"))
         gateway.stop("r", 2)  # the gateway found a stop string
         while len(got) < death + 2:
             await asyncio.sleep(0.001)
-        call.reply.set_exception(LOST)
+        call.fail(LOST)
     last = await router.called(deaths + 1)
     gateway._on_tokens("r#0", TokenEvent(0, (99,), start=deaths))  # too late: not wanted
     last.answer(TokenEvent(0, (deaths, 77), finish_reason="length", start=deaths))
@@ -424,13 +382,6 @@ async def test_a_request_whose_router_dies_goes_on_at_another_from_what_was_pass
         TokenEvent(0, (*range(deaths + 1), 77), finish_reason="length"),
         TokenEvent(1, (5,), finish_reason="stop"),
     ]
-
-
-class CrashedError(ActorDiedError):
-    """Ray's error of a process that ended by itself."""
-
-    def __str__(self) -> str:
-        return "The actor is dead because its worker process has died. Connection closed."
 
 
 class StoppedError(ActorDiedError):
@@ -453,9 +404,9 @@ class Resends:
         call = await self.router.called(self.number + 1)
         for is_alone in alone:
             self.gateway._on_alone(f"r#{self.number}", is_alone)
-        call.reply.set_exception(error)
+        call.fail(error)
         self.number += 1
-        return self.router.asked(self.number - 1)
+        return call.request
 
 
 @pytest.mark.parametrize(
@@ -477,7 +428,11 @@ async def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
         await ended
     assert [s.alone for s in sent] == [False, False, True]
     assert [s.streamed for s in sent] == [False, True, True]
-    assert router.by_serve == [False, True, True]  # Serve tells a dead router from a lost link
+    assert router.counted == [
+        "links",
+        "serve",
+        "serve",
+    ]  # it tells a dead router
 
 
 async def test_a_request_that_saw_others_end_its_routers_is_not_failed(
@@ -500,7 +455,7 @@ async def test_a_request_that_saw_others_end_its_routers_is_not_failed(
     await ended
     assert merge_events(got) == [WHOLE]
     assert [s.alone for s in sent] == [False] * 5 + [True] * 4
-    assert not router.asked(-1).alone  # a token came since
+    assert not router.calls[-1].request.alone  # a token came since
 
 
 async def test_a_request_that_ends_its_routers_before_they_compute_it_fails_in_the_end(
@@ -527,7 +482,7 @@ async def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(
         await refused
     got: list[TokenEvent] = []
     accepted = reading(gateway, request(), got)
-    (await router.called(2)).reply.set_exception(LOST)
+    (await router.called(2)).fail(LOST)
     (await router.called(3)).reply.set_result(FULL)
     (await router.called(4)).answer()
     await accepted
@@ -542,7 +497,7 @@ async def test_no_request_is_sent_again_past_its_deadline_or_the_budget(
 ) -> None:
     gateway._budget = budget
     ended = reading(gateway, request(timeout_s))
-    (await router.called(1)).reply.set_exception(LOST)
+    (await router.called(1)).fail(LOST)
     with pytest.raises(UnavailableError) as caught:
         await ended
     assert caught.value.retry_after_s == 1.0
@@ -583,7 +538,7 @@ async def test_a_deletion_ends_a_request_that_waits_for_another_router(
 ) -> None:
     events = await begun(gateway, router, request())
     rest = asyncio.ensure_future(anext(events))
-    router.calls[0].reply.set_exception(LOST)
+    router.calls[0].fail(LOST)
     while gateway._inboxes:
         await asyncio.sleep(0)
     gateway._deployment.end_requests()
@@ -602,7 +557,7 @@ async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refus
     assert caught.value.retry_after_s == 1.0
     told = gateway.ready()
     assert (told.is_ready, told.is_deleted) == (False, True)
-    router.calls[0].reply.set_exception(LOST)  # the one under way outlives its router, too
+    router.calls[0].fail(LOST)  # the one under way outlives its router, too
     (await router.called(2)).answer()
     await ended
     assert len(router.calls) == 2
@@ -693,7 +648,7 @@ async def test_what_came_of_the_old_model_is_never_followed_by_the_new_ones(
     ended = asyncio.ensure_future(anext(await begun(gateway, router, asked, early)))
     for number in range(RESUMED_TIMES + 1):
         call = await router.called(number + 1)
-        assert number == 0 or router.wires[number]["received"][0]["identity"] == "old"
+        assert number == 0 or call.request.received[0].identity == "old"
         call.reply.set_result(REPLACED)
     is_clients = of == "a client"
     with pytest.raises(InvalidRequestError if is_clients else ModelReplacedError) as caught:
@@ -706,11 +661,11 @@ async def test_log_probabilities_of_a_prompt_that_have_come_are_not_asked_for_ag
     gateway: RayUpstream, router: Router
 ) -> None:
     events = await begun(gateway, router, asked_of_a_prompt(), prompt_event(0, 2))
-    router.calls[0].reply.set_exception(LOST)
+    router.calls[0].fail(LOST)
     following = asyncio.ensure_future(anext(events))
     second = await router.called(2)
-    [received] = router.wires[1]["received"]
-    assert (received["num_prompt_logprobs"], received["token_ids"]) == (2, ())
+    [received] = second.request.received
+    assert (received.num_prompt_logprobs, received.token_ids) == (2, ())
     rest = replace(prompt_event(2, 3), token_ids=(7,), finish_reason="length")
     gateway._on_tokens("r#1", prompt_event(3, 2))  # after a gap: the reply has it
     second.answer(rest)
