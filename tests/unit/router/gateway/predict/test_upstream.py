@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,28 +74,32 @@ def lost(routers: Routers) -> Exception:
     return RayActorError() if routers.way == "serve" else LinkBrokenError()
 
 
+@dataclass
+class Up:
+    """An upstream of one model, and its routers."""
+
+    predictions: Predictions
+    routers: Routers
+
+
 @pytest.fixture(params=["serve", "links"])
-def routers(request: pytest.FixtureRequest) -> Routers:
-    """Their calls go by Serve, since there is no link, or over links."""
-    return Routers(Call, request.param)
-
-
-@pytest.fixture
-def upstream(
-    routers: Routers, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Predictions]:
-    """An upstream of one model, without a controller and without delays."""
+def up(
+    request: pytest.FixtureRequest, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Up]:
+    """Without a controller and delays; calls go by Serve, since there is no link, or over links."""
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
-    async def make() -> Predictions:
+    async def make() -> Up:
+        routers = Routers(Call, request.param)
         handles: Any = {"m": routers}
-        return Predictions(quiet_deployment(handles, monkeypatch), handles, MAX_CALLS)
+        deployment = quiet_deployment(handles, monkeypatch)
+        return Up(Predictions(deployment, handles, MAX_CALLS), routers)
 
-    predictions = runner.run(make())
-    yield predictions
-    assert not predictions._answers
-    assert predictions._calls["m"] == 0
+    made = runner.run(make())
+    yield made
+    assert not made.predictions._answers
+    assert made.predictions._calls["m"] == 0
 
 
 def request(num_rows: int = 3, width: int = 2, timeout_s: float = 30.0) -> PredictionRequest:
@@ -107,18 +112,18 @@ LARGE_ROWS = PIECES * MAX_PIECE_ROWS - 7
 """Enough for more pieces than may be under way at one time."""
 
 
-def asked(upstream: Predictions, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
-    return asyncio.create_task(upstream.predict(given))
+def asked(up: Up, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
+    return asyncio.create_task(up.predictions.predict(given))
 
 
 def check_rows(reply: PredictionReply, given: PredictionRequest) -> None:
     np.testing.assert_array_equal(reply.outputs["y"], -given.inputs["x"][:, :1])
 
 
-async def test_a_small_request_is_one_call(upstream: Predictions, routers: Routers) -> None:
+async def test_a_small_request_is_one_call(up: Up) -> None:
     given = request()
-    work = asked(upstream, given)
-    [call] = await routers.until(1)
+    work = asked(up, given)
+    [call] = await up.routers.until(1)
     assert call.request.request_id == "r"
     assert call.request.outputs == ("y",)
     assert call.request.on_expert_loss == "drop"
@@ -128,47 +133,45 @@ async def test_a_small_request_is_one_call(upstream: Predictions, routers: Route
     reply = await work
     check_rows(reply, given)
     assert (reply.exact, reply.identity) == (False, "now")
-    assert routers.counted == [routers.way]
+    assert up.routers.counted == [up.routers.way]
     assert not call.was_cancelled
 
 
 async def test_calls_know_the_span_of_their_request(
-    upstream: Predictions, routers: Routers, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
     serves = spans.tracer.start_span("serve")
     with as_current(serves):
-        work = asked(upstream, request(2 * MAX_PIECE_ROWS))
-    for call in await routers.until(2):
+        work = asked(up, request(2 * MAX_PIECE_ROWS))
+    for call in await up.routers.until(2):
         call.answer()
     await work
     continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
-    failing = asked(upstream, request())  # is not sampled
-    (await routers.until(3))[2].refuse(InternalError("failed"))
+    failing = asked(up, request())  # is not sampled
+    (await up.routers.until(3))[2].refuse(InternalError("failed"))
     await asyncio.gather(failing, return_exceptions=True)
     [told] = spans.told()
     assert told.name == "expertmesh.prediction"
     assert told.parent == serves.get_span_context()
     assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
     assert told.attributes["expertmesh.exact"] is True
-    contexts = [span.get_span_context() for span in routers.spans]
+    contexts = [span.get_span_context() for span in up.routers.spans]
     assert contexts[:2] == [told.context] * 2
     assert contexts[2] != told.context
 
 
-async def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
-    upstream: Predictions, routers: Routers
-) -> None:
+async def test_a_large_request_goes_in_pieces_and_comes_back_in_order(up: Up) -> None:
     given = request(LARGE_ROWS)
-    work = asked(upstream, given)
-    calls = await routers.until(MAX_PIECES_AT_ONCE)
+    work = asked(up, given)
+    calls = await up.routers.until(MAX_PIECES_AT_ONCE)
     for _ in range(5):
         await asyncio.sleep(0)
     assert len(calls) == MAX_PIECES_AT_ONCE
     for number in (2, 0, 3, 1):  # answers come in any order
         calls[number].answer()
-    await routers.until(PIECES)
+    await up.routers.until(PIECES)
     calls[5].answer(exact=False)
     calls[4].answer()
     reply = await work
@@ -207,98 +210,94 @@ def test_replies_of_texts_of_other_lengths_are_joined() -> None:
     assert whole.outputs["y"].tolist() == [["a"], ["longer"]]
 
 
-async def test_a_piece_whose_router_dies_is_sent_again_and_no_other(
-    upstream: Predictions, routers: Routers
-) -> None:
+async def test_a_piece_whose_router_dies_is_sent_again_and_no_other(up: Up) -> None:
     given = request(2 * MAX_PIECE_ROWS)
-    work = asked(upstream, given)
-    first, second = await routers.until(2)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
     second.answer()
     for number in range(3):
-        routers.calls[0 if number == 0 else -1].fail(lost(routers))
-        await routers.until(3 + number)
-    again = routers.calls[-1]
+        up.routers.calls[0 if number == 0 else -1].fail(lost(up.routers))
+        await up.routers.until(3 + number)
+    again = up.routers.calls[-1]
     assert again.request.request_id == first.request.request_id
     np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
     again.answer()
     check_rows(await work, given)
-    assert len(routers.calls) == 5
+    assert len(up.routers.calls) == 5
 
 
 @pytest.mark.parametrize(
     ("timeout_s", "budget"), [(-0.001, RetryBudget()), (30.0, RetryBudget(max_tokens=1.0))]
 )
 async def test_nothing_is_sent_again_past_its_deadline_or_the_budget(
-    upstream: Predictions, routers: Routers, timeout_s: float, budget: RetryBudget
+    up: Up, timeout_s: float, budget: RetryBudget
 ) -> None:
-    upstream._budget = budget
-    work = asked(upstream, request(timeout_s=timeout_s))
-    [call] = await routers.until(1)
-    call.fail(lost(routers))
+    up.predictions._budget = budget
+    work = asked(up, request(timeout_s=timeout_s))
+    [call] = await up.routers.until(1)
+    call.fail(lost(up.routers))
     with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
         await work
     assert caught.value.retry_after_s == 1.0
-    assert len(routers.calls) == 1
+    assert len(up.routers.calls) == 1
 
 
 async def test_a_replaced_model_is_asked_for_again_for_a_while(
-    upstream: Predictions, routers: Routers, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = asked(upstream, request())
+    work = asked(up, request())
     for number in range(6):  # some have other inputs
-        calls = await routers.until(number + 1)
+        calls = await up.routers.until(number + 1)
         calls[-1].refuse(ModelReplacedError(), True, number % 2 == 1)
-    (await routers.until(7))[-1].answer("new")
+    (await up.routers.until(7))[-1].answer("new")
     assert (await work).identity == "new"
     monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
-    work = asked(upstream, request(timeout_s=1e6))
-    (await routers.until(8))[-1].refuse(ModelReplacedError(), True, True)
+    work = asked(up, request(timeout_s=1e6))
+    (await up.routers.until(8))[-1].refuse(ModelReplacedError(), True, True)
     with pytest.raises(ModelReplacedError) as caught:
         await work
     assert caught.value.retry_after_s is not None
 
 
-async def test_no_reply_is_of_two_models(upstream: Predictions, routers: Routers) -> None:
+async def test_no_reply_is_of_two_models(up: Up) -> None:
     given = request(2 * MAX_PIECE_ROWS)
-    work = asked(upstream, given)
-    first, second = await routers.until(2)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
     first.answer("old")
     second.refuse(ModelReplacedError(), replaced=True)
-    (await routers.until(3))[2].answer("new")
-    for call in (await routers.until(5))[3:]:  # both pieces anew
+    (await up.routers.until(3))[2].answer("new")
+    for call in (await up.routers.until(5))[3:]:  # both pieces anew
         call.answer("new")
     reply = await work
     assert reply.identity == "new"
     check_rows(reply, given)
 
 
-async def test_a_request_that_redeploys_divide_for_ever_is_given_up(
-    upstream: Predictions, routers: Routers
-) -> None:
-    work = asked(upstream, request(2 * MAX_PIECE_ROWS))
+async def test_a_request_that_redeploys_divide_for_ever_is_given_up(up: Up) -> None:
+    work = asked(up, request(2 * MAX_PIECE_ROWS))
     for number in range(1 + REPEATED_TIMES):
-        calls = await routers.until(2 * number + 2)
+        calls = await up.routers.until(2 * number + 2)
         calls[-2].answer("one")
         calls[-1].answer("other")
     with pytest.raises(ModelReplacedError):
         await work
-    assert len(routers.calls) == 2 * (1 + REPEATED_TIMES)
+    assert len(up.routers.calls) == 2 * (1 + REPEATED_TIMES)
 
 
 FULL = OverloadedError("the queue is full", "queue", 0.0)
 
 
-async def test_full_routers_refuse_a_new_request(upstream: Predictions, routers: Routers) -> None:
+async def test_full_routers_refuse_a_new_request(up: Up) -> None:
     for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
-        work = asked(upstream, request())
-        calls = await routers.until(len(routers.calls) + 1)
+        work = asked(up, request())
+        calls = await up.routers.until(len(up.routers.calls) + 1)
         refuse(calls[-1])
         with pytest.raises(OverloadedError):
             await work
-    assert len(routers.calls) == 2
-    work = asked(upstream, request(LARGE_ROWS))
+    assert len(up.routers.calls) == 2
+    work = asked(up, request(LARGE_ROWS))
     while not work.done():  # all of its pieces
-        for call in routers.calls[2:]:
+        for call in up.routers.calls[2:]:
             if not call.reply.done():
                 call.refuse(FULL)
         await asyncio.sleep(0)
@@ -306,44 +305,38 @@ async def test_full_routers_refuse_a_new_request(upstream: Predictions, routers:
         await work
 
 
-async def test_a_piece_waits_for_room_while_the_routers_have_another(
-    upstream: Predictions, routers: Routers
-) -> None:
+async def test_a_piece_waits_for_room_while_the_routers_have_another(up: Up) -> None:
     given = request(2 * MAX_PIECE_ROWS)
-    work = asked(upstream, given)
-    first, second = await routers.until(2)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
     second.refuse(FULL)
-    (await routers.until(3))[2].refuse(FULL)
-    calls = await routers.until(4)
+    (await up.routers.until(3))[2].refuse(FULL)
+    calls = await up.routers.until(4)
     first.answer()
     await asyncio.sleep(0.01)
     calls[3].refuse(FULL)  # although none of it is under way, one was answered
-    (await routers.until(5))[4].answer()
+    (await up.routers.until(5))[4].answer()
     check_rows(await work, given)
 
 
-async def test_a_request_of_a_lost_router_waits_for_room(
-    upstream: Predictions, routers: Routers
-) -> None:
-    work = asked(upstream, request())
-    (await routers.until(1))[0].fail(lost(routers))
-    (await routers.until(2))[1].refuse(FULL)
-    (await routers.until(3))[2].answer()
+async def test_a_request_of_a_lost_router_waits_for_room(up: Up) -> None:
+    work = asked(up, request())
+    (await up.routers.until(1))[0].fail(lost(up.routers))
+    (await up.routers.until(2))[1].refuse(FULL)
+    (await up.routers.until(3))[2].answer()
     check_rows(await work, request())
 
 
-async def test_what_the_routers_cannot_hold_is_refused_without_a_call(
-    upstream: Predictions, routers: Routers
-) -> None:
-    held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
-    calls = await routers.until(MAX_CALLS)
+async def test_what_the_routers_cannot_hold_is_refused_without_a_call(up: Up) -> None:
+    held = [asked(up, request()) for _ in range(MAX_CALLS)]
+    calls = await up.routers.until(MAX_CALLS)
     with pytest.raises(OverloadedError, match="hold 8 requests"):
-        await upstream.predict(request())
+        await up.predictions.predict(request())
     assert len(calls) == MAX_CALLS
     calls[0].answer()
     await held[0]
-    held.append(asked(upstream, request()))
-    for call in (await routers.until(MAX_CALLS + 1))[1:]:
+    held.append(asked(up, request()))
+    for call in (await up.routers.until(MAX_CALLS + 1))[1:]:
         call.answer()
     await asyncio.gather(*held)
 
@@ -357,10 +350,10 @@ async def test_what_the_routers_cannot_hold_is_refused_without_a_call(
     ],
 )
 async def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
-    upstream: Predictions, routers: Routers, error: ExpertMeshError
+    up: Up, error: ExpertMeshError
 ) -> None:
-    work = asked(upstream, request(LARGE_ROWS))
-    calls = await routers.until(MAX_PIECES_AT_ONCE)
+    work = asked(up, request(LARGE_ROWS))
+    calls = await up.routers.until(MAX_PIECES_AT_ONCE)
     calls[1].refuse(error)
     with pytest.raises(type(error)) as caught:
         await work
@@ -369,11 +362,9 @@ async def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
 
 
 @pytest.mark.parametrize("failure", ["raises", "other rows", "no output"])
-async def test_a_failure_of_a_router_is_internal_without_its_details(
-    upstream: Predictions, routers: Routers, failure: str
-) -> None:
-    work = asked(upstream, request())
-    [call] = await routers.until(1)
+async def test_a_failure_of_a_router_is_internal_without_its_details(up: Up, failure: str) -> None:
+    work = asked(up, request())
+    [call] = await up.routers.until(1)
     if failure == "raises":
         call.fail(RuntimeError("secret"))
     else:
@@ -385,50 +376,46 @@ async def test_a_failure_of_a_router_is_internal_without_its_details(
 
 @pytest.mark.parametrize(("num_rows", "count"), [(3, 1), (LARGE_ROWS, MAX_PIECES_AT_ONCE)])
 async def test_a_client_that_leaves_and_a_deletion_end_all_calls(
-    upstream: Predictions, routers: Routers, num_rows: int, count: int
+    up: Up, num_rows: int, count: int
 ) -> None:
-    work = asked(upstream, request(num_rows))
-    await routers.until(count)
+    work = asked(up, request(num_rows))
+    await up.routers.until(count)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
-    assert [call.was_cancelled for call in routers.calls] == [True] * count
-    work = asked(upstream, request(num_rows))
-    await routers.until(2 * count)
-    upstream._deployment.end_requests()
+    assert [call.was_cancelled for call in up.routers.calls] == [True] * count
+    work = asked(up, request(num_rows))
+    await up.routers.until(2 * count)
+    up.predictions._deployment.end_requests()
     with pytest.raises(UnavailableError, match="being deleted") as caught:
         await work
     assert caught.value.retry_after_s == 1.0
-    assert [call.was_cancelled for call in routers.calls] == [True] * 2 * count
-    assert upstream.ready().is_deleted
-    assert upstream.model_ready("m").is_deleted
+    assert [call.was_cancelled for call in up.routers.calls] == [True] * 2 * count
+    assert up.predictions.ready().is_deleted
+    assert up.predictions.model_ready("m").is_deleted
     with pytest.raises(UnavailableError, match="being deleted"):
-        await upstream.predict(request())
+        await up.predictions.predict(request())
 
 
-async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
-    upstream: Predictions, routers: Routers
-) -> None:
-    work = asked(upstream, request())
-    [call] = await routers.until(1)
-    upstream._deployment.refuse_new_requests()
+async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(up: Up) -> None:
+    work = asked(up, request())
+    [call] = await up.routers.until(1)
+    up.predictions._deployment.refuse_new_requests()
     with pytest.raises(UnavailableError, match="being deleted"):
-        await upstream.predict(request())
+        await up.predictions.predict(request())
     call.answer()
     check_rows(await work, request())
 
 
-async def test_a_piece_that_ends_its_routers_is_given_up(
-    upstream: Predictions, routers: Routers
-) -> None:
+async def test_a_piece_that_ends_its_routers_is_given_up(up: Up) -> None:
     """A broken link says nothing of the router behind it; Serve's call does."""
-    work = asked(upstream, request())
-    broken = int(routers.way == "links")
+    work = asked(up, request())
+    broken = int(up.routers.way == "links")
     if broken:
-        (await routers.until(1))[0].fail(LinkBrokenError())
+        (await up.routers.until(1))[0].fail(LinkBrokenError())
     for number in range(6):
-        (await routers.called(broken + number + 1)).fail(CrashedError())
+        (await up.routers.called(broken + number + 1)).fail(CrashedError())
     with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
         await work
-    assert len(routers.calls) == broken + 6
-    assert routers.counted == ["links"] * broken + ["serve"] * 6
+    assert len(up.routers.calls) == broken + 6
+    assert up.routers.counted == ["links"] * broken + ["serve"] * 6

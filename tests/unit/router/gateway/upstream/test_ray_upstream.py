@@ -166,8 +166,16 @@ def made(router: Router, monkeypatch: pytest.MonkeyPatch) -> Callable[[], RayUps
     return lambda: RayUpstream(quiet_deployment(routers, monkeypatch), routers, MAX_HELD)
 
 
+@dataclass
+class Up:
+    """An upstream and its router."""
+
+    gateway: RayUpstream
+    router: Router
+
+
 @pytest.fixture
-def gateway(made: Callable[[], RayUpstream], runner: asyncio.Runner) -> Iterator[RayUpstream]:
+def up(router: Router, made: Callable[[], RayUpstream], runner: asyncio.Runner) -> Iterator[Up]:
     async def make() -> RayUpstream:
         return made()
 
@@ -175,7 +183,7 @@ def gateway(made: Callable[[], RayUpstream], runner: asyncio.Runner) -> Iterator
         upstream._link.close()
 
     upstream = runner.run(make())
-    yield upstream
+    yield Up(upstream, router)
     runner.run(close())
 
 
@@ -190,72 +198,69 @@ def request(timeout_s: float = 30.0, **sampling: Any) -> GenerationRequest:
 
 
 async def begun(
-    gateway: RayUpstream,
-    router: Router,
+    up: Up,
     asked: GenerationRequest,
     early: TokenEvent = event(0),  # noqa: B008
 ) -> AsyncGenerator[TokenEvent, None]:
     """Ask, and let ``early`` come over the link; returns the events after it."""
-    events = gateway.generate(asked)
+    events = up.gateway.generate(asked)
     first = asyncio.ensure_future(anext(events))
-    await router.called(1)
-    gateway._on_tokens("r#0", early)
+    await up.router.called(1)
+    up.gateway._on_tokens("r#0", early)
     assert await first == early
     return events
 
 
 def reading(
-    gateway: RayUpstream, asked: GenerationRequest, into: list[TokenEvent] | None = None
+    up: Up, asked: GenerationRequest, into: list[TokenEvent] | None = None
 ) -> asyncio.Future[None]:
     """Ask, and read to the end in the background."""
 
     async def read() -> None:
-        async for one in gateway.generate(asked):
+        async for one in up.gateway.generate(asked):
             if into is not None:
                 into.append(one)
 
     return asyncio.ensure_future(read())
 
 
-async def test_what_comes_while_the_reader_is_busy_comes_as_one(
-    gateway: RayUpstream, router: Router
-) -> None:
-    events = await begun(gateway, router, request(max_tokens=999))
+async def test_what_comes_while_the_reader_is_busy_comes_as_one(up: Up) -> None:
+    events = await begun(up, request(max_tokens=999))
     for start in range(1, 500):
-        gateway._on_tokens("r#0", event(start))
+        up.gateway._on_tokens("r#0", event(start))
         await asyncio.sleep(0)
     assert await anext(events) == TokenEvent(0, tuple(range(1, 500)), start=1)
-    gateway._on_tokens("r#0", event(500))
+    up.gateway._on_tokens("r#0", event(500))
     assert await anext(events) == event(500)
     await events.aclose()
 
 
 async def test_a_router_that_goes_silent_is_given_up_after_the_deadline(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_upstream, "GRACE_S", 0.05)
     asked = request(0.1, max_tokens=9)
-    events = await begun(gateway, router, asked)
-    gateway._on_tokens("r#0", event(1))
+    events = await begun(up, asked)
+    up.gateway._on_tokens("r#0", event(1))
     assert await anext(events) == event(1)
     assert asked.remaining_s() > 0
     with pytest.raises(DeadlineExceededError, match="before its last token"):
         await anext(events)
     assert asked.remaining_s() <= -0.04
-    assert [call.was_cancelled for call in router.calls] == [True]
+    assert [call.was_cancelled for call in up.router.calls] == [True]
 
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_client_that_reads_on_past_the_deadline_gets_what_came_before_it(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch, fails: bool
+    up: Up, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     monkeypatch.setattr(ray_upstream, "GRACE_S", 0.0)
     asked = request(0.1, max_tokens=2)
-    events = await begun(gateway, router, asked)
+    events = await begun(up, asked)
     if fails:
-        router.calls[0].reply.set_result(FULL)
+        up.router.calls[0].reply.set_result(FULL)
     else:
-        router.calls[0].answer()
+        up.router.calls[0].answer()
     while asked.remaining_s() > -0.05:
         await asyncio.sleep(0.01)
     if fails:
@@ -263,53 +268,51 @@ async def test_a_client_that_reads_on_past_the_deadline_gets_what_came_before_it
             await anext(events)
     else:
         assert [one async for one in events] == [event(1, "length")]
-        assert not router.calls[0].was_cancelled
+        assert not up.router.calls[0].was_cancelled
 
 
-async def test_a_request_that_ends_leaves_no_timer(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_that_ends_leaves_no_timer(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[object] = []
     monkeypatch.setattr(Inbox, "expire", lambda inbox, error: ended.append(error))
     monkeypatch.setattr(ray_upstream, "GRACE_S", 0.0)
-    events = await begun(gateway, router, request(0.05), event(0, "length"))
+    events = await begun(up, request(0.05), event(0, "length"))
     await events.aclose()
     await asyncio.sleep(0.1)
     assert ended == []
 
 
 async def test_a_call_knows_the_span_of_its_request(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
     serves = spans.tracer.start_span("serve")
     with as_current(serves):
-        events = await begun(gateway, router, request(), event(0, "length"))
+        events = await begun(up, request(), event(0, "length"))
         assert trace.get_current_span() is serves
         await events.aclose()
     [told] = spans.told()
     assert told.parent == serves.get_span_context()
     assert told.attributes["gen_ai.usage.output_tokens"] == 1
-    assert [span.get_span_context() for span in router.spans] == [told.context]
+    assert [span.get_span_context() for span in up.router.spans] == [told.context]
 
 
 async def test_routers_of_other_nodes_can_connect_once_there_is_one(
-    gateway: RayUpstream,
-    router: Router,
+    up: Up,
     made: Callable[[], RayUpstream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def told(gateway: RayUpstream) -> LinkAddress:
-        await (await begun(gateway, router, request(), event(0, "length"))).aclose()
-        return LinkAddress.from_wire(router.calls.pop().wire["address"])
+        asked = await begun(Up(gateway, up.router), request(), event(0, "length"))
+        await asked.aclose()
+        return LinkAddress.from_wire(up.router.calls.pop().wire["address"])
 
-    alone = await told(gateway)
+    alone = await told(up.gateway)
     assert (alone.node, bool(alone.name), alone.port) == ("here", True, 0)
-    router.tell_node("here")
-    assert await told(gateway) == alone
-    router.tell_node("there")
-    both = await told(gateway)
+    up.router.tell_node("here")
+    assert await told(up.gateway) == alone
+    up.router.tell_node("there")
+    both = await told(up.gateway)
     assert (both.name, both.host, both.port > 0) == (alone.name, "127.0.0.1", True)
 
     two = [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": True}]
@@ -326,56 +329,54 @@ async def test_routers_of_other_nodes_can_connect_once_there_is_one(
     learns = made()
     await learns._looking
     assert (await told(learns)).port == 0
-    router.tell_node("there")
+    up.router.tell_node("there")
     assert (await told(learns)).port
     learns._link.close()
 
 
 @pytest.mark.parametrize("reason", ["length", None])
 async def test_a_call_is_cancelled_only_while_tokens_are_missing(
-    gateway: RayUpstream, router: Router, reason: str | None
+    up: Up, reason: str | None
 ) -> None:
-    events = await begun(gateway, router, request(), event(0, reason))
+    events = await begun(up, request(), event(0, reason))
     await events.aclose()
-    assert router.calls[0].was_cancelled == (reason is None)
+    assert up.router.calls[0].was_cancelled == (reason is None)
     if reason is not None:
-        router.calls[0].reply.set_result({"events": []})
+        up.router.calls[0].reply.set_result({"events": []})
         await asyncio.sleep(0.01)
-    assert not gateway._leaving
+    assert not up.gateway._leaving
 
 
-async def test_a_request_that_is_cancelled_at_once_takes_no_other_along(
-    gateway: RayUpstream, router: Router
-) -> None:
-    gone = reading(gateway, request())
+async def test_a_request_that_is_cancelled_at_once_takes_no_other_along(up: Up) -> None:
+    gone = reading(up, request())
     await asyncio.sleep(0)  # lets it open the link's server, and call
     gone.cancel()
     await asyncio.wait({gone})
-    assert router.calls.pop().was_cancelled
-    await (await begun(gateway, router, request())).aclose()
-    assert not gateway._inboxes
-    assert gateway._num_streams == 0
+    assert up.router.calls.pop().was_cancelled
+    await (await begun(up, request())).aclose()
+    assert not up.gateway._inboxes
+    assert up.gateway._num_streams == 0
 
 
 @pytest.mark.parametrize("deaths", [1, 3])
 async def test_a_request_whose_router_dies_goes_on_at_another_from_what_was_passed_on(
-    gateway: RayUpstream, router: Router, deaths: int
+    up: Up, deaths: int
 ) -> None:
     got: list[TokenEvent] = []
-    ended = reading(gateway, request(max_tokens=9, n=3), got)
+    ended = reading(up, request(max_tokens=9, n=3), got)
     for death in range(deaths):
-        call = await router.called(death + 1)
+        call = await up.router.called(death + 1)
         if death > 0:
             received = [(one.token_ids, one.finished) for one in call.request.received]
             assert received == [((*range(death),), False), ((5,), True), ((), True)]
-        gateway._on_tokens(f"r#{death}", TokenEvent(0, (death,), start=death))
-        gateway._on_tokens(f"r#{death}", TokenEvent(1, (5,), finish_reason="stop"))
-        gateway.stop("r", 2)  # the gateway found a stop string
+        up.gateway._on_tokens(f"r#{death}", TokenEvent(0, (death,), start=death))
+        up.gateway._on_tokens(f"r#{death}", TokenEvent(1, (5,), finish_reason="stop"))
+        up.gateway.stop("r", 2)  # the gateway found a stop string
         while len(got) < death + 2:
             await asyncio.sleep(0.001)
         call.fail(LOST)
-    last = await router.called(deaths + 1)
-    gateway._on_tokens("r#0", TokenEvent(0, (99,), start=deaths))  # too late: not wanted
+    last = await up.router.called(deaths + 1)
+    up.gateway._on_tokens("r#0", TokenEvent(0, (99,), start=deaths))  # too late: not wanted
     last.answer(TokenEvent(0, (deaths, 77), finish_reason="length", start=deaths))
     await ended
     assert merge_events(got) == [
@@ -395,15 +396,14 @@ class StoppedError(ActorDiedError):
 class Resends:
     """One request, of which each router dies."""
 
-    gateway: RayUpstream
-    router: Router
+    up: Up
     number: int = 0
 
     async def dies(self, error: BaseException, *alone: bool) -> GenerationRequest:
         """Let the request's router die; returns what it was asked."""
-        call = await self.router.called(self.number + 1)
+        call = await self.up.router.called(self.number + 1)
         for is_alone in alone:
-            self.gateway._on_alone(f"r#{self.number}", is_alone)
+            self.up.gateway._on_alone(f"r#{self.number}", is_alone)
         call.fail(error)
         self.number += 1
         return call.request
@@ -418,73 +418,69 @@ class Resends:
     ids=["crash", "broken link"],
 )
 async def test_a_request_that_ends_its_routers_is_tried_alone_and_then_fails(
-    gateway: RayUpstream, router: Router, errors: tuple[Exception, ...]
+    up: Up, errors: tuple[Exception, ...]
 ) -> None:
-    ended = reading(gateway, replace(request(), streamed=False))
-    resends = Resends(gateway, router)
+    ended = reading(up, replace(request(), streamed=False))
+    resends = Resends(up)
     sent = [await resends.dies(error) for error in errors]
     sent.append(await resends.dies(CrashedError(), True, False, True))
     with pytest.raises(PoisonedRequestError, match="died while computing only this request"):
         await ended
     assert [s.alone for s in sent] == [False, False, True]
     assert [s.streamed for s in sent] == [False, True, True]
-    assert router.counted == [
+    assert up.router.counted == [
         "links",
         "serve",
         "serve",
     ]  # it tells a dead router
 
 
-async def test_a_request_that_saw_others_end_its_routers_is_not_failed(
-    gateway: RayUpstream, router: Router
-) -> None:
+async def test_a_request_that_saw_others_end_its_routers_is_not_failed(up: Up) -> None:
     """Routers die while it waits for its turn, or after it; Serve stops one; it makes progress."""
     got: list[TokenEvent] = []
-    ended = reading(gateway, request(), got)
-    resends = Resends(gateway, router)
+    ended = reading(up, request(), got)
+    resends = Resends(up)
     errors = (CrashedError(), StoppedError(), LOST, NodeDiedError("the node died"))
     sent = [await resends.dies(error) for error in (*errors, CrashedError(), CrashedError())]
     sent.append(await resends.dies(CrashedError(), True, False))
     sent.append(await resends.dies(StoppedError(), True))
-    await router.called(resends.number + 1)
-    gateway._on_tokens(f"r#{resends.number}", event(0))
+    await up.router.called(resends.number + 1)
+    up.gateway._on_tokens(f"r#{resends.number}", event(0))
     while not got:
         await asyncio.sleep(0.001)
     sent.append(await resends.dies(CrashedError(), True, False))
-    (await router.called(resends.number + 1)).answer()
+    (await up.router.called(resends.number + 1)).answer()
     await ended
     assert merge_events(got) == [WHOLE]
     assert [s.alone for s in sent] == [False] * 5 + [True] * 4
-    assert not router.calls[-1].request.alone  # a token came since
+    assert not up.router.calls[-1].request.alone  # a token came since
 
 
 async def test_a_request_that_ends_its_routers_before_they_compute_it_fails_in_the_end(
-    gateway: RayUpstream, router: Router
+    up: Up,
 ) -> None:
-    ended = reading(gateway, request())
-    resends = Resends(gateway, router)
+    ended = reading(up, request())
+    resends = Resends(up)
     for _ in range(6):
         await resends.dies(CrashedError())
     with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
         await ended
-    assert len(router.calls) == 6
+    assert len(up.router.calls) == 6
 
 
 FULL: dict[str, Any] = {"error": OverloadedError("full", "queue", 0.01).to_wire()}
 
 
-async def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(
-    gateway: RayUpstream, router: Router
-) -> None:
-    refused = reading(gateway, request())
-    (await router.called(1)).reply.set_result(FULL)
+async def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(up: Up) -> None:
+    refused = reading(up, request())
+    (await up.router.called(1)).reply.set_result(FULL)
     with pytest.raises(OverloadedError):
         await refused
     got: list[TokenEvent] = []
-    accepted = reading(gateway, request(), got)
-    (await router.called(2)).fail(LOST)
-    (await router.called(3)).reply.set_result(FULL)
-    (await router.called(4)).answer()
+    accepted = reading(up, request(), got)
+    (await up.router.called(2)).fail(LOST)
+    (await up.router.called(3)).reply.set_result(FULL)
+    (await up.router.called(4)).answer()
     await accepted
     assert got == [WHOLE]
 
@@ -493,15 +489,15 @@ async def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(
     ("timeout_s", "budget"), [(-0.1, RetryBudget()), (30.0, RetryBudget(max_tokens=1))]
 )
 async def test_no_request_is_sent_again_past_its_deadline_or_the_budget(
-    gateway: RayUpstream, router: Router, timeout_s: float, budget: RetryBudget
+    up: Up, timeout_s: float, budget: RetryBudget
 ) -> None:
-    gateway._budget = budget
-    ended = reading(gateway, request(timeout_s))
-    (await router.called(1)).fail(LOST)
+    up.gateway._budget = budget
+    ended = reading(up, request(timeout_s))
+    (await up.router.called(1)).fail(LOST)
     with pytest.raises(UnavailableError) as caught:
         await ended
     assert caught.value.retry_after_s == 1.0
-    assert len(router.calls) == 1
+    assert len(up.router.calls) == 1
 
 
 def test_joined_events_keep_their_order_and_what_any_of_them_says() -> None:
@@ -518,90 +514,82 @@ def test_joined_events_keep_their_order_and_what_any_of_them_says() -> None:
     ]
 
 
-async def test_a_deletion_ends_all_requests_and_takes_no_more(
-    gateway: RayUpstream, router: Router
-) -> None:
-    events = await begun(gateway, router, request())
-    gateway._deployment.end_requests()
+async def test_a_deletion_ends_all_requests_and_takes_no_more(up: Up) -> None:
+    events = await begun(up, request())
+    up.gateway._deployment.end_requests()
     with pytest.raises(UnavailableError, match=DELETED):
         await anext(events)
-    assert router.calls[0].was_cancelled
+    assert up.router.calls[0].was_cancelled
     with pytest.raises(UnavailableError, match=DELETED):
-        await reading(gateway, request())
-    assert len(router.calls) == 1
-    told = gateway.ready()
+        await reading(up, request())
+    assert len(up.router.calls) == 1
+    told = up.gateway.ready()
     assert (told.is_ready, told.is_deleted) == (False, True)
 
 
-async def test_a_deletion_ends_a_request_that_waits_for_another_router(
-    gateway: RayUpstream, router: Router
-) -> None:
-    events = await begun(gateway, router, request())
+async def test_a_deletion_ends_a_request_that_waits_for_another_router(up: Up) -> None:
+    events = await begun(up, request())
     rest = asyncio.ensure_future(anext(events))
-    router.calls[0].fail(LOST)
-    while gateway._inboxes:
+    up.router.calls[0].fail(LOST)
+    while up.gateway._inboxes:
         await asyncio.sleep(0)
-    gateway._deployment.end_requests()
+    up.gateway._deployment.end_requests()
     with pytest.raises(UnavailableError, match=DELETED):
         await rest
 
 
-async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
-    gateway: RayUpstream, router: Router
-) -> None:
-    ended = reading(gateway, request())
-    await router.called(1)
-    gateway._deployment.refuse_new_requests()
+async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(up: Up) -> None:
+    ended = reading(up, request())
+    await up.router.called(1)
+    up.gateway._deployment.refuse_new_requests()
     with pytest.raises(UnavailableError) as caught:
-        await reading(gateway, request())
+        await reading(up, request())
     assert caught.value.retry_after_s == 1.0
-    told = gateway.ready()
+    told = up.gateway.ready()
     assert (told.is_ready, told.is_deleted) == (False, True)
-    router.calls[0].fail(LOST)  # the one under way outlives its router, too
-    (await router.called(2)).answer()
+    up.router.calls[0].fail(LOST)  # the one under way outlives its router, too
+    (await up.router.called(2)).answer()
     await ended
-    assert len(router.calls) == 2
+    assert len(up.router.calls) == 2
 
 
-async def test_what_the_routers_cannot_hold_is_refused_without_a_call(
-    gateway: RayUpstream, router: Router
-) -> None:
+async def test_what_the_routers_cannot_hold_is_refused_without_a_call(up: Up) -> None:
     def ask(number: int, n: int = 1, num_finished: int = 0) -> asyncio.Future[None]:
         received = tuple(Received((), i < num_finished) for i in range(n))
-        return reading(gateway, replace(request(n=n), request_id=f"r{number}", received=received))
+        return reading(up, replace(request(n=n), request_id=f"r{number}", received=received))
 
     async def leave(*held: asyncio.Future[None]) -> None:
         for one in held:
             one.cancel()
         await asyncio.wait(held)
         await asyncio.sleep(0)
-        assert gateway._held["m"] == 0
+        assert up.gateway._held["m"] == 0
 
     held = [ask(number) for number in range(MAX_HELD)]
-    await router.called(MAX_HELD)
+    await up.router.called(MAX_HELD)
     with pytest.raises(OverloadedError, match="hold 3 of at most 3 choices") as caught:
         await ask(MAX_HELD)
     assert caught.value.retry_after_s == 1.0
-    assert len(router.calls) == MAX_HELD
+    assert len(up.router.calls) == MAX_HELD
     held[0].cancel()  # its client leaves
-    router.calls[1].answer()
+    up.router.calls[1].answer()
     await asyncio.wait(held[:2])
     held += [ask(number) for number in (7, 8)]
-    await router.called(MAX_HELD + 2)
+    await up.router.called(MAX_HELD + 2)
     with pytest.raises(OverloadedError):
         await ask(9)
     await leave(*held)
 
-    router.calls.clear()
+    up.router.calls.clear()
     held = [ask(10, 4, num_finished=2)]  # those that have come are not counted
-    await router.called(1)
+    await up.router.called(1)
     with pytest.raises(OverloadedError, match="hold 2 of at most 3 choices"):
         await ask(11, 2)
     held.append(ask(12, 1))
-    await router.called(2)
+    await up.router.called(2)
     await leave(*held)
     alone = ask(13, 9)  # alone it may have more
-    await router.called(3)
+    await up.router.called(3)
     with pytest.raises(OverloadedError, match="hold 9 of at most 3 choices"):
         await ask(14)
     await leave(alone)
@@ -614,15 +602,13 @@ REPLACED: dict[str, Any] = {
 }
 
 
-async def test_a_request_without_tokens_goes_to_a_router_of_the_new_model(
-    gateway: RayUpstream, router: Router
-) -> None:
+async def test_a_request_without_tokens_goes_to_a_router_of_the_new_model(up: Up) -> None:
     got: list[TokenEvent] = []
-    ended = reading(gateway, request(), got)
+    ended = reading(up, request(), got)
     for number in range(2 * RESUMED_TIMES):
-        (await router.called(number + 1)).reply.set_result(REPLACED)
+        (await up.router.called(number + 1)).reply.set_result(REPLACED)
     whole = replace(WHOLE, identity="new")
-    (await router.called(2 * RESUMED_TIMES + 1)).answer(whole)
+    (await up.router.called(2 * RESUMED_TIMES + 1)).answer(whole)
     await ended
     assert got == [whole]
 
@@ -638,16 +624,16 @@ def asked_of_a_prompt() -> GenerationRequest:
 
 @pytest.mark.parametrize("of", ["a lost router", "a client", "a prompt"])
 async def test_what_came_of_the_old_model_is_never_followed_by_the_new_ones(
-    gateway: RayUpstream, router: Router, of: str
+    up: Up, of: str
 ) -> None:
     asked, early = request(max_tokens=9), replace(event(0), identity="old")
     if of == "a client":
         asked, early = replace(asked, received=(Received((5,), identity="old"),)), event(1)
     elif of == "a prompt":
         asked, early = asked_of_a_prompt(), prompt_event(0, 2)
-    ended = asyncio.ensure_future(anext(await begun(gateway, router, asked, early)))
+    ended = asyncio.ensure_future(anext(await begun(up, asked, early)))
     for number in range(RESUMED_TIMES + 1):
-        call = await router.called(number + 1)
+        call = await up.router.called(number + 1)
         assert number == 0 or call.request.received[0].identity == "old"
         call.reply.set_result(REPLACED)
     is_clients = of == "a client"
@@ -657,31 +643,29 @@ async def test_what_came_of_the_old_model_is_never_followed_by_the_new_ones(
     assert caught.value.retry_after_s == (None if is_clients else 1.0)
 
 
-async def test_log_probabilities_of_a_prompt_that_have_come_are_not_asked_for_again(
-    gateway: RayUpstream, router: Router
-) -> None:
-    events = await begun(gateway, router, asked_of_a_prompt(), prompt_event(0, 2))
-    router.calls[0].fail(LOST)
+async def test_log_probabilities_of_a_prompt_that_have_come_are_not_asked_for_again(up: Up) -> None:
+    events = await begun(up, asked_of_a_prompt(), prompt_event(0, 2))
+    up.router.calls[0].fail(LOST)
     following = asyncio.ensure_future(anext(events))
-    second = await router.called(2)
+    second = await up.router.called(2)
     [received] = second.request.received
     assert (received.num_prompt_logprobs, received.token_ids) == (2, ())
     rest = replace(prompt_event(2, 3), token_ids=(7,), finish_reason="length")
-    gateway._on_tokens("r#1", prompt_event(3, 2))  # after a gap: the reply has it
+    up.gateway._on_tokens("r#1", prompt_event(3, 2))  # after a gap: the reply has it
     second.answer(rest)
     assert await following == rest
 
 
 async def test_a_router_with_the_gateways_tokenizer_is_looked_for_shortly(
-    gateway: RayUpstream, router: Router, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_upstream, "OTHER_TEXT_S", 0.2)
-    ended = reading(gateway, request())
+    ended = reading(up, request())
     answered = 0
     while not ended.done():
-        for call in router.calls[answered:]:
+        for call in up.router.calls[answered:]:
             call.reply.set_result({**REPLACED, "has_other_text": True})
-        answered = len(router.calls)
+        answered = len(up.router.calls)
         await asyncio.sleep(0.001)
     assert answered > 1
     with pytest.raises(ModelReplacedError):
@@ -689,11 +673,11 @@ async def test_a_router_with_the_gateways_tokenizer_is_looked_for_shortly(
 
 
 async def test_a_new_gateway_waits_for_its_routers_turn(
-    gateway: RayUpstream, monkeypatch: pytest.MonkeyPatch
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment_module, "TURN_CHECK_S", 0.001)
     old, new = ModelExperts("m@old", (0,), 2, 1), ModelExperts("m@new", (0,), 2, 1)
-    deployment = gateway._deployment
+    deployment = up.gateway._deployment
     both = empty_placement(2, [old, new])
     deployment._view.publish(empty_placement(1, [old]))
     turn = asyncio.ensure_future(deployment.take_turn(["m@new"]))
