@@ -502,8 +502,13 @@ def test_the_first_model_is_asked_for_once_and_again_when_it_when_it_is_gone(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served, asked = client.model_info(), []
-    monkeypatch.setattr(client, "model_info", lambda: asked.append(1) or served)
-    ways = (client.generate, lambda prompt: list(client.stream(prompt)))
+
+    def model_info() -> Any:
+        asked.append(1)
+        return served
+
+    monkeypatch.setattr(client, "model_info", model_info)
+    ways = (client.generate, lambda *given: list(client.stream(*given)))
     for ask in ways:
         ask("in")
     assert len(asked) == 1

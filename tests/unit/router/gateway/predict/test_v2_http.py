@@ -239,10 +239,10 @@ async def connected(
         yield client
 
 
-async def held(upstream: FakePredictions, *posts: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+async def held(upstream: FakePredictions, *posts: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
     """Requests under way, which a cancellation of the task ends."""
     upstream.endless = True
-    task = asyncio.ensure_future(asyncio.gather(*posts))
+    task = asyncio.gather(*posts)
     while len(upstream.requests) < len(posts):
         await asyncio.sleep(0.01)
     return task

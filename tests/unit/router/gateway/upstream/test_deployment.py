@@ -51,7 +51,8 @@ def ended_after(
 def test_it_waits_until_all_successors_run_also_while_serve_is_away(
     count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = iter([ConnectionError("gone"), *[True] * count, False])
+    told: list[bool | Exception] = [ConnectionError("gone"), *[True] * count, False]
+    answers = iter(told)
     assert ended_after(answers) == pytest.approx((1 + count) * SUCCESSOR_CHECK_S)
     assert not list(answers)
     assert "Serve does not answer (ConnectionError)" in caplog.text
