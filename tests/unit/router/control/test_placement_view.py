@@ -185,8 +185,10 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_the_watcher_feeds_the_view_says_what_is_known_and_asks_nothing_of_serve() -> None:
     view, asked = PlacementView(), itertools.count()
     controller = FakeController(placement_of(1, 1), None, placement_of(1, 4))
-    watcher_of(controller, view, lambda: next(asked) >= 0)
+    watcher = watcher_of(controller, view, lambda: next(asked) >= 0)
     await controller.exhausted.wait()
+    watcher.stop()
+    await asyncio.wait([watcher._task])
     assert view.placement == placement_of(1, 4)
     assert controller.known == [(-1, -1), (1, 1), (1, 1), (1, 4)]
     age_s = view.loop_age_s()
