@@ -39,12 +39,6 @@ def test_of_equally_loaded_actors_the_one_with_fewer_recent_rows_is_asked_then_t
     assert choose_copies([("b", "a")], [1], {"a": 1.0, "b": 1.0}, ())[0] == ["a"]
 
 
-def test_an_avoided_actor_is_asked_only_where_there_is_no_other() -> None:
-    copies = [("a", "b"), ("a",), ("a", "c")]
-    assert choose_copies(copies, [1, 1, 1], {}, {"a"})[0] == ["b", "a", "c"]
-    assert choose_copies(copies, [1, 1, 1], {}, {"a", "b", "c"})[0][0] in ("a", "b")
-
-
 @given(LAYERS, st.sets(st.sampled_from(ACTORS)))
 def test_every_expert_that_has_a_copy_gets_one_of_its_own(
     layer: list[tuple[list[str], int]], avoided: set[str]

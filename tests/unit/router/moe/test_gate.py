@@ -287,19 +287,6 @@ def test_only_allowed_experts_have_weights_whatever_the_logits(
         assert torch.equal(is_allowed.sum(1), wanted)
 
 
-def test_one_expert_of_a_group_counts_more_than_none() -> None:
-    """Corrections are negative, and the sum of the best two decides."""
-    spec = GateSpec(score="sigmoid", num_groups=3, topk_groups=2, best_of_group=2)
-    correction = torch.tensor([-9.0, -9.0, -9.0, -9.0, -1.0, -1.0])
-    gate = Gate(spec, 2, lambda rows: rows, correction)
-    allowed = torch.tensor([[True, False, False, False, True, True]])
-    ids, weights = gate.choose(torch.zeros(1, 6), allowed)
-    assert (sorted(ids[0].tolist()), weights.tolist()) == ([4, 5], [[0.5, 0.5]])
-    few = torch.tensor([[True, False, True, False, True, False]])
-    ids, _ = Gate(spec, 3, lambda rows: rows, correction).choose(torch.zeros(1, 6), few)
-    assert sorted(ids[0].tolist()) == [0, 2, 4]  # no more than K: of all three groups
-
-
 def test_weights_of_the_others_stay_shares_where_one_expert_had_all() -> None:
     logits = torch.tensor([[300.0, 1.0, 2.0, 2.0]])
     allowed = torch.tensor([[False, True, True, True]])
