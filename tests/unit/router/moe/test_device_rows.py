@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from cluster.staging import Staging
 from cluster.transport.base import Call, CallFailure
-from cluster.wire.frames import encode
 from experts.families.base import GateSpec
 from router.config.capacity import CapacityConfig
 from router.engine.scheduling.scheduler import Limits
@@ -26,8 +25,8 @@ from router.moe.device_rows import PermutedRows, chosen_rows, permute
 from router.moe.gate import Gate
 from router.moe.permute import gather, lay_out, rows_of_parts, split
 from tests.checkpoints import save_mixtral
-from tests.emulated_copies import Copies
 from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_steps import Steps
 from tests.local_cluster import BankTransport, LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 7], [8, 2, 6, 3, 4], list(range(3, 40))]
@@ -95,12 +94,10 @@ def test_parts_have_the_bytes_that_the_host_gathers(
         ]
         assert b"".join(itertools.chain(*found)) == bytes(gather(rows, ordered, k))
         if expert_ids is ids and asked is None:
+            has_gaps = len(ids.unique()) < num_experts
             for part, pieces in zip(parts, found, strict=True):
                 runs = 1 + sum(b > a + 1 for a, b in itertools.pairwise(part.expert_ids))
-                hit = set(ids.ravel().tolist())
-                gaps = set(range(num_experts)) - hit
-                assert len(pieces) <= runs
-                assert gaps or len(pieces) == runs
+                assert len(pieces) == runs or (has_gaps and len(pieces) < runs)
 
 
 def test_a_frame_is_sent_in_the_pieces_of_its_rows(device: EmulatedDevice) -> None:
@@ -186,9 +183,6 @@ class GivenGate:
         return self._choice
 
 
-# An engine on a device.
-
-
 def generated(
     folder: Path, device: torch.device | None, *, lost: bool = False, **options: Any
 ) -> tuple[list[tuple[int, ...]], LocalCluster]:
@@ -242,44 +236,9 @@ def test_an_engine_has_the_hosts_tokens(
 @pytest.mark.usefixtures("always")
 def test_an_engine_copies_once_each_way_a_layer(folder: Path, device: EmulatedDevice) -> None:
     cluster = LocalCluster(folder, limits=LIMITS, dtype="float32", device=device.device)
-    found: list[Copies] = []
-    step = cluster.engine.step
-
-    def counted(*arguments: Any) -> None:
-        with device.counted() as copies:
-            step(*arguments)
-        found.append(copies)
-
-    cluster.engine.step = counted  # type: ignore[method-assign]
+    steps = Steps(cluster, device)
     try:
         cluster.generate(*(greedy_request(f"r{i}", p, 6) for i, p in enumerate(PROMPTS)))
     finally:
         cluster.close()
-    num_layers = len(cluster.checkpoint.shape.layers)
-    for copies in found:
-        assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
-        assert not copies.host_reads
-        assert not copies.mixed
-
-
-@pytest.mark.usefixtures("always")
-def test_rows_that_are_not_finite_are_asked_for_again(folder: Path, device: EmulatedDevice) -> None:
-    expected, _ = generated(folder, None)
-    cluster = LocalCluster(folder, 3, limits=LIMITS, dtype="float32", device=device.device)
-
-    def damaged(call: Call, number: int) -> bytes | None:
-        if number != 4:
-            return None
-        [answer] = cluster.transport.banks[call.actor_id].compute([cluster.transport.frames[-1]])
-        wire = bytearray(b"".join(encode(answer)))
-        wire[-4:] = np.float32("nan").tobytes()
-        return bytes(wire)
-
-    cluster.transport.fail = damaged
-    asked = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
-    try:
-        found = [events[0].token_ids for events in cluster.generate(*asked)]
-    finally:
-        cluster.close()
-    assert found == expected
-    assert cluster.dispatcher.retries == {"not_finite": 1}
+    steps.have_one_copy_each_way_a_layer(len(cluster.checkpoint.shape.layers))
