@@ -74,13 +74,10 @@ def combine_all(
 class Case:
     """Random rows, weights, experts and absent pairs, which hold NaN as if never written."""
 
-    def __init__(self, seed: int, num_rows: int, spec: MixtureSpec, steps: int = 0) -> None:
+    def __init__(self, seed: int, num_rows: int, spec: MixtureSpec) -> None:
         rng = np.random.default_rng(seed)
         dtype = np.dtype(spec.dtype)
-        shape = spec.combine.shape
-        if steps:
-            shape = (steps, *shape[1:])
-        self.rows = rng.standard_normal((num_rows, K, *shape)).astype(dtype)
+        self.rows = rng.standard_normal((num_rows, K, *spec.combine.shape)).astype(dtype)
         if spec.combine.kind == "density":
             self.rows = np.abs(self.rows) + dtype.type(0.1)
         self.ids = np.array([rng.permutation(E)[:K] for _ in range(num_rows)], np.int64)
@@ -134,12 +131,8 @@ def expected_of(spec: MixtureSpec, case: Case, row: int) -> dict[str, np.ndarray
     else:
         size = combine.dimensions
         means = np.array([values[:size] for _, _, values in pairs])
-        deviations = np.array(
-            [
-                np.full(size, combine.deviation) if combine.deviation else values[size:]
-                for _, _, values in pairs
-            ]
-        )
+        given = np.full(size, combine.deviation) if combine.deviation else None
+        deviations = np.array([v[size:] if given is None else given for _, _, v in pairs])
         weights = np.array([w for _, w, _ in pairs])[:, None]
         mean = (weights * means).sum(axis=0)
         within = sum(w * s**2 for w, s in zip(weights, deviations, strict=True))
@@ -259,16 +252,6 @@ def test_votes_and_labels_by_hand() -> None:
     assert outputs["label"].tolist() == [["älter"], ["älter"]]
     assert outputs["experts"].tolist() == [[0, 2, 4], [0, 1, 2]]
     assert outputs["weights"].tolist() == [[0.3, 0.5, 0.2], [0.25, 0.5, 0.25]]
-
-
-def test_an_absent_pair_counts_nothing_and_comes_last() -> None:
-    spec = spec_of(COMBINES["mean"])
-    rows = np.array([[[np.nan] * 4, [2.0] * 4, [np.inf] * 4]])
-    weights, ids = np.array([[9.0, 1.0, np.nan]]), np.array([[0, 3, 1]])
-    outputs = combine_all(spec, rows, weights, ids, np.array([[False, True, False]]))
-    assert outputs["value"].tolist() == [[2.0] * 4]
-    assert outputs["experts"].tolist() == [[3, -1, -1]]
-    assert outputs["weights"].tolist() == [[1.0, 0.0, 0.0]]
 
 
 def test_a_density_far_from_every_mean_has_a_log() -> None:

@@ -154,18 +154,6 @@ def test_a_choice_among_allowed_experts_leaves_out_whatever_leads_to_no_other(
         assert all(may[e] for e in pairs)
 
 
-def test_where_all_experts_are_allowed_the_choice_is_the_first_choice_bit_for_bit(
-    tmp_path: Path,
-) -> None:
-    rng = np.random.default_rng(0)
-    gate = gate_in(tmp_path, TREE, 7, weights_of(TREE, rng))
-    inputs = rows_of(rng, 50)
-    first, again = gate.choose(inputs), gate.reselect(inputs)(np.arange(50), np.ones((50, 7), bool))
-    assert first.ids.tobytes() == again.ids.tobytes()
-    assert first.weights.numpy().tobytes() == again.weights.numpy().tobytes()
-    assert (first.served() == again.served()).all()
-
-
 def test_a_tree_worked_by_hand(tmp_path: Path) -> None:
     log = np.log
     tensors = {
@@ -334,7 +322,9 @@ def test_a_row_has_the_same_bits_in_any_batch(
         assert part.weights.numpy().tobytes() == whole.weights.numpy()[rows].tobytes()
 
 
-def test_rows_of_a_tree_have_the_same_bits_alone(tmp_path: Path) -> None:
+def test_rows_of_a_tree_have_the_same_bits_alone_and_where_all_experts_are_allowed(
+    tmp_path: Path,
+) -> None:
     rng = np.random.default_rng(4)
     tensors = {name: rng.standard_normal(t.shape) for name, t in weights_of(TREE, rng).items()}
     gate = gate_in(tmp_path, TREE, 7, tensors, dtype="float32")
@@ -346,6 +336,10 @@ def test_rows_of_a_tree_have_the_same_bits_alone(tmp_path: Path) -> None:
         assert alone.ids.tobytes() == whole.ids[row].tobytes()
         assert alone.weights.numpy().tobytes() == whole.weights.numpy()[row].tobytes()
         assert (alone.served()[0] == served[row]).all()
+    again = gate.reselect(inputs)(np.arange(300), np.ones((300, 7), bool))
+    assert again.ids.tobytes() == whole.ids.tobytes()
+    assert again.weights.numpy().tobytes() == whole.weights.numpy().tobytes()
+    assert (again.served() == served).all()
 
 
 def test_large_scores_neither_overflow_nor_hide_the_order(tmp_path: Path) -> None:

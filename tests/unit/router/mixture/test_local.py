@@ -19,7 +19,6 @@ from skops.io import dumps
 from torch import nn
 from torch.nn import functional
 
-from cluster.errors import ExpertFailedError
 from experts.checkpoint.mixture import Mixture
 from tests.local_mixture import LocalMixture
 from tests.unit.experts.backends.folders import RTOL, save_mixture
@@ -109,17 +108,6 @@ def test_a_tree_of_mixed_experts_is_the_product_rule_over_the_libraries_own_pred
     assert {ids.count(-1) for ids in outputs["experts"].tolist()} == {0, 1}
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_few_rows_are_those_of_many(tmp_path: Path, count: int) -> None:
-    mixture, _, _, x = regression(tmp_path, "float64")
-    local = LocalMixture(mixture)
-    whole = local.predict({"x": x})
-    for begin in (0, 100, 300):
-        part = local.predict({"x": x[begin : begin + count]}, ["y"])
-        assert part["y"].shape == (count, 1)
-        np.testing.assert_allclose(part["y"], whole["y"][begin : begin + count], 1e-12)
-
-
 @pytest.mark.parametrize("kind", ["probabilities", "vote"])
 def test_classifiers_are_combined_by_the_gates_weights(tmp_path: Path, kind: str) -> None:
     x, y = load_iris(return_X_y=True)
@@ -159,90 +147,3 @@ def test_classifiers_are_combined_by_the_gates_weights(tmp_path: Path, kind: str
                 total[e:] += weight * expert.predict_proba(values[None])[0]
         np.testing.assert_allclose(outputs["parts"][row], total, 1e-10, 1e-14)
         assert outputs["label"][row, 0] == names[np.argmax(total)]
-
-
-def test_recurrent_experts_return_sequences_of_the_rows_length(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    nets = [nn.ModuleDict({"rnn": nn.GRU(3, 5, batch_first=True), "head": nn.Linear(5, 2)})
-            for _ in range(2)]  # fmt: skip
-    tensors = {
-        f"{i}.{name}": p.detach().numpy()
-        for i, net in enumerate(nets)
-        for name, p in net.named_parameters()
-    }
-    spec = {
-        "format": 1,
-        "dtype": "float32",
-        "inputs": [
-            {"name": "s", "datatype": "FP32", "shape": [-1, 3]},
-            {"name": "c", "datatype": "INT32", "shape": [1]},
-        ],
-        "gate": "root",
-        "gates": {"root": {"kind": "given", "input": "c", "choices": ["e1", "e0"]}},
-        "experts": {
-            f"e{i}": {"kind": "rnn", "file": "r.safetensors", "prefix": f"{i}.", "cell": "gru",
-                      "returns": "sequence"}
-            for i in range(2)
-        },
-        "combine": {"kind": "mean", "shape": [-1, 2]},
-        "outputs": [{"name": "y", "datatype": "FP32", "from": "value"}],
-    }  # fmt: skip
-    files = {"r.safetensors": save(tensors)}
-    local = LocalMixture(_without_gate(tmp_path, spec, files))
-    for steps in (1, 6):
-        s = torch.randn(5, steps, 3)
-        column = np.array([[0], [1], [1], [0], [1]], np.int32)
-        got = local.predict({"s": s.numpy(), "c": column})["y"]
-        assert got.shape == (5, steps, 2)
-        for row in range(5):
-            net = nets[1 - int(column[row, 0])]
-            with torch.inference_mode():
-                expected = net["head"](net["rnn"](s[row : row + 1])[0])[0]
-            np.testing.assert_allclose(got[row], expected, 1e-5, 1e-6)
-    assert local.predict({"s": s.numpy()[:0], "c": column[:0]})["y"].shape == (0, 6, 2)
-
-
-def _without_gate(folder: Path, spec: dict[str, Any], files: dict[str, bytes]) -> Mixture:
-    return save_mixture(folder, spec, {"gate.safetensors": b"unused"} | files)
-
-
-def density(folder: Path) -> Mixture:
-    """Return a mixture of two densities whose second deviation is the second input's value."""
-    weight = np.array([[1.0, 0.0], [0.0, 1.0]])
-    experts = {
-        f"e{i}": {"kind": "linear", "file": "e.safetensors", "prefix": f"{i}."} for i in range(2)
-    }
-    spec = {
-        "format": 1,
-        "dtype": "float64",
-        "inputs": [
-            {"name": "x", "datatype": "FP64", "shape": [2]},
-            {"name": "t", "datatype": "FP64", "shape": [1]},
-        ],
-        "gate": "root",
-        "gates": {"root": linear_gate(["e0", "e1"])},
-        "experts": experts,
-        "combine": {"kind": "density", "dimensions": 1, "target": "t"},
-        "outputs": [
-            {"name": "mean", "datatype": "FP64", "from": "mean"},
-            {"name": "log", "datatype": "FP64", "from": "log_density"},
-        ],
-    }
-    files = {
-        "gates.safetensors": save({"weight": np.zeros((2, 2))}),
-        "e.safetensors": save({"0.weight": weight, "1.weight": 3 * weight}),
-    }
-    return save_mixture(folder, spec, files)
-
-
-def test_a_density_needs_its_target_for_its_logarithm_alone(tmp_path: Path) -> None:
-    local = LocalMixture(density(tmp_path))
-    x = np.array([[1.0, 2.0]])
-    assert local.predict({"x": x})["mean"].tolist() == [[2.0]]
-    both = local.predict({"x": x, "t": np.array([[1.0]])})
-    assert list(both) == ["mean", "log"]
-    tall, wide = (np.exp(-0.5 * ((1 - m) / s) ** 2) / (s * np.sqrt(2 * np.pi))
-                  for m, s in ((1, 2), (3, 6)))  # fmt: skip
-    np.testing.assert_allclose(both["log"], [[np.log(0.5 * tall + 0.5 * wide)]], 1e-14)
-    with pytest.raises(ExpertFailedError, match=r"e0: a deviation must be above 0 \(row 1"):
-        local.predict({"x": np.array([[1.0, 2.0], [1.0, -2.0]])})

@@ -135,18 +135,6 @@ MANY = QueueLimits(step_requests=4, step_rows=8, requests=200, rows=10**6)
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
-@given(SIZES)
-def test_without_rivals_a_tenant_has_every_step_as_if_there_were_no_tenants(
-    sizes: list[int],
-) -> None:
-    def steps(tenant: str) -> list[list[tuple[int, int]]]:
-        queue = WorkQueue(MANY, "x")
-        add_of(queue, tenant, *sizes)
-        return [[span[1:] for span in step] for step in steps_of(queue)]
-
-    assert steps("a") == steps("")
-
-
 def test_turns_of_two_tenants_worked_by_hand() -> None:
     queue = WorkQueue(MANY, "x")
     add_of(queue, "a", 20, 3)
