@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from cluster import native as built
 from cluster.device import CPU
+from cluster.native import native
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention.interface import Attention, PagedBatch, Span
 from router.model.attention.paged import PagedContext
@@ -41,7 +41,7 @@ from tests.family_checkpoints import (
 )
 from tests.local_cluster import LocalCluster
 
-BUILT = [] if built.native is None else [built.native]
+assert native is not None
 LLAMAS: dict[str, Callable[..., Any]] = {
     "mixtral": save_mixtral,
     "qwen2_moe": save_qwen2_moe,
@@ -138,13 +138,10 @@ def batch_of(attention: Attention, slots: np.ndarray, begin: int) -> PagedBatch:
     return PagedBatch(torch.from_numpy(slots[begin:]), view)
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", LLAMAS)
 @torch.inference_mode()
-def test_it_is_transformers_attention(
-    native: ModuleType, tmp_path: Path, family: str, dtype: torch.dtype
-) -> None:
+def test_it_is_transformers_attention(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     layer = Layer(tmp_path, LLAMAS[family], dtype)
     assert has_llamas_shape(layer.norm, layer.attention, layer.next_norm)
     got = layer.attend(layer.half(), 0, NUM_TOKENS)[:2]
@@ -156,12 +153,11 @@ def test_it_is_transformers_attention(
         assert off <= max(1.1 * theirs, 1e-5 * exact[index].norm())
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", LLAMAS)
 @torch.inference_mode()
 def test_a_token_has_its_bits_however_the_sequence_is_cut(
-    native: ModuleType, tmp_path: Path, family: str, dtype: torch.dtype
+    tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
     layer = Layer(tmp_path, LLAMAS[family], dtype)
     half = layer.half()
@@ -175,11 +171,10 @@ def test_a_token_has_its_bits_however_the_sequence_is_cut(
             assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_the_last_layers_output_is_added_as_torch_adds_it(
-    native: ModuleType, tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path, dtype: torch.dtype
 ) -> None:
     layer = Layer(tmp_path, save_mixtral, dtype)
     half, rows = layer.half(), layer.rows
@@ -212,7 +207,6 @@ def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., 
     assert not has_llamas_shape(*parts_of(layer))
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize(
     "change",
     [
@@ -225,7 +219,7 @@ def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., 
     ],
 )
 def test_an_attention_with_other_parts_stays_transformers(
-    native: ModuleType, tmp_path: Path, change: Callable[[Any], None]
+    tmp_path: Path, change: Callable[[Any], None]
 ) -> None:
     save_qwen3_moe(tmp_path)
     layer = load_dense(open_checkpoint(tmp_path), torch.float32).base_model.layers[1]
@@ -234,10 +228,9 @@ def test_an_attention_with_other_parts_stays_transformers(
     assert not has_llamas_shape(*parts_of(layer))
 
 
-@pytest.mark.parametrize("native", BUILT)
 @torch.inference_mode()
 def test_a_step_has_the_threads_of_its_view(
-    native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.float32)
     half, paged = layer.half(), layer.paged(0, NUM_TOKENS)
@@ -259,10 +252,7 @@ def test_a_step_has_the_threads_of_its_view(
     assert torch.equal(*normed)
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_a_model_attends_with_the_threads_that_it_is_given(
-    native: ModuleType, tmp_path: Path
-) -> None:
+def test_a_model_attends_with_the_threads_that_it_is_given(tmp_path: Path) -> None:
     save_mixtral(tmp_path, num_hidden_layers=1)
     cluster = LocalCluster(tmp_path, threaded=False)
     model = MoEModel(cluster.checkpoint, torch.float32, 1000, cluster.layers, CPU, 40)
@@ -270,11 +260,8 @@ def test_a_model_attends_with_the_threads_that_it_is_given(
     assert model.attention.view([Span(np.arange(700), 600)], 0).threads == 40
 
 
-@pytest.mark.parametrize("native", BUILT)
 @torch.inference_mode()
-def test_rows_of_another_dtype_than_the_cache_are_refused(
-    native: ModuleType, tmp_path: Path
-) -> None:
+def test_rows_of_another_dtype_than_the_cache_are_refused(tmp_path: Path) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
     half = layer.half()
     *_, paged = layer.attend(half, 0, 5)
@@ -283,11 +270,8 @@ def test_rows_of_another_dtype_than_the_cache_are_refused(
         layer.attend(half, 5, 6, paged)
 
 
-@pytest.mark.parametrize("native", BUILT)
 @torch.inference_mode()
-def test_a_residual_stream_that_would_be_copied_is_refused(
-    native: ModuleType, tmp_path: Path
-) -> None:
+def test_a_residual_stream_that_would_be_copied_is_refused(tmp_path: Path) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
     rotate = NativeRotation(layer.rotary_embedding, layer.attention.head_dim)
     angles = rotate(layer.rows, torch.arange(5)[None])

@@ -6,8 +6,6 @@ Dimension letters: P rows, K input size, O output size.
 from __future__ import annotations
 
 import weakref
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from cluster import native as built
+from cluster.native import native
 from cluster.wire.tensors import to_array, to_bytes
 from experts.compute.native_ffn import KERNELS
 from experts.compute.panels import pack_matrix
@@ -25,7 +23,7 @@ from router.model.cpu import native_modules
 from router.model.cpu.formats import FORMATS
 from router.model.cpu.native_modules import NativeLinear, NativeMlp, replace_modules
 
-BUILT = [] if built.native is None else [built.native]
+assert native is not None
 NAMES = [name for name, *_ in KERNELS]
 DTYPES = tuple(FORMATS)
 
@@ -39,7 +37,6 @@ def product(
     threads: int = 1,
 ) -> torch.Tensor:
     """Return rows times a weight by a kernel, from memory at odd addresses."""
-    assert built.native is not None
     out = torch.empty(len(rows), len(weight), dtype=dtype)
     packed = pack_matrix(to_array(weight), None if bias is None else to_array(bias)).data
     given_ = to_bytes(rows.contiguous())
@@ -47,7 +44,7 @@ def product(
     odd_packed[1:], odd_rows[1:] = packed, given_
     formats = FORMATS[weight.dtype], FORMATS[rows.dtype], FORMATS[dtype], int(bias is not None)
     sizes = (1, weight.shape[1], weight.shape[0], *formats)
-    built.native.linear(
+    native.linear(
         memoryview(odd_rows)[1:], memoryview(odd_packed)[1:], to_bytes(out), sizes, threads, kernel
     )
     return out
@@ -134,9 +131,8 @@ def test_what_is_no_number_stays_in_its_row(kernel: str, value: float) -> None:
     assert not got[7].isfinite().any()
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matrices_of_heads_have_rows_of_their_own(native: ModuleType, dtype: torch.dtype) -> None:
+def test_matrices_of_heads_have_rows_of_their_own(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(3, 20, 33, generator=generator).to(dtype)
     rows = torch.randn(1, 3, 7, 33, generator=generator).to(dtype)
@@ -146,8 +142,7 @@ def test_matrices_of_heads_have_rows_of_their_own(native: ModuleType, dtype: tor
     assert together(rows[:, :, :0]).shape == (1, 3, 0, 20)
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
+def test_a_models_linear_layers_are_replaced() -> None:
     torch.manual_seed(0)
     model = nn.Module()
     model.plain, model.biased = nn.Linear(48, 20, bias=False), nn.Linear(48, 20)
@@ -169,9 +164,8 @@ def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
     assert torch.equal(model.plain(rows[:, ::2]), model.plain(rows)[:, ::2])
 
 
-@pytest.mark.parametrize("native", BUILT)
 def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
-    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def mlp() -> nn.Module:
         parts = nn.Module()
@@ -193,10 +187,7 @@ def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
     assert alive == [3, 2, 1]  # each layer's only linear layer outside the MLP
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
-    native: ModuleType,
-) -> None:
+def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers() -> None:
     for bias, activation in ((True, "silu"), (False, "tanh")):
         mlp = nn.Module()
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -205,44 +196,3 @@ def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
         model = nn.Sequential(mlp)
         replace_modules(model, activation)
         assert {type(part) for part in model[0].children()} == {NativeLinear, nn.SiLU}
-
-
-RIGHT = SimpleNamespace(rows=bytes(4 * 8 * 3), packed=bytes(8 * 32 * 4), out=4 * 5 * 3)
-WRONG: dict[str, dict[str, Any]] = {
-    "half a row": {"rows": bytes(4 * 8 * 3 + 4)},
-    "fewer rows than room": {"rows": bytes(4 * 8 * 2)},
-    "too little room": {"out": 4 * 5 * 3 - 4},
-    "weights of another size": {"packed": bytes(8 * 32 * 4 + 4)},
-    "no size": {"sizes": (1, 0, 5, 0, 0, 0, 0)},
-    "a size beyond all": {"sizes": (1, 1 << 60, 5, 0, 0, 0, 0)},
-    "an unknown format": {"sizes": (1, 8, 5, 3, 0, 0, 0)},
-    "rows of an unknown format": {"sizes": (1, 8, 5, 0, 9, 0, 0)},
-    "room of an unknown format": {"sizes": (1, 8, 5, 0, 0, -1, 0)},
-    "a bias that is not there": {"sizes": (1, 8, 5, 0, 0, 0, 1)},
-    "matrices that divide nothing": {"sizes": (5, 8, 5, 0, 0, 0, 0)},
-    "no matrix": {"sizes": (0, 8, 5, 0, 0, 0, 0)},
-    "no thread": {"threads": 0},
-    "an unknown kernel": {"kernel": "sse"},
-}
-
-
-@pytest.mark.parametrize("native", BUILT)
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str) -> None:
-    given_: dict[str, Any] = {
-        "rows": RIGHT.rows,
-        "packed": RIGHT.packed,
-        "out": RIGHT.out,
-        "sizes": (1, 8, 5, 0, 0, 0, 0),
-        "threads": 1,
-        "kernel": None,
-    }
-    calls = [given_, {**given_, **WRONG[wrong]}]
-    for call in calls:
-        out = bytearray(call.pop("out"))
-        arguments = (call["rows"], call["packed"], out, call["sizes"])
-        if call is calls[0]:
-            native.linear(*arguments, call["threads"], call["kernel"])
-            continue
-        with pytest.raises(ValueError, match=r"."):
-            native.linear(*arguments, call["threads"], call["kernel"])

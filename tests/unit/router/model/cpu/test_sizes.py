@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.native import native
 from cluster.wire.tensors import TORCH_DTYPES
 from router.model.cpu import native_attention, native_layer, native_modules
 from router.model.cpu.native_attention import NativeAttention
@@ -35,7 +34,7 @@ def gates_of(cluster: LocalCluster) -> list[Any]:
     return [half._gate for half in halves if isinstance(half, MixtureFeedForward)]
 
 
-@pytest.mark.parametrize("save", [] if native is None else [save_mixtral, save_deepseek_v3])
+@pytest.mark.parametrize("save", [save_mixtral, save_deepseek_v3])
 @pytest.mark.parametrize(
     ("module", "limit"),
     [
@@ -63,7 +62,7 @@ def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
     assert generated(cluster) == expected
 
 
-@pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("exponent", [1.0, 2.0, None])
 def test_a_gate_that_native_code_does_not_know_has_native_logits(
     tmp_path: Path, exponent: float | None, dtype: str
