@@ -121,7 +121,10 @@ def test_a_device_with_a_byte_too_little_is_refused_before_anything_is_copied(
     lacks_one = pytest.raises(UnavailableError, match=f"lacks 1 bytes of the {needed:,}")
     layers: Any = None
     with emulated_device(memory_bytes=needed - 1) as device, lacks_one:
-        MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
+        try:
+            MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
+        finally:
+            assert torch.accelerator.memory_allocated() == 0
     with emulated_device(memory_bytes=needed + ROTATION_BYTES) as device:
         MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -192,13 +193,6 @@ def test_a_gate_of_what_is_no_number_ends_too() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def plain(folder: Path) -> MixtralForCausalLM:
     return MixtralForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
@@ -206,9 +200,8 @@ def plain(folder: Path) -> MixtralForCausalLM:
 @pytest.fixture
 def tight(folder: Path) -> Iterator[LocalCluster]:
     """A cluster whose experts take one token of a step each."""
-    cluster = LocalCluster(folder, capacity=CapacityConfig(tokens=1))
-    yield cluster
-    cluster.close()
+    with closing(LocalCluster(folder, capacity=CapacityConfig(tokens=1))) as cluster:
+        yield cluster
 
 
 PROMPTS = [prompt_of(9, seed) for seed in range(6)]
@@ -229,10 +222,9 @@ def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
 def test_without_overflow_answers_are_exact(
     folder: Path, plain: MixtralForCausalLM, capacity: CapacityConfig | None
 ) -> None:
-    cluster = LocalCluster(folder, capacity=capacity)
     requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
-    answers = cluster.generate(*requests)
-    cluster.close()
+    with closing(LocalCluster(folder, capacity=capacity)) as cluster:
+        answers = cluster.generate(*requests)
     for [event], prompt in zip(answers, PROMPTS, strict=True):
         assert event.exact
         check_greedy(event.token_ids, plain, prompt, 6)
@@ -250,9 +242,8 @@ def test_a_strict_request_waits_while_an_expert_that_only_its_overflow_needs_sti
 ) -> None:
     save_mixtral(tmp_path, num_local_experts=32)
     capacity, request = CapacityConfig(tokens=1), greedy_request("r", PROMPTS[0], 6)
-    loaded = LocalCluster(tmp_path, capacity=capacity)
-    [[expected]] = loaded.generate(request)
-    loaded.close()
+    with closing(LocalCluster(tmp_path, capacity=capacity)) as loaded:
+        [[expected]] = loaded.generate(request)
     asked = {(f.layer_id, e) for f in loaded.transport.frames for e in f.expert_ids}
     late = min(asked - needed(tmp_path, tuple(PROMPTS[0]), 6))
     assert late[0] == 0  # no overflow comes before, so no token of the prompt chooses it
@@ -279,9 +270,8 @@ def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
 
 def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
     """Of two equal tokens one gets both experts, and the other is sent on by both."""
-    roomy = LocalCluster(folder)
-    roomy.generate(greedy_request("alone", [5], 1))
-    roomy.close()
+    with closing(LocalCluster(folder)) as roomy:
+        roomy.generate(greedy_request("alone", [5], 1))
     assert overflow_told(roomy) == overflow_told(tight) == {}
     tight.generate(greedy_request("twice", [5], 1, n=2))
     told = overflow_told(tight)

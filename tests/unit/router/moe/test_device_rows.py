@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from router.moe import device_rows
 from router.moe.device_rows import PermutedRows, chosen_rows, permute
 from router.moe.gate import Gate
 from router.moe.permute import gather, lay_out, rows_of_parts, split
-from tests.checkpoints import save_mixtral
-from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_device import EmulatedDevice
 from tests.emulated_steps import Steps
 from tests.local_cluster import BankTransport, LocalCluster, greedy_request
 
@@ -34,22 +32,9 @@ LIMITS = Limits(32, 16, 256)
 
 
 @pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
-
-
-@pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have rows permuted however few they are."""
     monkeypatch.setattr(device_rows, "PERMUTED_BYTES", 0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_mixtral(folder)
-    return folder
 
 
 def chosen(num_tokens: int, k: int, num_experts: int, seed: int) -> torch.Tensor:

@@ -29,7 +29,6 @@ from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
 from router.moe import dispatch as dispatch_module
 from router.moe.failures import MAX_REFUSALS
 from router.moe.pace import SLACK
-from tests.checkpoints import save_mixtral
 from tests.local_cluster import Answered, LocalCluster, greedy_request
 
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
@@ -49,13 +48,6 @@ FAILED = answer_of(InternalError("the batch failed"))
 """What an actor answers to a frame on which its device fails."""
 MOVED = answer_of(WrongPlacementError("is not held here", "a0"))
 """What an actor answers that does not hold the expert, since the router's placement is old."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_mixtral(folder)
-    return folder
 
 
 @pytest.fixture

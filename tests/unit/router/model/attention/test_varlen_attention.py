@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from router.model.kv_cache import PagedCache
 from router.model.staged_batch import with_tensors
 from tests import emulated_device as emulation
 from tests.checkpoints import save_mixtral
-from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_device import EmulatedDevice
 from tests.emulated_flash import varlen_attention
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -38,12 +38,6 @@ GATHERING = {
 }
 """The families whose attention it does not know, and a word of the reason."""
 ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
-
-
-@pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
 
 
 def slots_of(pages: list[int], length: int) -> np.ndarray:
@@ -254,24 +248,25 @@ def test_it_is_tried_on_the_device_before_it_is_trusted(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "error"), [(broken, torch.AcceleratorError), (full, torch.OutOfMemoryError)]
+    ("kernel", "works_after", "error", "words"),
+    [
+        (broken, False, torch.AcceleratorError, "memory"),
+        (full, True, torch.OutOfMemoryError, "memory"),
+        (refusing, False, RuntimeError, "Ampere"),
+    ],
 )
 def test_a_trial_that_a_device_cannot_do_is_no_reason_but_an_error(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kernel: Any, error: type[Exception]
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: Any,
+    works_after: bool,
+    error: type[Exception],
+    words: str,
 ) -> None:
     monkeypatch.setattr(emulation, "varlen_attention", kernel)
-    if kernel is broken:
+    if not works_after:
         monkeypatch.setattr(torch.accelerator, "synchronize", broken)
-    with pytest.raises(error, match="memory"):
-        why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
-
-
-def test_a_refusal_after_which_the_device_does_not_work_is_no_reason_but_an_error(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(emulation, "varlen_attention", refusing)
-    monkeypatch.setattr(torch.accelerator, "synchronize", broken)
-    with pytest.raises(RuntimeError, match="Ampere"):
+    with pytest.raises(error, match=words):
         why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
 
 

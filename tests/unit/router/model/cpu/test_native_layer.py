@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,32 +21,20 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention.interface import Attention, PagedBatch, Span
 from router.model.attention.paged import PagedContext
 from router.model.attention_choice import choose_attention, make_cache
-from router.model.cpu import native_layer
 from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
 from tests.checkpoints import save_mixtral
-from tests.family_checkpoints import (
-    save_dbrx,
-    save_deepseek_v2,
-    save_deepseek_v3,
-    save_gpt_oss,
-    save_olmoe,
-    save_qwen2_moe,
-    save_qwen3_moe,
-)
+from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster
 
 assert native is not None
+NAMES = ("qwen2_moe", "qwen3_moe", "olmoe", "dbrx", "gpt_oss")
 LLAMAS: dict[str, Callable[..., Any]] = {
     "mixtral": save_mixtral,
-    "qwen2_moe": save_qwen2_moe,
-    "qwen3_moe": save_qwen3_moe,
-    "olmoe": save_olmoe,
-    "dbrx": save_dbrx,
-    "gpt_oss": save_gpt_oss,
+    **{name: SAVERS[name] for name in NAMES},
 }
 NUM_TOKENS = 23
 
@@ -186,7 +172,7 @@ def test_the_last_layers_output_is_added_as_torch_adds_it(
     assert not torch.equal(layer.rows, rows)
 
 
-@pytest.mark.parametrize("save", [save_mixtral, save_gpt_oss])
+@pytest.mark.parametrize("save", [save_mixtral, SAVERS["gpt_oss"]])
 def test_angles_are_the_models_at_any_position(tmp_path: Path, save: Callable[..., Any]) -> None:
     save(tmp_path)
     model = load_dense(open_checkpoint(tmp_path), torch.float32)
@@ -200,7 +186,7 @@ def test_angles_are_the_models_at_any_position(tmp_path: Path, save: Callable[..
         assert torch.equal(rotate(torch.empty(0), ids), expected)
 
 
-@pytest.mark.parametrize("save", [save_deepseek_v2, save_deepseek_v3])
+@pytest.mark.parametrize("save", [SAVERS["deepseek_v2"], SAVERS["deepseek_v3"]])
 def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., Any]) -> None:
     save(tmp_path)
     layer = load_dense(open_checkpoint(tmp_path), torch.float32).base_model.layers[1]
@@ -221,35 +207,11 @@ def test_latent_attention_has_another_shape(tmp_path: Path, save: Callable[..., 
 def test_an_attention_with_other_parts_stays_transformers(
     tmp_path: Path, change: Callable[[Any], None]
 ) -> None:
-    save_qwen3_moe(tmp_path)
+    SAVERS["qwen3_moe"](tmp_path)
     layer = load_dense(open_checkpoint(tmp_path), torch.float32).base_model.layers[1]
     assert has_llamas_shape(*parts_of(layer))
     change(layer.self_attn)
     assert not has_llamas_shape(*parts_of(layer))
-
-
-@torch.inference_mode()
-def test_a_step_has_the_threads_of_its_view(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = Layer(tmp_path, save_mixtral, torch.float32)
-    half, paged = layer.half(), layer.paged(0, NUM_TOKENS)
-    rotate = NativeRotation(layer.rotary_embedding, layer.attention.head_dim)
-    angles = rotate(layer.rows, torch.arange(NUM_TOKENS)[None])
-    asked: list[int] = []
-
-    def attention_half(*args: Any) -> None:
-        asked.append(args[-1])
-        native.attention_half(*args)
-
-    monkeypatch.setattr(native_layer, "native", SimpleNamespace(attention_half=attention_half))
-    normed = []
-    for threads in (1, 3):
-        batch = replace(paged.batch, view=replace(paged.batch.view, threads=threads))
-        context = replace(paged, batch=batch)
-        normed.append(half(layer.rows.clone(), None, angles, context))
-    assert asked == [1, 3]
-    assert torch.equal(*normed)
 
 
 def test_a_model_attends_with_the_threads_that_it_is_given(tmp_path: Path) -> None:
