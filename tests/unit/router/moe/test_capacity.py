@@ -21,13 +21,11 @@ from transformers import MixtralForCausalLM
 from experts.families.base import GateSpec
 from router.config.capacity import CapacityConfig
 from router.engine.scheduling.scheduler import Limits
-from router.engine.stats import RouterSamples
 from router.moe.capacity import CapacityLimit, Placed, tokens_per_expert, within_capacity
 from router.moe.gate import Choice, Gate
 from router.moe.missing import StepMissing
-from router.observability import catalogue
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import MODEL, LocalCluster, greedy_request
+from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
 from tests.unit.router.moe.test_missing import go_on, needed, tokens_of
 
@@ -259,25 +257,14 @@ def test_a_strict_request_waits_while_an_expert_that_only_its_overflow_needs_sti
     assert (event.token_ids, event.exact) == (expected.token_ids, False)
 
 
-def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
-    """What the router's metrics have, by layer and expert."""
-    parts = cluster.engine.tally, cluster.scheduler, cluster.dispatcher, cluster.overflow
-    samples = RouterSamples(MODEL, *parts)().families[catalogue.OVERFLOW.name]
-    names = {(name, labels["model_name"]) for name, labels, _ in samples}
-    assert names <= {("expertmesh_expert_overflow_tokens_total", MODEL)}
-    return {(labels["layer"], labels["expert"]): value for _, labels, value in samples}
-
-
-def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
+def test_what_each_expert_had_no_room_for_is_counted(folder: Path, tight: LocalCluster) -> None:
     """Of two equal tokens one gets both experts, and the other is sent on by both."""
     with closing(LocalCluster(folder)) as roomy:
         roomy.generate(greedy_request("alone", [5], 1))
-    assert overflow_told(roomy) == overflow_told(tight) == {}
+    assert roomy.overflow == tight.overflow == {}
     tight.generate(greedy_request("twice", [5], 1, n=2))
-    told = overflow_told(tight)
-    chosen = {e for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
-    assert {expert: v for (layer, expert), v in told.items() if layer == "0"} == {
-        str(expert): 1.0 for expert in chosen
-    }
+    chosen = {(0, e) for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
     assert len(chosen) == 2
-    assert {layer for layer, _ in told} == {str(layer) for layer in roomy.checkpoint.shape.layers}
+    in_first = {key: count for key, count in tight.overflow.items() if key[0] == 0}
+    assert in_first == dict.fromkeys(chosen, 1)
+    assert {layer_id for layer_id, _ in tight.overflow} == {*roomy.checkpoint.shape.layers}

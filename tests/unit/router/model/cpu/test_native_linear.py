@@ -6,6 +6,7 @@ Dimension letters: P rows, K input size, O output size.
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,14 +143,18 @@ def test_matrices_of_heads_have_rows_of_their_own(dtype: torch.dtype) -> None:
     assert together(rows[:, :, :0]).shape == (1, 3, 0, 20)
 
 
+def mlp_of(size: int, inner: int, bias: bool = False) -> Any:
+    mlp: Any = nn.Module()
+    mlp.gate_proj, mlp.up_proj = (nn.Linear(size, inner, bias=bias) for _ in range(2))
+    mlp.down_proj, mlp.act_fn = nn.Linear(inner, size, bias=bias), nn.SiLU()
+    return mlp
+
+
 def test_a_models_linear_layers_are_replaced() -> None:
     torch.manual_seed(0)
     model = nn.Module()
     model.plain, model.biased = nn.Linear(48, 20, bias=False), nn.Linear(48, 20)
-    mlp = model.mlp = nn.Module()
-    for name, shape in (("gate_proj", (48, 64)), ("up_proj", (48, 64)), ("down_proj", (64, 48))):
-        setattr(mlp, name, nn.Linear(*shape, bias=False))
-    mlp.act_fn = nn.SiLU()
+    mlp = model.mlp = mlp_of(48, 64)
     model.requires_grad_(False)
     rows = torch.randn(1, 5, 48)
     expected = [model.plain(rows), model.biased(rows)]
@@ -167,14 +172,7 @@ def test_a_models_linear_layers_are_replaced() -> None:
 def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def mlp() -> nn.Module:
-        parts = nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(parts, name, nn.Linear(8, 8, bias=False))
-        parts.act_fn = nn.SiLU()
-        return parts
-
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), mlp()) for _ in range(3)))
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), mlp_of(8, 8)) for _ in range(3)))
     weights = [weakref.ref(layer.get_parameter("1.up_proj.weight")) for layer in model]
     alive = []
 
@@ -189,10 +187,6 @@ def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
 
 def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers() -> None:
     for bias, activation in ((True, "silu"), (False, "tanh")):
-        mlp = nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(mlp, name, nn.Linear(8, 8, bias=bias))
-        mlp.act_fn = nn.SiLU()
-        model = nn.Sequential(mlp)
+        model = nn.Sequential(mlp_of(8, 8, bias))
         replace_modules(model, activation)
         assert {type(part) for part in model[0].children()} == {NativeLinear, nn.SiLU}

@@ -5,6 +5,7 @@ Dimension letters: H hidden size, Q query heads, G key/value heads, D head size.
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -39,7 +40,26 @@ def sizes_of(given: tuple[Any, ...], wrong: dict[int, tuple[int, ...]]) -> dict[
     }
 
 
+IDS, PAIRS = numbers(0, 1, 2, 0), numbers(0, 1, 2, 3)
 RIGHT: dict[str, Arguments] = {
+    "summands_of": {"ids": IDS, "k": 2, "room": np.empty(4, np.int64)},
+    "route": {
+        "ids": IDS,
+        "k": 2,
+        "ordered_ids": numbers(0, 1, 2),
+        "ends": numbers(3),
+        "pairs": PAIRS,
+        "room": np.empty(4, np.int64),
+    },
+    "gather": {"values": bytes(8), "pairs": PAIRS, "k": 2, "row_bytes": 4},
+    "combine": {
+        "pieces": [(PAIRS, bytes(16))],
+        "weights": bytes(16),
+        "summand_of": PAIRS,
+        "k": 2,
+        "room": bytearray(8),
+        "value_bytes": 4,
+    },
     # Two sequences, G 1, Q 2, D 3: tokens 17 and 18 of one, the first of another.
     "attend": {
         "queries": bytes(72),
@@ -156,6 +176,57 @@ SPANS = tuple(RIGHT["attend"]["spans"].tolist())
 LATENTS = but(SIZES["attend"], 6, 2)
 ANY = (-1, 2**62)
 WRONG: dict[str, dict[str, Arguments]] = {
+    "summands_of": {
+        "no expert each": {"k": 0},
+        "not whole tokens": {"k": 3},
+        "no room": {"room": np.empty(3, np.int64)},
+    },
+    "route": {
+        "an id too large": {"ids": IDS + 1},
+        "an id below": {"ids": IDS - 1},
+        "a pair too large": {"pairs": PAIRS + 1},
+        "a pair below": {"pairs": PAIRS - 1},
+        "an expert too large": {"ordered_ids": numbers(1, 2, 3)},
+        "an expert below": {"ordered_ids": numbers(-1, 0, 1)},
+        "a share too large": {"ends": numbers(4)},
+        "a share below": {"ends": numbers(-1, 3)},
+        "shares that go back": {"ends": numbers(2, 1, 3)},
+        "no room": {"room": np.empty(3, np.int64)},
+        "no room for all pairs": {"pairs": None, "room": np.empty(3, np.int64)},
+        "no expert each": {"k": 0},
+        "too many experts each": {"k": 2**62},
+    },
+    "gather": {
+        "too many experts each": {"k": 2**62},
+        "too long rows": {"values": b"", "row_bytes": 2**62},
+        "a pair too large": {"pairs": PAIRS + 1},
+        "a pair below": {"pairs": PAIRS - 1},
+        "not whole rows": {"values": bytes(9)},
+        "no bytes": {"row_bytes": 0},
+        "a number of another type": {"k": "2"},
+    },
+    "combine": {
+        "another's summand": {"summand_of": PAIRS[::-1].copy()},
+        "a summand below": {"summand_of": PAIRS - 1},
+        "no room": {"room": bytearray(4)},
+        "no room at all": {"room": bytearray()},
+        "odd values": {"value_bytes": 3},
+        "odd weights": {"weights": bytes(12)},
+        "no pairs": {
+            "pieces": [], "weights": b"", "summand_of": PAIRS[:0].copy(), "room": bytearray()
+        },
+        "no expert each": {"k": 0},
+        "too many experts each": {"k": 2**62},
+        "a pair too large": {"pieces": [(PAIRS + 1, bytes(16))]},
+        "a pair below": {"pieces": [(PAIRS - 1, bytes(16))]},
+        "too few rows": {"pieces": [(PAIRS, bytes(12))]},
+        "not whole rows": {"pieces": [(PAIRS, bytes(17))]},
+        "pieces of another type": {"pieces": 3},
+        "a piece of another type": {"pieces": [3]},
+        "rows of another type": {"pieces": [(PAIRS, None)]},
+        "pairs of another type": {"pieces": [(None, bytes(16))]},
+        "room of another type": {"room": None},
+    },
     "attend": {
         "a page too large": {"pages": numbers(2, 0, 3)},
         "a page below": {"pages": numbers(2, -1, 1)},
@@ -313,15 +384,24 @@ def test_what_does_not_fit_is_refused(function: str, case: str) -> None:
         called(function, {**RIGHT[function], **WRONG[function][case]})
 
 
-def test_buffers_are_let_go() -> None:
-    given = {
-        function: [bytearray(v) if isinstance(v, bytes) else v for v in RIGHT[function].values()]
-        for function in ("attend", "store")
-    }
-    threads = list(RIGHT["attend"]).index("threads")
-    for given["attend"][threads] in (1, 0):
-        with suppress(ValueError):
-            native.attend(*given["attend"])
-    native.store(*given["store"])
-    for buffer in (v for values in given.values() for v in values if isinstance(v, bytearray)):
+@pytest.mark.parametrize("function", RIGHT)
+def test_buffers_are_let_go(function: str) -> None:
+    arguments = [bytearray(v) if isinstance(v, bytes) else v for v in RIGHT[function].values()]
+    arrays = [v for v in arguments if isinstance(v, np.ndarray)]
+    counts = [sys.getrefcount(array) for array in arrays]
+    for _ in range(100):
+        getattr(native, function)(*arguments)
+    for case in WRONG[function].values():
+        with suppress(ValueError, TypeError, BufferError):
+            getattr(native, function)(*{**RIGHT[function], **case}.values())
+    assert [sys.getrefcount(array) for array in arrays] == counts
+    for buffer in (v for v in arguments if isinstance(v, bytearray)):
         buffer.append(1)  # no view of it is held any more
+
+
+@pytest.mark.parametrize("room", [b"12345678", np.arange(8)[::2]], ids=["bytes", "strided"])
+def test_what_cannot_be_written_is_refused(room: object) -> None:
+    with pytest.raises((TypeError, ValueError, BufferError)):
+        called("combine", {**RIGHT["combine"], "room": room})
+    with pytest.raises(OverflowError):
+        called("gather", {**RIGHT["gather"], "k": 2**70})
