@@ -47,13 +47,7 @@ from router.moe.permute import PlacedModel
 from router.moe.shared_load import SharedLoad
 from tests.local_cluster import BankTransport
 from tests.local_mixture import LocalMixture
-from tests.mixtures import (
-    NUM_FEATURES,
-    save_given,
-    save_sequences,
-    save_tree,
-    save_unlike,
-)
+from tests.mixtures import NUM_FEATURES, save_given, save_sequences, save_tree, save_unlike
 
 MODEL, IDENTITY = "m@1", "the identity"
 LIMITS = QueueLimits(step_requests=32, step_rows=64, requests=64, rows=4096)

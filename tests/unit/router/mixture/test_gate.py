@@ -342,10 +342,7 @@ def test_large_scores_neither_overflow_nor_hide_the_order(tmp_path: Path) -> Non
 
 def test_scores_that_are_not_finite_name_gate_and_row(tmp_path: Path) -> None:
     tensors = {"root.weight": np.full((2, 3), 1e30), "b.weight": np.ones((2, 3))}
-    gates = {
-        "root": linear_gate(["b", "e2"], "root."),
-        "b": linear_gate(["e0", "e1"], "b."),
-    }
+    gates = {"root": linear_gate(["b", "e2"], "root."), "b": linear_gate(["e0", "e1"], "b.")}
     gate = gate_in(tmp_path, gates, 3, tensors, dtype="float32")
     inputs = {"x": np.ones((4, 3)), "column": np.zeros((4, 2), np.int64)}
     assert len(gate.choose(inputs).ids) == 4

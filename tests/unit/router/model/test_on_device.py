@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,29 +126,6 @@ def test_bfloat16_has_the_same_copies(tmp_path: Path, device: EmulatedDevice) ->
     steps.have_one_copy_each_way_a_layer(3)
 
 
-def test_sampled_tokens_and_log_probabilities_are_the_hosts(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path / "m")
-    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 7, "n": 2}
-    asked = [
-        *requests(**options, logprobs=3),
-        greedy_request("greedy", [4, 4, 1], 6, logprobs=0),
-        greedy_request("plain", [2, 6], 6, temperature=1.0, seed=1),
-    ]
-    expected = events_of(LocalCluster(tmp_path / "m"), asked)
-    cluster = LocalCluster(tmp_path / "m", device=device.device)
-    steps = Steps(cluster, device)
-    for ours, other in zip(events_of(cluster, asked), expected, strict=True):
-        assert ours.token_ids == other.token_ids
-        for row, expected_row in zip(ours.logprobs, other.logprobs, strict=True):
-            assert row.top_ids == expected_row.top_ids
-            # Keys are gathered in another layout, so sums may have another order.
-            assert row.logprob == pytest.approx(expected_row.logprob, abs=1e-5)
-            assert row.top_logprobs == pytest.approx(expected_row.top_logprobs, abs=1e-5)
-    steps.have_one_copy_each_way_a_layer(3)
-
-
 def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
     device: EmulatedDevice,
 ) -> None:
@@ -180,44 +157,41 @@ def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
     assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
 
 
-@dataclass
-class Operations:
-    """The operations that a device computes, and the dtypes of their first tensors."""
+@pytest.fixture
+def operations(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[SamplingParams], list[tuple[str, torch.dtype]]]:
+    """Samples three rows; returns the device's operations and the dtypes of their first tensors."""
 
-    device: EmulatedDevice
-    found: list[tuple[str, torch.dtype]] = field(default_factory=list)
-
-    def sample(self, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Sample three rows."""
+    def sampled(params: SamplingParams) -> list[tuple[str, torch.dtype]]:
         made = sampling_of([Draw(params, 0, i) for i in range(3)])
-        logits = torch.randn(3, 20).to(self.device.device)
-        tensors = SamplingTensors(*(t.to(self.device.device) for t in made.tensors))
-        compute = self.device.compute
+        logits = torch.randn(3, 20).to(device.device)
+        tensors = SamplingTensors(*(t.to(device.device) for t in made.tensors))
+        compute, found = device.compute, []
 
         def noted(func: Any, args: Any, kwargs: Any) -> Any:
             if args and isinstance(args[0], torch.Tensor):
-                self.found.append((func.name(), args[0].dtype))
+                found.append((func.name(), args[0].dtype))
             return compute(func, args, kwargs)
 
-        monkeypatch.setattr(self.device, "compute", noted)
+        monkeypatch.setattr(device, "compute", noted)
         sample(logits, tensors, made.logprob_sizes)
+        return found
+
+    return sampled
 
 
-def test_greedy_rows_sort_nothing(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations = Operations(device)
-    operations.sample(SamplingParams(1, 0.0), monkeypatch)
-    assert [name for name, _ in operations.found] == ["aten::argmax", "aten::gather"]
+def test_greedy_rows_sort_nothing(operations: Any) -> None:
+    names = [name for name, _ in operations(SamplingParams(1, 0.0))]
+    assert names == ["aten::argmax", "aten::gather"]
 
 
-def test_a_device_adds_integers_to_draw_whatever_the_order(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operations = Operations(device)
-    operations.sample(SamplingParams(1, 1.0, top_p=0.9), monkeypatch)
+def test_a_device_adds_integers_to_draw_whatever_the_order(operations: Any) -> None:
+    found = operations(SamplingParams(1, 1.0, top_p=0.9))
     kinds = ("aten::cumsum", "aten::sum", "aten::_softmax", "aten::logsumexp")
-    sums = [(name, dtype) for name, dtype in operations.found if name.startswith(kinds)]
+    sums = [dtype for name, dtype in found if name.startswith(kinds)]
     assert len(sums) >= 4
-    assert all(dtype in (torch.int64, torch.bool) for _, dtype in sums)
+    assert {*sums} <= {torch.int64, torch.bool}
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 511, 512, 300_000])

@@ -205,9 +205,7 @@ def tight(folder: Path) -> Iterator[LocalCluster]:
 PROMPTS = [prompt_of(9, seed) for seed in range(6)]
 
 
-def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
-    tight: LocalCluster,
-) -> None:
+def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(tight: LocalCluster) -> None:
     requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
     answers = tight.generate(*requests)
     frames = tight.transport.frames

@@ -6,12 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.moe.copy_choice import (
-    AVOID_S,
-    CopyChoice,
-    choose_copies,
-    is_replaceable,
-)
+from router.moe.copy_choice import AVOID_S, CopyChoice, choose_copies, is_replaceable
 from router.moe.permute import LayoutCache
 
 ACTORS = ("a", "b", "c", "d")

@@ -124,10 +124,7 @@ def test_few_rows_come_in_the_tokens_order(device: EmulatedDevice) -> None:
 @pytest.mark.parametrize("permuted_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("may_change", [True, False])
 def test_a_changed_choice_asks_the_device_for_nothing_that_was_foreseen(
-    device: EmulatedDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    permuted_bytes: int,
-    may_change: bool,
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, permuted_bytes: int, may_change: bool
 ) -> None:
     monkeypatch.setattr(device_rows, "PERMUTED_BYTES", permuted_bytes)
     generator = torch.Generator().manual_seed(4)

@@ -31,6 +31,7 @@ from router.moe.failures import MAX_REFUSALS
 from router.moe.pace import SLACK
 from tests.local_cluster import Answered, LocalCluster, greedy_request
 
+Tokens = list[tuple[int, ...]]
 PROMPTS = [[5, 9, 11], [7] * 30, list(range(2, 60))]
 LENGTH, FEW = 12, 2
 NUMBERS = itertools.count()
@@ -75,12 +76,12 @@ def alone(make: Callable[[int], LocalCluster]) -> LocalCluster:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[tuple[int, ...]]:
+def expected(folder: Path) -> Tokens:
     with closing(LocalCluster(folder, 3)) as cluster:
         return tokens_of(cluster)
 
 
-def tokens_of(cluster: LocalCluster, length: int = LENGTH) -> list[tuple[int, ...]]:
+def tokens_of(cluster: LocalCluster, length: int = LENGTH) -> Tokens:
     """Generate for all prompts, one after another, so that batches are the same every time."""
     found = []
     for prompt in PROMPTS:
@@ -90,8 +91,7 @@ def tokens_of(cluster: LocalCluster, length: int = LENGTH) -> list[tuple[int, ..
 
 
 def noted(
-    cluster: LocalCluster,
-    fail: Callable[[Call], CallFailure | bytes | None] = lambda call: None,
+    cluster: LocalCluster, fail: Callable[[Call], CallFailure | bytes | None] = lambda call: None
 ) -> list[tuple[Call, DispatchFrame]]:
     """Let calls fail, and note all of them with their frames."""
     calls: list[tuple[Call, DispatchFrame]] = []
@@ -105,7 +105,7 @@ def noted(
 
 
 def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
-    cluster: LocalCluster, expected: list[tuple[int, ...]]
+    cluster: LocalCluster, expected: Tokens
 ) -> None:
     calls, rows = noted(cluster), Counter[str]()
     assert tokens_of(cluster) == expected
@@ -129,7 +129,7 @@ def test_tokens_do_not_depend_on_the_copies_and_the_actors_share_the_work(
 )
 def test_where_one_copy_fails_another_is_asked_at_once(
     cluster: LocalCluster,
-    expected: list[tuple[int, ...]],
+    expected: Tokens,
     monkeypatch: pytest.MonkeyPatch,
     failure: CallFailure | bytes,
 ) -> None:
@@ -153,7 +153,7 @@ def test_where_one_copy_fails_another_is_asked_at_once(
     [(REFUSED, MAX_REFUSALS, "malformed"), (DAMAGED, 2 * MAX_REFUSALS, "damaged")],
 )
 def test_a_frame_damaged_on_its_way_is_sent_again(
-    alone: LocalCluster, expected: list[tuple[int, ...]], answer: bytes, times: int, reason: str
+    alone: LocalCluster, expected: Tokens, answer: bytes, times: int, reason: str
 ) -> None:
     sent: Counter[str] = Counter()
 
@@ -169,7 +169,7 @@ def test_a_frame_damaged_on_its_way_is_sent_again(
 
 @pytest.mark.parametrize("min_copies", [1, 2])
 def test_a_frame_that_is_always_refused_is_our_own_fault(
-    make: Callable[[int], LocalCluster], expected: list[tuple[int, ...]], min_copies: int
+    make: Callable[[int], LocalCluster], expected: Tokens, min_copies: int
 ) -> None:
     cluster = make(min_copies)
     calls = noted(cluster, lambda call: REFUSED)
@@ -182,7 +182,7 @@ def test_a_frame_that_is_always_refused_is_our_own_fault(
 
 
 def test_an_actor_that_is_not_ready_is_asked_only_where_there_is_no_other(
-    cluster: LocalCluster, expected: list[tuple[int, ...]]
+    cluster: LocalCluster, expected: Tokens
 ) -> None:
     calls = noted(cluster)
     cluster.transport.unready = {"a1"}
@@ -194,7 +194,7 @@ def test_an_actor_that_is_not_ready_is_asked_only_where_there_is_no_other(
 
 
 def test_where_the_other_copy_has_no_connection_a_refusing_one_is_asked_after_a_moment(
-    cluster: LocalCluster, expected: list[tuple[int, ...]]
+    cluster: LocalCluster, expected: Tokens
 ) -> None:
     """Seed 4292: it was asked again at once, ten thousand times a second."""
     asked: Counter[bool] = Counter()
@@ -220,7 +220,7 @@ def test_only_the_failed_actors_rows_are_sent_again(cluster: LocalCluster) -> No
 
 
 def test_a_failed_actor_is_asked_where_no_other_is_left(
-    cluster: LocalCluster, expected: list[tuple[int, ...]]
+    cluster: LocalCluster, expected: Tokens
 ) -> None:
     failures = iter([CallFailure.DIED] * 9)
     cluster.transport.fail = lambda call, number: next(failures, None)
@@ -239,7 +239,7 @@ def test_calls_say_whether_another_actor_can_answer(cluster: LocalCluster) -> No
 
 
 def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
-    alone: LocalCluster, expected: list[tuple[int, ...]]
+    alone: LocalCluster, expected: Tokens
 ) -> None:
     assert tokens_of(alone) == expected
     assert alone.suspected == []
@@ -270,10 +270,7 @@ def test_an_only_copy_that_takes_too_long_is_suspected_and_still_waited_for(
 
 @pytest.mark.parametrize("took_s", [None, 2.0])
 def test_the_routers_own_time_is_not_kept_as_that_of_its_actors(
-    cluster: LocalCluster,
-    expected: list[tuple[int, ...]],
-    took_s: float | None,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: LocalCluster, expected: Tokens, took_s: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers that were there before the wait have no known time."""
     monkeypatch.setattr(Answered, "took_s", took_s)

@@ -335,32 +335,6 @@ def test_a_parked_request_ends_at_its_deadline_and_says_what_was_missing(
     assert cluster.scheduler.num_free_pages == 512
 
 
-def test_contracts_in_one_batch_do_not_touch_each_other(
-    folder: Path, plain: MixtralForCausalLM, cluster: LocalCluster
-) -> None:
-    first, other, expert = pair_of(folder)
-    prompt = list(first.prompt_token_ids)
-    cluster.lose([expert])
-    inexact = {
-        contract: greedy_request(contract, prompt, 12, on_expert_loss=contract)
-        for contract in ("next_expert", "drop")
-    }
-    requests = [first, other, *inexact.values()]
-    for request in requests:
-        cluster.engine.submit(request)
-    for contract, request in inexact.items():
-        [event] = cluster.result(request)
-        assert_greedy_without(plain, prompt, event, 12, [expert], contract)
-        assert not event.exact
-    [event] = cluster.result(other)
-    check_greedy(event.token_ids, plain, prompt_of(4, 3), 6)
-    assert event.exact
-    cluster.lose([])
-    [event] = cluster.result(first)
-    check_greedy(event.token_ids, plain, prompt, 12)
-    assert event.exact
-
-
 def bits_beside(folder: Path, contract: str) -> list[tuple[float, ...]]:
     """The log probabilities of a strict request's tokens beside mates of a contract."""
     cluster = LocalCluster(folder, threaded=False)

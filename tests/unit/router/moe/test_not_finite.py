@@ -23,11 +23,12 @@ LENGTH = 6
 OUTAGE_S, MAX_FAILED = 0.3, 60
 """How long a copy cannot be reached, and how often it may be asked meanwhile by all requests."""
 VALUES = {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}
+Tokens = list[tuple[int, ...]]
 PROMPTS = [prompt_of(5, 1), prompt_of(9, 2), prompt_of(3, 3)]
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[tuple[int, ...]]:
+def expected(folder: Path) -> Tokens:
     with closing(LocalCluster(folder, 3)) as cluster:
         return tokens_of(cluster)
 
@@ -38,7 +39,7 @@ def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[LocalClust
         yield cluster
 
 
-def tokens_of(cluster: LocalCluster) -> list[tuple[int, ...]]:
+def tokens_of(cluster: LocalCluster) -> Tokens:
     requests = [greedy_request(f"r{i}", prompt, LENGTH) for i, prompt in enumerate(PROMPTS)]
     return [event.token_ids for [event] in cluster.generate(*requests)]
 
@@ -53,10 +54,7 @@ def answer_with(cluster: LocalCluster, call: Call, value: float) -> bytes:
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_rows_that_came_damaged_are_asked_for_again(
-    cluster: LocalCluster,
-    expected: list[tuple[int, ...]],
-    caplog: pytest.LogCaptureFixture,
-    value: float,
+    cluster: LocalCluster, expected: Tokens, caplog: pytest.LogCaptureFixture, value: float
 ) -> None:
     damaged: Counter[str] = Counter()
 
@@ -76,7 +74,7 @@ def test_rows_that_came_damaged_are_asked_for_again(
 
 
 def test_another_copy_is_asked_and_the_first_is_avoided_from_then_on(
-    folder: Path, expected: list[tuple[int, ...]]
+    folder: Path, expected: Tokens
 ) -> None:
     cluster = LocalCluster(folder, 3, min_copies=2)
     asked: list[str] = []
@@ -94,7 +92,7 @@ def test_another_copy_is_asked_and_the_first_is_avoided_from_then_on(
 
 
 def test_a_copy_that_was_late_is_asked_before_the_one_whose_rows_were_not_finite(
-    folder: Path, expected: list[tuple[int, ...]]
+    folder: Path, expected: Tokens
 ) -> None:
     cluster = LocalCluster(folder, 3, min_copies=2)
     late = cluster.placement.generations.keys() - {"a1"}
@@ -114,7 +112,7 @@ def test_a_copy_that_was_late_is_asked_before_the_one_whose_rows_were_not_finite
 
 
 def test_while_the_other_copy_cannot_be_reached_it_is_not_asked_without_a_pause(
-    folder: Path, expected: list[tuple[int, ...]]
+    folder: Path, expected: Tokens
 ) -> None:
     cluster = LocalCluster(folder, 3, min_copies=2)
     until_s, failed = 0.0, 0
@@ -172,7 +170,7 @@ def test_a_model_that_yields_nan_ends_its_own_request_alone(folder: Path, tmp_pa
 
 
 def test_an_expert_that_yields_nan_is_asked_once_more_and_then_believed(
-    cluster: LocalCluster, expected: list[tuple[int, ...]]
+    cluster: LocalCluster, expected: Tokens
 ) -> None:
     def damage(call: Call, number: int) -> bytes | None:
         is_first = cluster.transport.frames[-1].layer_id == 0

@@ -148,25 +148,6 @@ def test_each_family_attends_by_what_it_can(
     assert isinstance(views[1], VarlenView) == (family not in GATHERING)
 
 
-def test_a_sequence_longer_than_a_page_generates_the_same_tokens_in_half_precision(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path)
-    request = greedy_request("r", (PROMPT * PAGE)[: PAGE - 2], 6)
-    tokens = []
-    for gathers in (False, True):
-        cluster = LocalCluster(tmp_path, dtype="bfloat16", device=device.device)
-        if gathers:
-            gathered = GatheredAttention(None)
-            cluster.model.attention = cluster.model.decoder._attention = gathered
-        try:
-            [events] = cluster.generate(request)
-        finally:
-            cluster.close()
-        tokens.append(events[0].token_ids)
-    assert tokens[0] == tokens[1]
-
-
 # A device that cannot.
 
 

@@ -63,12 +63,7 @@ class Case:
         return cache
 
     def run(
-        self,
-        steps: list[Step],
-        kernel: str | None = None,
-        *,
-        threads: int = 1,
-        pages_seed: int = 0,
+        self, steps: list[Step], kernel: str | None = None, *, threads: int = 1, pages_seed: int = 0
     ) -> list[torch.Tensor]:
         """Store and attend step by step; returns the outputs [L, Q, V] of each sequence."""
         counts = [-(-length // NATIVE_PAGE_SIZE) for length in self.lengths]

@@ -88,17 +88,6 @@ def test_it_chooses_and_weighs_as_torch_does(
         assert (spread(ids, weights)[~allowed] == 0).all()
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_a_token_alone_has_the_choice_of_the_token_in_a_crowd(name: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        gate, _, rows = gates(name, dtype, 1)
-        ids, weights = gate.choose(rows)
-        for row in range(0, len(rows), 11):
-            alone = gate.choose(rows[row : row + 1])
-            assert torch.equal(alone[0][0], ids[row])
-            assert torch.equal(alone[1][0], weights[row])
-
-
 @pytest.mark.parametrize("is_native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SPECS)

@@ -139,24 +139,6 @@ def test_it_is_transformers_attention(tmp_path: Path, family: str, dtype: torch.
         assert off <= max(1.1 * theirs, 1e-5 * exact[index].norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", LLAMAS)
-@torch.inference_mode()
-def test_a_token_has_its_bits_however_the_sequence_is_cut(
-    tmp_path: Path, family: str, dtype: torch.dtype
-) -> None:
-    layer = Layer(tmp_path, LLAMAS[family], dtype)
-    half = layer.half()
-    whole = layer.attend(half, 0, NUM_TOKENS)[:2]
-    for cuts in ((0, 5, 16, 17, NUM_TOKENS), range(NUM_TOKENS + 1)):
-        paged, parts = None, []
-        for begin, end in zip(cuts, list(cuts)[1:], strict=False):
-            residual, normed, paged = layer.attend(half, begin, end, paged)
-            parts.append((residual, normed))
-        for index in range(2):
-            assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_the_last_layers_output_is_added_as_torch_adds_it(

@@ -37,11 +37,7 @@ def gates_of(cluster: LocalCluster) -> list[Any]:
 @pytest.mark.parametrize("save", [save_mixtral, save_deepseek_v3])
 @pytest.mark.parametrize(
     ("module", "limit"),
-    [
-        (native_attention, "MAX_HEADS"),
-        (native_layer, "MAX_EXPERTS"),
-        (native_modules, "MAX_SIZE"),
-    ],
+    [(native_attention, "MAX_HEADS"), (native_layer, "MAX_EXPERTS"), (native_modules, "MAX_SIZE")],
 )
 def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
     tmp_path: Path,
