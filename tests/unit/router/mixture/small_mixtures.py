@@ -76,13 +76,11 @@ def _stored(spec: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
 
 
 def linear_gate(choices: Sequence[str], prefix: str = "", **more: Any) -> dict[str, Any]:
-    """Return a linear gate with its tensors in ``gates.safetensors``."""
     file = {"file": "gates.safetensors", "prefix": prefix}
     return {"kind": "linear", "choices": list(choices), **file, **more}
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Return the softmax of a vector."""
     shares = np.exp(scores - scores.max())
     return shares / shares.sum()
 

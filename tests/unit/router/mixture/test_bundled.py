@@ -20,6 +20,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from sklearn.metrics import accuracy_score, r2_score
 from skops.io import get_untrusted_types, load
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 from benchmarks.bundled.hierarchy import make_data
 from benchmarks.bundled.readings import make_batches
@@ -28,7 +29,7 @@ from experts.backends.check import check_mixture
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.mixture import Mixture, open_mixture
 from tests.local_mixture import LocalMixture
-from tests.unit.router.mixture.small_mixtures import softmax
+from tests.unit.router.mixture.small_mixtures import leaves, softmax
 from workshop.estimators.estimators import AdaptiveMixtureClassifier
 from workshop.estimators.saved.folder import load as load_estimator
 
@@ -63,7 +64,6 @@ def estimator(name: str, file: str) -> Any:
 
 
 def tensors(name: str, file: str) -> dict[str, torch.Tensor]:
-    """Return a file's tensors in float64."""
     return {key: t.double() for key, t in load_file(MODELS / name / file).items()}
 
 
@@ -213,6 +213,43 @@ def test_the_folder_is_loaded_as_the_estimator_that_made_it(
     expected = getattr(loaded, method)(x).reshape(served.shape)
     rtol = 1e-6 if served.dtype == np.float32 else 1e-12
     np.testing.assert_allclose(served, expected, rtol, 1e-9)
+
+
+def test_hierarchy_is_the_product_rule_over_the_tree_written_out() -> None:
+    spec = opened("hierarchy").spec
+    data = make_data()
+    x, y = data.x[:MANY], data.y[:MANY]
+    outputs = local("hierarchy").predict({"x": x, "y": y[:, None]})
+    experts = {name: tensors("hierarchy", f"{name}.safetensors") for name in spec.experts}
+    gates = {
+        key.replace("/", "."): tensor.numpy()
+        for key, tensor in tensors("hierarchy", "gates.safetensors").items()
+    }
+    names = list(spec.experts)
+    tree = {
+        name: {"kind": "linear", "top_k": gate.top_k, "choices": _numbered(gate.choices, names)}
+        for name, gate in spec.gates.items()
+    }
+    for row in range(MANY):
+        shares = leaves(tree, gates, x[row], [])
+        assert outputs["experts"][row].tolist() == sorted(shares)
+        weights, given = np.array(list(shares.values())), torch.from_numpy(x[row])
+        of_experts = [experts[names[e]] for e in shares]
+        means, deviations = np.array(
+            [nn.functional.linear(given, e["weight"], e["bias"]).tolist() for e in of_experts]
+        ).T
+        mean = weights @ means
+        variance = weights @ (deviations**2 + means**2) - mean**2
+        densities = np.exp(-0.5 * ((y[row] - means) / deviations) ** 2) / deviations
+        log_density = np.log(weights @ densities / np.sqrt(2 * np.pi))
+        expected = {"mean": mean, "variance": variance, "log_density": log_density}
+        for name, value in expected.items():
+            np.testing.assert_allclose(outputs[name][row, 0], value, 1e-10, 1e-12, err_msg=name)
+
+
+def _numbered(choices: tuple[str, ...], names: list[str]) -> list[str]:
+    """Return choices with the names that :func:`leaves` gives experts."""
+    return [f"e{names.index(choice)}" if choice in names else choice for choice in choices]
 
 
 def test_sequences_are_loaded_as_the_estimator_that_made_them() -> None:

@@ -110,7 +110,6 @@ class Case:
 
 
 def expected_of(spec: MixtureSpec, case: Case, row: int) -> dict[str, np.ndarray]:
-    """Return the outputs of one row, each by the definition."""
     pairs = case.pairs(row)
     absent = K - len(pairs)
     parts: dict[str, Any] = {

@@ -57,8 +57,6 @@ Inputs = Mapping[str, np.ndarray]
 
 @dataclass
 class Router:
-    """A mixture's engine over banks, and its placement."""
-
     mixture: Mixture
     engine: MixtureEngine
     view: PlacementView
@@ -97,13 +95,11 @@ class Router:
         return outcome
 
     def lose(self, *expert_ids: int) -> None:
-        """Publish a placement without a copy of these experts."""
         lost = {ExpertKey(MODEL, 0, expert_id) for expert_id in expert_ids}
         holders = {k: () if k in lost else a for k, a in self.placement.holders.items()}
         self._publish(replace(self.placement, holders=holders))
 
     def restore(self) -> None:
-        """Publish the first placement again, as a newer one."""
         self._publish(self.placement)
 
     def _publish(self, placement: Placement) -> None:
@@ -278,7 +274,6 @@ def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> N
 
 
 def test_rows_at_which_actors_die_end_their_request_after_four_of_them(tmp_path: Path) -> None:
-    """An actor comes back at once, as its next generation."""
     died: list[tuple[str, int]] = []
     with router_of(save_given(tmp_path, 3), lanes=1) as router:
         gate = threading.Event()

@@ -32,13 +32,11 @@ def add(queue: WorkQueue, request_id: str, rows: np.ndarray, tenant: str = "") -
 
 
 def add_of(queue: WorkQueue, tenant: str, *sizes: int) -> None:
-    """Add requests of a tenant, which are named after it and their number."""
     for number, size in enumerate(sizes):
         add(queue, f"{tenant}{number}", np.zeros((size, 2)), tenant)
 
 
 def steps_of(queue: WorkQueue) -> list[list[tuple[str, int, int]]]:
-    """Take all steps there are."""
     return [spans(queue.take()) for _ in iter(lambda: queue.has_ready, False)]
 
 

@@ -70,7 +70,6 @@ def of_transformers(folder: Path, prompts: list[list[int]], dtype: torch.dtype) 
 
 
 def errors_of(logits: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Return the relative error of each prompt's logits, [B]."""
     return (logits - exact).norm(dim=1) / exact.norm(dim=1)
 
 

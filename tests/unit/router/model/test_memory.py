@@ -157,7 +157,6 @@ def test_an_actors_batch_takes_no_more_than_planned(
 
 
 def frame_of(shape: Any, layer_id: int, num_rows: int, seed: int) -> DispatchFrame:
-    """Return a frame with an equal number of rows for each expert."""
     rows = torch.randn(num_rows, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
     return DispatchFrame(
         request_id=seed,

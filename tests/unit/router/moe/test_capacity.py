@@ -54,7 +54,6 @@ def place(
 
 
 def got(choice: Choice) -> Chain:
-    """What each token is computed by."""
     pairs = range(choice.ids.size) if choice.pairs is None else choice.pairs.tolist()
     chain: Chain = [{} for _ in choice.ids]
     for token, rank in (divmod(pair, choice.ids.shape[1]) for pair in pairs):

@@ -151,8 +151,6 @@ def test_a_changed_choice_asks_the_device_for_nothing_that_was_foreseen(
 
 
 class GivenGate:
-    """Makes a given choice."""
-
     def __init__(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         self._choice = ids, weights
 

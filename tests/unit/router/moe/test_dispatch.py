@@ -38,7 +38,6 @@ NUMBERS = itertools.count()
 
 
 def answer_of(error: ExpertMeshError) -> bytes:
-    """Return an actor's answer that is an error."""
     return b"".join(encode(ErrorFrame(0, type(error).__name__, error)))
 
 
@@ -71,7 +70,6 @@ def cluster(make: Callable[[int], LocalCluster]) -> LocalCluster:
 
 @pytest.fixture
 def alone(make: Callable[[int], LocalCluster]) -> LocalCluster:
-    """A cluster with one copy of each expert."""
     return make(1)
 
 

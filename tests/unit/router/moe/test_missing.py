@@ -63,7 +63,6 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def stepped(folder: Path) -> LocalCluster:
-    """A cluster whose engine does a step when told to."""
     return LocalCluster(folder, limits=Limits(8, 64, 16), threaded=False)
 
 

@@ -31,7 +31,6 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def each() -> Iterator[ModuleType | None]:
-    """Have each implementation in use, one after the other."""
     try:
         for one in IMPLEMENTATIONS:
             for face in FACES:

@@ -165,7 +165,6 @@ def company(*args: Any) -> Any:
 
 
 def without_window(*args: Any) -> Any:
-    """Return zeros from the kernel of layers without a window."""
     output, *others = varlen_attention(*args)
     return output * (args[9][0] >= 0), *others
 

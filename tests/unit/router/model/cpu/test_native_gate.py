@@ -57,7 +57,6 @@ def gates(name: str, dtype: torch.dtype, seed: int) -> tuple[NativeGate, Gate, t
 
 
 def spread(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weights by expert, [T, E]."""
     return torch.zeros(len(ids), NUM_EXPERTS).scatter_(1, ids, weights.float())
 
 
@@ -86,29 +85,6 @@ def test_it_chooses_and_weighs_as_torch_does(
     assert difference.abs().max() <= rounding * SPECS[name].scaling_factor
     if allowed is not None:
         assert (spread(ids, weights)[~allowed] == 0).all()
-
-
-@pytest.mark.parametrize("is_native", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SPECS)
-def test_the_best_experts_forced_have_the_bits_of_the_free_choice(
-    name: str, dtype: torch.dtype, is_native: bool
-) -> None:
-    native_gate, torch_gate, rows = gates(name, dtype, 4)
-    gate: Gate = native_gate if is_native else torch_gate
-    ids, weights = gate.choose(rows)
-    same_ids, same_weights = gate.choose(rows, forced=ids)
-    assert torch.equal(same_ids, ids)
-    assert torch.equal(same_weights, weights)
-    some = ids.clone()
-    some[::3] = torch.arange(NUM_EXPERTS).flip(0)[:TOP_K]
-    some[1::3] = -1
-    mixed_ids, mixed_weights = gate.choose(rows, forced=some)
-    free = torch.arange(len(rows)) % 3 != 0
-    assert torch.equal(mixed_ids[::3], some[::3])
-    assert torch.equal(mixed_ids[free], ids[free])
-    assert torch.equal(mixed_weights[free], weights[free])
-    assert not torch.equal(mixed_weights[::3], weights[::3])
 
 
 def test_of_equal_scores_the_lower_id_comes_first() -> None:

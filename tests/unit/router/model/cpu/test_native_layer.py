@@ -103,7 +103,6 @@ class Layer:
         like: PagedContext | None = None,
         output: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, PagedContext]:
-        """Return the residual stream and the normed rows, and the context."""
         rotate = NativeRotation(self.rotary_embedding, self.attention.head_dim)
         angles = rotate(self.rows, torch.arange(begin, end)[None])
         paged, residual = self.paged(begin, end, like), self.rows[begin:end].clone()
