@@ -23,7 +23,6 @@ from cluster.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
     ModelReplacedError,
-    OverloadedError,
     PoisonedRequestError,
 )
 from cluster.placement.placement import Placement, assign_experts, empty_placement
@@ -205,18 +204,6 @@ def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path:
             np.testing.assert_array_equal(reply.outputs["experts"], expected["experts"])
 
 
-def test_a_tree_and_its_density_are_those_of_one_process(tmp_path: Path) -> None:
-    with router_of(save_tree(tmp_path)) as router:
-        for num_rows in (0, 1):
-            few = features(num_rows) | {"y": np.zeros((num_rows, 1))}
-            equal(router.predict(few), router.local.predict(few))
-        inputs = features(70) | {"y": np.zeros((70, 1))}
-        equal(router.predict(inputs), router.local.predict(inputs))
-        without = {"x": inputs["x"]}
-        asked = ["mean", "variance"]
-        equal(router.predict(without, outputs=asked), router.local.predict(without, asked))
-
-
 def test_sequences_of_several_lengths_do_not_mix(tmp_path: Path) -> None:
     with router_of(save_sequences(tmp_path), lanes=2) as router:
         source = np.random.default_rng(1)
@@ -229,13 +216,20 @@ def test_sequences_of_several_lengths_do_not_mix(tmp_path: Path) -> None:
             equal(replied(future), router.local.predict(inputs))
 
 
-def test_a_crowd_gets_the_bits_that_each_gets_alone(tmp_path: Path) -> None:
+def test_a_tree_and_its_density_have_the_bits_of_one_process_alone_and_in_a_crowd(
+    tmp_path: Path,
+) -> None:
     with router_of(save_tree(tmp_path)) as router:
-        asked = [features(1 + i % 5, i) | {"y": np.ones((1 + i % 5, 1))} for i in range(40)]
-        alone = [router.predict(inputs) for inputs in asked]
+        sizes = [0, 1, 70, *(1 + i % 5 for i in range(40))]
+        asked = [features(n, i) | {"y": np.ones((n, 1))} for i, n in enumerate(sizes)]
+        expected = [router.local.predict(inputs) for inputs in asked]
+        for inputs, outputs in zip(asked, expected, strict=True):
+            equal(router.predict(inputs), outputs)
         futures = [router.submit(inputs) for inputs in asked]
-        for reply, future in zip(alone, futures, strict=True):
-            equal(replied(future), reply.outputs)
+        for future, outputs in zip(futures, expected, strict=True):
+            equal(replied(future), outputs)
+        without, names = {"x": asked[2]["x"]}, ["mean", "variance"]
+        equal(router.predict(without, outputs=names), router.local.predict(without, names))
 
 
 @pytest.mark.parametrize(
@@ -462,21 +456,6 @@ def test_a_cancelled_request_ends_and_its_rows_are_not_computed(tmp_path: Path, 
         replied(computed)
         router.predict(given(1, 2))
         assert sum(frame.num_rows for frame in router.frames) == 2
-
-
-def test_a_full_router_refuses_and_goes_on(tmp_path: Path, held: Held) -> None:
-    release, hang = held
-    limits = QueueLimits(step_requests=2, step_rows=8, requests=3, rows=20)
-    with router_of(save_given(tmp_path), lanes=1, limits=limits, fail=hang) as router:
-        waiting = [router.submit(given(5, 0)), router.submit(given(15, 1))]
-        with pytest.raises(OverloadedError, match="20 rows") as caught:
-            router.submit(given(1, 2))
-        assert caught.value.retry_after_s is not None
-        release.set()
-        for future in waiting:
-            replied(future)
-        # A request that waits alone may have more rows.
-        equal(router.predict(given(50, 2)), router.local.predict(given(50, 2)))
 
 
 def test_nothing_runs_before_a_placement_and_the_error_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.unit.router.mixture.small_mixtures import (
     document,
     leaves,
     linear_gate,
-    mixture_in_memory,
+    mixture_of,
     pairs_of,
 )
 
@@ -32,7 +32,7 @@ TENSORS = {
     for name, gate in TREE.items()
     if gate["kind"] == "linear"
 }
-GATE = MixtureGate(mixture_in_memory(document(TREE, E), TENSORS))
+GATE = MixtureGate(mixture_of(document(TREE, E), TENSORS))
 
 
 @settings(max_examples=150)

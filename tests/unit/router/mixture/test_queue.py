@@ -120,8 +120,9 @@ def test_parked_works_go_on_before_others_once_their_experts_are_back() -> None:
 
 def test_a_full_queue_refuses_by_its_bound() -> None:
     queue, _ = queue_of(50, 50)
-    with pytest.raises(OverloadedError, match="100 rows"):
+    with pytest.raises(OverloadedError, match="100 rows") as caught:
         add(queue, "more", np.zeros((1, 2)))
+    assert caught.value.retry_after_s is not None
     queue, _ = queue_of(1, 1, 1, 1)
     with pytest.raises(OverloadedError, match="4 requests"):
         add(queue, "more", np.zeros((1, 2)))
