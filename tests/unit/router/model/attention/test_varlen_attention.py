@@ -45,25 +45,6 @@ def slots_of(pages: list[int], length: int) -> np.ndarray:
     return slots[:length]
 
 
-def test_a_steps_tables_are_as_worked_by_hand() -> None:
-    # Two sequences decode their 300th and 2nd token; one prefills tokens 3..5, one a prompt of 2.
-    decodes = [Span(slots_of([4, 1], 300), 299), Span(slots_of([0], 2), 1)]
-    chunks = [Span(slots_of([2], 5), 2), Span(slots_of([3], 2), 0)]
-    first, second = VarlenAttention(None).view([*decodes, *chunks], 2).parts
-    assert (first.begin, first.end, first.max_tokens, first.max_length) == (0, 2, 1, 300)
-    assert first.query_ends.tolist() == [0, 1, 2]
-    assert first.key_ends.tolist() == [0, 300, 302]
-    assert first.lengths.tolist() == [300, 2]
-    assert first.block_table.tolist() == [[4, 1], [0, 0]]
-    assert (second.begin, second.end, second.max_tokens, second.max_length) == (2, 7, 3, 5)
-    assert second.query_ends.tolist() == [0, 3, 5]
-    assert second.key_ends.tolist() == [0, 5, 7]
-    assert second.lengths.tolist() == [5, 2]
-    assert second.block_table.tolist() == [[2], [3]]
-    for alone, num_decode in ((decodes, 2), (chunks, 0)):
-        assert len(VarlenAttention(None).view(alone, num_decode).parts) == 1
-
-
 class Layer:
     """A layer's keys and values on a device, and queries of given spans."""
 

@@ -18,7 +18,7 @@ from torch import nn
 from cluster.device import CPU
 from cluster.native import native
 from experts.checkpoint.checkpoint import open_checkpoint
-from router.model.attention.interface import Attention, PagedBatch, Span
+from router.model.attention.interface import PagedBatch, Span
 from router.model.attention.paged import PagedContext
 from router.model.attention_choice import choose_attention, make_cache
 from router.model.cpu.llama_shape import has_llamas_shape
@@ -54,27 +54,18 @@ class Layer:
         base = self.model.base_model
         layer = getattr(base, "layers", None) or base.blocks
         self.norm, self.attention, self.next_norm = parts_of(layer[1])
-        self.dtype, self.config = dtype, self.model.config
-        self.rows = torch.randn(NUM_TOKENS, self.config.hidden_size, generator=generator).to(dtype)
+        size = self.checkpoint.shape.hidden_size
+        self.rows = torch.randn(NUM_TOKENS, size, generator=generator).to(dtype)
         self.rotary_embedding = base.rotary_emb
 
-    def paged(
-        self,
-        begin: int,
-        end: int,
-        like: PagedContext | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> PagedContext:
-        """Return the context of tokens [begin, end) of one sequence, in the cache of ``like``."""
-        slots, dtype = np.arange(end), dtype or self.dtype
-        if like is None:
-            attention = choose_attention(self.checkpoint.family, self.config, None, dtype, CPU)
-            num_pages = pages_needed(64, attention.page_size)
-            family = self.checkpoint.family
-            cache = make_cache(attention, family, self.config, num_pages, dtype, CPU)
-        else:
-            attention, cache = like.attention, like.cache
-        batch = batch_of(attention, slots, begin)
+    def paged(self, dtype: torch.dtype) -> PagedContext:
+        """Return the context of a sequence of all tokens, in an empty cache of a dtype."""
+        family, config = self.checkpoint.family, self.model.config
+        attention = choose_attention(family, config, None, dtype, CPU)
+        num_pages = pages_needed(64, attention.page_size)
+        cache = make_cache(attention, family, config, num_pages, dtype, CPU)
+        slots = np.arange(NUM_TOKENS)
+        batch = PagedBatch(torch.from_numpy(slots), attention.view([Span(slots, 0)], 0))
         return PagedContext(cache, attention, batch, [False] * 9)
 
     def transformers(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,27 +78,19 @@ class Layer:
             hidden_states=norm(rows),
             position_embeddings=rotation,
             attention_mask=None,
-            paged=self.paged(0, NUM_TOKENS, dtype=dtype),
+            paged=self.paged(dtype),
         )[0]
         residual = rows + attended
         return residual[0], next_norm(residual)[0]
 
-    def half(self) -> NativeAttentionHalf:
-        return NativeAttentionHalf(self.norm, self.attention, self.next_norm)
-
     def attend(
-        self,
-        half: NativeAttentionHalf,
-        begin: int,
-        end: int,
-        like: PagedContext | None = None,
-        output: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, PagedContext]:
+        self, rows: torch.Tensor, output: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the residual stream and the normed rows."""
+        half = NativeAttentionHalf(self.norm, self.attention, self.next_norm)
         rotate = NativeRotation(self.rotary_embedding, self.attention.head_dim)
-        angles = rotate(self.rows, torch.arange(begin, end)[None])
-        paged, residual = self.paged(begin, end, like), self.rows[begin:end].clone()
-        normed = half(residual, output, angles, paged)
-        return residual, normed, paged
+        angles = rotate(self.rows, torch.arange(NUM_TOKENS)[None])
+        return rows, half(rows, output, angles, self.paged(self.rows.dtype))
 
 
 def parts_of(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
@@ -117,19 +100,13 @@ def parts_of(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
     return layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm
 
 
-def batch_of(attention: Attention, slots: np.ndarray, begin: int) -> PagedBatch:
-    num_decode = int(len(slots) - begin == 1)
-    view = attention.view([Span(slots, begin)], num_decode)
-    return PagedBatch(torch.from_numpy(slots[begin:]), view)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", LLAMAS)
 @torch.inference_mode()
 def test_it_is_transformers_attention(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     layer = Layer(tmp_path, LLAMAS[family], dtype)
     assert has_llamas_shape(layer.norm, layer.attention, layer.next_norm)
-    got = layer.attend(layer.half(), 0, NUM_TOKENS)[:2]
+    got = layer.attend(layer.rows.clone())
     exact, rounded = layer.transformers(torch.float32), layer.transformers(dtype)
     for index in range(2):
         assert got[index].dtype == dtype
@@ -144,13 +121,11 @@ def test_the_last_layers_output_is_added_as_torch_adds_it(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     layer = Layer(tmp_path, save_mixtral, dtype)
-    half, rows = layer.half(), layer.rows
-    output = torch.randn(rows.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
-    added = layer.attend(half, 0, NUM_TOKENS, output=output)[:2]
-    layer.rows = rows + output
-    expected = layer.attend(half, 0, NUM_TOKENS)[:2]
+    output = torch.randn(layer.rows.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    added = layer.attend(layer.rows.clone(), output)
+    expected = layer.attend(layer.rows + output)
     assert all(map(torch.equal, added, expected))
-    assert not torch.equal(layer.rows, rows)
+    assert not torch.equal(added[0], layer.attend(layer.rows.clone())[0])
 
 
 @pytest.mark.parametrize("save", [save_mixtral, SAVERS["gpt_oss"]])
@@ -206,17 +181,12 @@ def test_a_model_attends_with_the_threads_that_it_is_given(tmp_path: Path) -> No
 @torch.inference_mode()
 def test_rows_of_another_dtype_than_the_cache_are_refused(tmp_path: Path) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
-    half = layer.half()
-    *_, paged = layer.attend(half, 0, 5)
-    layer.rows = layer.rows.to(torch.float16)
     with pytest.raises(ValueError, match=r"rows are torch\.float16, the cache is torch\.bfloat16"):
-        layer.attend(half, 5, 6, paged)
+        layer.attend(layer.rows.to(torch.float16))
 
 
 @torch.inference_mode()
 def test_a_residual_stream_that_would_be_copied_is_refused(tmp_path: Path) -> None:
     layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
-    rotate = NativeRotation(layer.rotary_embedding, layer.attention.head_dim)
-    angles = rotate(layer.rows, torch.arange(5)[None])
     with pytest.raises(ValueError, match="contiguous"):
-        layer.half()(layer.rows[:5].t().contiguous().t(), None, angles, layer.paged(0, 5))
+        layer.attend(layer.rows.t().contiguous().t())
