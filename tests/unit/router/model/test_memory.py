@@ -118,13 +118,12 @@ def test_a_device_with_a_byte_too_little_is_refused_before_anything_is_copied(
     checkpoint = open_checkpoint(tmp_path)
     sizes = router_sizes(checkpoint.family, checkpoint.config)
     needed = sizes.held_bytes(sizes.cache_slots(1000, 4), 4)
-    lacks_one = pytest.raises(UnavailableError, match=f"lacks 1 bytes of the {needed:,}")
     layers: Any = None
-    with emulated_device(memory_bytes=needed - 1) as device, lacks_one:
-        try:
+    with emulated_device(memory_bytes=needed - 1) as device:
+        with pytest.raises(UnavailableError, match=f"lacks 1 bytes of the {needed:,}") as caught:
             MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
-        finally:
-            assert torch.accelerator.memory_allocated() == 0
+        assert caught.value.field == "args.router.cache_tokens"
+        assert torch.accelerator.memory_allocated() == 0
     with emulated_device(memory_bytes=needed + ROTATION_BYTES) as device:
         MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
 

@@ -100,6 +100,12 @@ def test_the_capacity_is_a_number_or_a_multiple_of_equal_loads(
     assert tokens_per_expert(config, num_pairs, num_experts) == expected
 
 
+@pytest.mark.parametrize("keys", [{}, {"factor": 1.0, "tokens": 2}], ids=["none", "both"])
+def test_a_capacity_is_given_in_one_way(keys: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="exactly one of factor and tokens"):
+        CapacityConfig.model_validate(keys)
+
+
 FIRST = [8, 4, 2, 1]
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention.interface import PagedBatch, Span
 from router.model.attention.paged import PagedContext
 from router.model.attention_choice import choose_attention, make_cache
+from router.model.cpu import native_layer
 from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation
@@ -84,13 +87,16 @@ class Layer:
         return residual[0], next_norm(residual)[0]
 
     def attend(
-        self, rows: torch.Tensor, output: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        output: torch.Tensor | None = None,
+        paged: PagedContext | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the residual stream and the normed rows."""
         half = NativeAttentionHalf(self.norm, self.attention, self.next_norm)
         rotate = NativeRotation(self.rotary_embedding, self.attention.head_dim)
         angles = rotate(self.rows, torch.arange(NUM_TOKENS)[None])
-        return rows, half(rows, output, angles, self.paged(self.rows.dtype))
+        return rows, half(rows, output, angles, paged or self.paged(self.rows.dtype))
 
 
 def parts_of(layer: Any) -> tuple[nn.Module, Any, nn.Module]:
@@ -168,6 +174,20 @@ def test_an_attention_with_other_parts_stays_transformers(
     assert has_llamas_shape(*parts_of(layer))
     change(layer.self_attn)
     assert not has_llamas_shape(*parts_of(layer))
+
+
+@torch.inference_mode()
+def test_a_half_has_the_threads_of_its_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, asked = Layer(tmp_path, save_mixtral, torch.float32), []
+    half = SimpleNamespace(attention_half=lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(native_layer, "native", half)
+    paged = layer.paged(torch.float32)
+    for threads in (1, 3):
+        batch = replace(paged.batch, view=replace(paged.batch.view, threads=threads))
+        layer.attend(layer.rows.clone(), paged=replace(paged, batch=batch))
+    assert asked == [1, 3]
 
 
 def test_a_model_attends_with_the_threads_that_it_is_given(tmp_path: Path) -> None:
