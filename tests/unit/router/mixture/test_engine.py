@@ -249,19 +249,28 @@ def test_k_of_the_experts_compute_a_row_and_no_more(
         assert rows == 50 * top_k
 
 
-def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> None:
-    with router_of(save_given(tmp_path, 3, fragile=True), lanes=1) as router:
+def among_mates(
+    router: Router, release: threading.Event, mates: Sequence[Inputs], inputs: Inputs
+) -> tuple[Outcome, list[PredictionReply]]:
+    """Return the outcome of a request that waits beside others, and their replies.
+
+    A first one holds the lane until ``release`` is set.
+    """
+    first = router.submit(given(1, 0))
+    futures, own = [router.submit(mate) for mate in mates], router.submit(inputs)
+    release.set()
+    replied(first)
+    return own.result(WAIT_S), [replied(future) for future in futures]
+
+
+def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path, held: Held) -> None:
+    release, hang = held
+    with router_of(save_given(tmp_path, 3, fragile=True), lanes=1, fail=hang) as router:
         fragile = router.mixture.spec.expert_names.index("fragile")
-        gate = threading.Event()
-        router.transports[0].fail = lambda call, number: gate.wait(WAIT_S) and None
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(3, fragile, 1.0)) for _ in range(4)]
-        bad = router.submit(given(3, fragile, 0.5))
-        gate.set()
-        replied(first)
-        for future in good:
-            equal(replied(future), router.local.predict(given(3, fragile, 1.0)))
-        failure = bad.result(WAIT_S)
+        good, bad = given(3, fragile, 1.0), given(3, fragile, 0.5)
+        failure, replies = among_mates(router, release, [good] * 4, bad)
+        for reply in replies:
+            equal(reply, router.local.predict(good))
         assert isinstance(failure, ExpertFailedError)
         assert failure.field == "fragile"
         assert "0.5" in failure.message
@@ -290,40 +299,28 @@ def test_rows_at_which_actors_die_end_their_request_after_four_of_them(tmp_path:
             return CallFailure.DIED
 
         router.transports[0].fail = fail
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(3, 1, 1.0)) for _ in range(4)]
-        bad = router.submit(given(3, 1, 0.5))
-        gate.set()
-        assert isinstance(bad.result(WAIT_S), PoisonedRequestError)
-        for future in [first, *good]:
-            replied(future)
+        failure, _ = among_mates(router, gate, [given(3, 1, 1.0)] * 4, given(3, 1, 0.5))
+        assert isinstance(failure, PoisonedRequestError)
     assert [generation for _, generation in died] == [1, 2, 3, 4]
 
 
 def test_a_step_that_raises_is_halved_until_the_request_at_fault_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gate, steps, choose = threading.Event(), [], MixtureGate.choose
+
+    def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
+        gate.wait(WAIT_S)
+        steps.append(len(inputs["x"]))
+        if (inputs["x"][:, 0] == 0.5).any():
+            raise RuntimeError("a fault of the test's")
+        return choose(own, inputs, first_row)
+
+    monkeypatch.setattr(MixtureGate, "choose", checked)
     with router_of(save_given(tmp_path, 3), lanes=1) as router:
-        gate, steps = threading.Event(), []
-        choose = MixtureGate.choose
-
-        def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
-            gate.wait(WAIT_S)
-            steps.append(len(inputs["x"]))
-            if (inputs["x"][:, 0] == 0.5).any():
-                raise RuntimeError("a fault of the test's")
-            return choose(own, inputs, first_row)
-
-        monkeypatch.setattr(MixtureGate, "choose", checked)
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(1, 1, 1.0)) for _ in range(7)]
-        bad = router.submit(given(1, 1, 0.5))
-        gate.set()
-        error = bad.result(WAIT_S)
+        error, _ = among_mates(router, gate, [given(1, 1, 1.0)] * 7, given(1, 1, 0.5))
         assert isinstance(error, PoisonedRequestError)
         assert "cannot compute this request (RuntimeError)" in error.message
-        for future in [first, *good]:
-            replied(future)
         assert len(steps) <= 1 + 1 + 2 * 4  # two steps of each halving of 9 requests
 
 

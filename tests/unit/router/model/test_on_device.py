@@ -46,30 +46,18 @@ def requests(**options: Any) -> list[GenerationRequest]:
     return [greedy_request(f"r{i}", prompt, 6, **options) for i, prompt in enumerate(PROMPTS)]
 
 
-def check(folder: Path, device: EmulatedDevice, dtype: str | None = None, **options: Any) -> Steps:
-    """Compare the tokens with those of the host, and return the copies."""
-    expected = tokens_of(LocalCluster(folder, limits=LIMITS, dtype=dtype, **options), *requests())
-    cluster = LocalCluster(folder, limits=LIMITS, dtype=dtype, device=device.device, **options)
-    steps = Steps(cluster, device)
-    assert tokens_of(cluster, *requests()) == expected
-    for copies in steps.copies:
-        assert not copies.host_reads
-        assert not copies.mixed
-    return steps
-
-
 @pytest.mark.parametrize("family", ALL)
 def test_each_family_has_the_hosts_tokens_and_a_copy_each_way_a_layer_and_a_step(
     tmp_path: Path, device: EmulatedDevice, family: str
 ) -> None:
-    folder = tmp_path / family
-    ALL[family](folder)
-    steps = check(folder, device, "float32")
-    cluster = LocalCluster(folder, threaded=False)
-    num_layers = len(cluster.checkpoint.shape.layers)
+    ALL[family](tmp_path)
+    expected = tokens_of(LocalCluster(tmp_path, limits=LIMITS, dtype="float32"), *requests())
+    cluster = LocalCluster(tmp_path, limits=LIMITS, dtype="float32", device=device.device)
+    steps = Steps(cluster, device)
+    assert tokens_of(cluster, *requests()) == expected
     assert len(steps.copies) > 6
+    steps.have_one_copy_each_way_a_layer(len(cluster.checkpoint.shape.layers))
     for copies in steps.copies:
-        assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
         # The last copy brings ids and largest logits, each at a multiple of 64 bytes.
         assert copies.to_host[-1].num_bytes <= 64 + 4 * len(PROMPTS)
 

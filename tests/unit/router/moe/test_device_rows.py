@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,16 +86,18 @@ def test_parts_have_the_bytes_that_the_host_gathers(
                 assert len(pieces) == runs or (has_gaps and len(pieces) < runs)
 
 
+def given_gate(*choice: torch.Tensor) -> Any:
+    return SimpleNamespace(logits=lambda rows: rows, choose_by=lambda *_: choice)
+
+
+@pytest.mark.usefixtures("always")
 def test_a_frame_is_sent_in_the_pieces_of_its_rows(device: EmulatedDevice) -> None:
     """From the memory into which the device has copied, without a copy of the host's own."""
-    hidden_states, ids = torch.randn(4, 8), torch.tensor([[0, 2], [2, 1], [0, 1], [1, 2]])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_rows, "PERMUTED_BYTES", 0)
-        with device.counted() as copies:
-            there = hidden_states.to(device.device), ids.to(device.device)
-            weights = torch.ones(4, 2, device=device.device)
-            gate = GivenGate(there[1], weights)
-            found, moved, _ = chosen_rows(Staging(device.device), gate, there[0], False)
+    ids = torch.tensor([[0, 2], [2, 1], [0, 1], [1, 2]])
+    there = [t.to(device.device) for t in (ids, torch.ones(4, 2), torch.randn(4, 8))]
+    with device.counted() as copies:
+        gate = given_gate(*there[:2])
+        found, moved, _ = chosen_rows(Staging(device.device), gate, there[2], False)
     assert len(copies.to_host) == 1
     assert found.ids.tolist() == ids.tolist()
     assert isinstance(moved, PermutedRows)
@@ -113,7 +116,7 @@ def test_few_rows_come_in_the_tokens_order(device: EmulatedDevice) -> None:
     ids = chosen(4, 2, 4, 0)
     there = [t.to(device.device) for t in (ids, torch.ones(4, 2), rows)]
     with device.counted() as copies:
-        gate = GivenGate(*there[:2])
+        gate = given_gate(*there[:2])
         found, moved, _ = chosen_rows(Staging(device.device), gate, there[2], False)
     assert torch.equal(moved, rows)  # type: ignore[arg-type]
     assert (found.ids.tolist(), found.weights.tolist()) == (ids.tolist(), [[1.0, 1.0]] * 4)
@@ -148,19 +151,6 @@ def test_a_changed_choice_asks_the_device_for_nothing_that_was_foreseen(
     ):
         assert got.ids.tolist() == expected.ids.tolist()
         torch.testing.assert_close(got.weights, expected.weights)
-
-
-class GivenGate:
-    def __init__(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        self._choice = ids, weights
-
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states
-
-    def choose_by(
-        self, logits: torch.Tensor, dtype: torch.dtype, allowed: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._choice
 
 
 def generated(
