@@ -247,22 +247,29 @@ def test_a_layer_without_any_expert_is_passed_by_under_drop_and_waited_for_other
     assert tokens_of(cluster, "strict") == tokens_of(cluster, "next_expert") == []
     cluster.lose([])
     for request in waiting:
-        [event] = cluster.result(request)
-        check_greedy(event.token_ids, plain, prompt, 8)
-        assert event.exact
+        check_exact(cluster, plain, request)
 
 
-def pair_of(folder: Path) -> tuple[GenerationRequest, GenerationRequest, tuple[int, int]]:
-    """A request, another one, and an expert that only the first needs, and not for its prompt."""
-    first = greedy_request("first", prompt_of(4, 2), 12)
-    other = greedy_request("other", prompt_of(4, 3), 6)
-    late = needed(folder, tuple(prompt_of(4, 2)), 12) - needed(folder, tuple(prompt_of(4, 2)), 1)
-    return first, other, min(late - needed(folder, tuple(prompt_of(4, 3)), 6))
+def check_exact(
+    cluster: LocalCluster, plain: MixtralForCausalLM, request: GenerationRequest
+) -> None:
+    [event] = cluster.result(request)
+    count = request.sampling.max_tokens
+    check_greedy(event.token_ids, plain, list(request.prompt_token_ids), count)
+    assert event.exact
 
 
-def park(cluster: LocalCluster, folder: Path) -> tuple[GenerationRequest, tuple[int, int]]:
-    """Have a request park while another one goes on to its end; returns it, and what it awaits."""
-    first, other, expert = pair_of(folder)
+def park(
+    cluster: LocalCluster, folder: Path
+) -> tuple[GenerationRequest, GenerationRequest, tuple[int, int]]:
+    """Have a request park while another one goes on to its end; returns them, and what it awaits.
+
+    It is an expert that only the first needs, and not for its prompt.
+    """
+    prompt, others = prompt_of(4, 2), prompt_of(4, 3)
+    late = needed(folder, tuple(prompt), 12) - needed(folder, tuple(prompt), 1)
+    expert = min(late - needed(folder, tuple(others), 6))
+    first, other = greedy_request("first", prompt, 12), greedy_request("other", others, 6)
     cluster.lose([expert])
     for request in (first, other):
         cluster.engine.submit(request)
@@ -270,17 +277,14 @@ def park(cluster: LocalCluster, folder: Path) -> tuple[GenerationRequest, tuple[
     assert len(tokens_of(cluster, "other")) == 6
     assert len(tokens_of(cluster, "first")) < 12
     assert [s.awaited for s in cluster.scheduler.running] == [{expert}]
-    return first, expert
+    return first, other, expert
 
 
 def test_who_needs_the_lost_expert_waits_and_the_others_go_on(
     folder: Path, plain: MixtralForCausalLM, stepped: LocalCluster
 ) -> None:
-    first, expert = park(stepped, folder)
-    [other] = stepped.wait("other", lambda o: len(o) == 6)[-1:]
-    assert isinstance(other, TokenEvent)
-    assert other.exact
-    check_greedy(tokens_of(stepped, "other"), plain, prompt_of(4, 3), 6)
+    first, other, expert = park(stepped, folder)
+    check_exact(stepped, plain, other)
     # Parked: nothing is computed for it, whatever else the placement becomes.
     sent = len(stepped.transport.frames)
     stepped.lose([expert, (2, 0)])
@@ -288,9 +292,7 @@ def test_who_needs_the_lost_expert_waits_and_the_others_go_on(
     assert len(stepped.transport.frames) == sent
     stepped.lose([])
     go_on(stepped)
-    [event] = stepped.result(first)
-    check_greedy(event.token_ids, plain, prompt_of(4, 2), 12)
-    assert event.exact
+    check_exact(stepped, plain, first)
     assert stepped.scheduler.num_free_pages == 512
 
 
@@ -308,13 +310,12 @@ def test_parked_requests_take_no_place_in_the_batch(
     assert [s.request for s in cluster.scheduler.running] == strict
     cluster.lose([])
     assert go_on(cluster) == 2
-    for i, request in enumerate(strict):
-        [event] = cluster.result(request)
-        check_greedy(event.token_ids, plain, prompt_of(4, i), 6)
+    for request in strict:
+        check_exact(cluster, plain, request)
 
 
 def test_a_parked_request_can_be_cancelled(folder: Path, stepped: LocalCluster) -> None:
-    first, _ = park(stepped, folder)
+    first, *_ = park(stepped, folder)
     stepped.engine.cancel("first")
     step(stepped)
     with pytest.raises(CancelledRequestError):
@@ -404,6 +405,4 @@ def test_an_actor_that_dies_in_the_middle_of_a_layer(
         for other in cluster.transport.banks.values():
             for key, expert in other.experts.items():
                 bank.hold(key, expert)
-    [event] = cluster.result(strict)
-    check_greedy(event.token_ids, plain, prompt, 10)
-    assert event.exact
+    check_exact(cluster, plain, strict)
