@@ -187,14 +187,10 @@ def test_a_tenant_that_has_left_brings_neither_debt_nor_credit() -> None:
     queue = WorkQueue(MANY, "x")
     add_of(queue, "a", *[8] * 6)
     add_of(queue, "b", 8, 8)
-    assert [step[0][0] for step in (spans(queue.take()) for _ in range(4))] == [
-        "a0", "b0", "a1", "b1"
-    ]  # fmt: skip
+    assert [spans(queue.take())[0][0] for _ in range(4)] == ["a0", "b0", "a1", "b1"]
     assert spans(queue.take()) == [("a2", 0, 8)]  # b is not there
     add_of(queue, "b", 8, 8)
-    assert [step[0][0] for step in (spans(queue.take()) for _ in range(4))] == [
-        "a3", "b0", "a4", "b1"
-    ]  # fmt: skip
+    assert [spans(queue.take())[0][0] for _ in range(4)] == ["a3", "b0", "a4", "b1"]
     for job in list(queue.jobs.values()):
         queue.end(job, CancelledRequestError("gone"))
     assert not queue.has_ready
