@@ -14,6 +14,7 @@ from router.moe.permute import LayoutCache
 
 COSTS = Costs(0.0005, 0.001, 0.0002)
 ACTORS = ("a", "b", "c", "d")
+WITH_SLOW = dict.fromkeys(ACTORS, 1.0) | {"d": 5.0}
 NUM_EXPERTS, TOKENS, TOP_K = 16, 48, 2
 
 
@@ -150,9 +151,8 @@ class Simulation:
 
 @pytest.mark.parametrize("tokens", [1, 4, TOKENS, 256])
 def test_a_slow_copy_among_four_costs_less_than_it_adds(tokens: int) -> None:
-    slow = dict.fromkeys(ACTORS, 1.0) | {"d": 5.0}
     alone = Simulation(dict.fromkeys(ACTORS[:3], 1.0), tokens).rate()
-    with_slow = Simulation(slow, tokens).rate()
+    with_slow = Simulation(WITH_SLOW, tokens).rate()
     own_share = 1 / 5 / 3
     assert with_slow >= 0.85 * alone * (1 + own_share)
 
@@ -171,7 +171,7 @@ def test_equal_copies_are_chosen_as_if_nothing_were_measured() -> None:
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
 def test_a_copy_that_is_fast_again_is_asked_as_before_within_seconds(tokens: int) -> None:
-    simulation = Simulation(dict.fromkeys(ACTORS, 1.0) | {"d": 5.0}, tokens)
+    simulation = Simulation(WITH_SLOW, tokens)
     simulation.rate(500)
     judgement = simulation.copies.times.judgement
     assert judgement is not None
@@ -198,7 +198,7 @@ def test_probes_of_a_slow_copy_cost_a_bounded_share_of_time() -> None:
 
 
 def test_the_only_copy_is_asked_however_slow_and_its_actor_for_little_else() -> None:
-    simulation = Simulation(dict.fromkeys(ACTORS, 1.0) | {"d": 5.0})
+    simulation = Simulation(WITH_SLOW)
     simulation.holders = [("d",), *[ACTORS] * (NUM_EXPERTS - 1)]
     simulation.rate(300)
     choose, counts = simulation.copies.choose, [6] * NUM_EXPERTS

@@ -1,4 +1,4 @@
-"""The native attention of a layer against transformers' modules, family by family.
+"""The native attention of a layer against transformers' modules, and models that it does not fit.
 
 Dimension letters: T tokens, H hidden size, D head size.
 """
@@ -6,6 +6,7 @@ Dimension letters: T tokens, H hidden size, D head size.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +20,21 @@ from torch import nn
 
 from cluster.device import CPU
 from cluster.native import native
+from cluster.wire.tensors import TORCH_DTYPES
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.model.attention.interface import PagedBatch, Span
 from router.model.attention.paged import PagedContext
 from router.model.attention_choice import choose_attention, make_cache
-from router.model.cpu import native_layer
+from router.model.cpu import native_attention, native_layer, native_modules
 from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_attention import NativeAttention
-from router.model.cpu.native_layer import NativeAttentionHalf, NativeRotation
+from router.model.cpu.native_layer import NativeAttentionHalf, NativeGate, NativeRotation
+from router.model.decoder import MixtureFeedForward
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import SAVERS
-from tests.local_cluster import LocalCluster
+from tests.local_cluster import LocalCluster, greedy_request
 
 assert native is not None
 NAMES = ("qwen2_moe", "qwen3_moe", "olmoe", "dbrx", "gpt_oss")
@@ -210,3 +213,65 @@ def test_a_residual_stream_that_would_be_copied_is_refused(tmp_path: Path) -> No
     layer = Layer(tmp_path, save_mixtral, torch.bfloat16)
     with pytest.raises(ValueError, match="contiguous"):
         layer.attend(layer.rows.t().contiguous().t())
+
+
+def generated(cluster: LocalCluster) -> tuple[int, ...]:
+    [[event]] = cluster.generate(greedy_request("r", [5, 9, 7], 6))
+    cluster.close()
+    return event.token_ids
+
+
+def gates_of(cluster: LocalCluster) -> list[Any]:
+    halves = [layer.feed_forward for layer in cluster.model.decoder._layers]
+    return [half._gate for half in halves if isinstance(half, MixtureFeedForward)]
+
+
+@pytest.mark.parametrize("save", [save_mixtral, SAVERS["deepseek_v3"]])
+@pytest.mark.parametrize(
+    ("module", "limit"),
+    [(native_attention, "MAX_HEADS"), (native_layer, "MAX_EXPERTS"), (native_modules, "MAX_SIZE")],
+)
+def test_a_size_beyond_native_code_goes_to_torch_with_the_same_tokens(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    limit: str,
+    save: Callable[[Path], Any],
+) -> None:
+    save(tmp_path)
+    expected = generated(LocalCluster(tmp_path, dtype="float32"))
+    monkeypatch.setattr(module, limit, 3)
+    cluster = LocalCluster(tmp_path, dtype="float32")
+    assert isinstance(cluster.model.attention, NativeAttention) == (limit != "MAX_HEADS")
+    are_native = [isinstance(gate, NativeGate) for gate in gates_of(cluster)]
+    assert are_native == [limit != "MAX_EXPERTS"] * len(are_native)
+    assert not cluster.model.is_native
+    assert cluster.model.is_independent == (limit == "MAX_EXPERTS")
+    assert generated(cluster) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("exponent", [1.0, 2.0, None])
+def test_a_gate_that_native_code_does_not_know_has_native_logits(
+    tmp_path: Path, exponent: float | None, dtype: str
+) -> None:
+    """So a token's experts and weights have the same bits in any company there, too."""
+    SAVERS["dbrx"](tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["ffn_config"]["moe_normalize_expert_weights"] = exponent
+    file.write_text(json.dumps(config))
+    cluster = LocalCluster(tmp_path, dtype=dtype)
+    is_known = exponent != 2.0
+    assert cluster.model.is_native == is_known
+    assert cluster.model.is_independent
+    [gate, *_] = gates_of(cluster)
+    assert isinstance(gate, NativeGate) == is_known
+    size = cluster.checkpoint.shape.hidden_size
+    rows = torch.randn(40, size, generator=torch.Generator().manual_seed(1)).to(TORCH_DTYPES[dtype])
+    choice = gate.choice(rows)
+    for t in range(len(rows)):
+        alone = gate.choice(rows[t : t + 1])
+        assert np.array_equal(alone.ids[0], choice.ids[t])
+        assert torch.equal(alone.weights[0], choice.weights[t])
+    cluster.close()
