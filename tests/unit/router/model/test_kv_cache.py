@@ -110,6 +110,14 @@ def test_memory_for_gathered_rows_grows_seldom_and_is_there_once() -> None:
         assert peak_bytes <= 1.5 * 1024 * row_bytes + 8 * 8 * 1024
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_takes_as_many_bytes_as_its_values(kind: str, dtype: torch.dtype) -> None:
+    heads, parts = (1, 1) if kind == "latent" else (3, 2)
+    cache = cache_of(kind, heads, 40, dtype)
+    assert cache.num_bytes == 2 * 32 * heads * 40 * parts * dtype.itemsize
+
+
 @pytest.mark.parametrize("caches_latents", [True, False])
 @pytest.mark.parametrize("has_native", [True, False] if NATIVE else [False])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

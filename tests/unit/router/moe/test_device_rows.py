@@ -170,14 +170,14 @@ def generated(
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("transport_fails", [False, True])
+@pytest.mark.parametrize("failure", [None, "died", "not finite"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"min_copies": 2}, {"lost": True}, {"capacity": CapacityConfig(tokens=4)}],
     ids=["", "copies", "missing", "capacity"],
 )
 def test_an_engine_has_the_hosts_tokens(
-    folder: Path, device: EmulatedDevice, options: dict[str, Any], transport_fails: bool
+    folder: Path, device: EmulatedDevice, options: dict[str, Any], failure: str | None
 ) -> None:
     """Also where a layer's choice changes on the host, and where frames are sent again."""
     expected, _ = generated(folder, None, **options)
@@ -191,7 +191,9 @@ def test_an_engine_has_the_hosts_tokens(
 
     def fail(self: Any, call: Call) -> Any:
         answer = answered(self, call)
-        return CallFailure.DIED if transport_fails and len(self.frames) % 5 == 0 else answer
+        if failure is None or len(self.frames) % 5:
+            return answer
+        return CallFailure.DIED if failure == "died" else answer[:-4] + np.float32("nan").tobytes()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BankTransport, "_answer", fail)
@@ -199,7 +201,7 @@ def test_an_engine_has_the_hosts_tokens(
         found, cluster = generated(folder, device.device, **options)
     assert found == expected
     assert pieces
-    assert bool(cluster.dispatcher.retries) == transport_fails
+    assert [*cluster.dispatcher.retries] == ([failure.replace(" ", "_")] if failure else [])
     assert (sum(cluster.overflow.values()) > 0) == ("capacity" in options)
 
 
