@@ -140,7 +140,10 @@ def test_a_choice_is_the_product_rule_and_leaves_out_what_leads_to_no_allowed_ex
     allowed = rng.random((len(some), num_experts)) < share
     check_rows(
         pairs_of(gate.reselect(inputs)(some, allowed)),
-        [leaves(gates, tensors, *given_rows[r], may) for r, may in zip(some, allowed, strict=True)],
+        [
+            leaves(gates, tensors, *given_rows[r], allowed=may)
+            for r, may in zip(some, allowed, strict=True)
+        ],
     )
 
 

@@ -505,7 +505,7 @@ WRONG_IDS = [
     *(np.array([ids]) for ids in ([0, 4], [-1, 0])),
     *(np.zeros(shape, np.int64) for shape in ((257, 2), (0, 2), 3)),
 ]
-WRONG_OTHERS = [
+WRONG_OTHERS: list[list[tuple[int, Any]]] = [
     [(0, bytes(HIDDEN * 4 - 1))],
     [(1, bytes(7)), (2, bytearray(3)), (7, -1), (7, 1 << 20)],
 ]
