@@ -520,7 +520,7 @@ def test_wrong_arguments_are_refused(which: int) -> None:
         return (*values[:index], value, *values[index + 1 :])
 
     function(*good)  # what it cannot send or receive is told, and no error
-    wrong = list(WRONG_OTHERS[which]) + [(1 - which, ids) for ids in WRONG_IDS]
+    wrong: list[tuple[int, Any]] = [*WRONG_OTHERS[which], *((1 - which, ids) for ids in WRONG_IDS)]
     for at, several in ((2 + which, WRONG_LAYERS), (3 + which, WRONG_LANES)):
         wrong += [(at, changed(good[at], *change)) for change in several]
     for change in wrong:
