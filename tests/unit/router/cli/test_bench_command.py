@@ -23,17 +23,6 @@ TEXT = " was the word"
 NUM_TOKENS = len(tokenizer().encode(TEXT))
 
 
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(says(TEXT))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
-
-
 def bench(address: str, *words: str, code: int = 0) -> Any:
     result = CliRunner().invoke(app, ["bench", "--address", address, "--json", *words])
     assert (result.exit_code, result.stderr) == (code, "")

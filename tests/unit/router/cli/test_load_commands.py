@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-
-import pytest
 
 from cluster.errors import UnavailableError
 from router.client import AsyncClient, Client
-from tests.unit.gateway_fakes import LOAD, REBALANCED, FakeUpstream, grpc_server, says
+from tests.unit.gateway_fakes import LOAD, REBALANCED, FakeUpstream
 from tests.unit.router.cli.test_cli import run
-
-
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(says(""))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
 
 
 def test_both_clients_get_all_that_the_controller_tells(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from cluster.errors import InvalidRequestError
 from cluster.reports import ChangeReport
 from router.client import AsyncClient, Client
-from tests.unit.gateway_fakes import CHANGED, FakeUpstream, grpc_server, says
+from tests.unit.gateway_fakes import CHANGED, FakeUpstream
 from tests.unit.router.cli.test_cli import run
 
 COMMANDS = {
@@ -23,17 +22,6 @@ COMMANDS = {
     "copies tiny 1 5 3": ("set_copies", "tiny", 1, 5, 3, False),
     "copies tiny 1 5 3 --dry-run": ("set_copies", "tiny", 1, 5, 3, True),
 }
-
-
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(says(""))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
 
 
 def test_both_clients_bring_everything_to_the_controller_and_back(

@@ -1,0 +1,20 @@
+"""A real gRPC server over a scripted upstream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says
+
+
+@pytest.fixture
+def upstream() -> FakeUpstream:
+    return FakeUpstream(says(" was the word"))
+
+
+@pytest.fixture
+def address(upstream: FakeUpstream) -> Iterator[str]:
+    with grpc_server(upstream) as opened:
+        yield opened
