@@ -22,12 +22,8 @@ def test_both_clients_get_all_that_the_controller_tells(
     assert asyncio.run(ask()) == (LOAD, REBALANCED)
     with Client(address) as client:
         assert (client.load(), client.rebalance(dry_run=True)) == (LOAD, REBALANCED)
-    assert upstream.controller.calls == [
-        ("load",),
-        ("rebalance", False),
-        ("load",),
-        ("rebalance", True),
-    ]
+    asked = [("load",), ("rebalance", False), ("load",), ("rebalance", True)]
+    assert upstream.controller.calls == asked
 
 
 def test_load_shows_devices_and_the_busiest_experts(address: str) -> None:
@@ -35,6 +31,8 @@ def test_load_shows_devices_and_the_busiest_experts(address: str) -> None:
     assert result.exit_code == 0
     assert "balance: 1.50 by layer, 1.25 in all" in result.stdout
     assert "last rebalancing: committed, 1 copies moved" in result.stdout
+    assert "last change: expert: 1 -> 2 actors: committed, " in result.stdout
+    assert "(asked for)" in result.stdout
     lines = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
     assert ["a0", "n1", "2", "120", "25%", "2.00", "ms"] in lines
     assert ["tiny", "0", "1", "90", "a0"] in lines

@@ -125,10 +125,7 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     [written] = serve.files
     assert written.name == file.name
     assert written.parent == serve.folder
-    assert serve.steps == [
-        *("check", "progress"),
-        *("ray", "handlers", "told", "serve"),
-    ]
+    assert serve.steps == ["check", "progress", "ray", "handlers", "told", "serve"]
     assert serve.modes == ["token"]
 
 
@@ -163,44 +160,30 @@ def test_deploy_sends_the_completed_file_and_starts_nothing(
     assert not written.exists()
 
 
-def test_what_is_run_is_the_serve_command_of_ray() -> None:
-    [command] = module.entry_points(group="console_scripts", name=module.PROGRAM)
-    assert {"run", "deploy"} <= command.load().commands.keys()
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("command", "name", "content", "reason"),
     [
-        ("missing.yaml", None, "does not exist"),
-        (".", None, "is a folder without mixture.yaml or config.json"),
-        ("a.yaml", "a: b: c", "is not YAML"),
-        ("a.yaml", "", "needs a list 'applications'"),
-        ("a.yaml", "applications: [{name: a, import_path: b:c}]", "must be router.app:build"),
+        ("serve", "missing.yaml", None, "does not exist"),
+        ("serve", ".", None, "is a folder without mixture.yaml or config.json"),
+        ("serve", "a.yaml", "a: b: c", "is not YAML"),
+        ("serve", "a.yaml", "", "needs a list 'applications'"),
+        ("serve", "a.yaml", "applications: [{import_path: b:c}]", "must be router.app:build"),
+        ("deploy", "a.yaml", None, "cannot be read"),
+        ("deploy", "a.yaml", "a: b: c", "is not YAML"),
     ],
 )
 def test_a_wrong_path_or_file_is_a_line_and_starts_nothing(
-    name: str, content: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    name: str,
+    content: str | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, serve = tmp_path / name, FakeServe()
     if content is not None:
         path.write_text(content)
-    result = run(monkeypatch, serve, str(path))
-    [line] = result.stderr.splitlines()
-    assert line.startswith(f"expertmesh: {path}")
-    assert reason in line
-    assert (result.exit_code, serve.steps) == (2, [])
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "cannot be read"), ("a: b: c", "is not YAML")]
-)
-def test_deploy_of_a_wrong_file_is_a_line_and_sends_nothing(
-    content: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, serve = tmp_path / "a.yaml", FakeServe()
-    if content is not None:
-        path.write_text(content)
-    result = run(monkeypatch, serve, str(path), command="deploy")
+    result = run(monkeypatch, serve, str(path), command=command)
     [line] = result.stderr.splitlines()
     assert line.startswith(f"expertmesh: {path}")
     assert reason in line
