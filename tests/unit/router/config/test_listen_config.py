@@ -64,13 +64,11 @@ def test_what_is_no_host_is_refused_by_its_key(key: str, host: str) -> None:
         listen(**{key: host})
 
 
-def test_files_of_tls_are_named_with_and_without_an_authority() -> None:
-    tls = listen(tls={"certificate": "c", "key": "k"}).tls
+@pytest.mark.parametrize("authority", [{}, {"client_authority": "a"}])
+def test_files_of_tls_are_named_with_and_without_an_authority(authority: dict[str, str]) -> None:
+    tls = listen(tls={"certificate": "c", "key": "k", **authority}).tls
     assert tls is not None
-    assert tls.files() == CertificateFiles("c", "k")
-    tls = listen(tls={"certificate": "c", "key": "k", "client_authority": "a"}).tls
-    assert tls is not None
-    assert tls.files() == CertificateFiles("c", "k", "a")
+    assert tls.files() == CertificateFiles("c", "k", authority.get("client_authority"))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +90,13 @@ def test_half_of_a_pair_empty_names_and_passwords_are_refused(
         listen(tls=tls)
 
 
+PORTS = [(f"{name}_port", 1, 65_535) for name in ("http", "grpc", "admin", "health")]
+
+
 @pytest.mark.parametrize(
     ("key", "least", "most"),
     [
-        ("http_port", 1, 65_535),
-        ("grpc_port", 1, 65_535),
-        ("admin_port", 1, 65_535),
-        ("health_port", 1, 65_535),
+        *PORTS,
         ("max_connections", 1, 100_000),
         ("max_connections_per_address", 1, 100_000),
         ("max_head_bytes", 1024, 1 << 20),
