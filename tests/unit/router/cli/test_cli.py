@@ -93,9 +93,7 @@ def test_status_as_json(address: str) -> None:
     assert told["routers"][0]["kernels"] == [{"model": "tiny", "kernel_class": "torch-avx2"}]
 
 
-def test_status_is_a_table_and_a_line_for_each_thing_that_is_not_as_it_should(
-    address: str,
-) -> None:
+def test_status_is_a_table_and_a_line_for_each_thing_that_is_not_as_it_should(address: str) -> None:
     result = run("status", "--address", address)
     assert result.exit_code == 0
     assert "copies: 1 live, 2 wanted" in result.stdout

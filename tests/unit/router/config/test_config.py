@@ -256,8 +256,7 @@ def test_a_file_that_cannot_be_read_or_is_not_yaml_is_refused(
 
 
 @pytest.mark.parametrize(
-    "document",
-    [None, [], "x", 3, {}, *({"applications": wrong} for wrong in (None, [], {"a": 1}))],
+    "document", [None, [], "x", 3, {}, *({"applications": wrong} for wrong in (None, [], {"a": 1}))]
 )
 def test_a_file_without_applications_is_refused(tmp_path: Path, document: object) -> None:
     with pytest.raises(ConfigError, match="needs a list 'applications'"):

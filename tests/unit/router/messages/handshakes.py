@@ -71,9 +71,7 @@ def flipped(data: bytes, index: int) -> bytes:
     return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
 
 
-async def connect(
-    address: LinkAddress,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(address: LinkAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect as a stranger does, that knows no more than where somebody listens."""
     kind = socket.AF_UNIX if address.name else socket.AF_INET
     sock = socket.socket(kind, socket.SOCK_STREAM)

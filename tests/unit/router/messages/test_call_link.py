@@ -18,14 +18,7 @@ from router.messages.call_link import CallLink, CallServer, LinkBrokenError, Lin
 from router.messages.link import pack_frame
 from router.messages.prediction import PredictionReply, PredictionRequest
 from tests.unit.certificates import new_authority
-from tests.unit.router.messages.handshakes import (
-    LIMIT_S,
-    by_tcp,
-    flipped,
-    happens,
-    listens,
-    looped,
-)
+from tests.unit.router.messages.handshakes import LIMIT_S, by_tcp, flipped, happens, listens, looped
 
 
 class Router:

@@ -110,8 +110,7 @@ def test_a_ray_of_a_starts_own_has_the_token_that_the_start_gives_it(
 
 @pytest.mark.parametrize("variables", [{}, {"RAY_AUTH_MODE": "token"}])
 @pytest.mark.parametrize(
-    ("num_nodes", "has_token", "level"),
-    [(2, False, "problem"), (2, True, "ok"), (1, False, "ok")],
+    ("num_nodes", "has_token", "level"), [(2, False, "problem"), (2, True, "ok"), (1, False, "ok")]
 )
 def test_a_running_cluster_is_judged_by_what_it_says_and_not_by_the_environment(
     num_nodes: int, has_token: bool, level: str, variables: dict[str, str]

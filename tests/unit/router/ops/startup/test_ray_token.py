@@ -53,10 +53,7 @@ def test_the_users_own_mode_stays(mode: str, token: Path) -> None:
     ],
 )
 def test_only_a_cluster_of_this_machine_gets_the_token_unasked(
-    option: str | None,
-    variable: str | None,
-    is_sent: bool,
-    token: Path,
+    option: str | None, variable: str | None, is_sent: bool, token: Path
 ) -> None:
     if variable is not None:
         ray_token.os.environ["RAY_DASHBOARD_ADDRESS"] = variable
