@@ -15,6 +15,8 @@ def upstream() -> FakeUpstream:
 
 
 @pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
+def address(upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The server's address, which the environment tells to commands."""
     with grpc_server(upstream) as opened:
+        monkeypatch.setenv("EXPERTMESH_ADDRESS", opened)
         yield opened

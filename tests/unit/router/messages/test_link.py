@@ -378,23 +378,3 @@ async def test_over_tls_both_need_a_certificate_of_the_authority(
         with pytest.raises(TimeoutError):
             await open_link(address, None)
         assert served.served == 1
-
-
-@pytest.mark.usefixtures("both_loops")
-@looped
-async def test_new_links_use_changed_certificates_and_open_ones_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cluster.tls.LOOK_S", 0.0)
-
-    ours = new_authority(tmp_path / "ours")
-    async with echo(ours.server) as (served, address):
-        old = await open_link(address, ours.client)
-        outdated = new_authority(tmp_path / "copy", ours.ca).client
-        ours.replace()
-        new = await open_link(address, ours.client)
-        with pytest.raises(ssl.SSLCertVerificationError):
-            await open_link(address, outdated)
-        await answers(*old)
-        await answers(*new)
-        await happens(lambda: served.served == 2)
