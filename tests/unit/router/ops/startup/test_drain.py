@@ -59,12 +59,16 @@ def test_gateways_that_fall_silent_are_not_waited_for(requests: tuple[int | None
     assert left == (requests[0] or 0)
 
 
-def test_ended_requests_are_waited_for_a_moment() -> None:
-    gateways = FakeGateways(2, 1, 0)
+@pytest.mark.parametrize(("requests", "num_asked"), [((2, 1, 0), 3), ((None,), 1)])
+def test_ended_requests_are_waited_for(requests: tuple[int | None, ...], num_asked: int) -> None:
+    gateways = FakeGateways(*requests)
     end_requests(gateways)
-    assert gateways.asked == [True] * 3
+    assert gateways.asked == [True] * num_asked
+
+
+def test_ended_requests_are_waited_for_a_moment_only() -> None:
     stuck = FakeGateways(1)
-    end_requests(stuck)  # returns all the same
+    end_requests(stuck)
     assert len(stuck.asked) > 1
 
 
