@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
-import re
 import subprocess
 import sys
 import threading
@@ -17,7 +15,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cluster.wire.tensors import to_ids
 from tests.emulated_copies import ROOT, Kind
 from tests.emulated_device import (
     DeviceTensor,
@@ -229,15 +226,6 @@ def test_what_is_tolerated_is_recorded_and_computed(device: EmulatedDevice, rows
         rows.tolist()
 
 
-def test_accesses_are_ascribed_to_the_products_line(device: EmulatedDevice) -> None:
-    ids = torch.arange(6).view(3, 2).to(device.device)
-    with device.counted() as copies:
-        assert to_ids(ids).tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert re.fullmatch(r"cluster/wire/tensors\.py:\d+", copies.to_host[0].where)
-    assert copies.by_line() == {(Kind.TO_HOST, copies.to_host[0].where): 1}
-    assert str(copies) == f"copy to the host (_to_copy, 48 bytes) at {copies.to_host[0].where}"
-
-
 def test_sections_nest_and_can_be_cleared(device: EmulatedDevice, rows: Tensor) -> None:
     with device.counted() as outer:
         rows.cpu()
@@ -290,19 +278,6 @@ def test_inference_tensors_are_what_they_are_on_the_host(device: EmulatedDevice)
         view.add_(1)
     assert normal.cpu()[:, 0].tolist() == [1, 2, 2, 2]
     assert made.cpu()[0, 0] == 3
-
-
-def test_modules_move_and_deep_copies_are_their_own(device: EmulatedDevice) -> None:
-    module = torch.nn.Linear(3, 2).to(device.device)
-    assert isinstance(module.weight, torch.nn.Parameter)
-    copied = copy.deepcopy(module)
-    assert isinstance(copied.weight, torch.nn.Parameter)
-    with torch.no_grad():
-        copied.weight.zero_()
-    assert module.weight.detach().cpu().abs().sum() > 0
-    assert module.to("cpu").weight.device == torch.device("cpu")
-    with device.device:
-        assert torch.nn.Linear(3, 2).weight.device == device.device
 
 
 def test_one_device_at_a_time_and_none_afterwards() -> None:

@@ -52,12 +52,6 @@ def test_the_version_is_that_of_the_package() -> None:
     )
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_generate_prints_the_text(address: str, stream: list[str]) -> None:
-    result = run("generate", "in the", "--address", address, *stream)
-    assert (result.exit_code, result.stdout) == (0, " was the word 🙂\n")
-
-
 def test_generate_passes_its_options_on(address: str, upstream: FakeUpstream) -> None:
     options = {"--max-tokens": 5, "--temperature": 0.5, "--top-p": 0.9, "--top-k": 3, "--seed": 7}
     flat = [str(one) for pair in options.items() for one in pair]
@@ -140,11 +134,6 @@ def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:
     assert device_of() == ["cpu"]
 
 
-def next_line(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
-
-
 def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream) -> None:
     words = ["status", "--watch", "--json", "--interval", "0.1"]
     with grpc_server(upstream) as address:
@@ -155,13 +144,15 @@ def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream)
             text=True,
             env={**os.environ, "EXPERTMESH_ADDRESS": address},
         )
-        assert [next_line(watching)["epoch"] for _ in range(2)] == [3, 3]
-    while "error" not in (told := next_line(watching)):
+        assert watching.stdout is not None
+        lines = map(json.loads, watching.stdout)
+        assert [next(lines)["epoch"] for _ in range(2)] == [3, 3]
+    while "error" not in (told := next(lines)):
         assert told["epoch"] == 3
     host, _, port = address.partition(":")
     assert f"at {host}:{int(port) + 1}, where gateways" in told["error"]["message"]
     with grpc_server(upstream, int(address.rpartition(":")[2])):
-        while "error" in (told := next_line(watching)):
+        while "error" in (told := next(lines)):
             assert told["error"]["code"] == "unavailable"
         assert told["epoch"] == 3
         watching.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute.expert_device import ExpertDevice
 from router.model.memory import StepLimits, router_sizes
 from router.ops.plan.deployment import read_tenants
-from router.ops.plan.devices import Device, DevicesOfFile, Tenant, place, shortages
+from router.ops.plan.devices import Device, Tenant, place, shortages
 from router.ops.plan.plan import ACTOR_PROCESS_BYTES, ROUTER_PROCESS_BYTES, actor_batch_bytes
 from router.ops.plan.source import find_model
 from tests.checkpoints import save_mixtral
@@ -37,10 +37,6 @@ FAMILIES = {"mixtral": save_mixtral, **SAVERS}
 def tenant(name: str, num_gpus: float, **sizes: int) -> Tenant:
     zero = {"weight_bytes": 0, "working_bytes": 0, "process_bytes": 0}
     return Tenant(name, f"setting of {name}", num_gpus, **(zero | sizes))  # type: ignore[arg-type]
-
-
-def names(planned: DevicesOfFile) -> list[str]:
-    return [" ".join(one.name for one in device.tenants) for device in planned.devices]
 
 
 def file_of(tmp_path: Path, folder: Path, dtype: str = "auto", **args: Any) -> Path:
@@ -78,7 +74,8 @@ def test_processes_are_placed_as_ray_places_them(
     unplaced: list[str],
 ) -> None:
     planned = place([tenant(*one) for one in wanted], num_devices)
-    assert names(planned) == expected
+    found = [" ".join(one.name for one in device.tenants) for device in planned.devices]
+    assert found == expected
     assert [one.name for one in planned.unplaced] == unplaced
     assert bool(planned.unplaced_line()) == bool(unplaced)
 
