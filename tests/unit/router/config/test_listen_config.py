@@ -71,7 +71,7 @@ def test_files_of_tls_are_named_with_and_without_an_authority(authority: dict[st
     assert tls.files() == CertificateFiles("c", "k", authority.get("client_authority"))
 
 
-BAD_TLS = [
+BAD_TLS: list[tuple[dict[str, str], str]] = [
     ({}, "certificate"),
     ({"certificate": "c"}, "key"),
     ({"key": "k"}, "certificate"),

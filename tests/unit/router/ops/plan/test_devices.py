@@ -97,8 +97,8 @@ def test_the_planned_bytes_are_those_that_are_allocated(
 ) -> None:
     folder, cache_tokens = tmp_path / "m", 1000
     FAMILIES[family](folder)
-    router = {"cache_tokens": cache_tokens, "max_batch_size": 4, "max_batch_tokens": 32}
-    router |= {"num_gpus": 0.5}
+    router: dict[str, Any] = {"cache_tokens": cache_tokens, "num_gpus": 0.5}
+    router |= {"max_batch_size": 4, "max_batch_tokens": 32}
     experts = {"actors": 1, "num_gpus": 0.5}
     file = file_of(tmp_path, folder, dtype, router=router, experts=experts)
     on_router, on_actor = read_tenants(file)

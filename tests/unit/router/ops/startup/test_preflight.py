@@ -74,7 +74,8 @@ class Serve:
     def __call__(self, *words: object) -> tuple[str, str]:
         """Return what a command prints that is not refused."""
         attend(["serve", *map(str, words)])
-        return tuple(self.capsys.readouterr())
+        out, err = self.capsys.readouterr()
+        return out, err
 
     def refused(self, *words: object) -> str:
         """Return the one line with which a command is refused."""
