@@ -83,6 +83,16 @@ def test_status_as_json(address: str) -> None:
     assert result.exit_code == 0
     told = json.loads(result.stdout)
     assert told == json.loads(json.dumps(asdict(STATUS)))
+    names = "models epoch placement_version controller_pid missing_experts routers gateways actors "
+    names += "min_copies live_copies loading kernels failing nodes_without_gateway"
+    assert [*told] == names.split()  # which scripts read
+    of_actor = "actor_id pid node device generation experts tokens weight_bytes kernels silence "
+    assert [*told["actors"][0]] == f"{of_actor}slowness is_slow".split()
+    of_failing = "actor_id deaths reason node device retry_in_s failed_tests needed_bytes "
+    assert [*told["failing"][0]] == f"{of_failing}missing_bytes".split()
+    assert [*told["loading"][0]] == ["actor_id", "held_experts", "num_experts", "weight_bytes"]
+    assert [*told["kernels"][0]] == ["model", "actors", "routers", "mixed"]
+    assert [*told["gateways"][0]] == ["pid", "node", "kernels", "problem"]
     assert told["actors"][0]["experts"] == [["tiny", 0, 1], ["tiny", 1, 5]]
     assert told["routers"][0]["kernels"] == [{"model": "tiny", "kernel_class": "torch-avx2"}]
 
