@@ -23,7 +23,7 @@ from experts.checkpoint.config_checks import MAX_DEPTH
 from experts.checkpoint.shards import MAX_HEADER_BYTES, read_header
 from experts.checkpoint.stored import resolve_folder
 from experts.families.registry import FAMILIES
-from tests.checkpoints import copy_of, save_mixtral
+from tests.checkpoints import save_mixtral
 from tests.unit.bomb import EXECUTED, Bomb, pickled_bomb
 from workshop.convert.write import open_source
 
@@ -32,12 +32,6 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 INCOMPLETE = "not a complete safetensors file"
 DEEP = [b"[" * 100_000, b'{"a": ' * 100_000]
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture
-def folder(folder: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return copy_of(folder, tmp_path / "model")
 
 
 @pytest.fixture

@@ -20,16 +20,8 @@ from experts.checkpoint.remote.remote_reader import CheckpointReader
 from experts.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE
 from router.gateway.input.tokenizer import Tokenizer
 from router.model.model import load_dense
-from tests.checkpoints import copy_of
 from tests.unit.bomb import EXECUTED, pickled_bomb
 from tests.unit.gateway_fakes import tokenizer
-
-
-@pytest.fixture
-def folder(folder: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return copy_of(folder, tmp_path / "model")
-
 
 PEAK = """
 import resource, sys
