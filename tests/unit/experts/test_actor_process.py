@@ -282,6 +282,7 @@ def test_experts_are_let_go_after_the_batch_under_way(
         (frame_of(rows_of(1), request_id=4, expert_id=5), "WrongPlacementError"),
         (frame_of(rows_of(3), request_id=4, timeout_s=-1), "DeadlineExceededError"),
     ],
+    ids=["empty", "garbage", "no msgpack", "rows", "no expert", "over"],
 )
 def test_what_cannot_be_computed_is_answered_by_its_error_uncomputed(
     make: Callable[..., Actor], gate: Gate, data: bytes, kind: str
