@@ -136,10 +136,7 @@ def test_the_largest_batch_of_several_frames_pins_no_more_memory(
 
 @pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
 def test_an_error_of_a_computation_ends_no_process_whose_device_works(
-    folder: Path,
-    device: EmulatedDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    error: type[Exception],
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     ended: list[str] = []
     monkeypatch.setattr(expert_device, "end_process", lambda: ended.append("ended"))

@@ -66,10 +66,7 @@ def load(
 
 
 def bank_on(
-    folder: Path,
-    device: torch.device,
-    keys: Collection[ExpertKey] = KEYS,
-    dtype: str = "float32",
+    folder: Path, device: torch.device, keys: Collection[ExpertKey] = KEYS, dtype: str = "float32"
 ) -> ExpertBank:
     bank = ExpertBank(None if device == HOST else ExpertDevice(device, "expert-0", print))
     load(bank, open_checkpoint(folder), keys, dtype)
@@ -331,11 +328,7 @@ def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
 @pytest.mark.parametrize("says_full", FULL)
 @pytest.mark.parametrize("copy", ["to_device", "to_host"])
 def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
-    folder: Path,
-    device: EmulatedDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    copy: str,
-    says_full: Any,
+    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, copy: str, says_full: Any
 ) -> None:
     bank = bank_on(folder, device.device)
     with monkeypatch.context() as patch:

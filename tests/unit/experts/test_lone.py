@@ -22,13 +22,7 @@ from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import ReceivedAlone, StreamServer
 from cluster.transport.stream.sockets import SEND_BUFFER_BYTES
-from cluster.wire.frames import (
-    Buffer,
-    Buffers,
-    ErrorFrame,
-    RowsFrame,
-    decode,
-)
+from cluster.wire.frames import Buffer, Buffers, ErrorFrame, RowsFrame, decode
 from experts import lone
 from experts import queue as queue_module
 from experts.lone import MAX_WAIT_MS

@@ -113,10 +113,7 @@ def test_a_transformer_may_not_bring_a_function_but_a_ufunc(function: Any, words
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (
-            python_function,
-            "not allowed: tests.unit.experts.backends.test_skops_file",
-        ),
+        (python_function, "not allowed: tests.unit.experts.backends.test_skops_file"),
         (os.system, "types that are not allowed: posix.system"),
         (subprocess.getoutput, "types that are not allowed: subprocess.getoutput"),
         (functools.partial(os.system, "true"), "functools.partial of no function"),

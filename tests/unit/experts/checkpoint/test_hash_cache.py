@@ -65,11 +65,7 @@ def block(place: Path) -> None:
 
 
 def test_where_the_folder_cannot_be_written_the_cache_keeps_them(
-    folder: Path,
-    tmp_path: Path,
-    hashed: list[Path],
-    cache: Path,
-    caplog: pytest.LogCaptureFixture,
+    folder: Path, tmp_path: Path, hashed: list[Path], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block(folder / BESIDE)
     first = identity_of(open_checkpoint(folder))

@@ -161,9 +161,7 @@ def test_convert_makes_a_plain_checkpoint_of_it(made: Quantised, tmp_path: Path)
         assert torch.equal(from_array(read_tensor(checkpoint, name, "float32")), values), name
 
 
-def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(
-    tmp_path: Path,
-) -> None:
+def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(tmp_path: Path) -> None:
     folder = make(CASES["deepseek_v3"], tmp_path).folder
     state = load_file(folder / WEIGHTS)
     last = {n: t for n, t in state.items() if n.startswith("model.layers.2.mlp.experts.")}

@@ -12,11 +12,7 @@ import torch
 
 from cluster.errors import ConfigError
 from cluster.reports import ActorStatus, ClusterStatus
-from cluster.spec import (
-    EMULATED,
-    Emulation,
-    ExpertKey,
-)
+from cluster.spec import EMULATED, Emulation, ExpertKey
 from cluster.wire.frames import RowsFrame, joined
 from experts.bank import ExpertBank
 from experts.compute.emulated import EmulatedExpert

@@ -21,11 +21,7 @@ from experts.bank import GatedFfnExpert
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS, clamped_ffn, gated_ffn
 from experts.compute.kernel_classes import log_torch
-from experts.compute.native_ffn import (
-    KERNELS,
-    NativeFfn,
-    compute_native,
-)
+from experts.compute.native_ffn import KERNELS, NativeFfn, compute_native
 from router.model.cpu.formats import FORMATS
 from tests.arrays import on_host, results
 

@@ -112,8 +112,7 @@ def test_float16_is_served_too(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"),
-    [("olmoe", "sliding_window", 8), ("qwen3_moe", "clip_qkv", 0.3)],
+    ("name", "key", "value"), [("olmoe", "sliding_window", 8), ("qwen3_moe", "clip_qkv", 0.3)]
 )
 def test_a_key_that_only_other_families_have_changes_nothing(
     tmp_path: Path, name: str, key: str, value: Any
