@@ -53,7 +53,7 @@ def test_experts_are_loaded_to_the_accelerator_and_answer_as_on_the_host(
     folder: Path, device: EmulatedDevice
 ) -> None:
     actor = on_device(folder, [*KEYS[::-1], KEYS[0]])
-    assert actor.describe().device == device.device.type
+    assert actor.describe().device == f"{device.device.type}:0"
     assert sizes_of(actor._bank) == {0: [4], 2: [4]}
     host = local_actor(folder, keys=KEYS)
     check_as_host(actor, host)

@@ -1,11 +1,7 @@
-"""Experts loaded by slices and computed in banks: bit for bit what transformers computes.
-
-Dimension letters: T tokens, K experts per token, H hidden size, P (token, expert) pairs.
-"""
+"""Experts loaded by slices and computed in banks: bit for bit what transformers computes."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from cluster.errors import ExpertFailedError, FrameError, WrongPlacementError
 from cluster.native import native
-from cluster.placement.placement import assign_experts, empty_placement
 from cluster.spec import ExpertKey, ModelExperts
-from cluster.transport.base import Call, CallFailure
 from cluster.wire.frames import Buffer, DispatchFrame, ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import TORCH_DTYPES, from_bytes, to_bytes
 from experts.bank import MAX_PIECES, ExpertBank, GatedFfnExpert
@@ -29,14 +23,9 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute.ffn import ACTIVATIONS
 from experts.families.base import ACTIVATION_NAMES
-from router.control.placement_view import PlacementView
-from router.moe.combine import WeightedSums
-from router.moe.dispatch import Dispatcher
-from router.moe.gate import Choice
-from router.moe.layer import MoELayers, StepContext
 from tests.arrays import loaded, on_host, results
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import MODEL, BankTransport, load_banks
+from tests.local_cluster import MODEL, load_banks
 from tests.unit.experts.frames import dispatch_frame
 
 HIDDEN = 64
@@ -267,92 +256,10 @@ def test_a_frame_that_does_not_fit_is_refused_and_disturbs_no_other(
     assert sum(bank.tokens.values()) == counted + 2 * 3  # the refused frame ran nothing
 
 
-# Dispatch and combine against transformers.
-
-
 def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert that only roundings differ: of sums, and of what torch rounds between products."""
     error = 1e-5 if got.dtype == torch.float32 else 0.02
     torch.testing.assert_close(got, expected, rtol=error, atol=error * float(expected.abs().max()))
-
-
-def layers_of(view: PlacementView, transport: BankTransport) -> MoELayers[torch.Tensor]:
-    return MoELayers(Dispatcher(MODEL, view, transport, lambda a, g: None, 30.0), WeightedSums())
-
-
-def layers_over(folder: Path, dtype: str, num_banks: int) -> MoELayers[torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
-    experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
-    shares = assign_experts([experts], [f"a{i}" for i in range(num_banks)], None)
-    placement = empty_placement(1, [experts])
-    for actor_id, keys in shares.items():
-        placement = placement.with_actor(actor_id, 1, keys)
-    view = PlacementView()
-    view.publish(placement)
-    return layers_of(view, BankTransport(load_banks(checkpoint, shares, dtype)))
-
-
-def combined(
-    layers: MoELayers[torch.Tensor], layer_id: int, rows: torch.Tensor, choice: Choice
-) -> torch.Tensor:
-    context = StepContext(time.monotonic() + 60, (), ())
-    return layers.finish(layers.begin(context, layer_id, rows, choice))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_banks", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_tokens", [1, 2, 33])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_remote_experts_are_transformers_but_for_roundings_on_any_number_of_actors(
-    folders: dict[str, Path],
-    oracles: dict[str, list[MixtralExperts]],
-    dtype: str,
-    num_banks: int,
-    num_tokens: int,
-    top_k: int,
-) -> None:
-    layers, lone = (layers_over(folders[dtype], dtype, count) for count in (num_banks, 1))
-    generator = torch.Generator().manual_seed(100 * num_tokens + top_k)
-    hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator).to(TORCH_DTYPES[dtype])
-    logits = torch.randn(num_tokens, 8, generator=generator)
-    # Unsorted on purpose: the likeliest expert comes first, as a gate has it.
-    weights, ids = logits.softmax(-1).topk(top_k)
-    for layer_id, experts in enumerate(oracles[dtype]):
-        # A gate hands over fp32 weights, or weights of the model's dtype.
-        for gate_weights in (weights, weights.to(TORCH_DTYPES[dtype])):
-            with torch.no_grad():
-                expected = experts(hidden_states, ids, gate_weights)
-            choice = Choice(ids.numpy(), gate_weights)
-            got = combined(layers, layer_id, hidden_states, choice)
-            assert got.dtype == hidden_states.dtype
-            assert_near(got, expected)
-            assert torch.equal(got, combined(lone, layer_id, hidden_states, choice))
-
-
-def test_shares_that_come_together_under_another_placement_are_not_mixed_up(
-    folders: dict[str, Path], oracles: dict[str, list[MixtralExperts]]
-) -> None:
-    checkpoint = open_checkpoint(folders["float32"])
-    experts = ModelExperts(MODEL, checkpoint.shape.layers, 8, 1)
-    keys = experts.expert_keys()
-    odd, even = ([key for key in keys if key.expert_id % 2 == rest] for rest in (1, 0))
-    view = PlacementView()
-    view.publish(empty_placement(1, [experts]).with_actor("a", 1, odd).with_actor("b", 1, even))
-
-    def both_die(call: Call, number: int) -> CallFailure | None:
-        if number > 2:
-            return None
-        view.publish(empty_placement(2, [experts]).with_actor("a", 1, keys))
-        return CallFailure.DIED
-
-    transport = BankTransport(load_banks(checkpoint, {"a": keys, "b": even}, "float32"), both_die)
-    hidden_states = rows_of(33)
-    weights, ids = torch.randn(33, 8).softmax(-1).topk(3)
-    choice = Choice(ids.numpy(), weights)
-    got = combined(layers_of(view, transport), 0, hidden_states, choice)
-    with torch.no_grad():
-        assert_near(got, oracles["float32"][0](hidden_states, ids, weights))
-    assert len(transport.frames) == 3
 
 
 # Experts that fail, and rows of other shapes.

@@ -110,29 +110,6 @@ def test_a_transformer_may_not_bring_a_function_but_a_ufunc(function: Any, words
         assert loaded(dumps(FunctionTransformer(ufunc))).func is ufunc
 
 
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (python_function, "not allowed: tests.unit.experts.backends.test_skops_file"),
-        (os.system, "types that are not allowed: posix.system"),
-        (subprocess.getoutput, "types that are not allowed: subprocess.getoutput"),
-        (functools.partial(os.system, "true"), "functools.partial of no function"),
-        (functools.partial(subprocess.call, ["true"]), "not allowed: subprocess.call"),
-        (LinearRegression().fit, "not allowed: sklearn.linear_model._base.LinearRegression"),
-        (operator.methodcaller("dump", "x"), "not allowed: operator.methodcaller"),
-        (operator.attrgetter("dump"), "not allowed: operator.attrgetter"),
-        (np.load, "types that are not allowed: numpy.load"),
-        (np.save, "types that are not allowed: numpy.save"),
-        (eval, "types that are not allowed: builtins.eval"),
-    ],
-)
-def test_a_transformer_may_not_bring_a_function(function: Any, words: str) -> None:
-    data = dumps(make_pipeline(FunctionTransformer(function), LinearRegression()))
-    with pytest.raises(CheckpointError, match=words) as caught:
-        loaded(data)
-    assert caught.value.field == WHERE
-
-
 def node(name: str, loader: str, **more: Any) -> Schema:
     module, _, kind = name.rpartition(".")
     return {"__class__": kind, "__module__": module, "__loader__": loader, **more}

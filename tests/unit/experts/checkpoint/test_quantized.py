@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote.remote_files import open_model
 from router.engine.batch import pack
-from router.engine.scheduling.scheduler import Limits
 from router.model.model import load_dense
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
@@ -54,22 +53,6 @@ Change = Callable[[State], object]
 @pytest.fixture(scope="module", params=sorted(CASES))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def cluster(made: Quantised) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(made.folder, num_actors=3, limits=Limits(32, 48, 64))
-    yield cluster
-    cluster.close()
-
-
-def test_greedy_tokens_equal_transformers_on_the_dequantised_weights(
-    cluster: LocalCluster, made: Quantised
-) -> None:
-    prompts = [prompt_of(1 + 19 * i, i) for i in range(3)]
-    requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(prompts)]
-    for prompt, [event] in zip(prompts, cluster.generate(*requests), strict=True):
-        check_greedy(event.token_ids, made.oracle, prompt, 6)
 
 
 @torch.inference_mode()
@@ -292,9 +275,6 @@ def test_codes_and_scales_that_do_not_fit_are_refused(
             state[name] = change(tensor)
 
     refused(changed(folders[kind], tmp_path / "m", spoil), file, words)
-
-
-STACK = "model.layers.0.mlp.experts.down_proj"
 
 
 def test_codes_without_a_word_in_the_configuration_are_refused(
