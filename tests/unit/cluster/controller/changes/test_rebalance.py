@@ -188,12 +188,6 @@ def test_what_finds_no_room_is_left_out_and_its_old_copy_stays() -> None:
     assert batches({}, {}, {}, {}) == []
 
 
-async def test_what_has_not_come_up_is_not_rebalanced() -> None:
-    cluster = Cluster()
-    with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
-        await cluster.rebalancer.rebalance()
-
-
 async def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,28 +90,18 @@ def test_one_silent_actor_is_replaced_as_soon_as_a_router_waits_in_vain(clock: C
     assert cluster.lost_after(LOOK_S) == {"expert-0"}
 
 
-def test_among_many_silent_a_late_suspicion_waits_for_what_the_router_hears_now(
+def test_among_many_silent_a_late_suspicion_counts_unless_the_router_takes_it_back(
     clock: Clock,
 ) -> None:
-    cluster = Cluster(clock, *ACTORS)
-    assert cluster.lost_after(2 * SUSPECTED_S) == set()
-    asked = cluster.state.asked
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    assert cluster.lost_after(ANSWER_S / 2) == set()
-    assert cluster.state.asked > asked
-    cluster.router_calls({"expert-0": 0.01})
-    assert cluster.lost_after(ANSWER_S) == set()
-
-
-def test_among_many_silent_a_suspicion_counts_that_the_router_does_not_take_back(
-    clock: Clock,
-) -> None:
-    cluster = Cluster(clock, *ACTORS)
-    assert cluster.lost_after(2 * SUSPECTED_S) == set()
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    cluster.clock.now_s += LOOK_S
-    cluster.router_calls({})
-    assert cluster.lost_after(LOOK_S) == {"expert-0"}
+    for is_heard in (True, False):
+        cluster = Cluster(clock, *ACTORS)
+        assert cluster.lost_after(2 * SUSPECTED_S) == set()
+        asked = cluster.state.asked
+        cluster.suspicion.suspect("expert-0", hears_others=True)
+        assert cluster.lost_after(ANSWER_S / 2) == set()
+        assert cluster.state.asked > asked
+        cluster.router_calls({"expert-0": 0.01} if is_heard else {})
+        assert cluster.lost_after(LOOK_S) == (set() if is_heard else {"expert-0"})
 
 
 def test_a_router_that_does_not_call_has_its_time_from_the_first_suspicion_in_a_row(
