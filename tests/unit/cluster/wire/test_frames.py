@@ -221,21 +221,13 @@ def test_every_frame_is_read_back_as_it_was_written(frame: Frame) -> None:
         frame = ErrorFrame(frame.request_id, frame.kind, expected)
     assert described(decode(wire_of(frame))) == described(frame)
     assert described(decode(memoryview(bytearray(wire_of(frame))))) == described(frame)
-
-
-@given(FRAMES)
-def test_the_rows_begin_at_an_aligned_place(frame: Frame) -> None:
     header, *rows = encode(frame)
     assert not rows or len(header) % ALIGNMENT == 0
 
 
-def test_rows_may_be_views_of_memory_in_several_pieces() -> None:
-    frame = ROWS._replace(rows=(memoryview(bytes(range(5))), bytes(range(5, 12))))
-    answer = decode(wire_of(frame))
-    assert described(answer) == described(ROWS._replace(rows=(bytes(range(12)),)))
-
-
-def test_the_rows_of_a_decoded_frame_are_views_of_what_was_received() -> None:
+def test_rows_are_views_of_what_was_received_and_may_be_sent_from_several_pieces() -> None:
+    pieces = ROWS._replace(rows=(memoryview(bytes(range(5))), bytes(range(5, 12))))
+    assert described(decode(wire_of(pieces))) == described(ROWS._replace(rows=(bytes(range(12)),)))
     received = bytearray(wire_of(DISPATCH))
     frame = decode(memoryview(received))
     assert isinstance(frame, DispatchFrame)
@@ -276,19 +268,6 @@ def test_a_frame_cut_anywhere_or_followed_by_anything_is_refused(frame: Frame) -
         assert caught.value.field.startswith("frame")
     with pytest.raises(FrameError):
         decode(wire + b"\xc0")
-
-
-@pytest.mark.parametrize("frame", [DISPATCH, DEEP, TRACED, ROWS, DEEP_ROWS, ERROR])
-def test_a_frame_with_any_one_byte_changed_is_read_or_refused(frame: Frame) -> None:
-    wire = wire_of(frame)
-    for place in range(len(wire)):
-        for value in {0, 1, 0x7F, 0x80, 0xFF, wire[place] ^ 1}:
-            changed = wire[:place] + bytes([value]) + wire[place + 1 :]
-            try:
-                again = decode(changed)
-            except FrameError:
-                continue
-            encode(again)
 
 
 MOST_32 = (1 << 32) - 1
@@ -413,17 +392,6 @@ def test_a_frame_of_another_version_or_kind_is_refused(wire: Any) -> None:
         except FrameError:
             continue
         assert type(other) is type(good)
-
-
-def test_a_frame_of_the_version_before_is_refused_by_its_version() -> None:
-    header = msgpack.packb((7, 1, 2, "m", 3, (4, 6), (2, 1), "float32", 3, 1.5))
-    start = struct.pack("<HHI", 2, 1, len(header)) + header
-    old = start + bytes(-len(start) % 16) + bytes(36)
-    with pytest.raises(FrameError, match="version 2; this build reads 6") as caught:
-        decode(old)
-    assert caught.value.field == "frame"
-    # The other way round the version is where the version before looks for its own.
-    assert struct.unpack_from("<H", wire_of(DISPATCH)) == (6,)
 
 
 @pytest.mark.parametrize(
