@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -47,25 +46,6 @@ async def test_a_watch_returns_no_placement_when_nothing_changes_in_its_time_or_
     monkeypatch.setattr(controller_module, "MAX_WATCH_S", 0.01)
     watch = cluster.controller.watch("router", 1, "n", order, 3600)
     assert (await asyncio.wait_for(watch, LIMIT_S))["placement"] is None
-
-
-async def test_a_watch_tells_how_long_ago_the_last_look_at_an_actor_ended() -> None:
-    cluster = await started()
-    placement = cluster.state.placement
-
-    async def loop_age_s() -> float:
-        told = await cluster.controller.watch("gateway", 1, "n", placement.order, 0)
-        return float(told["loop_age_s"])
-
-    cluster.keeper.looped_at_s -= 1000.0
-    await cluster.controller.suspect("expert-0", 1)
-    await happens(lambda: time.monotonic() - cluster.keeper.looped_at_s < 500.0)
-    assert 0 <= await loop_age_s() < LIMIT_S
-    for task in tasks_of(cluster.controller):
-        task.cancel()
-    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-    cluster.keeper.looped_at_s -= 1000.0
-    assert 1000.0 <= await loop_age_s() < 1000.0 + LIMIT_S
 
 
 async def test_the_status_tells_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:

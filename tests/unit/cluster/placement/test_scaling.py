@@ -65,23 +65,6 @@ def test_every_wish_says_what_it_is_for_and_is_bounded() -> None:
         assert fixed.decide(3, Signals(3.0 * (second % 2), 0.1), float(second)) is None
 
 
-def test_more_actors_come_only_when_they_are_wanted_all_through_the_delay() -> None:
-    policy = ScalingPolicy(TARGETS)
-    assert policy.decide(4, Signals(4.0, 0.0), 0.0) is None
-    assert policy.decide(4, Signals(3.0, 0.0), 1.0) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 2.9) is None
-    wanted = policy.decide(4, Signals(4.0, 0.0), 3.0)
-    assert wanted is not None
-    assert wanted.actors == 6  # the least of what was wanted, at 1 s
-    assert wanted.reason.endswith("for 3 s")
-    assert wanted.reason.startswith("busy 75%")
-    # A pause begins the delay anew.
-    assert policy.decide(4, Signals(4.0, 0.0), 4.0) is None
-    assert policy.decide(4, Signals(2.0, 0.0), 5.0) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 7.5) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 10.5) is not None
-
-
 def test_actors_go_later_than_they_come() -> None:
     policy = ScalingPolicy(TARGETS)
     assert [policy.decide(4, Signals(0.1, 0.0), float(s)) for s in range(20)] == [None] * 20

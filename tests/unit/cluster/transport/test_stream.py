@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -224,29 +223,6 @@ def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
     pending = transport.send(within(LIMIT_S, [call(name.encode() * 9, name) for name in "abc"]))
     threading.Timer(0.05, actors.echoes["a"].open.set).start()
     assert answers(pending.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
-
-
-@pytest.mark.parametrize("last", "ab")
-def test_the_actor_that_answered_last_is_asked_first(
-    actors: Actors, connect: Open, last: str
-) -> None:
-    for name in "ab":
-        actors.add(name)
-    transport = connect()
-    calls = [call(b"hello", name) for name in "ab"]
-    ask(transport, *calls)
-    for name in sorted("ab", key=lambda name: name == last):
-        ask(transport, call(b"one", name))
-    sent: list[str] = []
-    send = transport.send_one
-
-    def noting(pending: Any, place: int, one: Call) -> Any:
-        sent.append(one.actor_id)
-        return send(pending, place, one)
-
-    transport.send_one = noting  # type: ignore[method-assign]
-    assert ask(transport, *calls) == [b"hello", b"hello"]
-    assert sent == [last, "b" if last == "a" else "a"]
 
 
 def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -> None:
