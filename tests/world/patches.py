@@ -135,11 +135,7 @@ def replaced(world: World) -> Iterator[None]:
         (cluster.controller.records.pool, "list_named_actors", ray_cluster.list_named_actors),
         (ray._private.state, "available_resources_per_node", ray_cluster.available),
         (cluster.controller.records.pool, "NodeAffinitySchedulingStrategy", NodeAffinity),
-        (
-            ray._private.state,
-            "state",
-            SimpleNamespace(get_draining_nodes=ray_cluster.draining),
-        ),
+        (ray._private.state, "state", SimpleNamespace(get_draining_nodes=ray_cluster.draining)),
         (cluster.controller.lifecycle.lease, "list_named_actors", ray_cluster.list_named_actors),
         (ray.experimental.internal_kv, "_internal_kv_put", ray_cluster.put),
         (ray.experimental.internal_kv, "_internal_kv_get", ray_cluster.get_value),

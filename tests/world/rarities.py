@@ -65,10 +65,7 @@ _SERIES: dict[str, list[tuple[Any, ...]]] = {
         (0.82, "controller cut off", *_CUT),
     ],
     "routers die in a redeploy": [(0.0, "routers die in a redeploy", 0, 1.5)],
-    "clocks apart": [
-        (0.0, "clock jumps", 0, 0.0, -3600.0),
-        (0.1, "clock jumps", 1, 0.0, -1800.0),
-    ],
+    "clocks apart": [(0.0, "clock jumps", 0, 0.0, -3600.0), (0.1, "clock jumps", 1, 0.0, -1800.0)],
 }
 """Events that follow each other: after how many seconds, and the fields of each."""
 

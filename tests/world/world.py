@@ -20,14 +20,7 @@ from cluster.controller.records.pool import ExpertPool
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.memory import Memory
 from cluster.ray_private import ray_store
-from cluster.spec import (
-    ActorSpec,
-    ModelExperts,
-    ModelSource,
-    PoolSpec,
-    ScalingTargets,
-    model_key,
-)
+from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, ScalingTargets, model_key
 from experts.remote import RemoteExpertActor
 from router.config.deployment import RouterConfig
 from router.config.experts import ExpertsConfig, TlsConfig
@@ -367,10 +360,7 @@ class World:
             tls=TLS if setting.tls else None,
         )
         routers = RouterConfig(
-            cache_tokens=256,
-            max_batch_size=8,
-            max_batch_tokens=16,
-            max_queue_requests=MAX_WAITING,
+            cache_tokens=256, max_batch_size=8, max_batch_tokens=16, max_queue_requests=MAX_WAITING
         )
 
         def router() -> RouterReplica:
@@ -386,12 +376,7 @@ class World:
         self.serve.deploy("controller", self._controller_version)
         self.serve.deploy(
             "router",
-            Version(
-                router,
-                setting.num_routers,
-                lambda made: made.is_its_turn(),
-                self._end_router,
-            ),
+            Version(router, setting.num_routers, lambda made: made.is_its_turn(), self._end_router),
         )
         gateways = Version(lambda: Gateway(self, model.key), setting.num_gateways)
         self.serve.deploy("gateway", gateways)

@@ -14,7 +14,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
-from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import (
     GroupKFold,
@@ -33,13 +33,7 @@ from threadpoolctl import threadpool_limits
 from cluster.errors import CheckpointError
 from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
-from workshop.estimators.general.fits import (
-    MAX_RARE,
-    Data,
-    Expert,
-    FitFailedError,
-    fitted_part,
-)
+from workshop.estimators.general.fits import MAX_RARE, Data, Expert, FitFailedError, fitted_part
 
 ROWS, VALUES = two_pieces(0, 40)
 LABELS = two_rules(0, 40)[1]
@@ -104,23 +98,6 @@ def test_a_later_fit_without_folds_keeps_no_choice_of_an_earlier_one() -> None:
     assert fitted.chosen_ in fitted.cv_losses_
     fitted.set_params(cv=None).fit(ROWS, VALUES)
     assert not {"cv_losses_", "chosen_"} & set(vars(fitted))
-
-
-@pytest.mark.parametrize("cv", [None, 3])
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_a_failed_fit_leaves_the_estimator_as_it_was(cv: int | None) -> None:
-    fitted = MixtureOfExpertsClassifier(cv=cv, **QUICK).fit(ROWS, LABELS)
-    before, attributes = fitted.predict_proba(ROWS), dict(vars(fitted))
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        fitted.fit(np.tile(ROWS, 2), np.full(40, "none"))
-    assert vars(fitted) == attributes
-    fitted.set_params(warm_start=True, early_stopping=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        with pytest.raises(ConvergenceWarning):  # after attributes of the fit are set
-            fitted.set_params(max_iter=1).fit(ROWS, LABELS[::-1])
-    assert set(vars(fitted)) == set(attributes)
-    np.testing.assert_array_equal(fitted.predict_proba(ROWS), before)
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,6 @@ def test_an_expert_that_memorises_does_not_take_all_rows() -> None:
     assert errors[None] > 5 * errors[5]
 
 
-def test_em_is_taken_where_it_wins() -> None:
-    X, y = two_pieces(0)
-    fitted = MixtureOfExpertsRegressor(cv=4, random_state=0).fit(X, y)
-    assert fitted.chosen_ == "EM"
-    assert fitted.cv_losses_["EM"] < 0.1 < fitted.cv_losses_["mean"]
-    assert fitted.score(*two_pieces(1)) > 0.95
-
-
 @settings(max_examples=8, derandomize=True)
 @given(seed=st.integers(0, 1000), is_tree=st.booleans())
 def test_the_out_of_fold_objective_never_falls(seed: int, is_tree: bool) -> None:

@@ -133,9 +133,7 @@ def test_a_server_that_is_full_is_asked_again(
     assert found.texts.keys() == {"one.txt", "two.txt"}
 
 
-def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(
-    paths: list[Path],
-) -> None:
+def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(paths: list[Path]) -> None:
     model = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     sequences = sequences_of(TINY, paths[0])
     assert sequences[0][0] == model.config.bos_token_id
@@ -176,20 +174,9 @@ def test_experts_have_the_shares_and_the_perplexity_of_their_tokens(
         assert [v for v in use.perplexity if v] == pytest.approx([v for v in expected if v], 1e-4)
 
 
-def test_a_prompt_alone_has_the_same_numbers_as_one_among_others(
-    tmp_path: Path, paths: list[Path]
-) -> None:
-    folder = tmp_path / "model"
-    save_mixtral(folder)
-    both = evaluated(folder, paths)
-    alone = evaluated(folder, paths[1:])
-    assert alone.texts["two.txt"] == both.texts["two.txt"]
-
-
 def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    save_mixtral(folder)
-    tokenizer = Tokenizer.load(str(folder))
+    save_mixtral(tmp_path / "model")
+    tokenizer = Tokenizer.load(str(tmp_path / "model"))
     path = tmp_path / "long.txt"
     path.write_text(text_of(3, 40), encoding="utf-8")
     read: list[str] = []
@@ -200,14 +187,26 @@ def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
             yield tokenizer.encode(block, add_special_tokens=False)
 
     sequences = Sequences(tokenizer, 320, LENGTH)
-    whole = list(sequences.cut(parts(10_000), str(path)))
-    assert len(read) == 1
+    first, *others = sequences.cut(parts(10_000), str(path))
+    [text] = read
     read.clear()
     stream = sequences.cut(parts(50), str(path))
-    assert next(stream) == whole[0]
-    assert sum(map(len, read)) < len(path.read_text(encoding="utf-8")) / 2
-    assert [whole[0], *stream] == whole
-    assert "".join(read) == path.read_text(encoding="utf-8")
+    assert next(stream) == first
+    assert sum(map(len, read)) < len(text) / 2
+    assert [*stream] == others
+    assert "".join(read) == text
+
+
+def test_a_sequence_begins_as_its_tokenizer_says_and_has_a_token_of_the_text(
+    tmp_path: Path,
+) -> None:
+    tokenizer = Tokenizer.load(str(TINY))
+    assert beginning(tokenizer) == [0]
+    assert list(Sequences(tokenizer, 320, 2).cut([[5], [6]], "text")) == [[0, 5], [0, 6]]
+    with pytest.raises(ConfigError, match="a sequence of 1 tokens has no place beside the 1"):
+        Sequences(tokenizer, 320, 1)
+    save_mixtral(tmp_path)
+    assert beginning(Tokenizer.load(str(tmp_path))) == [], "none is made up"
 
 
 def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path) -> None:
@@ -217,19 +216,6 @@ def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path
     as_it_is = list(read_blocks(path, 4, ""))
     assert "".join(as_it_is) == path.read_bytes().decode()
     assert as_it_is[0] == "one\r\n"
-
-
-def test_a_sequence_needs_a_token_of_the_text() -> None:
-    tokenizer = Tokenizer.load(str(TINY))
-    assert list(Sequences(tokenizer, 320, 2).cut([[5], [6]], "text")) == [[0, 5], [0, 6]]
-    with pytest.raises(ConfigError, match="a sequence of 1 tokens has no place beside the 1"):
-        Sequences(tokenizer, 320, 1)
-
-
-def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> None:
-    save_mixtral(tmp_path)
-    assert beginning(Tokenizer.load(str(tmp_path))) == []
-    assert beginning(Tokenizer.load(str(TINY))) == [0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,44 +24,27 @@ from tests.checkpoints import randomise, save_tokenizer
 from tests.foreign_layouts import Packed, add_llama_sizes, as_pairs, packed_f32, write_whole
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-DENSE = {
-    "llama": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
-    ),
-    "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "head_dim": 16}),
-    "llama-scaled": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+SCALED_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+LLAMA, QWEN = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)
+DENSE: dict[str, tuple[Any, ...]] = {
+    "llama": (*LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    "llama-tied": (*LLAMA, {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama-scaled": (*LLAMA, {"rope_parameters": SCALED_ROPE}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2": (*QWEN, {}),
     "qwen2-windows": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        *QWEN, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
 }  # fmt: skip
 
