@@ -48,8 +48,6 @@ class Plan:
 
 @dataclass
 class Choice:
-    """What has come of one choice."""
-
     token_ids: list[int] = field(default_factory=list)
     identity: str = ""
     is_exact: bool = True
@@ -85,13 +83,11 @@ class Client:
         self._choose = random.Random(f"clients-{world.seed}")
 
     def send(self, plan: Plan) -> None:
-        """Send a request at its time."""
         kernel = self._world.kernel
         with kernel.within(self._process):
             kernel.call_at(plan.at_s, lambda: kernel.create_task(self._serve(plan)))
 
     def is_waiting(self) -> bool:
-        """Return whether any answer is awaited."""
         return any(answer.ended_at_s is None for answer in self.answers)
 
     async def _serve(self, plan: Plan) -> None:
@@ -211,7 +207,6 @@ class Client:
 
 
 def plans(source: random.Random, begin_s: float, end_s: float, num_clients: int) -> list[Plan]:
-    """Draw the requests of some time."""
     found = []
     for client in range(num_clients):
         at_s = begin_s + source.random()

@@ -86,7 +86,6 @@ class Thread:
         self.ident = id(self)
 
     def start(self) -> None:
-        """Run the target once the starting thread blocks."""
         self._is_alive = True
         self._kernel.spawn(self._run)
 
@@ -100,14 +99,12 @@ class Thread:
                 waiter.wake()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end."""
         if self._is_alive:
             waiter = Waiter(self._kernel)
             self._ended.append(waiter)
             waiter.wait(timeout)
 
     def is_alive(self) -> bool:
-        """Return whether the target runs or is about to."""
         return self._is_alive
 
 
@@ -141,7 +138,6 @@ class Waiter:
         return self.is_woken
 
     def wake(self) -> None:
-        """End the wait."""
         if not self.is_woken:
             self.is_woken = True
             if self._greenlet is not None:
@@ -228,7 +224,6 @@ class Kernel(_EventLoop):
     # Processes.
 
     def process(self, name: str, node: str) -> Process:
-        """Return a new process."""
         made = Process(name, node, next(self._pids), begun_at_s=self.now_s)
         self.processes.append(made)
         self.on_life(made, "begins")
@@ -255,11 +250,9 @@ class Kernel(_EventLoop):
             process.on_end.clear()
 
     def pause(self, process: Process) -> None:
-        """Stop a process, as SIGSTOP does."""
         process.is_paused = True
 
     def go_on(self, process: Process) -> None:
-        """Let a paused process go on."""
         process.is_paused = False
         if process.is_alive:
             self._ready.extend(process.held)
@@ -370,7 +363,6 @@ class Kernel(_EventLoop):
         return True
 
     def note(self, error: str) -> None:
-        """Note an error that nobody caught."""
         if not self._is_closed:
             self.errors.append(error)
 
@@ -387,7 +379,6 @@ class Kernel(_EventLoop):
         self._timers.clear()
 
     def tasks_of(self, process: Process) -> list[str]:
-        """Return the names of the coroutines of a process that have not ended."""
         return sorted(
             task.get_coro().__qualname__  # type: ignore[union-attr]
             for task, owner in self._tasks.items()
@@ -485,7 +476,6 @@ _kernels: list[Kernel] = []
 
 
 def kernel() -> Kernel:
-    """Return the kernel of the world that runs."""
     return _kernels[-1]
 
 
@@ -500,5 +490,4 @@ def running(own: Kernel) -> Iterator[None]:
 
 
 def current_process() -> Process | None:
-    """Return the process of the callback or thread that runs."""
     return PROCESS.get()

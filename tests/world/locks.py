@@ -17,13 +17,10 @@ from tests.world.kernel import Thread, Waiter, kernel
 
 
 def sleep(seconds: float) -> None:
-    """Block the thread for some virtual time."""
     Waiter(kernel()).wait(seconds)
 
 
 class Lock:
-    """A lock; a contender waits its turn."""
-
     def __init__(self) -> None:
         self._is_held = False
         self._waiters: deque[Waiter] = deque()
@@ -56,8 +53,6 @@ class Lock:
 
 
 class RLock(Lock):
-    """A lock that its holder may take again."""
-
     def __init__(self) -> None:
         super().__init__()
         self._owner: object = None
@@ -80,8 +75,6 @@ class RLock(Lock):
 
 
 class Condition:
-    """A condition over a lock."""
-
     def __init__(self, lock: Lock | None = None) -> None:
         self._lock = lock or RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release
@@ -125,8 +118,6 @@ class Condition:
 
 
 class Event:
-    """A flag to wait for."""
-
     def __init__(self) -> None:
         self._is_set = False
         self._changed = Condition(Lock())
@@ -147,8 +138,6 @@ class Event:
 
 
 class SimpleQueue:
-    """An unbounded queue."""
-
     def __init__(self) -> None:
         self._items: deque[Any] = deque()
         self._waiters: deque[Waiter] = deque()

@@ -80,7 +80,6 @@ class Rarity:
 
 
 def draw_rarity(seed: int, make: type[Event], begin_s: float, calm_s: float) -> Rarity | None:
-    """Draw the rarity of a seed; most have none."""
     source = random.Random(f"rarity-{seed}")
     if source.random() >= SHARE:
         return None
@@ -170,7 +169,6 @@ def _long(source: random.Random, at_s: float) -> list[Plan]:
 
 
 def _many(source: random.Random, at_s: float) -> list[Plan]:
-    """Return requests of many choices at once."""
     plans = [_request(source, at_s + 0.001 * i, 2, 2, 20.0) for i in range(NUM_MANY)]
     return [replace(plan, n=CHOICES) for plan in plans]
 

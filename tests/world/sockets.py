@@ -17,7 +17,6 @@ RECORD_BYTES = 200
 
 
 def network() -> Network:
-    """Return the network of the world that runs."""
     return kernel().network
 
 
@@ -85,7 +84,6 @@ class Socket:
         return made
 
     def take(self, end: End) -> None:
-        """Be one end of a connection."""
         self._end = end
         end.changed = self._changed
 
@@ -164,11 +162,9 @@ class Socket:
         return found
 
     def watch(self, key: int, call: Callable[[], None]) -> None:
-        """Have ``call`` called at each change."""
         self._watchers[key] = call
 
     def unwatch(self, key: int) -> None:
-        """Call ``call`` no more."""
         self._watchers.pop(key, None)
 
     def _changed(self) -> None:
@@ -210,7 +206,6 @@ class Tls:
 
 
 def create_connection(address: Any, timeout: float | None = None) -> Socket:
-    """Take the place of ``socket.create_connection``."""
     made = Socket(real.AF_INET)
     made.settimeout(timeout)
     made.connect(tuple(address))
@@ -291,7 +286,6 @@ class Selector:
 
 
 def wait(socks: Iterable[Socket], timeout: float | None = None) -> list[Socket]:
-    """Take the place of ``multiprocessing.connection.wait``."""
     with Selector() as selector:
         for sock in socks:
             selector.register(sock, selectors.EVENT_READ)

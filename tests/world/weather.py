@@ -54,7 +54,6 @@ class Event:
     role: str = ""
 
     def line(self) -> str:
-        """Return the event as a line of text."""
         parts = [self.kind, self.role, str(self.what)]
         if self.where:
             parts.append(f"nodes {','.join(map(str, self.where))}")
@@ -75,12 +74,10 @@ class Scenario:
     events: tuple[Event, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scenario:
-        """Rebuild it from :meth:`to_json`."""
         events = [Event(**{**e, "where": tuple(e["where"])}) for e in data["events"]]
         found = [Plan(**{**p, "prompt": tuple(p["prompt"])}) for p in data["plans"]]
         return cls(data["seed"], Setting(**data["setting"]), tuple(found), tuple(events))
@@ -126,7 +123,6 @@ OPERATIONS = {
 
 
 def draw(seed: int) -> Scenario:
-    """Draw the scenario of a seed."""
     source = random.Random(seed)
     setting = Setting(
         num_actors=source.choice((4, 5, 6, 6)),
@@ -207,7 +203,6 @@ def _redeploy_of_copies(seed: int) -> Event | None:
 
 
 def _burst(source: random.Random, requests: list[Plan], at_s: float) -> list[Plan]:
-    """Return many requests at once, like others."""
     return [
         replace(plan, at_s=at_s + 0.01 * source.random(), max_tokens=min(plan.max_tokens, 4))
         for plan in source.choices(requests, k=min(24, len(requests)))

@@ -130,8 +130,6 @@ class Device:
 
 @dataclass
 class Outcome:
-    """What came of a scenario."""
-
     scenario: Scenario
     breaches: list[Breach]
     trace: list[str]
@@ -225,7 +223,6 @@ class World:
         self._stack.enter_context(replaced(self))
 
     def note(self, text: str) -> None:
-        """Note a line of the time line."""
         self.trace.append(f"{self.kernel.now_s:9.4f} {text}")
 
     # What processes load.
@@ -233,7 +230,6 @@ class World:
     def load_dense(
         self, model: ServedModel, config: RouterConfig, layers: Any, device: Any
     ) -> tuple[Any, str]:
-        """Take the place of the loading of a router's dense part."""
         cache_tokens = config.cache_tokens_for(model.max_model_len)
         dense = ExactModel(model.identity, cache_tokens, layers, lambda: ATTENTION_S)
         return dense, KERNEL_CLASS
@@ -241,7 +237,6 @@ class World:
     def load_expert(
         self, checkpoint: ExactCheckpoint, layer: int, expert: int, dtype: str
     ) -> ExactWeights:
-        """Take the place of the reading of an expert's weights."""
         process = current_process()
         assert process is not None
         if process.node in self.failing_disks:
@@ -249,7 +244,6 @@ class World:
         return ExactWeights(checkpoint.identity, layer, expert)
 
     def make_expert(self, weights: ExactWeights, activation: str, threads: int) -> ExactExpert:
-        """Take the place of an expert that is loaded."""
         process = current_process()
         assert process is not None
 
@@ -271,7 +265,6 @@ class World:
         return ExactExpert(weights, compute)
 
     def memory(self) -> Memory:
-        """Take the place of a look at the host's memory."""
         process = current_process()
         is_full = process is not None and process.node in self.full | self.small
         return Memory(1 << 34, 100 if is_full else 1 << 33)
@@ -279,7 +272,6 @@ class World:
     # Faults.
 
     def end(self, process: Process) -> None:
-        """End a process as a crash does."""
         self.note(f"{process.name} crashes")
         self.kernel.end(process)
         self.cluster.actors.pop(process.name, None)
@@ -293,13 +285,11 @@ class World:
                 self.touched_at_s[process.name] = self.kernel.now_s
 
     def break_device(self, name: str, **changes: Any) -> None:
-        """Break the device of a process, or all of a node."""
         self._devices[name] = Device(**changes)
         if "slow" in changes:
             self.devices.slowed(name, changes["slow"])
 
     def is_broken(self, process: Process) -> bool:
-        """Return whether the device of a process, or of its node, is broken now."""
         return process.name in self._devices or process.node in self._devices
 
     def has_bad_devices(self, name: str) -> bool:
@@ -307,13 +297,11 @@ class World:
         return name in self._devices and self._devices[name].fault in ("raises", "nan")
 
     def mend_device(self, name: str) -> None:
-        """Mend the device of a process or a node."""
         self._devices.pop(name, None)
         self.devices.mended(name)
         self.touch(name)
 
     def lose_node(self, name: str) -> None:
-        """Take a node down with all that runs on it."""
         if not self.cluster.nodes[name].is_alive:
             return
         self.note(f"{name} is down")
@@ -325,14 +313,12 @@ class World:
                     self.kernel.end(replica.process)
 
     def processes(self) -> list[Process]:
-        """Return the living processes."""
         found = [handle.process for handle in self.cluster.actors.values()]
         for deployment in self.serve.deployments.values():
             found += [replica.process for replica in deployment.replicas]
         return [process for process in found if process.is_alive]
 
     def calm(self) -> None:
-        """End all faults that last."""
         self.network.heal()
         for name in list(self._devices):
             self.mend_device(name)
@@ -428,14 +414,12 @@ class World:
         return self.kernel.random.choice(nodes)
 
     def controller(self) -> Controller | None:
-        """Return the controller that Serve knows."""
         found = self.serve.deployments["controller"].running()
         return found[-1].handle.instance if found else None
 
     # Time.
 
     def run(self, until_s: float, is_done: Callable[[], bool] | None = None) -> None:
-        """Let time pass."""
         self.kernel.run(until_s, is_done)
 
     def close(self) -> None:
@@ -587,7 +571,6 @@ class World:
 
     @staticmethod
     def name_of(actor_id: str, generation: int) -> str:
-        """Return the name that Ray knows an actor by."""
         return f"expertmesh:{APP}:{actor_id}:g{generation}"
 
     def _holds(self, actor_id: str, generation: int, key: Any) -> bool:
@@ -611,7 +594,6 @@ def _served(identity: str) -> ServedModel:
 
 
 def run(scenario: Scenario) -> Outcome:
-    """Run a scenario from its beginning to its end, and judge it."""
     world = World(scenario.seed, scenario.setting)
     try:
         world.deploy("a")

@@ -111,9 +111,7 @@ def test_a_bar_shows_the_iterations_when_asked_for(
 
 @pytest.mark.parametrize("kind", list(KINDS)[:3])
 @pytest.mark.parametrize("task", ["Regressor", "Classifier"])
-def test_a_saved_mixture_is_loaded_served_and_goes_on(
-    kind: str, task: str, tmp_path: Path
-) -> None:
+def test_a_saved_mixture_is_loaded_served_and_goes_on(kind: str, task: str, tmp_path: Path) -> None:
     y = Y if task == "Regressor" else LABELS
     fitted = of_kind(kind, task, warm_start=True, max_iter=8).fit(X, y)
     fitted.save(tmp_path / "mixture")
@@ -132,8 +130,8 @@ def test_a_saved_mixture_is_loaded_served_and_goes_on(
     np.testing.assert_allclose(served[name].reshape(expected.shape), expected, atol=1e-12)
     if task == "Classifier":
         assert served["label"][:, 0].tolist() == fitted.predict(X).tolist()
-    before = fitted.log_likelihoods_[-1]
+    before = fitted.log_likelihoods_[-1] - (1e-9 if kind in EM else 1e-3)
     for again in (fitted, loaded):
         again.set_params(max_iter=3).fit(X, y)
-        assert again.log_likelihoods_[-1] >= before - 1e-9
+        assert again.log_likelihoods_[-1] >= before
     np.testing.assert_allclose(loaded.log_likelihoods_, fitted.log_likelihoods_, rtol=1e-6)
