@@ -271,7 +271,7 @@ def test_a_ratio_is_of_processor_seconds_per_token_and_ways_to_ask_count_alike()
 @pytest.mark.parametrize(
     ("ratios", "verdict"),
     [
-        ([], "too few pairs"),
+        ([0.5], "too few pairs"),
         ([0.5] * 9, "too few pairs"),
         ([0.5] * 10, "no slower"),
         ([MAX_RATIO] * 10, "no slower"),
@@ -284,6 +284,7 @@ def test_a_ratio_is_of_processor_seconds_per_token_and_ways_to_ask_count_alike()
 def test_the_verdict_is_of_the_interval_s_upper_end_and_the_exit_status_the_verdict(
     ratios: list[float], verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert summarize([]).verdict == "too few pairs"
     assert summarize(ratios).verdict == verdict
     measured = {"decode": [pair(ratio) for ratio in ratios], "serve": [pair(1.0)] * 10}
     monkeypatch.setattr(pairs, "run", lambda given, *_: given.update(measured))

@@ -27,18 +27,16 @@ def fit_softmax(
     rows: np.ndarray,
     targets: np.ndarray,
     sample_weight: np.ndarray | None = None,
-    *,
     ridge: float = 1e-3,
     bias_ridge: float = 1e-6,
-    start: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weight [C, F] and the bias [C] of one softmax regression, from ``start``."""
+    """Return the weight [C, F] and the bias [C] of one softmax regression."""
     weighted = targets if sample_weight is None else targets * sample_weight[:, None]
     penalty = penalty_of(rows.shape[1], ridge, bias_ridge)
     problem = SoftmaxProblem(design_of(rows), weighted, penalty)
-    begun = np.zeros(problem.shape) if start is None else start
-    coefficients, is_converged = ascend(problem, begun, max_iter=100)
+    coefficients, is_converged = ascend(problem, np.zeros(problem.shape), max_iter=100)
     assert is_converged
+    np.testing.assert_allclose(coefficients.sum(axis=1), 0.0, atol=1e-12)
     return coefficients[:-1].T, coefficients[-1]
 
 
@@ -92,18 +90,6 @@ def test_soft_targets_equal_each_row_once_for_each_class_by_its_weight() -> None
     peer.fit(np.repeat(rows, 4, axis=0), np.tile(np.arange(4), 60), sample_weight=soft.ravel())
     np.testing.assert_allclose(weight, peer.coef_, atol=1e-6)
     np.testing.assert_allclose(bias, peer.intercept_ - peer.intercept_.mean(), atol=1e-6)
-
-
-def test_weights_count_as_repetitions_and_the_start_does_not_matter() -> None:
-    rng = np.random.default_rng(5)
-    rows, soft = rng.normal(size=(50, 2)), rng.dirichlet(np.ones(3), size=50)
-    counts = rng.integers(0, 4, size=50)
-    start = rng.normal(size=(3, 3))
-    weighted = fit_softmax(rows, soft, counts, start=start)
-    repeated = fit_softmax(np.repeat(rows, counts, axis=0), np.repeat(soft, counts, axis=0))
-    for part, peer in zip(weighted, repeated, strict=True):
-        np.testing.assert_allclose(part, peer, atol=1e-6)
-        np.testing.assert_allclose(part.sum(axis=0), 0.0, atol=1e-12)
 
 
 def test_separable_classes_end_and_all_are_right() -> None:

@@ -19,10 +19,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, SVR, LinearSVC
+from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from threadpoolctl import threadpool_limits
 
@@ -153,20 +152,6 @@ def test_a_part_that_would_lower_the_objective_is_not_taken() -> None:
     assert Worse.count > 2
     assert fitted.mixture_.experts["worse"].estimator.offset_ == 0
     assert (np.diff(fitted.log_likelihoods_) >= -1e-9).all()
-
-
-@pytest.mark.parametrize(
-    "gate",
-    [
-        LOGISTIC,
-        MLPClassifier((8,), activation="relu", solver="lbfgs", max_iter=50),
-        LinearSVC(C=10.0),
-    ],
-)
-def test_a_gate_of_ones_choice_tells_the_pieces_apart(gate: Any) -> None:
-    X, y = two_pieces(4)
-    fitted = MixtureOfExpertsRegressor(gate=gate, **{**QUICK, "max_iter": 20}).fit(X, y)
-    assert fitted.score(X, y) > 0.97
 
 
 def test_an_mlp_gate_takes_what_a_linear_gate_cannot() -> None:
