@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from experts.checkpoint.mixture import open_mixture
 from tests.local_mixture import LocalMixture
@@ -32,13 +30,6 @@ EM = ("hierarchical", "of experts")
 X, Y = absolute(60)
 LABELS = np.where(Y > 0.5, "high", "low")
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads of BLAS wait for each other longer than such small fits take."""
-    with threadpool_limits(1):
-        yield
 
 
 def of_kind(kind: str, task: str, **parameters: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
-from threadpoolctl import threadpool_limits
 
+from tests.unit.workshop.estimators.adaptive_data import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.ensemble import FLOOR_MASS, FitFailedError
 
@@ -35,30 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 keeps_going = pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads of BLAS wait for each other longer than such small fits take."""
-    with threadpool_limits(1):
-        yield
-
-
 def in_sample(kind: Any, *args: Any, **kwargs: Any) -> Any:
     """Return an estimator whose EM is judged by the rows that it is fitted to."""
     return kind(*args, cv=None, **kwargs)
-
-
-def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [N, 2] and a target with one slope below 0 and another above, and noise."""
-    source = np.random.default_rng(seed)
-    X = source.uniform(-2, 2, size=(count, 2))
-    y = np.where(X[:, 0] < 0, 3 * X[:, 0] + 1, -2 * X[:, 0] + X[:, 1])
-    return X, y + 0.05 * source.normal(size=count)
-
-
-def two_rules(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [N, 2] and labels whose rule turns over at 0, as an exclusive or."""
-    X = np.random.default_rng(seed).uniform(-2, 2, size=(count, 2))
-    return X, np.where((X[:, 0] > 0) == (X[:, 1] > 0), "same", "other")
 
 
 def test_linear_experts_find_the_pieces() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ from sklearn.model_selection import (
 from sklearn.naive_bayes import GaussianNB
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeRegressor
-from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError
-from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
+from tests.unit.workshop.estimators.adaptive_data import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.fits import MAX_RARE, Data, Expert, FitFailedError, fitted_part
 
@@ -40,12 +38,6 @@ LABELS = two_rules(0, 40)[1]
 QUICK: dict[str, Any] = {"n_init": 1, "max_iter": 4, "random_state": 0}
 PAIR = [("line", LinearRegression()), ("tree", DecisionTreeRegressor(max_depth=2))]
 FOLDS = np.arange(40) % 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 class Constant(RegressorMixin, BaseEstimator):

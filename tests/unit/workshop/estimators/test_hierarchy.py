@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import joblib
@@ -13,19 +12,12 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
+from tests.unit.workshop.estimators.adaptive_data import two_pieces
 from workshop.estimators.estimators import (
     HierarchicalMixtureClassifier,
     HierarchicalMixtureRegressor,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads of BLAS wait for each other longer than such small fits take."""
-    with threadpool_limits(1):
-        yield
 
 
 def planted_tree(seed: int, count: int = 800) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,13 +43,6 @@ def planted_classes(seed: int, count: int = 1200) -> tuple[np.ndarray, np.ndarra
     rules = 6 * np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, -1]])
     scores = np.einsum("nf,nf->n", X, rules[piece])
     return X, np.where(scores + rng.logistic(size=count) > 0, "yes", "no"), piece
-
-
-def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    X = rng.uniform(-2, 2, size=(count, 2))
-    y = np.where(X[:, 0] < 0, 3 * X[:, 0] + 1, -2 * X[:, 0] + X[:, 1])
-    return X, y + 0.05 * rng.normal(size=count)
 
 
 @pytest.mark.parametrize("kind", [HierarchicalMixtureRegressor, HierarchicalMixtureClassifier])

@@ -16,7 +16,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.tree import DecisionTreeRegressor
 
-from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
+from tests.unit.workshop.estimators.adaptive_data import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.ensemble import EnsembleEM
 from workshop.estimators.general.fits import Data, Expert, folds_of, given_folds, merged

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,14 +141,6 @@ def test_a_changed_option_begins_anew(
         make_folder(command, tmp_path / "out", [given.text], break_off)
     run("prune", given, tmp_path / "out")
     assert files_of(tmp_path / "out") == whole["prune"]
-
-
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """Give a function after which the system takes no more than so many bytes into a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("phase", ["calibrating", "writing", "scoring the source"])

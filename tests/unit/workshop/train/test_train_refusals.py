@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,6 @@ def test_too_little_room_is_told_before_the_first_step(
     with pytest.raises(TrainingFailedError, match="0 MB are free on its disk, and training needs"):
         train(tiny_config(), [grammar], tmp_path, watcher=Watcher(on_step=reports.append))
     assert reports == []
-
-
-@pytest.fixture
-def small_files() -> Iterator[Any]:
-    """Give a function after which the system takes no more than so many bytes into a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_while_saving_leaves_the_state_before(
