@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
@@ -110,36 +109,22 @@ def test_a_classifier_of_wrong_probabilities_is_named(expert: Any, message: str)
     ("rows", "values", "message"),
     [
         (ROWS[:, :, None], VALUES, "dim 3"),
-        (ROWS[:, 0], VALUES, "Expected 2D array"),
-        (ROWS[:, :0], VALUES, "0 feature"),
         (ROWS[:1], VALUES[:1], "n_samples=1 should be at least the number of experts"),
         (ROWS * 1e200, VALUES, r"X has values above 1e\+100"),
         (ROWS, VALUES * 1e200, r"y has values above 1e\+100"),
-        (ROWS, np.where(VALUES > 0, np.nan, VALUES), "Input y contains NaN"),
-        (np.where(ROWS > 1, np.nan, ROWS), VALUES, "Input X contains NaN"),
-        (sparse.csr_matrix(ROWS), VALUES, "dense data is required"),
-        (ROWS + 1j, VALUES, "Complex data"),
     ],
 )
 def test_rows_and_targets_that_no_mixture_takes(rows: Any, values: Any, message: str) -> None:
+    """Others are refused by scikit-learn's own checks."""
     experts = [HistGradientBoostingRegressor(), HistGradientBoostingRegressor()]
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         MixtureOfExpertsRegressor(experts).fit(rows, values)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["one"] * 40, "at least 2 classes; y has 1 class, 'one'"),
-        (np.column_stack([LABELS, LABELS]), "1d array"),
-        (VALUES, "Unknown label type"),
-        (list(map(str, range(40))), "two folds need at least two different rows of one class"),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning")
-def test_labels_that_no_mixture_takes(labels: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MixtureOfExpertsClassifier().fit(ROWS, labels)
+def test_labels_that_are_all_different_are_refused() -> None:
+    with pytest.raises(ValueError, match="two folds need at least two different rows of one class"):
+        MixtureOfExpertsClassifier().fit(ROWS, list(map(str, range(40))))
 
 
 def test_tables_and_labels_of_any_kind_are_taken() -> None:

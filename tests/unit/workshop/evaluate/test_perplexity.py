@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import ConfigError, OverloadedError
 from experts.checkpoint.checkpoint import open_checkpoint
@@ -131,16 +131,6 @@ def test_a_server_that_is_full_is_asked_again(
             evaluated(folder, paths, Served(address, "", 0.05))
     cluster.close()
     assert found.texts.keys() == {"one.txt", "two.txt"}
-
-
-def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(paths: list[Path]) -> None:
-    model = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    sequences = sequences_of(TINY, paths[0])
-    assert sequences[0][0] == model.config.bos_token_id
-    found = evaluated(TINY, paths[:1]).texts["one.txt"]
-    assert found.perplexity == pytest.approx(
-        math.exp(nats_of(model, sequences).mean().item()), rel=1e-4
-    )
 
 
 def test_experts_have_the_shares_and_the_perplexity_of_their_tokens(
