@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 MODEL = "exact"
-PATIENCE_S = 1.0
-"""How much longer than a deadline and its grace a client waits for a gateway that lives."""
-
 BEGINNINGS = (tuple(range(100, 109)), (*range(100, 105), *range(200, 208)))
 """What many prompts begin with: pages of the cache that the first has are shared with the second,
 since their first page is the same."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.world.kernel import Process
 from tests.world.ray_api import HEAD, Handle
-from tests.world.weather import CALM_S, IDENTITIES, Event
+from tests.world.weather import CALM_S, IDENTITIES, Event, Setting
 
 if TYPE_CHECKING:
     from tests.world.world import World
@@ -33,6 +33,28 @@ ELSEWHERE = {
 """Events that are requests, or a setting, or come at the end; and whether they count as hits."""
 DEVICES = {"device raises": "raises", "device yields NaN": "nan", "rows lost": "rows"}
 NODES = ("node's device raises", "memory full", "disk fails")
+REDEPLOYS: dict[str, Callable[[Setting], dict[str, int]]] = {
+    "redeploy the same": lambda now: {},
+    "redeploy more actors": lambda now: {"num_actors": now.num_actors + 1},
+    "redeploy fewer actors": lambda now: {"num_actors": max(3, now.num_actors - 1)},
+    "redeploy more copies": lambda now: {"min_copies": min(now.num_actors, now.min_copies + 1)},
+    "redeploy fewer copies": lambda now: {"min_copies": max(1, now.min_copies - 1)},
+}
+ASKED: dict[str, Callable[[Setting, int], tuple[Any, ...]]] = {
+    "scale up": lambda now, what: ("scale", now.num_actors + 1, POOL, False),
+    "scale down": lambda now, what: ("scale", max(3, now.num_actors - 1), POOL, False),
+    "drain an actor": lambda now, what: ("drain", f"{POOL}-{what % now.num_actors}", False),
+    "change copies": lambda now, what: (
+        "set_copies",
+        "exact",
+        what % 2,
+        what % 6,
+        1 + what % 3,
+        False,
+    ),
+    "rebalance": lambda now, what: ("rebalance", False),
+}
+"""The controller's methods that an operator calls, and what with."""
 
 
 class Happenings:
@@ -68,6 +90,10 @@ class Happenings:
             return self._device(event, slow=event.amount)
         if event.kind in NODES:
             return self._of_node(event)
+        if event.kind in REDEPLOYS:
+            return self._deploy(**REDEPLOYS[event.kind](self._world.setting))
+        if event.kind in ASKED:
+            return self._ask(*ASKED[event.kind](self._world.setting, event.what))
         method = getattr(self, "_" + event.kind.replace(" ", "_").replace("'", ""))
         return bool(method(event))
 
@@ -214,25 +240,9 @@ class Happenings:
         world.deploy(identity or world.identity, replace(world.setting, **changes))
         return True
 
-    def _redeploy_the_same(self, event: Event) -> bool:
-        return self._deploy()
-
     def _redeploy_other_weights(self, event: Event) -> bool:
         self._identities += 1
         return self._deploy(IDENTITIES[self._identities % len(IDENTITIES)])
-
-    def _redeploy_more_actors(self, event: Event) -> bool:
-        return self._deploy(num_actors=self._world.setting.num_actors + 1)
-
-    def _redeploy_fewer_actors(self, event: Event) -> bool:
-        return self._deploy(num_actors=max(3, self._world.setting.num_actors - 1))
-
-    def _redeploy_more_copies(self, event: Event) -> bool:
-        setting = self._world.setting
-        return self._deploy(min_copies=min(setting.num_actors, setting.min_copies + 1))
-
-    def _redeploy_fewer_copies(self, event: Event) -> bool:
-        return self._deploy(min_copies=max(1, self._world.setting.min_copies - 1))
 
     def _ask(self, method: str, *args: Any) -> bool:
         """Have an operator call the controller, and note what comes of it."""
@@ -250,22 +260,6 @@ class Happenings:
         with world.kernel.within(world.operator):
             world.kernel.create_task(ask())
         return True
-
-    def _scale_up(self, event: Event) -> bool:
-        return self._ask("scale", self._world.setting.num_actors + 1, POOL, False)
-
-    def _scale_down(self, event: Event) -> bool:
-        return self._ask("scale", max(3, self._world.setting.num_actors - 1), POOL, False)
-
-    def _drain_an_actor(self, event: Event) -> bool:
-        return self._ask("drain", f"{POOL}-{event.what % self._world.setting.num_actors}", False)
-
-    def _change_copies(self, event: Event) -> bool:
-        number = 1 + event.what % 3
-        return self._ask("set_copies", "exact", event.what % 2, event.what % 6, number, False)
-
-    def _rebalance(self, event: Event) -> bool:
-        return self._ask("rebalance", False)
 
     def _node_drains(self, event: Event) -> bool:
         if (node := self._node_that_may_go(event)) is None:

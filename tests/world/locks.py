@@ -163,8 +163,6 @@ class SimpleQueue:
     def get_nowait(self) -> Any:
         return self.get(block=False)
 
-    put_nowait = put
-
     def empty(self) -> bool:
         return not self._items
 

@@ -41,7 +41,6 @@ class _Picture:
         )
         self.shapes: list[str] = []
         self.at = 30.0
-        self._lanes: dict[str, list[tuple[Piece, float]]] = {}
 
     def x(self, time_s: float) -> float:
         return LEFT + min(time_s, self.end_s) * (WIDTH - LEFT - RIGHT) / self.end_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import selectors
 import socket as real
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tests.world.kernel import Waiter, kernel
@@ -244,9 +244,6 @@ class Selector:
         self._changed.pop(fileobj, None)
         del self._numbers[fileobj]
         return self._keys.pop(fileobj)
-
-    def get_map(self) -> Mapping[Socket, selectors.SelectorKey]:
-        return self._keys
 
     def _look(self, sock: Socket, events: int) -> None:
         self._changed[sock] = None

@@ -69,8 +69,6 @@ EXPERT_BYTES = 1000
 ATTENTION_S = 0.008
 PRODUCT_S = 0.02
 ROW_S = 0.0005
-READ_S = 0.02
-"""What the weights of an expert take to be read."""
 HEAL_S = 40.0
 """How long after the weather has calmed the deployment may need to be whole."""
 DELETE_S = 30.0
@@ -137,7 +135,6 @@ class Outcome:
     digest: int
     num_callbacks: int
     num_tokens: int
-    errors: dict[str, int] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     """The process or node that each event of ``hit`` hit; empty where it is no single one."""
@@ -660,9 +657,6 @@ def _is_done(probes: Client) -> bool:
 
 
 def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
-    errors: dict[str, int] = {}
-    for answer in client.answers:
-        errors[answer.error] = errors.get(answer.error, 0) + 1
     return Outcome(
         scenario,
         world.law.breaches,
@@ -671,7 +665,6 @@ def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
         world.kernel.digest,
         world.kernel.num_callbacks,
         sum(len(c.token_ids) for a in client.answers for c in a.choices),
-        errors,
         client.answers,
         world.happenings.targets,
         world.kernel.processes,

@@ -64,14 +64,14 @@ def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32, **si
 
 
 def write_dense_gguf(
-    file: Path, model: Any, pack: Callable[[torch.Tensor], Packed] = packed_f32, **more: Any
+    file: Path, model: Any, pack: Callable[[torch.Tensor], Packed] = packed_f32
 ) -> None:
-    """Write a Llama or a Qwen2 as llama.cpp has it; ``more`` is for :func:`add_byte_level`."""
+    """Write a Llama or a Qwen2 as llama.cpp has it."""
     config, kind = model.config, model.config.model_type
     writer = gguf.GGUFWriter(file, kind)
     add_llama_sizes(writer, config)
     writer.add_key_length(model.model.layers[0].self_attn.head_dim)
-    add_byte_level(writer, config.vocab_size, **more)
+    add_byte_level(writer, config.vocab_size)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -99,13 +99,12 @@ def _gguf_name(name: str) -> str:
     return name
 
 
-def byte_level(vocab_size: int, split: str) -> Tokenizer:
-    """Return a trained byte-level tokenizer that splits digits as ``split`` says."""
+def byte_level(vocab_size: int) -> Tokenizer:
+    """Return a trained byte-level tokenizer that splits digits as SmolLM does."""
     tokenizer = Tokenizer(models.BPE())
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -118,12 +117,12 @@ def byte_level(vocab_size: int, split: str) -> Tokenizer:
     return tokenizer
 
 
-def add_byte_level(writer: gguf.GGUFWriter, vocab_size: int, split: str = "smollm") -> None:
+def add_byte_level(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     """Write the metadata of :func:`byte_level`."""
-    found = json.loads(byte_level(vocab_size, split).to_str())["model"]
+    found = json.loads(byte_level(vocab_size).to_str())["model"]
     tokens = sorted(found["vocab"], key=found["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_token_merges([" ".join(merge) for merge in found["merges"]])
