@@ -26,6 +26,8 @@ from typing import Any
 
 import greenlet
 
+Callback = Callable[..., object]
+Context = contextvars.Context | None
 FIRST_PID = 1000
 _STAMP = struct.Struct("<qd")
 
@@ -68,15 +70,10 @@ class Thread:
     """Takes the place of ``threading.Thread``; a greenlet of the process that starts it."""
 
     def __init__(
-        self,
-        group: None = None,
-        target: Callable[..., object] | None = None,
-        name: str | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        *,
+        self, group: None = None, target: Callback | None = None, name: str | None = None,
+        args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
         daemon: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name = name or "thread"
         self.daemon = bool(daemon)
         self._target, self._args, self._kwargs = target, args, kwargs or {}
@@ -158,14 +155,10 @@ class Due:
     __slots__ = ("_when_s", "args", "callback", "context", "is_cancelled")
 
     def __init__(
-        self,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: contextvars.Context,
-        when_s: float = 0.0,
+        self, callback: Callback, args: tuple[Any, ...], context: Context, when_s: float = 0.0
     ) -> None:
         self.callback, self.args, self._when_s = callback, args, when_s
-        self.context = context
+        self.context = contextvars.copy_context() if context is None else context
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -182,11 +175,6 @@ class Due:
 
 def _nothing() -> None:
     """Take the place of a callback that was cancelled."""
-
-
-def _own(context: contextvars.Context | None) -> contextvars.Context:
-    """Return the context given, an empty one too, or a copy of the current one."""
-    return contextvars.copy_context() if context is None else context
 
 
 _EventLoop: Any = asyncio.AbstractEventLoop
@@ -397,38 +385,20 @@ class Kernel(_EventLoop):
     def is_closed(self) -> bool:
         return self._is_closed
 
-    def call_soon(
-        self,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> Due:
-        due = Due(callback, args, _own(context))
+    def call_soon(self, callback: Callback, *args: Any, context: Context = None) -> Due:
+        due = Due(callback, args, context)
         self._ready.append(due)
         return due
 
     call_soon_threadsafe = call_soon
 
     def call_later(
-        self,
-        delay: float,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
+        self, delay: float, callback: Callback, *args: Any, context: Context = None
     ) -> Due:
-        when_s = self.now_s + delay
-        due = Due(callback, args, _own(context), when_s)  # sooner than by call_at
-        heapq.heappush(self._timers, (when_s, next(self._numbers), due))
-        return due
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
 
-    def call_at(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> Due:
-        due = Due(callback, args, _own(context), when)
+    def call_at(self, when: float, callback: Callback, *args: Any, context: Context = None) -> Due:
+        due = Due(callback, args, context, when)
         heapq.heappush(self._timers, (when, next(self._numbers), due))
         return due
 

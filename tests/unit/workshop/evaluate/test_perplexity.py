@@ -71,26 +71,6 @@ def nats_of(model: Any, sequences: list[list[int]]) -> torch.Tensor:
     return -logprobs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_has_transformers_perplexity(
-    tmp_path: Path, paths: list[Path], family: str
-) -> None:
-    model = FAMILIES[family](tmp_path / "model")
-    found = evaluated(tmp_path / "model", paths)
-    nats = []
-    for path in paths:
-        nats.append(nats_of(model, sequences_of(tmp_path / "model", path)))
-        figures = found.texts[path.name]
-        assert (figures.sequences, figures.tokens) == (len(nats[-1]), nats[-1].numel())
-        assert figures.nats == pytest.approx(nats[-1].sum().item(), rel=1e-5)
-        assert figures.perplexity == pytest.approx(math.exp(nats[-1].mean().item()), rel=1e-5)
-        assert figures.exact
-    assert found.all_texts is not None
-    assert found.all_texts.perplexity == pytest.approx(
-        math.exp(torch.cat(nats).mean().item()), rel=1e-5
-    )
-
-
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
 def test_a_served_model_has_the_folders_perplexity(
     tmp_path: Path, paths: list[Path], family: str
@@ -209,10 +189,25 @@ def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_yields_transformers_greedy_tokens(tmp_path: Path, family: str) -> None:
-    expected = FAMILIES[family](tmp_path / "model")
-    model = FolderModel(open_checkpoint(tmp_path / "model"), 40)
+def test_a_folder_has_transformers_perplexity_and_greedy_tokens(
+    tmp_path: Path, paths: list[Path], family: str
+) -> None:
+    folder = tmp_path / "model"
+    model = FAMILIES[family](folder)
+    found = evaluated(folder, paths)
+    nats = []
+    for path in paths:
+        nats.append(nats_of(model, sequences_of(folder, path)))
+        figures = found.texts[path.name]
+        assert (figures.sequences, figures.tokens) == (len(nats[-1]), nats[-1].numel())
+        assert figures.nats == pytest.approx(nats[-1].sum().item(), rel=1e-5)
+        assert figures.perplexity == pytest.approx(math.exp(nats[-1].mean().item()), rel=1e-5)
+        assert figures.exact
+    assert found.all_texts is not None
+    of_all = math.exp(torch.cat(nats).mean().item())
+    assert found.all_texts.perplexity == pytest.approx(of_all, rel=1e-5)
+    ours = FolderModel(open_checkpoint(folder), 40)
     for prompt in ([7, 3, 11, 200], [5]):  # one after another: each frees its pages
-        tokens, at_s = model.greedy(prompt, 12)
+        tokens, at_s = ours.greedy(prompt, 12)
         assert len(at_s) == 12
-        assert tuple(tokens) == transformers_tokens(expected, prompt, 12)
+        assert tuple(tokens) == transformers_tokens(model, prompt, 12)
