@@ -25,14 +25,9 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 ALLOWED = {
-    "UnavailableError",
-    "ExpertUnavailableError",
-    "DeadlineExceededError",
-    "OverloadedError",
-    "InvalidRequestError",
-    "ModelReplacedError",
-    "NoGateway",
-}
+    "UnavailableError", "ExpertUnavailableError", "DeadlineExceededError", "OverloadedError",
+    "InvalidRequestError", "ModelReplacedError", "NoGateway",
+}  # fmt: skip
 """The errors that a client may get of faults; each says what it is to do."""
 STANDING = {
     "CallLink._read",

@@ -13,7 +13,7 @@ from typing import Any
 
 import greenlet
 
-from tests.world.kernel import Thread, Waiter, kernel
+from tests.world.kernel import Waiter, kernel
 
 
 def sleep(seconds: float) -> None:
@@ -181,15 +181,3 @@ class MainThread:
 def current_thread() -> Any:
     """Return an object with the current thread's name."""
     return MainThread
-
-
-__all__ = [
-    "Condition",
-    "Event",
-    "Lock",
-    "RLock",
-    "SimpleQueue",
-    "Thread",
-    "current_thread",
-    "sleep",
-]

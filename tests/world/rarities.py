@@ -20,23 +20,11 @@ SHARE = 0.2
 ALONE = 0.7
 """The share of these in which nothing else happens."""
 KINDS = (
-    "poison raises",
-    "poison ends routers",
-    "poison ends actors",
-    "long prompts",
-    "gateway unreachable",
-    "orphaned",
-    "copy stays slow",
-    "node's device raises",
-    "controller cut off",
-    "controller starts cut off",
-    "routers die in a redeploy",
-    "clocks apart",
-    "streams over TLS",
-    "actor dies again and again",
-    "memory stays full",
-    "many choices",
-)
+    "poison raises", "poison ends routers", "poison ends actors", "long prompts",
+    "gateway unreachable", "orphaned", "copy stays slow", "node's device raises",
+    "controller cut off", "controller starts cut off", "routers die in a redeploy", "clocks apart",
+    "streams over TLS", "actor dies again and again", "memory stays full", "many choices",
+)  # fmt: skip
 LONG_PROMPT, LONG_TOKENS = 180, 40
 NUM_LONG, NUM_SHORT = 4, 16
 LONG_S = 6.0

@@ -224,11 +224,8 @@ class RayCluster:
     def send(self, call: Call, target: Process, arrive: Callable[[], None]) -> None:
         """Bring a message from the current process to another, or fail the call."""
         source = call.process.node if call.process else HEAD
-        if (
-            call.process is not None
-            and call.process.pid in self.cut_off
-            and target.name in self.actors
-        ):
+        is_cut_off = call.process is not None and call.process.pid in self.cut_off
+        if is_cut_off and target.name in self.actors:
             self._wait_for_network(call, lambda: self.send(call, target, arrive))
             return
         self._pass(call, source, target.node or HEAD, arrive)
@@ -246,13 +243,8 @@ class RayCluster:
     def _wait_for_network(self, call: Call, again: Callable[[], None]) -> None:
         """Send again once the network is mended; the call fails where that takes long."""
         self.network.when_mended(again)
-        self.kernel.call_later(
-            2 * TCP_TIMEOUT_S,
-            call.finish,
-            None,
-            ActorUnavailableError("the connection broke", None),
-            context=self.network.nobody,
-        )
+        error, nobody = ActorUnavailableError("the connection broke", None), self.network.nobody
+        self.kernel.call_later(2 * TCP_TIMEOUT_S, call.finish, None, error, context=nobody)
 
     def fail_later(self, call: Call, handle: Handle) -> None:
         """Fail a call of a dead actor, once Ray notices its death."""
@@ -262,14 +254,9 @@ class RayCluster:
         self.kernel.call_later(delay_s, call.finish, None, error, context=self.network.nobody)
 
     def run(
-        self,
-        call: Call,
-        process: Process,
-        method: Callable[..., Any],
-        args: Sequence[Any],
-        name: str,
-        handle: Any,
-    ) -> None:
+        self, call: Call, process: Process, method: Callable[..., Any], args: Sequence[Any],
+        name: str, handle: Any,
+    ) -> None:  # fmt: skip
         """Run a method in its process, and send its result back."""
 
         def answered(value: Any, error: BaseException | None) -> None:
@@ -281,22 +268,20 @@ class RayCluster:
 
         async def run_coroutine() -> None:
             try:
-                value = await method(*args)
+                answer = await method(*args), None
             except asyncio.CancelledError:
                 answered(None, asyncio.CancelledError())
                 raise
             except Exception as error:
-                answered(None, _as_raised(error))
-            else:
-                answered(value, None)
+                answer = None, _as_raised(error)
+            answered(*answer)
 
         def run_method() -> None:
             try:
-                value = method(*args)
+                answer = method(*args), None
             except Exception as error:
-                answered(None, _as_raised(error))
-            else:
-                answered(value, None)
+                answer = None, _as_raised(error)
+            answered(*answer)
 
         with self.kernel.within(process):
             if inspect.iscoroutinefunction(method):

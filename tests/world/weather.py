@@ -84,42 +84,20 @@ class Scenario:
 
 
 FAULTS = {
-    "dies": 4,
-    "crashes soon": 4,
-    "hangs": 3,
-    "links cut": 4,
-    "links slow": 1,
-    "bytes damaged": 2,
-    "calls doubled": 1,
-    "answers lost": 2,
-    "device slow": 2,
-    "device raises": 2,
-    "device yields NaN": 2,
-    "node's device raises": 1,
-    "rows lost": 1,
-    "memory full": 1,
-    "disk fails": 1,
-    "clock jumps": 1,
-    "node lost": 1,
-}
+    "dies": 4, "crashes soon": 4, "hangs": 3, "links cut": 4, "links slow": 1, "bytes damaged": 2,
+    "calls doubled": 1, "answers lost": 2, "device slow": 2, "device raises": 2,
+    "device yields NaN": 2, "node's device raises": 1, "rows lost": 1, "memory full": 1,
+    "disk fails": 1, "clock jumps": 1, "node lost": 1,
+}  # fmt: skip
 COPIES_SHARE = 0.04
 """The share of seeds with one of :data:`OF_COPIES`."""
 OF_COPIES = ("redeploy more copies", "redeploy fewer copies")
 OPERATIONS = {
-    "redeploy the same": 2,
-    "redeploy other weights": 3,
-    "redeploy more actors": 1,
-    "redeploy fewer actors": 1,
-    "scale up": 1,
-    "scale down": 1,
-    "drain an actor": 2,
-    "change copies": 1,
-    "rebalance": 1,
-    "node drains": 1,
-    "node added": 1,
-    "second controller": 1,
+    "redeploy the same": 2, "redeploy other weights": 3, "redeploy more actors": 1,
+    "redeploy fewer actors": 1, "scale up": 1, "scale down": 1, "drain an actor": 2,
+    "change copies": 1, "rebalance": 1, "node drains": 1, "node added": 1, "second controller": 1,
     "burst": 1,
-}
+}  # fmt: skip
 
 
 def draw(seed: int) -> Scenario:

@@ -79,34 +79,15 @@ PROBES = 4
 RECOVERY_S = 10.0
 """How long after an event a request may suffer from it."""
 GENTLE = {
-    "calls doubled",
-    "clock jumps",
-    "links slow",
-    "disk fails",
-    "redeploy the same",
-    "redeploy other weights",
-    "redeploy more actors",
-    "scale up",
-    "change copies",
-    "rebalance",
-    "node added",
-    "second controller",
-    "burst",
-    "poison raises",
-    "gateway unreachable",
-}
+    "calls doubled", "clock jumps", "links slow", "disk fails", "redeploy the same",
+    "redeploy other weights", "redeploy more actors", "scale up", "change copies", "rebalance",
+    "node added", "second controller", "burst", "poison raises", "gateway unreachable",
+}  # fmt: skip
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
 OF_COPIES = {
-    "dies",
-    "crashes soon",
-    "device slow",
-    "device raises",
-    "device yields NaN",
-    "rows lost",
-    "drain an actor",
-    "scale down",
-    "redeploy fewer actors",
-}
+    "dies", "crashes soon", "device slow", "device raises", "device yields NaN", "rows lost",
+    "drain an actor", "scale down", "redeploy fewer actors",
+}  # fmt: skip
 """Events that may take one copy of an expert; a request is served under one of them at a time."""
 OF_OTHER_WEIGHTS = {"redeploy other weights", "routers die in a redeploy"}
 ENOUGH_S = 5.0
@@ -148,24 +129,14 @@ class Gateway:
     def __init__(self, world: World, model: str) -> None:
         serve = world.serve
         self.deployment = Deployment(
-            serve.handle("controller"),
-            [MODEL],
-            "strict",
-            lambda: serve.app_is_wanted(APP),
-            lambda: False,
-            lambda: None,
-            lambda uses: None,
-        )
+            serve.handle("controller"), [MODEL], "strict", lambda: serve.app_is_wanted(APP),
+            lambda: False, lambda: None, lambda uses: None,
+        )  # fmt: skip
         node = ray.get_runtime_context().get_node_id()
         calls = RouterCalls(
-            serve.handle("router"),
-            model,
-            node,
-            "generate",
-            None,
-            lambda transport: None,
+            serve.handle("router"), model, node, "generate", None, lambda transport: None,
             keys_of_call,
-        )
+        )  # fmt: skip
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MAX_HELD)
 
 
@@ -334,14 +305,10 @@ class World:
         self.least_copies = min(self.least_copies, setting.min_copies)
         model = _served(identity)
         experts = ExpertsConfig(
-            actors=setting.num_actors,
-            min_copies=setting.min_copies,
-            transport=setting.transport,
-            call_timeout_s=2.0,
-            rebalance_period_s=setting.rebalance_period_s,
-            redeploy_drain_s=setting.redeploy_drain_s,
-            tls=TLS if setting.tls else None,
-        )
+            actors=setting.num_actors, min_copies=setting.min_copies, transport=setting.transport,
+            call_timeout_s=2.0, rebalance_period_s=setting.rebalance_period_s,
+            redeploy_drain_s=setting.redeploy_drain_s, tls=TLS if setting.tls else None,
+        )  # fmt: skip
         routers = RouterConfig(
             cache_tokens=256, max_batch_size=8, max_batch_tokens=16, max_queue_requests=MAX_WAITING
         )
@@ -378,14 +345,9 @@ class World:
             targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
         pools = (PoolSpec("expert", setting.num_actors, None, actor, targets),)
         made = Controller(
-            APP,
-            pools,
-            ExpertPool(APP, RemoteExpertActor),
-            LedgerStore(APP, ray_store()),
-            setting.min_copies,
-            setting.rebalance_period_s,
-            setting.redeploy_drain_s,
-        )
+            APP, pools, ExpertPool(APP, RemoteExpertActor), LedgerStore(APP, ray_store()),
+            setting.min_copies, setting.rebalance_period_s, setting.redeploy_drain_s,
+        )  # fmt: skip
         process = current_process()
         assert process is not None
         self.controllers[process.name] = made
@@ -579,15 +541,11 @@ class World:
 
 def _served(identity: str) -> ServedModel:
     experts = ModelExperts(model_key(MODEL, identity, DTYPE), LAYERS, NUM_EXPERTS, EXPERT_BYTES)
+    source = ModelSource(f"/models/{identity}", DTYPE, experts, identity)
     return ServedModel(
-        source=ModelSource(f"/models/{identity}", DTYPE, experts, identity),
-        family="exact",
-        vocab_size=VOCAB,
-        max_model_len=64,
-        num_experts_per_tok=TOP_K,
-        eos_token_ids=(),
-        identity=identity,
-    )
+        source=source, family="exact", vocab_size=VOCAB, max_model_len=64,
+        num_experts_per_tok=TOP_K, eos_token_ids=(), identity=identity,
+    )  # fmt: skip
 
 
 def run(scenario: Scenario) -> Outcome:
@@ -657,15 +615,9 @@ def _is_done(probes: Client) -> bool:
 
 
 def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
+    num_tokens = sum(len(c.token_ids) for a in client.answers for c in a.choices)
+    kernel, happenings = world.kernel, world.happenings
     return Outcome(
-        scenario,
-        world.law.breaches,
-        world.trace,
-        world.happenings.hit,
-        world.kernel.digest,
-        world.kernel.num_callbacks,
-        sum(len(c.token_ids) for a in client.answers for c in a.choices),
-        client.answers,
-        world.happenings.targets,
-        world.kernel.processes,
-    )
+        scenario, world.law.breaches, world.trace, happenings.hit, kernel.digest,
+        kernel.num_callbacks, num_tokens, client.answers, happenings.targets, kernel.processes,
+    )  # fmt: skip
