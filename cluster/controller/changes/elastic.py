@@ -117,7 +117,8 @@ class Elastic:
             keys = [one for one in holders if (one.model == key.model if of_all else one == key)]
             which = "" if of_all else f" layer {key.layer_id} expert {key.expert_id}"
             if not keys:
-                raise InvalidRequestError(f"no model {model!r:.80}{which} is served", "expert")
+                where = "" if of_all else f" with expert {key.expert_id} in layer {key.layer_id}"
+                raise InvalidRequestError(f"no model {model!r:.80}{where}", "expert")
             devices = self._rebalancer.devices(is_any_room=True)
             least = self._state.min_copies
             if not least <= number <= len(devices):

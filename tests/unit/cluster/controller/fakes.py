@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RaySystemError
 from cluster.controller.controller import Controller
 from cluster.controller.records.last_words import LastWords
 from cluster.controller.records.ledger import Ledger, LedgerStore
-from cluster.errors import StaleEpochError, error_from_wire
+from cluster.errors import InvalidRequestError, StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
 from cluster.placement.placement import Placement
 from cluster.ray_private import MemoryStore
@@ -173,6 +173,13 @@ class FakePool:
 
     def draining(self) -> set[str]:
         return set(self.draining_ids)
+
+    async def drain_node(self, node: str, dry_run: bool) -> None:
+        if len(self.node_ids) == 1:
+            raise InvalidRequestError(f"{node} is the head", "target")
+        if not dry_run:
+            self.draining_ids.add(node)
+            self.node_ids = [other for other in self.node_ids if other != node]
 
     def shortage(self, spec: ActorSpec) -> str:
         return "it needs GPU 1"

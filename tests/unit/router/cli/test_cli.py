@@ -84,7 +84,7 @@ def test_status_as_json(address: str) -> None:
     told = json.loads(result.stdout)
     assert told == json.loads(json.dumps(asdict(STATUS)))
     names = "models epoch placement_version controller_pid missing_experts routers gateways actors "
-    names += "min_copies live_copies loading kernels failing nodes_without_gateway"
+    names += "min_copies live_copies loading kernels failing nodes_without_gateway failed_deploy"
     assert [*told] == names.split()  # which scripts read
     of_actor = "actor_id pid node device generation experts tokens weight_bytes kernels silence "
     assert [*told["actors"][0]] == f"{of_actor}slowness is_slow".split()
@@ -266,11 +266,11 @@ def test_check_refuses_an_open_host_without_keys_and_options_of_proxies(tmp_path
     document["applications"][0]["args"]["gateway"]["listen"] = {"host": "0.0.0.0"}
     file.write_text(yaml.safe_dump(document))
     line, field = refusals(file)
-    assert field == "gateway.listen.host"
+    assert field == f"{file}: gateway.listen.host"
     assert "must be an address of this machine if there are no keys; got '0.0.0.0'" in line
     file.write_text("http_options: {port: 81}\n" + DEPLOYED.read_text())
     line, field = refusals(file)
-    assert field == "http_options"
+    assert field == f"{file}: http_options"
     assert line.endswith("args.gateway: {listen: {host: 0.0.0.0, http_port: 81}}")
 
 

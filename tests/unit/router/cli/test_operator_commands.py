@@ -38,7 +38,7 @@ def test_both_clients_bring_everything_to_the_controller_and_back(
         ("rebalance", True),
         ("scale", 3, "gpu", True),
         ("drain", "a0", False),
-        ("set_copies", "tiny", 1, 5, 2, False),
+        ("set_copies", "tiny", 1, 5, 2, False, False),
     ]
     with Client(address) as client:
         told = [client.load(), client.rebalance(dry_run=True), client.scale(3, "gpu", dry_run=True)]
@@ -88,8 +88,9 @@ def test_rebalance_shows_what_it_did(upstream: FakeUpstream) -> None:
         ("scale 2 --pool gpu --dry-run", ("scale", 2, "gpu", True)),
         ("drain a0", ("drain", "a0", False)),
         ("drain 0a1b2c --dry-run", ("drain", "0a1b2c", True)),
-        ("copies tiny 1 5 3", ("set_copies", "tiny", 1, 5, 3, False)),
-        ("copies tiny 1 5 3 --dry-run", ("set_copies", "tiny", 1, 5, 3, True)),
+        ("copies tiny 1 5 3", ("set_copies", "tiny", 1, 5, 3, False, False)),
+        ("copies tiny 1 5 3 --dry-run", ("set_copies", "tiny", 1, 5, 3, True, False)),
+        ("copies tiny all 3", ("set_copies", "tiny", 0, 0, 3, False, True)),
     ],
 )
 def test_a_command_shows_what_was_done(

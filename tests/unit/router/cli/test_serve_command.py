@@ -31,6 +31,8 @@ class FakeServe:
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+        self.states: list[dict[str, str]] = []
+        """The state of the application, as Serve's command tells it time after time."""
         self.steps: list[str] = []
         self.folder = Path("none")
         self.told: list[list[str]] = []
@@ -59,6 +61,10 @@ class FakeServe:
 
     def main(self, args: list[str], **options: Any) -> None:
         assert options == {"prog_name": "serve", "standalone_mode": False}
+        if args[0] == "status":
+            state = self.states.pop(0)
+            print(yaml.safe_dump({"applications": {"expertmesh": state}}))
+            return
         self.steps.append("serve")
         *words, file = args
         self.told.append(words)
@@ -75,7 +81,8 @@ class FakeServe:
         self.steps.append("ray")
         self.modes.append(os.environ.get("RAY_AUTH_MODE"))
         self.joined.append((address, namespace))
-        return SimpleNamespace(dashboard_url="127.0.0.1:8266")
+        info = {"gcs_address": "127.0.0.1:6380"}
+        return SimpleNamespace(dashboard_url="127.0.0.1:8266", address_info=info)
 
 
 @pytest.fixture
@@ -122,7 +129,8 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     result = serve(*([short] if is_short else []))
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.endswith(
-        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266\n"
+        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266 "
+        "RAY_ADDRESS=127.0.0.1:6380\n"
     )
     whole = completed(read_document(file))
     assert serve.checked == [(file, whole, None)]
@@ -147,7 +155,7 @@ def test_deploy_sends_the_completed_file_and_starts_nothing(
 ) -> None:
     options = [] if address is None else ["--address", address]
     result = serve(short, *options, command="deploy")
-    assert (result.exit_code, result.output) == (0, "")
+    assert (result.exit_code, result.output) == (0, f"expertmesh: sent {short}\n")
     whole = completed(read_document(short))
     assert serve.steps == ["check", "serve"]
     assert serve.checked == [(short, whole, address)]
@@ -155,6 +163,53 @@ def test_deploy_sends_the_completed_file_and_starts_nothing(
     [written] = serve.files
     assert written.name == short.name
     assert not written.exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "line"),
+    [
+        ({"status": "RUNNING"}, 0, "expertmesh: serving {file}"),
+        (
+            {"status": "DEPLOY_FAILED", "message": "no\n folder"},
+            1,
+            "expertmesh: {file}: expertmesh: no folder",
+        ),
+    ],
+)
+def test_deploy_waits_for_the_end_of_the_deployment(
+    end: dict[str, str],
+    exit_code: int,
+    line: str,
+    short: Path,
+    serve: FakeServe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "WAIT_PERIOD_S", 0.0)
+    serve.states = [{"status": "DEPLOYING"}, {"status": "UNHEALTHY"}, end]
+    result = serve(short, "--wait", command="deploy")
+    assert (result.exit_code, result.output) == (exit_code, line.format(file=short) + "\n")
+    assert serve.states == []
+
+
+def test_a_deploy_that_serve_refuses_is_a_line(short: Path, serve: FakeServe) -> None:
+    serve.error = ConnectionError("nothing answers\nat all")
+    result = serve(short, command="deploy")
+    wanted = f"expertmesh: {short}: `serve deploy` failed: nothing answers at all\n"
+    assert (result.exit_code, result.output) == (1, wanted)
+
+
+def test_ports_are_three_in_a_row_from_the_given_one(short: Path, serve: FakeServe) -> None:
+    assert serve(short, "--port", "8100").exit_code == 0
+    [document] = serve.documents
+    listen = document["applications"][0]["args"]["gateway"]["listen"]
+    assert listen == {"http_port": 8100, "grpc_port": 8101, "admin_port": 8102}
+
+
+def test_a_model_of_the_hub_is_served_under_its_name(serve: FakeServe) -> None:
+    assert serve("acme/small@main").exit_code == 0
+    [document] = serve.documents
+    models = document["applications"][0]["args"]["models"]
+    assert models == [{"id": "small", "path": "acme/small@main"}]
 
 
 @pytest.mark.parametrize(

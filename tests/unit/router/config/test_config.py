@@ -24,12 +24,12 @@ from router.config.deployment import (
     AppConfig,
     ExpertsConfig,
     GatewayConfig,
-    ModelConfig,
     RouterConfig,
     load_deployment,
     parse_args,
 )
 from router.config.experts import PoolConfig, TlsConfig
+from router.config.models import ModelConfig
 from router.serve.options import check_serve_part, completed
 from router.served import ServedModel, check_file, inspect_models, pool_specs, with_identity
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
@@ -96,11 +96,17 @@ def test_an_unknown_key_is_named_with_the_allowed_ones(
     with pytest.raises(ConfigError) as caught:
         parse_args(args)
     assert caught.value.field == field
-    assert caught.value.message == "unknown key; allowed keys: " + ", ".join(
-        sorted(section.model_fields)
+    keys = ", ".join(sorted(section.model_fields))
+    assert caught.value.message in (
+        f"unknown key; allowed keys: {keys}",
+        f"unknown key; did you mean {NEAREST.get(field)}? Allowed keys: {keys}",
     )
 
 
+NEAREST = {
+    "args.modles": "models", "args.models[0].pth": "path", "args.experts.actor": "actors",
+    "args.experts.tls.cert": "certificate",
+}  # fmt: skip
 NAMES = ("", " ", "a b", "-a", "a\n", "ü", "a" * 129, 5, None)
 BAD_MODELS: list[tuple[object, str, str]] = [
     ([], "", "at least 1 item"),

@@ -1,4 +1,4 @@
-"""The Serve that runs an application: which of its applications are ours, and its proxies."""
+"""The Serve that runs an application: its applications and its proxies."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 
 from router.serve import instance
-from router.serve.instance import our_applications, refuse_proxies
+from router.serve.instance import applications, refuse_proxies
 
 
-def test_applications_are_ours_by_their_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
-    def runs(**deployments: list[str]) -> list[str]:
-        applications = {
-            name: SimpleNamespace(deployments=dict.fromkeys(names))
-            for name, names in deployments.items()
-        }
-        status = SimpleNamespace(applications=applications)
-        monkeypatch.setattr(instance.serve, "status", lambda: status)
-        return our_applications(10)
-
-    assert runs() == []
-    ours = ["Controller", "Router-m", "Gateway-12ab34"]
-    others = ["Gateway", "GatewayOfOthers"]
-    assert runs(a=ours, other=others, b=[*ours, "Gateway-56cd78"]) == ["a", "b"]
+def test_all_applications_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = SimpleNamespace(applications={"a": None, "b": None})
+    monkeypatch.setattr(instance.serve, "status", lambda: status)
+    assert applications(10) == ["a", "b"]
 
 
 def test_a_serve_that_fails_or_is_silent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +25,11 @@ def test_a_serve_that_fails_or_is_silent_is_an_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(instance.serve, "status", fails)
     with pytest.raises(RayActorError):
-        our_applications(10)
+        applications(10)
     never = threading.Event()
     monkeypatch.setattr(instance.serve, "status", never.wait)
     with pytest.raises(TimeoutError, match="does not answer"):
-        our_applications(0.01)
+        applications(0.01)
     never.set()
 
 

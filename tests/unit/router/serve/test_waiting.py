@@ -43,14 +43,21 @@ def test_only_deployments_that_are_not_healthy_are_told(
         "Controller": DeploymentState(updating),
         "Router-m": DeploymentState(updating, WAITS),
     }
-    answers = [RuntimeError("no connection"), AppStatus(ApplicationStatus.DEPLOYING, told), None]
-    app_status = Mock(side_effect=[*answers, IndexError])
+    answers = [
+        RuntimeError("no connection"),
+        AppStatus(ApplicationStatus.DEPLOYING, "", told),
+        AppStatus(ApplicationStatus.DEPLOY_FAILED, "Deploying failed:\nno folder", {}),
+        None,
+    ]
+    app_status, failed = Mock(side_effect=[*answers, IndexError]), []
     monkeypatch.setattr(waiting, "app_status", app_status)
     monkeypatch.setattr(waiting, "PERIOD_S", 0.0)
     with caplog.at_level(logging.WARNING), pytest.raises(IndexError):
-        asyncio.run(asyncio.wait_for(log_what_serve_says("a"), 10))
+        asyncio.run(asyncio.wait_for(log_what_serve_says("a", failed.append), 10))
     app_status.assert_called_with("a")
+    assert failed == ["", "Deploying failed: no folder", ""]
     assert [record.getMessage() for record in caplog.records] == [
         "Serve did not report the state of its deployments: no connection",
         "Router-m: has 1 replicas that have taken more than 30s to be scheduled",
+        "the last deployment failed, the former one serves: Deploying failed: no folder",
     ]

@@ -139,13 +139,16 @@ async def test_draining_takes_just_that_actor_or_those_of_that_node() -> None:
     assert (report.outcome, report.removed) == ("committed", ("expert-0",))
     with pytest.raises(InvalidRequestError):
         await done(cluster.controller.drain("aaaaaa", False))  # of two nodes
+    planned = await done(cluster.controller.drain("aaaaaab", True))
+    assert (planned.outcome, planned.removed) == ("planned", ("expert-1", "expert-3"))
     report = await done(cluster.controller.drain("aaaaaab", False))
     assert report.removed == ("expert-1", "expert-3")
-    placement = await settled(cluster, 1)
-    assert sizes(placement) == {"expert-2": 2 * NUM_EXPERTS}
+    assert len(sizes(await settled(cluster, 1))) == 3  # two successors, on the node that stays
+    assert {cluster.state.nodes[actor_id] for actor_id in cluster.state.shares} == {"aaaaaaaa"}
     assert never_lost(cluster, since)
-    with pytest.raises(InvalidRequestError, match="from 1 to"):
-        await done(cluster.controller.drain("expert-2", False))
+    for dry_run in (True, False):
+        with pytest.raises(InvalidRequestError, match="is the head"):
+            await done(cluster.controller.drain("aaaaaaaa", dry_run))
 
 
 async def test_an_actor_that_cannot_be_emptied_stays() -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from threading import Event
-from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from router.ops.startup import drain as module
-from router.ops.startup.drain import ServedGateways, UnderWay, drain, end_requests
+from router.ops.startup.drain import UnderWay, drain, end_requests
 
 
 class FakeGateways:
@@ -70,57 +67,3 @@ def test_ended_requests_are_waited_for_a_moment_only() -> None:
     stuck = FakeGateways(1)
     end_requests(stuck)
     assert len(stuck.asked) > 1
-
-
-class FakeHandle:
-    """An application's gateways: their answers to a broadcast, or why there is none."""
-
-    def __init__(self, outcome: list[object] | Exception) -> None:
-        self.outcome = outcome
-        self.asked: list[tuple[Any, ...]] = []
-
-    def broadcast(self, *asked: Any) -> FakeHandle:
-        self.asked.append(asked)
-        return self
-
-    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
-        assert timeout_s > 0
-        assert return_exceptions
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
-
-
-Outcome = list[object] | Exception
-NOBODY = (RayServeException("no such application"), DeploymentUnavailableError("a"))
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "expected"),
-    [
-        ({"a": [(1, 60.0), (2, 60.0)], "b": [(4, 9.0)]}, UnderWay(7, 60.0)),
-        ({}, UnderWay(0, 0.0)),
-        # An application without gateways has no requests, and neither has a dead gateway.
-        *(({"a": nobody, "b": [(4, 9.0)]}, UnderWay(4, 9.0)) for nobody in NOBODY),
-        ({"a": [RayActorError(), (1, 9.0)]}, UnderWay(1, 9.0)),
-        # A silent one may have some.
-        ({"a": [TimeoutError(), (1, 9.0)]}, None),
-        ({"a": TimeoutError()}, None),
-    ],
-)
-def test_every_gateway_of_every_application_is_asked(
-    outcomes: dict[str, Outcome], expected: UnderWay | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handles = {app: FakeHandle(outcome) for app, outcome in outcomes.items()}
-    monkeypatch.setattr(module, "our_applications", lambda timeout_s: list(handles))
-    monkeypatch.setattr(module.serve, "get_app_handle", handles.__getitem__)
-    assert ServedGateways().shut_down(ends_requests=True) == expected
-    assert all(handle.asked == [("shut_down", True)] for handle in handles.values())
-
-
-def test_a_serve_that_does_not_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(timeout_s: float) -> list[str]:
-        raise TimeoutError
-
-    monkeypatch.setattr(module, "our_applications", silent)
-    assert ServedGateways().shut_down(ends_requests=False) is None
