@@ -80,10 +80,11 @@ def chat(
         info = first_model(runner.run(client.model_info(model)))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
-        default_temperature = 0.0 if top_p is None and top_k is None else None
+        if temperature is None and top_p is None and top_k is None:
+            temperature = 0.0
         sampling = Sampling(
             max_tokens=max_tokens,
-            temperature=default_temperature if temperature is None else temperature,
+            temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             seed=seed,

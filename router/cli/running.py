@@ -14,8 +14,7 @@ import typer
 from router.cli.common import UNREACHABLE, fail, write
 
 ACTOR_CLASSES = ("ServeReplica:", "RemoteExpertActor")
-TIMEOUT_S = 30
-MAX_ACTORS = 10_000
+TIMEOUT_S, MAX_ACTORS = 30, 10_000
 
 
 def stop() -> None:
@@ -93,16 +92,15 @@ def logs(
         write("".join(sorted(found)))
         return
     arrived: SimpleQueue[str] = SimpleQueue()
+
+    def tail(actor: Any) -> None:
+        for line in _lines_of(dashboard, actor, lines, follow=True):
+            arrived.put(line)
+
     for actor in actors:
-        arguments = (dashboard, actor, lines, arrived)
-        Thread(target=_follow, args=arguments, name="log", daemon=True).start()
+        Thread(target=tail, args=(actor,), name="log", daemon=True).start()
     while True:
         write(arrived.get())
-
-
-def _follow(dashboard: str, actor: Any, lines: int, arrived: SimpleQueue[str]) -> None:
-    for line in _lines_of(dashboard, actor, lines, follow=True):
-        arrived.put(line)
 
 
 def _lines_of(dashboard: str, actor: Any, lines: int, follow: bool = False) -> Iterator[str]:

@@ -65,9 +65,8 @@ def serve(
         os.environ["EXPERTMESH_LOG_FORMAT"] = "json"  # all processes of a Ray inherit it
     folder = Path(mkdtemp(prefix="expertmesh-"))
     handles_signals = supervised(write_line, folder)
-    path = _file_of(target, folder)
-    if port is not None:
-        path = _with_port(path, port, folder)
+    file = _file_of(target, folder)
+    path = file if port is None else _with_port(file, port, folder)
     _serve(path, ray_address, folder, handles_signals)
 
 
@@ -237,8 +236,7 @@ def _run_quietly(path: Path, arguments: list[str]) -> str:
         with redirect_stdout(out), redirect_stderr(errors):
             _run_command(path, arguments)
     except Exception as error:
-        reason = str(error) or errors.getvalue() or type(error).__name__
-        fail(f"{path}: `serve {arguments[0]}` failed: {reason}", REFUSED)
+        fail(f"{path}: `serve {arguments[0]}` failed: {error or errors.getvalue()}", REFUSED)
     return out.getvalue()
 
 

@@ -91,15 +91,9 @@ class Metrics:
         self._in_flight.labels(model_id).dec()
         self._latency.labels(model_id).observe(seconds)
         self.finished(surface, code)
-        access_log.info(
-            "%s request %s for %s by %s: %s after %.0f ms",
-            surface,
-            http_request_id.get() or request.request_id,
-            model_id,
-            request.tenant or "anybody",
-            outcome,
-            1e3 * seconds,
-        )
+        known_id, caller = http_request_id.get() or request.request_id, request.tenant or "anybody"
+        told = (surface, known_id, model_id, caller, outcome, 1e3 * seconds)
+        access_log.info("%s request %s for %s by %s: %s after %.0f ms", *told)
 
     def first_token(self, model_id: str, seconds: float) -> None:
         """Record the time to a request's first token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,5 +30,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         async with asyncio.timeout(LIMIT_S):
             await pyfuncitem.obj(**arguments)
 
-    pyfuncitem.funcargs["runner"].run(limited())
+    runner: Any = pyfuncitem.funcargs["runner"]
+    runner.run(limited())
     return True

@@ -15,10 +15,10 @@ from tests.readme import blocks
 ROOT = Path(__file__).parents[2]
 MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
-    ("cluster", "expertmesh", "experts", "router"): 56_900,
+    ("cluster", "expertmesh", "experts", "router"): 57_700,
     ("workshop",): 14_500,
     ("benchmarks",): 9_800,
-    ("tests",): 100_600,
+    ("tests",): 89_700,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
 FIRST_SCREEN = 40

@@ -35,8 +35,7 @@ from router.serve.instance import serve_has_ended
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
-_WAKE, _WAKE_PERIOD_S = signal.SIGUSR1, 0.1
-LOOK_PERIOD_S = 2.0
+_WAKE, _WAKE_PERIOD_S, LOOK_PERIOD_S = signal.SIGUSR1, 0.1, 2.0
 
 
 class _Phase(Enum):

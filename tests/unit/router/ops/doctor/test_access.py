@@ -61,7 +61,7 @@ def test_streams_and_rays_calls_are_encrypted_together(
     assert bool(check.advice) == (level != "ok")
 
 
-def listening(*listens: dict[str, str]) -> dict[str, Any]:
+def listening(*listens: dict[str, Any]) -> dict[str, Any]:
     """Return a deployment file with an application for each section of ``gateway.listen``."""
     return {
         "applications": [
