@@ -235,6 +235,9 @@ def _run_quietly(path: Path, arguments: list[str]) -> str:
     try:
         with redirect_stdout(out), redirect_stderr(errors):
             _run_command(path, arguments)
+    except typer.Exit:  # its line is among the errors
+        sys.stderr.write(errors.getvalue())
+        raise
     except Exception as error:
         fail(f"{path}: `serve {arguments[0]}` failed: {error or errors.getvalue()}", REFUSED)
     return out.getvalue()

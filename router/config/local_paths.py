@@ -31,10 +31,7 @@ def _sizes(folder: Path) -> dict[str, int] | None:
 
 
 def localized(document: Any, folder: Path) -> Any:
-    """Return a deployment file's document with absolute paths of the models in its ``folder``.
-
-    What is no deployment file is returned as it is, for validation to refuse.
-    """
+    """Return a deployment file's document with absolute paths of the models in its ``folder``."""
     whole = deepcopy(document)
     for model in models_in(whole):
         if beside := folder_beside(model["path"], folder):

@@ -66,8 +66,7 @@ def failed_deploy(told: AppStatus | None) -> str:
 
 def messages_of(told: AppStatus | None) -> dict[str, str]:
     """Return what Serve says of an application that is not as it should, by deployment."""
-    states = {} if told is None else told.deployments
-    failed = failed_deploy(told)
+    states, failed = {} if told is None else told.deployments, failed_deploy(told)
     return ({"the last deployment failed, the former one serves": failed} if failed else {}) | {
         name: state.message
         for name, state in states.items()

@@ -85,6 +85,9 @@ def test_expertmesh_serve_drains_and_leaves_nothing_behind(tmp_path: Path) -> No
         assert lines[-1].startswith(READY), "\n".join(lines)
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
+        head = httpx.head(f"http://127.0.0.1:{http_port}/v1/models")
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 0
         has_serves_part_in_every_process(file, process)
         listens_on_loopback_alone(pids, {http_port, grpc_port, grpc_port + 1})
         # The commands of another shell: tests/integration/test_readme.py.

@@ -159,9 +159,8 @@ def _add_front(app: FastAPI) -> None:
 
     async def front(request: Request) -> JSONResponse:
         pages = {"documentation": "/docs", "openapi": OPENAPI_PATH, "models": "/v1/models"}
-        is_known = request.state.caller is not None
-        about = {"version": version("expertmesh")} if is_known else {}
-        return JSONResponse({"name": "ExpertMesh", **about, **pages})
+        known = {} if request.state.caller is None else {"version": version("expertmesh")}
+        return JSONResponse({"name": "ExpertMesh", **known, **pages})
 
     @app.get("/docs")
     async def docs() -> HTMLResponse:

@@ -247,7 +247,22 @@ def test_health_and_readiness(
         "epoch": epoch,
         "placement_version": version,
         "controller_loop_age_s": age_s,
+        "failed_deploy": None,
     }
+    upstream.readiness = Readiness(reason, names, age_s, failed_deploy="no folder")
+    told = call(upstream, "/ready")
+    assert (told.status_code, told.json()["failed_deploy"]) == (response.status_code, "no folder")
+
+
+def test_newcomers_are_told_where_to_go() -> None:
+    upstream = FakeUpstream(says("x"))
+    front = call(upstream, "/").json()
+    assert front == call(upstream, "/v1").json()
+    for page in ("documentation", "openapi", "models"):
+        assert call(upstream, front[page]).status_code == 200
+    docs = call(upstream, "/docs")
+    assert "/openapi.json" in docs.text
+    assert "connect-src 'self'" in docs.headers["content-security-policy"]
 
 
 REPLICA = 'replica="n1:43"'
