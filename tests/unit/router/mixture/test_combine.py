@@ -66,14 +66,14 @@ def combine_all(
     is_present: np.ndarray | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
     names: list[str] | None = None,
-    first_row: int = 0,
+    **more: int,
 ) -> dict[str, np.ndarray]:
     """Combine rows, by default those of the first experts, all of which are present."""
     ids = np.tile(np.arange(weights.shape[1]), (len(rows), 1)) if ids is None else ids
     is_present = np.ones(ids.shape, bool) if is_present is None else is_present
     names = names or [output.name for output in spec.outputs]
     tensors = torch.from_numpy(rows), torch.from_numpy(weights)
-    return combined(spec, *tensors, ids, is_present, inputs or {}, names, first_row=first_row)
+    return combined(spec, *tensors, ids, is_present, inputs or {}, names, **more)
 
 
 class Case:
