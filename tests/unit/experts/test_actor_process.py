@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from cluster.errors import Code, StaleEpochError, UnavailableError
 from cluster.spec import ActorSpec, ExpertKey, ModelKernel
 from cluster.wire.frames import ErrorFrame, RowsFrame, decode, encode, joined
 from cluster.wire.tensors import from_bytes
-from experts import actor as actor_module
 from experts import bank as bank_module
 from experts import queue as queue_module
 from experts.bank import GatedFfnExpert
@@ -48,30 +47,20 @@ from tests.unit.experts.local_actor import (
 
 
 @pytest.fixture
-def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Actor]]:
-    """Make actors with loaded experts; no lease watches this process."""
-    monkeypatch.setattr(actor_module, "end_when_orphaned", lambda lease, app: None)
+def actor(folder: Path) -> Iterator[Actor]:
+    """An actor with loaded experts."""
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
-
-    def made(max_queue_rows: int = 1000, num_gpus: float = 0.0) -> Actor:
-        return local_actor(folder, max_queue_rows, num_gpus)
-
-    yield made
+    yield local_actor(folder)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
 
 
-@pytest.fixture
-def spans() -> SpanKeeper:
-    return SpanKeeper()
-
-
 def test_a_gpu_of_rays_that_torch_does_not_find_is_said(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(UnavailableError, match=r"finds no accelerator on .*; install") as caught:
-        make(num_gpus=1)
+        local_actor(folder, num_gpus=1)
     assert caught.value.field == "args.experts.num_gpus"
 
 
@@ -158,10 +147,8 @@ def queued(actor: Actor, rows: int) -> None:
         tick.wait(0.001)
 
 
-def test_a_frame_is_answered_with_its_experts_rows_each_time(
-    make: Callable[..., Actor], folder: Path
-) -> None:
-    actor, rows = make(), rows_of(5)
+def test_a_frame_is_answered_with_its_experts_rows_each_time(actor: Actor, folder: Path) -> None:
+    actor, rows = actor, rows_of(5)
     for _ in range(2):
         data = actor.compute(frame_of(rows, request_id=9))
         answer = decode(data)
@@ -170,10 +157,7 @@ def test_a_frame_is_answered_with_its_experts_rows_each_time(
         assert torch.equal(rows_answer(data), expected(folder, rows))
 
 
-def test_the_report_tells_experts_tokens_steps_and_kernel_classes(
-    make: Callable[..., Actor],
-) -> None:
-    actor = make()
+def test_the_report_tells_experts_tokens_steps_and_kernel_classes(actor: Actor) -> None:
     actor.compute(frame_of(rows_of(5)))
     actor.compute(frame_of(rows_of(2)))
     report = actor.describe()
@@ -188,13 +172,10 @@ def test_the_report_tells_experts_tokens_steps_and_kernel_classes(
     assert actor.describe().kernels == ()
 
 
-def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(
-    make: Callable[..., Actor], spans: SpanKeeper
-) -> None:
-    actor = make()
+def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(actor: Actor) -> None:
+    spans = SpanKeeper()
     actor.compute(frame_of(rows_of(1), traceparent=f"00-{7:032x}-{8:016x}-01"))
-    assert actor._queue._spans is None
-    assert spans.told() == []  # the deployment has no tracing
+    assert actor._queue._spans is None  # the deployment has no tracing
     actor._queue._spans = BatchSpans(spans.tracer, "expert-0")
     frames = [
         frame_of(rows_of(5), traceparent=f"00-{7:032x}-{8:016x}-01"),
@@ -217,12 +198,8 @@ def test_each_traced_frame_of_a_batch_has_a_span_in_its_own_trace(
 
 
 def test_the_report_tells_how_long_frames_waited_and_products_took(
-    make: Callable[..., Actor],
-    gate: Gate,
-    calls: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
+    actor: Actor, gate: Gate, calls: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor = make()
     clock = SimpleNamespace(monotonic=lambda: clock.now_s, time=time.time, now_s=100.0)
     monkeypatch.setattr(queue_module, "time", clock)
     first = calls.submit(actor.compute, frame_of(rows_of(1)))
@@ -239,9 +216,8 @@ def test_the_report_tells_how_long_frames_waited_and_products_took(
 
 
 def test_experts_are_loaded_beside_those_held_from_where_the_checkpoint_is_now(
-    make: Callable[..., Actor], folder: Path, tmp_path: Path
+    actor: Actor, folder: Path, tmp_path: Path
 ) -> None:
-    actor = make()
     kept = actor._bank.experts[KEYS[0]]
     moved = copy_of(folder, tmp_path / "moved")
     more = [tuple(KEYS[0]), ("m", 1, 1)]
@@ -252,9 +228,8 @@ def test_experts_are_loaded_beside_those_held_from_where_the_checkpoint_is_now(
 
 
 def test_experts_are_let_go_after_the_batch_under_way(
-    make: Callable[..., Actor], gate: Gate, calls: ThreadPoolExecutor
+    actor: Actor, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make()
     asked = calls.submit(actor.compute, frame_of(rows_of(2)))
     assert gate.entered.acquire(timeout=LIMIT_S)
     letting_go = calls.submit(actor.unload, 1, [tuple(KEYS[1]), ("m", 0, 7)])
@@ -285,9 +260,8 @@ def test_experts_are_let_go_after_the_batch_under_way(
     ids=["empty", "garbage", "no msgpack", "rows", "no expert", "over"],
 )
 def test_what_cannot_be_computed_is_answered_by_its_error_uncomputed(
-    make: Callable[..., Actor], gate: Gate, data: bytes, kind: str
+    actor: Actor, gate: Gate, data: bytes, kind: str
 ) -> None:
-    actor = make()
     answer = error_answer(actor.compute(data))
     assert answer.kind == kind
     if kind == "FrameError":
@@ -301,12 +275,8 @@ def test_what_cannot_be_computed_is_answered_by_its_error_uncomputed(
 
 
 def test_a_frame_whose_deadline_passes_while_it_waits_is_dropped_and_its_mates_are_not(
-    make: Callable[..., Actor],
-    gate: Gate,
-    calls: ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch,
+    actor: Actor, gate: Gate, calls: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor = make()
     blocking = calls.submit(actor.compute, frame_of(rows_of(1)))
     assert gate.entered.acquire(timeout=LIMIT_S)
     hasty = calls.submit(actor.compute, frame_of(rows_of(2), timeout_s=LIMIT_S))
@@ -322,9 +292,8 @@ def test_a_frame_whose_deadline_passes_while_it_waits_is_dropped_and_its_mates_a
 
 
 def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
-    make: Callable[..., Actor], folder: Path, gate: Gate, calls: ThreadPoolExecutor
+    actor: Actor, folder: Path, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make()
     first = calls.submit(actor.compute, frame_of(rows_of(1), 1))
     assert gate.entered.acquire(timeout=LIMIT_S)
     batches = {i: rows_of(i, seed=i) for i in range(2, 8)}
@@ -344,13 +313,13 @@ def test_calls_that_wait_together_share_one_product_and_get_their_own_rows(
 
 
 def test_large_frames_share_no_product_and_each_answer_comes_before_the_next_is_computed(
-    make: Callable[..., Actor], folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    actor: Actor, folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue_module, "MAX_BATCH_ROWS", 8)
     gate.open()
     sizes = [3, 5, 1, 20, 2]
     batches = [rows_of(size, seed=size) for size in sizes]
-    answers = make().compute_all([frame_of(rows, i) for i, rows in enumerate(batches)])
+    answers = actor.compute_all([frame_of(rows, i) for i, rows in enumerate(batches)])
     computed = []
     for rows, answer in zip(batches, answers, strict=True):
         torch.testing.assert_close(rows_answer(b"".join(answer)), expected(folder, rows))
@@ -359,9 +328,8 @@ def test_large_frames_share_no_product_and_each_answer_comes_before_the_next_is_
 
 
 def test_a_call_that_has_its_answer_waits_for_no_other_product(
-    make: Callable[..., Actor], gate: Gate, calls: ThreadPoolExecutor
+    actor: Actor, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make()
     first = calls.submit(actor.compute, frame_of(rows_of(1)))
     assert gate.entered.acquire(timeout=LIMIT_S)
     mates = [calls.submit(actor.compute, frame_of(rows_of(count))) for count in (2, 3)]
@@ -380,9 +348,9 @@ def test_a_call_that_has_its_answer_waits_for_no_other_product(
 
 
 def test_a_full_queue_refuses_the_next_frame_and_serves_those_that_wait(
-    make: Callable[..., Actor], gate: Gate, calls: ThreadPoolExecutor
+    folder: Path, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make(10)
+    actor = local_actor(folder, 10)
     accepted = [calls.submit(actor.compute, frame_of(rows_of(6)))]
     assert gate.entered.acquire(timeout=LIMIT_S)
     accepted.append(calls.submit(actor.compute, frame_of(rows_of(4))))
@@ -398,9 +366,8 @@ def test_a_full_queue_refuses_the_next_frame_and_serves_those_that_wait(
 
 
 def test_a_batch_that_fails_is_answered_by_internal_errors_and_the_next_one_is_computed(
-    make: Callable[..., Actor], folder: Path, gate: Gate, calls: ThreadPoolExecutor
+    actor: Actor, folder: Path, gate: Gate, calls: ThreadPoolExecutor
 ) -> None:
-    actor = make()
     gate.failure = RuntimeError("secret of the device")
     failing = [calls.submit(actor.compute, frame_of(rows_of(1), 1))]
     assert gate.entered.acquire(timeout=LIMIT_S)
@@ -426,9 +393,8 @@ def test_the_end_of_a_process_is_at_once_and_no_success() -> None:
 
 
 def test_orders_of_an_older_epoch_are_refused_and_only_those_of_a_newer_renew_the_lease(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor = make()
     assert actor.heartbeat(5).epoch == 5
     renewed: list[float] = []
     monkeypatch.setattr(actor._lease, "renew", renewed.append)
@@ -489,10 +455,9 @@ def test_the_actor_has_what_the_pool_calls() -> None:
 
 
 def test_a_load_ends_once_a_newer_controller_gives_orders(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the newer one's orders wait for all of it, and count the actor as dead meanwhile."""
-    actor = make()
     begun, going_on = held(monkeypatch, actor, "_load_expert")
     share = [ExpertKey("m", 1, expert_id) for expert_id in range(4)]
     with ThreadPoolExecutor() as pool:
@@ -510,10 +475,9 @@ def test_a_load_ends_once_a_newer_controller_gives_orders(
 
 
 def test_an_older_order_that_waited_for_a_newer_one_is_refused(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both passed the first check in time; the newer one is not to find its experts gone."""
-    actor = make()
     begun, going_on = held(monkeypatch, actor, "_take_over")
     with ThreadPoolExecutor() as pool:
         first = pool.submit(actor.load, 1, actor._spec, [])
@@ -532,9 +496,8 @@ def test_an_older_order_that_waited_for_a_newer_one_is_refused(
 
 
 def test_what_an_actor_tells_a_newer_controller_no_older_one_takes_away(
-    make: Callable[..., Actor], monkeypatch: pytest.MonkeyPatch
+    actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actor = make()
     assert actor.describe(3).epoch == 1  # as before
     for order in (actor.unload, lambda epoch, keys: actor.load(epoch, actor._spec, keys)):
         with pytest.raises(StaleEpochError):
@@ -561,9 +524,8 @@ def of_other_weights(actor: Actor, folder: Path, model: str) -> ActorSpec:
 
 
 def test_what_an_actor_counted_of_a_replaced_model_goes_with_its_last_expert(
-    make: Callable[..., Actor], folder: Path
+    actor: Actor, folder: Path
 ) -> None:
-    actor = make()
     actor.compute(frame_of(rows_of(2)))
     replaced = of_other_weights(actor, folder, "n")
     assert actor.load(1, replaced, [ExpertKey("n", 0, 0)]).tokens[KEYS[1]] == 2

@@ -290,23 +290,18 @@ FULL = [
 ]
 
 
-def refused(answer: RowsFrame | ErrorFrame) -> OverloadedError:
-    assert isinstance(answer, ErrorFrame)
-    assert isinstance(answer.error, OverloadedError)
-    assert answer.error.retry_after_s
-    assert "secret" not in str(answer.error)
-    return answer.error
-
-
 @pytest.mark.parametrize("says_full", FULL)
+@pytest.mark.parametrize("place", ["a layer's product", "to_device", "to_host"])
 def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
     folder: Path,
     device: EmulatedDevice,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    place: str,
     says_full: Any,
 ) -> None:
-    frames = frames_of([(0, {0: 3}), (1, {1: 5}), (0, {2: 2})])
+    batch = [(0, {0: 3}), (1, {1: 5}), (0, {2: 2})]
+    frames = frames_of(batch)
     expected = bank_on(folder, HOST).compute(frames)
     bank = bank_on(folder, device.device)
     compute = Block.compute
@@ -316,23 +311,20 @@ def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
         return says_full() if block is full else compute(block, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Block, "compute", failing)
-        first, middle, last = bank.compute(frames)
-    check([first, last], [expected[0], expected[2]])
-    assert "has no memory for 5 rows" in str(refused(middle))
+        if place.startswith("to_"):
+            patch.setattr(bank._device._staging, place, says_full)
+        else:
+            patch.setattr(Block, "compute", failing)
+        answers = bank.compute(frames)
+    refused = answers if place.startswith("to_") else answers[1:2]
+    for answer in refused:
+        assert isinstance(answer, ErrorFrame)
+        assert isinstance(answer.error, OverloadedError)
+        assert answer.error.retry_after_s
+        assert "secret" not in str(answer.error)
     assert "secret of the device" in caplog.text
+    if len(refused) == 1:
+        check([answers[0], answers[2]], [expected[0], expected[2]])
+        assert "has no memory for 5 rows" in str(refused[0])
     assert not any(key.layer_id for key, count in bank.tokens.items() if count)
     check(bank.compute(frames), expected)
-
-
-@pytest.mark.parametrize("says_full", FULL)
-@pytest.mark.parametrize("copy", ["to_device", "to_host"])
-def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
-    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, copy: str, says_full: Any
-) -> None:
-    bank = bank_on(folder, device.device)
-    with monkeypatch.context() as patch:
-        patch.setattr(bank._device._staging, copy, says_full)
-        for answer in bank.compute(frames_of(BATCHES["two layers"])):
-            refused(answer)
-    check_as_host(folder, bank, BATCHES["two layers"])

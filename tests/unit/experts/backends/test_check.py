@@ -84,12 +84,7 @@ def test_every_expert_is_loaded_and_its_bytes_returned(tmp_path: Path) -> None:
     ("changes", "tensors", "words"),
     [
         ({}, {"weight": np.ones((3, F))}, r"weight must have the shape \[2, 3\] \(given: \[3, 3\]"),
-        ({}, {"weight": np.ones((2, F + 1))}, r"weight must have the shape \[2, 3\]"),
         ({}, {"weight": np.ones((2, F)), "bias": np.ones(3)}, r"bias must have the shape \[2\]"),
-        ({}, {"bias": np.ones(2)}, "has no tensor weight"),
-        ({}, {"weight": np.ones((2, F), np.int64)}, "weight is I64"),
-        ({}, {"weight": np.full((2, F), np.inf)}, "weight has values that are not finite"),
-        ({}, {"weight": np.ones((2, F)), "bais": np.ones(2)}, "not used: bais"),
         ({"prefix": "g."}, {"weight": np.ones((2, F))}, r"has no tensor g\.weight"),
         ({"kind": "mlp"}, {"0.weight": np.ones((5, F)), "1.weight": np.ones((2, 4))},
          r"1\.weight must have the shape \[2, 5\]"),

@@ -16,9 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.decomposition import PCA
 from sklearn.ensemble import (
-    AdaBoostRegressor,
     BaggingClassifier,
-    ExtraTreesRegressor,
     GradientBoostingClassifier,
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
@@ -29,30 +27,18 @@ from sklearn.ensemble import (
     StackingRegressor,
     VotingClassifier,
 )
-from sklearn.feature_selection import SelectKBest
 from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, Matern, WhiteKernel
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import (
-    LinearRegression,
-    LogisticRegression,
-    Ridge,
-    SGDClassifier,
-    TweedieRegressor,
-)
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, TweedieRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor
 from sklearn.naive_bayes import GaussianNB
-from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, RadiusNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import (
-    FunctionTransformer,
-    OneHotEncoder,
-    SplineTransformer,
-    StandardScaler,
-)
-from sklearn.svm import SVC, SVR, LinearSVC, NuSVR
+from sklearn.preprocessing import OneHotEncoder, SplineTransformer, StandardScaler
+from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from skops.io import dumps
 
@@ -70,26 +56,20 @@ PROBABILITIES = {"kind": "probabilities", "classes": [0, 1, 2]}
 
 REGRESSORS: dict[str, Any] = {
     "SVR": SVR(),
-    "NuSVR": NuSVR(kernel="linear"),
-    "LinearRegression": LinearRegression(),
     "Ridge": Ridge(),
     "Tweedie": TweedieRegressor(power=1.5, link="log"),
     "tree": DecisionTreeRegressor(random_state=0),
     "forest": RandomForestRegressor(10, random_state=0, n_jobs=2),
-    "extra trees": ExtraTreesRegressor(10, random_state=0),
     "gradient boosting": GradientBoostingRegressor(n_estimators=10, random_state=0),
     "histogram boosting": HistGradientBoostingRegressor(max_iter=10, categorical_features=[4]),
-    "AdaBoost": AdaBoostRegressor(n_estimators=5, random_state=0),
     "k-NN": KNeighborsRegressor(n_jobs=2),
     "k-NN, ball tree": KNeighborsRegressor(algorithm="ball_tree", metric="minkowski", p=3),
     "k-NN, brute force": KNeighborsRegressor(algorithm="brute", weights="distance"),
-    "radius": RadiusNeighborsRegressor(radius=3.0),
     "MLP": MLPRegressor(hidden_layer_sizes=(8,), max_iter=50, random_state=0),
     "Gaussian process": GaussianProcessRegressor(Matern() + WhiteKernel()),
     "isolation forest": IsolationForest(n_estimators=5, max_features=3, random_state=0),
     "pipeline": make_pipeline(StandardScaler(copy=False), PCA(3), SVR()),
     "stack": StackingRegressor([("a", Ridge()), ("b", DecisionTreeRegressor(max_depth=2))]),
-    "logarithm": make_pipeline(FunctionTransformer(np.log1p), LinearRegression()),
     "target": TransformedTargetRegressor(Ridge(), func=np.log1p, inverse_func=np.expm1),
     "columns": make_pipeline(
         ColumnTransformer(
@@ -106,22 +86,18 @@ REGRESSORS: dict[str, Any] = {
 CLASSIFIERS: dict[str, Any] = {
     "SVC": SVC(),
     "LinearSVC": LinearSVC(random_state=0),
-    "LogisticRegression": LogisticRegression(),
-    "SGD": SGDClassifier(loss="log_loss", random_state=0),
     "tree": DecisionTreeClassifier(random_state=0),
     "forest": RandomForestClassifier(10, random_state=0, n_jobs=-1),
     "gradient boosting": GradientBoostingClassifier(n_estimators=5, random_state=0),
     "histogram boosting": HistGradientBoostingClassifier(max_iter=5, categorical_features=[4]),
     "bagging": BaggingClassifier(n_estimators=5, max_features=3, random_state=0, n_jobs=2),
     "k-NN": KNeighborsClassifier(),
-    "k-NN, brute force": KNeighborsClassifier(algorithm="brute"),
     "MLP": MLPClassifier(hidden_layer_sizes=(8,), max_iter=50, random_state=0),
     "Gaussian process": GaussianProcessClassifier(1.0 * RBF()),
     "naive Bayes": GaussianNB(),
     "calibrated": CalibratedClassifierCV(LinearSVC(random_state=0), cv=2),
     "voting": VotingClassifier([("a", GaussianNB()), ("b", LogisticRegression())], voting="soft"),
     "search": GridSearchCV(LogisticRegression(), {"C": [0.1, 1.0]}, cv=2),
-    "pipeline": make_pipeline(StandardScaler(), SelectKBest(k=3), LogisticRegression()),
 }
 
 

@@ -17,13 +17,12 @@ from torch.nn import functional
 from experts.checkpoint.config import checked_shape, family_of, usual_config
 from experts.checkpoint.expert_weights import GatedFfnWeights
 from experts.compute import grouped_ffn as module
-from experts.compute.ffn import ACTIVATIONS, clamped_ffn, gated_ffn
+from experts.compute.ffn import ACTIVATIONS
 from experts.compute.grouped_ffn import MAX_GROUPS, choose_grouped_mm, grouped_ffn
 from router.ops.plan.source import known_models
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NUM_EXPERTS = 4
-COUNTS = [[1, 0, 0, 0], [0, 3, 0, 2], [40, 1, 0, 0], [5, 6, 7, 8]]
 
 
 @pytest.fixture(autouse=True)
@@ -66,30 +65,6 @@ def test_torchs_kernel_takes_the_experts_of_every_known_model(name: str) -> None
     # Not float32: newer torch has a loop for it, which `_obstacle` refuses.
     with pytest.raises(RuntimeError, match=r"BF(loat)?16"):
         check_shapes(like.map(torch.Tensor.double), shape.activation)
-
-
-@pytest.mark.parametrize("has_biases", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", COUNTS)
-def test_the_results_are_those_of_each_expert_alone(
-    counts: list[int], dtype: torch.dtype, has_biases: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(4, 96, 64), (4, 64, 48), (4, 96), (4, 64)][: 4 if has_biases else 2]
-    weights = GatedFfnWeights(
-        *(torch.randn(shape, generator=generator).mul(0.1).to(dtype) for shape in shapes)
-    )
-    rows = torch.randn(sum(counts), 64, generator=generator).to(dtype)
-    ends = torch.tensor(counts).cumsum(0).int()
-    expected = []
-    for expert, own in enumerate(rows.split(counts)):
-        alone = weights.map(lambda part, expert=expert: part[expert])  # type: ignore[misc]
-        expected.append(
-            clamped_ffn(own, alone) if has_biases else gated_ffn(own, alone, functional.silu)
-        )
-    found = grouped_ffn(rows, weights, functional.silu, ends, functional.grouped_mm)
-    tolerance = 1e-6 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)
 
 
 SIZES = (64, 48)
