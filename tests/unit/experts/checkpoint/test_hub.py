@@ -67,7 +67,7 @@ def test_a_hub_id_is_resolved_to_the_commit_of_its_revision(
 
 @pytest.mark.parametrize("path", [f"owner/na.me@{'2' * 40}", "owner/na.me@v2", "owner/other@v1"])
 def test_a_revision_that_the_hub_lacks_is_named(cache: Path, path: str) -> None:
-    with pytest.raises(CheckpointMissingError, match="could not be fetched from the hub") as caught:
+    with pytest.raises(CheckpointMissingError, match="was not fetched from the hub") as caught:
         resolve_folder(path)
     assert caught.value.field == path
 
@@ -129,7 +129,7 @@ def test_a_hub_that_cannot_be_reached_is_a_checkpoint_error(
 ) -> None:
     unreachable = Mock(side_effect=ConnectionError("a fault of the test's"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub") as caught:
+    with pytest.raises(CheckpointError, match="was not fetched from the hub") as caught:
         resolve_folder("owner/name")
     assert caught.value.field == "owner/name"
     [((hub_id,), options)] = unreachable.call_args_list

@@ -92,7 +92,7 @@ def test_pools_may_be_emulated_or_not_and_the_check_names_them(tmp_path: Path) -
     [
         ({"emulate": {}}, "emulate", "needs batch_s or row_s above 0"),
         ({"emulate": {"batch_s": -1}}, "emulate.batch_s", "given: -1"),
-        ({"emulate": {"row_ms": 1}}, "emulate.row_ms", "allowed keys: batch_s, row_s"),
+        ({"emulate": {"row_ms": 1}}, "emulate.row_ms", "llowed keys: batch_s, row_s"),
         ({"emulate": TIMES, "num_gpus": 1}, "emulate",
          "an emulated device computes nothing; leave out num_gpus"),
         ({"pools": [{"name": "a", "actors": 1}], "emulate": TIMES}, "emulate",
