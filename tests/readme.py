@@ -31,6 +31,7 @@ HTTP_PORT, GRPC_PORT = 8000, 9000
 ELSEWHERE = {
     "pip install": "installs, as every run of the tests does before it",
     "python3 -m venv": "installs, as every run of the tests does before it",
+    "ray start": "starts nodes of Ray; tests/long/test_two_machines.py runs them",
     "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
     "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
     "expertmesh deploy": "ends the server; tests/integration/test_readme.py runs it at its end",
