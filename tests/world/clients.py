@@ -167,17 +167,11 @@ class Client:
             )
         sampling = SamplingParams(plan.max_tokens, temperature=0.0, n=plan.n)
         return GenerationRequest(
-            request_id=f"r{self._world.kernel.random.getrandbits(64):016x}",
-            model=MODEL,
-            prompt_token_ids=plan.prompt,
-            sampling=sampling,
-            deadline_s=time.monotonic() + left_s,
-            on_expert_loss=plan.on_expert_loss,
-            streamed=plan.is_streamed,
-            received=received,
-            priority=plan.priority,
+            f"r{self._world.kernel.random.getrandbits(64):016x}", MODEL, plan.prompt, sampling,
+            time.monotonic() + left_s, on_expert_loss=plan.on_expert_loss,
+            streamed=plan.is_streamed, received=received, priority=plan.priority,
             tenant=plan.tenant,
-        )
+        )  # fmt: skip
 
     async def _read(
         self, request: GenerationRequest, events: AsyncGenerator[TokenEvent, None], answer: Answer

@@ -21,15 +21,9 @@ ASK_S = 20.0
 LOOK_AGAIN_S, LOOKS = 0.05, 20
 """How often a rarity looks at the world, and how many times."""
 ELSEWHERE = {
-    "burst": True,
-    "poison raises": True,
-    "poison ends routers": True,
-    "poison ends actors": True,
-    "long prompts": True,
-    "flood of a name": True,
-    "streams over TLS": False,
-    "orphaned": False,
-}
+    "burst": True, "poison raises": True, "poison ends routers": True, "poison ends actors": True,
+    "long prompts": True, "flood of a name": True, "streams over TLS": False, "orphaned": False,
+}  # fmt: skip
 """Events that are requests, or a setting, or come at the end; and whether they count as hits."""
 DEVICES = {"device raises": "raises", "device yields NaN": "nan", "rows lost": "rows"}
 NODES = ("node's device raises", "memory full", "disk fails")

@@ -30,13 +30,9 @@ ALLOWED = {
 }  # fmt: skip
 """The errors that a client may get of faults; each says what it is to do."""
 STANDING = {
-    "CallLink._read",
-    "LinkClient._open",
-    "LinkListener._accept",
-    "LinkListener._admit",
-    "PlacementWatcher._bounded",
-    "PlacementWatcher._watch_forever",
-}
+    "CallLink._read", "LinkClient._open", "LinkListener._accept", "LinkListener._admit",
+    "PlacementWatcher._bounded", "PlacementWatcher._watch_forever",
+}  # fmt: skip
 """The coroutines of a router or a gateway that last as long as it."""
 LATE_S = 0.25
 """How late an answer may come beside its deadline and the gateway's grace."""

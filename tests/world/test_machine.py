@@ -243,7 +243,8 @@ def test_a_queue_gives_in_order_each_item_to_one_and_says_when_it_is_empty(
     machine.thread(machine.then(1.0, *(lambda item=item: items.put(item) for item in range(3))))
     said = machine.run()
     assert said[0] == (0.5, "empty")
-    assert {what for at_s, what in said if at_s == 1.0 and what is not None} == {0, 1, 2}
+    assert {what for at_s, what in said if at_s == 1.0} == {None, 0, 1, 2}
+    assert len(said) == 1 + 3 + 3
     assert (items.empty(), items.qsize()) == (True, 0)
 
 

@@ -94,10 +94,10 @@ def test_pairs_that_met_are_counted_once_a_seed() -> None:
         coverage.add(hit)
     assert coverage.table().splitlines() == [
         "                          scale",
-        "                  seeds     up  burst",
-        "seeds                        1      2",
-        "dies                  3      1      2",
-        "device yields NaN     ·      ·      ·",
+        "                   seeds     up  burst",
+        "seeds                         1      2",
+        "dies                   3      1      2",
+        "device yields NaN      ·      ·      ·",
     ]
     assert coverage.num_met() == 2
 

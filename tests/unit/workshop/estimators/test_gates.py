@@ -15,6 +15,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
 from sklearn.utils.validation import has_fit_parameter
 
 from workshop.estimators.general.gates import (
@@ -142,3 +143,9 @@ def test_a_learner_leaves_the_users_classifier_alone() -> None:
     given = SGDClassifier(loss="log_loss", random_state=0)
     learner_of(given, 3, same).fit(ROWS, np.eye(3)[PLACES], ONES)
     assert not hasattr(given, "coef_")
+
+
+def test_a_score_for_each_pair_of_classes_is_refused() -> None:
+    labels = np.arange(len(ROWS)) % 5
+    with pytest.raises(ValueError, match="SVC has 10 scores for 5 classes"):
+        layers_of(SVC(kernel="linear").fit(ROWS, labels), 5)
