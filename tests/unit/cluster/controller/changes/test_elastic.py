@@ -202,17 +202,6 @@ async def test_a_dead_actor_that_does_not_come_back_can_be_done_without() -> Non
     assert sorted(sizes(await settled(cluster, 1))) == ["expert-0", "expert-2"]
 
 
-async def test_copies_of_an_expert_come_and_go_by_command() -> None:
-    cluster = await started(3)
-    expert = ExpertKey("m", 0, 0)
-    report = await done(cluster.controller.set_copies(*expert, 3, False))
-    assert (report.outcome, report.moved_bytes, len(report.moves)) == ("committed", 20, 2)
-    assert len((await settled(cluster, 1)).holders[expert]) == 3
-    report = await done(cluster.controller.set_copies(*expert, 1, False))
-    assert (report.outcome, report.moved_bytes, len(report.moves)) == ("committed", 0, 2)
-    assert len((await settled(cluster, 1)).holders[expert]) == 1
-
-
 async def test_actors_leave_a_node_that_ray_drains_and_successors_take_over() -> None:
     pool = FakePool("n0", "n1")
     cluster = await started(2, pool)
