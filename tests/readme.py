@@ -217,7 +217,8 @@ def serving(folder: Path) -> Iterator[Place]:
         variables = {k: v for k, v in other_shell(log).items() if k != "RAY_AUTH_MODE"}
         yield Place(http_port, grpc_port, work, variables)
         why = "Serve was shut down" if STOPPED in log.read_text() else "SIGINT"
-        process.send_signal(signal.SIGINT)
+        if why == "SIGINT":
+            process.send_signal(signal.SIGINT)
         process.wait(END_S)
     assert process.returncode == 0, log.read_text()
     assert f"expertmesh: {why}: ending" in log.read_text()

@@ -65,36 +65,26 @@ def logs(
     lines: Annotated[
         int, typer.Option("--lines", "-n", min=1, help="The last lines of each process.")
     ] = 100,
-    address: Annotated[
-        str | None,
-        typer.Option("--address", help="The dashboard of the Ray cluster, as `serve status` has."),
-    ] = None,
 ) -> None:
-    """Show the log lines of all processes of ExpertMesh, on all nodes of a cluster.
+    """Show the log lines of all processes of ExpertMesh, on all nodes of this machine's Ray cluster.
 
     Example: expertmesh logs -f
+
+    RAY_ADDRESS names one of several clusters.
     """
-    from router.ops.startup.ray_token import dashboard_of, send_token
+    _join()
+    from ray.util.state import list_actors
 
-    send_token(address)
-    dashboard = dashboard_of(address)
-    from ray.util import state
-    from ray.util.state.exception import RayStateApiException
-
-    alive = [("state", "=", "ALIVE")]
-    try:
-        told = state.list_actors(address=dashboard, filters=alive, limit=MAX_ACTORS)
-    except (RayStateApiException, ConnectionError, RuntimeError) as error:
-        fail(f"no Ray answers at {dashboard} ({type(error).__name__})", UNREACHABLE)
+    told = list_actors(filters=[("state", "=", "ALIVE")], limit=MAX_ACTORS)
     actors = [actor for actor in told if actor.class_name.startswith(ACTOR_CLASSES)]
     if not follow:
-        found = [line for actor in actors for line in _lines_of(dashboard, actor, lines)]
+        found = [line for actor in actors for line in _lines_of(actor, lines)]
         write("".join(sorted(found)))
         return
     arrived: SimpleQueue[str] = SimpleQueue()
 
     def tail(actor: Any) -> None:
-        for line in _lines_of(dashboard, actor, lines, follow=True):
+        for line in _lines_of(actor, lines, follow=True):
             arrived.put(line)
 
     for actor in actors:
@@ -103,13 +93,13 @@ def logs(
         write(arrived.get())
 
 
-def _lines_of(dashboard: str, actor: Any, lines: int, follow: bool = False) -> Iterator[str]:
+def _lines_of(actor: Any, lines: int, follow: bool = False) -> Iterator[str]:
     """Yield the lines of a process, each with the process's name at its end."""
-    from ray.util import state
+    from ray.util.state import get_log
+    from ray.util.state.exception import RayStateApiException
 
     name = actor.class_name.rpartition(":")[2]
-    chunks = state.get_log(
-        address=dashboard,
+    chunks = get_log(
         actor_id=actor.actor_id,
         suffix="err",
         tail=lines,
@@ -117,8 +107,11 @@ def _lines_of(dashboard: str, actor: Any, lines: int, follow: bool = False) -> I
         timeout=TIMEOUT_S,
     )
     rest = ""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split("\n")
-        for line in whole:
-            if line and not line.startswith(":"):  # Ray's own marks
-                yield f"{line} ({name}, pid {actor.pid})\n"
+    try:
+        for chunk in chunks:
+            *whole, rest = (rest + chunk).split("\n")
+            for line in whole:
+                if line and not line.startswith(":"):  # Ray's own marks
+                    yield f"{line} ({name}, pid {actor.pid})\n"
+    except RayStateApiException as error:  # its node has ended, for one
+        yield f"expertmesh: no log of {name}, pid {actor.pid}, can be read: {error}\n"

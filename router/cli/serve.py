@@ -201,8 +201,8 @@ def _serve(
     Termination(write_line).install()
     handles_signals()
     if starts_ray:
-        if dashboard := dashboard_variable(context.dashboard_url or ""):
-            variables |= dashboard | {"RAY_ADDRESS": context.address_info["gcs_address"]}
+        variables |= dashboard_variable(context.dashboard_url or "")
+        variables["RAY_ADDRESS"] = context.address_info["gcs_address"]
         preflight.tell_other_shells(variables)
     written = _written(document, folder / path.name)
     _run_command(path, ["run", "--address", "auto", str(written)])
