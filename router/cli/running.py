@@ -66,11 +66,11 @@ def logs(
         int, typer.Option("--lines", "-n", min=1, help="The last lines of each process.")
     ] = 100,
 ) -> None:
-    """Show the log lines of all processes of ExpertMesh, on all nodes of this machine's Ray cluster.
+    """Show the log lines of all processes of ExpertMesh, on all nodes of a cluster.
 
     Example: expertmesh logs -f
 
-    RAY_ADDRESS names one of several clusters.
+    It asks the Ray cluster of this machine; RAY_ADDRESS names one of several.
     """
     _join()
     from ray.util.state import list_actors
