@@ -62,7 +62,7 @@ def test_the_commands_for_another_shell_work_as_written(place_that_ends: Place) 
     output = place.run(["bash", "-ec"], block.text)
     assert "expertmesh: serving deploy/cluster.yaml\n" in output
     assert "   ready   " in output
-    assert "INFO expertmesh.controller: " in output
+    assert " expertmesh.controller: " in output, output
     assert output.endswith("expertmesh: nothing is served any more\n")
     with Client(f"127.0.0.1:{place.grpc_port}", retry=None) as client:
         wait_until(lambda: does_not_answer(client), "nothing serves any more", GONE_S)
