@@ -74,6 +74,7 @@ class AppStatus:
     """What Serve says of an application, and of its deployments by name."""
 
     status: ApplicationStatus
+    message: str
     deployments: Mapping[str, DeploymentState]
 
 
@@ -89,16 +90,15 @@ def app_status(app: str) -> AppStatus | None:
         found = serve.status().applications.get(app)
         if found is None:
             return None
-        return AppStatus(found.status, _states(found.deployments))
+        return AppStatus(found.status, found.message, _states(found.deployments))
     client = get_client(raise_if_no_controller_running=False)
     if client is None:
         return None
     # serve.status() would collect every replica of every application, and pickle classes for it.
     # Serve's controller and ours together would spend a twentieth of a core on it.
     told = client.get_serve_status(app)
-    return AppStatus(
-        told.app_status.status, _states({one.name: one for one in told.deployment_statuses})
-    )
+    states = _states({one.name: one for one in told.deployment_statuses})
+    return AppStatus(told.app_status.status, told.app_status.message, states)
 
 
 def _states(told: Mapping[str, Any]) -> dict[str, DeploymentState]:

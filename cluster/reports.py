@@ -140,7 +140,8 @@ class ClusterStatus:
     of live copies of the expert that has the fewest. ``loading`` are the actors that do not serve
     yet, ``failing`` those that fail or wait for a next start. ``kernels`` has the kernel classes of
     each language model. ``nodes_without_gateway`` are nodes that are to have one, and have had none
-    for a while.
+    for a while. ``failed_deploy`` is why the last deployment failed, after which the former one
+    serves; or empty.
     """
 
     models: tuple[str, ...]
@@ -157,6 +158,7 @@ class ClusterStatus:
     kernels: tuple[KernelStatus, ...] = ()
     failing: tuple[FailingActor, ...] = ()
     nodes_without_gateway: tuple[str, ...] = ()
+    failed_deploy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +312,8 @@ class Samples:
     alone. ``families`` has each metric's samples by its name without a suffix. ``slowness`` is how
     many times as long as the fastest each actor (id, generation) takes for like work, as a router
     measures it where experts have copies. ``problem`` is that of :class:`ProcessStatus`. ``uses``
-    are those of a gateway, by the name of the keys.
+    are those of a gateway, by the name of the keys. ``deployment`` is Serve's name of a gateway's
+    deployment.
     """
 
     taken_s: float
@@ -318,6 +321,7 @@ class Samples:
     slowness: Mapping[tuple[str, int], float] = field(default_factory=dict)
     problem: str = ""
     uses: Mapping[str, KeyUse] = field(default_factory=dict)
+    deployment: str = ""
 
 
 @dataclass(frozen=True, slots=True)

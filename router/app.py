@@ -26,7 +26,7 @@ from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import GatewayReplica
 from router.serve.instance import refuse_proxies
-from router.serve.options import GATEWAY, REPLICA_VARIABLES
+from router.serve.options import CONTROLLER, GATEWAY, REPLICA_VARIABLES
 from router.serve.router import MixtureDeployment, RouterDeployment
 from router.served import Served, ServedModel, inspect_models, pool_specs
 
@@ -71,7 +71,9 @@ def application(
     except ExpertMeshError as error:
         # Serve's own exception is the one that it shows without a stack.
         raise RayServeException(str(error)) from None
-    controller = _controller(controller_class).bind(pool_specs(config.experts, models), config)
+    controller = _controller(controller_class, config).bind(
+        pool_specs(config.experts, models), config
+    )
     routers = {
         model.id: _router(names[model.id], config, _deployment_of(model)).bind(
             model, config, controller
@@ -104,19 +106,19 @@ def deployment_names(models: Sequence[Served]) -> dict[str, str]:
     return names
 
 
-def _controller(controller_class: type[ControllerDeployment]) -> Any:
+def _controller(controller_class: type[ControllerDeployment], config: AppConfig) -> Any:
     return serve.deployment(
-        name="Controller",
+        name=CONTROLLER,
         num_replicas=1,
         max_ongoing_requests=MAX_CONTROL_CALLS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": _runtime_env(SERVING_ENVIRONMENT)},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _runtime_env(SERVING_ENVIRONMENT, config)},
         **REPLICA_OPTIONS,
     )(controller_class)
 
 
-def _runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
+def _runtime_env(variables: Mapping[str, str], config: AppConfig) -> dict[str, Any]:
     """Return the environment of a replica, with what Serve was not started with."""
-    return {"env_vars": {**REPLICA_VARIABLES, **variables}}
+    return {"env_vars": {**REPLICA_VARIABLES, **variables, **config.environment}}
 
 
 def _draining(config: AppConfig) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def _router(name: str, config: AppConfig, deployment: type = RouterDeployment) -
         ray_actor_options={
             "num_cpus": router.num_cpus,
             "num_gpus": router.num_gpus if deployment is RouterDeployment else 0,
-            "runtime_env": _runtime_env(router_environment(router.threads)),
+            "runtime_env": _runtime_env(router_environment(router.threads), config),
         },
         **_draining(config),
     )(deployment)
@@ -168,7 +170,7 @@ def _gateway(config: AppConfig) -> Any:
         **gateway_options(config.gateway, ray.nodes() if ray.is_initialized() else ()),
         ray_actor_options={
             "num_cpus": config.gateway.num_cpus,
-            "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT),
+            "runtime_env": _runtime_env(GATEWAY_ENVIRONMENT, config),
         },
         **(REPLICA_OPTIONS | {"graceful_shutdown_timeout_s": HANDOVER_S}),
     )(GatewayReplica)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,3 +17,18 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
+    """Return the error for a key that a section does not have: the nearest key, and all."""
+    keys = sorted(allowed)
+    near = get_close_matches(key, keys, 1)
+    hint = f"did you mean {near[0]}? Allowed keys" if near else "allowed keys"
+    return f"unknown key; {hint}: {', '.join(keys)}"
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections in the type of a key, which may be optional or a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]

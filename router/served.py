@@ -28,7 +28,8 @@ from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.remote.remote_files import Neighbours, open_model
 from experts.checkpoint.stored import Stored, pinned_path
 from experts.mixture.spec import MixtureSpec, interface_of, most_experts
-from router.config.deployment import AppConfig, ExpertsConfig, ModelConfig, load_deployment
+from router.config.deployment import AppConfig, ExpertsConfig, load_deployment
+from router.config.models import ModelConfig
 
 Identify = Callable[[Stored], str]
 """Returns the identity of an opened folder."""

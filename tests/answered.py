@@ -54,7 +54,7 @@ class Group(Enum):
 
     PATHS = "`/v1`, `/v2`, `/tokenize`, `/detokenize`, `/openapi.json`"
     METRICS = "`/metrics`"
-    PROBES = "`/health`, `/ready`"
+    PROBES = "`/health`, `/ready`, `/`, `/docs`"
     LISTENS = "`/-/healthz`"
     NOWHERE = "any other path"
     INFERENCE = "`Inference`, `GRPCInferenceService`"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -46,6 +46,7 @@ from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 
 MODEL = "m"
+Outcomes = list[TokenEvent | ExpertMeshError]
 
 
 def within(timeout_s: float, calls: Sequence[Call]) -> list[Call]:
@@ -140,6 +141,17 @@ def _load(
     return GatedFfnExpert(weights, checkpoint.shape.activation, torch.get_num_threads())
 
 
+def _placed(
+    experts: ModelExperts, num_actors: int, min_copies: int
+) -> tuple[Placement, dict[str, list[ExpertKey]]]:
+    """Return a placement of a model's experts on so many actors, and each actor's share."""
+    shares = assign_experts([experts], [f"a{i}" for i in range(num_actors)], None, min_copies)
+    placement = empty_placement(1, [experts])
+    for actor_id, keys in shares.items():
+        placement = placement.with_actor(actor_id, 1, keys)
+    return placement, shares
+
+
 class LocalCluster:
     """One engine over ``num_actors`` banks; ``generate`` runs requests to their end."""
 
@@ -165,59 +177,47 @@ class LocalCluster:
 
         ``device`` is the router's. ``identity`` is the model's.
         """
-        limits = limits or Limits(32, 64, 256)
         self.checkpoint = open_checkpoint(folder)
         dtype = dtype or self.checkpoint.dtype
         shape = self.checkpoint.shape
-        model_id = MODEL if elsewhere is None else elsewhere[0]
-        experts = ModelExperts(model_id, shape.layers, shape.num_experts, 1)
-        actor_ids = [f"a{i}" for i in range(num_actors)]
-        shares = assign_experts([experts], actor_ids, None, min_copies)
         self.view = PlacementView()
-        placement = empty_placement(1, [experts])
-        for actor_id, keys in shares.items():
-            placement = placement.with_actor(actor_id, 1, keys)
-        self.placement = placement if elsewhere is None else elsewhere[2]
+        self.transport = BankTransport({})
+        model_id, transport = MODEL, cast(Transport, self.transport)
+        if elsewhere is None:
+            experts = ModelExperts(MODEL, shape.layers, shape.num_experts, 1)
+            self.placement, shares = _placed(experts, num_actors, min_copies)
+            given = self.checkpoint, shares, dtype, emulation, experts_device
+            self.transport.banks = load_banks(*given)
+        else:
+            model_id, transport, self.placement = elsewhere
         self.view.publish(self.placement)
         self._version = 0
         self.suspected: list[tuple[str, int]] = []
-        self.transport = BankTransport({})
-        if elsewhere is None:
-            self.transport.banks = load_banks(
-                self.checkpoint, shares, dtype, emulation, experts_device
-            )
         self.dispatcher = Dispatcher(
-            model_id,
-            self.view,
-            self.transport if elsewhere is None else elsewhere[1],
-            lambda a, g: self.suspected.append((a, g)),
-            5.0,
+            model_id, self.view, transport, lambda a, g: self.suspected.append((a, g)), 5.0
         )
-        self.limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
-        self.overflow = {} if self.limit is None else self.limit.overflow
-        self.layers = MoELayers(self.dispatcher, WeightedSums(), self.limit)
+        limit = None if capacity is None else CapacityLimit(capacity, shape.num_experts)
+        self.overflow = {} if limit is None else limit.overflow
+        self.layers = MoELayers(self.dispatcher, WeightedSums(), limit)
         self.model = MoEModel(
             self.checkpoint, TORCH_DTYPES[dtype], cache_tokens, self.layers, device
         )
-        page_size = self.model.attention.page_size
-        has_limit = self.layers.has_limit
-        is_independent = not why_dependent(self.model.is_independent, has_limit)
+        is_independent = not why_dependent(self.model.is_independent, self.layers.has_limit)
         self.scheduler = Scheduler(
-            limits,
+            limits or Limits(32, 64, 256),
             self.model.num_pages,
-            page_size,
+            self.model.attention.page_size,
             self.model.even_context,
             identity if prefix_cache and is_independent else None,
             is_independent,
         )
-        self._outcomes: defaultdict[str, list[TokenEvent | ExpertMeshError]] = defaultdict(list)
+        self._outcomes: defaultdict[str, Outcomes] = defaultdict(list)
         self._changed = threading.Condition()
-        eos = self.checkpoint.config["eos_token_id"]
         self.engine = Engine(
             self.model,
             self.layers,
             self.scheduler,
-            frozenset([eos]),
+            frozenset([self.checkpoint.config["eos_token_id"]]),
             self._on_emissions,
             is_exact=emulation is None,
             identity=identity,
@@ -243,9 +243,7 @@ class LocalCluster:
                 self._outcomes[emission.request_id].append(emission.outcome)
             self._changed.notify_all()
 
-    def wait(
-        self, request_id: str, until: Callable[[list[TokenEvent | ExpertMeshError]], bool]
-    ) -> list[TokenEvent | ExpertMeshError]:
+    def wait(self, request_id: str, until: Callable[[Outcomes], bool]) -> Outcomes:
         """Wait (at most 60 s) until the request's outcomes satisfy ``until``."""
         with self._changed:
             assert self._changed.wait_for(lambda: until(self._outcomes[request_id]), 60)
@@ -255,7 +253,7 @@ class LocalCluster:
         """Return one event per choice of a submitted request; raises the error that ended it."""
         n = request.sampling.n
 
-        def ended(outcomes: list[TokenEvent | ExpertMeshError]) -> bool:
+        def ended(outcomes: Outcomes) -> bool:
             errors = any(isinstance(o, ExpertMeshError) for o in outcomes)
             finished = sum(isinstance(o, TokenEvent) and bool(o.finish_reason) for o in outcomes)
             return errors or finished == n

@@ -30,9 +30,11 @@ BLOCK_TIMEOUT_S, END_S = 300.0, 20.0
 HTTP_PORT, GRPC_PORT = 8000, 9000
 ELSEWHERE = {
     "pip install": "installs, as every run of the tests does before it",
+    "python3 -m venv": "installs, as every run of the tests does before it",
+    "ray start": "starts nodes of Ray; tests/long/test_two_machines.py runs them",
     "serve run": "starts a server of its own; tests/integration/test_serve_run.py has both ends",
     "expertmesh doctor": "tells of the machine; tests/integration/test_doctor.py runs it",
-    "export RAY_AUTH_MODE": "ends the server; tests/integration/test_readme.py runs it at its end",
+    "expertmesh deploy": "ends the server; tests/integration/test_readme.py runs it at its end",
     "docker build": "needs Docker; tests/unit/test_container.py reads what it builds",
     "docker run": "needs Docker; tests/integration/test_tracing.py reads the spans",
 }
@@ -45,6 +47,7 @@ DOCUMENTS_ELSEWHERE = {
 SLOW = frozenset({"workshop.md"})
 """Documents whose commands make models: ``tests/long/test_documents.py`` runs them."""
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STOPPED = "expertmesh: Serve was shut down: ending"
 _MARK = "@@status "
 
 
@@ -213,10 +216,12 @@ def serving(folder: Path) -> Iterator[Place]:
     with ready_serve(file, log, http_port, expertmesh_serve) as process:
         variables = {k: v for k, v in other_shell(log).items() if k != "RAY_AUTH_MODE"}
         yield Place(http_port, grpc_port, work, variables)
-        process.send_signal(signal.SIGINT)
+        why = "Serve was shut down" if STOPPED in log.read_text() else "SIGINT"
+        if why == "SIGINT":
+            process.send_signal(signal.SIGINT)
         process.wait(END_S)
     assert process.returncode == 0, log.read_text()
-    assert "expertmesh: SIGINT: ending" in log.read_text()
+    assert f"expertmesh: {why}: ending" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

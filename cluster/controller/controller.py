@@ -21,6 +21,7 @@ from cluster.controller.application import app_is_wanted
 from cluster.controller.changes.anti_affinity import AntiAffinity
 from cluster.controller.changes.autoscale import Autoscaler
 from cluster.controller.changes.elastic import Elastic
+from cluster.controller.changes.leaving import LeavingNodes
 from cluster.controller.changes.rebalance import Rebalancer
 from cluster.controller.changes.relief import Reliever
 from cluster.controller.health.slow_actors import SlowNotice
@@ -51,11 +52,8 @@ from cluster.reports import (
 )
 from cluster.spec import ActorReport, ExpertKey, PoolSpec, model_id_of
 
-ADOPT_TIMEOUT_S = 3.0
-APP_CHECK_S = 1.0
-RETAIN_CHECK_S = 1.0
-START_TIMEOUT_S = 30.0
-MAX_WATCH_S = 10.0
+ADOPT_TIMEOUT_S, START_TIMEOUT_S, MAX_WATCH_S = 3.0, 30.0, 10.0
+APP_CHECK_S = RETAIN_CHECK_S = 1.0
 
 logger = logging.getLogger("expertmesh.controller")
 
@@ -106,11 +104,12 @@ class Controller:
         changes = Changes(self._state, expert_pool, self._retirement, self._keeper.heartbeat_now)
         self._rebalancer = Rebalancer(self._state, changes, tracker, self._slow_notice)
         self._elastic = Elastic(self._state, expert_pool, self._keeper, self._rebalancer, meter)
-        deaths = self._keeper.deaths
-        self._reliever = Reliever(self._state, deaths, self._rebalancer, self._elastic.report)
+        report, deaths = self._elastic.report, self._keeper.deaths
+        self._reliever = Reliever(self._state, deaths, self._rebalancer, report)
         self._keeper.relieve = self._reliever.relieve
         self._keeper.relieve_waiting = self._reliever.relieve_waiting
-        self._autoscaler = Autoscaler(self._state, expert_pool, self._elastic, meter)
+        self._leaving = LeavingNodes(self._state, expert_pool, self._elastic)
+        self._autoscaler = Autoscaler(self._state, self._elastic, self._leaving, meter)
         self._loops: list[asyncio.Task[None]] = []
 
     # The loop.
@@ -379,16 +378,17 @@ class Controller:
         return await self._outcome(self._elastic.scale(number, pool, dry_run))
 
     async def drain(self, target: str, dry_run: bool) -> dict[str, Any]:
-        """Drain and end an actor, or those of a node; see :meth:`Elastic.drain`."""
-        return await self._outcome(self._elastic.drain(target, dry_run))
+        """Drain an actor or a node; see :meth:`Elastic.drain`, :meth:`LeavingNodes.drain`."""
+        drains = self._elastic if target in self._state.fleet.specs else self._leaving
+        return await self._outcome(drains.drain(target, dry_run))
 
     async def set_copies(
-        self, model: str, layer: int, expert: int, number: int, dry_run: bool
+        self, model: str, layer: int, expert: int, number: int, dry_run: bool, of_all: bool = False
     ) -> dict[str, Any]:
         """Bring an expert to ``number`` copies; see :meth:`Elastic.set_copies`."""
         keys = [key for key in self._state.keys if model_id_of(key) == model]
         key = ExpertKey(keys[0] if keys else model, layer, expert)
-        return await self._outcome(self._elastic.set_copies(key, number, dry_run))
+        return await self._outcome(self._elastic.set_copies(key, number, dry_run, of_all))
 
     async def _outcome(self, change: Coroutine[Any, Any, Report]) -> dict[str, Any]:
         """Return a change's report, or its error as plain data; Serve would wrap a raised error."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from cluster.errors import InvalidRequestError
@@ -80,3 +80,30 @@ def change_of_copies(
         holders.remove(worst)
         go.append(worst.actor_id)
     return Change({actor: [key] for actor in come}, {actor: [key] for actor in go})
+
+
+def change_of_all_copies(
+    keys: Sequence[ExpertKey],
+    number: int,
+    devices: Sequence[Device],
+    shares: Mapping[str, Collection[ExpertKey]],
+    free_bytes: Mapping[str, float],
+    expert_bytes: int,
+) -> Change:
+    """Return the change that brings each of a model's experts to ``number`` copies.
+
+    As :func:`change_of_copies`, but the load of a device is the number of experts that it holds.
+    """
+    held = {device.actor_id: set(shares[device.actor_id]) for device in devices}
+    free, added, dropped = dict(free_bytes), defaultdict(list), defaultdict(list)
+    for key in keys:
+        loads = {actor_id: float(len(experts)) for actor_id, experts in held.items()}
+        change = change_of_copies(key, number, devices, held, free, expert_bytes, loads)
+        for actor_id in change.added:
+            held[actor_id].add(key)
+            free[actor_id] -= expert_bytes
+            added[actor_id].append(key)
+        for actor_id in change.dropped:
+            held[actor_id].discard(key)
+            dropped[actor_id].append(key)
+    return Change(added, dropped)

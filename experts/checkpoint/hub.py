@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ _HUB_ID = re.compile(rf"({_REPOSITORY})(?:@(.*))?", re.ASCII | re.DOTALL)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]{0,254}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"models--([^-].*?)--(.+)")
-_FILES = [
+FILES = [
     "*.safetensors", "*.json", "tokenizer.model", "*.jinja", "mixture.yaml", "*.skops", "*.onnx"
 ]  # fmt: skip
+DESCRIPTION = ("config.json", "*.index.json", "mixture.yaml")
 _FOLDERS = ["*/*"]
 """Folders that are not fetched: the same weights in other layouts, as in GPT-OSS."""
 
@@ -49,11 +51,11 @@ def parse_hub_id(text: str) -> HubId | None:
     return HubId(found[1], revision)
 
 
-def fetch(model: HubId) -> Path:
+def fetch(model: HubId, patterns: Sequence[str] = FILES) -> Path:
     """Fetch a model's files into the hub's local cache; returns their folder there.
 
-    Pickles and folders in the repository are left out. Raises what the hub's client raises, which
-    has no common class.
+    With :data:`DESCRIPTION` these are the files without weights. Pickles and folders in the
+    repository are left out. Raises what the hub's client raises, which has no common class.
     """
     from huggingface_hub import snapshot_download  # slow to import and seldom needed
 
@@ -61,7 +63,7 @@ def fetch(model: HubId) -> Path:
         snapshot_download(
             model.repository,
             revision=model.revision,
-            allow_patterns=_FILES,
+            allow_patterns=list(patterns),
             ignore_patterns=_FOLDERS,
         )
     )
@@ -80,3 +82,18 @@ def name_of(folder: Path) -> str:
     """Return what a model's folder is called: by repository and commit in the hub's cache."""
     cached = cached_id(folder)
     return folder.name if cached is None else str(cached)
+
+
+def why_not_fetched(error: Exception) -> str:
+    """Return why the hub's client did not fetch a model, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated: accept its terms on the hub and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such model, or it is private: mend the name or set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the model has no such revision"
+    if isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        return "no network: the hub does not answer, and the model is not in its local cache"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"

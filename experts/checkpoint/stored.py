@@ -7,7 +7,7 @@ Bytes are verified as they are read, where there is a table of hashes.
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,14 @@ from typing import Protocol
 from cluster.errors import CheckpointError, CheckpointMissingError, shown_name
 from experts.checkpoint.config import read_small
 from experts.checkpoint.hashes import HashTable, leaf_spans
-from experts.checkpoint.hub import HubId, cached_id, fetch, parse_hub_id
+from experts.checkpoint.hub import (
+    FILES,
+    HubId,
+    cached_id,
+    fetch,
+    parse_hub_id,
+    why_not_fetched,
+)
 from experts.checkpoint.shard_file import ShardFile, Stamp
 from experts.checkpoint.shards import TensorInfo
 from experts.families.base import Config
@@ -114,9 +121,11 @@ def resolve_folder(path: str) -> Path:
         raise CheckpointMissingError(f"{error}, and there is no such folder", path) from None
     if hub_id is None:
         raise CheckpointMissingError(
-            "is neither an absolute folder, nor a folder in the deploy package, nor a hub id", path
+            "is no folder, neither an absolute one nor one beside the deployment file or in the "
+            "deploy package, and no hub id",
+            path,
         )
-    return _fetch(hub_id)
+    return fetched(hub_id)
 
 
 def pinned_path(path: str, stored: Stored) -> str:
@@ -131,13 +140,17 @@ def pinned_path(path: str, stored: Stored) -> str:
     return path if cached is None else str(cached)
 
 
-def _fetch(hub_id: HubId) -> Path:
+def fetched(hub_id: HubId, patterns: Sequence[str] = FILES) -> Path:
+    """Return the folder of a model of the hub, with the files of these patterns.
+
+    Raises :class:`CheckpointMissingError`, which says why it was not fetched.
+    """
     try:
-        return fetch(hub_id)
+        return fetch(hub_id, patterns)
     except Exception as error:  # the hub client raises many unrelated types
         raise CheckpointMissingError(
-            "is not a folder of the deploy package and could not be fetched from the hub "
-            f"({type(error).__name__})",
+            "is no folder beside the deployment file or in the deploy package, and was not fetched "
+            f"from the hub: {why_not_fetched(error)}",
             str(hub_id),
         ) from None
 

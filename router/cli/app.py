@@ -6,6 +6,7 @@ commands by entry points of the group :data:`MORE_COMMANDS`, as the workshop doe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from typing import Annotated, Any
 
@@ -29,17 +30,19 @@ from router.cli.keys import keys
 from router.cli.load import load, placement, rebalance
 from router.cli.plan import plan
 from router.cli.predict import predict
+from router.cli.running import logs, stop
 from router.cli.scale import copies, drain, scale
 from router.cli.serve import deploy, serve
 from router.cli.status import status
 from router.cli.usage import usage
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 
-MORE_COMMANDS = "expertmesh.commands"
+MORE_COMMANDS, MORE_PANEL = "expertmesh.commands", "Make models"
 _STYLE: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "markdown",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
 
@@ -54,7 +57,7 @@ class _Commands(TyperGroup):
         """Return the command of a name, imported only now if it is another package's."""
         for point in entry_points(group=MORE_COMMANDS, name=cmd_name):
             alone = typer.Typer(**_STYLE)
-            alone.command(cmd_name)(point.load())
+            alone.command(cmd_name, rich_help_panel=MORE_PANEL)(point.load())
             return typer.main.get_command(alone)
         return super().get_command(ctx, cmd_name)
 
@@ -98,9 +101,15 @@ def _options(
     ctx.with_resource(variables({name: file for name, file in given.items() if file is not None}))
 
 
-_SERVING = (serve, deploy, generate, chat, predict, status, load, placement, usage)
-_CHANGING = (rebalance, scale, drain, copies)
-for _command in (*_SERVING, *_CHANGING, bench, check, plan, doctor):
-    app.command()(_command)
-app.add_typer(config, name="config")
-app.add_typer(keys, name="keys")
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Serve": (serve, deploy, stop, logs),
+    "Ask": (generate, chat, predict, bench),
+    "Look": (status, load, placement, usage),
+    "Change": (rebalance, scale, drain, copies),
+    "Prepare": (check, plan, doctor),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+app.add_typer(config, name="config", rich_help_panel="Prepare")
+app.add_typer(keys, name="keys", rich_help_panel="Prepare")

@@ -67,6 +67,8 @@ def chat(
 
     Example: expertmesh chat --system "Answer as a prophet would." --temperature 0.8
 
+    Each token is the likeliest one, unless --temperature, --top-p or --top-k asks for a draw.
+
     The command forgets the oldest exchanges that the context has no room for, and says how many.
     When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
     the first failure ends the command.
@@ -78,6 +80,8 @@ def chat(
         info = first_model(runner.run(client.model_info(model)))
         if max_tokens is None:
             max_tokens = min(ROOM_TOKENS, info.max_model_len // 2)
+        if temperature is None and top_p is None and top_k is None:
+            temperature = 0.0
         sampling = Sampling(
             max_tokens=max_tokens,
             temperature=temperature,

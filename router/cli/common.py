@@ -144,7 +144,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UnreachableError as error:
-        fail(f"{error}; is `serve run` running?", UNREACHABLE)
+        fail(f"{error}; is `expertmesh serve` running?", UNREACHABLE)
     except (ConfigError, CheckpointError) as error:
         fail(str(error), BAD_USAGE)
     except ExpertMeshError as error:

@@ -81,7 +81,12 @@ def show(
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="A deployment file, as `serve run` takes it.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|OWNER/NAME", help="A deployment file, or a model of the Hugging Face hub."
+        ),
+    ],
     verify: Annotated[
         bool,
         typer.Option(
@@ -94,22 +99,28 @@ def check(
     """Check a deployment file and its checkpoints without starting anything.
 
     Example: expertmesh check deploy/cluster.yaml
+
+    Of a model of the hub it reads configuration and index, and fetches no weights.
     """
-    from router.config.deployment import read_document
-    from router.ops.startup.reach import check_document
-    from router.serve.options import completed
+    from experts.checkpoint.hub import parse_hub_id
+    from router.ops.plan.source import describe_hub
     from router.served import check_file
 
     result: dict[str, Any] = {"ok": True}
     try:
-        if verify:
+        is_file = file.exists() or file.suffix in (".yaml", ".yml")
+        hub_id = None if is_file else parse_hub_id(str(file))
+        if hub_id is not None:
+            lines = describe_hub(hub_id)
+        elif verify:
             from router.ops.hashing import verify_file
 
             lines, verified = verify_file(file, Console(stderr=True))
             result["hashes"] = [asdict(checkpoint) for checkpoint in verified]
         else:
             lines = check_file(file)
-        check_document(completed(read_document(file)), file, reads_files=False)
+        if hub_id is None:
+            _check_document(file)
     except (ConfigError, CheckpointError) as error:
         if as_json:
             write_json({"ok": False, "error": error.to_wire()})
@@ -118,6 +129,17 @@ def check(
         write_json({**result, "checks": lines})
     else:
         write("".join(f"{line}\n" for line in lines))
+
+
+def _check_document(file: Path) -> None:
+    from router.config.deployment import read_file
+    from router.ops.startup.reach import check_document
+    from router.serve.options import completed
+
+    try:
+        check_document(completed(read_file(file)), file, reads_files=False)
+    except ConfigError as error:
+        raise ConfigError(error.message, f"{file}: {error.field}") from None
 
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -9,6 +9,7 @@ import typer
 
 from cluster.reports import ChangeReport
 from router.cli.common import (
+    BAD_USAGE,
     REFUSED,
     Address,
     AdminAddress,
@@ -66,23 +67,35 @@ def drain(
 
 def copies(
     model: Annotated[str, typer.Argument(help="Model id.")],
-    layer: Annotated[int, typer.Argument(min=0, help="The layer of the expert.")],
-    expert: Annotated[int, typer.Argument(min=0, help="The expert.")],
-    number: Annotated[int, typer.Argument(min=1, help="The new number of copies.")],
+    which: Annotated[
+        list[str],
+        typer.Argument(metavar="LAYER EXPERT N|all N", help="An expert or all, and the number."),
+    ],
     dry_run: DryRun = False,
     address: Address = DEFAULT_ADDRESS,
     admin_address: AdminAddress = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set the number of copies of an expert; a later rebalancing may change it.
+    """Set the number of copies of an expert, or of all; a later rebalancing may change it.
 
     Example: expertmesh copies mesh-tiny 0 3 2
 
+    Example: expertmesh copies mesh-tiny all 2
+
     The exit code is 1 when the change is refused or fails.
     """
+    of_all = which[0] == "all"
+    numbers = which[1:] if of_all else which
+    if not all(map(str.isdecimal, numbers)) or len(numbers) != (1 if of_all else 3):
+        fail(f"copies: needs LAYER EXPERT N, or all N; got {' '.join(which)}", BAD_USAGE)
     with operator(address, admin_address, api_key) as client:
-        _show(client.set_copies(model, layer, expert, number, dry_run), as_json)
+        if of_all:
+            report = client.set_all_copies(model, int(numbers[0]), dry_run)
+        else:
+            layer, expert, number = map(int, numbers)
+            report = client.set_copies(model, layer, expert, number, dry_run)
+        _show(report, as_json)
 
 
 def _show(report: ChangeReport, as_json: bool) -> None:

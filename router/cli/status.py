@@ -126,6 +126,8 @@ def _summary(status: ClusterStatus) -> str:
     line names the slow actors where there are any.
     """
     lines = [_first_lines(status)]
+    if status.failed_deploy:
+        lines.append(f"the last deployment failed, the former one serves: {status.failed_deploy}")
     lines += [f"{k.model} is mixed: {k.mixed}" for k in status.kernels if k.mixed]
     lines += [f"{actor.actor_id} {actor.silence}" for actor in status.actors if actor.silence]
     lines += map(failing_line, status.failing)
@@ -142,7 +144,7 @@ def _summary(status: ClusterStatus) -> str:
 
 
 def _first_lines(status: ClusterStatus) -> str:
-    ready = "ready" if status.missing_experts == 0 else f"{status.missing_experts} experts missing"
+    ready = ", ".join(_lacks(status)) or "ready"
     copies = f"copies: {status.live_copies} live, {status.min_copies} wanted"
     if any(actor.device == EMULATED for actor in status.actors):
         copies += "   emulated devices: no answer is the model's"
@@ -152,6 +154,12 @@ def _first_lines(status: ClusterStatus) -> str:
         f"controller: pid {status.controller_pid}   "
         f"routers: {_pids(status.routers)}   gateways: {_pids(status.gateways)}"
     )
+
+
+def _lacks(status: ClusterStatus) -> list[str]:
+    """Return what keeps requests from being answered."""
+    lacks = [f"{status.missing_experts} experts missing"] if status.missing_experts else []
+    return lacks if status.routers else [*lacks, "no router runs"]
 
 
 def _tables(status: ClusterStatus, rates: dict[tuple[str, int], float] | None = None) -> Group:

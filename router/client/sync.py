@@ -255,6 +255,13 @@ class Client:
         )
         return self._administer("SetCopies", request, _CHANGE_TIMEOUT_S)
 
+    def set_all_copies(self, model: str, copies: int, dry_run: bool = False) -> ChangeReport:
+        """Bring all experts of a model to a number of copies, as :meth:`set_copies` does one."""
+        request = admin_pb2.SetCopiesRequest(
+            model=model, copies=copies, dry_run=dry_run, all_experts=True
+        )
+        return self._administer("SetCopies", request, _CHANGE_TIMEOUT_S)
+
     def _retried(self, attempts: RequestAttempts, method: Callable[..., Any]) -> Any:
         """Return the reply of the first attempt that succeeds."""
         while True:

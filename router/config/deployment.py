@@ -7,19 +7,22 @@ are an :class:`AppConfig`. The error of an unknown key lists the allowed keys.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from cluster.spec import OnExpertLoss
-from experts.checkpoint.hub import parse_hub_id
+from cluster.transport.stream.sockets import PORTS_VARIABLE, ports_of
 from router.config.capacity import CapacityConfig
 from router.config.experts import SINGLE_POOL_KEYS, ExpertsConfig, starts_within_bounds
 from router.config.listen import ListenConfig
-from router.section import Section
+from router.config.local_paths import localized
+from router.config.models import ModelConfig
+from router.section import Section, models_in, unknown_key
 from router.security.config import SecurityConfig, with_open_word
 
 IMPORT_PATH = "router.app:build"
@@ -28,38 +31,6 @@ BODIES_AT_ONCE = 16
 EACH_NODE, MAX_GATEWAYS = "each_node", 1000
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 _ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-
-
-class ModelConfig(Section):
-    """One model to serve."""
-
-    id: str = Field(
-        min_length=1,
-        max_length=128,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
-        description="The name that clients use.",
-    )
-    path: str = Field(
-        min_length=1,
-        description="A folder (absolute, or inside the installed `deploy` package), or a Hugging "
-        "Face hub id: `owner/name`, or `owner/name@revision` with a commit, tag or branch.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Number format of weights and computation. `auto` takes the checkpoint's, or "
-        "a mixture's.",
-    )
-    max_model_len: int | None = Field(
-        default=None,
-        ge=2,
-        description="Longest prompt plus output, in tokens. Without it, the model's own context.",
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _has_a_revision_after_the_at(cls, path: str) -> str:
-        parse_hub_id(path)  # raises
-        return path
 
 
 class ReplicaScalingConfig(Section):
@@ -210,6 +181,11 @@ class GatewayConfig(Section):
         description="Requests in progress in one gateway. One more is refused. Where it serves "
         "several models, half of an even share is kept for each.",
     )
+    access_log: bool = Field(
+        default=False,
+        description="Whether each request has a line in the log when it ends: its id, model, key's "
+        "name, outcome and time.",
+    )
     hosts: tuple[str, ...] = Field(
         default=(),
         description="Names that a request's `Host` may have where `listen.host` is loopback, "
@@ -291,6 +267,24 @@ class AppConfig(Section):
     router: RouterConfig = RouterConfig()
     gateway: GatewayConfig = GatewayConfig()
     security: SecurityConfig = Field(default=SecurityConfig(), json_schema_extra=with_open_word)
+    ports: str | None = Field(
+        default=None,
+        pattern=r"^[0-9]{1,5}-[0-9]{1,5}$",
+        description="The ports at which routers, gateways and expert actors listen for each other "
+        "between machines, as `20000-20999`. Each process takes one. Without it, any free port.",
+    )
+
+    @field_validator("ports")
+    @classmethod
+    def _ports_are_a_range(cls, ports: str | None) -> str | None:
+        if ports is not None:
+            ports_of(ports)  # raises
+        return ports
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the variables that every process of the application needs."""
+        return {} if self.ports is None else {PORTS_VARIABLE: self.ports}
 
     @field_validator("models")
     @classmethod
@@ -314,19 +308,12 @@ def _yaml_path(loc: tuple[int | str, ...], root: str) -> str:
     return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
 
 
-def _allowed_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: type[Section] = AppConfig
+def _allowed_keys(loc: tuple[int | str, ...]) -> Iterable[str]:
+    section: type[BaseModel] = AppConfig
     for part in loc[:-1]:
         if isinstance(part, str):
-            [section] = _sections_in(section.model_fields[part].annotation)
-    return sorted(section.model_fields)
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    """Return the section in the type of a key, which may be optional or a tuple of sections."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections_in(part)]
+            [section] = models_in(section.model_fields[part].annotation)
+    return section.model_fields
 
 
 def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
@@ -338,11 +325,12 @@ def parse_args(args: dict[str, Any], root: str = "args") -> AppConfig:
     try:
         return AppConfig.model_validate(args)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a misspelt key makes its own missing: the first is the cause
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         path = _yaml_path(first["loc"], root)
         if first["type"] == "extra_forbidden":
-            keys = ", ".join(_allowed_keys(first["loc"]))
-            raise ConfigError(f"unknown key; allowed keys: {keys}", path) from None
+            message = unknown_key(str(first["loc"][-1]), _allowed_keys(first["loc"]))
+            raise ConfigError(message, path) from None
         given = "" if first["type"] == "missing" else f" (given: {first['input']!r:.80})"
         raise ConfigError(f"{first['msg']}{given}", path) from None
 
@@ -352,7 +340,15 @@ def load_deployment(file: Path) -> list[tuple[str, AppConfig]]:
 
     Raises :class:`ConfigError` with the file and the YAML path.
     """
-    return parse_deployment(read_document(file), file)
+    return parse_deployment(read_file(file), file)
+
+
+def read_file(file: Path) -> Any:
+    """Return a deployment file's document, whose relative paths may lie beside it.
+
+    See :func:`router.config.local_paths.localized`. Raises :class:`ConfigError`.
+    """
+    return localized(read_document(file), file.parent)
 
 
 def read_document(file: Path) -> Any:

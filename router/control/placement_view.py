@@ -37,11 +37,13 @@ class PlacementView:
 
     ``placement`` is ``None`` until :meth:`publish` gets the first placement. ``models`` are the
     keys of all models that any of them had. ``expert_classes`` are the kernel classes of the
-    replica's model in its expert actors.
+    replica's model in its expert actors. ``failed_deploy`` is why the last deployment failed, or
+    empty.
     """
 
     def __init__(self) -> None:
         """Start without a placement."""
+        self.failed_deploy = ""
         self.placement: Placement | None = None
         self.models: frozenset[str] = frozenset()
         self.expert_classes: frozenset[str] = frozenset()
@@ -158,6 +160,8 @@ class PlacementWatcher:
                 return
             self._asks_own = answer["asks_own"]
             self._view.heard(answer["loop_age_s"])
+            # An earlier build's controller does not say it.
+            self._view.failed_deploy = answer.get("failed_deploy", "")
             self._hear_uses(answer["uses"])
             # Before the placement, so that an actor's class is known when it is first asked.
             self._view.classify(answer["epoch"], answer["expert_classes"])

@@ -16,13 +16,15 @@ class Readiness:
     ``reason`` is empty when ready, else it says why not. ``order`` is the (epoch, version) of the
     known placement. ``loop_age_s`` is the time since the controller last finished a look at an
     actor; it grows while the controller is away. Both are ``None`` before the controller's first
-    answer. A deployment that ``is_deleted`` never becomes ready again.
+    answer. A deployment that ``is_deleted`` never becomes ready again. ``failed_deploy`` is why the
+    last deployment failed, after which the former one serves; or empty.
     """
 
     reason: str
     order: tuple[int, int] | None
     loop_age_s: float | None
     is_deleted: bool = False
+    failed_deploy: str = ""
 
     @property
     def is_ready(self) -> bool:

@@ -71,10 +71,10 @@ class Admin:
         return await _report(self._controller.drain.remote(target, dry_run))
 
     async def set_copies(
-        self, model: str, layer: int, expert: int, copies: int, dry_run: bool
+        self, model: str, layer: int, expert: int, copies: int, dry_run: bool, of_all: bool = False
     ) -> ChangeReport:
-        """Bring one expert to a number of copies."""
-        call = self._controller.set_copies.remote(model, layer, expert, copies, dry_run)
+        """Bring one expert, or all of a model, to a number of copies."""
+        call = self._controller.set_copies.remote(model, layer, expert, copies, dry_run, of_all)
         return await _report(call)
 
     async def measurements(self) -> Measurements:

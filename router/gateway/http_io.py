@@ -27,6 +27,7 @@ from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.health import HEALTH_PATH
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Bodies, Share, arrival_timeout
+from router.gateway.metrics import http_request_id
 from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
 from router.security.keys import Caller, Role
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready"})
-"""What a load balancer asks without a key. Without one, readiness has no details."""
+OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
+"""Asked without a key by load balancers and newcomers. Without one they have no details."""
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
@@ -216,6 +217,7 @@ class EdgeMiddleware:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        http_request_id.set(request_id)
         has_started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -234,6 +236,8 @@ class EdgeMiddleware:
             if caller is not None and scope["method"] == "POST":
                 self._charges.begin(caller)
                 continue_trace(headers)
+            if scope["method"] == "HEAD":  # answered as GET is; the listener leaves the body out
+                scope = {**scope, "method": "GET"}
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
             if not isinstance(error, ExpertMeshError):  # handlers answer what routes raise

@@ -6,18 +6,25 @@ them out with the metrics of all other processes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.errors import Code, ExpertMeshError
 from cluster.reports import Samples
+from router.messages.prediction import PredictionRequest
+from router.messages.request import GenerationRequest
 from router.observability import catalogue
 from router.observability.catalogue import LATENCY_BUCKETS_S, Family
 
+access_log = logging.getLogger("expertmesh.access")
+http_request_id: ContextVar[str] = ContextVar("http_request_id", default="")
+"""The id of an HTTP request that its client knows, for the log."""
 OK = "ok"
 KeyTokens = Literal["prompt", "generated", "rows"]
 M = TypeVar("M", Counter, Gauge, Histogram)
@@ -69,10 +76,24 @@ class Metrics:
         self._in_flight.labels(model_id).inc()
         self._prompt_tokens.labels(model_id).inc(prompt_tokens)
 
-    def ended(self, model_id: str, seconds: float) -> None:
-        """Count a request that has ended, ``seconds`` after its start."""
+    def ended(
+        self,
+        request: GenerationRequest | PredictionRequest,
+        surface: str,
+        code: Code | None,
+        seconds: float,
+    ) -> None:
+        """Count a request that has ended, ``seconds`` after its start; ``None`` is success.
+
+        Where ``gateway.access_log`` asks for it, the request has a line in the log.
+        """
+        model_id, outcome = request.model, OK if code is None else code.value
         self._in_flight.labels(model_id).dec()
         self._latency.labels(model_id).observe(seconds)
+        self.finished(surface, code)
+        known_id, caller = http_request_id.get() or request.request_id, request.tenant or "anybody"
+        told = (surface, known_id, model_id, caller, outcome, 1e3 * seconds)
+        access_log.info("%s request %s for %s by %s: %s after %.0f ms", *told)
 
     def first_token(self, model_id: str, seconds: float) -> None:
         """Record the time to a request's first token."""

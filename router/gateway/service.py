@@ -248,8 +248,7 @@ class GenerationService:
             code = public_error(error).code
             raise
         finally:
-            self.metrics.ended(model_id, time.monotonic() - started_at_s)
-            self.metrics.finished(surface, code)
+            self.metrics.ended(checked.request, surface, code, time.monotonic() - started_at_s)
 
     async def _deltas(self, checked: CheckedRequest) -> AsyncGenerator[Delta, None]:
         choices = _Choices(checked)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ray
 from ray import serve
@@ -49,6 +49,7 @@ class ControllerDeployment(Controller):
         setup_logging()
         take_turns()
         self._bare = BareNodes()
+        self._failed_deploy = ""
         app = serve.get_replica_context().app_name
         with failures_logged("the controller"):
             named = [replace(pool, actor=replace(pool.actor, app=app)) for pool in pools]
@@ -56,14 +57,14 @@ class ControllerDeployment(Controller):
             super().__init__(
                 app,
                 named,
-                ExpertPool(app, self.actor_class, await tracing_environment()),
+                ExpertPool(app, self.actor_class, await tracing_environment() | config.environment),
                 LedgerStore(app, ray_store()),
                 experts.min_copies,
                 experts.rebalance_period_s,
                 experts.redeploy_drain_s,
             )
             await self.start()
-        self._run(log_what_serve_says(app), "deployments")
+        self._run(log_what_serve_says(app, self._note_failed_deploy), "deployments")
         if config.gateway.replicas == EACH_NODE:
             self._run(self._look_for_bare_nodes(config.gateway.num_cpus), "nodes without a gateway")
         self._deletion = asyncio.create_task(self.look_for_deletion(), name="deletion")
@@ -80,8 +81,20 @@ class ControllerDeployment(Controller):
                 self._bare.look(able_nodes(nodes, num_cpus), gateways, time.monotonic())
             await asyncio.sleep(NODES_PERIOD_S)
 
+    def _note_failed_deploy(self, reason: str) -> None:
+        self._failed_deploy = reason
+
     def _status(self) -> ClusterStatus:
-        return replace(super()._status(), nodes_without_gateway=self._bare.ids)
+        status, bare = super()._status(), self._bare.ids
+        return replace(status, nodes_without_gateway=bare, failed_deploy=self._failed_deploy)
+
+    async def watch(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See :meth:`Controller.watch`; adds why the last deployment failed."""
+        return await super().watch(*args, **kwargs) | {"failed_deploy": self._failed_deploy}
+
+    async def gateway_deployments(self) -> dict[str, int]:
+        """See :meth:`Members.gateway_deployments`; a command that ends Serve calls it by name."""
+        return self._members.gateway_deployments()
 
     async def __del__(self) -> None:
         """Serve awaits this at a graceful end of the replica."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +29,7 @@ from router.gateway.input.models import load_models
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import GRACE_S, Room
 from router.gateway.listen.listeners import Listeners, Surface
-from router.gateway.metrics import Metrics
+from router.gateway.metrics import Metrics, access_log
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.upstream import Predictions
 from router.gateway.predict.v2_grpc import PredictionHandlers
@@ -85,20 +86,22 @@ class GatewayReplica:
         """
         setup_logging()
         take_turns()
+        access_log.setLevel(logging.INFO if limits.access_log else logging.WARNING)
         metrics = Metrics()
         charges = Charges(metrics)
         with failures_logged("a gateway"):
             self._let_in(limits.listen, security, metrics)
 
         def samples() -> Samples:
-            return replace(metrics.samples(), problem=self._problem(), uses=charges.uses())
+            own = {"problem": self._problem(), "uses": charges.uses(), "deployment": deployment}
+            return replace(metrics.samples(), **own)
 
+        replica = serve.get_replica_context()
+        application, deployment = replica.app_name, replica.deployment
         language_models = tuple(model for model in models if isinstance(model, ServedModel))
         mixtures = {model.id: model for model in models if isinstance(model, ServedMixture)}
         context = ray.get_runtime_context()
         node = context.get_node_id()
-        replica = serve.get_replica_context()
-        application, deployment = replica.app_name, replica.deployment
         self._deployment = Deployment(
             controller,
             [model.id for model in models],

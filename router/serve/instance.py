@@ -1,4 +1,4 @@
-"""The Serve that runs an application: its proxies, and our applications."""
+"""The Serve that runs an application: its proxies, and its applications."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RayServeException
 
-from router.serve.options import GATEWAY, NO_PROXIES
+from cluster.ray_private import app_status
+from router.serve.options import NO_PROXIES
 from router.serve.process import setup_logging
 
 _HAS_PROXIES = (
@@ -23,8 +25,8 @@ _HAS_PROXIES = (
 logger = logging.getLogger("expertmesh.serve")
 
 
-def our_applications(timeout_s: float) -> list[str]:
-    """Return the names of the applications of ExpertMesh that Serve runs.
+def applications(timeout_s: float) -> list[str]:
+    """Return the names of all applications of Serve, in whatever state.
 
     There is none where no Serve runs. Raises :class:`TimeoutError` when Serve does not answer.
     """
@@ -43,11 +45,18 @@ def our_applications(timeout_s: float) -> list[str]:
         raise TimeoutError(f"Serve does not answer within {timeout_s:g} s") from None
     if isinstance(answer, Exception):
         raise answer
-    return [
-        name
-        for name, application in answer.items()
-        if any(deployment.startswith(f"{GATEWAY}-") for deployment in application.deployments)
-    ]
+    return list(answer)
+
+
+def serve_has_ended() -> bool:
+    """Return whether the Serve that this process has used was shut down, by whatever process."""
+    try:
+        app_status("")
+    except ActorDiedError:
+        return True
+    except Exception as error:  # Ray itself may be away for a while
+        logger.debug("Serve does not answer: %s", error)
+    return False
 
 
 def refuse_proxies() -> None:

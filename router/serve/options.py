@@ -15,8 +15,10 @@ import yaml
 from cluster.errors import ConfigError
 
 NO_PROXIES = "proxy_location: Disabled"
-GATEWAY = "Gateway"
-"""The name of gateways' deployments, before a hyphen and what tells one from its successor."""
+CONTROLLER, GATEWAY = "Controller", "Gateway"
+"""The names of deployments; a gateway's goes on by a hyphen and what tells it from its successor.
+
+The controller's name also stands in deployment files."""
 REPLICA_VARIABLES = {
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's own lines go to its log files; ours come to stderr
     # One event loop in a replica: a gateway then sees how fast each client reads.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cluster.errors import ExpertMeshError
@@ -48,6 +50,20 @@ def torch_hidden() -> Iterator[None]:
 
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_FORMAT_VARIABLE, JSON = "EXPERTMESH_LOG_FORMAT", "json"
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's time (UTC), level, logger, process and message, and its stack."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        told = {"at": at, "level": record.levelname, "logger": record.name, "pid": record.process}
+        told["message"] = record.getMessage()
+        if record.exc_info:
+            told["stack"] = self.formatException(record.exc_info)
+        return json.dumps(told)
 
 
 def setup_logging() -> None:
@@ -59,7 +75,10 @@ def setup_logging() -> None:
     root = logging.getLogger("expertmesh")
     if not root.handlers:
         handler = logging.StreamHandler(sys.__stderr__)
-        handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
+        is_json = os.environ.get(LOG_FORMAT_VARIABLE) == JSON
+        handler.setFormatter(
+            JsonFormatter() if is_json else logging.Formatter(FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
+        )
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     root.propagate = False

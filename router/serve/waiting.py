@@ -1,17 +1,17 @@
-"""Logs why replicas find no place, which Serve says in its status alone."""
+"""Logs why replicas find no place, or a deployment failed, which only Serve's status says."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
-from ray.serve.schema import DeploymentStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
-from cluster.ray_private import app_status
+from cluster.ray_private import AppStatus, app_status
 
 PERIOD_S, MAX_PERIOD_S = 10.0, 320.0
 
@@ -40,23 +40,35 @@ class Notices:
         return found
 
 
-async def log_what_serve_says(app: str) -> None:
-    """Log Serve's messages of an application's deployments that are not healthy."""
+async def log_what_serve_says(app: str, on_failed_deploy: Callable[[str], None]) -> None:
+    """Log Serve's messages of an application, and of its deployments that are not healthy.
+
+    ``on_failed_deploy`` gets why the last deployment of a file failed; nothing if it did not.
+    """
     notices = Notices()
     while True:
         try:
-            for line in notices.due(await asyncio.to_thread(messages_of, app), time.monotonic()):
+            told = await asyncio.to_thread(app_status, app)
+            on_failed_deploy(failed_deploy(told))
+            for line in notices.due(messages_of(told), time.monotonic()):
                 logger.warning("%s", line)
         except (RayError, RuntimeError, TimeoutError) as error:  # Serve's controller may be down
             logger.warning("Serve did not report the state of its deployments: %s", error)
         await asyncio.sleep(PERIOD_S)
 
 
-def messages_of(app: str) -> dict[str, str]:
-    """Return what Serve says of an application's deployments that are not healthy, by name."""
-    told = app_status(app)
-    return {
+def failed_deploy(told: AppStatus | None) -> str:
+    """Return why the last deployment of an application failed, or nothing."""
+    if told is None or told.status is not ApplicationStatus.DEPLOY_FAILED:
+        return ""
+    return " ".join(told.message.split())
+
+
+def messages_of(told: AppStatus | None) -> dict[str, str]:
+    """Return what Serve says of an application that is not as it should, by deployment."""
+    states, failed = {} if told is None else told.deployments, failed_deploy(told)
+    return ({"the last deployment failed, the former one serves": failed} if failed else {}) | {
         name: state.message
-        for name, state in ({} if told is None else told.deployments).items()
+        for name, state in states.items()
         if state.message and state.status is not DeploymentStatus.HEALTHY
     }

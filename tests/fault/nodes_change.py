@@ -8,7 +8,6 @@ nodes beside it.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from router.app import build
 from router.client import Client
 from tests.checkpoints import save_mixtral
 from tests.cluster_fixture import prompt_of, transformers_tokens, wait_until
-from tests.fault.autoscaled import RAY
 from tests.fault.load import Case, Load
 from tests.fault.node_loss import (
     APP,
@@ -38,16 +36,8 @@ from tests.fault.node_loss import (
 )
 
 MODEL, LENGTH, STREAMS, DEADLINE_S = "random", 24, 32, 60.0
-WORKER_CPUS, ADDED_CPUS, GRACE_S = 2, 4, 60
+WORKER_CPUS, ADDED_CPUS = 2, 4
 """Room for two actors, and for all of them."""
-
-
-def drain(address: str, node_id: str) -> None:
-    """Have Ray drain a node as it does when a spot instance is about to go."""
-    why = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice")
-    limit = f"--deadline-remaining-seconds={GRACE_S}"
-    command = [str(RAY), "drain-node", "--address", address, "--node-id", node_id, *why, limit]
-    subprocess.run(command, check=True, timeout=LIMIT_S)
 
 
 def change_nodes(cluster: Cluster, client: Client, cases: Sequence[Case]) -> dict[str, Any]:
@@ -71,7 +61,7 @@ def change_nodes(cluster: Cluster, client: Client, cases: Sequence[Case]) -> dic
     actors = len(before.actors) + 1
     more = client.scale(actors)
     note("added", lambda told: is_whole(told) and nodes_of(told) == {kept, added})
-    drain(cluster.address, kept)
+    drained = client.drain(kept[:12])
     note("drained", lambda told: is_whole(told) and nodes_of(told) == {added})
     remove(cluster, kept, is_graceful=True)
     # Successors that took too long to be waited for come all the same.
@@ -82,6 +72,7 @@ def change_nodes(cluster: Cluster, client: Client, cases: Sequence[Case]) -> dic
         "lost": lost,
         "added": added,
         "scaled": more.outcome,
+        "drained": drained.outcome,
         "steps": steps,
         "requests": outcome.requests,
         "failures": dict(outcome.failures),

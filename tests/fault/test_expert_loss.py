@@ -71,13 +71,23 @@ def test_streams_survive_a_killed_actor(served: ServedCluster) -> None:
     check_replaced(before, served.actors(), ["expert-1"])
 
 
-def test_old_and_new_requests_survive_the_loss_of_all_actors(served: ServedCluster) -> None:
+def test_old_and_new_requests_survive_the_loss_of_all_actors_unless_they_are_impatient(
+    served: ServedCluster,
+) -> None:
     told, before = served.status(), served.actors()
     streams = start_streams(served)
     kill(told, *(actor.pid for actor in before.values()))
     assert not any(stream.ended for stream in streams)
+    patient = StreamReader(served.client, PROMPTS[0], greedy(60), RANDOM, 60)
+    impatient = StreamReader(served.client, PROMPTS[1], greedy(60), RANDOM, IMPATIENT_S)
+    impatient.wait_end(20)
+    assert isinstance(impatient.error, ExpertMeshError)
+    assert impatient.error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+    assert IMPATIENT_S * 0.9 < impatient.took_s < ANSWER_S
+    assert not patient.ended
     new = served.crowd(RANDOM, PROMPTS, [greedy(20)] * len(PROMPTS))
     expected = expected_tokens(served)
+    assert patient.result() == expected[0][:60]
     assert new == [tokens[:20] for tokens in expected]
     assert [stream.result() for stream in streams] == expected
     served.wait_whole()
@@ -119,19 +129,3 @@ def test_an_actor_that_hangs_for_a_moment_is_not_replaced(served: ServedCluster)
         assert [stream.result() for stream in streams] == expected_tokens(served)
     served.wait_whole()
     check_replaced(before, served.actors(), [])
-
-
-def test_an_impatient_request_fails_typed_and_a_patient_one_waits(served: ServedCluster) -> None:
-    told, before = served.status(), served.actors()
-    expected = expected_tokens(served)
-    kill(told, *(actor.pid for actor in before.values()))
-    patient = StreamReader(served.client, PROMPTS[0], greedy(60), RANDOM, 60)
-    impatient = StreamReader(served.client, PROMPTS[1], greedy(60), RANDOM, IMPATIENT_S)
-    impatient.wait_end(20)
-    assert isinstance(impatient.error, ExpertMeshError)
-    assert impatient.error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
-    assert IMPATIENT_S * 0.9 < impatient.took_s < ANSWER_S
-    assert not patient.ended
-    assert patient.result() == expected[0][:60]
-    served.wait_whole()
-    check_replaced(before, served.actors(), before)

@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-import ray
-from ray.actor import ActorHandle
-
 from cluster.controller.records.ledger import LedgerStore
 from cluster.ray_private import ray_store
-from cluster.reports import ActorStatus
-from cluster.spec import ACTOR_NAMESPACE, ActorReport, actor_name
 from tests.cluster_fixture import APP, RANDOM, ServedCluster, greedy, wait_until
 from tests.fault.faults import (
     PROMPTS,
@@ -24,14 +19,8 @@ from tests.fault.faults import (
 from tests.fault.test_expert_loss import check_replaced
 
 LENGTH = 20
-CALL_S = 10.0
 BACK_S = 40.0
 CUT_OFF = "the controller itself may be cut off"
-
-
-def handle_of(actor: ActorStatus) -> ActorHandle:
-    """Return the handle of an actor."""
-    return ray.get_actor(actor_name(APP, actor.actor_id, actor.generation), ACTOR_NAMESPACE)
 
 
 def test_actors_that_all_fall_silent_together_are_kept(served: ServedCluster) -> None:
@@ -72,18 +61,3 @@ def test_a_controller_that_is_not_the_newest_ends_and_replaces_nobody(
     check_replaced(before, served.actors(), ["expert-1"])
     # The older one has written nothing: its successor of the killed actor would be one more.
     assert served.actors()["expert-1"].generation == before["expert-1"].generation + 1
-
-
-def test_what_an_actor_has_lost_it_loads_again(served: ServedCluster) -> None:
-    """As after an order of an older controller, which the map of the newer one does not know."""
-    told, before = served.status(), served.actors()
-    handle = handle_of(before["expert-0"])
-    report: ActorReport = ray.get(handle.describe.remote(), timeout=CALL_S)
-    emptied = ray.get(handle.unload.remote(told.epoch, list(report.experts)), timeout=CALL_S)
-    assert emptied.experts == ()
-    answers = served.crowd(RANDOM, PROMPTS[:2], [greedy(LENGTH)] * 2)
-    assert answers == [served.expected(prompt, LENGTH) for prompt in PROMPTS[:2]]
-    served.wait_whole()
-    check_replaced(before, served.actors(), [])
-    refilled: ActorReport = ray.get(handle.describe.remote(), timeout=CALL_S)
-    assert refilled.experts == report.experts

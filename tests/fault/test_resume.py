@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from tests.cluster_fixture import (
     wait_until,
 )
 from tests.fault import faults
-from tests.fault.faults import BEFORE, LENGTH, kill, named_pids
+from tests.fault.faults import BEFORE, LENGTH, kill
 
 PROMPTS = faults.PROMPTS[:4]
 TWIN = "twin"
@@ -209,52 +209,6 @@ def test_streams_go_on_at_another_router_when_theirs_is_killed(served: ServedClu
         assert survivor["pid"] != victim["pid"]
         assert survivor["replayed"].keys() == {"equal"}
     served.wait_whole()
-
-
-def read_calls(
-    served: ServedCluster, interrupt: Callable[[list[HttpStream]], None] = lambda _: None
-) -> list[tuple[tuple[int, ...], str, list[str]]]:
-    """Return tokens, arguments and ends of tool streams of two seeds.
-
-    ``interrupt`` is called once both calls have begun, and before either is whole.
-    """
-    url, seeds = f"{served.http_url}/v1/completions", (7, 8)
-    streams = [HttpStream() for _ in seeds]
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        reading = [
-            pool.submit(stream.read, url, [], {**CALLING, "seed": seed})
-            for stream, seed in zip(streams, seeds, strict=True)
-        ]
-        wait_until(lambda: all(stream.arguments for stream in streams), "the calls have begun")
-        interrupt(streams)
-        tokens = [one.result(BACK_S) for one in reading]
-    return [
-        (ids, stream.arguments, stream.finish_reasons)
-        for ids, stream in zip(tokens, streams, strict=True)
-    ]
-
-
-def test_tool_streams_go_on_when_an_actor_and_then_the_controller_is_killed(
-    served: ServedCluster,
-) -> None:
-    undisturbed = read_calls(served)
-    assert len({"", *(arguments for _, arguments, _ in undisturbed)}) == 3
-    assert [ends for _, _, ends in undisturbed] == [["length"]] * 2
-    for victim in ("actor", "controller"):
-        told, before = served.status(), served.actors()["expert-1"]
-        pid = before.pid if victim == "actor" else told.controller_pid
-
-        def hit(streams: list[HttpStream], told: ClusterStatus = told, pid: int = pid) -> None:
-            kill(told, pid)
-            assert not any(stream.finish_reasons for stream in streams)
-
-        assert read_calls(served, hit) == undisturbed
-        # The fault hit: another process is in the place of the dead one, and of no other.
-        served.wait_whole()
-        after, actor = served.status(), served.actors()["expert-1"]
-        assert pid not in named_pids(after)
-        assert (actor.generation > before.generation) == (victim == "actor")
-        assert (after.controller_pid != told.controller_pid) == (victim == "controller")
 
 
 def start_own_streams(client: Client) -> list[StreamReader]:

@@ -88,25 +88,6 @@ def test_no_request_fails_while_every_actor_is_killed_in_turn(served: ServedClus
     assert (after.controller_pid, after.routers) == (told.controller_pid, told.routers)
 
 
-def test_no_request_fails_when_an_actor_dies_while_the_controller_is_away(
-    served: ServedCluster,
-) -> None:
-    told = served.status()
-    victim, *others = told.actors
-    with steady_load(served) as answered:
-        wait_answers(answered, WORKERS)
-        kill(told, told.controller_pid, victim.pid)
-        assert wait_replaced(served, victim, BACK_S).experts == victim.experts
-        wait_answers(answered, WORKERS)
-    after = served.wait_whole()
-    assert after.controller_pid != told.controller_pid
-    assert after.epoch > told.epoch
-    kept = {
-        a.actor_id: (a.pid, a.generation) for a in after.actors if a.actor_id != victim.actor_id
-    }
-    assert kept == {a.actor_id: (a.pid, a.generation) for a in others}
-
-
 def test_requests_survive_the_loss_of_the_controller_and_every_actor(
     served: ServedCluster,
 ) -> None:

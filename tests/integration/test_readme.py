@@ -53,15 +53,17 @@ def test_a_document_shows_what_its_commands_print(document: Path, place: Place) 
 def test_the_commands_for_another_shell_work_as_written(place_that_ends: Place) -> None:
     place = place_that_ends
     text = README.read_text(encoding="utf-8")
-    [block] = [b for b in blocks(text) if b.text.startswith("export RAY_AUTH_MODE=token ")]
-    assert re.findall(r"^serve (\w+)", block.text, re.MULTILINE) == ["deploy", "status", "shutdown"]
+    [block] = [b for b in blocks(text) if b.text.startswith("expertmesh deploy ")]
+    commands = re.findall(r"^expertmesh (\w+)", block.text, re.MULTILINE)
+    assert commands == ["deploy", "status", "logs", "stop"]
     with pytest.raises(AssertionError, match="Authentication required"):
         serve_cli("status", **place.variables)  # the token is on
     copy_with_ports(place.folder / "deploy", place.http_port, place.grpc_port)
     output = place.run(["bash", "-ec"], block.text)
-    assert "Sent deploy request successfully" in output
-    assert "status: RUNNING" in output
-    assert "Sent shutdown request" in output
+    assert "expertmesh: serving deploy/cluster.yaml\n" in output
+    assert "   ready   " in output
+    assert " expertmesh.controller: " in output, output
+    assert output.endswith("expertmesh: nothing is served any more\n")
     with Client(f"127.0.0.1:{place.grpc_port}", retry=None) as client:
         wait_until(lambda: does_not_answer(client), "nothing serves any more", GONE_S)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sysconfig
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -83,10 +85,14 @@ def test_expertmesh_serve_drains_and_leaves_nothing_behind(tmp_path: Path) -> No
         assert lines[-1].startswith(READY), "\n".join(lines)
         assert f"HTTP http://127.0.0.1:{http_port}/v1, gRPC 127.0.0.1:{grpc_port};" in lines[-1]
         assert any("experts have a live copy" in line for line in lines)
+        head = httpx.head(f"http://127.0.0.1:{http_port}/v1/models")
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 0
         has_serves_part_in_every_process(file, process)
         listens_on_loopback_alone(pids, {http_port, grpc_port, grpc_port + 1})
         # The commands of another shell: tests/integration/test_readme.py.
         assert other_shell(log)["RAY_AUTH_MODE"] == "token"
+        deployed_in_vain(file, other_shell(log), client, http_port)
 
         sampling = greedy(LENGTH, n=CHOICES)
         streams = [StreamReader(client, "In the", sampling, TINY) for _ in range(STREAMS)]
@@ -126,6 +132,31 @@ def test_expertmesh_serve_drains_and_leaves_nothing_behind(tmp_path: Path) -> No
             f"({2 + STREAMS}, at most 3600 s); another signal ends them now",
             "expertmesh: SIGINT: ending the requests now",
         ],
+    )
+
+
+def deployed_in_vain(
+    file: Path, variables: Mapping[str, str], client: Client, http_port: int
+) -> None:
+    """Deploy a file that fails: it is told everywhere, and the former deployment serves on."""
+    bad = file.with_name("bad.yaml")
+    bad.write_text(file.read_text().replace("path: models/", "path: no/such/folder/"))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [str(Path(sysconfig.get_path("scripts")) / "expertmesh"), "deploy", str(bad), "--wait"],
+        env={**kept, **variables},
+        capture_output=True,
+        text=True,
+        timeout=SAYS_S,
+    )
+    reason = "is no folder"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert reason in done.stderr.splitlines()[-1]
+    wait_until(lambda: reason in client.status().failed_deploy, "status tells it", SAYS_S)
+    ready = httpx.get(f"http://127.0.0.1:{http_port}/ready")
+    assert ready.status_code == 200
+    wait_until(
+        lambda: reason in str(httpx.get(ready.url).json()["failed_deploy"]), "ready too", SAYS_S
     )
 
 

@@ -1,4 +1,4 @@
-"""The distribution: built from its own source archive, it serves outside the source tree."""
+"""The distributions: the whole one serves outside the source tree, the client alone asks it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import venv
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,27 @@ def build(kind: str, source: Path, target: Path) -> Path:
         command, cwd=source, check=True, capture_output=True, text=True, timeout=LIMIT_S
     )
     return target / done.stdout.splitlines()[-1]
+
+
+def client_alone(wheel: Path, folder: Path, address: str) -> str:
+    """Return a completion by a client of this wheel, in a Python without the server's packages."""
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(folder)
+    program = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+sys.modules.update(dict.fromkeys(("ray", "torch", "numpy", "pydantic", "fastapi")))
+from expertmesh import Client, Sampling
+with Client({address!r}) as client:
+    [reply] = client.generate("And the LORD said", Sampling(max_tokens=4, temperature=0.0))
+print(sys.modules["router"].__file__, reply.text, sep="\\n", end="")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, check=True, capture_output=True, text=True
+    )
+    where, text = done.stdout.split("\n", 1)
+    assert Path(where).is_relative_to(folder)
+    return text
 
 
 def install(wheel: Path, folder: Path) -> Path:
@@ -91,4 +113,7 @@ def test_a_wheel_of_the_source_archive_serves_outside_the_source_tree(
         ready_serve(file, tmp_path / "log.txt", http_port, serving),
         Client(f"127.0.0.1:{grpc_port}") as client,
     ):
-        assert client.generate("In the beginning", greedy(4), model=TINY)
+        [reply] = client.generate("And the LORD said", greedy(4), model=TINY)
+        wheel = build("wheel", source / "deploy" / "client", tmp_path)
+        address = f"127.0.0.1:{grpc_port}"
+        assert client_alone(wheel, tmp_path / "client", address) == reply.text

@@ -69,7 +69,7 @@ GROUPS = {
 SAMPLING = {"max_tokens": 1, "temperature": 0.0}
 BODY = {"model": TINY, "prompt": "In the", **SAMPLING}
 BODY["messages"] = [{"role": "user", "content": "In the"}]
-NOWHERE = (("GET", "/nowhere"), ("POST", "/v3/"), ("GET", "/docs"), ("GET", "/-/routes"))
+NOWHERE = (("GET", "/nowhere"), ("POST", "/v3/"), ("GET", "/docs/x"), ("GET", "/-/routes"))
 """Serve's proxies would answer the last one."""
 
 
@@ -119,8 +119,7 @@ def http_calls() -> Iterator[Call]:
     assert len(routes) > 12
     groups = {
         "/metrics": Group.METRICS,
-        "/health": Group.PROBES,
-        "/ready": Group.PROBES,
+        **dict.fromkeys(("/health", "/ready", "/", "/docs"), Group.PROBES),
         HEALTH_PATH: Group.LISTENS,
     }
     for verb, path in sorted(routes):

@@ -157,7 +157,7 @@ CHANGED = ChangeReport(
     outcome="committed",
     added=("a1",),
     removed=(),
-    moves=(Move("a1", "tiny", 0, 1, True), Move("a0", "tiny", 0, 1, False)),
+    moves=REBALANCED.moves,
     moved_bytes=2_500_000,
     at_s=1000.0,
     took_s=0.5,
@@ -278,13 +278,9 @@ def says(text: str, finish_reason: str | None = "length", exact: bool = True) ->
         for place, token_id in enumerate(ids):
             last = place == len(ids) - 1
             for index in range(request.sampling.n):
-                yield TokenEvent(
-                    index,
-                    (token_id,),
-                    _logprobs(token_id, request.sampling.logprobs),
-                    finish_reason if last else None,
-                    exact,
-                )
+                rows = _logprobs(token_id, request.sampling.logprobs)
+                reason = finish_reason if last else None
+                yield TokenEvent(index, (token_id,), rows, reason, exact)
 
     return script
 

@@ -7,8 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from router.cli.app import app
 from router.config.listen import ListenConfig
 from tests.lock import FOLDER, PYTHON, ROOT
+from tests.unit.web_server import web_server
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 
@@ -82,16 +81,8 @@ def test_it_has_no_secrets() -> None:
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     copied = [rest.split()[:-1] for rest in given("COPY") if not rest.startswith("--from=built ")]
     sources = [source for sources in copied for source in sources]
-    assert {
-        "cluster",
-        "deploy",
-        "expertmesh",
-        "experts",
-        "native",
-        "router",
-        "workshop",
-        "pyproject.toml",
-    } <= {*sources}
+    packages = {"cluster", "deploy", "expertmesh", "experts", "native", "router", "workshop"}
+    assert packages | {"pyproject.toml"} <= {*sources}
     for source in sources:
         assert (ROOT / source).exists(), source
         assert not ignored(source), source
@@ -117,20 +108,13 @@ def test_it_serves_and_exposes_the_ports_for_clients() -> None:
 def test_it_is_healthy_while_the_gateway_is_ready(status: int, is_healthy: bool) -> None:
     asked = []
 
-    class Gateway(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            pass
+    def answer(path: str, _: bytes) -> tuple[int, bytes]:
+        asked.append(path)
+        return status, b""
 
     _, python, *code = json.loads("[" + given("HEALTHCHECK")[0].partition("[")[2])
-    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
-        threading.Thread(target=server.handle_request).start()
-        port = str(server.server_port)
-        command = [sys.executable, python, *(part.replace("8000", port) for part in code)]
+    with web_server(answer) as port:
+        command = [sys.executable, python, *(part.replace("8000", str(port)) for part in code)]
         done = subprocess.run(command, capture_output=True, timeout=300, check=False)
     assert asked == ["/ready"]
     assert (done.returncode == 0) == is_healthy

@@ -117,11 +117,7 @@ def test_packages_of_an_environment_that_are_not_the_locked_ones_are_named() -> 
     installed = [("One", "1.2"), ("torch", "9"), ("nvidia-nvtx", "9"), ("expertmesh", "9")]
     assert not_locked(installed, locked) == []
     wrong = not_locked([("one", "1.3"), ("torchvision", "1"), ("two", "1")], locked)
-    assert wrong == [
-        "one==1.3: locked at 1.2",
-        "torchvision==1: not locked",
-        "two==1: not locked",
-    ]
+    assert wrong == ["one==1.3: locked at 1.2", "torchvision==1: not locked", "two==1: not locked"]
 
 
 @pytest.mark.parametrize(

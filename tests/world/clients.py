@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 MODEL = "exact"
-PATIENCE_S = 1.0
-"""How much longer than a deadline and its grace a client waits for a gateway that lives."""
-
 BEGINNINGS = (tuple(range(100, 109)), (*range(100, 105), *range(200, 208)))
 """What many prompts begin with: pages of the cache that the first has are shared with the second,
 since their first page is the same."""
@@ -48,8 +45,6 @@ class Plan:
 
 @dataclass
 class Choice:
-    """What has come of one choice."""
-
     token_ids: list[int] = field(default_factory=list)
     identity: str = ""
     is_exact: bool = True
@@ -85,13 +80,11 @@ class Client:
         self._choose = random.Random(f"clients-{world.seed}")
 
     def send(self, plan: Plan) -> None:
-        """Send a request at its time."""
         kernel = self._world.kernel
         with kernel.within(self._process):
             kernel.call_at(plan.at_s, lambda: kernel.create_task(self._serve(plan)))
 
     def is_waiting(self) -> bool:
-        """Return whether any answer is awaited."""
         return any(answer.ended_at_s is None for answer in self.answers)
 
     async def _serve(self, plan: Plan) -> None:
@@ -174,17 +167,11 @@ class Client:
             )
         sampling = SamplingParams(plan.max_tokens, temperature=0.0, n=plan.n)
         return GenerationRequest(
-            request_id=f"r{self._world.kernel.random.getrandbits(64):016x}",
-            model=MODEL,
-            prompt_token_ids=plan.prompt,
-            sampling=sampling,
-            deadline_s=time.monotonic() + left_s,
-            on_expert_loss=plan.on_expert_loss,
-            streamed=plan.is_streamed,
-            received=received,
-            priority=plan.priority,
+            f"r{self._world.kernel.random.getrandbits(64):016x}", MODEL, plan.prompt, sampling,
+            time.monotonic() + left_s, on_expert_loss=plan.on_expert_loss,
+            streamed=plan.is_streamed, received=received, priority=plan.priority,
             tenant=plan.tenant,
-        )
+        )  # fmt: skip
 
     async def _read(
         self, request: GenerationRequest, events: AsyncGenerator[TokenEvent, None], answer: Answer
@@ -211,7 +198,6 @@ class Client:
 
 
 def plans(source: random.Random, begin_s: float, end_s: float, num_clients: int) -> list[Plan]:
-    """Draw the requests of some time."""
     found = []
     for client in range(num_clients):
         at_s = begin_s + source.random()

@@ -21,7 +21,6 @@ class Coverage:
         """The number of seeds in which a fault and an operation hit."""
 
     def add(self, hit: Iterable[str]) -> None:
-        """Count the kinds that hit in one seed."""
         kinds = set(hit)
         self.seeds.update(kinds)
         self.pairs.update(
@@ -33,11 +32,9 @@ class Coverage:
         )
 
     def num_met(self) -> int:
-        """Return how many pairs have met."""
         return sum(count > 0 for count in self.pairs.values())
 
     def num_pairs(self) -> int:
-        """Return how many pairs there are."""
         return len(self.faults) * len(self.operations)
 
     def table(self) -> str:

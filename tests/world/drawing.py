@@ -25,7 +25,6 @@ def rect(x: float, y: float, width: float, height: float, fill: str, title: str 
 
 
 def line(x1: float, y1: float, x2: float, y2: float, color: str, dash: str = "none") -> str:
-    """Return a line."""
     return (
         f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
         f'stroke-width="1.5" stroke-dasharray="{dash}"/>'

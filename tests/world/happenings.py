@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tests.world.kernel import Process
 from tests.world.ray_api import HEAD, Handle
-from tests.world.weather import CALM_S, IDENTITIES, Event
+from tests.world.weather import CALM_S, IDENTITIES, Event, Setting
 
 if TYPE_CHECKING:
     from tests.world.world import World
@@ -19,6 +20,35 @@ ASK_S = 20.0
 """How long an operator waits for the controller."""
 LOOK_AGAIN_S, LOOKS = 0.05, 20
 """How often a rarity looks at the world, and how many times."""
+ELSEWHERE = {
+    "burst": True, "poison raises": True, "poison ends routers": True, "poison ends actors": True,
+    "long prompts": True, "flood of a name": True, "streams over TLS": False, "orphaned": False,
+}  # fmt: skip
+"""Events that are requests, or a setting, or come at the end; and whether they count as hits."""
+DEVICES = {"device raises": "raises", "device yields NaN": "nan", "rows lost": "rows"}
+NODES = ("node's device raises", "memory full", "disk fails")
+REDEPLOYS: dict[str, Callable[[Setting], dict[str, int]]] = {
+    "redeploy the same": lambda now: {},
+    "redeploy more actors": lambda now: {"num_actors": now.num_actors + 1},
+    "redeploy fewer actors": lambda now: {"num_actors": max(3, now.num_actors - 1)},
+    "redeploy more copies": lambda now: {"min_copies": min(now.num_actors, now.min_copies + 1)},
+    "redeploy fewer copies": lambda now: {"min_copies": max(1, now.min_copies - 1)},
+}
+ASKED: dict[str, Callable[[Setting, int], tuple[Any, ...]]] = {
+    "scale up": lambda now, what: ("scale", now.num_actors + 1, POOL, False),
+    "scale down": lambda now, what: ("scale", max(3, now.num_actors - 1), POOL, False),
+    "drain an actor": lambda now, what: ("drain", f"{POOL}-{what % now.num_actors}", False),
+    "change copies": lambda now, what: (
+        "set_copies",
+        "exact",
+        what % 2,
+        what % 6,
+        1 + what % 3,
+        False,
+    ),
+    "rebalance": lambda now, what: ("rebalance", False),
+}
+"""The controller's methods that an operator calls, and what with."""
 
 
 class Happenings:
@@ -34,31 +64,43 @@ class Happenings:
         self._identities = 0
 
     def plan(self, events: tuple[Event, ...]) -> None:
-        """Have events happen at their times."""
-        kernel = self._world.kernel
         for event in events:
-            kernel.call_at(
-                event.at_s, self._happen, event, context=self._world.network.nobody.copy()
-            )
+            self._at(event.at_s, partial(self._happen, event))
 
     def _happen(self, event: Event) -> None:
-        method = getattr(self, "_" + event.kind.replace(" ", "_").replace("'", ""))
         self._target = ""
-        if method(event):
+        if self._has_hit(event):
             self.hit.append(event)
             self.targets.append(self._target)
             self._world.note(event.line() + (f": {self._target}" if self._target else ""))
 
+    def _has_hit(self, event: Event) -> bool:
+        """Let an event happen; returns whether it hit something."""
+        if event.kind in ELSEWHERE:
+            return ELSEWHERE[event.kind]
+        if event.kind in DEVICES:
+            return self._device(event, fault=DEVICES[event.kind])
+        if event.kind in ("device slow", "copy stays slow"):
+            return self._device(event, slow=event.amount)
+        if event.kind in NODES:
+            return self._of_node(event)
+        if event.kind in REDEPLOYS:
+            return self._deploy(**REDEPLOYS[event.kind](self._world.setting))
+        if event.kind in ASKED:
+            return self._ask(*ASKED[event.kind](self._world.setting, event.what))
+        method = getattr(self, "_" + event.kind.replace(" ", "_").replace("'", ""))
+        return bool(method(event))
+
+    def _at(self, at_s: float, call: Callable[[], object]) -> None:
+        """Have something called that no process does."""
+        self._world.kernel.call_at(at_s, call, context=self._world.network.nobody.copy())
+
     def _later(self, event: Event, call: Callable[[], object]) -> None:
-        """Have a fault end."""
-        self._world.kernel.call_at(
-            min(event.at_s + event.for_s, CALM_S), call, context=self._world.network.nobody.copy()
-        )
+        self._at(min(event.at_s + event.for_s, CALM_S), call)
 
     # Targets.
 
     def actors(self) -> list[Handle]:
-        """Return the living expert actors."""
         found = self._world.cluster.actors
         return [found[name] for name in sorted(found) if found[name].process.is_alive]
 
@@ -84,22 +126,19 @@ class Happenings:
     # Faults.
 
     def _dies(self, event: Event) -> bool:
-        process = self._process(event)
-        if process is None:
+        if (process := self._process(event)) is None:
             return False
         self._world.end(process)
         return True
 
     def _crashes_soon(self, event: Event) -> bool:
-        process = self._process(event)
-        if process is None:
+        if (process := self._process(event)) is None:
             return False
         self._world.kernel.crash_after(process, int(event.amount), self._world.end)
         return True
 
     def _hangs(self, event: Event) -> bool:
-        process = self._process(event)
-        if process is None:
+        if (process := self._process(event)) is None:
             return False
         kernel = self._world.kernel
         kernel.pause(process)
@@ -114,8 +153,7 @@ class Happenings:
         others = [host for host in self._world.network.addresses if host not in some]
         out = [(a, b) for a in sorted(some) for b in others]
         back = [(b, a) for a, b in out]
-        pairs = (out + back, out, back)[event.what % 3]
-        self._world.network.cut(pairs)
+        self._world.network.cut((out + back, out, back)[event.what % 3])
         self._later(event, self._world.network.heal)
         return True
 
@@ -135,61 +173,40 @@ class Happenings:
     def _bytes_damaged(self, event: Event) -> bool:
         return self._links(event, lambda link, amount: setattr(link, "damage", amount), 0.0)
 
-    def _calls_doubled(self, event: Event) -> bool:
-        self._world.cluster.duplicates = event.amount
-        self._later(event, lambda: setattr(self._world.cluster, "duplicates", 0.0))
+    def _share_of_calls(self, event: Event, name: str) -> bool:
+        cluster = self._world.cluster
+        setattr(cluster, name, event.amount)
+        self._later(event, lambda: setattr(cluster, name, 0.0))
         return True
 
+    def _calls_doubled(self, event: Event) -> bool:
+        return self._share_of_calls(event, "duplicates")
+
     def _answers_lost(self, event: Event) -> bool:
-        self._world.cluster.lost = event.amount
-        self._later(event, lambda: setattr(self._world.cluster, "lost", 0.0))
-        return True
+        return self._share_of_calls(event, "lost")
 
     def _device(self, event: Event, **changes: Any) -> bool:
         actors = self.actors()
         if not actors:
             return False
-        name = actors[event.what % len(actors)].process.name
-        self._target = name
+        name = self._target = actors[event.what % len(actors)].process.name
         self._world.break_device(name, **changes)
         if "slow" in changes:
             self._later(event, lambda: self._world.mend_device(name))
         return True
 
-    def _device_slow(self, event: Event) -> bool:
-        return self._device(event, slow=event.amount)
-
-    def _device_raises(self, event: Event) -> bool:
-        return self._device(event, fault="raises")
-
-    def _device_yields_NaN(self, event: Event) -> bool:  # noqa: N802
-        return self._device(event, fault="nan")
-
-    def _rows_lost(self, event: Event) -> bool:
-        return self._device(event, fault="rows")
-
-    def _nodes_device_raises(self, event: Event) -> bool:
-        node = self._node(event)
+    def _of_node(self, event: Event) -> bool:
+        """Break the devices, the memory or the disk of a node for a while."""
+        node, world = self._node(event), self._world
         if node is None:
             return False
-        self._world.break_device(node, fault="raises")
-        self._later(event, lambda: self._world.mend_device(node))
-        return True
-
-    def _memory_full(self, event: Event) -> bool:
-        node = self._node(event)
-        if node is None:
-            return False
-        self._world.full.add(node)
-        self._later(event, lambda: self._world.full.discard(node))
-        return True
-
-    def _disk_fails(self, event: Event) -> bool:
-        node = self._node(event)
-        if node is None:
-            return False
-        self._world.failing_disks.add(node)
-        self._later(event, lambda: self._world.failing_disks.discard(node))
+        if event.kind == "node's device raises":
+            world.break_device(node, fault="raises")
+            self._later(event, lambda: world.mend_device(node))
+        else:
+            nodes = world.full if event.kind == "memory full" else world.failing_disks
+            nodes.add(node)
+            self._later(event, lambda: nodes.discard(node))
         return True
 
     def _clock_jumps(self, event: Event) -> bool:
@@ -199,41 +216,27 @@ class Happenings:
                 process.wall_s += event.amount
         return True
 
-    def _node_lost(self, event: Event) -> bool:
+    def _node_that_may_go(self, event: Event) -> str | None:
         node = self._node(event)
-        if node is None or sum(n.is_alive for n in self._world.cluster.nodes.values()) < 2:
+        is_last = sum(n.is_alive for n in self._world.cluster.nodes.values()) < 2
+        return None if is_last else node
+
+    def _node_lost(self, event: Event) -> bool:
+        if (node := self._node_that_may_go(event)) is None:
             return False
         self._world.lose_node(node)
         return True
 
     # Operations.
 
-    def _deploy(self, identity: str, **changes: Any) -> bool:
-        self._world.deploy(identity, replace(self._world.setting, **changes))
+    def _deploy(self, identity: str = "", **changes: Any) -> bool:
+        world = self._world
+        world.deploy(identity or world.identity, replace(world.setting, **changes))
         return True
-
-    def _redeploy_the_same(self, event: Event) -> bool:
-        return self._deploy(self._world.identity)
 
     def _redeploy_other_weights(self, event: Event) -> bool:
         self._identities += 1
         return self._deploy(IDENTITIES[self._identities % len(IDENTITIES)])
-
-    def _redeploy_more_actors(self, event: Event) -> bool:
-        return self._deploy(self._world.identity, num_actors=self._world.setting.num_actors + 1)
-
-    def _redeploy_fewer_actors(self, event: Event) -> bool:
-        num_actors = max(3, self._world.setting.num_actors - 1)
-        return self._deploy(self._world.identity, num_actors=num_actors)
-
-    def _redeploy_more_copies(self, event: Event) -> bool:
-        num_actors = self._world.setting.num_actors
-        min_copies = min(num_actors, self._world.setting.min_copies + 1)
-        return self._deploy(self._world.identity, min_copies=min_copies)
-
-    def _redeploy_fewer_copies(self, event: Event) -> bool:
-        min_copies = max(1, self._world.setting.min_copies - 1)
-        return self._deploy(self._world.identity, min_copies=min_copies)
 
     def _ask(self, method: str, *args: Any) -> bool:
         """Have an operator call the controller, and note what comes of it."""
@@ -244,7 +247,7 @@ class Happenings:
             try:
                 async with asyncio.timeout(ASK_S):
                     outcome = await getattr(handle, method).remote(*args)
-                world.note(f"{method}{args}: {_shortened(outcome)}")
+                world.note(f"{method}{args}: {str(outcome)[:160]}")
             except Exception as error:
                 world.note(f"{method}{args}: {type(error).__name__}")
 
@@ -252,25 +255,8 @@ class Happenings:
             world.kernel.create_task(ask())
         return True
 
-    def _scale_up(self, event: Event) -> bool:
-        return self._ask("scale", self._world.setting.num_actors + 1, POOL, False)
-
-    def _scale_down(self, event: Event) -> bool:
-        return self._ask("scale", max(3, self._world.setting.num_actors - 1), POOL, False)
-
-    def _drain_an_actor(self, event: Event) -> bool:
-        return self._ask("drain", f"{POOL}-{event.what % self._world.setting.num_actors}", False)
-
-    def _change_copies(self, event: Event) -> bool:
-        number = 1 + event.what % 3
-        return self._ask("set_copies", "exact", event.what % 2, event.what % 6, number, False)
-
-    def _rebalance(self, event: Event) -> bool:
-        return self._ask("rebalance", False)
-
     def _node_drains(self, event: Event) -> bool:
-        node = self._node(event)
-        if node is None or sum(n.is_alive for n in self._world.cluster.nodes.values()) < 2:
+        if (node := self._node_that_may_go(event)) is None:
             return False
         self._world.cluster.nodes[node].is_draining = True
         self._world.kernel.call_later(
@@ -287,32 +273,12 @@ class Happenings:
         self._world.start_second_controller()
         return True
 
-    def _burst(self, event: Event) -> bool:
-        return True
-
-    # Rarities; their requests are among the scenario's.
-
-    def _poison_raises(self, event: Event) -> bool:
-        return True
-
-    def _poison_ends_routers(self, event: Event) -> bool:
-        return True
-
-    def _poison_ends_actors(self, event: Event) -> bool:
-        return True
-
-    def _long_prompts(self, event: Event) -> bool:
-        return True
-
-    def _flood_of_a_name(self, event: Event) -> bool:
-        return True
+    # Rarities; the requests of some are the scenario's.
 
     def _many_choices(self, event: Event) -> bool:
         """Look at the queues while they are long."""
         for number in range(LOOKS):
-            at_s = event.at_s + number * LOOK_AGAIN_S
-            context = self._world.network.nobody.copy()
-            self._world.kernel.call_at(at_s, self._world.law.look, context=context)
+            self._at(event.at_s + number * LOOK_AGAIN_S, self._world.law.look)
         return True
 
     def _actor_dies_again_and_again(self, event: Event) -> bool:
@@ -352,8 +318,7 @@ class Happenings:
 
     def _controller_cut_off(self, event: Event) -> bool:
         """Let no call of the controller reach an actor; all others reach each other."""
-        process = self._process(replace(event, role="controller"))
-        if process is None:
+        if (process := self._process(replace(event, role="controller"))) is None:
             return False
         cluster = self._world.cluster
         cluster.cut_off.add(process.pid)
@@ -377,25 +342,11 @@ class Happenings:
         self._later(event, end)
         return self._redeploy_other_weights(event)
 
-    def _copy_stays_slow(self, event: Event) -> bool:
-        return self._device(event, slow=event.amount)
-
-    def _streams_over_TLS(self, event: Event) -> bool:  # noqa: N802
-        return False  # from the beginning
-
-    def _orphaned(self, event: Event) -> bool:
-        return False  # at the end
-
     def _gateway_unreachable(self, event: Event) -> bool:
         """Break the links of a gateway, and let none be made anew; calls still pass."""
-        process = self._process(replace(event, role="gateway"))
-        if process is None:
+        if (process := self._process(replace(event, role="gateway"))) is None:
             return False
         network = self._world.network
         network.hide(process)
         self._later(event, lambda: network.hidden.discard(process.pid))
         return True
-
-
-def _shortened(outcome: Any) -> str:
-    return str(outcome)[:160]

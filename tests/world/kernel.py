@@ -26,6 +26,8 @@ from typing import Any
 
 import greenlet
 
+Callback = Callable[..., object]
+Context = contextvars.Context | None
 FIRST_PID = 1000
 _STAMP = struct.Struct("<qd")
 
@@ -68,15 +70,10 @@ class Thread:
     """Takes the place of ``threading.Thread``; a greenlet of the process that starts it."""
 
     def __init__(
-        self,
-        group: None = None,
-        target: Callable[..., object] | None = None,
-        name: str | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        *,
+        self, group: None = None, target: Callback | None = None, name: str | None = None,
+        args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *,
         daemon: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name = name or "thread"
         self.daemon = bool(daemon)
         self._target, self._args, self._kwargs = target, args, kwargs or {}
@@ -86,7 +83,6 @@ class Thread:
         self.ident = id(self)
 
     def start(self) -> None:
-        """Run the target once the starting thread blocks."""
         self._is_alive = True
         self._kernel.spawn(self._run)
 
@@ -100,14 +96,12 @@ class Thread:
                 waiter.wake()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end."""
         if self._is_alive:
             waiter = Waiter(self._kernel)
             self._ended.append(waiter)
             waiter.wait(timeout)
 
     def is_alive(self) -> bool:
-        """Return whether the target runs or is about to."""
         return self._is_alive
 
 
@@ -141,7 +135,6 @@ class Waiter:
         return self.is_woken
 
     def wake(self) -> None:
-        """End the wait."""
         if not self.is_woken:
             self.is_woken = True
             if self._greenlet is not None:
@@ -162,14 +155,10 @@ class Due:
     __slots__ = ("_when_s", "args", "callback", "context", "is_cancelled")
 
     def __init__(
-        self,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: contextvars.Context,
-        when_s: float = 0.0,
+        self, callback: Callback, args: tuple[Any, ...], context: Context, when_s: float = 0.0
     ) -> None:
         self.callback, self.args, self._when_s = callback, args, when_s
-        self.context = context
+        self.context = contextvars.copy_context() if context is None else context
         self.is_cancelled = False
 
     def cancel(self) -> None:
@@ -186,11 +175,6 @@ class Due:
 
 def _nothing() -> None:
     """Take the place of a callback that was cancelled."""
-
-
-def _own(context: contextvars.Context | None) -> contextvars.Context:
-    """Return the context given, an empty one too, or a copy of the current one."""
-    return contextvars.copy_context() if context is None else context
 
 
 _EventLoop: Any = asyncio.AbstractEventLoop
@@ -228,7 +212,6 @@ class Kernel(_EventLoop):
     # Processes.
 
     def process(self, name: str, node: str) -> Process:
-        """Return a new process."""
         made = Process(name, node, next(self._pids), begun_at_s=self.now_s)
         self.processes.append(made)
         self.on_life(made, "begins")
@@ -255,11 +238,9 @@ class Kernel(_EventLoop):
             process.on_end.clear()
 
     def pause(self, process: Process) -> None:
-        """Stop a process, as SIGSTOP does."""
         process.is_paused = True
 
     def go_on(self, process: Process) -> None:
-        """Let a paused process go on."""
         process.is_paused = False
         if process.is_alive:
             self._ready.extend(process.held)
@@ -370,7 +351,6 @@ class Kernel(_EventLoop):
         return True
 
     def note(self, error: str) -> None:
-        """Note an error that nobody caught."""
         if not self._is_closed:
             self.errors.append(error)
 
@@ -387,7 +367,6 @@ class Kernel(_EventLoop):
         self._timers.clear()
 
     def tasks_of(self, process: Process) -> list[str]:
-        """Return the names of the coroutines of a process that have not ended."""
         return sorted(
             task.get_coro().__qualname__  # type: ignore[union-attr]
             for task, owner in self._tasks.items()
@@ -406,38 +385,20 @@ class Kernel(_EventLoop):
     def is_closed(self) -> bool:
         return self._is_closed
 
-    def call_soon(
-        self,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> Due:
-        due = Due(callback, args, _own(context))
+    def call_soon(self, callback: Callback, *args: Any, context: Context = None) -> Due:
+        due = Due(callback, args, context)
         self._ready.append(due)
         return due
 
     call_soon_threadsafe = call_soon
 
     def call_later(
-        self,
-        delay: float,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
+        self, delay: float, callback: Callback, *args: Any, context: Context = None
     ) -> Due:
-        when_s = self.now_s + delay
-        due = Due(callback, args, _own(context), when_s)  # sooner than by call_at
-        heapq.heappush(self._timers, (when_s, next(self._numbers), due))
-        return due
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
 
-    def call_at(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> Due:
-        due = Due(callback, args, _own(context), when)
+    def call_at(self, when: float, callback: Callback, *args: Any, context: Context = None) -> Due:
+        due = Due(callback, args, context, when)
         heapq.heappush(self._timers, (when, next(self._numbers), due))
         return due
 
@@ -485,7 +446,6 @@ _kernels: list[Kernel] = []
 
 
 def kernel() -> Kernel:
-    """Return the kernel of the world that runs."""
     return _kernels[-1]
 
 
@@ -500,5 +460,4 @@ def running(own: Kernel) -> Iterator[None]:
 
 
 def current_process() -> Process | None:
-    """Return the process of the callback or thread that runs."""
     return PROCESS.get()

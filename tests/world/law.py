@@ -25,23 +25,14 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 ALLOWED = {
-    "UnavailableError",
-    "ExpertUnavailableError",
-    "DeadlineExceededError",
-    "OverloadedError",
-    "InvalidRequestError",
-    "ModelReplacedError",
-    "NoGateway",
-}
+    "UnavailableError", "ExpertUnavailableError", "DeadlineExceededError", "OverloadedError",
+    "InvalidRequestError", "ModelReplacedError", "NoGateway",
+}  # fmt: skip
 """The errors that a client may get of faults; each says what it is to do."""
 STANDING = {
-    "CallLink._read",
-    "LinkClient._open",
-    "LinkListener._accept",
-    "LinkListener._admit",
-    "PlacementWatcher._bounded",
-    "PlacementWatcher._watch_forever",
-}
+    "CallLink._read", "LinkClient._open", "LinkListener._accept", "LinkListener._admit",
+    "PlacementWatcher._bounded", "PlacementWatcher._watch_forever",
+}  # fmt: skip
 """The coroutines of a router or a gateway that last as long as it."""
 LATE_S = 0.25
 """How late an answer may come beside its deadline and the gateway's grace."""
@@ -65,8 +56,6 @@ class Breach:
 
 
 class Law:
-    """Watches a world."""
-
     def __init__(self, world: World) -> None:
         self._world = world
         self.breaches: list[Breach] = []
@@ -75,7 +64,6 @@ class Law:
         self._untrue_since_s: dict[str, float] = {}
 
     def broken(self, law: str, text: str) -> None:
-        """Note a breach."""
         self.breaches.append(Breach(law, self._world.kernel.now_s, text))
         self._world.note(f"BROKEN {law}: {text}")
 
@@ -119,7 +107,6 @@ class Law:
         )
 
     def published(self, before: Placement, after: Placement, controller: ClusterState) -> None:
-        """Look at a change of the placement."""
         if after.order < before.order:
             self.broken("epochs rise", f"placement {after.order} after {before.order}")
         self._world.copies.published(before, after, controller)
@@ -301,5 +288,4 @@ def _has_whole_model(placement: Placement) -> bool:
 
 
 def _number(key: str) -> int:
-    """Return the number in a record's key."""
     return int(key.rpartition("/")[2])

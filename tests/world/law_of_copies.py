@@ -49,7 +49,6 @@ class LawOfCopies:
         )
 
     def published(self, before: Placement, after: Placement, controller: ClusterState) -> None:
-        """Look at a change of the placement."""
         for key, holders in after.holders.items():
             earlier = before.holders.get(key, ())
             least = min(len(earlier), controller.min_copies)

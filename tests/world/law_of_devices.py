@@ -15,17 +15,9 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 QUIET = {
-    "device raises",
-    "device yields NaN",
-    "device slow",
-    "copy stays slow",
-    "burst",
-    "clock jumps",
-    "node added",
-    "poison raises",
-    "long prompts",
-    "gateway unreachable",
-}
+    "device raises", "device yields NaN", "device slow", "copy stays slow", "burst", "clock jumps",
+    "node added", "poison raises", "long prompts", "gateway unreachable",
+}  # fmt: skip
 REPLACED_S = 4.5
 """How long an actor may live whose device has failed at a batch."""
 LEARN_S = 2.5

@@ -24,7 +24,6 @@ PEERS_A_ROUTER = 4
 
 
 def look_at_queues(world: World) -> None:
-    """Look at all queues of a world."""
     bounds: list[tuple[str, str, int, int]] = []
     routers = world.serve.deployments["router"].replicas
     for replica in world.serve.deployments["router"].running():

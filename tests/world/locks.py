@@ -13,17 +13,14 @@ from typing import Any
 
 import greenlet
 
-from tests.world.kernel import Thread, Waiter, kernel
+from tests.world.kernel import Waiter, kernel
 
 
 def sleep(seconds: float) -> None:
-    """Block the thread for some virtual time."""
     Waiter(kernel()).wait(seconds)
 
 
 class Lock:
-    """A lock; a contender waits its turn."""
-
     def __init__(self) -> None:
         self._is_held = False
         self._waiters: deque[Waiter] = deque()
@@ -56,8 +53,6 @@ class Lock:
 
 
 class RLock(Lock):
-    """A lock that its holder may take again."""
-
     def __init__(self) -> None:
         super().__init__()
         self._owner: object = None
@@ -80,8 +75,6 @@ class RLock(Lock):
 
 
 class Condition:
-    """A condition over a lock."""
-
     def __init__(self, lock: Lock | None = None) -> None:
         self._lock = lock or RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release
@@ -125,8 +118,6 @@ class Condition:
 
 
 class Event:
-    """A flag to wait for."""
-
     def __init__(self) -> None:
         self._is_set = False
         self._changed = Condition(Lock())
@@ -147,8 +138,6 @@ class Event:
 
 
 class SimpleQueue:
-    """An unbounded queue."""
-
     def __init__(self) -> None:
         self._items: deque[Any] = deque()
         self._waiters: deque[Waiter] = deque()
@@ -174,8 +163,6 @@ class SimpleQueue:
     def get_nowait(self) -> Any:
         return self.get(block=False)
 
-    put_nowait = put
-
     def empty(self) -> bool:
         return not self._items
 
@@ -194,15 +181,3 @@ class MainThread:
 def current_thread() -> Any:
     """Return an object with the current thread's name."""
     return MainThread
-
-
-__all__ = [
-    "Condition",
-    "Event",
-    "Lock",
-    "RLock",
-    "SimpleQueue",
-    "Thread",
-    "current_thread",
-    "sleep",
-]

@@ -51,7 +51,6 @@ class Found:
     cpu_s: float
 
     def laws(self) -> set[str]:
-        """Return the laws that were broken."""
         return {law for law, _, _ in self.breaches}
 
 

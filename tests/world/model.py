@@ -61,7 +61,6 @@ def _mix(x: int) -> int:
 
 @cache
 def key_of(*parts: object) -> int:
-    """Return a number of 64 bits for a name."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
@@ -103,7 +102,6 @@ def _sum_of(states: Iterable[int]) -> int:
 
 
 def _number_of(state: int) -> int:
-    """Return the number of a state's row."""
     return (state & 0xFFFF) + (state >> 16) * _SPREAD
 
 
@@ -126,7 +124,6 @@ def _keys_of(identity: str) -> tuple[int, int, list[tuple[int, list[int], list[i
 
 @lru_cache(maxsize=4096)
 def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
-    """Return the greedy tokens of a model of this identity."""
     embedding, head, layers = _keys_of(identity)
     before = [0] * NUM_LAYERS
     ids = list(prompt)

@@ -58,7 +58,6 @@ class End:
     last_at_s: float = 0.0
 
     def room(self) -> int:
-        """Return how many bytes may be sent now."""
         peer = self.peer
         if peer is None or peer.is_closed:
             return WINDOW_BYTES  # the error comes with the answer
@@ -89,15 +88,12 @@ class End:
         return b"" if self.is_ended else None
 
     def is_readable(self) -> bool:
-        """Return whether a read does not wait."""
         return bool(self.received) or self.is_ended or self.error is not None
 
     def is_writable(self) -> bool:
-        """Return whether a write does not wait."""
         return self.error is not None or self.room() > 0
 
     def finish(self) -> None:
-        """Send the end of the stream."""
         if self.error is None and self.peer is not None and not self.is_closed:
             self.network.carry(self, self.peer, b"")
 
@@ -108,7 +104,6 @@ class End:
             self.is_closed = True
 
     def break_off(self, error: OSError) -> None:
-        """End the connection by an error."""
         if self.error is None and not self.is_closed:
             self.error = error
             self.changed()
@@ -116,8 +111,6 @@ class End:
 
 @dataclass(eq=False, slots=True)
 class Listener:
-    """A place where connections are accepted."""
-
     process: Process | None
     address: Address
     backlog: deque[End] = field(default_factory=deque)
@@ -148,7 +141,6 @@ class Network:
     # Links.
 
     def cut(self, pairs: list[tuple[str, str]]) -> None:
-        """Cut links, in the given directions."""
         for pair in pairs:
             self.links[pair].is_cut = True
 
@@ -170,7 +162,6 @@ class Network:
         return source != target and self.links[source, target].is_cut
 
     def was_cut(self, one: str, other: str, for_s: float) -> bool:
-        """Return whether a link between two hosts was cut within this time."""
         if one == other:
             return False
         since_s = self._kernel.now_s - for_s
@@ -178,7 +169,6 @@ class Network:
         return any(link.is_cut or link.cut_until_s > since_s for link in both)
 
     def when_mended(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called when links are mended."""
         self._waiting.append(call)
 
     def delay_s(self, source: str, target: str) -> float:
@@ -202,7 +192,6 @@ class Network:
     # Connections.
 
     def listen(self, address: str | None, name: Address | None) -> Listener:
-        """Listen at a free port of an address, or by a Unix socket's name."""
         process = current_process()
         host = process.node if process else ""
         where: Address = name if isinstance(name, bytes) else (str(address), next(self._ports))
@@ -213,7 +202,6 @@ class Network:
         return listener
 
     def stop(self, listener: Listener) -> None:
-        """Accept nothing more."""
         host = listener.process.node if listener.process else ""
         self._listeners.pop((host, listener.address), None)
         listener.is_closed = True
@@ -327,7 +315,6 @@ class Network:
                 )
 
     def add_host(self, host: str) -> None:
-        """Add a host, with links to all others."""
         others = list(self.addresses)
         self.addresses[host] = address = f"10.0.0.{len(others) + 1}"
         self._hosts[address] = host

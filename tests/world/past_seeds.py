@@ -55,6 +55,5 @@ STORIES = {
 
 
 def scenario(name: str) -> Scenario:
-    """Return a past scenario."""
     data = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return Scenario.from_json(data)

@@ -46,12 +46,34 @@ if TYPE_CHECKING:
     from tests.world.world import World
 
 
+Table = list[tuple[Any, str, Any]]
+"""Owners, their names, and what takes the place of what they have."""
+
+
 @contextlib.contextmanager
 def replaced(world: World) -> Iterator[None]:
     """Replace all inside."""
-    kernel, ray_cluster, serve = world.kernel, world.cluster, world.serve
+    table = [*_of_the_system(world), *_of_ray(world), *_of_the_product(world)]
+    state = random.getstate()
+    random.seed(world.seed)  # what the product draws without a generator of its own
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
+    for owner, name, value in table:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+        random.setstate(state)
 
-    process_now = PROCESS.get
+
+def _node() -> str:
+    process = current_process()
+    return HEAD if process is None else process.node
+
+
+def _of_the_system(world: World) -> Table:
+    kernel, process_now = world.kernel, PROCESS.get
 
     def monotonic() -> float:  # the most frequent of all calls
         process = process_now()
@@ -60,10 +82,6 @@ def replaced(world: World) -> Iterator[None]:
     def wall() -> float:
         process = current_process()
         return 1.7e9 + kernel.now_s + (0.0 if process is None else process.wall_s)
-
-    def node() -> str:
-        process = current_process()
-        return HEAD if process is None else process.node
 
     def pid() -> int:
         process = current_process()
@@ -79,24 +97,7 @@ def replaced(world: World) -> Iterator[None]:
     def token_bytes(count: int = 32) -> bytes:
         return kernel.random.randbytes(count)
 
-    move = AntiAffinity._move
-
-    async def moved(anti_affinity: AntiAffinity, actor_id: str) -> None:
-        world.moving.add(actor_id)
-        try:
-            await move(anti_affinity, actor_id)
-        finally:
-            world.moving.discard(actor_id)
-
-    publish = ClusterState.publish
-
-    async def published(state: ClusterState, change: Any) -> None:
-        before = state.placement
-        await publish(state, change)
-        world.law.published(before, state.placement, state)
-
-    context = SimpleNamespace(get_node_id=node)
-    table: list[tuple[Any, str, Any]] = [
+    return [
         (time, "monotonic", monotonic),
         (time, "perf_counter", monotonic),
         (time, "time", wall),
@@ -112,41 +113,64 @@ def replaced(world: World) -> Iterator[None]:
         (concurrent.futures.thread, "_threads_queues", {}),
         (socket, "socket", sockets.Socket),
         (socket, "create_connection", sockets.create_connection),
-        (socket, "gethostname", node),
+        (socket, "gethostname", _node),
         (ssl, "SSLSocket", sockets.TlsSocket),
-        (TlsFiles, "server_context", lambda files, where="": sockets.Tls()),
-        (TlsFiles, "client_context", lambda files: sockets.Tls()),
         (selectors, "DefaultSelector", sockets.Selector),
-        (cluster.transport.stream.connect, "wait", sockets.wait),
-        (Channel, "_native", None),
         (os, "getpid", pid),
         (os, "_exit", exit_now),
         (secrets, "token_bytes", token_bytes),
         (secrets, "token_hex", lambda count=32: token_bytes(count).hex()),
         (secrets, "randbits", kernel.random.getrandbits),
         (uuid, "uuid4", lambda: uuid.UUID(int=kernel.random.getrandbits(128))),
-        (ray, "get", ray_cluster.get),
-        (ray, "get_actor", ray_cluster.get_actor),
-        (ray, "kill", ray_cluster.kill),
-        (ray, "nodes", ray_cluster.list_nodes),
-        (ray, "remote", ray_cluster.remote),
+    ]
+
+
+def _of_ray(world: World) -> Table:
+    own, context = world.cluster, SimpleNamespace(get_node_id=_node)
+    private, store = ray._private.state, ray.experimental.internal_kv
+    return [
+        (ray, "get", own.get),
+        (ray, "get_actor", own.get_actor),
+        (ray, "kill", own.kill),
+        (ray, "nodes", own.list_nodes),
+        (ray, "remote", own.remote),
         (ray, "get_runtime_context", lambda: context),
-        (ray.util, "get_node_ip_address", lambda: ray_cluster.network.addresses[node()]),
-        (cluster.controller.records.pool, "list_named_actors", ray_cluster.list_named_actors),
-        (ray._private.state, "available_resources_per_node", ray_cluster.available),
+        (ray.util, "get_node_ip_address", lambda: own.network.addresses[_node()]),
+        (private, "available_resources_per_node", own.available),
+        (private, "state", SimpleNamespace(get_draining_nodes=own.draining)),
+        (store, "_internal_kv_put", own.put),
+        (store, "_internal_kv_get", own.get_value),
+        (store, "_internal_kv_list", own.list_keys),
+        (store, "_internal_kv_del", own.delete),
+        (cluster.controller.records.pool, "list_named_actors", own.list_named_actors),
         (cluster.controller.records.pool, "NodeAffinitySchedulingStrategy", NodeAffinity),
-        (
-            ray._private.state,
-            "state",
-            SimpleNamespace(get_draining_nodes=ray_cluster.draining),
-        ),
-        (cluster.controller.lifecycle.lease, "list_named_actors", ray_cluster.list_named_actors),
-        (ray.experimental.internal_kv, "_internal_kv_put", ray_cluster.put),
-        (ray.experimental.internal_kv, "_internal_kv_get", ray_cluster.get_value),
-        (ray.experimental.internal_kv, "_internal_kv_list", ray_cluster.list_keys),
-        (ray.experimental.internal_kv, "_internal_kv_del", ray_cluster.delete),
-        (cluster.controller.controller, "app_is_wanted", serve.app_is_wanted),
-        (router.engine.replica, "app_is_wanted", serve.app_is_wanted),
+        (cluster.controller.lifecycle.lease, "list_named_actors", own.list_named_actors),
+    ]
+
+
+def _of_the_product(world: World) -> Table:
+    """Replace what reads a model's files, and let the law look on."""
+    move, publish = AntiAffinity._move, ClusterState.publish
+
+    async def moved(anti_affinity: AntiAffinity, actor_id: str) -> None:
+        world.moving.add(actor_id)
+        try:
+            await move(anti_affinity, actor_id)
+        finally:
+            world.moving.discard(actor_id)
+
+    async def published(state: ClusterState, change: Any) -> None:
+        before = state.placement
+        await publish(state, change)
+        world.law.published(before, state.placement, state)
+
+    table: Table = [
+        (TlsFiles, "server_context", lambda files, where="": sockets.Tls()),
+        (TlsFiles, "client_context", lambda files: sockets.Tls()),
+        (cluster.transport.stream.connect, "wait", sockets.wait),
+        (Channel, "_native", None),
+        (cluster.controller.controller, "app_is_wanted", world.serve.app_is_wanted),
+        (router.engine.replica, "app_is_wanted", world.serve.app_is_wanted),
         (ClusterState, "publish", published),
         (AntiAffinity, "_move", moved),
         (router.engine.replica, "_load_dense", world.load_dense),
@@ -162,14 +186,4 @@ def replaced(world: World) -> Iterator[None]:
             (router.engine.batch, "MIN_PIECE_TOKENS", 3),
             (cluster.transport.stream.channel, "BUFFER_BYTES", 128),
         ]
-    state = random.getstate()
-    random.seed(world.seed)  # what the product draws without a generator of its own
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in table]
-    for owner, name, value in table:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in reversed(before):
-            setattr(owner, name, value)
-        random.setstate(state)
+    return table

@@ -41,7 +41,6 @@ class _Picture:
         )
         self.shapes: list[str] = []
         self.at = 30.0
-        self._lanes: dict[str, list[tuple[Piece, float]]] = {}
 
     def x(self, time_s: float) -> float:
         return LEFT + min(time_s, self.end_s) * (WIDTH - LEFT - RIGHT) / self.end_s
@@ -111,7 +110,6 @@ class _Picture:
 
     def hits(self, placed: dict[str, list[tuple[Piece, float]]],
              events: list[tuple[Piece, float]]) -> None:  # fmt: skip
-        """Draw each event on what it hit."""
         targets = {id(piece): target for piece, target in self._targets}
         for piece, label_at in events:
             target, at_s = targets.get(id(piece), ""), piece.begun_s
@@ -142,7 +140,6 @@ class _Picture:
         return self.labels(pieces)
 
     def requests(self) -> None:
-        """Draw the requests."""
         told = " ".join(breach.text for breach in self._outcome.breaches)
         pieces = []
         for answer in self._outcome.answers:
@@ -182,7 +179,6 @@ class _Picture:
         self.labels(pieces)
 
     def axis(self) -> None:
-        """Draw the seconds, and when the weather calms."""
         step_s = next(s for s in (1, 2, 5, 10, 30, 60, 600) if self.end_s / s <= 30 or s == 600)
         self.at += 6
         self.shapes.append(line(LEFT, self.at, WIDTH - RIGHT, self.at, "black"))
@@ -196,7 +192,6 @@ class _Picture:
         self.at += 24
 
     def legend(self) -> None:
-        """Say what the colors mean."""
         left = float(LEFT)
         for words, color in LEGEND.items():
             self.shapes.append(rect(left, self.at, 12, 12, color))
@@ -216,7 +211,6 @@ def _mark(x: float, y: float, piece: Piece) -> str:
 
 
 def svg(outcome: Outcome) -> str:
-    """Draw a run."""
     drawn = _Picture(outcome)
     seed: Any = outcome.scenario.seed
     drawn.shapes.append(text(6, 18, f"seed {seed}, digest {outcome.digest:08x}", size=14))

@@ -20,23 +20,11 @@ SHARE = 0.2
 ALONE = 0.7
 """The share of these in which nothing else happens."""
 KINDS = (
-    "poison raises",
-    "poison ends routers",
-    "poison ends actors",
-    "long prompts",
-    "gateway unreachable",
-    "orphaned",
-    "copy stays slow",
-    "node's device raises",
-    "controller cut off",
-    "controller starts cut off",
-    "routers die in a redeploy",
-    "clocks apart",
-    "streams over TLS",
-    "actor dies again and again",
-    "memory stays full",
-    "many choices",
-)
+    "poison raises", "poison ends routers", "poison ends actors", "long prompts",
+    "gateway unreachable", "orphaned", "copy stays slow", "node's device raises",
+    "controller cut off", "controller starts cut off", "routers die in a redeploy", "clocks apart",
+    "streams over TLS", "actor dies again and again", "memory stays full", "many choices",
+)  # fmt: skip
 LONG_PROMPT, LONG_TOKENS = 180, 40
 NUM_LONG, NUM_SHORT = 4, 16
 LONG_S = 6.0
@@ -65,10 +53,7 @@ _SERIES: dict[str, list[tuple[Any, ...]]] = {
         (0.82, "controller cut off", *_CUT),
     ],
     "routers die in a redeploy": [(0.0, "routers die in a redeploy", 0, 1.5)],
-    "clocks apart": [
-        (0.0, "clock jumps", 0, 0.0, -3600.0),
-        (0.1, "clock jumps", 1, 0.0, -1800.0),
-    ],
+    "clocks apart": [(0.0, "clock jumps", 0, 0.0, -3600.0), (0.1, "clock jumps", 1, 0.0, -1800.0)],
 }
 """Events that follow each other: after how many seconds, and the fields of each."""
 
@@ -83,7 +68,6 @@ class Rarity:
 
 
 def draw_rarity(seed: int, make: type[Event], begin_s: float, calm_s: float) -> Rarity | None:
-    """Draw the rarity of a seed; most have none."""
     source = random.Random(f"rarity-{seed}")
     if source.random() >= SHARE:
         return None
@@ -173,7 +157,6 @@ def _long(source: random.Random, at_s: float) -> list[Plan]:
 
 
 def _many(source: random.Random, at_s: float) -> list[Plan]:
-    """Return requests of many choices at once."""
     plans = [_request(source, at_s + 0.001 * i, 2, 2, 20.0) for i in range(NUM_MANY)]
     return [replace(plan, n=CHOICES) for plan in plans]
 

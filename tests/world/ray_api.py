@@ -63,7 +63,6 @@ class Node:
     actors: list[Handle] = field(default_factory=list)
 
     def free_slots(self) -> int:
-        """Return how many more actors fit."""
         return self.num_slots - sum(actor.process.is_alive for actor in self.actors)
 
 
@@ -87,7 +86,6 @@ class Call:
                 call()
 
     def cancel(self) -> None:
-        """Ask the called process to stop."""
         self.on_cancel()
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -98,7 +96,6 @@ class Call:
         return self.result()
 
     def result(self) -> Any:
-        """Return the answer; raises the error."""
         if self.error is not None:
             raise self.error
         return self.value
@@ -110,7 +107,6 @@ class _Method:
         self._name = name
 
     def remote(self, *args: Any) -> Call:
-        """Call the method."""
         return self._handle.call(self._name, args)
 
 
@@ -148,7 +144,6 @@ class Handle:
         self._waiting.clear()
 
     def call(self, method: str, args: Sequence[Any]) -> Call:
-        """Send a call."""
         cluster, call = self.cluster, Call(self.cluster.kernel)
         self._calls[call] = None
         call.on_done.append(lambda: self._calls.pop(call, None))
@@ -175,14 +170,12 @@ class Handle:
         self.cluster.run(call, self.process, getattr(self.instance, method), args, method, self)
 
     def ended(self, method: str) -> None:
-        """Note the end of a call in the actor."""
         if method in CONTROL:
             self._num_control -= 1
             if self._control:
                 self._control.popleft()()
 
     def died(self) -> None:
-        """Fail all calls, once Ray notices."""
         for call in list(self._calls):
             self.cluster.fail_later(call, self)
 
@@ -194,19 +187,15 @@ class _ActorClass:
         self._options: dict[str, Any] = {}
 
     def options(self, **options: Any) -> _ActorClass:
-        """Return the class with options."""
         other = _ActorClass(self._cluster, self._class)
         other._options = options
         return other
 
     def remote(self, *args: Any) -> Handle:
-        """Create an actor."""
         return self._cluster.create(self._class, args, self._options)
 
 
 class RayCluster:
-    """All nodes and actors of a world."""
-
     def __init__(self, kernel: Kernel, network: Network, nodes: dict[str, int]) -> None:
         """``nodes`` has the number of actors that fit on each node."""
         self.kernel = kernel
@@ -235,11 +224,8 @@ class RayCluster:
     def send(self, call: Call, target: Process, arrive: Callable[[], None]) -> None:
         """Bring a message from the current process to another, or fail the call."""
         source = call.process.node if call.process else HEAD
-        if (
-            call.process is not None
-            and call.process.pid in self.cut_off
-            and target.name in self.actors
-        ):
+        is_cut_off = call.process is not None and call.process.pid in self.cut_off
+        if is_cut_off and target.name in self.actors:
             self._wait_for_network(call, lambda: self.send(call, target, arrive))
             return
         self._pass(call, source, target.node or HEAD, arrive)
@@ -257,13 +243,8 @@ class RayCluster:
     def _wait_for_network(self, call: Call, again: Callable[[], None]) -> None:
         """Send again once the network is mended; the call fails where that takes long."""
         self.network.when_mended(again)
-        self.kernel.call_later(
-            2 * TCP_TIMEOUT_S,
-            call.finish,
-            None,
-            ActorUnavailableError("the connection broke", None),
-            context=self.network.nobody,
-        )
+        error, nobody = ActorUnavailableError("the connection broke", None), self.network.nobody
+        self.kernel.call_later(2 * TCP_TIMEOUT_S, call.finish, None, error, context=nobody)
 
     def fail_later(self, call: Call, handle: Handle) -> None:
         """Fail a call of a dead actor, once Ray notices its death."""
@@ -273,14 +254,9 @@ class RayCluster:
         self.kernel.call_later(delay_s, call.finish, None, error, context=self.network.nobody)
 
     def run(
-        self,
-        call: Call,
-        process: Process,
-        method: Callable[..., Any],
-        args: Sequence[Any],
-        name: str,
-        handle: Any,
-    ) -> None:
+        self, call: Call, process: Process, method: Callable[..., Any], args: Sequence[Any],
+        name: str, handle: Any,
+    ) -> None:  # fmt: skip
         """Run a method in its process, and send its result back."""
 
         def answered(value: Any, error: BaseException | None) -> None:
@@ -292,22 +268,20 @@ class RayCluster:
 
         async def run_coroutine() -> None:
             try:
-                value = await method(*args)
+                answer = await method(*args), None
             except asyncio.CancelledError:
                 answered(None, asyncio.CancelledError())
                 raise
             except Exception as error:
-                answered(None, _as_raised(error))
-            else:
-                answered(value, None)
+                answer = None, _as_raised(error)
+            answered(*answer)
 
         def run_method() -> None:
             try:
-                value = method(*args)
+                answer = method(*args), None
             except Exception as error:
-                answered(None, _as_raised(error))
-            else:
-                answered(value, None)
+                answer = None, _as_raised(error)
+            answered(*answer)
 
         with self.kernel.within(process):
             if inspect.iscoroutinefunction(method):
@@ -329,7 +303,6 @@ class RayCluster:
     # Nodes and actors.
 
     def remote(self, **_: Any) -> Callable[[type], _ActorClass]:
-        """Take the place of ``ray.remote``."""
         return lambda actor_class: _ActorClass(self, actor_class)
 
     def create(self, actor_class: type, args: Sequence[Any], options: dict[str, Any]) -> Handle:
@@ -373,7 +346,6 @@ class RayCluster:
         return max(free, key=lambda n: (n.free_slots(), n.name), default=None)
 
     def kill(self, handle: Handle, no_restart: bool = True) -> None:
-        """Take the place of ``ray.kill``."""
         killer = current_process()
         self.on_kill(handle, killer)
         source = killer.node if killer else HEAD
@@ -387,7 +359,6 @@ class RayCluster:
         self._pass(call, source, target, arrive)
 
     def end(self, handle: Handle) -> None:
-        """End an actor's process."""
         self.kernel.end(handle.process)
         self.actors.pop(handle.name, None)
         self.kernel.call_later(0.1, self.place_pending, context=self.network.nobody)
@@ -403,7 +374,6 @@ class RayCluster:
                 self.end(handle)
 
     def add_node(self, name: str, num_slots: int) -> None:
-        """Add a node."""
         self.network.add_host(name)
         self.nodes[name] = Node(name, num_slots)
         self.place_pending()
@@ -439,19 +409,16 @@ class RayCluster:
         )
 
     def get_actor(self, name: str, namespace: str = "") -> Handle:
-        """Take the place of ``ray.get_actor``."""
         self.ask_head()
         if name not in self.actors:
             raise ValueError(name)
         return self.actors[name]
 
     def list_named_actors(self, all_namespaces: bool = True) -> list[dict[str, str]]:
-        """Take the place of ``ray.util.list_named_actors``."""
         self.ask_head()
         return [{"name": name, "namespace": "serve"} for name in self.actors]
 
     def list_nodes(self) -> list[dict[str, Any]]:
-        """Take the place of ``ray.nodes``."""
         self.ask_head()
         return [
             {"NodeID": n.name, "Alive": n.is_alive, "Resources": {"CPU": float(n.num_slots)}}
@@ -459,15 +426,12 @@ class RayCluster:
         ]
 
     def available(self) -> dict[str, dict[str, float]]:
-        """Take the place of ``available_resources_per_node``."""
         return {n.name: {"CPU": float(n.free_slots())} for n in self.nodes.values() if n.is_alive}
 
     def draining(self) -> dict[str, int]:
-        """Take the place of ``state.get_draining_nodes``."""
         return {n.name: 0 for n in self.nodes.values() if n.is_alive and n.is_draining}
 
     def put(self, key: str, value: bytes, overwrite: bool = False, namespace: str = "") -> bool:
-        """Take the place of ``_internal_kv_put``."""
         self.ask_head()
         existed = key in self.store
         if overwrite or not existed:
@@ -476,17 +440,14 @@ class RayCluster:
         return existed
 
     def get_value(self, key: str, namespace: str = "") -> bytes | None:
-        """Take the place of ``_internal_kv_get``."""
         self.ask_head()
         return self.store.get(key)
 
     def list_keys(self, prefix: str, namespace: str = "") -> list[bytes]:
-        """Take the place of ``_internal_kv_list``."""
         self.ask_head()
         return [key.encode() for key in self.store if key.startswith(prefix)]
 
     def delete(self, key: str, namespace: str = "") -> None:
-        """Take the place of ``_internal_kv_del``."""
         self.ask_head()
         self.store.pop(key, None)
 

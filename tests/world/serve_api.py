@@ -53,7 +53,6 @@ class Replica:
 
     @property
     def process(self) -> Process:
-        """The replica's process."""
         return self.handle.process
 
 
@@ -69,11 +68,9 @@ class Deployment:
         self._queue: list[Callable[[], None]] = []
 
     def running(self) -> list[Replica]:
-        """Return the replicas that take calls."""
         return [r for r in self.replicas if r.is_running and r.process.is_alive]
 
     def deploy(self, version: Version) -> None:
-        """Replace the replicas by those of a version."""
         self.version = version
         self.reconcile()
 
@@ -183,7 +180,6 @@ class Deployment:
     # Calls.
 
     def call(self, call: Call, method: str, args: tuple[Any, ...]) -> None:
-        """Send a call to a replica, once one runs."""
         source = call.process.node if call.process else HEAD
         network = self._serve.cluster.network
         reachable = [r for r in self.running() if not network.is_cut(source, r.process.node)]
@@ -195,7 +191,6 @@ class Deployment:
         self._send(min(two, key=lambda r: len(r.owed)), call, method, args)
 
     def call_all(self, method: str, args: tuple[Any, ...]) -> list[Call]:
-        """Send a call to each replica that runs."""
         calls = []
         for replica in self.running():
             calls.append(Call(self._serve.kernel))
@@ -241,19 +236,15 @@ class ServeHandle:
         return bound
 
     def remote(self, *args: Any) -> Call:
-        """Call a method of a replica."""
         call = Call(self._serve.kernel)
         self._serve.deployments[self._name].call(call, self._method, args)
         return call
 
     def broadcast(self, method: str, *args: Any) -> Broadcast:
-        """Call a method of every replica that runs."""
         return Broadcast(self._serve.deployments[self._name].call_all(method, args))
 
 
 class Broadcast:
-    """The calls of a method of all replicas."""
-
     def __init__(self, calls: list[Call]) -> None:
         self._calls = calls
 
@@ -273,7 +264,6 @@ class Serve:
         self.is_wanted = True
 
     def deploy(self, name: str, version: Version) -> None:
-        """Deploy a version of a deployment."""
         self.deployments.setdefault(name, Deployment(self, name)).deploy(version)
 
     def handle(self, name: str) -> ServeHandle:
@@ -289,7 +279,6 @@ class Serve:
         return self.is_wanted
 
     def delete(self) -> None:
-        """Delete the application."""
         self.is_wanted = False
         for deployment in self.deployments.values():
             deployment.reconcile()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import selectors
 import socket as real
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tests.world.kernel import Waiter, kernel
@@ -17,7 +17,6 @@ RECORD_BYTES = 200
 
 
 def network() -> Network:
-    """Return the network of the world that runs."""
     return kernel().network
 
 
@@ -85,7 +84,6 @@ class Socket:
         return made
 
     def take(self, end: End) -> None:
-        """Be one end of a connection."""
         self._end = end
         end.changed = self._changed
 
@@ -164,11 +162,9 @@ class Socket:
         return found
 
     def watch(self, key: int, call: Callable[[], None]) -> None:
-        """Have ``call`` called at each change."""
         self._watchers[key] = call
 
     def unwatch(self, key: int) -> None:
-        """Call ``call`` no more."""
         self._watchers.pop(key, None)
 
     def _changed(self) -> None:
@@ -210,7 +206,6 @@ class Tls:
 
 
 def create_connection(address: Any, timeout: float | None = None) -> Socket:
-    """Take the place of ``socket.create_connection``."""
     made = Socket(real.AF_INET)
     made.settimeout(timeout)
     made.connect(tuple(address))
@@ -250,9 +245,6 @@ class Selector:
         del self._numbers[fileobj]
         return self._keys.pop(fileobj)
 
-    def get_map(self) -> Mapping[Socket, selectors.SelectorKey]:
-        return self._keys
-
     def _look(self, sock: Socket, events: int) -> None:
         self._changed[sock] = None
         if self._waiter is not None and not self._waiter.is_woken and sock.ready(events):
@@ -291,7 +283,6 @@ class Selector:
 
 
 def wait(socks: Iterable[Socket], timeout: float | None = None) -> list[Socket]:
-    """Take the place of ``multiprocessing.connection.wait``."""
     with Selector() as selector:
         for sock in socks:
             selector.register(sock, selectors.EVENT_READ)

@@ -31,12 +31,10 @@ class Machine:
         self.said: Said = []
 
     def thread(self, target: Callable[[], object], process: Process | None = None) -> None:
-        """Begin a thread, of ``a`` by default."""
         with self.kernel.within(process or self.a):
             self.kernel.spawn(target)
 
     def say(self, what: object) -> None:
-        """Note what a thread says now."""
         self.said.append((round(self.kernel.now_s, 6), what))
 
     def then(self, *steps: Callable[[], object] | float) -> Callable[[], None]:
@@ -70,29 +68,19 @@ def machine() -> Iterator[Machine]:
 
 
 def test_a_sleep_takes_as_long_as_it_says_and_no_other_thread_waits(machine: Machine) -> None:
-    machine.thread(machine.then(1.5, lambda: "late", 0.0, lambda: "at once"))
-    machine.thread(machine.then(0.5, lambda: "early"))
-    assert machine.run() == [(0.5, "early"), (1.5, "late"), (1.5, "at once")]
-
-
-def test_time_stops_where_it_is_told(machine: Machine) -> None:
-    machine.thread(machine.then(3.0, lambda: "later"))
-    assert machine.run(2.0) == []
-    assert machine.kernel.now_s == 2.0
-    assert machine.run(3.0) == [(3.0, "later")]
-
-
-def test_a_join_waits_for_the_end_or_for_its_time(machine: Machine) -> None:
     def parent() -> None:
         thread = Thread(target=machine.then(2.0, lambda: "child"))
         thread.start()
-        thread.join(0.5)
+        thread.join(1.0)
         machine.say(thread.is_alive())
         thread.join()
         machine.say(thread.is_alive())
 
+    machine.thread(machine.then(1.5, lambda: "late", 0.0, lambda: "at once"))
     machine.thread(parent)
-    assert machine.run() == [(0.5, True), (2.0, "child"), (2.0, False)]
+    assert machine.run(1.25) == [(1.0, True)]
+    assert machine.kernel.now_s == 1.25
+    assert machine.run()[1:] == [(1.5, "late"), (1.5, "at once"), (2.0, "child"), (2.0, False)]
 
 
 def test_a_thread_that_raises_is_noted(machine: Machine) -> None:
@@ -104,37 +92,22 @@ def test_a_thread_that_raises_is_noted(machine: Machine) -> None:
 
 
 def test_a_coroutine_that_blocks_its_event_loop_raises(machine: Machine) -> None:
-    async def blocks() -> None:
-        machine.say("before")
-        sleep(0.1)
-        machine.say("after")
-
-    with machine.kernel.within(machine.a):
-        task = machine.kernel.create_task(blocks())
-    machine.kernel.run(1.0)
-    assert machine.said == [(0.0, "before")]
-    assert "BlockedLoopError" in repr(task.exception())
-
-
-def test_a_lock_that_is_held_blocks_the_event_loop_and_a_free_one_does_not(
-    machine: Machine,
-) -> None:
     lock = Lock()
 
-    async def takes() -> None:
-        with lock:
-            machine.say("taken")
-
-    async def twice() -> None:
-        await takes()
+    async def blocks(by: Callable[[], object]) -> None:
+        with lock:  # a free one does not block
+            machine.say("before")
         lock.acquire()
-        await takes()
+        by()
+        machine.say("after")
 
-    with machine.kernel.within(machine.a):
-        task = machine.kernel.create_task(twice())
-    machine.kernel.run(1.0)
-    assert machine.said == [(0.0, "taken")]
-    assert "BlockedLoopError" in repr(task.exception())
+    for by in (lambda: sleep(0.1), lock.acquire):
+        with machine.kernel.within(machine.a):
+            task = machine.kernel.create_task(blocks(by))
+        machine.kernel.run(1.0)
+        assert "BlockedLoopError" in repr(task.exception())
+        lock.release()
+    assert [what for _, what in machine.said] == ["before"] * 2
 
 
 def test_coroutines_sleep_in_the_same_time(machine: Machine) -> None:
@@ -156,14 +129,38 @@ def test_coroutines_sleep_in_the_same_time(machine: Machine) -> None:
 
 
 def test_nothing_of_a_process_that_ended_runs(machine: Machine) -> None:
-    ended: list[float] = []
-    machine.a.on_end.append(lambda: ended.append(machine.kernel.now_s))
+    told: list[tuple[str, str]] = []
+    machine.kernel.on_life = lambda process, what: told.append((process.name, what))
+    machine.a.on_end.append(lambda: machine.say("ended"))
     machine.thread(machine.then(2.0, lambda: "a"))
     machine.thread(machine.then(2.0, lambda: "b"), machine.b)
-    machine.kernel.call_later(1.0, machine.kernel.end, machine.a)
-    assert machine.run() == [(2.0, "b")]
-    assert ended == [1.0]
+    for at_s in (1.0, 1.5):
+        machine.kernel.call_later(at_s, machine.kernel.end, machine.a)
+    assert machine.run() == [(1.0, "ended"), (2.0, "b")]
     assert (machine.a.ended_at_s, machine.b.ended_at_s) == (1.0, None)
+    machine.kernel.process("c", "a")
+    assert told == [("a", "ends"), ("c", "begins")]
+
+
+def test_a_lock_is_given_in_the_order_of_asking_and_not_waited_for_longer(machine: Machine) -> None:
+    lock = Lock()
+    machine.thread(machine.then(lock.acquire, 2.0, lock.release))
+    machine.thread(machine.then(lambda: lock.acquire(blocking=False)))
+    machine.thread(machine.then(lambda: lock.acquire(timeout=1.0)))
+    machine.thread(machine.then(lambda: lock.acquire(timeout=5.0), 1.0, lock.release))
+    machine.thread(machine.then(lock.acquire, lambda: "last", lock.release, lock.locked))
+    assert machine.run() == [
+        (0.0, True), (0.0, False), (1.0, False), (2.0, None), (2.0, True), (3.0, None),
+        (3.0, True), (3.0, "last"), (3.0, None), (3.0, False),
+    ]  # fmt: skip
+
+
+def waiting(condition: Condition, timeout_s: float) -> Callable[[], bool]:
+    def waits() -> bool:
+        with condition:
+            return condition.wait(timeout_s)
+
+    return waits
 
 
 def test_a_paused_process_does_late_what_was_due(machine: Machine) -> None:
@@ -180,43 +177,7 @@ def test_a_process_crashes_before_the_callback_that_is_named(machine: Machine) -
     assert machine.a.ended_at_s == 2.0
 
 
-def test_lives_are_told(machine: Machine) -> None:
-    told: list[tuple[str, str]] = []
-    machine.kernel.on_life = lambda process, what: told.append((process.name, what))
-    machine.kernel.end(machine.kernel.process("c", "a"))
-    machine.kernel.end(machine.a)
-    machine.kernel.end(machine.a)
-    assert told == [("c", "begins"), ("c", "ends"), ("a", "ends")]
-
-
 # Locks, conditions, queues.
-
-
-def test_a_lock_is_given_in_the_order_of_asking(machine: Machine) -> None:
-    lock = Lock()
-
-    def take(name: str, for_s: float) -> Callable[[], None]:
-        def run() -> None:
-            with lock:
-                machine.say(name)
-                sleep(for_s)
-
-        return run
-
-    for name in ("one", "two", "three"):
-        machine.thread(take(name, 1.0))
-    assert machine.run() == [(0.0, "one"), (1.0, "two"), (2.0, "three")]
-    assert not lock.locked()
-
-
-def test_a_lock_is_not_waited_for_longer_than_asked(machine: Machine) -> None:
-    lock = Lock()
-    machine.thread(machine.then(lock.acquire, 2.0, lock.release))
-    machine.thread(machine.then(lambda: lock.acquire(blocking=False)))
-    machine.thread(machine.then(lambda: lock.acquire(timeout=1.0)))
-    machine.thread(machine.then(lambda: lock.acquire(timeout=5.0)))
-    expected = [(0.0, True), (0.0, False), (1.0, False), (2.0, None), (2.0, True)]
-    assert machine.run() == expected
 
 
 def test_an_rlock_is_its_threads_own(machine: Machine) -> None:
@@ -238,16 +199,12 @@ def test_an_rlock_is_its_threads_own(machine: Machine) -> None:
 def test_a_notice_wakes_as_many_as_it_says(machine: Machine, count: int, woken: int) -> None:
     condition = Condition()
 
-    def waits() -> bool:
-        with condition:
-            return condition.wait(5.0)
-
     def notifies() -> None:
         with condition:
             condition.notify(count)
 
     for _ in range(3):
-        machine.thread(machine.then(waits))
+        machine.thread(machine.then(waiting(condition, 5.0)))
     machine.thread(machine.then(1.0, notifies))
     said = machine.run()
     assert said.count((1.0, True)) == woken
@@ -257,19 +214,90 @@ def test_a_notice_wakes_as_many_as_it_says(machine: Machine, count: int, woken: 
 def test_a_notice_is_not_lost_on_a_wait_whose_time_is_over(machine: Machine) -> None:
     condition = Condition()
 
-    def waits(timeout_s: float) -> bool:
-        with condition:
-            return condition.wait(timeout_s)
-
     def holds_then_notifies() -> None:
         with condition:
             sleep(2.0)  # the first waiter's time is over meanwhile
             condition.notify()
 
-    machine.thread(machine.then(lambda: waits(1.0)))
-    machine.thread(machine.then(lambda: waits(9.0)))
+    machine.thread(machine.then(waiting(condition, 1.0)))
+    machine.thread(machine.then(waiting(condition, 9.0)))
     machine.thread(machine.then(0.5, holds_then_notifies))
     assert machine.run() == [(2.5, None), (2.5, True), (2.5, False)]
+
+
+def test_a_queue_gives_in_order_each_item_to_one_and_says_when_it_is_empty(
+    machine: Machine,
+) -> None:
+    items = SimpleQueue()
+
+    def get(timeout_s: float | None) -> object:
+        try:
+            return items.get(timeout=timeout_s)
+        except queue.Empty:
+            return "empty"
+
+    with pytest.raises(queue.Empty):
+        items.get_nowait()
+    machine.thread(machine.then(lambda: get(0.5), lambda: get(None), lambda: get(1.0)))
+    machine.thread(machine.then(lambda: get(None)))
+    machine.thread(machine.then(1.0, *(lambda item=item: items.put(item) for item in range(3))))
+    said = machine.run()
+    assert said[0] == (0.5, "empty")
+    assert {what for at_s, what in said if at_s == 1.0} == {None, 0, 1, 2}
+    assert len(said) == 1 + 3 + 3
+    assert (items.empty(), items.qsize()) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("for_s", "end"),
+    [(0.0, "end"), (TCP_TIMEOUT_S / 2, "end"), (3 * TCP_TIMEOUT_S, TimeoutError)],
+)
+def test_bytes_arrive_in_their_order_and_wait_for_a_link_that_is_cut_but_not_for_ever(
+    machine: Machine, for_s: float, end: object
+) -> None:
+    for link in machine.network.links.values():
+        link.jitter_s = 0.0 if for_s else 2.0
+    server, got = listening(machine), []
+    serve_all(machine, server, got)
+    if for_s:
+        cut(machine, 1.0, for_s)
+    pieces = [b"late"] if for_s else [bytes([i]) * 40 for i in range(30)]
+
+    def sends() -> None:
+        sock = create_connection(server.getsockname(), 60.0)
+        sleep(2.0)
+        for piece in pieces:
+            assert sock.send(piece) == len(piece)
+            sleep(0.01)
+        sock.close()
+
+    machine.thread(sends)
+    [(said_at_s, said)] = machine.run()
+    assert said == end
+    assert b"".join(got) == (b"".join(pieces) if end == "end" else b"")
+    if for_s and end == "end":
+        assert said_at_s == pytest.approx(1.0 + for_s, abs=0.1)
+
+
+@pytest.mark.parametrize("is_host", [False, True])
+def test_the_end_of_a_process_ends_its_connections_and_a_host_that_is_down_is_silent(
+    machine: Machine, is_host: bool
+) -> None:
+    server, got = listening(machine), []
+    serve_all(machine, server, got)
+
+    def sends() -> None:
+        sock = create_connection(server.getsockname())
+        sock.send(b"last words")
+        sleep(99.0)
+
+    machine.thread(sends)
+    if is_host:
+        machine.kernel.call_later(1.0, machine.network.lose_host, "a")
+    machine.kernel.call_later(1.0, machine.kernel.end, machine.a)
+    [(at_s, said)] = machine.run()
+    assert (said, got) == (TimeoutError if is_host else "end", [b"last words"])
+    assert at_s == pytest.approx(1.0 + TCP_TIMEOUT_S * is_host, abs=0.1)
 
 
 def test_a_predicate_is_waited_for(machine: Machine) -> None:
@@ -301,32 +329,6 @@ def test_an_event_lets_all_go_until_it_is_cleared(machine: Machine) -> None:
     ]  # fmt: skip
 
 
-def test_a_queue_gives_in_order_and_says_when_it_is_empty(machine: Machine) -> None:
-    items = SimpleQueue()
-
-    def get(timeout_s: float | None) -> object:
-        try:
-            return items.get(timeout=timeout_s)
-        except queue.Empty:
-            return "empty"
-
-    with pytest.raises(queue.Empty):
-        items.get_nowait()
-    machine.thread(machine.then(lambda: get(0.5), lambda: get(None), lambda: get(1.0)))
-    machine.thread(machine.then(1.0, lambda: items.put(1), lambda: items.put(2)))
-    assert machine.run() == [(0.5, "empty"), (1.0, None), (1.0, None), (1.0, 1), (1.0, 2)]
-    assert items.empty()
-    assert items.qsize() == 0
-
-
-def test_each_item_of_a_queue_goes_to_one(machine: Machine) -> None:
-    items = SimpleQueue()
-    for _ in range(3):
-        machine.thread(machine.then(items.get))
-    machine.thread(machine.then(1.0, lambda: items.put("x"), 1.0, lambda: items.put("y")))
-    assert machine.run() == [(1.0, None), (1.0, "x"), (2.0, None), (2.0, "y")]
-
-
 # Sockets and the network.
 
 
@@ -340,21 +342,17 @@ def listening(machine: Machine) -> Socket:
 
 
 def accepted(server: Socket) -> Socket:
-    """Wait for a connection, on a thread."""
     wait([server])
     return server.accept()[0]
 
 
 def read(sock: Socket, room: int = 1 << 20) -> bytes:
-    """Wait for bytes, on a thread."""
     wait([sock])
     piece = bytearray(room)
     return bytes(piece[: sock.recv_into(piece)])
 
 
 def serve_all(machine: Machine, server: Socket, got: list[bytes]) -> None:
-    """Have ``b`` read all of one connection."""
-
     def run() -> None:
         sock = accepted(server)
         try:
@@ -365,27 +363,6 @@ def serve_all(machine: Machine, server: Socket, got: list[bytes]) -> None:
             machine.say(type(error))
 
     machine.thread(run, machine.b)
-
-
-@pytest.mark.parametrize("pieces", [[], [b"one"], [bytes([i]) * 40 for i in range(30)]])
-def test_bytes_arrive_in_their_order_whatever_the_delays(
-    machine: Machine, pieces: list[bytes]
-) -> None:
-    for link in machine.network.links.values():
-        link.jitter_s = 2.0
-    server, got = listening(machine), []
-    serve_all(machine, server, got)
-
-    def sends() -> None:
-        sock = create_connection(server.getsockname(), 60.0)
-        for piece in pieces:
-            assert sock.send(piece) == len(piece)
-            sleep(0.01)
-        sock.close()
-
-    machine.thread(sends)
-    assert [what for _, what in machine.run()] == ["end"]
-    assert b"".join(got) == b"".join(pieces)
 
 
 def test_a_connection_holds_so_many_bytes_until_they_are_read(machine: Machine) -> None:
@@ -415,35 +392,8 @@ def test_a_connection_holds_so_many_bytes_until_they_are_read(machine: Machine) 
 
 
 def cut(machine: Machine, at_s: float, for_s: float) -> None:
-    """Cut the link from ``a`` to ``b`` for some time."""
     machine.kernel.call_at(at_s, machine.network.cut, [("a", "b")])
     machine.kernel.call_at(at_s + for_s, machine.network.heal)
-
-
-@pytest.mark.parametrize(
-    ("for_s", "end"), [(TCP_TIMEOUT_S / 2, "end"), (3 * TCP_TIMEOUT_S, TimeoutError)]
-)
-def test_bytes_wait_for_a_link_that_is_cut_but_not_for_ever(
-    machine: Machine, for_s: float, end: object
-) -> None:
-    server, got = listening(machine), []
-    serve_all(machine, server, got)
-    cut(machine, 1.0, for_s)
-
-    def sends() -> None:
-        sock = create_connection(server.getsockname())
-        sleep(2.0)
-        sock.send(b"late")
-        sock.close()
-
-    machine.thread(sends)
-    [(said_at_s, said)] = machine.run()
-    assert said == end
-    if end == "end":
-        assert b"".join(got) == b"late"
-        assert said_at_s == pytest.approx(1.0 + for_s, abs=0.1)
-    else:
-        assert got == []
 
 
 def test_nobody_listens_or_nobody_answers(machine: Machine) -> None:
@@ -509,31 +459,6 @@ def test_damage_changes_one_bit(machine: Machine, share: float) -> None:
     assert bits == share
     assert machine.network.damaged("a", "a", sent) == sent
     assert machine.network.damaged("a", "b", b"") == b""
-
-
-def test_the_end_of_a_process_ends_its_connections(machine: Machine) -> None:
-    server, got = listening(machine), []
-    serve_all(machine, server, got)
-
-    def sends() -> None:
-        sock = create_connection(server.getsockname())
-        sock.send(b"last words")
-        sleep(99.0)
-
-    machine.thread(sends)
-    machine.kernel.call_later(1.0, machine.kernel.end, machine.a)
-    [(at_s, said)] = machine.run()
-    assert (said, got) == ("end", [b"last words"])
-    assert at_s == pytest.approx(1.0, abs=0.1)
-
-
-def test_a_host_that_is_down_is_silent(machine: Machine) -> None:
-    server, got = listening(machine), []
-    serve_all(machine, server, got)
-    machine.thread(lambda: create_connection(server.getsockname()))
-    machine.kernel.call_later(1.0, machine.network.lose_host, "a")
-    machine.kernel.call_later(1.0, machine.kernel.end, machine.a)
-    assert machine.run() == [(1.0 + TCP_TIMEOUT_S, TimeoutError)]
 
 
 def test_a_selector_waits_for_any_of_its_sockets_or_for_its_time(machine: Machine) -> None:

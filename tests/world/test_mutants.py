@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.world.mutants.find import FOLDER, ROOT, Patch, apply, patches
+from tests.world.mutants.find import ROOT, Patch, apply, patches
 
 PRODUCT = ("cluster/", "experts/", "router/")
 MIN_MUTANTS = 33
 
 
 @pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
-def test_patch_applies_to_the_tree(patch: Patch) -> None:
+def test_patch_applies_to_the_tree_has_a_story_and_changes_the_product(patch: Patch) -> None:
     apply(patch.file, ROOT, check=True)
-
-
-@pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
-def test_patch_has_a_story_and_changes_the_product(patch: Patch) -> None:
     lines = patch.file.read_text().splitlines()
     changed = [line.split()[2] for line in lines if line.startswith("diff --git ")]
     assert changed
@@ -28,30 +24,20 @@ def test_patch_has_a_story_and_changes_the_product(patch: Patch) -> None:
     assert "\n" not in patch.story
 
 
-def test_there_are_enough_mutants() -> None:
-    assert len(patches()) >= MIN_MUTANTS
-
-
-def test_patch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    patch = patches(["nan_passes"])[0]
-    copy = tmp_path / "router/moe"
-    copy.mkdir(parents=True)
-    text = (ROOT / "router/moe/layer.py").read_text()
-    (copy / "layer.py").write_text(text.replace("if is_finite:", "if is_whole:"))
+def test_applied_patch_changes_a_copy_that_it_fits(tmp_path: Path) -> None:
+    patch, name = patches(["nan_passes"])[0], "router/moe/layer.py"
+    (tmp_path / "router/moe").mkdir(parents=True)
+    before = (ROOT / name).read_text()
+    (tmp_path / name).write_text(before.replace("if is_finite:", "if is_whole:"))
     with pytest.raises(RuntimeError, match="does not apply"):
         apply(patch.file, tmp_path, check=True)
-
-
-def test_applied_patch_changes_a_copy(tmp_path: Path) -> None:
-    patch = patches(["nan_passes"])[0]
-    shutil.copytree(ROOT / "router/moe", tmp_path / "router/moe")
-    before = (tmp_path / "router/moe/layer.py").read_text()
+    shutil.copy(ROOT / name, tmp_path / name)
     apply(patch.file, tmp_path)
-    assert (tmp_path / "router/moe/layer.py").read_text() != before
-    assert (ROOT / "router/moe/layer.py").read_text() == before
+    assert (tmp_path / name).read_text() != before
+    assert (ROOT / name).read_text() == before
 
 
-def test_unknown_mutant_is_named() -> None:
+def test_there_are_enough_mutants_and_an_unknown_one_is_named() -> None:
+    assert len(patches()) >= MIN_MUTANTS
     with pytest.raises(ValueError, match="no mutant: nobody"):
         patches(["nobody"])
-    assert FOLDER.is_dir()

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ from router.engine.sequence import Sequence
 from tests.world.clients import Answer, Plan
 from tests.world.kernel import Kernel, Thread, current_process, kernel
 from tests.world.locks import Condition, Event, Lock, SimpleQueue
-from tests.world.many import HASH_SEED, Found, all_of, found_of, judged
+from tests.world.many import HASH_SEED, all_of, judged
 from tests.world.model import VOCAB, tokens_of
 from tests.world.network import Address, Listener, Network
-from tests.world.past_seeds import FOLDER, STORIES, scenario
+from tests.world.past_seeds import FOLDER, STORIES
+from tests.world.past_seeds import scenario as past_scenario
 from tests.world.sockets import Selector, Socket
 from tests.world.weather import Event as Happening
 from tests.world.weather import Scenario, Setting, draw
@@ -49,9 +51,34 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.parametrize("seed", [0, 3, 8])
+def test_a_seed_draws_one_scenario_which_is_the_same_after_it_was_a_file(seed: int) -> None:
+    drawn = draw(seed)
+    assert drawn == draw(seed) != draw(seed + 1)
+    assert Scenario.from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
+
+
+def test_weights_prompts_and_places_all_change_the_tokens() -> None:
+    found = {tokens_of(*of, 8) for of in [("a", (1, 2)), ("b", (1, 2)), ("a", (2, 1)), ("a", (1,))]}
+    assert len(found) == 4
+    first = tokens_of("a", (1, 2), 8)
+    assert tokens_of("a", (1, 2, *first[:3]), 5) == first[3:]
+
+
+def test_no_seed_begins_after_the_time_and_a_run_that_raises_or_does_not_end_is_a_breach() -> None:
+    for scenario, limit_s, told in (
+        (Scenario(1, Setting(), ()), 60.0, "ValueError"),
+        (draw(1), 0.05, "took more than 0.05 s"),
+    ):
+        [(law, _, text)] = judged(scenario, limit_s).breaches
+        assert (law, told in text) == ("the world runs", True)
+    no_pool: Any = None  # nothing is submitted
+    assert [*all_of(no_pool, 2, iter(range(5)), perf_counter() - 1.0)] == []
+
+
 @pytest.mark.parametrize("name", STORIES)
 def test_what_once_broke_a_law_breaks_none(name: str) -> None:
-    assert judged(scenario(name)).breaches == ()
+    assert judged(past_scenario(name)).breaches == ()
 
 
 def test_each_past_scenario_has_its_story() -> None:
@@ -68,7 +95,6 @@ OTHER_MACHINE = {
 
 
 def telling(*seeds: int, **settings: str) -> subprocess.Popen[bytes]:
-    """Begin a fresh process that runs these seeds in turn."""
     return subprocess.Popen(
         [sys.executable, "-P", "-c", TELL, *map(str, seeds)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": HASH_SEED, **settings},
@@ -78,7 +104,6 @@ def telling(*seeds: int, **settings: str) -> subprocess.Popen[bytes]:
 
 
 def told(process: subprocess.Popen[bytes]) -> list[str]:
-    """Return all that the process tells of each of its seeds."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()
     return [json.dumps(one) for one in json.loads(output)]
@@ -92,17 +117,6 @@ def test_a_seed_is_the_same_world_on_every_machine_whatever_ran_before() -> None
     assert first == second
     assert first.count(",") > 100
     assert first != other
-
-
-def test_a_seed_draws_the_same_scenario_and_others_draw_others() -> None:
-    assert draw(11) == draw(11)
-    assert draw(11) != draw(12)
-
-
-@pytest.mark.parametrize("seed", [0, 3, 8])
-def test_a_scenario_is_the_same_after_it_was_a_file(seed: int) -> None:
-    drawn = draw(seed)
-    assert Scenario.from_json(json.loads(json.dumps(drawn.to_json()))) == drawn
 
 
 CALM = [
@@ -163,12 +177,10 @@ def test_on_one_node_nobody_listens_by_tcp_until_a_router_is_on_another(
 
 
 def tokens(answer: Answer) -> list[tuple[int, ...]]:
-    """Return the tokens of each choice."""
     return [tuple(choice.token_ids) for choice in answer.choices]
 
 
 def right(answer: Answer) -> tuple[int, ...]:
-    """Return the right tokens of an answer of the first weights."""
     return tokens_of("a", answer.plan.prompt, answer.plan.max_tokens)
 
 
@@ -195,36 +207,6 @@ def test_routers_of_a_world_share_pages_and_compute_resumed_tokens_at_once(
         assert run(draw(seed)).breaches == []
     assert found[0] > 100
     assert at_once[0] > 1
-
-
-def test_weights_prompts_and_places_all_change_the_tokens() -> None:
-    found = [
-        tokens_of("a", (1, 2), 8),
-        tokens_of("b", (1, 2), 8),
-        tokens_of("a", (2, 1), 8),
-        tokens_of("a", (1, 2, 1), 8),
-        tokens_of("a", (1,), 8),
-    ]
-    assert len(set(found)) == len(found)
-    assert tokens_of("a", (1, 2), 3) == found[0][:3]
-    assert tokens_of("a", (1, 2, *found[0][:3]), 5) == found[0][3:]
-
-
-def test_a_run_that_raises_or_does_not_end_is_a_breach() -> None:
-    no_requests = Scenario(1, Setting(), ())
-    [(law, _, text)] = judged(no_requests).breaches
-    assert (law, "ValueError" in text) == ("the world runs", True)
-    [(law, _, text)] = judged(draw(1), limit_s=0.05).breaches
-    assert (law, "took more than 0.05 s" in text) == ("the world runs", True)
-
-
-def test_no_seed_begins_after_the_time() -> None:
-    class Pool:
-        def submit(self, call: object, seed: int) -> None:
-            raise AssertionError("a seed begins")
-
-    late = all_of(Pool(), 2, iter(range(5)), perf_counter() - 1.0, found_of)
-    assert list[Found](late) == []
 
 
 @pytest.mark.parametrize("seed", [3, 5], ids=["plain", "with a pool of threads that wait"])

@@ -44,7 +44,6 @@ class Records(logging.Handler):
         self.lines: list[Line] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
         process = current_process()
         who = WORLD if process is None else short(process.name)
         text = f"{record.levelname.lower()} of {record.name}: {record.getMessage()}"
@@ -70,7 +69,6 @@ def recorded(level: int = logging.WARNING) -> Iterator[Records]:
 
 
 def short(name: str) -> str:
-    """Return a process's name without what all actors' names begin with."""
     return name.removeprefix(PREFIX)
 
 
@@ -88,12 +86,10 @@ def lines_of(outcome: Outcome, logged: Sequence[Line] = ()) -> list[Line]:
 
 
 def text(outcome: Outcome, logged: Sequence[Line] = ()) -> str:
-    """Return the whole timeline."""
     return "\n".join(map(str, lines_of(outcome, logged)))
 
 
 def outcome_of(answer: Answer) -> str:
-    """Say in a word what came of a request."""
     if answer.ended_at_s is None:
         return "no answer"
     if answer.error:
@@ -102,7 +98,6 @@ def outcome_of(answer: Answer) -> str:
 
 
 def asked(answer: Answer) -> str:
-    """Say what a request asks for."""
     plan = answer.plan
     parts = [f"{len(plan.prompt)}+{plan.max_tokens} tokens in {plan.timeout_s:g} s"]
     parts += [f"n={plan.n}"] if plan.n > 1 else []

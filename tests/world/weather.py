@@ -54,7 +54,6 @@ class Event:
     role: str = ""
 
     def line(self) -> str:
-        """Return the event as a line of text."""
         parts = [self.kind, self.role, str(self.what)]
         if self.where:
             parts.append(f"nodes {','.join(map(str, self.where))}")
@@ -75,58 +74,33 @@ class Scenario:
     events: tuple[Event, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scenario:
-        """Rebuild it from :meth:`to_json`."""
         events = [Event(**{**e, "where": tuple(e["where"])}) for e in data["events"]]
         found = [Plan(**{**p, "prompt": tuple(p["prompt"])}) for p in data["plans"]]
         return cls(data["seed"], Setting(**data["setting"]), tuple(found), tuple(events))
 
 
 FAULTS = {
-    "dies": 4,
-    "crashes soon": 4,
-    "hangs": 3,
-    "links cut": 4,
-    "links slow": 1,
-    "bytes damaged": 2,
-    "calls doubled": 1,
-    "answers lost": 2,
-    "device slow": 2,
-    "device raises": 2,
-    "device yields NaN": 2,
-    "node's device raises": 1,
-    "rows lost": 1,
-    "memory full": 1,
-    "disk fails": 1,
-    "clock jumps": 1,
-    "node lost": 1,
-}
+    "dies": 4, "crashes soon": 4, "hangs": 3, "links cut": 4, "links slow": 1, "bytes damaged": 2,
+    "calls doubled": 1, "answers lost": 2, "device slow": 2, "device raises": 2,
+    "device yields NaN": 2, "node's device raises": 1, "rows lost": 1, "memory full": 1,
+    "disk fails": 1, "clock jumps": 1, "node lost": 1,
+}  # fmt: skip
 COPIES_SHARE = 0.04
 """The share of seeds with one of :data:`OF_COPIES`."""
 OF_COPIES = ("redeploy more copies", "redeploy fewer copies")
 OPERATIONS = {
-    "redeploy the same": 2,
-    "redeploy other weights": 3,
-    "redeploy more actors": 1,
-    "redeploy fewer actors": 1,
-    "scale up": 1,
-    "scale down": 1,
-    "drain an actor": 2,
-    "change copies": 1,
-    "rebalance": 1,
-    "node drains": 1,
-    "node added": 1,
-    "second controller": 1,
+    "redeploy the same": 2, "redeploy other weights": 3, "redeploy more actors": 1,
+    "redeploy fewer actors": 1, "scale up": 1, "scale down": 1, "drain an actor": 2,
+    "change copies": 1, "rebalance": 1, "node drains": 1, "node added": 1, "second controller": 1,
     "burst": 1,
-}
+}  # fmt: skip
 
 
 def draw(seed: int) -> Scenario:
-    """Draw the scenario of a seed."""
     source = random.Random(seed)
     setting = Setting(
         num_actors=source.choice((4, 5, 6, 6)),
@@ -207,7 +181,6 @@ def _redeploy_of_copies(seed: int) -> Event | None:
 
 
 def _burst(source: random.Random, requests: list[Plan], at_s: float) -> list[Plan]:
-    """Return many requests at once, like others."""
     return [
         replace(plan, at_s=at_s + 0.01 * source.random(), max_tokens=min(plan.max_tokens, 4))
         for plan in source.choices(requests, k=min(24, len(requests)))

@@ -20,14 +20,7 @@ from cluster.controller.records.pool import ExpertPool
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.memory import Memory
 from cluster.ray_private import ray_store
-from cluster.spec import (
-    ActorSpec,
-    ModelExperts,
-    ModelSource,
-    PoolSpec,
-    ScalingTargets,
-    model_key,
-)
+from cluster.spec import ActorSpec, ModelExperts, ModelSource, PoolSpec, ScalingTargets, model_key
 from experts.remote import RemoteExpertActor
 from router.config.deployment import RouterConfig
 from router.config.experts import ExpertsConfig, TlsConfig
@@ -76,8 +69,6 @@ EXPERT_BYTES = 1000
 ATTENTION_S = 0.008
 PRODUCT_S = 0.02
 ROW_S = 0.0005
-READ_S = 0.02
-"""What the weights of an expert take to be read."""
 HEAL_S = 40.0
 """How long after the weather has calmed the deployment may need to be whole."""
 DELETE_S = 30.0
@@ -88,34 +79,15 @@ PROBES = 4
 RECOVERY_S = 10.0
 """How long after an event a request may suffer from it."""
 GENTLE = {
-    "calls doubled",
-    "clock jumps",
-    "links slow",
-    "disk fails",
-    "redeploy the same",
-    "redeploy other weights",
-    "redeploy more actors",
-    "scale up",
-    "change copies",
-    "rebalance",
-    "node added",
-    "second controller",
-    "burst",
-    "poison raises",
-    "gateway unreachable",
-}
+    "calls doubled", "clock jumps", "links slow", "disk fails", "redeploy the same",
+    "redeploy other weights", "redeploy more actors", "scale up", "change copies", "rebalance",
+    "node added", "second controller", "burst", "poison raises", "gateway unreachable",
+}  # fmt: skip
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
 OF_COPIES = {
-    "dies",
-    "crashes soon",
-    "device slow",
-    "device raises",
-    "device yields NaN",
-    "rows lost",
-    "drain an actor",
-    "scale down",
-    "redeploy fewer actors",
-}
+    "dies", "crashes soon", "device slow", "device raises", "device yields NaN", "rows lost",
+    "drain an actor", "scale down", "redeploy fewer actors",
+}  # fmt: skip
 """Events that may take one copy of an expert; a request is served under one of them at a time."""
 OF_OTHER_WEIGHTS = {"redeploy other weights", "routers die in a redeploy"}
 ENOUGH_S = 5.0
@@ -137,8 +109,6 @@ class Device:
 
 @dataclass
 class Outcome:
-    """What came of a scenario."""
-
     scenario: Scenario
     breaches: list[Breach]
     trace: list[str]
@@ -146,7 +116,6 @@ class Outcome:
     digest: int
     num_callbacks: int
     num_tokens: int
-    errors: dict[str, int] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     """The process or node that each event of ``hit`` hit; empty where it is no single one."""
@@ -160,24 +129,14 @@ class Gateway:
     def __init__(self, world: World, model: str) -> None:
         serve = world.serve
         self.deployment = Deployment(
-            serve.handle("controller"),
-            [MODEL],
-            "strict",
-            lambda: serve.app_is_wanted(APP),
-            lambda: False,
-            lambda: None,
-            lambda uses: None,
-        )
+            serve.handle("controller"), [MODEL], "strict", lambda: serve.app_is_wanted(APP),
+            lambda: False, lambda: None, lambda uses: None,
+        )  # fmt: skip
         node = ray.get_runtime_context().get_node_id()
         calls = RouterCalls(
-            serve.handle("router"),
-            model,
-            node,
-            "generate",
-            None,
-            lambda transport: None,
+            serve.handle("router"), model, node, "generate", None, lambda transport: None,
             keys_of_call,
-        )
+        )  # fmt: skip
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MAX_HELD)
 
 
@@ -232,7 +191,6 @@ class World:
         self._stack.enter_context(replaced(self))
 
     def note(self, text: str) -> None:
-        """Note a line of the time line."""
         self.trace.append(f"{self.kernel.now_s:9.4f} {text}")
 
     # What processes load.
@@ -240,7 +198,6 @@ class World:
     def load_dense(
         self, model: ServedModel, config: RouterConfig, layers: Any, device: Any
     ) -> tuple[Any, str]:
-        """Take the place of the loading of a router's dense part."""
         cache_tokens = config.cache_tokens_for(model.max_model_len)
         dense = ExactModel(model.identity, cache_tokens, layers, lambda: ATTENTION_S)
         return dense, KERNEL_CLASS
@@ -248,7 +205,6 @@ class World:
     def load_expert(
         self, checkpoint: ExactCheckpoint, layer: int, expert: int, dtype: str
     ) -> ExactWeights:
-        """Take the place of the reading of an expert's weights."""
         process = current_process()
         assert process is not None
         if process.node in self.failing_disks:
@@ -256,7 +212,6 @@ class World:
         return ExactWeights(checkpoint.identity, layer, expert)
 
     def make_expert(self, weights: ExactWeights, activation: str, threads: int) -> ExactExpert:
-        """Take the place of an expert that is loaded."""
         process = current_process()
         assert process is not None
 
@@ -278,7 +233,6 @@ class World:
         return ExactExpert(weights, compute)
 
     def memory(self) -> Memory:
-        """Take the place of a look at the host's memory."""
         process = current_process()
         is_full = process is not None and process.node in self.full | self.small
         return Memory(1 << 34, 100 if is_full else 1 << 33)
@@ -286,7 +240,6 @@ class World:
     # Faults.
 
     def end(self, process: Process) -> None:
-        """End a process as a crash does."""
         self.note(f"{process.name} crashes")
         self.kernel.end(process)
         self.cluster.actors.pop(process.name, None)
@@ -300,13 +253,11 @@ class World:
                 self.touched_at_s[process.name] = self.kernel.now_s
 
     def break_device(self, name: str, **changes: Any) -> None:
-        """Break the device of a process, or all of a node."""
         self._devices[name] = Device(**changes)
         if "slow" in changes:
             self.devices.slowed(name, changes["slow"])
 
     def is_broken(self, process: Process) -> bool:
-        """Return whether the device of a process, or of its node, is broken now."""
         return process.name in self._devices or process.node in self._devices
 
     def has_bad_devices(self, name: str) -> bool:
@@ -314,13 +265,11 @@ class World:
         return name in self._devices and self._devices[name].fault in ("raises", "nan")
 
     def mend_device(self, name: str) -> None:
-        """Mend the device of a process or a node."""
         self._devices.pop(name, None)
         self.devices.mended(name)
         self.touch(name)
 
     def lose_node(self, name: str) -> None:
-        """Take a node down with all that runs on it."""
         if not self.cluster.nodes[name].is_alive:
             return
         self.note(f"{name} is down")
@@ -332,14 +281,12 @@ class World:
                     self.kernel.end(replica.process)
 
     def processes(self) -> list[Process]:
-        """Return the living processes."""
         found = [handle.process for handle in self.cluster.actors.values()]
         for deployment in self.serve.deployments.values():
             found += [replica.process for replica in deployment.replicas]
         return [process for process in found if process.is_alive]
 
     def calm(self) -> None:
-        """End all faults that last."""
         self.network.heal()
         for name in list(self._devices):
             self.mend_device(name)
@@ -358,19 +305,12 @@ class World:
         self.least_copies = min(self.least_copies, setting.min_copies)
         model = _served(identity)
         experts = ExpertsConfig(
-            actors=setting.num_actors,
-            min_copies=setting.min_copies,
-            transport=setting.transport,
-            call_timeout_s=2.0,
-            rebalance_period_s=setting.rebalance_period_s,
-            redeploy_drain_s=setting.redeploy_drain_s,
-            tls=TLS if setting.tls else None,
-        )
+            actors=setting.num_actors, min_copies=setting.min_copies, transport=setting.transport,
+            call_timeout_s=2.0, rebalance_period_s=setting.rebalance_period_s,
+            redeploy_drain_s=setting.redeploy_drain_s, tls=TLS if setting.tls else None,
+        )  # fmt: skip
         routers = RouterConfig(
-            cache_tokens=256,
-            max_batch_size=8,
-            max_batch_tokens=16,
-            max_queue_requests=MAX_WAITING,
+            cache_tokens=256, max_batch_size=8, max_batch_tokens=16, max_queue_requests=MAX_WAITING
         )
 
         def router() -> RouterReplica:
@@ -386,12 +326,7 @@ class World:
         self.serve.deploy("controller", self._controller_version)
         self.serve.deploy(
             "router",
-            Version(
-                router,
-                setting.num_routers,
-                lambda made: made.is_its_turn(),
-                self._end_router,
-            ),
+            Version(router, setting.num_routers, lambda made: made.is_its_turn(), self._end_router),
         )
         gateways = Version(lambda: Gateway(self, model.key), setting.num_gateways)
         self.serve.deploy("gateway", gateways)
@@ -410,14 +345,9 @@ class World:
             targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
         pools = (PoolSpec("expert", setting.num_actors, None, actor, targets),)
         made = Controller(
-            APP,
-            pools,
-            ExpertPool(APP, RemoteExpertActor),
-            LedgerStore(APP, ray_store()),
-            setting.min_copies,
-            setting.rebalance_period_s,
-            setting.redeploy_drain_s,
-        )
+            APP, pools, ExpertPool(APP, RemoteExpertActor), LedgerStore(APP, ray_store()),
+            setting.min_copies, setting.rebalance_period_s, setting.redeploy_drain_s,
+        )  # fmt: skip
         process = current_process()
         assert process is not None
         self.controllers[process.name] = made
@@ -443,14 +373,12 @@ class World:
         return self.kernel.random.choice(nodes)
 
     def controller(self) -> Controller | None:
-        """Return the controller that Serve knows."""
         found = self.serve.deployments["controller"].running()
         return found[-1].handle.instance if found else None
 
     # Time.
 
     def run(self, until_s: float, is_done: Callable[[], bool] | None = None) -> None:
-        """Let time pass."""
         self.kernel.run(until_s, is_done)
 
     def close(self) -> None:
@@ -602,7 +530,6 @@ class World:
 
     @staticmethod
     def name_of(actor_id: str, generation: int) -> str:
-        """Return the name that Ray knows an actor by."""
         return f"expertmesh:{APP}:{actor_id}:g{generation}"
 
     def _holds(self, actor_id: str, generation: int, key: Any) -> bool:
@@ -614,19 +541,14 @@ class World:
 
 def _served(identity: str) -> ServedModel:
     experts = ModelExperts(model_key(MODEL, identity, DTYPE), LAYERS, NUM_EXPERTS, EXPERT_BYTES)
+    source = ModelSource(f"/models/{identity}", DTYPE, experts, identity)
     return ServedModel(
-        source=ModelSource(f"/models/{identity}", DTYPE, experts, identity),
-        family="exact",
-        vocab_size=VOCAB,
-        max_model_len=64,
-        num_experts_per_tok=TOP_K,
-        eos_token_ids=(),
-        identity=identity,
-    )
+        source=source, family="exact", vocab_size=VOCAB, max_model_len=64,
+        num_experts_per_tok=TOP_K, eos_token_ids=(), identity=identity,
+    )  # fmt: skip
 
 
 def run(scenario: Scenario) -> Outcome:
-    """Run a scenario from its beginning to its end, and judge it."""
     world = World(scenario.seed, scenario.setting)
     try:
         world.deploy("a")
@@ -693,19 +615,9 @@ def _is_done(probes: Client) -> bool:
 
 
 def _outcome(scenario: Scenario, world: World, client: Client) -> Outcome:
-    errors: dict[str, int] = {}
-    for answer in client.answers:
-        errors[answer.error] = errors.get(answer.error, 0) + 1
+    num_tokens = sum(len(c.token_ids) for a in client.answers for c in a.choices)
+    kernel, happenings = world.kernel, world.happenings
     return Outcome(
-        scenario,
-        world.law.breaches,
-        world.trace,
-        world.happenings.hit,
-        world.kernel.digest,
-        world.kernel.num_callbacks,
-        sum(len(c.token_ids) for a in client.answers for c in a.choices),
-        errors,
-        client.answers,
-        world.happenings.targets,
-        world.kernel.processes,
-    )
+        scenario, world.law.breaches, world.trace, happenings.hit, kernel.digest,
+        kernel.num_callbacks, num_tokens, client.answers, happenings.targets, kernel.processes,
+    )  # fmt: skip

@@ -8,8 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from cluster.controller.changes.elastic import Elastic
+from cluster.controller.changes.leaving import LeavingNodes
 from cluster.controller.changes.rebalance import Moved
-from cluster.controller.records.pool import ExpertPool, kind_of
+from cluster.controller.records.pool import kind_of
 from cluster.controller.records.state import ClusterState
 from cluster.errors import ExpertMeshError
 from cluster.placement.scaling import RECENT_S, SIGNAL_S, BusyMeter, ScalingPolicy, Wanted
@@ -26,12 +27,12 @@ class Autoscaler:
     """Makes each autoscaled pool follow its load, with one policy per pool."""
 
     def __init__(
-        self, state: ClusterState, expert_pool: ExpertPool, elastic: Elastic, meter: BusyMeter
+        self, state: ClusterState, elastic: Elastic, leaving: LeavingNodes, meter: BusyMeter
     ) -> None:
         """``meter`` measures the actors' load, ``elastic`` changes their number."""
         self._state = state
-        self._expert_pool = expert_pool
         self._elastic = elastic
+        self._leaving = leaving
         self._meter = meter
         self._policies = {
             name: ScalingPolicy(spec.autoscaling, SIGNAL_S + CHECK_S + DRAIN_S)
@@ -47,7 +48,7 @@ class Autoscaler:
             _repeat(self._follow_load, CHECK_S),
             _repeat(self._elastic.use_empty, CHECK_S),
             _repeat(self._elastic.keep_standby, CHECK_S),
-            _repeat(self._leave_nodes, DRAINING_CHECK_S),
+            _repeat(self._leaving.look, DRAINING_CHECK_S),
         )
 
     async def _follow_load(self) -> None:
@@ -76,9 +77,6 @@ class Autoscaler:
         self._planned[pool] = wanted.actors
         report = self._elastic.report(what, wanted.reason, Moved("planned"), time.monotonic())
         self._elastic.history.appendleft(report)
-
-    async def _leave_nodes(self) -> None:
-        await self._elastic.leave_nodes(await asyncio.to_thread(self._expert_pool.draining))
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], period_s: float) -> None:

@@ -21,19 +21,16 @@ from cluster.controller.records.pool import ExpertPool
 from cluster.controller.records.state import ClusterState
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
-from cluster.placement.drain import change_of_copies, cheapest_to_drain
+from cluster.placement.drain import change_of_all_copies, change_of_copies, cheapest_to_drain
 from cluster.placement.scaling import BusyMeter, wanted_standby
 from cluster.reports import ChangeReport
 from cluster.spec import ExpertKey, model_id_of
 
 UP_TIMEOUT_S = 60.0
 """How long a change waits for new actors; they may still come later."""
-SUCCESSOR_TIMEOUT_S = 10.0
-"""How long to wait for successors of actors on a draining node, which may be gone in 30 s."""
 SPREAD_RETRY_S = 1.0
 KEPT_REPORTS = 64
 MAX_ACTORS = 1000
-NODE_PREFIX = 6
 COMMAND = "asked for"
 """The reason of a change that an operator commanded."""
 
@@ -61,15 +58,13 @@ class Elastic:
         self._rebalancer = rebalancer
         self._meter = meter
         self._expert_bytes = {model.model: model.expert_bytes for model in state.models}
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._spread_over: set[tuple[str, int]] = set()
         """Generations of actors that came up empty and have been, or are being, given experts."""
         self._spread_at_s = 0.0
         """When spreading over empty actors may be tried again."""
         self._awaited: set[str] = set()
         """New actors that a change waits for."""
-        self._succeeded: set[str] = set()
-        """Actors on draining nodes that have a successor."""
 
     # What operators command.
 
@@ -81,48 +76,49 @@ class Elastic:
         Raises :class:`InvalidRequestError` if the number is out of bounds or the actors' devices
         cannot hold all experts, :class:`UnavailableError` while another actor is away.
         """
-        async with self._lock:
+        async with self.lock:
             name = self._fleet.pool_named(pool).name
             before = self._fleet.of(name)
             self._check_number(name, number, len(before))
             what = f"{name}: {len(before)} -> {number} actors"
             if number <= len(before):
                 leaving = self._cheapest(before, len(before) - number)
-                return await self._shrink(leaving, what, dry_run, reason)
+                return await self.shrink(leaving, what, dry_run, reason)
             if dry_run:
                 return await self._plan_growth(name, number - len(before), what, reason)
             logger.info("%s, %s", what, reason)
-            added = await self._grow([name] * (number - len(before)))
+            added = await self.grow([name] * (number - len(before)))
         # Without the lock: Ray's autoscaler may take minutes to find devices.
         return await self._use(added, what, reason)
 
-    async def drain(self, target: str, dry_run: bool = False) -> ChangeReport:
-        """Drain and end an actor, or all actors of a node named by its id or a prefix of it.
+    async def drain(self, actor_id: str, dry_run: bool = False) -> ChangeReport:
+        """Drain and end an actor; its experts go to others.
 
-        Raises what :meth:`scale` raises, also if a pool would fall below its bounds.
+        Raises what :meth:`scale` raises, also if its pool would fall below its bounds.
         """
-        async with self._lock:
-            leaving = self._named(target)
-            for name in {self._fleet.pool_of[actor_id] for actor_id in leaving}:
-                actors = self._fleet.of(name)
-                left = len(actors) - len(set(actors) & set(leaving))
-                self._check_number(name, left, len(actors))
-            return await self._shrink(leaving, f"drain {target}", dry_run, COMMAND)
+        async with self.lock:
+            pool = self._fleet.pool_of[actor_id]
+            actors = self._fleet.of(pool)
+            if actor_id in actors:  # not a standby
+                self._check_number(pool, len(actors) - 1, len(actors))
+            return await self.shrink([actor_id], f"drain {actor_id}", dry_run, COMMAND)
 
-    async def set_copies(self, key: ExpertKey, number: int, dry_run: bool = False) -> ChangeReport:
+    async def set_copies(
+        self, key: ExpertKey, number: int, dry_run: bool = False, of_all: bool = False
+    ) -> ChangeReport:
         """Bring an expert to ``number`` copies, which stay until a rebalancing changes them.
 
-        Raises :class:`InvalidRequestError` if there is no such expert, or the number is below
-        ``min_copies`` or more than fit.
+        With ``of_all`` it is all experts of the key's model. Raises :class:`InvalidRequestError` if
+        there is no such expert, or the number is below ``min_copies`` or more than fit.
         """
-        async with self._lock, self._rebalancer.plan_lock:
-            began_at_s = time.monotonic()
-            if key not in self._state.placement.holders:
-                raise InvalidRequestError(
-                    f"no model {model_id_of(key.model)!r:.80} with expert {key.expert_id} in layer "
-                    f"{key.layer_id}",
-                    "expert",
-                )
+        async with self.lock, self._rebalancer.plan_lock:
+            began_at_s, model = time.monotonic(), model_id_of(key.model)
+            holders = self._state.placement.holders
+            keys = [one for one in holders if (one.model == key.model if of_all else one == key)]
+            which = "" if of_all else f" layer {key.layer_id} expert {key.expert_id}"
+            if not keys:
+                where = "" if of_all else f" with expert {key.expert_id} in layer {key.layer_id}"
+                raise InvalidRequestError(f"no model {model!r:.80}{where}", "expert")
             devices = self._rebalancer.devices(is_any_room=True)
             least = self._state.min_copies
             if not least <= number <= len(devices):
@@ -130,15 +126,11 @@ class Elastic:
                     f"must be from {least} to {len(devices)} (given: {number})", "copies"
                 )
             free_bytes = self._rebalancer.free_bytes(devices)
-            change = change_of_copies(
-                key,
-                number,
-                devices,
-                self._state.shares,
-                free_bytes,
-                self._expert_bytes[key.model],
-                self._tokens_per_s(),
-            )
+            room = devices, self._state.shares, free_bytes, self._expert_bytes[key.model]
+            if of_all:
+                change = change_of_all_copies(keys, number, *room)
+            else:
+                change = change_of_copies(key, number, *room, self._tokens_per_s())
             moved = Moved("unchanged")
             if change.touched():
                 moved = await self._rebalancer.carry_out(
@@ -146,8 +138,7 @@ class Elastic:
                 )
             if moved.outcome == "committed":
                 self._rebalancer.keep_cold_copies()
-            model = model_id_of(key.model)
-            what = f"{model} layer {key.layer_id} expert {key.expert_id}: {number} copies"
+            what = f"{model}{which}: {number} copies{' of all experts' if of_all else ''}"
             return self.report(what, COMMAND, moved, began_at_s)
 
     def _check_number(self, pool: str, number: int, before: int) -> None:
@@ -160,20 +151,6 @@ class Elastic:
             raise InvalidRequestError(
                 f"{pool} must have from {least} to {most} actors (given: {number})", "actors"
             )
-
-    def _named(self, target: str) -> list[str]:
-        """Return the actors that a command names by an id, or by the prefix of a node's id."""
-        if target in self._fleet.specs:
-            return [target]
-        nodes = {actor_id: self._state.nodes.get(actor_id, "") for actor_id in self._fleet.specs}
-        found = {node for node in nodes.values() if node.startswith(target)}
-        if len(target) < NODE_PREFIX or len(found) != 1:
-            raise InvalidRequestError(
-                f"{target!r:.80} is neither an actor nor a prefix ({NODE_PREFIX} characters or "
-                f"more) of the id of exactly one node with actors; actors: {', '.join(nodes)}",
-                "target",
-            )
-        return [actor_id for actor_id, node in nodes.items() if node in found]
 
     def _cheapest(self, actors: Sequence[str], number: int) -> list[str]:
         return cheapest_to_drain(
@@ -193,14 +170,20 @@ class Elastic:
 
     async def _plan_growth(self, pool: str, number: int, what: str, reason: str) -> ChangeReport:
         began_at_s = time.monotonic()
-        room_bytes = self._rebalancer.room_bytes(pool)
-        coming = [Device(f"{pool}-new-{i}", f"new-{i}", room_bytes) for i in range(number)]
+        coming = self.coming([pool] * number)
         async with self._rebalancer.plan_lock:
             moved = await self._rebalancer.spread(coming=coming, dry_run=True)
         added = [device.actor_id for device in coming]
         return self.report(what, reason, moved, began_at_s, added)
 
-    async def _grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
+    def coming(self, pools: Sequence[str]) -> list[Device]:
+        """Return a device for a new actor of each of the pools, for a dry run."""
+        return [
+            Device(f"{pool}-new-{i}", f"new-{i}", self._rebalancer.room_bytes(pool))
+            for i, pool in enumerate(pools)
+        ]
+
+    async def grow(self, pools: Sequence[str], avoided_nodes: Collection[str] = ()) -> list[str]:
         """Add an actor to each of the pools: a standby actor that is up, or else a new one.
 
         A standby actor on one of ``avoided_nodes`` is not taken.
@@ -229,8 +212,8 @@ class Elastic:
         began_at_s = time.monotonic()
         self._awaited |= set(added)
         try:
-            await self._wait_up(added, UP_TIMEOUT_S)
-            async with self._lock:
+            await self.wait_up(added, UP_TIMEOUT_S)
+            async with self.lock:
                 up = [a for a in added if a in self._state.placement.generations]
                 moved = await self._spread_over_empty(up) if up else Moved("committed")
         finally:
@@ -241,7 +224,7 @@ class Elastic:
             moved = Moved(f"pending: {', '.join(away)}: {why}", moved.moves, moved.moved_bytes)
         return self.report(what, reason, moved, began_at_s, added)
 
-    async def _wait_up(self, actor_ids: Sequence[str], timeout_s: float) -> list[str]:
+    async def wait_up(self, actor_ids: Sequence[str], timeout_s: float) -> list[str]:
         """Wait for actors to come up; returns those that are up in time."""
         wanted = set(actor_ids)
         try:
@@ -269,16 +252,30 @@ class Elastic:
         self._meter.restart()
         return moved
 
-    async def _shrink(
-        self, leaving: Sequence[str], what: str, dry_run: bool, reason: str
+    def note_spread(self, up: Sequence[str]) -> None:
+        """Note actors that a change gives experts, so that :meth:`use_empty` leaves them alone."""
+        generations = self._state.placement.generations
+        self._spread_over |= {(a, generations[a]) for a in up if a in generations}
+
+    async def shrink(
+        self,
+        leaving: Sequence[str],
+        what: str,
+        dry_run: bool,
+        reason: str,
+        coming: Sequence[Device] = (),
     ) -> ChangeReport:
+        """Move the experts of leaving actors to the others, and end those actors.
+
+        ``coming`` devices are only for a dry run. The caller holds :attr:`lock`.
+        """
         began_at_s = time.monotonic()
         if not leaving:
             return self.report(what, reason, Moved("unchanged"), began_at_s)
         if not dry_run:
             logger.info("%s, %s: draining %s", what, reason, ", ".join(leaving))
         async with self._rebalancer.plan_lock:
-            moved = await self._rebalancer.spread(leaving, dry_run=dry_run)
+            moved = await self._rebalancer.spread(leaving, coming, dry_run)
             if moved.outcome == "committed":
                 for actor_id in leaving:
                     self._meter.leave(actor_id, self._fleet.pool_of[actor_id])
@@ -330,9 +327,9 @@ class Elastic:
             and (actor_id, generations[actor_id]) not in self._spread_over
         ]
         began_at_s = time.monotonic()
-        if not empty or self._lock.locked() or began_at_s < self._spread_at_s:
+        if not empty or self.lock.locked() or began_at_s < self._spread_at_s:
             return
-        async with self._lock:
+        async with self.lock:
             moved = await self._spread_over_empty(empty)
             if moved.outcome == "committed":
                 self.report(f"{', '.join(empty)} came up", "waited for", moved, began_at_s, empty)
@@ -343,9 +340,9 @@ class Elastic:
         A process takes seconds to start, and a machine minutes; a standby actor needs only its
         experts. Waits until all experts have a copy.
         """
-        if self._lock.locked() or self._state.placement.missing():
+        if self.lock.locked() or self._state.placement.missing():
             return
-        async with self._lock:
+        async with self.lock:
             for name, pool in self._fleet.pools.items():
                 standing = self._fleet.standby_of(name)
                 wanted = 0
@@ -355,35 +352,3 @@ class Elastic:
                     logger.info("%s starts as a standby", self._start(name, is_standby=True))
                 for actor_id in standing[wanted:]:
                     await self._keeper.stop(actor_id)
-
-    async def leave_nodes(self, draining: Collection[str]) -> None:
-        """Drain the actors on nodes that Ray is about to take away, after asking for successors."""
-        self._succeeded &= self._fleet.specs.keys()
-        leaving = [
-            actor_id
-            for actor_id in self._fleet.specs
-            if self._state.nodes.get(actor_id) in draining or actor_id in self._succeeded
-        ]
-        if not leaving:
-            return
-        async with self._lock:
-            began_at_s = time.monotonic()
-            leaving = [actor_id for actor_id in leaving if actor_id in self._fleet.specs]
-            # A standby actor needs no successor here: keep_standby starts another elsewhere.
-            has_successor = self._succeeded | self._fleet.standby
-            without = [actor_id for actor_id in leaving if actor_id not in has_successor]
-            added = await self._grow(
-                [self._fleet.pool_of[actor_id] for actor_id in without], draining
-            )
-            self._succeeded |= set(without)
-            up = await self._wait_up(added, SUCCESSOR_TIMEOUT_S)
-            generations = self._state.placement.generations
-            self._spread_over |= {(a, generations[a]) for a in up if a in generations}
-            what = f"{', '.join(leaving)} to go with their node"
-            report = await self._shrink(leaving, what, False, "Ray drains it")
-            if added:
-                logger.info(
-                    "%s took over after %.1f s", ", ".join(up), time.monotonic() - began_at_s
-                )
-            if report.outcome == "committed":
-                self._succeeded -= set(leaving)

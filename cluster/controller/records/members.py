@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -125,6 +126,15 @@ class Members:
             for m in self._members.values()
             if m.samples is not None
         )
+
+    def gateway_deployments(self) -> dict[str, int]:
+        """Return Serve's names of the gateways' deployments, and how many gateways each has.
+
+        Gateways of a former deployment are among them while they finish their requests.
+        """
+        self._forget()
+        gateways = [m.samples for m in self._members.values() if m.kind == "gateway"]
+        return Counter(samples.deployment for samples in gateways if samples is not None)
 
     def uses(self, beside: ProcessStatus) -> dict[str, Mapping[str, KeyUse]]:
         """Return what each gateway but one has used of the quotas of keys, by names."""

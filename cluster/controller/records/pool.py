@@ -6,6 +6,8 @@ Every call has a deadline, except the heartbeat: its caller decides when to give
 from __future__ import annotations
 
 import asyncio
+import sys
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.controller.records.last_words import LastWords
 from cluster.environment import actor_environment
+from cluster.errors import InvalidRequestError
 from cluster.ray_private import draining_nodes, free_resources, ray_store
 from cluster.spec import (
     ACTOR_NAMESPACE,
@@ -32,6 +35,9 @@ DATA_CALLS = 32
 """How many dispatch calls an actor takes at once, each on its own thread. A router has at most one
 in flight, so messages of this many routers can merge into one batch."""
 CONTROL_CALLS = 4
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks the head."""
+DRAIN_TIMEOUT_S = 60.0
 RESEND_S = 0.1
 """How long to wait before sending a call again that Ray lost."""
 
@@ -133,6 +139,33 @@ class ExpertPool:
     def draining(self) -> set[str]:
         """Return the nodes that Ray is about to take away: scaled down, or with a spot notice."""
         return draining_nodes()
+
+    async def drain_node(self, node: str, dry_run: bool) -> None:
+        """Have Ray start nothing more on a node, and Serve replace its replicas there.
+
+        A dry run only looks whether the node is the head. Raises :class:`InvalidRequestError` with
+        Ray's reason if it refuses.
+        """
+        if any(n["NodeID"] == node and HEAD in n["Resources"] for n in ray.nodes()):
+            raise InvalidRequestError(
+                f"{node} is the head of the Ray cluster, which lives as long as the cluster; drain "
+                "its actors one by one",
+                "target",
+            )
+        if dry_run:
+            return
+        address = ray.get_runtime_context().gcs_address
+        options = ("--address", address, "--node-id", node, "--reason-message", "expertmesh drain")
+        why = ("--reason", "DRAIN_NODE_REASON_PREEMPTION")
+        ray_command = (sys.executable, "-m", "ray.scripts.scripts", "drain-node")
+        drains = await asyncio.create_subprocess_exec(
+            *ray_command, *options, *why, stdout=PIPE, stderr=STDOUT
+        )
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            told, _ = await drains.communicate()
+        if drains.returncode:
+            said = " ".join(told.decode(errors="replace").split())
+            raise InvalidRequestError(f"Ray does not drain {node}: {said:.400}", "target")
 
     async def describe(self, handle: ActorHandle, timeout_s: float, epoch: int = 0) -> ActorReport:
         """Return an actor's report without renewing its lease.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import secrets
 import socket
 from functools import cache
@@ -11,6 +13,8 @@ SEND_BUFFER_BYTES = 4 << 20
 """What a Unix socket holds, if the system allows so much: the frames of a prefill's pieces, which a
 peer that computes does not read yet. A system's default holds less than one."""
 HAS_UNIX = hasattr(socket, "AF_UNIX")
+PORTS_VARIABLE = "EXPERTMESH_PORTS"
+"""The variable that has the ports between machines, which ``args.ports`` sets."""
 _BACKLOG = 128
 
 logger = logging.getLogger("expertmesh.stream")
@@ -24,15 +28,34 @@ def leaves_host(sock: socket.socket) -> bool:
 def listen_on(host: str | None) -> socket.socket:
     """Return a socket that listens at a free port of ``host``, or for this host alone.
 
-    For ``None`` it is a Unix socket with an abstract name, which leaves no file behind when the
-    process is killed. Raises ``OSError``.
+    The port is one of :data:`PORTS_VARIABLE`, where that is set. For ``None`` it is a Unix socket
+    with an abstract name, which leaves no file behind when the process is killed. Raises
+    ``OSError``.
     """
-    where: bytes | tuple[str, int]
     if host is None:
-        family, where = socket.AF_UNIX, b"\0expertmesh-" + secrets.token_hex(16).encode()
-    else:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        where = (host, 0)
+        name = b"\0expertmesh-" + secrets.token_hex(16).encode()
+        return _listening(socket.AF_UNIX, name)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    given = os.environ.get(PORTS_VARIABLE, "")
+    for port in ports_of(given) if given else (0,):
+        try:
+            return _listening(family, (host, port))
+        except OSError as error:
+            if not given or error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, f"all ports of {given} are in use at {host}")
+
+
+def ports_of(text: str) -> range:
+    """Return the ports of a range such as ``20000-20999``; raises ``ValueError``."""
+    first, _, last = text.partition("-")
+    ports = range(int(first), int(last) + 1)
+    if not ports or not 0 < ports[0] <= ports[-1] < 2**16:
+        raise ValueError(f"must be a range of ports, as 20000-20999; got {text}")
+    return ports
+
+
+def _listening(family: int, where: bytes | tuple[str, int]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.bind(where)

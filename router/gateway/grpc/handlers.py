@@ -49,7 +49,12 @@ ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
     "Scale": lambda admin, request: admin.scale(request.actors, request.pool, request.dry_run),
     "Drain": lambda admin, request: admin.drain(request.target, request.dry_run),
     "SetCopies": lambda admin, request: admin.set_copies(
-        request.model, request.layer, request.expert, request.copies, request.dry_run
+        request.model,
+        request.layer,
+        request.expert,
+        request.copies,
+        request.dry_run,
+        request.all_experts,
     ),
 }
 """The methods of the Admin service; each returns a report that has the fields of its reply."""

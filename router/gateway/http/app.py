@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.metadata import version
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -16,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.spec import EXACT_HEADER
@@ -51,6 +53,9 @@ from router.served import ServedModel
 if TYPE_CHECKING:
     from router.gateway.admin import Admin
 
+DOCS_POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+)
 Parse = Callable[[dict[str, Any], Validator, str], OpenAiCall]
 
 
@@ -86,6 +91,7 @@ def create_app(
     add_v2_routes(app, predictions)
     _add_operator_routes(app, service, admin)
     _add_document(app, service, predictions)
+    _add_front(app)
     return app
 
 
@@ -148,6 +154,23 @@ def _add_operator_routes(app: FastAPI, service: GenerationService, admin: Admin)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
+def _add_front(app: FastAPI) -> None:
+    """Add what a browser, or somebody new, asks first; it tells nothing without a key."""
+
+    async def front(request: Request) -> JSONResponse:
+        pages = {"documentation": "/docs", "openapi": OPENAPI_PATH, "models": "/v1/models"}
+        known = {} if request.state.caller is None else {"version": version("expertmesh")}
+        return JSONResponse({"name": "ExpertMesh", **known, **pages})
+
+    @app.get("/docs")
+    async def docs() -> HTMLResponse:
+        page = (files("router.gateway.http") / "docs.html").read_text(encoding="utf-8")
+        return HTMLResponse(page, headers={"Content-Security-Policy": DOCS_POLICY})
+
+    app.add_route("/", front)
+    app.add_route("/v1", front)
+
+
 def _add_document(app: FastAPI, service: GenerationService, predictions: PredictionService) -> None:
     models = [model.id for model in service.models()]
     # Made when it is first asked for, since making it takes as long as making the rest of the app.
@@ -194,6 +217,7 @@ def _ready_object(readiness: Readiness) -> dict[str, Any]:
         "epoch": epoch,
         "placement_version": version,
         "controller_loop_age_s": readiness.loop_age_s,
+        "failed_deploy": readiness.failed_deploy or None,
     }
 
 

@@ -106,8 +106,7 @@ class PredictionService:
                 code = public_error(error).code
                 raise
             finally:
-                self.metrics.ended(model_id, time.monotonic() - started_at_s)
-                self.metrics.finished(surface, code)
+                self.metrics.ended(checked.request, surface, code, time.monotonic() - started_at_s)
             if not reply.exact:
                 self.metrics.inexact_rows(model_id, checked.request.on_expert_loss, num_rows)
             return encoded

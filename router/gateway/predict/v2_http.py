@@ -68,6 +68,9 @@ def add_v2_routes(app: FastAPI, service: PredictionService) -> None:
         is_ready = service.ready().is_ready
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
+    async def models(request: Request) -> Response:
+        return JSONResponse({"models": sorted(service.validator.mixtures)})
+
     async def model(request: Request) -> Response:
         match = _MODEL_PATH.fullmatch(request.path_params["path"])
         if match is None:
@@ -86,6 +89,7 @@ def add_v2_routes(app: FastAPI, service: PredictionService) -> None:
     app.add_route("/v2", server)
     app.add_route("/v2/health/live", live)
     app.add_route("/v2/health/ready", ready)
+    app.add_route("/v2/models", models)
     app.add_route("/v2/models/{path:path}", model, methods=["GET", "POST"])
 
 

@@ -107,9 +107,8 @@ class Deployment:
     def ready(self) -> Readiness:
         """Return whether every expert of every model has a live copy, and if not, why."""
         view = self._view
-        return self._while_open(
-            readiness(view.placement, self._models, view.loop_age_s(), self._on_expert_loss)
-        )
+        ready = readiness(view.placement, self._models, view.loop_age_s(), self._on_expert_loss)
+        return self._while_open(replace(ready, failed_deploy=view.failed_deploy))
 
     def model_ready(self, model: str) -> Readiness:
         """Return whether every expert of one model, by its id, has a live copy."""

@@ -20,7 +20,12 @@ from cluster.processor import num_cpus
 from cluster.tls import ray_is_encrypted
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.stored import resolve_folder
-from router.config.deployment import AppConfig, ModelConfig, parse_deployment, read_document
+from router.config.deployment import (
+    AppConfig,
+    parse_deployment,
+    read_file,
+)
+from router.config.models import ModelConfig
 from router.ops.doctor import doctor, machine
 from router.ops.doctor.access import check_encryption, check_token
 from router.ops.doctor.check import Check
@@ -77,7 +82,7 @@ def read_deployment(file: Path) -> Deployment:
     The settings of Serve are filled in. Raises :class:`CheckpointMissingError` when this machine
     lacks the checkpoint of a model.
     """
-    document = read_document(file)
+    document = read_file(file)
     applications = tuple(
         (config, {model.id: _size_of(model) for model in config.models})
         for _, config in parse_deployment(document, file)

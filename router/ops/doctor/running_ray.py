@@ -98,6 +98,11 @@ def target_of(given: str | None, variables: Mapping[str, str]) -> Target | None:
     return Target("", ADDRESS_OPTION if given else ADDRESS_VARIABLE) if is_asked_for else None
 
 
+def is_stale(target: Target) -> bool:
+    """Return whether Ray's own file names a cluster that has ended: nothing of Ray runs here."""
+    return target.named_by not in (ADDRESS_OPTION, ADDRESS_VARIABLE) and not raylets()
+
+
 def look_at(target: Target) -> RunningRay:
     """Try to join a cluster as a start does; returns its nodes, and whether it has a token.
 

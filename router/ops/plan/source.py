@@ -15,10 +15,13 @@ from cluster.errors import ConfigError
 from cluster.wire.frames import DTYPE_BYTES
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.config import read_json
+from experts.checkpoint.hub import DESCRIPTION, HubId
 from experts.checkpoint.mixture import is_mixture, open_mixture
 from experts.checkpoint.quantization import METHODS, quantization_of
+from experts.checkpoint.stored import fetched
 from router.ops.plan.plan import PlannedModel
 from router.ops.plan.shape import shape_of
+from router.ops.plan.sizes import format_count
 
 DEFAULT_DTYPE = "bfloat16"
 
@@ -49,6 +52,25 @@ def find_model(name: str, dtype: str = "auto") -> PlannedModel:
     if name.lower() not in known:
         raise ConfigError(f"is neither a folder nor a known model; known: {', '.join(known)}", name)
     return _of_known(name.lower(), known[name.lower()], dtype)
+
+
+def describe_hub(model: HubId) -> list[str]:
+    """Return lines on a model of the hub, from its configuration and index: no weights are fetched.
+
+    Raises :class:`CheckpointError` for a model that cannot be fetched or is not served.
+    """
+    folder = fetched(model, DESCRIPTION)
+    planned = find_model(str(folder))
+    shape = planned.shape
+    index = next(iter(folder.glob("*.index.json")), None)
+    stored = set() if index is None else set(read_json(index).get("weight_map", {}).values())
+    files = f"{len(stored)} files of weights" if stored else "one file of weights"
+    lines = [
+        f"{model}: {format_count(shape.total_parameters)} parameters, "
+        f"{shape.num_moe_layers} layers of {shape.num_experts} experts "
+        f"(top {shape.num_experts_per_tok}), {planned.dtype}; {files}"
+    ]
+    return [*lines, planned.note] if planned.note else lines
 
 
 def _of_folder(folder: Path, dtype: str) -> PlannedModel:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from http.client import HTTPException
 from math import prod
 from typing import Any
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cluster.errors import ExpertMeshError
 from cluster.reports import LoadingStatus, loading_line
 from router.client import DEFAULT_ADDRESS, Client
+from router.client.access import API_KEY_VARIABLE
 from router.client.tls import CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.config.deployment import IMPORT_PATH
 from router.config.listen import ListenConfig
@@ -41,6 +41,8 @@ ASK_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 LOG_DELAY_S = 1.5
 """Ray prints the lines of other processes so much later; the address is to be the last line."""
 LONG_S = 60.0
+PROMPT, PROMPTS = "The capital of France is", {"mesh-tiny": "And the LORD said"}
+"""What is proposed to try; by model where one knows little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,20 @@ class Endpoint:
     grpc_address: str
     models: tuple[str, ...] = ()
     admin_address: str | None = None
+    has_keys: bool = False
 
     def command(self) -> str:
         """Return a command that tries the endpoint."""
         has_tls = self.http_url.startswith("https")
-        if self.models and all(_mixture(self.http_url, model) for model in self.models):
+        asks = bool(self.models) and not self.has_keys
+        if asks and all(_mixture(self.http_url, model) for model in self.models):
             trust = " --cacert FILE" if has_tls else ""
             return f"curl{trust} {self.http_url}{_path_of(self.models[0])}"
         trust = " --tls-ca FILE" if has_tls else ""
         where = "" if self.grpc_address == DEFAULT_ADDRESS else f" --address {self.grpc_address}"
-        return f'expertmesh{trust} generate "In the beginning" --stream{where}'
+        where += " --api-key-file FILE" if self.has_keys else ""
+        prompt = PROMPTS.get(self.models[0], PROMPT) if self.models else PROMPT
+        return f'expertmesh{trust} generate "{prompt}" --temperature 0 --stream{where}'
 
 
 def endpoints(document: Mapping[str, Any]) -> list[Endpoint]:
@@ -81,6 +87,7 @@ def _endpoint(application: Mapping[str, Any], listen: ListenConfig) -> Endpoint:
         f"{host}:{listen.grpc_port}",
         tuple(model["id"] for model in application["args"]["models"]),
         f"{_own(listen.admin_host)}:{listen.admin_port}",
+        bool((application["args"].get("security") or {}).get("keys_file")),
     )
 
 
@@ -182,8 +189,11 @@ class LoadingBar:
 def _loading(endpoint: Endpoint) -> Sequence[LoadingStatus]:
     """Return the loading actors, by a gateway's status; none while no gateway answers.
 
-    Where there are keys, it is the one in ``EXPERTMESH_API_KEY`` that is shown.
+    Where there are keys, it is the one in ``EXPERTMESH_API_KEY`` that is shown, and none is asked
+    without it.
     """
+    if endpoint.has_keys and not os.environ.get(API_KEY_VARIABLE):
+        return ()
     try:
         with Client(
             endpoint.grpc_address, retry=None, admin_address=endpoint.admin_address
@@ -194,9 +204,12 @@ def _loading(endpoint: Endpoint) -> Sequence[LoadingStatus]:
 
 
 def why_not_ready(endpoint: Endpoint) -> str | None:
-    """Ask once; returns why requests are not answered, or ``None`` where they are."""
+    """Ask once; returns why requests are not answered, or ``None`` where they are.
+
+    Where clients need a key only ``/ready`` is asked: a request without one would be an alarm.
+    """
     reason = _why_fails(endpoint.http_url, "/ready", ASK_TIMEOUT_S)
-    for model in endpoint.models:
+    for model in () if endpoint.has_keys else endpoint.models:
         reason = reason or _why_no_answer(endpoint.http_url, model)
     return reason
 
@@ -245,8 +258,6 @@ def _why_fails(url: str, path: str, timeout_s: float, body: bytes | None = None)
         with _opened(url, path, timeout_s, body):
             return None
     except HTTPError as error:
-        if error.code == HTTPStatus.UNAUTHORIZED:  # it answers whoever has a key
-            return None
         return _reason(error.read()) or f"HTTP status {error.code}"
     except (OSError, HTTPException) as error:
         if "CERTIFICATE_REQUIRED" in str(error):

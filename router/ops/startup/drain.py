@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Protocol
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from router.serve.instance import our_applications
+from router.serve.instance import applications
+from router.serve.options import CONTROLLER
 
 POLL_S = 0.2
 ASK_TIMEOUT_S = 5.0
@@ -79,34 +81,61 @@ def end_requests(gateways: Gateways) -> None:
 
 
 class ServedGateways:
-    """The gateways of all our applications of the Serve that this process is connected to."""
+    """The gateways of all our applications of the Serve that this process is connected to.
+
+    Serve tells the deployments of a redeploy alone, and none once it has failed. So each
+    application's controller is asked, which knows every gateway that lives.
+    """
 
     def __init__(self) -> None:
         """Connect to nothing yet."""
-        self._handles: dict[str, DeploymentHandle] = {}
+        self._handles: dict[tuple[str, str], DeploymentHandle] = {}
 
     def shut_down(self, ends_requests: bool) -> UnderWay | None:
         """See :class:`Gateways`. Replicas that have started since the last call are asked too."""
         answers: list[UnderWay] = []
         try:
-            for app in our_applications(ASK_TIMEOUT_S):
-                answers += self._ask(app, ends_requests)
-        except (TimeoutError, RayActorError, _NoAnswerError):
+            for app in applications(ASK_TIMEOUT_S):
+                for deployment, count in self._deployments(app).items():
+                    answers += self._ask(app, deployment, count, ends_requests)
+        except (TimeoutError, RayError, _NoAnswerError):
             return None
         return UnderWay(
             sum(answer.requests for answer in answers),
             max((answer.limit_s for answer in answers), default=0.0),
         )
 
-    def _ask(self, app: str, ends_requests: bool) -> list[UnderWay]:
+    def _deployments(self, app: str) -> dict[str, int]:
+        """Return the gateways' deployments; raises :class:`_NoAnswerError` while none is known."""
+        controller = self._handle(CONTROLLER, app)
+        if controller is None:  # of a first start, or not ours
+            return {}
         try:
-            if app not in self._handles:
-                self._handles[app] = serve.get_app_handle(app)
-            asked = self._handles[app].broadcast(METHOD, ends_requests)
-            results = asked.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
-        except (RayServeException, DeploymentUnavailableError):  # has no gateway, so no request
-            return []
-        return _answers(results)
+            told = controller.gateway_deployments.remote().result(timeout_s=ASK_TIMEOUT_S)
+        except RayTaskError:  # not ours
+            return {}
+        if not told:  # gateways call a new controller within seconds
+            raise _NoAnswerError("the controller knows no gateway yet")
+        return dict(told)
+
+    def _ask(self, app: str, name: str, count: int, ends_requests: bool) -> list[UnderWay]:
+        """Return the answers of a deployment; a gateway that hands over has a request at least."""
+        handle, results = self._handle(name, app), []
+        if handle is not None:
+            with suppress(DeploymentUnavailableError):
+                asked = handle.broadcast(METHOD, ends_requests)
+                results = asked.results(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+        return _answers(results) + [UnderWay(1, 0.0)] * (count - len(results))
+
+    def _handle(self, deployment: str, app: str) -> DeploymentHandle | None:
+        """Return a handle to a deployment, ``None`` where Serve has no such deployment."""
+        key = deployment, app
+        try:
+            if key not in self._handles:
+                self._handles[key] = serve.get_deployment_handle(deployment, app)
+        except (KeyError, RayServeException):
+            return None
+        return self._handles[key]
 
 
 class _NoAnswerError(Exception):

@@ -23,6 +23,7 @@ from rich.console import Console
 from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.stored import Stored
 from router.config.deployment import parse_deployment, read_document
+from router.config.local_paths import bundled, folder_beside, models_in
 from router.ops.doctor.access import ENCRYPTION, check_token
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import DEVICES
@@ -79,6 +80,7 @@ def attend(argv: Sequence[str]) -> None:
     if file is None:
         return
     address = given_address(argv)
+    _check_paths(file)
     if argv[1] == "deploy":
         check_deploy(file, read_document(file), address)
         return
@@ -88,6 +90,17 @@ def attend(argv: Sequence[str]) -> None:
     if starts_ray:
         tell_other_shells(token_variable())
     tell_progress(document, starts_ray)
+
+
+def _check_paths(file: Path) -> None:
+    """End the command at a model's folder that only our own commands would find."""
+    for model in models_in(read_document(file)):
+        beside = folder_beside(model["path"], file.resolve().parent)
+        if beside is not None and not bundled(model["path"]).is_dir():
+            _end(
+                f"{file}: {model['path']}: is a folder beside the file, where `serve` does not "
+                f"look; use `expertmesh serve` or `expertmesh deploy`, or write {beside}"
+            )
 
 
 def tell_progress(document: Mapping[str, Any], starts_ray: bool) -> None:
@@ -103,8 +116,7 @@ def tell_other_shells(variables: Mapping[str, str]) -> None:
     if variables:
         assignments = " ".join(f"{name}={value}" for name, value in variables.items())
         print(
-            "expertmesh: for `serve deploy`, `serve status` and `serve shutdown` in another shell: "
-            f"export {assignments}",
+            f"expertmesh: for commands of Ray and Serve in another shell: export {assignments}",
             flush=True,
         )
 

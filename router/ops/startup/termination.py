@@ -7,6 +7,7 @@ systemd, Docker and Kubernetes send SIGTERM, and kill what is still there after 
 | either | it starts | it is killed, with its Ray (:mod:`router.ops.startup.supervisor`) |
 | SIGTERM | it serves | new requests are refused, those under way end, then Serve and Ray end |
 | SIGINT | it serves | requests end with UNAVAILABLE, then Serve and Ray end |
+| `serve shutdown` | it serves | the command ends with 0 once Serve has ended |
 | either | requests end | they end with UNAVAILABLE now |
 | either | Serve and Ray end | their processes are killed |
 """
@@ -21,18 +22,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum, auto
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 from ray import serve
 
 from router.ops.startup.drain import Gateways, ServedGateways, UnderWay, drain, end_requests
 from router.ops.startup.leftovers import end_descendants, kill_descendants
+from router.serve.instance import serve_has_ended
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
-_WAKE, _WAKE_PERIOD_S = signal.SIGUSR1, 0.1
+_WAKE, _WAKE_PERIOD_S, LOOK_PERIOD_S = signal.SIGUSR1, 0.1, 2.0
 
 
 class _Phase(Enum):
@@ -87,7 +90,12 @@ class Termination:
 
     def _end_when_asked(self) -> None:
         """End requests and Serve once a signal has come, and have the main thread leave."""
-        number = self._asked.get()
+        number = self._wait_for_signal()
+        if number is None:
+            self._say("expertmesh: Serve was shut down: ending")
+            self._phase, self._exit_code = _Phase.ENDING, 0
+            self._wake_main_thread()
+            return
         self._exit_code = 128 + number
         if number == signal.SIGINT:
             self._say("expertmesh: SIGINT: ending")
@@ -104,6 +112,14 @@ class Termination:
             self._say(f"expertmesh: Serve did not end by itself ({type(error).__name__}: {error})")
         finally:
             self._wake_main_thread()
+
+    def _wait_for_signal(self) -> int | None:
+        """Return the first signal; ``None`` once another command has shut Serve down."""
+        while True:
+            with suppress(Empty):
+                return self._asked.get(timeout=LOOK_PERIOD_S)
+            if serve_has_ended():
+                return None
 
     def _wake_main_thread(self) -> None:
         """Have the main thread leave its sleep; one signal may come just before it sleeps."""

@@ -7,14 +7,9 @@ import mmap
 import pytest
 import torch
 
-from benchmarks.common import mapped_mb, percentile, summary_ms
+from benchmarks.common import mapped_mb, summary_ms
 from benchmarks.serve import summarize
 from benchmarks.serve_clients import Timed
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.5, 51), (0.99, 100), (1.0, 100)])
-def test_percentile(share: float, expected: int) -> None:
-    assert percentile([float(i) for i in range(100, 0, -1)], share) == expected
 
 
 def test_summary_is_in_milliseconds() -> None:

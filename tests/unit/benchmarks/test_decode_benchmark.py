@@ -65,21 +65,23 @@ class Machine:
     def engine(self, folder: Path, transport: str, *arguments: Any, **options: Any) -> Any:
         _, streams, tokens, _ = arguments
         speed = self.speeds.get(options["dtype"], 1.0)
-        times = {"p50_ms": 1.0, "p99_ms": 2.0}
         first = int(options["dtype"] == "bfloat16")
+        times = {"p50_ms": 1.0, "p99_ms": 2.0}
+        beside = {"step": times, "layer": times, "calls": {"stream": 3}}
         return {
             "streams": {
-                n: figures_of(speed * int(n), int(n), tokens, first)
-                | {"step": times, "layer": times, "calls": {"stream": 3}}
-                for n in streams
+                n: figures_of(speed * int(n), int(n), tokens, first) | beside for n in streams
             },
             "prefill_s": {str(n): [200 / speed] for n in options["prefill"]},
             "memory": {"router": {"rss_mb": 500.0, "weights_mb": 100.0, "beyond_mb": 400.0}},
         }
 
 
+MachineOf = Callable[[dict[str, float]], Machine]
+
+
 @pytest.fixture
-def machine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], Machine]:
+def machine_of(monkeypatch: pytest.MonkeyPatch) -> MachineOf:
     return lambda speeds: Machine(monkeypatch, speeds)
 
 
@@ -91,46 +93,38 @@ def peers_folder(folder: Path) -> Path:
 
 
 def test_ours_stand_beside_the_best_peer_in_as_many_bits(
-    tmp_path: Path,
-    machine_of: Callable[[dict[str, float]], Machine],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, machine_of: MachineOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speeds = {"float32": 30.0, "bfloat16": 40.0, "vllm_cpu fp32": 60.0, "llama_cpp F16": 20.0}
     machine = machine_of({**speeds, "llama_cpp Q8_0": 99.0, "hf_transformers bf16 eager": 10.0})
     file = tmp_path / "result.json"
     folder = str(peers_folder(tmp_path / "peers"))
-    words = ["--peers", folder, "--prefill", "--passes", "2", "--json", str(file)]
-    assert decode.main(words) == 0
+    assert decode.main(["--peers", folder, "--prefill", "--passes", "2", "--json", str(file)]) == 0
     assert len(machine.asked) == 2 * (4 + 2 + 4)
     assert {len(task.long_prompts) for task in machine.asked} == {0, 3}
-    result = json.loads(file.read_text())
-    sides = {(side["program"], side["format"]): side for side in result["sides"]}
+    sides = {(s["program"], s["format"]): s for s in json.loads(file.read_text())["sides"]}
     in_32, in_16 = (sides["ExpertMesh, auto", dtype] for dtype in ("float32", "bfloat16"))
-    assert in_32["streams"]["32"]["best_peer"] == "vllm fp32"
-    assert in_32["streams"]["32"]["ratio"] == 0.5
-    assert in_16["streams"]["1"]["best_peer"] == "llama.cpp F16"
-    assert in_16["streams"]["1"]["ratio"] == 2.0
+    of_32, of_16 = in_32["streams"]["32"], in_16["streams"]["1"]
+    assert (of_32["best_peer"], of_32["ratio"]) == ("vllm fp32", 0.5)
+    assert (of_16["best_peer"], of_16["ratio"]) == ("llama.cpp F16", 2.0)
     assert in_16["prefill_ratio"] == dict.fromkeys(("512", "2048", "4000"), 10 / 5)
     assert sides["vllm", "fp32"]["streams"]["32"]["same_tokens"] == 1
     assert in_16["streams"]["32"]["same_tokens"] == 0
-    assert "tokens" not in in_32["streams"]["32"]
+    assert "tokens" not in of_32
     printed = capsys.readouterr().out
     assert "Not installed: ik_llama.cpp (pip install ik-llama-cpp-python)." in printed
     assert "prefill" in printed
 
 
 def test_a_peer_that_fails_is_left_out_and_the_exit_status_says_so(
-    tmp_path: Path,
-    machine_of: Callable[[dict[str, float]], Machine],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, machine_of: MachineOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine = machine_of({"llama_cpp BF16": 0.0})
-    words = ["--peers", str(peers_folder(tmp_path / "peers")), "--passes", "2"]
-    words += ["--json", str(tmp_path / "result.json")]
-    assert decode.main(words) == 1
+    machine, file = machine_of({"llama_cpp BF16": 0.0}), tmp_path / "result.json"
+    folder = str(peers_folder(tmp_path / "peers"))
+    assert decode.main(["--peers", folder, "--passes", "2", "--json", str(file)]) == 1
     assert "FAILED: llama.cpp BF16: an illegal instruction" in capsys.readouterr().out
     assert [task.format for task in machine.asked].count("BF16") == 1
-    sides = json.loads((tmp_path / "result.json").read_text())["sides"]
+    sides = json.loads(file.read_text())["sides"]
     formats = {one["format"] for one in sides if one["program"] == "llama.cpp"}
     assert formats == {"F32", "F16", "Q8_0"}
 
@@ -155,7 +149,7 @@ def test_avx2_alone_is_refused_where_native_code_uses_more(
 
 
 def test_avx2_alone_is_asked_of_torch_and_its_libraries(
-    monkeypatch: pytest.MonkeyPatch, machine_of: Callable[[dict[str, float]], Machine]
+    monkeypatch: pytest.MonkeyPatch, machine_of: MachineOf
 ) -> None:
     machine_of({"hf_transformers bf16 eager": 1.0})
     monkeypatch.setattr(avx2, "KERNELS", avx2.KERNEL)

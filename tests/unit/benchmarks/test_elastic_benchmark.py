@@ -68,11 +68,6 @@ def test_zipfs_cycle_has_experts_as_often_as_zipf_says_and_one_first_actor() -> 
     assert ranks[0] != ranks[1]
 
 
-def test_a_token_of_its_own_repeats_itself() -> None:
-    own = steered.own_token(3)
-    assert load_step.expected(own, 3) == [own] * 3
-
-
 class Answering:
     """A client's deployment: says what must come, or what ``said`` makes of it."""
 
@@ -119,10 +114,6 @@ def test_a_wrong_token_and_a_short_answer_are_failures(
         clients._ask(steered.zipf_token(0), threading.Event())
 
 
-def look(at_s: float, *actors: str, layer: int = 0) -> Look:
-    return Look(at_s, frozenset((actor, layer, 0) for actor in actors))
-
-
 def test_a_look_tells_who_holds_what() -> None:
     devices = [DeviceStatus(actor, "n", 1, 0.0, 0.0, 0.0) for actor in ("a", "b", "c")]
     experts = (ExpertLoad("m", 0, 1, 0.0, ("a", "b")), ExpertLoad("m", 1, 1, 0.0, ("a",)))
@@ -132,17 +123,16 @@ def test_a_look_tells_who_holds_what() -> None:
     assert seen.numbers == {"actors": 2, "copies": 3}
 
 
-def product(expert: int, start_s: float) -> Product:
-    return Product(0, expert, start_s)
-
-
 def test_a_new_copy_serves_when_it_first_computes_after_the_crowd_came() -> None:
-    before = look(9.0, "a", "b")
     products = {
-        "a": [product(0, 8.0), product(0, 10.5), product(1, 11.5), product(1, 10.9)],
-        "b": [product(2, 9.5), product(0, 10.1)],
-        "c": [product(0, 14.0), product(0, 13.0)],
+        actor: [Product(0, expert, start_s) for expert, start_s in of]
+        for actor, of in {
+            "a": [(0, 8.0), (0, 10.5), (1, 11.5), (1, 10.9)],
+            "b": [(2, 9.5), (0, 10.1)],
+            "c": [(0, 14.0), (0, 13.0)],
+        }.items()
     }
+    before = Look(9.0, frozenset({("a", 0, 0), ("b", 0, 0)}))
     served = load_step.served_after(products, before, 10.0)
     assert served == {"standing": pytest.approx(0.9), "new": pytest.approx(3.0)}
     assert load_step.served_after({"a": []}, before, 10.0) == {"standing": None, "new": None}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from benchmarks.failover import (
@@ -53,29 +51,24 @@ def pieces(rates: list[int], begin_s: float = 100.0) -> list[Wait]:
 
 
 def test_what_a_stretch_lacks_is_told_in_seconds_of_what_it_had_before_and_after() -> None:
-    whole = [10] * 8
-    assert lost_s(pieces(whole), 100.0, 108.0) == pytest.approx(0.0)
-    # A second without a token and one of half as many.
-    assert lost_s(pieces([10, 10, 0, 5, 10, 10, 10, 10]), 100.0, 108.0) == pytest.approx(1.5)
-    # A machine that is half as fast later on.
-    assert lost_s(pieces([20, 20, 20, 20, 10, 10, 10, 10]), 100.0, 108.0) == pytest.approx(0.0)
-    # What is outside does not count.
     outside = pieces([1000], 99.0) + pieces([1000], 108.0)
-    assert lost_s(pieces(whole) + outside, 100.0, 108.0) == pytest.approx(0.0)
-
-
-def a_window(name: str, longest_s: float, lost_s: float) -> dict[str, Any]:
-    return {"name": name, "gap_s": {"longest": longest_s}, "lost_s": lost_s}
+    for rates, lost, beside in (
+        ([10] * 8, 0.0, []),
+        ([10, 10, 0, 5, 10, 10, 10, 10], 1.5, []),  # a second without a token, and a half
+        ([20, 20, 20, 20, 10, 10, 10, 10], 0.0, []),  # a machine that is half as fast later on
+        ([10] * 8, 0.0, outside),
+    ):
+        assert lost_s(pieces(rates) + beside, 100.0, 108.0) == pytest.approx(lost)
 
 
 def test_a_stretch_with_a_kill_is_compared_with_those_around_it() -> None:
     windows = [
-        a_window(QUIET, 0.2, 0.1),
-        a_window(KILL, 0.4, 0.9),
-        a_window(QUIET, 0.3, -0.3),
-        a_window(KILL, 0.2, 0.3),
-        a_window(QUIET, 0.1, 0.0),
-    ]
+        {"name": name, "gap_s": {"longest": longest_s}, "lost_s": lost}
+        for name, longest_s, lost in (
+            (QUIET, 0.2, 0.1), (KILL, 0.4, 0.9), (QUIET, 0.3, -0.3), (KILL, 0.2, 0.3),
+            (QUIET, 0.1, 0.0),
+        )
+    ]  # fmt: skip
     told = kills(windows)
     assert [one["lost_s"] for one in told] == [0.9, 0.3]
     assert [one["noise_s"] for one in told] == pytest.approx([-0.1, -0.15])
@@ -86,16 +79,11 @@ def test_a_stretch_with_a_kill_is_compared_with_those_around_it() -> None:
 
 def test_a_part_is_back_when_it_has_a_successor_and_nothing_is_missing() -> None:
     before = status()
-    assert not actor_is_back(before, before)
+    for is_back in (actor_is_back, router_is_back, controller_is_back):
+        assert not is_back(before, before)
     assert not actor_is_back(before, status(actors=((4, 1),)))
     assert actor_is_back(before, status(actors=((9, 2), (4, 1))))
-    assert not router_is_back(before, before)
     assert router_is_back(before, status(router=9))
-
-
-def test_a_controller_is_back_with_all_actors_and_must_not_have_replaced_one() -> None:
-    before = status()
-    assert not controller_is_back(before, before)
     assert not controller_is_back(before, status(controller=9, actors=((3, 1),)))
     assert controller_is_back(before, status(controller=9))
     with pytest.raises(RuntimeError, match="has replaced an actor"):

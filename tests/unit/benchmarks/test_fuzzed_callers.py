@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,6 @@ from router.gateway.browsers import BrowserRules
 from router.security.access import FIELD, Access
 from router.security.keys import ANYBODY, Caller
 
-TARGETS = pytest.mark.parametrize("make", [callers.http, callers.metadata])
-
 
 def run_all(make: Callable[[], Target]) -> None:
     target = make()
@@ -22,45 +21,38 @@ def run_all(make: Callable[[], Target]) -> None:
         target.run(seed)
 
 
-@TARGETS
-def test_a_check_that_lets_everybody_in_is_found(
-    make: Callable[[], Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def admit(*_: object) -> Caller:
-        return ANYBODY
-
-    monkeypatch.setattr(Access, "admit", admit)
-    with pytest.raises(AssertionError, match="without a key"):
-        run_all(make)
-
-
-@TARGETS
-def test_a_check_that_takes_any_of_several_keys_is_found(
-    make: Callable[[], Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    admit = Access.admit
-
-    async def admit_last(self: Access, surface: str, given: list[str], role: object) -> Caller:
-        return await admit(self, surface, given[-1:], role)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Access, "admit", admit_last)
-    with pytest.raises(AssertionError, match="without a key"):
-        run_all(make)
-
-
-@TARGETS
-def test_a_check_that_lets_nobody_in_is_found(
-    make: Callable[[], Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def refuse(*_: object) -> Caller:
-        raise UnauthenticatedError("no", FIELD)
-
-    monkeypatch.setattr(Access, "admit", refuse)
-    with pytest.raises(AssertionError, match="refused the right key"):
-        run_all(make)
-
-
 def test_a_rule_that_lets_other_sites_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BrowserRules, "check", lambda *_: None)
     with pytest.raises(AssertionError, match="another site"):
         run_all(callers.http)
+
+
+async def _admit(*_: object) -> Caller:
+    return ANYBODY
+
+
+async def _admit_by_the_last_key(
+    self: Access, surface: str, given: list[str], role: object, real: Any = Access.admit
+) -> Caller:
+    return await real(self, surface, given[-1:], role)
+
+
+async def _refuse(*_: object) -> Caller:
+    raise UnauthenticatedError("no", FIELD)
+
+
+@pytest.mark.parametrize("make", [callers.http, callers.metadata])
+@pytest.mark.parametrize(
+    ("admit", "message"),
+    [
+        (_admit, "without a key"),
+        (_admit_by_the_last_key, "without a key"),
+        (_refuse, "refused the right key"),
+    ],
+)
+def test_a_check_that_lets_everybody_any_of_several_keys_or_nobody_in_is_found(
+    make: Callable[[], Target], admit: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Access, "admit", admit)
+    with pytest.raises(AssertionError, match=message):
+        run_all(make)

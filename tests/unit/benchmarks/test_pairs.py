@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,11 +63,6 @@ def test_how_probably_two_ranks_enclose_the_median(count: int, rank: int, expect
     assert coverage(count, rank) == pytest.approx(expected)
 
 
-def test_the_interval_of_five_values_by_hand() -> None:
-    # Ranks 1 and 2 cover 0.9375 and 0.625: excess 0.12, weight 4 * 0.12 / (1 + 3 * 0.12) = 6 / 17.
-    assert median_interval([4.0, 2.0, 1.0, 5.0, 3.0]) == pytest.approx((1 + 6 / 17, 5 - 6 / 17))
-
-
 def test_the_interval_of_ten_values_by_hand() -> None:
     # Ranks 2 and 3 cover 1002 and 912 of 1024, 0.9 are 921.6: excess 80.4 / 90 = 0.89333, weight
     # 8 * 0.89333 / (2 + 6 * 0.89333) = 0.97101.
@@ -91,55 +86,6 @@ def test_nine_of_ten_intervals_hold_the_median(count: int) -> None:
     assert held / 2000 == pytest.approx(0.9, abs=0.025)
 
 
-def test_no_pairs_say_nothing() -> None:
-    summary = summarize([])
-    assert (summary.pairs, summary.median, summary.interval) == (0, None, None)
-    assert summary.verdict == "too few pairs"
-
-
-@pytest.mark.parametrize(
-    ("ratios", "verdict"),
-    [
-        ([0.5], "too few pairs"),
-        ([0.5] * 9, "too few pairs"),
-        ([0.5] * 10, "no slower"),
-        ([MAX_RATIO] * 10, "no slower"),
-        ([MAX_RATIO + 1e-9] * 10, "slower"),
-        ([1.0] * 8 + [1.5] * 2, "no slower"),  # the upper end is the 8th value and 3 % of the 9th
-        ([1.0] * 7 + [1.5] * 3, "slower"),
-        ([1.04] * 5 + [1.06] * 5, "slower"),  # the median is no more than 1.05, the interval is
-    ],
-)
-def test_the_verdict_is_of_the_interval_s_upper_end(ratios: list[float], verdict: str) -> None:
-    assert summarize(ratios).verdict == verdict
-
-
-def test_a_ratio_is_of_processor_seconds_per_token() -> None:
-    assert pair(1.25).ratio == pytest.approx(1.25)
-    [turn] = pair(1.25).old
-    assert turn.ms_per_token() == pytest.approx(20.0)
-    assert turn.ms_per_token("router") == pytest.approx(10.0)
-    assert turn.ms_per_token("haproxy") == 0.0
-
-
-def test_one_turn_beside_other_work_does_not_count() -> None:
-    turns = [Turn("HTTP", 10, {"router": cpu_s}) for cpu_s in (0.1, 0.9, 0.1, 0.12, 0.12)]
-    assert ms_per_token(turns) == pytest.approx(12.0)
-    assert Pair(turns, turns[2:]).ratio == pytest.approx(1.0)
-
-
-def test_each_way_to_ask_counts_as_much_as_any() -> None:
-    old = [Turn(way, 10, {"Gateway": 0.1}) for way in ("HTTP", "gRPC") for _ in range(3)]
-    new = [*old[:3], *(Turn("gRPC", 10, {"Gateway": 0.2}) for _ in range(2))]
-    assert ms_per_token(new) == pytest.approx((10.0 + 20.0) / 2)
-    assert Pair(old, new).ratio == pytest.approx(1.5)
-
-
-def test_sides_take_turns_and_either_can_begin() -> None:
-    assert by_turns(2, 0) == [0, 1, 0, 1]
-    assert by_turns(3, 1) == [1, 0, 1, 0, 1, 0]
-
-
 def test_each_pair_is_kept_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     measured = {"decode": [pair(1.0)] * 10, "serve": [pair(1.2)] * 10}
     kept = json.loads(json.dumps(to_json(OLD, NEW, measured)))
@@ -152,17 +98,6 @@ def test_each_pair_is_kept_and_shown(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "no slower" in shown
     assert "serve: Gateway" in shown
-
-
-@pytest.mark.parametrize(
-    ("ratios", "status"), [([1.0] * 10, 0), ([1.0] * 9, 1), ([1.06] * 10, 1), ([0.9] * 12, 0)]
-)
-def test_the_exit_status_is_the_verdict(
-    ratios: Sequence[float], status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = {"decode": [pair(ratio) for ratio in ratios], "serve": [pair(1.0)] * 10}
-    monkeypatch.setattr(pairs, "run", lambda given, *_: given.update(measured))
-    assert pairs.main(["HEAD"]) == status
 
 
 def test_a_run_that_ends_early_shows_the_pairs_before(
@@ -318,3 +253,39 @@ def test_a_process_tells_whose_library_it_has_loaded() -> None:
     times = serving_times(os.getpid(), "pytest")
     assert libraries_loaded(times, {own.name}) == {own.resolve()}
     assert libraries_loaded(times, {"another.so"}) == set()
+
+
+def test_a_ratio_is_of_processor_seconds_per_token_and_ways_to_ask_count_alike() -> None:
+    assert pair(1.25).ratio == pytest.approx(1.25)
+    [turn] = pair(1.25).old
+    assert [turn.ms_per_token(*of) for of in ((), ("router",), ("haproxy",))] == [20.0, 10.0, 0.0]
+    turns = [Turn("HTTP", 10, {"router": cpu_s}) for cpu_s in (0.1, 0.9, 0.1, 0.12, 0.12)]
+    assert ms_per_token(turns) == pytest.approx(12.0), "one turn beside other work does not count"
+    old = [Turn(way, 10, {"Gateway": 0.1}) for way in ("HTTP", "gRPC") for _ in range(3)]
+    new = [*old[:3], *(Turn("gRPC", 10, {"Gateway": 0.2}) for _ in range(2))]
+    assert ms_per_token(new) == pytest.approx((10.0 + 20.0) / 2)
+    assert Pair(old, new).ratio == pytest.approx(1.5)
+    assert by_turns(3, 1) == [1, 0, 1, 0, 1, 0], "sides take turns, and either can begin"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.5], "too few pairs"),
+        ([0.5] * 9, "too few pairs"),
+        ([0.5] * 10, "no slower"),
+        ([MAX_RATIO] * 10, "no slower"),
+        ([MAX_RATIO + 1e-9] * 10, "slower"),
+        ([1.0] * 8 + [1.5] * 2, "no slower"),  # the upper end is the 8th value and 3 % of the 9th
+        ([1.0] * 7 + [1.5] * 3, "slower"),
+        ([1.04] * 5 + [1.06] * 5, "slower"),  # the median is no more than 1.05, the interval is
+    ],
+)
+def test_the_verdict_is_of_the_interval_s_upper_end_and_the_exit_status_the_verdict(
+    ratios: list[float], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert summarize([]).verdict == "too few pairs"
+    assert summarize(ratios).verdict == verdict
+    measured = {"decode": [pair(ratio) for ratio in ratios], "serve": [pair(1.0)] * 10}
+    monkeypatch.setattr(pairs, "run", lambda given, *_: given.update(measured))
+    assert pairs.main(["HEAD"]) == (verdict != "no slower")

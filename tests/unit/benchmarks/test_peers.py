@@ -23,49 +23,31 @@ from benchmarks.peers.ask import PeerFailedError, ask
 from benchmarks.peers.batches import Row, generate
 from benchmarks.peers.gguf_file import as_pairs, write_gguf
 from benchmarks.peers.hf_transformers import Transformers
-from benchmarks.peers.side import Task, read_task
+from benchmarks.peers.side import Task
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.expert_weights import read_tensor
 from router.cli.app import app
 
 FAKE = "tests.unit.benchmarks.fake_peer"
 TASK = Task(
-    model="a folder",
-    format="plain",
-    threads=1,
-    prompts=[[1, 2], [10, 20], [7, 7]],
-    streams=(3, 1),
-    tokens=4,
-    rounds=2,
-    long_prompts=[[5] * 9],
-    context=64,
-)
+    model="a folder", format="plain", threads=1, prompts=[[1, 2], [10, 20], [7, 7]],
+    streams=(3, 1), tokens=4, rounds=2, long_prompts=[[5] * 9], context=64,
+)  # fmt: skip
 TINY = {
-    **SIZES,
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 3,
-}
-
-
-def test_a_task_is_read_as_it_was_written() -> None:
-    assert read_task(TASK.to_json()) == TASK
+    **SIZES, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3,
+}  # fmt: skip
 
 
 def test_a_peer_is_measured_in_a_process_of_its_own() -> None:
     reply = ask(sys.executable, FAKE, TASK)
     assert (reply["version"], reply["threads"]) == ("fake 1", 1)
-    assert reply["streams"]["3"]["tokens"] == [[3, 4, 5, 6], [21, 22, 23, 24], [8, 9, 10, 11]]
-    assert reply["streams"]["1"]["tokens"] == [[3, 4, 5, 6]]
-    for figures in (reply["streams"]["3"]["rates"], reply["streams"]["1"]["rates"]):
-        assert len(figures) == 2
-        assert min(figures) > 0
-    assert [len(times_s) for times_s in reply["prefill_s"].values()] == [2]
-    assert list(reply["prefill_s"]) == ["9"]
+    three, one = (reply["streams"][number] for number in ("3", "1"))
+    assert three["tokens"] == [[3, 4, 5, 6], [21, 22, 23, 24], [8, 9, 10, 11]]
+    assert one["tokens"] == [[3, 4, 5, 6]]
+    assert len(three["rates"]) == len(one["rates"]) == 2
+    assert min(*three["rates"], *one["rates"]) > 0
+    assert {length: len(times_s) for length, times_s in reply["prefill_s"].items()} == {"9": 2}
 
 
 @pytest.mark.parametrize(
@@ -134,48 +116,27 @@ def test_sequences_of_different_lengths_decode_in_one_batch() -> None:
     assert steps[0] == [Row(3, 2, 0, True), Row(5, 1, 1, True)]
 
 
-def make_environment(folder: Path, name: str) -> None:
-    python = folder / name / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.touch()
-
-
-def test_peers_are_the_environments_of_a_folder(tmp_path: Path) -> None:
-    make_environment(tmp_path, "llama.cpp")
-    (tmp_path / "notes").mkdir()
-    found = {peer.name: python for peer, python in registry.installed(tmp_path).items()}
-    assert found == {
-        "transformers": sys.executable,
-        "llama.cpp": str(tmp_path / "llama.cpp" / "bin" / "python"),
-    }
-    assert set(registry.missing(registry.installed(tmp_path))) == {"vllm", "ik_llama.cpp"}
-    assert [peer.name for peer in registry.installed(None)] == ["transformers"]
-
-
-def test_a_folder_that_is_no_folder_of_peers_is_an_error(tmp_path: Path) -> None:
-    make_environment(tmp_path, "lama.cpp")
-    with pytest.raises(ValueError, match=r"no peers: lama.cpp .* peers are vllm, llama.cpp"):
-        registry.installed(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
-        registry.installed(tmp_path / "nowhere")
-
-
-def test_peers_that_read_gguf_need_the_package_that_writes_it(
+def test_peers_are_the_environments_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_environment(tmp_path, "llama.cpp")
-    monkeypatch.setattr(registry, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install 'expertmesh"):
-        registry.installed(tmp_path)
-    assert len(registry.installed(None)) == 1
-
-
-def test_each_number_format_has_its_bits() -> None:
-    bits = {number_format: registry.bits_of(number_format) for number_format in registry.BITS}
-    assert bits == registry.BITS
+    (tmp_path / "notes").mkdir()
+    python = tmp_path / "llama.cpp" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    found = {peer.name: where for peer, where in registry.installed(tmp_path).items()}
+    assert found == {"transformers": sys.executable, "llama.cpp": str(python)}
+    assert set(registry.missing(registry.installed(tmp_path))) == {"vllm", "ik_llama.cpp"}
+    assert [peer.name for peer in registry.installed(None)] == ["transformers"]
     for peer in registry.PEERS:
-        assert set(map(registry.bits_of, peer.formats)) <= {32, 16, 8}
-    assert registry.bits_of("fp32 eager") == 32
+        assert {*map(registry.bits_of, peer.formats)} <= {32, 16, 8}
+    with pytest.raises(ValueError, match="is no folder"):
+        registry.installed(tmp_path / "nowhere")
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install 'expertmesh"):  # which writes GGUF
+        registry.installed(tmp_path)
+    (tmp_path / "llama.cpp").rename(tmp_path / "lama.cpp")
+    with pytest.raises(ValueError, match=r"no peers: lama.cpp .* peers are vllm, llama.cpp"):
+        registry.installed(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -33,30 +33,6 @@ def test_a_trend_is_the_slope_and_a_burst_does_not_move_it() -> None:
     assert per_min(samples, line) == pytest.approx(2.0)
 
 
-def test_a_process_that_stays_as_it_is_is_flat() -> None:
-    told = judged(lambda minute: 400.0)
-    assert told.is_flat
-    assert (told.mb_per_min, told.descriptors_per_min) == (0.0, 0.0)
-    assert (told.first.at_s, told.last.at_s) == (0.0, PERIOD_S * (COUNT - 1))
-
-
-def test_what_comes_in_the_first_quarter_is_not_growth() -> None:
-    assert judged(lambda minute: 100.0 + 60.0 * min(minute, 5.0)).is_flat
-
-
-@pytest.mark.parametrize(("mb_per_min", "is_flat"), [(0.5, True), (1.5, True), (2.0, False)])
-def test_growth_is_a_twentieth_of_the_memory_or_more(mb_per_min: float, is_flat: bool) -> None:
-    told = judged(lambda minute: 480.0 + mb_per_min * minute)  # a twentieth of it in 15 minutes
-    assert told.mb_per_min == pytest.approx(mb_per_min)
-    assert told.is_flat is is_flat
-
-
-def test_a_leak_of_descriptors_is_growth() -> None:
-    leaking = judged(lambda minute: 400.0, lambda minute: 50 + 2 * minute)
-    assert not leaking.is_flat
-    assert judged(lambda minute: 400.0, lambda minute: 50 + minute % 2 * 30).is_flat
-
-
 @pytest.mark.parametrize(
     ("words", "name"),
     [
@@ -103,3 +79,17 @@ def test_a_wait_is_told_with_the_faults_before_and_in_it() -> None:
     told = met(Wait(10.0 + LEAD_S, 3.0, 1, False), hits)
     assert [fault["pid"] for fault in told] == [7] * 3
     assert [fault["after_s"] for fault in told] == pytest.approx([-9.9, -1.0, 2.9])
+
+
+def test_growth_is_a_twentieth_of_the_memory_after_the_first_quarter_or_ever_more_descriptors() -> (
+    None
+):
+    flat = judged(lambda minute: 400.0, lambda minute: 50 + minute % 2 * 30)
+    assert flat.is_flat
+    assert (flat.mb_per_min, flat.first.at_s, flat.last.at_s) == (0.0, 0.0, PERIOD_S * (COUNT - 1))
+    assert not judged(lambda minute: 400.0, lambda minute: 50 + 2 * minute).is_flat
+    assert judged(lambda minute: 100.0 + 60.0 * min(minute, 5.0)).is_flat, "of the first quarter"
+    for mb_per_min, is_flat in ((0.5, True), (1.5, True), (2.0, False)):
+        told = judged(lambda minute, slope=mb_per_min: 480.0 + slope * minute)
+        assert told.mb_per_min == pytest.approx(mb_per_min)
+        assert told.is_flat is is_flat, mb_per_min

@@ -48,21 +48,17 @@ def test_what_the_wires_left_behind_is_a_problem(change: dict[str, Any], said: s
 
 
 def test_answers_are_told_in_a_word() -> None:
-    stream = b"".join(message(joined(frame)) for frame in FRAMES[1:])
-    assert (
-        hostile._frames_in(stream, is_checked=False) == "OverloadedError, WrongPlacementError, rows"
-    )
-    assert hostile._frames_in(stream + message(b"")[:16], is_checked=False) == (
-        "OverloadedError, WrongPlacementError, rows, too long"
-    )
-    assert (
-        hostile._frames_in(stream[:20], is_checked=False)
-        == hostile._frames_in(b"", is_checked=False)
-        == "nothing"
-    )
-    assert hostile._status_line(b"HTTP/1.1 413 Too Large\r\n\r\n") == "413"
-    assert hostile._status_line(b"\x00\x00") == "bytes"
-    assert hostile._status_line(b"") == "nothing"
+    stream, told = b"".join(message(joined(frame)) for frame in FRAMES[1:]), hostile._frames_in
+    words = "OverloadedError, WrongPlacementError, rows"
+    assert told(stream, is_checked=False) == words
+    assert told(stream + message(b"")[:16], is_checked=False) == f"{words}, too long"
+    assert told(stream[:20], is_checked=False) == told(b"", is_checked=False) == "nothing"
+    for said, word in (
+        (b"HTTP/1.1 413 Too Large\r\n\r\n", "413"),
+        (b"\x00", "bytes"),
+        (b"", "nothing"),
+    ):
+        assert hostile._status_line(said) == word
 
 
 def test_what_a_port_says_is_read_until_it_closes() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,64 +13,22 @@ import pytest
 from tests.serve_run import RAYS_LIMIT
 
 PRIVATE = re.compile(
-    r"\bray(\.\w+)*\.(_\w+|core\.generated|experimental|autoscaler)|_internal_kv|SERVE_CONTROLLER"
+    r"\b(ray|serve)(\.\w+)*\.(_\w+|core\.generated|experimental|autoscaler)"
+    r"|from ray(\.\w+)* import \(?_|_get_global_client|_internal_kv|SERVE_CONTROLLER"
 )
 ROOT = Path(__file__).parents[3]
-ALLOWED = {
-    "ray._private.state",
-    "ray.experimental.internal_kv",
-    "ray.serve.context._get_global_client",
-}
-
-
-def private_names(source: str) -> Iterator[str]:
-    """Yield what a module names of Ray's own: by import, attribute or string, not in docstrings."""
-    if not re.search(r"\bray\b", source):
-        return
-    tree = ast.parse(source)
-    told = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    }
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute):
-            names = [ast.unparse(node).replace("serve.", "ray.serve.")]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = [] if id(node) in told else [node.value]
-        yield from (name for name in names if PRIVATE.search(name))
-
-
-@pytest.mark.parametrize(
-    ("source", "num_names"),
-    [
-        ("import ray._private.state", 1),
-        ("from ray.serve.context import _get_global_client", 1),
-        ("import ray\nray._private.worker", 1),
-        ("from ray import serve\nserve._private.api", 1),
-        ("getattr(ray, 'x'); import_module('ray._raylet')", 1),
-        ("'''It uses ray._private, which is no use of it.'''", 0),
-        ("import ray\nray.get(1); x._private", 0),
-    ],
-)
-def test_private_names_are_found_however_they_are_written(source: str, num_names: int) -> None:
-    assert bool(list(private_names(source))) == bool(num_names)
+MODULES = {"ray._private.state", "ray.experimental.internal_kv", "ray.serve.context"}
 
 
 def test_three_private_names_stand_in_one_file() -> None:
-    found = {
-        (path.name, name)
+    texts = {
+        path.name: text
         for folder in ("cluster", "experts", "router", "workshop", "deploy")
         for path in (ROOT / folder).rglob("*.py")
-        for name in private_names(path.read_text(encoding="utf-8"))
+        if PRIVATE.search(text := path.read_text(encoding="utf-8"))
     }
-    assert {file for file, _ in found} == {"ray_private.py"}
-    assert len({name for _, name in found if name.startswith("ray.")} - ALLOWED) == 0
+    assert list(texts) == ["ray_private.py"]
+    assert set(re.findall(r'"(ray\.[\w.]+)"', texts["ray_private.py"])) == MODULES
 
 
 PROGRAM = """

@@ -6,6 +6,7 @@ import logging
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple
 from datetime import UTC, datetime, timedelta
@@ -149,17 +150,20 @@ def _gone(ours: Authority) -> None:
     Path(ours.files.key).unlink()
 
 
-SPOILERS = [_other_key, _expired, _foreign, _half_written, _gone]
+def _no_authority(ours: Authority) -> None:
+    Path(ours.files.authority).write_bytes(b"no certificate")
+
+
+SPOILERS = [_other_key, _expired, _foreign, _half_written, _gone, _no_authority]
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
 def test_changed_files_that_are_of_no_use_are_told_once_and_the_earlier_ones_stay(
     ours: Authority,
-    spoil: object,
+    spoil: Callable[[Authority], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert callable(spoil)
     monkeypatch.setattr(tls, "LOOK_S", 0.0)
     caplog.set_level(logging.INFO, "expertmesh.tls")
     before = serial(ours)
@@ -181,12 +185,12 @@ def test_changed_files_that_are_of_no_use_are_told_once_and_the_earlier_ones_sta
         (_foreign, "certificate", "cert.pem is refused by TLS: unable to get local issuer"),
         (_half_written, "certificate", "cannot be used: "),
         (_gone, "key", "no such file: "),
+        (_no_authority, "authority", "cannot be used: "),
     ],
 )
 def test_files_that_are_of_no_use_at_the_start_are_refused_by_name(
-    ours: Authority, spoil: object, field: str, words: str
+    ours: Authority, spoil: Callable[[Authority], None], field: str, words: str
 ) -> None:
-    assert callable(spoil)
     spoil(ours)
     for make in (ours.files.server_context, ours.files.client_context):
         with pytest.raises(ConfigError) as caught:

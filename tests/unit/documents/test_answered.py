@@ -55,8 +55,8 @@ def test_a_stranger_gets_no_more_than_probes_and_what_ray_tells() -> None:
         for (port, group), outcomes in rule().items()
         if any(outcomes[state] is Outcome.ANSWERED for state in (State.NO_KEY, State.BAD_KEY))
     }
-    of_ray = {(answered.RAY, group) for group in answered.RAY.groups}
-    assert told == of_ray | {
+    assert told == {
+        *((answered.RAY, group) for group in answered.RAY.groups),
         (answered.HTTP, Group.PROBES),
         (answered.HTTP, Group.LISTENS),
         (answered.GRPC, Group.CHECK),

@@ -48,26 +48,6 @@ pip install . && exit 1
 """
 
 
-def test_blocks_are_found_with_their_place() -> None:
-    found = blocks(MARKDOWN)
-    assert [block.language for block in found] == ["console", "python", "", "sh"]
-    for block in found:
-        assert MARKDOWN[block.begin :].startswith(block.text)
-    assert blocks("no block") == []
-
-
-def test_a_console_block_is_commands_and_what_stands_below_each() -> None:
-    text = blocks(MARKDOWN)[0].text
-    assert steps(text) == [
-        Step("echo one", "one\n"),
-        Step("printf 'a\\n\\nb\\n' \\\n    | tail -1", "b\n"),
-        Step("true", ""),
-    ]
-    assert shown(steps(text)) == text
-    with pytest.raises(ValueError, match="begins with a command"):
-        steps("output without a command\n")
-
-
 @pytest.mark.timeout(60)
 def test_what_blocks_print_takes_the_place_of_what_is_shown(tmp_path: Path) -> None:
     after = rerun(MARKDOWN, Place(1, 2, tmp_path))
@@ -94,16 +74,28 @@ def test_numbers_ids_and_the_width_of_columns_do_not_matter_and_words_do() -> No
     assert not same("│ a ─ b │\n", "│ a ─ c │\n")
 
 
-def test_blocks_that_are_not_run_have_a_reason() -> None:
+def test_blocks_and_their_commands_are_found_with_what_stands_below_each() -> None:
+    found = blocks(MARKDOWN)
+    assert [block.language for block in found] == ["console", "python", "", "sh"]
+    assert all(MARKDOWN[block.begin :].startswith(block.text) for block in found)
+    assert blocks("no block") == []
+    assert steps(found[0].text) == [
+        Step("echo one", "one\n"),
+        Step("printf 'a\\n\\nb\\n' \\\n    | tail -1", "b\n"),
+        Step("true", ""),
+    ]
+    assert shown(steps(found[0].text)) == found[0].text
+    with pytest.raises(ValueError, match="begins with a command"):
+        steps("output without a command\n")
+
+
+def test_blocks_that_are_not_run_have_a_reason_or_are_found() -> None:
     assert reason_elsewhere(Block("sh", "pip install . && serve run\n", 0))
     assert reason_elsewhere(Block("console", "$ expertmesh status\n", 0)) is None
-
-
-def test_a_block_that_would_not_be_run_for_want_of_an_output_is_found() -> None:
     assert blocks_without_output(MARKDOWN) == blocks_without_output("no block") == []
-    [python] = blocks_without_output(MARKDOWN.replace("```\n41\n```", ""))
-    assert python.text == "print(6 * 7)\n"
-    [shell] = blocks_without_output(
-        MARKDOWN.replace("pip install . && exit 1", "expertmesh status")
-    )
-    assert shell.language == "sh"
+    for before, after, language in (
+        ("```\n41\n```", "", "python"),
+        ("pip install . && exit 1", "expertmesh status", "sh"),
+    ):
+        [block] = blocks_without_output(MARKDOWN.replace(before, after))
+        assert block.language == language

@@ -13,17 +13,10 @@ from workshop.folders.merge.dense import DENSE_CLASSES, WITHOUT_DENSE
 
 GUIDE = (ROOT / "docs" / "workshop.md").read_text(encoding="utf-8")
 NAMES = {
-    "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen2-MoE",
-    "qwen3_moe": "Qwen3-MoE",
-    "olmoe": "OLMoE",
-    "dbrx": "DBRX",
-    "gpt_oss": "GPT-OSS",
-    "deepseek_v2": "DeepSeek-V2",
-    "deepseek_v3": "DeepSeek-V3",
-    "grok-1": "Grok-1",
-    "grok": "Grok-1",
-}
+    "mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE",
+    "dbrx": "DBRX", "gpt_oss": "GPT-OSS", "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3", "grok-1": "Grok-1", "grok": "Grok-1",
+}  # fmt: skip
 
 
 def test_the_python_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

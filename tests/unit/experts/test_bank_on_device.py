@@ -15,7 +15,7 @@ import torch
 from cluster.errors import OverloadedError
 from cluster.spec import ExpertKey
 from cluster.wire.frames import DispatchFrame, ErrorFrame, RowsFrame, joined
-from cluster.wire.tensors import from_bytes
+from cluster.wire.tensors import dtype_name, from_bytes
 from experts.bank import ExpertBank, GatedFfnExpert
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
@@ -49,10 +49,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def load(
-    bank: ExpertBank,
-    checkpoint: Checkpoint,
-    keys: Collection[ExpertKey],
-    dtype: str = "float32",
+    bank: ExpertBank, checkpoint: Checkpoint, keys: Collection[ExpertKey], dtype: str = "float32"
 ) -> None:
     """Load experts as an actor does; on the bank's device, if it has one, without joining them."""
     device, activation = bank._device, checkpoint.shape.activation
@@ -69,10 +66,7 @@ def load(
 
 
 def bank_on(
-    folder: Path,
-    device: torch.device,
-    keys: Collection[ExpertKey] = KEYS,
-    dtype: str = "float32",
+    folder: Path, device: torch.device, keys: Collection[ExpertKey] = KEYS, dtype: str = "float32"
 ) -> ExpertBank:
     bank = ExpertBank(None if device == HOST else ExpertDevice(device, "expert-0", print))
     load(bank, open_checkpoint(folder), keys, dtype)
@@ -98,11 +92,19 @@ def rows_in(answer: RowsFrame | ErrorFrame) -> torch.Tensor:
 
 
 def check(
-    answers: Sequence[RowsFrame | ErrorFrame], expected: Sequence[RowsFrame | ErrorFrame]
+    answers: Sequence[RowsFrame | ErrorFrame],
+    expected: Sequence[RowsFrame | ErrorFrame],
+    tolerance: float = 1e-5,
 ) -> None:
     for answer, right in zip(answers, expected, strict=True):
         assert answer.request_id == right.request_id
-        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=tolerance, atol=tolerance)
+
+
+def check_as_host(folder: Path, bank: ExpertBank, batch: Sequence[tuple[int, Counts]]) -> None:
+    """Check that a bank answers as one of the same experts on the host."""
+    frames = frames_of(batch)
+    check(bank.compute(frames), bank_on(folder, HOST, bank.experts).compute(frames))
 
 
 @pytest.mark.usefixtures("way")
@@ -120,23 +122,6 @@ def test_a_batch_takes_one_copy_each_way_and_has_the_hosts_rows(
         assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
         check(answers, expected)
     assert {key: count / 3 for key, count in bank.tokens.items()} == host.tokens
-
-
-def test_a_layers_experts_are_computed_by_two_grouped_products(
-    folder: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = []
-    product = device_experts.choose_grouped_mm(device.device, torch.float32, (HIDDEN, 96), 4)
-    assert product is not None
-
-    def counted(rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        shapes.append((len(rows), len(matrices), offs.cpu().tolist()))
-        return product(rows, matrices, offs=offs)
-
-    monkeypatch.setattr(device_experts, "choose_grouped_mm", lambda *_: counted)
-    bank = bank_on(folder, device.device)
-    bank.compute(frames_of(BATCHES["two layers"]))
-    assert shapes == [(9, 4, [3, 7, 9, 9])] * 2 + [(3, 4, [0, 2, 2, 3])] * 2
 
 
 def test_a_product_has_a_bounded_number_of_rows(
@@ -162,20 +147,19 @@ def test_a_product_has_a_bounded_number_of_rows(
 
 
 @pytest.mark.usefixtures("way")
-def test_experts_with_biases_have_the_hosts_rows(tmp_path: Path, device: EmulatedDevice) -> None:
-    SAVERS["gpt_oss"](tmp_path)
-    frames = frames_of(BATCHES["two frames"])
-    expected = bank_on(tmp_path, HOST, KEYS[:4]).compute(frames)
-    check(bank_on(tmp_path, device.device, KEYS[:4]).compute(frames), expected)
-
-
-@pytest.mark.usefixtures("way")
-def test_bfloat16_has_the_hosts_rows_up_to_rounding(folder: Path, device: EmulatedDevice) -> None:
-    frames = frames_of(BATCHES["two frames"], torch.bfloat16)
-    expected = bank_on(folder, HOST, KEYS, "bfloat16").compute(frames)
-    answers = bank_on(folder, device.device, KEYS, "bfloat16").compute(frames)
-    for answer, right in zip(answers, expected, strict=True):
-        torch.testing.assert_close(rows_in(answer), rows_in(right), rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [("gpt_oss", torch.float32, 1e-5), ("olmoe", torch.bfloat16, 2e-2)],
+)
+def test_biases_and_bfloat16_have_the_hosts_rows_up_to_rounding(
+    tmp_path: Path, device: EmulatedDevice, family: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    SAVERS[family](tmp_path)
+    frames = frames_of(BATCHES["two frames"], dtype)
+    on_device, on_host = (
+        bank_on(tmp_path, place, KEYS[:4], dtype_name(dtype)) for place in (device.device, HOST)
+    )
+    check(on_device.compute(frames), on_host.compute(frames), tolerance)
 
 
 def test_answers_outlast_the_next_batches(folder: Path, device: EmulatedDevice) -> None:
@@ -185,17 +169,6 @@ def test_answers_outlast_the_next_batches(folder: Path, device: EmulatedDevice) 
     for _ in range(3):
         bank.compute(frames_of([(0, {1: 2}), (0, {2: 9})]))
     assert all(map(torch.equal, map(rows_in, first), kept))
-
-
-def test_frames_that_are_refused_leave_the_others_their_rows(
-    folder: Path, device: EmulatedDevice
-) -> None:
-    frames = frames_of([(0, {0: 3}), (0, {2: 2})])
-    unknown = frames[0]._replace(expert_ids=(7,))
-    first, refused, second = bank_on(folder, device.device).compute([frames[0], unknown, frames[1]])
-    check([first, second], bank_on(folder, HOST).compute(frames))
-    assert isinstance(refused, ErrorFrame)
-    assert refused.kind == "WrongPlacementError"
 
 
 # Memory.
@@ -210,6 +183,13 @@ def blocks_of(bank: ExpertBank) -> dict[int, list[Block]]:
     return {layer_id: list(own.values()) for layer_id, own in blocks.items()}
 
 
+def sizes_of(bank: ExpertBank) -> dict[int, list[int]]:
+    """Return the numbers of experts in the blocks of each layer."""
+    return {
+        layer_id: [block.num_experts for block in own] for layer_id, own in blocks_of(bank).items()
+    }
+
+
 def allocated() -> int:
     gc.collect()
     return torch.accelerator.memory_allocated()
@@ -222,17 +202,12 @@ def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
     bank = bank_on(folder, device.device, KEYS[:3])
     load(bank, checkpoint, KEYS[3:7])
     load(bank, checkpoint, KEYS[7:])
-    assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2, 1: 2}
-    frames = frames_of(BATCHES["two layers"])
-    expected = bank_on(folder, HOST).compute(frames)
+    assert sizes_of(bank) == {0: [3, 1], 1: [3, 1]}
     staged_bytes = allocated() - bank.num_bytes
-    check(bank.compute(frames), expected)
+    check_as_host(folder, bank, BATCHES["two layers"])
     bank.settle()
-    assert {i: [b.num_experts for b in own] for i, own in blocks_of(bank).items()} == {
-        0: [4],
-        1: [4],
-    }
-    check(bank.compute(frames), expected)
+    assert sizes_of(bank) == {0: [4], 1: [4]}
+    check_as_host(folder, bank, BATCHES["two layers"])
     assert allocated() == bank.num_bytes + staged_bytes
     blocks = blocks_of(bank)
     bank.settle()
@@ -242,24 +217,11 @@ def test_a_layers_experts_lie_in_one_tensor_without_a_second_copy(
         bank.release(key)
     del blocks
     bank.settle()
-    assert {i: [b.num_experts for b in own] for i, own in blocks_of(bank).items()} == {0: [2]}
+    assert sizes_of(bank) == {0: [2]}
     assert allocated() == bank.num_bytes + staged_bytes
     load(bank, checkpoint, KEYS[:1])
     bank.settle()
-    frames = frames_of([(0, {0: 2, 3: 3}), (0, {1: 1})])
-    check(bank.compute(frames), bank_on(folder, HOST).compute(frames))
-
-
-def test_places_that_were_not_filled_are_given_back(folder: Path, device: EmulatedDevice) -> None:
-    checkpoint, own = open_checkpoint(folder), ExpertDevice(device.device, "expert-0", print)
-    bank = ExpertBank(own)
-    # A load of four that ends after one.
-    own.begin_load(dict.fromkeys(KEYS[:4], checkpoint.expert_bytes("float32")))
-    bank.hold(KEYS[0], own.load(KEYS[0], load_expert(checkpoint, 0, 0, "float32"), "silu"))
-    staged_bytes = allocated() - 4 * bank.num_bytes
-    own.end_load()
-    bank.settle()
-    assert allocated() == bank.num_bytes + staged_bytes
+    check_as_host(folder, bank, [(0, {0: 2, 3: 3}), (0, {1: 1})])
 
 
 def test_experts_come_and_go_under_a_batch(
@@ -291,67 +253,55 @@ def test_experts_come_and_go_under_a_batch(
             may_go_on.set()
         check(batch.result(LIMIT_S), expected)
     assert sorted(bank.experts) == [KEYS[3], ExpertKey("m", 0, 6)]
-    again = frames_of([(0, {3: 2, 6: 1})])
-    check(
-        bank.compute(again),
-        bank_on(folder, HOST, [KEYS[3], ExpertKey("m", 0, 6)]).compute(again),
-    )
+    check_as_host(folder, bank, [(0, {3: 2, 6: 1})])
 
 
 def test_experts_of_a_full_device_stay_where_they_are(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = open_checkpoint(folder)
-    expert_bytes = checkpoint.expert_bytes("float32")
-    with emulated_device(memory_bytes=6 * expert_bytes) as small:
+    with emulated_device(memory_bytes=6 * checkpoint.expert_bytes("float32")) as small:
         bank = bank_on(folder, small.device, KEYS[:2])
         load(bank, checkpoint, KEYS[2:4])
         bank.settle()
-        assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2}
+        assert sizes_of(bank) == {0: [2, 2]}
         assert "4 experts of a layer stay in 2 blocks with 4 places" in caplog.text
-        frames = frames_of(BATCHES["all experts"])
-        check(bank.compute(frames), bank_on(folder, HOST).compute(frames))
+        check_as_host(folder, bank, BATCHES["all experts"])
         bank.release(KEYS[1])
         bank.settle()  # a third of the device suffices
-        assert {i: len(own) for i, own in blocks_of(bank).items()} == {0: 2}
+        assert len(sizes_of(bank)[0]) == 2
         for key in KEYS[2:4]:
             bank.release(key)
         bank.settle()
-        assert [b.num_experts for own in blocks_of(bank).values() for b in own] == [1]
+        assert sizes_of(bank) == {0: [1]}
 
 
-def out_of_memory(*args: Any) -> Any:
-    raise torch.OutOfMemoryError("secret of the device")
+def raising(error: Exception) -> Any:
+    def says_full(*args: Any) -> Any:
+        raise error
+
+    return says_full
 
 
-def full_says_the_driver(*args: Any) -> Any:
-    raise torch.AcceleratorError("secret of the device: CUDA error: out of memory")
-
-
-def full_says_a_library(*args: Any) -> Any:
-    raise RuntimeError("secret of the device: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
-
-
-FULL = [out_of_memory, full_says_the_driver, full_says_a_library]
-
-
-def refused(answer: RowsFrame | ErrorFrame) -> OverloadedError:
-    assert isinstance(answer, ErrorFrame)
-    assert isinstance(answer.error, OverloadedError)
-    assert answer.error.retry_after_s
-    assert "secret" not in str(answer.error)
-    return answer.error
+FULL = [
+    raising(torch.OutOfMemoryError("secret of the device")),
+    raising(torch.AcceleratorError("secret of the device: CUDA error: out of memory")),
+    raising(RuntimeError("secret of the device: CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
+]
 
 
 @pytest.mark.parametrize("says_full", FULL)
+@pytest.mark.parametrize("place", ["a layer's product", "to_device", "to_host"])
 def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
     folder: Path,
     device: EmulatedDevice,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    place: str,
     says_full: Any,
 ) -> None:
-    frames = frames_of([(0, {0: 3}), (1, {1: 5}), (0, {2: 2})])
+    batch = [(0, {0: 3}), (1, {1: 5}), (0, {2: 2})]
+    frames = frames_of(batch)
     expected = bank_on(folder, HOST).compute(frames)
     bank = bank_on(folder, device.device)
     compute = Block.compute
@@ -361,28 +311,20 @@ def test_rows_that_a_device_has_no_memory_for_are_refused_and_no_others(
         return says_full() if block is full else compute(block, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Block, "compute", failing)
-        first, middle, last = bank.compute(frames)
-    check([first, last], [expected[0], expected[2]])
-    assert "has no memory for 5 rows" in str(refused(middle))
+        if place.startswith("to_"):
+            patch.setattr(bank._device._staging, place, says_full)
+        else:
+            patch.setattr(Block, "compute", failing)
+        answers = bank.compute(frames)
+    refused = answers if place.startswith("to_") else answers[1:2]
+    for answer in refused:
+        assert isinstance(answer, ErrorFrame)
+        assert isinstance(answer.error, OverloadedError)
+        assert answer.error.retry_after_s
+        assert "secret" not in str(answer.error)
     assert "secret of the device" in caplog.text
+    if len(refused) == 1:
+        check([answers[0], answers[2]], [expected[0], expected[2]])
+        assert "has no memory for 5 rows" in str(refused[0])
     assert not any(key.layer_id for key, count in bank.tokens.items() if count)
     check(bank.compute(frames), expected)
-
-
-@pytest.mark.parametrize("says_full", FULL)
-@pytest.mark.parametrize("copy", ["to_device", "to_host"])
-def test_a_batch_that_a_device_has_no_memory_to_copy_is_refused(
-    folder: Path,
-    device: EmulatedDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    copy: str,
-    says_full: Any,
-) -> None:
-    frames = frames_of(BATCHES["two layers"])
-    bank = bank_on(folder, device.device)
-    with monkeypatch.context() as patch:
-        patch.setattr(bank._device._staging, copy, says_full)
-        for answer in bank.compute(frames):
-            refused(answer)
-    check(bank.compute(frames), bank_on(folder, HOST).compute(frames))

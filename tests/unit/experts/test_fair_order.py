@@ -3,78 +3,51 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from cluster.wire.frames import DispatchFrame
 from experts.fair_order import TURN_ROWS, FairOrder
+from tests.unit.experts.frames import dispatch_frame
 
 
-@dataclass
-class Item:
+def item(model: str, num_rows: int, number: int = 0) -> SimpleNamespace:
     """A frame that waits."""
-
-    frame: DispatchFrame
-
-
-def item(model: str, num_rows: int, number: int = 0) -> Item:
-    frame = DispatchFrame(
-        request_id=number,
-        model=model,
-        layer_id=0,
-        expert_ids=(0,),
-        num_tokens_per_expert=(num_rows,),
-        num_rows=num_rows,
-        row_shape=(1,),
-        dtype="float32",
-        rows=b"",
-        time_left_s=1.0,
-        traceparent=None,
-    )
-    return Item(frame)
+    frame = dispatch_frame(torch.empty(num_rows, 1), {0: num_rows}, request_id=number, model=model)
+    return SimpleNamespace(frame=frame)
 
 
-def order_of(*items: Item) -> FairOrder[Item]:
-    order: FairOrder[Item] = FairOrder()
+def order_of(*items: Any) -> FairOrder[Any]:
+    order: FairOrder[Any] = FairOrder()
     for one in items:
         order.append(one)
     return order
 
 
-def all_batches(order: FairOrder[Item], most_rows: int) -> list[list[Item]]:
-    batches = []
-    while batch := order.next_batch(most_rows):
-        batches.append(batch)
-    return batches
-
-
-def test_nothing_that_waits_is_an_empty_batch() -> None:
-    assert order_of().next_batch(1024) == []
+def all_batches(order: FairOrder[Any]) -> list[list[Any]]:
+    return list(iter(lambda: order.next_batch(1024), []))
 
 
 @pytest.mark.parametrize("rows", [1, 1024, 5000])
 def test_a_frame_alone_is_a_batch_however_large(rows: int) -> None:
     only = item("a", rows)
-    assert all_batches(order_of(only), 1024) == [[only]]
+    order = order_of(only)
+    assert [order.next_batch(1024), order.next_batch(1024)] == [[only], []]
 
 
 def test_frames_of_one_model_come_in_order_as_many_as_a_batch_holds() -> None:
     items = [item("a", rows) for rows in (500, 500, 100, 900, 2000, 1)]
-    batches = all_batches(order_of(*items), 1024)
-    assert batches == [items[0:2], items[2:4], items[4:5], items[5:6]]
+    assert all_batches(order_of(*items)) == [items[0:2], items[2:4], items[4:5], items[5:6]]
 
 
-def test_a_small_frame_waits_for_one_batch_of_another_model_at_most() -> None:
-    large = [item("a", 1024) for _ in range(8)]
-    small = item("b", 3)
-    batches = all_batches(order_of(*large, small), 1024)
+def test_small_frames_share_a_batch_and_wait_for_one_of_another_model_at_most() -> None:
+    large, small = [item("a", 1024) for _ in range(8)], item("b", 3)
+    batches = all_batches(order_of(*large, small))
     assert any(one is small for batch in batches[:2] for one in batch)
-
-
-def test_all_small_frames_of_all_models_share_one_batch() -> None:
     items = [item(model, 8, number) for number in range(10) for model in "abc"]
-    [batch] = all_batches(order_of(*items), 1024)
+    [batch] = all_batches(order_of(*items))
     assert sorted(map(id, batch)) == sorted(map(id, items))
 
 
@@ -99,18 +72,15 @@ def test_models_that_always_have_frames_get_even_shares_of_rows() -> None:
 
 def test_every_frame_is_taken_once_and_each_model_keeps_its_order() -> None:
     source = random.Random(2)
-    order, added, taken = order_of(), [], []
+    order, taken = order_of(), []
     for number in range(500):
-        one = item(source.choice("abcd"), source.randint(1, 1500), number)
-        order.append(one)
-        added.append(one)
+        order.append(item(source.choice("abcd"), source.randint(1, 1500), number))
         if source.random() < 0.4:
             batch = order.next_batch(1024)
             assert len(batch) == 1 or sum(b.frame.num_rows for b in batch) <= 1024
             taken += batch
-    taken += [one for batch in all_batches(order, 1024) for one in batch]
+    taken += [one for batch in all_batches(order) for one in batch]
     assert sorted(one.frame.request_id for one in taken) == list(range(500))
     for model in "abcd":
         numbers = [one.frame.request_id for one in taken if one.frame.model == model]
         assert numbers == sorted(numbers)
-    assert {id(one) for one in taken} == {id(one) for one in added}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,13 +22,7 @@ from cluster.transport.stream.connect import Connector
 from cluster.transport.stream.handshake import Network, StreamOffer
 from cluster.transport.stream.server import ReceivedAlone, StreamServer
 from cluster.transport.stream.sockets import SEND_BUFFER_BYTES
-from cluster.wire.frames import (
-    Buffer,
-    Buffers,
-    ErrorFrame,
-    RowsFrame,
-    decode,
-)
+from cluster.wire.frames import Buffer, Buffers, ErrorFrame, RowsFrame, decode
 from experts import lone
 from experts import queue as queue_module
 from experts.lone import MAX_WAIT_MS
@@ -103,18 +97,17 @@ def by_queue(actor: Actor, frame: bytes) -> bytes:
     return b"".join(next(actor.compute_all([frame])))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 200])
-def test_a_lone_frame_gets_the_queues_answer_bit_for_bit(served: Served, num_rows: int) -> None:
-    frame = frame_of(rows_of(num_rows), request_id=1 << 63)
+@pytest.mark.parametrize(
+    "counts", [{3: 1}, {3: 2}, {3: 7}, {3: 33}, {3: 200}, {3: 1, 0: 1}, {3: 5, 0: 2}, {3: 1, 0: 40}]
+)
+def test_a_lone_frame_gets_the_queues_answer_bit_for_bit(
+    served: Served, counts: dict[int, int]
+) -> None:
+    rows = rows_of(sum(counts.values()))
+    frame = dispatch_bytes(rows, counts, request_id=1 << 63)
     assert served.ask_alone(frame) == by_queue(served.actor, frame)
-
-
-@pytest.mark.parametrize("counts", [(1, 1), (5, 2), (1, 40)])
-def test_experts_of_a_frame_compute_their_rows(served: Served, counts: tuple[int, int]) -> None:
-    frame = dispatch_bytes(rows_of(sum(counts)), dict(zip((3, 0), counts, strict=True)))
-    answer = served.ask_alone(frame)
-    assert answer == by_queue(served.actor, frame)
-    assert served.ask_alone(dispatch_bytes(rows_of(2), {3: 2}, layer_id=2)) != answer
+    other = dispatch_bytes(rows, {3: len(rows)}, request_id=1 << 63, layer_id=2)
+    assert served.ask_alone(other) == by_queue(served.actor, other) != served.ask_alone(frame)
 
 
 def test_reports_count_lone_frames(served: Served) -> None:
@@ -142,47 +135,36 @@ def test_a_look_at_answers_is_left_to_the_self_test(served: Served) -> None:
     assert len(served.by_python) <= 2 * waits
 
 
-Damage = Callable[[bytearray], None]
+def damaged(**parts: bytes) -> bytes:
+    """Return a frame of one row with other bytes from the places on that the names end in."""
+    frame = bytearray(frame_of(rows_of(1)))
+    for name, data in parts.items():
+        place = int(name.removeprefix("at_"))
+        frame[place : place + len(data)] = data
+    return bytes(frame)
 
 
-def _no_expert(frame: bytearray) -> None:
-    frame[25:27] = struct.pack("<H", 5)
-
-
-def _over(frame: bytearray) -> None:
-    frame[31:39] = struct.pack("<d", -1.0)
-
-
-def _other_width(frame: bytearray) -> None:
-    frame[21:25] = struct.pack("<I", HIDDEN // 2)
-    frame[17:21] = struct.pack("<I", 2)
-    frame[27:31] = struct.pack("<I", 2)
-
-
-def _other_dtype(frame: bytearray) -> None:
-    frame[3] = 2
-    frame[21:25] = struct.pack("<I", HIDDEN * 2)
-
-
-def _other_version(frame: bytearray) -> None:
-    frame[0:2] = struct.pack("<H", FRAME_VERSION + 1)
-
-
-def _no_rows(frame: bytearray) -> None:
-    frame[17:21] = struct.pack("<I", 0)
-    frame[27:31] = struct.pack("<I", 0)
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
 
 
 @pytest.mark.parametrize(
-    "damage", [_no_expert, _over, _other_width, _other_dtype, _other_version, _no_rows]
+    "frame",
+    [
+        damaged(at_25=struct.pack("<H", 5)),
+        damaged(at_31=struct.pack("<d", -1.0)),
+        damaged(at_17=u32(2), at_21=u32(HIDDEN // 2), at_27=u32(2)),
+        damaged(at_3=b"\x02", at_21=u32(HIDDEN * 2)),
+        damaged(at_0=struct.pack("<H", FRAME_VERSION + 1)),
+        damaged(at_17=u32(0), at_27=u32(0)),
+    ],
+    ids=["no expert", "over", "other width", "other dtype", "other version", "no rows"],
 )
 def test_whatever_cannot_be_computed_is_refused_as_by_the_queue(
-    served: Served, damage: Damage
+    served: Served, frame: bytes
 ) -> None:
-    frame = bytearray(frame_of(rows_of(1)))
-    damage(frame)
-    [answer] = served.ask(bytes(frame))
-    assert answer == by_queue(served.actor, bytes(frame))
+    [answer] = served.ask(frame)
+    assert answer == by_queue(served.actor, frame)
     assert isinstance(decode(answer), ErrorFrame)
     good = frame_of(rows_of(1))
     assert served.ask(good) == [by_queue(served.actor, good)]  # the connection lives on
@@ -203,7 +185,9 @@ def test_damaged_frames_of_any_kind_get_the_queues_answer(served: Served) -> Non
         assert answer == expected
 
 
-def test_a_traced_frame_and_frames_at_once_are_the_queues(served: Served) -> None:
+def test_traced_frames_frames_at_once_and_all_without_native_code_are_the_queues(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = frame_of(rows_of(1))
     served.ask_alone(frame)
     traced = frame_of(rows_of(1), traceparent=TRACE)
@@ -211,33 +195,26 @@ def test_a_traced_frame_and_frames_at_once_are_the_queues(served: Served) -> Non
     served.ask(traced)
     assert served.by_python == [traced]
     both = [frame_of(rows_of(2), 5), frame_of(rows_of(3), 6)]
-    answers = served.ask(*both)
-    assert answers == [by_queue(served.actor, frame) for frame in both]
+    assert served.ask(*both) == [by_queue(served.actor, frame) for frame in both]
+    monkeypatch.setattr(queue_module, "IS_BUILT", False)
+    by_queue(served.actor, frame)  # interrupts native code
+    served.by_python.clear()
+    for _ in range(5):
+        served.ask(frame)
+    assert served.by_python == [frame] * 5
 
 
 def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
     others = [served.connect() for _ in range(3)]
-    failures, done = [], []
 
-    def ask(transport: StreamTransport, seed: int) -> None:
+    def are_right(seed: int, transport: StreamTransport) -> bool:
         frame = frame_of(rows_of(seed + 1, seed), request_id=seed)
         expected = by_queue(served.actor, frame)
-        for _ in range(200):
-            [answer] = transport.send([Call("expert-0", 1, (frame,), LIMIT_S)]).wait()
-            if answer != expected:
-                failures.append((seed, answer))
-        done.append(seed)
+        calls = [Call("expert-0", 1, (frame,), LIMIT_S)]
+        return all(transport.send(calls).wait() == [expected] for _ in range(200))
 
-    threads = [
-        threading.Thread(target=ask, args=(transport, seed))
-        for seed, transport in enumerate([served.transport, *others])
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S)
-    assert not failures
-    assert sorted(done) == [0, 1, 2, 3]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(are_right, range(4), [served.transport, *others], timeout=LIMIT_S))
     for transport in others:
         transport.close()
 
@@ -245,10 +222,8 @@ def test_two_routers_at_once_get_their_own_answers(served: Served) -> None:
 def test_rows_that_are_not_finite_come_by_the_queue_and_are_tested(served: Served) -> None:
     frame = frame_of(rows_of(1))
     served.ask_alone(frame)
-    packed = served.actor._bank.lone.by_name[b"\0\0\0\0m"][0][3]
-    broken = np.frombuffer(packed, np.uint8).copy()
-    broken.view(np.float32)[:] = np.nan
-    served.actor._bank.lone.by_name[b"\0\0\0\0m"][0][3] = broken.data
+    parts = served.actor._bank.lone.by_name[b"\0\0\0\0m"][0]
+    parts[3] = np.full(len(parts[3]) // 4, np.nan, np.float32).view(np.uint8).data
     served.by_python.clear()
     for _ in range(5):
         [answer] = served.ask(frame)
@@ -264,18 +239,20 @@ def test_an_unloaded_expert_is_not_held_and_its_memory_is_free(
     begun_at_s = time.monotonic()
     served.actor.unload(1, [ExpertKey("m", 0, 3)])
     assert time.monotonic() - begun_at_s < long_wait_s
-    assert b"\0\0\0\0m" in served.actor._bank.lone.by_name  # expert 0 is still here
-    [answer] = served.ask(frame)
-    refused = decode(answer)
+    names = served.actor._bank.lone.by_name
+    assert b"\0\0\0\0m" in names  # expert 0 is still here
+    refused = decode(served.ask(frame)[0])
     assert isinstance(refused, ErrorFrame)
     assert refused.kind == "WrongPlacementError"
     served.actor.load(1, served.actor._spec, [ExpertKey("m", 0, 3)])
     assert isinstance(decode(served.ask_alone(frame)), RowsFrame)
     served.actor.unload(1, [ExpertKey("m", 0, 0), ExpertKey("m", 0, 3)])
-    assert b"\0\0\0\0m" not in served.actor._bank.lone.by_name
+    assert b"\0\0\0\0m" not in names
 
 
-def test_a_ray_call_does_not_wait_for_the_streams(served: Served, long_wait_s: float) -> None:
+def test_neither_a_ray_call_nor_an_end_waits_for_the_streams(
+    served: Served, long_wait_s: float
+) -> None:
     frame = frame_of(rows_of(1))
     served.ask_alone(frame)
     for _ in range(20):
@@ -283,6 +260,9 @@ def test_a_ray_call_does_not_wait_for_the_streams(served: Served, long_wait_s: f
         by_queue(served.actor, frame)
         assert time.monotonic() - begun_at_s < long_wait_s
         served.ask(frame)
+    begun_at_s = time.monotonic()
+    served.server.close()
+    assert time.monotonic() - begun_at_s < long_wait_s
 
 
 def test_a_full_socket_gets_the_rest_of_an_answer_later(served: Served) -> None:
@@ -335,35 +315,8 @@ def test_an_answer_that_cannot_be_sent_ends_its_connection(served: Served) -> No
     link.channel.close()
 
 
-def test_a_server_ends_at_once(served: Served, long_wait_s: float) -> None:
-    served.ask_alone(frame_of(rows_of(1)))
-    begun_at_s = time.monotonic()
-    served.server.close()
-    assert time.monotonic() - begun_at_s < long_wait_s
-
-
-def test_without_native_code_the_queue_answers_all(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue_module, "IS_BUILT", False)
-    frame = frame_of(rows_of(1))
-    by_queue(served.actor, frame)  # interrupts native code
-    served.by_python.clear()
-    for _ in range(5):
-        served.ask(frame)
-    assert served.by_python == [frame] * 5
-
-
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {1: 0},
-        {2: 0},
-        {3: bytearray(8)},
-        {5: -1},
-        {5: 1 << 20},
-        {0: "no number"},
-    ],
+    "wrong", [{1: 0}, {2: 0}, {3: bytearray(8)}, {5: -1}, {5: 1 << 20}, {0: "no number"}]
 )
 def test_wrong_arguments_are_refused(wrong: dict[int, object]) -> None:
     assert native is not None

@@ -23,6 +23,7 @@ STATUS = ClusterStatus(
 def test_a_schedule_is_a_function_of_its_seed() -> None:
     assert schedule(3, 1200, 5) == schedule(3, 1200, 5)
     assert schedule(3, 1200, 5) != schedule(4, 1200, 5)
+    assert schedule(1, 4.9, 5) == ()  # shorter than a period
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -37,10 +38,6 @@ def test_a_schedule_has_a_fault_in_every_period_and_all_kinds_in_every_bag(seed:
     for begin in range(0, 20, len(BAG)):
         kinds = [fault.kind for fault in faults[begin : begin + len(BAG)]]
         assert Counter(kinds) == Counter(BAG)
-
-
-def test_a_schedule_shorter_than_a_period_has_no_faults() -> None:
-    assert schedule(1, 4.9, 5) == ()
 
 
 def test_a_late_fault_makes_those_after_it_late_and_none_comes_sooner() -> None:
@@ -72,21 +69,18 @@ def test_an_answer_is_wholly_of_one_of_the_deployed_models() -> None:
             answers_of(case, mixed)
 
 
-def test_each_kind_has_its_own_victims() -> None:
-    assert {kind: victims(STATUS, kind) for kind in Kind} == {
-        Kind.KILL_ACTOR: (13,),
-        Kind.PAUSE_ACTOR: (13,),
+@pytest.mark.parametrize(("missing", "actors"), [(0, (13,)), (1, ())])
+def test_each_kind_has_its_own_victims_and_actors_are_none_while_an_expert_has_no_copy(
+    missing: int, actors: tuple[int, ...]
+) -> None:
+    known = replace(STATUS, missing_experts=missing)
+    assert {kind: victims(known, kind) for kind in Kind} == {
+        Kind.KILL_ACTOR: actors,
+        Kind.PAUSE_ACTOR: actors,
         Kind.KILL_ROUTER: (11,),
         Kind.KILL_CONTROLLER: (10,),
-        Kind.REDEPLOY: (13,),  # nobody; it comes when all experts are there
+        Kind.REDEPLOY: actors,  # nobody; it comes when all experts are there
     }
-
-
-def test_no_actor_is_a_victim_while_an_expert_has_no_copy() -> None:
-    known = replace(STATUS, missing_experts=1)
-    assert victims(known, Kind.KILL_ACTOR) == victims(known, Kind.PAUSE_ACTOR) == ()
-    assert victims(known, Kind.KILL_ROUTER) == (11,)
-    assert victims(known, Kind.KILL_CONTROLLER) == (10,)
 
 
 @pytest.mark.parametrize("tool", [kill, stop])

@@ -154,6 +154,11 @@ ANSWERS: Mapping[str, Schema] = {
     "Detokenized": answer(prompt=text()),
     "Model": _MODEL,
     "Models": answer(object=one_of("list"), data=items(ref("Model"))),
+    "Front": record(
+        dict.fromkeys(("name", "version", "documentation", "openapi", "models"), text(1)),
+        ["name", "documentation", "openapi", "models"],
+    ),
+    "ModelNames": answer(models=items(text(1))),
     "Alive": answer(status=one_of("alive")),
     "Ready": record(
         {
@@ -162,6 +167,7 @@ ANSWERS: Mapping[str, Schema] = {
             "epoch": either({"type": "integer"}, NULL),
             "placement_version": either({"type": "integer"}, NULL),
             "controller_loop_age_s": either(_NUMBER, NULL),
+            "failed_deploy": either(text(1), NULL),
         },
         ["ready"],
     ),

@@ -60,7 +60,11 @@ def _paths(models: Sequence[str]) -> dict[str, Any]:
     tokens, detokens = {_JSON: ref("TokenizeRequest")}, {_JSON: ref("DetokenizeRequest")}
     refused = _operation("refused: no embeddings are served", {}, taken={_JSON: _OBJECT})
     del refused["responses"]["200"]
+    front = _get("where to go", "Front")
     return {
+        "/": front,
+        "/docs": {"get": _operation("this document, to read", {"text/html": text()})},
+        "/v1": front,
         "/v1/models": _get("the served language models", "Models"),
         "/v1/models/{model}": _get("a served language model", "Model") | _in_path(model=models),
         "/v1/completions": _generation("continues one prompt or a list of prompts", "Completion"),
@@ -84,6 +88,7 @@ def _prediction_paths(models: Sequence[str], mixtures: Sequence[str]) -> dict[st
     all_live = "every expert of every model has a live copy"
     paths = {
         "/v2": get("name, version and extensions", "Server"),
+        "/v2/models": get("the names of the served mixtures", "ModelNames"),
         "/v2/health/live": get("the gateway's process lives", "Live"),
         "/v2/health/ready": get(all_live, "AllReady", has_503=True),
     }

@@ -22,6 +22,7 @@ from benchmarks.gpu.parts import Outcome
 from benchmarks.gpu.report import NOT_MEASURED, document, verdicts_of
 from benchmarks.gpu.settings import Settings
 from router.config.deployment import parse_args
+from router.ops.doctor import probe
 from tests.gpu.conftest import pytest_configure
 
 ROOT = Path(__file__).parents[4]
@@ -51,42 +52,6 @@ def test_the_devices_own_tests_refuse_to_run_without_one() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = needs.version
-
-    def version(name: str) -> str:
-        if name in ("blake3", "ray"):
-            raise PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(needs, "version", version)
-    line = needs.refusal()
-    assert line.startswith("packages are missing: pip install ")
-    assert "'ray[serve]" in line
-    assert "'blake3>=" in line
-    assert "torch" not in line
-    assert "\n" not in line
-
-
-def test_a_package_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from router.ops.doctor import probe
-
-    monkeypatch.setattr(probe, "_version", lambda name: "0.1")
-    line = needs.packages_refusal()
-    assert "torch is 0.1; needed: >=" in line
-    assert "\n" not in line
-
-
-def test_all_packages_are_here() -> None:
-    assert needs.packages_refusal() == ""
-
-
-def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, families=("mixtral",), device_bytes=7)
-    settings.save(tmp_path)
-    assert Settings.load(tmp_path) == settings
-
-
 def test_the_parts_end_within_ten_minutes_and_the_promised_figures_come_first() -> None:
     parts = parts_of(SETTINGS)
     assert [part.name for part in parts] == ["parity", "model-2", "kill", "model-1", "model-0"]
@@ -107,31 +72,19 @@ def test_router_and_actors_fit_one_card(actors: int) -> None:
 
 
 def window(name: str, failures: dict[str, int], back_s: float | None) -> dict[str, Any]:
-    gap = {"p50": 0.01, "p99": 0.02, "longest": 0.5}
     return {
-        "name": name,
-        "seconds": 20.0,
-        "tokens_per_s": 1000.0,
-        "gap_s": gap,
-        "longest_first_s": 0.25,
-        "back_s": back_s,
-        "requests": 50,
-        "failures": failures,
-    }
+        "name": name, "seconds": 20.0, "tokens_per_s": 1000.0,
+        "gap_s": {"p50": 0.01, "p99": 0.02, "longest": 0.5},
+        "longest_first_s": 0.25, "back_s": back_s, "requests": 50, "failures": failures,
+    }  # fmt: skip
 
 
 def parity_of(family: str, attention: str, may_read_pages: bool) -> dict[str, Any]:
     return {
-        "family": family,
-        "tokens": 24,
-        "equal_tokens": 24,
-        "distance": 0.04,
-        "oracle_distance": 0.03,
-        "most_distance": 0.08,
-        "is_kept": True,
-        "attention": attention,
-        "may_read_pages": may_read_pages,
-    }
+        "family": family, "tokens": 24, "equal_tokens": 24, "distance": 0.04,
+        "oracle_distance": 0.03, "most_distance": 0.08, "is_kept": True,
+        "attention": attention, "may_read_pages": may_read_pages,
+    }  # fmt: skip
 
 
 def results(
@@ -142,12 +95,11 @@ def results(
     **failures: int,
 ) -> dict[str, Any]:
     """The results of all parts, by their names."""
-    streams = {n: {"tokens_per_s": 2000.0 * ratio} for n in ("32", "1")}
-    of_router = {"peak_bytes": 10**9, "reserved_bytes": 11 * 10**8, "held_bytes": 8 * 10**8}
-    of_router["planned_bytes"] = 1250 * 10**6
+    memory = {"peak_bytes": 10**9, "reserved_bytes": 11 * 10**8, "held_bytes": 8 * 10**8,
+              "planned_bytes": 1250 * 10**6, "ratio": memory_ratio}  # fmt: skip
     run = {
-        "streams": streams,
-        "memory": {"router": {**of_router, "ratio": memory_ratio}},
+        "streams": {n: {"tokens_per_s": 2000.0 * ratio} for n in ("32", "1")},
+        "memory": {"router": memory},
         "attention": attention,
         "kernel_classes": [kernel_class],
     }
@@ -159,34 +111,73 @@ def results(
         "actors": dict.fromkeys(("1", "2"), run),
         "ratio": {n: {"32": ratio, "1": 0.5} for n in ("1", "2")},
     }
+    windows = [
+        window("no fault", {}, None),
+        window("kill of an actor with copies elsewhere", failures, 3.0),
+    ]
     return {
         "card": {
-            "device": "cuda",
-            "name": "A Card",
-            "driver": "nvidia 1.2",
-            "toolkit": "cuda 13.0",
-            "free_bytes": 70 * 10**9,
-            "total_bytes": 80 * 10**9,
-            "native": True,
-            "has_grouped_kernel": True,
-            "machine": {"torch": "2.13"},
+            "device": "cuda", "name": "A Card", "driver": "nvidia 1.2", "toolkit": "cuda 13.0",
+            "free_bytes": 70 * 10**9, "total_bytes": 80 * 10**9, "native": True,
+            "has_grouped_kernel": True, "machine": {"torch": "2.13"},
         },
-        "parity": [
-            parity_of("mixtral", attention, True),
-            parity_of("gpt_oss", "gathered", False),
-        ],
-        "kill": {
-            "actors": 3,
-            "devices": ["cuda"],
-            "windows": [
-                window("no fault", {}, None),
-                window("kill of an actor with copies elsewhere", failures, 3.0),
-            ],
-        },
+        "parity": [parity_of("mixtral", attention, True), parity_of("gpt_oss", "gathered", False)],
+        "kill": {"actors": 3, "devices": ["cuda"], "windows": windows},
         "model-0": {**model, "model": "111M", "is_largest": False},
         "model-1": {**model, "model": "445M", "is_largest": False},
         "model-2": {**model, "model": "6.7B", "is_largest": True},
-    }
+    }  # fmt: skip
+
+
+def test_missing_packages_and_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert needs.packages_refusal() == ""
+    real = needs.version
+
+    def version(name: str) -> str:
+        if name in ("blake3", "ray"):
+            raise PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(needs, "version", version)
+    line = needs.refusal()
+    assert line.startswith("packages are missing: pip install ")
+    assert ["'ray[serve]" in line, "'blake3>=" in line, "torch" in line] == [True, True, False]
+    monkeypatch.undo()
+    monkeypatch.setattr(probe, "_version", lambda name: "0.1")
+    line += needs.packages_refusal()
+    assert "torch is 0.1; needed: >=" in line
+    assert "\n" not in line
+
+
+def test_the_exit_status_is_0_where_all_is_kept_and_nothing_begins_without_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, begun = results(), []
+
+    def run_all(parts: Any, *arguments: Any) -> list[Outcome]:
+        begun.extend(part.name for part in parts)
+        return [
+            Outcome(part.name, "ok", 1.0, "", found[part.name])
+            if part.name in found
+            else Outcome(part.name, "failed", 1.0, "no device")
+            for part in parts
+        ]
+
+    def run(folder: Path) -> int:
+        return command.run(SETTINGS, folder, time.monotonic() + 60)
+
+    monkeypatch.setattr(command, "run_all", run_all)
+    assert run(tmp_path) == 0
+    assert Settings.load(tmp_path) == replace(SETTINGS, device_bytes=70 * 10**9)
+    found["model-2"]["ratio"]["1"]["32"] = 0.8
+    assert run(tmp_path) == 1
+    del found["card"]
+    begun.clear()
+    assert run(tmp_path / "made") == 1
+    assert begun == ["card"]
+    assert NOT_MEASURED in capsys.readouterr().out
+    assert json.loads((tmp_path / "made" / "results.json").read_text())["models"] == []
+    assert (tmp_path / "made" / "results.md").exists()
 
 
 def of(found: dict[str, Any]) -> dict[str, Any]:
@@ -218,13 +209,14 @@ def test_a_fall_back_on_the_card_is_no_promise_kept() -> None:
 
 
 def test_a_card_without_a_kernel_for_grouped_products_is_not_promised_them() -> None:
-    found = results(kernel_class="A Card looped")
-    assert not verdicts_of(of(found))[-2].is_kept
-    found["card"]["has_grouped_kernel"] = False
-    assert verdicts_of(of(found))[-2].is_kept
-    found = results(attention="gathered")
-    found["card"]["has_grouped_kernel"] = False
-    assert not verdicts_of(of(found))[-2].is_kept
+    for slow, kept in (
+        ({"kernel_class": "A Card looped"}, True),
+        ({"attention": "gathered"}, False),
+    ):
+        found = results(**slow)
+        assert not verdicts_of(of(found))[-2].is_kept
+        found["card"]["has_grouped_kernel"] = False
+        assert verdicts_of(of(found))[-2].is_kept is kept
 
 
 def test_what_was_not_measured_is_not_kept() -> None:
@@ -254,35 +246,3 @@ def test_the_document_has_card_versions_and_all_tables() -> None:
         assert part in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
-
-
-def test_without_a_card_no_other_part_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    begun = []
-
-    def run_all(parts: Any, *arguments: Any) -> list[Outcome]:
-        begun.extend(part.name for part in parts)
-        return [Outcome(part.name, "failed", 1.0, "no device") for part in parts]
-
-    monkeypatch.setattr(command, "run_all", run_all)
-    assert command.run(SETTINGS, tmp_path / "made", time.monotonic() + 60) == 1
-    assert begun == ["card"]
-    assert NOT_MEASURED in capsys.readouterr().out
-    assert json.loads((tmp_path / "made" / "results.json").read_text())["models"] == []
-    assert (tmp_path / "made" / "results.md").exists()
-
-
-def test_the_exit_status_is_0_where_all_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = results()
-
-    def run_all(parts: Any, *arguments: Any) -> list[Outcome]:
-        return [Outcome(part.name, "ok", 1.0, "", found[part.name]) for part in parts]
-
-    monkeypatch.setattr(command, "run_all", run_all)
-    assert command.run(SETTINGS, tmp_path, time.monotonic() + 60) == 0
-    assert Settings.load(tmp_path).device_bytes == 70 * 10**9
-    found["model-2"]["ratio"]["1"]["32"] = 0.8
-    assert command.run(SETTINGS, tmp_path, time.monotonic() + 60) == 1

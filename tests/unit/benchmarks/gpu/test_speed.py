@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,9 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.synthetic import MIXTRAL, write_checkpoint
 
 TINY = {
-    **MIXTRAL,
-    **SIZES,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+    **MIXTRAL, **SIZES, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 SETTINGS = Settings(
     "test-gpu-", device="cpu", device_bytes=1 << 40, models=(TINY, TINY), tokens=4, rounds=1
 )
@@ -94,23 +88,13 @@ def test_a_drivers_version_is_what_its_tool_says(
     assert card.driver_version() == "nvidia 580.95.05"
 
 
-def window(name: str, **changes: Any) -> dict[str, Any]:
-    back_s = 2.0 if name == KILL else None
-    return {"name": name, "requests": 9, "failures": {}, "back_s": back_s, **changes}
-
-
 def test_a_kill_is_kept_where_no_request_failed_and_the_actor_is_back() -> None:
-    quiet = window(QUIET)
-    assert kill.kept({"windows": [quiet, window(KILL)]})
-    for changes in (
-        {"failures": {"wrong tokens at index 3": 1}},
-        {"back_s": None},
-        {"requests": 0},
-    ):
-        assert not kill.kept({"windows": [quiet, window(KILL, **changes)]})
+    def kept(**changes: Any) -> bool:
+        of_both = {"requests": 9, "failures": {}}
+        killed = {"name": KILL, **of_both, "back_s": 2.0, **changes}
+        return kill.kept({"windows": [{"name": QUIET, **of_both, "back_s": None}, killed]})
 
-
-def test_actors_share_a_part_of_the_card() -> None:
-    on_card = replace(SETTINGS, device="accelerator")
-    assert [on_card.actor_gpus(n) for n in (1, 2, 3)] == [0.8, 0.4, 0.266]
-    assert [SETTINGS.actor_gpus(n) for n in (1, 2)] == [0.0, 0.0]
+    assert kept()
+    assert not kept(failures={"wrong tokens at index 3": 1})
+    assert not kept(back_s=None)
+    assert not kept(requests=0)

@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 from cluster.controller import controller
-from cluster.controller.changes import autoscale, elastic
+from cluster.controller.changes import autoscale, elastic, leaving
 from cluster.controller.health import deaths, liveness, suspicion
 from cluster.controller.lifecycle import keeper
 from tests.unit import virtual_time
@@ -53,4 +53,4 @@ def quick_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoscale, "DRAINING_CHECK_S", 0.01)
     monkeypatch.setattr(elastic, "SPREAD_RETRY_S", 0.01)
     monkeypatch.setattr(elastic, "UP_TIMEOUT_S", 5.0)
-    monkeypatch.setattr(elastic, "SUCCESSOR_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(leaving, "SUCCESSOR_TIMEOUT_S", 0.2)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RaySystemError
 
 from cluster.controller.controller import Controller
 from cluster.controller.records.last_words import LastWords
 from cluster.controller.records.ledger import Ledger, LedgerStore
-from cluster.errors import StaleEpochError, error_from_wire
+from cluster.errors import InvalidRequestError, StaleEpochError, error_from_wire
 from cluster.placement.load import LoadTracker
 from cluster.placement.placement import Placement
 from cluster.ray_private import MemoryStore
-from cluster.reports import (
-    ChangeReport,
-)
+from cluster.reports import ChangeReport, Heard, Samples
 from cluster.spec import (
     ActorReport,
     ActorSpec,
@@ -133,6 +131,8 @@ class FakePool:
         self.kernel_classes: dict[str, str] = {}
         """The kernel classes of actors, by id, that are not of class "fused"."""
         self.load_gate: Callable[[FakeActor], Awaitable[object]] | None = None
+        self.created: Callable[[FakeActor], None] = lambda actor: None
+        """Changes an actor when it is created."""
         self._pids = itertools.count(1000)
 
     def hold_loads(self, actor_id: str = "", is_hung: bool = False) -> asyncio.Event:
@@ -160,7 +160,9 @@ class FakePool:
     ) -> FakeActor:
         node = node or self.node_ids[len(self.actors) % len(self.node_ids)]
         kernel_class = self.kernel_classes.get(actor_id, "fused")
-        return self.add(actor_id, generation, epoch, node=node, kernel_class=kernel_class)
+        actor = self.add(actor_id, generation, epoch, node=node, kernel_class=kernel_class)
+        self.created(actor)
+        return actor
 
     def nodes(self) -> list[str]:
         self.looks += 1
@@ -171,6 +173,13 @@ class FakePool:
 
     def draining(self) -> set[str]:
         return set(self.draining_ids)
+
+    async def drain_node(self, node: str, dry_run: bool) -> None:
+        if len(self.node_ids) == 1:
+            raise InvalidRequestError(f"{node} is the head", "target")
+        if not dry_run:
+            self.draining_ids.add(node)
+            self.node_ids = [other for other in self.node_ids if other != node]
 
     def shortage(self, spec: ActorSpec) -> str:
         return "it needs GPU 1"
@@ -233,6 +242,22 @@ class FakePool:
 
     def of(self, actor_id: str) -> list[FakeActor]:
         return [actor for actor in self.actors if actor.actor_id == actor_id]
+
+
+@contextmanager
+def away(owner: object, *names: str) -> Iterator[list[object]]:
+    """Have calls of Ray fail in the body, which gets a list of them."""
+    asked: list[object] = []
+
+    def fail(*args: object) -> None:
+        asked.append(args)
+        raise RaySystemError("the store is away")
+
+    for name in names:
+        setattr(owner, name, fail)
+    yield asked
+    for name in names:
+        delattr(owner, name)
 
 
 def tasks_of(controller: Controller) -> list[asyncio.Task[None]]:
@@ -302,7 +327,17 @@ class Cluster:
                 known = placement.order
 
     async def complete(self) -> Placement:
-        return await self.until(lambda placement: not placement.missing())
+        """Wait until every expert has its copies."""
+        return await self.until(lambda p: p.fewest_copies() >= self.state.min_copies)
+
+    async def comes(self, actor_id: str, generation: int) -> Placement:
+        """Wait until a generation of an actor is published."""
+        return await self.until(lambda p: p.generations.get(actor_id) == generation)
+
+    async def superseded(self) -> None:
+        """Wait until the controller has stopped all that it runs."""
+        await asyncio.wait(tasks_of(self.controller), timeout=LIMIT_S)
+        assert all(task.done() for task in tasks_of(self.controller))
 
     async def stop(self) -> None:
         for task in tasks_of(self.controller):
@@ -329,11 +364,47 @@ async def running(
         await cluster.stop()
 
 
+@asynccontextmanager
+async def router_of(
+    cluster: Cluster,
+    heard: Callable[[], Mapping[str, Heard]] = dict,
+    model: str = "m",
+    samples: Callable[[], Samples | None] = lambda: None,
+) -> AsyncIterator[list[Placement]]:
+    """Have a router of a model call again and again, with what it has heard and measured.
+
+    Yields the placements that it has got.
+    """
+    got: list[Placement] = []
+
+    async def watch() -> None:
+        while True:
+            known, own = got[-1].order if got else (-1, -1), samples()
+            answer = await cluster.controller.watch(
+                "router", hash(model), "n", known, 0.05, own, model, heard=heard()
+            )
+            if answer["placement"] is not None:
+                got.append(answer["placement"])
+
+    task = asyncio.create_task(watch())
+    try:
+        yield got
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
 async def happens(condition: Callable[[], bool]) -> None:
     """Let the event loop run until the condition holds."""
     async with asyncio.timeout(LIMIT_S):
         while not condition():
             await asyncio.sleep(0.0001)
+
+
+async def beats(actor: FakeActor, number: int = 3) -> None:
+    """Wait for more heartbeats of an actor than a number."""
+    since = actor.heartbeats
+    await happens(lambda: actor.heartbeats > since + number)
 
 
 async def settled(cluster: Cluster, min_copies: int) -> Placement:

@@ -19,7 +19,7 @@ def serve_says(
 ) -> None:
     """Let Serve have one application, or not run at all; ``_`` in a name stands for a hyphen."""
     told = SimpleNamespace(
-        app_status=SimpleNamespace(status=status),
+        app_status=SimpleNamespace(status=status, message=""),
         deployment_statuses=[
             SimpleNamespace(name=name.replace("_", "-"), status=one, message="")
             for name, one in deployments.items()

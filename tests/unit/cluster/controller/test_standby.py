@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from cluster.controller.records.fleet import Fleet, PoolMembers
-from cluster.controller.records.ledger import Ledger
 from cluster.placement.scaling import wanted_standby
 from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
 from tests.unit.cluster.controller.fakes import (
@@ -34,17 +33,20 @@ def targets(**changes: Any) -> ScalingTargets:
 
 
 @pytest.mark.parametrize(
-    ("standby", "most", "in_use", "expected"),
-    [(0, 4, 1, 0), (2, 4, 1, 2), (2, 4, 3, 1), (2, 4, 4, 0), (2, 4, 5, 0)],
+    ("changes", "in_use", "expected"),
+    [
+        ({"standby_actors": 0}, 1, 0),
+        ({"standby_actors": 2}, 1, 2),
+        ({"standby_actors": 2}, 3, 1),
+        ({"standby_actors": 2}, 4, 0),
+        ({"standby_actors": 2}, 5, 0),
+        ({"dry_run": True}, 1, 0),
+    ],
 )
 def test_so_many_stand_by_as_there_may_be_more(
-    standby: int, most: int, in_use: int, expected: int
+    changes: dict[str, Any], in_use: int, expected: int
 ) -> None:
-    assert wanted_standby(targets(standby_actors=standby, max_actors=most), in_use) == expected
-
-
-def test_where_decisions_are_only_told_nobody_stands_by() -> None:
-    assert wanted_standby(targets(dry_run=True), 1) == 0
+    assert wanted_standby(targets(**changes), in_use) == expected
 
 
 def fleet_of(num_actors: int) -> Fleet:
@@ -73,10 +75,8 @@ def test_a_next_controller_knows_who_stood_by(
     configured: int, in_use: list[str], standby: list[str]
 ) -> None:
     kept = PoolMembers(2, ("a-0", "a-4"), ("a-1",))
-    ledger = Ledger(3, {}, {"a": kept})
-    assert Ledger.from_json(ledger.to_json()) == ledger
     fleet = fleet_of(configured)
-    fleet.resume(ledger.pools)
+    fleet.resume({"a": kept})
     assert (fleet.of("a"), fleet.standby_of("a")) == (in_use, standby)
     assert fleet.members()["a"].standby == tuple(standby)
     assert fleet.budgets_bytes == dict.fromkeys(fleet.specs, 30)

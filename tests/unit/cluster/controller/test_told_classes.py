@@ -36,36 +36,33 @@ def placed(**generations: int) -> Placement:
     return placement
 
 
-def test_no_actor_no_class() -> None:
-    kernels = ExpertKernels()
-    kernels.note(told("a", "fused"))
-    assert kernels.classes("m", placed()) == frozenset()
-
-
 def test_a_models_classes_are_those_of_its_holders() -> None:
     kernels = ExpertKernels()
     for report in (told("a", "fused"), told("b", TORCH, "paired"), told("c", "unfused")):
         kernels.note(report)
     assert kernels.classes("m", placed(a=1)) == {"fused"}
     assert kernels.classes("m", placed(a=1, b=1)) == {"fused", "paired", TORCH}
-    assert kernels.classes("n", placed(a=1)) == frozenset()
+    assert kernels.classes("n", placed(a=1)) == kernels.classes("m", placed()) == frozenset()
     kernels.note(told("a", TORCH))
     assert kernels.classes("m", placed(a=1)) == {TORCH}
 
 
 @pytest.mark.parametrize(
-    "report", [told("b", "fused"), told("a"), told("a", "fused", generation=2)]
+    ("report", "expected"),
+    [
+        (told("b", "fused"), {UNKNOWN}),
+        (told("a"), {UNKNOWN}),
+        (told("a", "fused", generation=2), {UNKNOWN}),
+        (replace(told("a"), kernels=(ModelKernel("n", "fused"),)), {UNKNOWN}),
+        (told("a", device=EMULATED), set()),
+    ],
 )
-def test_an_actor_that_has_told_none_is_unknown(report: ActorReport) -> None:
+def test_an_actor_that_has_told_none_is_unknown_unless_it_is_emulated(
+    report: ActorReport, expected: set[str]
+) -> None:
     kernels = ExpertKernels()
     kernels.note(report)
-    assert kernels.classes("m", placed(a=1)) == {UNKNOWN}
-
-
-def test_emulated_actors_have_no_class() -> None:
-    kernels = ExpertKernels()
-    kernels.note(told("a", device=EMULATED))
-    assert kernels.classes("m", placed(a=1)) == frozenset()
+    assert kernels.classes("m", placed(a=1)) == expected
 
 
 async def answers(cluster: Cluster, model: str) -> AsyncIterator[tuple[set[str], set[str]]]:
@@ -134,9 +131,3 @@ async def test_an_actor_that_is_silent_to_a_successor_is_unknown_until_it_answer
     silent.hung = False
     kernels, state = second.controller._state.kernels, second.controller._state
     await happens(lambda: kernels.classes("m", state.placement) == {"fused"})
-
-
-def test_reports_of_other_models_tell_nothing_of_this_one() -> None:
-    kernels = ExpertKernels()
-    kernels.note(replace(told("a"), kernels=(ModelKernel("n", "fused"),)))
-    assert kernels.classes("m", placed(a=1)) == {UNKNOWN}

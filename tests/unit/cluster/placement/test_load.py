@@ -61,19 +61,6 @@ def test_nothing_is_known_before_a_second_report() -> None:
     assert tracker.devices(1.0) == {}
 
 
-def test_a_load_that_ends_fades_with_the_window() -> None:
-    tracker = LoadTracker(0.0)
-    tracker.observe(report({}), 0.0)
-    for second in range(1, 201):
-        tracker.observe(report({A: 50 * second}), float(second))
-    before = tracker.tokens_per_s(200.0)[A]
-    assert before == pytest.approx(50)
-    silent_s = 200.0 + WINDOW_S
-    tracker.observe(report({A: 50 * 200}), silent_s)
-    assert tracker.tokens_per_s(silent_s)[A] == pytest.approx(50 / math.e, rel=0.01)
-    assert tracker.devices(silent_s)["one"].tokens_per_s == pytest.approx(50 / math.e, rel=0.01)
-
-
 def test_an_experts_rate_is_that_of_all_its_copies() -> None:
     tracker = LoadTracker(0.0)
     for actor_id in ("one", "two"):

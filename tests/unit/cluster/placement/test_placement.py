@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import spec
 from cluster.errors import ConfigError
 from cluster.placement.change import Change, with_change
 from cluster.placement.placement import Placement, assign_experts, empty_placement, surplus
@@ -115,9 +115,11 @@ def test_more_copies_than_actors_are_refused() -> None:
 
 
 def test_a_placement_tells_the_copies_of_the_expert_that_has_the_fewest() -> None:
-    model = ModelExperts("m", (0,), 2, 1)
+    model = ModelExperts("m", (2, 5), 1, 1)
     keys = model.expert_keys()
-    placement = empty_placement(1, [model])
+    placement = empty_placement(4, [model])
+    assert (placement.order, placement.generations) == ((4, 0), {})
+    assert placement.missing() == [("m", 2, 0), ("m", 5, 0)]
     assert (Placement(1, 0, {}, {}).fewest_copies(), placement.fewest_copies()) == (0, 0)
     both = placement.with_actor("a", 1, keys).with_actor("b", 1, keys[:1])
     assert both.fewest_copies() == 1
@@ -185,14 +187,6 @@ def placement_of(models: list[ModelExperts], shares: dict[str, list[ExpertKey]])
     return placement
 
 
-def test_an_empty_placement_misses_every_expert() -> None:
-    model = ModelExperts("m", (2, 5), 2, 1)
-    placement = empty_placement(4, [model])
-    assert placement.order == (4, 0)
-    assert placement.missing() == [("m", 2, 0), ("m", 2, 1), ("m", 5, 0), ("m", 5, 1)]
-    assert placement.generations == {}
-
-
 def test_an_actor_that_comes_adds_copies_and_one_that_goes_takes_its_own_only() -> None:
     model = ModelExperts("m", (0,), 3, 1)
     keys = model.expert_keys()
@@ -208,6 +202,12 @@ def test_an_actor_that_comes_adds_copies_and_one_that_goes_takes_its_own_only() 
     assert left.missing() == [keys[0]]
     assert [p.order for p in (first, both, left)] == [(1, 1), (1, 2), (1, 3)]
     assert first.holders[keys[1]] == ("a",)  # earlier versions are untouched
+    # An actor that comes again is listed once, and brings no expert that no model has.
+    again = both.with_actor("a", 5, [*keys[:2], ExpertKey("other", 0, 0)])
+    assert {key: sorted(actors) for key, actors in again.holders.items()} == {
+        key: list(actors) for key, actors in both.holders.items()
+    }
+    assert again.generations == {"a": 5, "b": 9}
 
 
 def test_copies_that_are_retired_leave_the_map_and_nothing_else() -> None:
@@ -245,33 +245,6 @@ def test_fewer_copies_are_chosen_from_those_that_are_there(
     assert copies.keys() == {key for model in models for key in model.expert_keys()}
 
 
-def test_fewer_copies_are_spread_over_the_actors() -> None:
-    model = ModelExperts("m", (0, 1, 2, 3), 8, 1)
-    actor_ids = ["a", "b", "c", "d"]
-    held = assign_experts([model], actor_ids, None, 4)
-    kept = assign_experts([model], actor_ids, None, 1, held=held)
-    assert {len(share) for share in kept.values()} == {8}
-
-
-def test_an_actor_that_comes_again_is_listed_once_under_its_new_generation() -> None:
-    model = ModelExperts("m", (0,), 2, 1)
-    once = empty_placement(1, [model]).with_actor("a", 1, model.expert_keys())
-    again = once.with_actor("a", 2, model.expert_keys())
-    assert set(again.holders.values()) == {("a",)}
-    assert again.generations == {"a": 2}
-
-
-def test_an_actor_cannot_bring_an_expert_that_no_model_has() -> None:
-    model = ModelExperts("m", (0,), 1, 1)
-    placement = empty_placement(1, [model]).with_actor("a", 1, [ExpertKey("other", 0, 0)])
-    assert list(placement.holders.items()) == [(("m", 0, 0), ())]
-
-
-def test_a_placement_is_newer_by_epoch_first_and_version_second() -> None:
-    orders = [Placement(e, v, {}, {}).order for e, v in itertools.product((1, 2, 10), (0, 9, 10))]
-    assert orders == sorted(orders)
-
-
 @given(MODELS, ACTORS)
 def test_a_placement_survives_a_call_of_ray(
     models: list[ModelExperts], actor_ids: list[str]
@@ -288,10 +261,8 @@ def test_an_actors_name_is_parsed_to_what_it_was_made_of(
     app: str, actor_id: str, generation: int
 ) -> None:
     assert parse_actor_name(actor_name(app, actor_id, generation), app) == (actor_id, generation)
-
-
-def test_names_that_look_like_a_generation_are_told_apart() -> None:
     assert actor_name("app", "expert-0", 3) == "expertmesh:app:expert-0:g3"
+    # What looks like a generation may be a part of the names.
     assert parse_actor_name("expertmesh:app:a:g1:g2", "app") == ("a:g1", 2)
     assert parse_actor_name(actor_name("a:b", "c", 1), "a:b") == ("c", 1)
 
@@ -319,17 +290,31 @@ def test_other_names_are_no_actors_of_the_application(name: str) -> None:
     assert parse_actor_name(name, "app") is None
 
 
-def test_a_digest_tells_apart_what_is_a_processes_for_life() -> None:
+def test_a_digest_tells_apart_what_is_a_processes_for_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Other weights and limits come to a living actor; nothing reloads for equal ones."""
 
-    def spec(threads: int, dtype: str = "float32", max_queue_rows: int = 100) -> ActorSpec:
+    def spec_of(threads: int, dtype: str = "float32", max_queue_rows: int = 100) -> ActorSpec:
         model = ModelSource("path", dtype, ModelExperts("m", (0,), 2, 8), "")
         return ActorSpec("app", (model,), 0.1, 0.0, threads, max_queue_rows)
 
-    assert spec(1).digest == spec(1).digest
-    assert spec(1).digest == spec(1, "bfloat16").digest == spec(1, max_queue_rows=7).digest
-    others = [spec(1), spec(2), replace(spec(1), num_gpus=1.0), replace(spec(1), app="b")]
+    one = spec_of(1).digest
+    assert one == spec_of(1, "bfloat16").digest == spec_of(1, max_queue_rows=7).digest
+    others = [
+        spec_of(1),
+        spec_of(2),
+        replace(spec_of(1), num_gpus=1.0),
+        replace(spec_of(1), app="b"),
+    ]
     assert len({other.digest for other in others}) == 4
+    # So are builds whose frames or reports are different.
+    with monkeypatch.context() as older_build:
+        older_build.setattr(spec, "FRAME_VERSION", spec.FRAME_VERSION - 1)
+        assert spec_of(1).digest != one
+    fields_of = spec.fields
+    monkeypatch.setattr(spec, "fields", lambda kind: fields_of(kind)[:-1])
+    assert spec_of(1).digest != one
 
 
 def test_a_models_key_is_its_id_and_its_content() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -14,30 +13,16 @@ OWN = {"new": ModelExperts("new", (0,), 4, 10)}
 EARLIER = {"old": ModelExperts("old", (0,), 4, 30)}
 
 
-def report(actor_id: str, *keys: ExpertKey, **fields: Any) -> ActorReport:
-    given = {"node": "n", "device": "cpu", "free_bytes": 1000, **fields}
+def report(
+    actor_id: str, *keys: ExpertKey, node: str = "n", device: str = "cpu", free_bytes: int = 1000
+) -> ActorReport:
     return ActorReport(
-        actor_id=actor_id,
-        generation=1,
-        digest="",
-        epoch=1,
-        pid=1,
-        experts=keys,
-        weight_bytes=0,
-        tokens={},
-        queued_rows=0,
-        steps=0,
-        **given,
+        actor_id, 1, "", 1, 1, node, device, keys, 0, {}, 0, 0, free_bytes=free_bytes
     )
 
 
 def keys(model: str, *expert_ids: int) -> list[ExpertKey]:
     return [ExpertKey(model, 0, expert_id) for expert_id in expert_ids]
-
-
-def test_experts_of_unknown_models_weigh_nothing() -> None:
-    assert experts_bytes([*keys("new", 0, 1), *keys("other", 0)], OWN) == 20
-    assert experts_bytes([], OWN) == 0
 
 
 @pytest.mark.parametrize(("budget", "fits"), [(80, True), (79, False)])
@@ -49,44 +34,28 @@ def test_a_budget_holds_the_share_and_what_is_retained(budget: int, fits: bool) 
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "changes", "fits"),
+    ("free_bytes", "first", "second", "fits"),
     [
-        (45, {}, True),  # two actors of a node load 20 each, into nine tenths of its memory
-        (44, {}, False),
-        (23, {"node": "m"}, True),  # each on a node of its own
-        (21, {"node": "m"}, False),
-        (23, {"device": "cuda:0"}, True),  # each with a device of its own
-        (21, {"device": "cuda:0"}, False),
+        (45, {}, {}, True),  # two actors of a node load 20 each, into nine tenths of its memory
+        (44, {}, {}, False),
+        (23, {}, {"node": "m"}, True),  # each on a node of its own
+        (21, {}, {"node": "m"}, False),
+        (23, {}, {"device": "cuda:0"}, True),  # each with a device of its own
+        (21, {}, {"device": "cuda:0"}, False),
+        (45, {"device": "cuda:0"}, {"device": "cuda:0"}, True),  # two shares of one card
+        (44, {"device": "cuda:0"}, {"device": "cuda:0"}, False),
+        (23, {"device": "cuda:0"}, {"device": "cuda:1"}, True),
+        (21, {"device": "cuda:0"}, {"device": "cuda:1"}, False),
+        (23, {"device": "emulated"}, {"device": "emulated"}, True),
     ],
 )
 def test_without_budgets_new_experts_must_find_free_memory(
-    free_bytes: int, changes: dict[str, str], fits: bool
+    free_bytes: int, first: dict[str, str], second: dict[str, str], fits: bool
 ) -> None:
     shares = {"a": keys("new", 0, 1), "b": keys("new", 2, 3)}
     reports = {
-        "a": report("a", *keys("old", 0), free_bytes=free_bytes),
-        "b": report("b", *keys("old", 1), free_bytes=free_bytes, **changes),
-    }
-    assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
-
-
-@pytest.mark.parametrize(
-    ("free_bytes", "devices", "fits"),
-    [
-        (45, ("cuda:0", "cuda:0"), True),  # two shares of one card
-        (44, ("cuda:0", "cuda:0"), False),
-        (23, ("cuda:0", "cuda:1"), True),
-        (21, ("cuda:0", "cuda:1"), False),
-        (23, ("emulated", "emulated"), True),
-    ],
-)
-def test_shares_of_one_card_have_one_memory(
-    free_bytes: int, devices: tuple[str, str], fits: bool
-) -> None:
-    shares = {"a": keys("new", 0, 1), "b": keys("new", 2, 3)}
-    reports = {
-        actor_id: report(actor_id, *keys("old", 0), free_bytes=free_bytes, device=device)
-        for actor_id, device in zip("ab", devices, strict=True)
+        "a": report("a", *keys("old", 0), free_bytes=free_bytes, **first),
+        "b": report("b", *keys("old", 1), free_bytes=free_bytes, **second),
     }
     assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
 
@@ -101,10 +70,12 @@ def test_actors_that_are_not_there_yet_need_memory_too(free_bytes: int, fits: bo
     assert fits_beside(shares, reports, OWN, EARLIER, None) is fits
 
 
-def test_experts_that_are_held_already_need_no_memory() -> None:
-    shares = {"a": keys("new", 0, 1)}
-    reports = {"a": report("a", *keys("new", 0, 1), *keys("old", 0), free_bytes=0)}
-    assert fits_beside(shares, reports, OWN, EARLIER, None)
+def test_experts_that_are_held_already_need_no_memory_and_others_models_weigh_nothing() -> None:
+    held = [*keys("new", 0, 1), *keys("old", 0), *keys("other", 0)]
+    assert fits_beside(
+        {"a": keys("new", 0, 1)}, {"a": report("a", *held, free_bytes=0)}, OWN, EARLIER, None
+    )
+    assert experts_bytes(held, OWN) == 20
 
 
 def test_a_model_goes_when_its_routers_are_silent() -> None:

@@ -25,23 +25,11 @@ TARGETS = ScalingTargets(
 def report(
     actor_id: str, busy_s: float, frames: int = 0, waited_s: float = 0.0, generation: int = 1
 ) -> ActorReport:
+    experts = (ExpertKey("m", 0, 0),)
     return ActorReport(
-        actor_id=actor_id,
-        generation=generation,
-        digest="",
-        epoch=1,
-        pid=1,
-        node="node",
-        device="cpu",
-        experts=(ExpertKey("m", 0, 0),),
-        weight_bytes=20,
-        tokens={},
-        queued_rows=0,
-        steps=0,
-        frames=frames,
-        busy_s=busy_s,
-        waited_s=waited_s,
-    )
+        actor_id, generation, "", 1, 1, "node", "cpu", experts, 20, {}, 0, 0, frames, busy_s,
+        waited_s,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -68,28 +56,13 @@ def test_the_number_follows_busy_time_and_queue_time(
     assert wanted_actors(TARGETS, actors, Signals(busy_devices, queue_s)).actors == expected
 
 
-def test_every_wish_says_what_it_is_for() -> None:
-    wanted = wanted_actors(TARGETS, 4, Signals(8.0, 0.0123))
-    assert wanted.reason == (
+def test_every_wish_says_what_it_is_for_and_is_bounded() -> None:
+    assert wanted_actors(TARGETS, 4, Signals(8.0, 0.0123)).reason == (
         "busy 200% (target 50%), would be 16 actors, frames wait 12.3 ms (10.0)"
     )
-
-
-def test_more_actors_come_only_when_they_are_wanted_all_through_the_delay() -> None:
-    policy = ScalingPolicy(TARGETS)
-    assert policy.decide(4, Signals(4.0, 0.0), 0.0) is None
-    assert policy.decide(4, Signals(3.0, 0.0), 1.0) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 2.9) is None
-    wanted = policy.decide(4, Signals(4.0, 0.0), 3.0)
-    assert wanted is not None
-    assert wanted.actors == 6  # the least of what was wanted, at 1 s
-    assert wanted.reason.endswith("for 3 s")
-    assert wanted.reason.startswith("busy 75%")
-    # A pause begins the delay anew.
-    assert policy.decide(4, Signals(4.0, 0.0), 4.0) is None
-    assert policy.decide(4, Signals(2.0, 0.0), 5.0) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 7.5) is None
-    assert policy.decide(4, Signals(4.0, 0.0), 10.5) is not None
+    fixed = ScalingPolicy(replace(TARGETS, min_actors=3, max_actors=3))
+    for second in range(100):
+        assert fixed.decide(3, Signals(3.0 * (second % 2), 0.1), float(second)) is None
 
 
 def test_actors_go_later_than_they_come() -> None:
@@ -98,7 +71,11 @@ def test_actors_go_later_than_they_come() -> None:
     wanted = policy.decide(4, Signals(0.1, 0.0), 20.0)
     assert wanted is not None
     assert wanted.actors == 1
+    # A wish that changed nothing is decided again after another delay.
+    decided = [s for s in range(21, 65) if policy.decide(4, Signals(0.1, 0.0), float(s))]
+    assert decided == [40, 60]
     # More being wanted in between begins the delay anew, and has its own.
+    policy = ScalingPolicy(TARGETS)
     assert policy.decide(4, Signals(0.1, 0.0), 30.0) is None
     assert policy.decide(4, Signals(4.0, 0.0), 40.0) is None
     assert policy.decide(4, Signals(0.1, 0.0), 42.0) is None
@@ -111,6 +88,9 @@ def test_without_signals_nothing_happens_but_bounds_hold() -> None:
     assert policy.decide(4, Signals(4.0, 0.0), 0.0) is None
     assert policy.decide(4, None, 4.0) is None
     assert policy.decide(4, Signals(4.0, 0.0), 5.0) is None  # waited for anew
+    fewer = ScalingPolicy(TARGETS)
+    decided = [fewer.decide(4, Signals(0.1, 0.0), at_s) for at_s in (0.0, 21.0, 40.9, 41.0)]
+    assert [one is not None for one in decided] == [False, False, False, True]
     too_many, too_few = policy.decide(12, None, 6.0), policy.decide(0, None, 6.0)
     assert too_many is not None
     assert too_few is not None
@@ -163,41 +143,6 @@ def test_never_fewer_than_were_wanted_in_the_delay_and_more_only_after_theirs(
             assert second >= 20
             assert wanted.actors == max(wishes[-20:])
         actors, last_s = wanted.actors, float(second)
-
-
-def test_a_load_that_fades_takes_actors_along_each_a_delay_after_it_was_needed() -> None:
-    policy, actors, went = ScalingPolicy(TARGETS), 5, []
-    fading = {0: 1.7, 1: 1.3, 2: 0.8, 3: 0.1}  # enough for 4, 3, 2 and 1
-    for second in range(60):
-        busy = fading.get(second, 0.1)
-        # What has just changed is not heard of at once: that does not begin the delay anew.
-        is_new = bool(went) and second == went[-1][0] + 1
-        wanted = policy.decide(actors, None if is_new else Signals(busy, 0.0), float(second))
-        if wanted is not None:
-            actors = wanted.actors
-            went.append((second, actors))
-    assert went == [(20, 4), (22, 2), (24, 1)]
-
-
-def test_what_did_not_change_the_number_is_decided_again_after_another_delay() -> None:
-    policy = ScalingPolicy(TARGETS)
-    decided = [s for s in range(65) if policy.decide(4, Signals(0.1, 0.0), float(s)) is not None]
-    assert decided == [20, 40, 60]
-
-
-def test_a_time_without_signals_that_is_longer_than_the_delay_begins_it_anew() -> None:
-    policy = ScalingPolicy(TARGETS)
-    assert policy.decide(4, Signals(0.1, 0.0), 0.0) is None
-    assert policy.decide(4, Signals(0.1, 0.0), 21.0) is None
-    assert policy.decide(4, Signals(0.1, 0.0), 40.9) is None
-    assert policy.decide(4, Signals(0.1, 0.0), 41.0) is not None
-
-
-def test_bounds_alone_decide_where_they_leave_no_choice() -> None:
-    fixed = replace(TARGETS, min_actors=3, max_actors=3)
-    policy = ScalingPolicy(fixed)
-    for second in range(100):
-        assert policy.decide(3, Signals(3.0 * (second % 2), 0.1), float(second)) is None
 
 
 def test_busy_time_is_that_of_the_last_seconds() -> None:

@@ -22,23 +22,20 @@ def report(**times: float) -> dict[tuple[str, int], float]:
     return {(actor_id, 1): value for actor_id, value in times.items()}
 
 
-def test_an_actor_is_compared_with_the_others_of_its_pool() -> None:
+def test_an_actor_is_compared_with_the_others_of_its_pool_by_the_median_of_its_routers() -> None:
     measured = beside_twins([report(a=1.0, b=1.1, c=0.9, d=5.0)], KINDS, LIVING)
     assert measured == pytest.approx({"a": 1 / 1.1, "b": 1.1, "c": 0.9 / 1.1, "d": 5.0})
     pools = {"a": "gpu", "b": "gpu", "c": "cpu", "d": "cpu"}
     measured = beside_twins([report(a=1.0, b=1.0, c=20.0, d=20.0)], pools, LIVING)
     assert measured == dict.fromkeys(LIVING, 1.0)
+    reports = [report(a=1.0, b=times) for times in (1.0, 4.0, 9.0)]
+    assert beside_twins(reports, KINDS, LIVING)["b"] == 4.0
 
 
 def test_actors_without_a_measured_twin_and_earlier_generations_are_left_out() -> None:
     assert beside_twins([report(a=1.0, gone=3.0)], KINDS | {"gone": "cpu"}, LIVING) == {}
     assert beside_twins([{("a", 1): 1.0, ("b", 2): 9.0}], KINDS, LIVING) == {}
     assert beside_twins([], KINDS, LIVING) == {}
-
-
-def test_of_several_routers_the_median_counts() -> None:
-    reports = [report(a=1.0, b=times) for times in (1.0, 4.0, 9.0)]
-    assert beside_twins(reports, KINDS, LIVING)["b"] == 4.0
 
 
 class Looks:

@@ -13,13 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError
-from cluster.transport.base import GONE_CHECK_S, Call, CallFailure, Outcome
+from cluster.transport.base import Call, CallFailure, Outcome
 from cluster.transport.stream import channel as channel_module
 from cluster.transport.stream import late as late_module
 from cluster.transport.stream import server as server_module
@@ -228,29 +225,6 @@ def test_answers_come_in_the_order_of_the_calls_whoever_is_first(
     assert answers(pending.wait()) == [b"a" * 9, b"b" * 9, b"c" * 9]
 
 
-@pytest.mark.parametrize("last", "ab")
-def test_the_actor_that_answered_last_is_asked_first(
-    actors: Actors, connect: Open, last: str
-) -> None:
-    for name in "ab":
-        actors.add(name)
-    transport = connect()
-    calls = [call(b"hello", name) for name in "ab"]
-    ask(transport, *calls)
-    for name in sorted("ab", key=lambda name: name == last):
-        ask(transport, call(b"one", name))
-    sent: list[str] = []
-    send = transport.send_one
-
-    def noting(pending: Any, place: int, one: Call) -> Any:
-        sent.append(one.actor_id)
-        return send(pending, place, one)
-
-    transport.send_one = noting  # type: ignore[method-assign]
-    assert ask(transport, *calls) == [b"hello", b"hello"]
-    assert sent == [last, "b" if last == "a" else "a"]
-
-
 def test_flights_may_be_waited_for_in_any_order(actors: Actors, connect: Open) -> None:
     actors.add("a")
     actors.add("b")
@@ -277,25 +251,7 @@ def test_answers_of_a_flight_last_while_others_come_in(actors: Actors, connect: 
     assert answers(early.wait()) == [first, first]
 
 
-def test_frames_that_wait_together_are_answered_together(actors: Actors, connect: Open) -> None:
-    actors.add("a")
-    echo = actors.echoes["a"]
-    routers = [connect() for _ in range(3)]
-    for router in routers:
-        ask(router, call(b"hello"))
-    echo.batches.clear()
-    echo.shut()
-    busy = routers[0].send(within(LIMIT_S, [call(b"first")]))
-    assert echo.entered.acquire(timeout=LIMIT_S)
-    pending_calls = [router.send(within(LIMIT_S, [call(b"later")])) for router in routers]
-    echo.open.set()
-    assert answers(busy.wait()) == [b"first"]
-    assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 3
-    assert [b"first"] in echo.batches
-    assert max(map(len, echo.batches)) == 3
-
-
-def test_an_answer_is_sent_as_it_comes_while_others_are_computed(
+def test_frames_that_wait_together_are_computed_together_and_each_answer_is_sent_as_it_comes(
     actors: Actors, connect: Open
 ) -> None:
     both, has_first = threading.Event(), threading.Event()
@@ -322,7 +278,8 @@ def test_an_answer_is_sent_as_it_comes_while_others_are_computed(
     waits = [threading.Thread(target=pending.wait) for pending in pending_calls]
     for wait in waits:
         wait.start()
-    assert both.wait(LIMIT_S)  # the second is not computed before the first router has its own
+    # They came in one batch; the second is not computed before the first router has its own.
+    assert both.wait(LIMIT_S)
     deadline_s = time.monotonic() + LIMIT_S
     while all(wait.is_alive() for wait in waits):
         assert time.monotonic() < deadline_s
@@ -331,16 +288,6 @@ def test_an_answer_is_sent_as_it_comes_while_others_are_computed(
     for wait in waits:
         wait.join(LIMIT_S)
     assert [answers(pending.wait()) for pending in pending_calls] == [[b"later"]] * 2
-
-
-def test_another_generation_has_a_connection_of_its_own(actors: Actors, connect: Open) -> None:
-    old = actors.add("a", 1)
-    transport = connect()
-    assert ask(transport, call(b"to the old")) == [b"to the old"]
-    actors.add("a", 2)
-    assert ask(transport, call(b"to the new", generation=2)) == [b"to the new"]
-    assert actors.echoes["a"].batches == [[b"to the new"]]
-    old.close()
 
 
 def test_an_actor_is_ready_once_a_stream_is_made_and_nobody_waits_for_it(
@@ -360,15 +307,6 @@ def test_an_actor_is_ready_once_a_stream_is_made_and_nobody_waits_for_it(
 # What happens when they do not.
 
 
-def test_until_there_is_a_stream_calls_go_elsewhere(actors: Actors, connect: Open) -> None:
-    other = Elsewhere()
-    transport = connect(other)
-    assert ask(transport, call(b"early")) == [b"elsewhere"]  # nobody has this actor yet
-    actors.add("a")
-    until(lambda: ask(transport, call(b"x")) == [b"x"], "a stream is made in the end")
-    assert ("a", b"early") in other.frames
-
-
 def test_without_a_fall_back_an_unknown_actor_has_died(
     connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,8 +315,9 @@ def test_without_a_fall_back_an_unknown_actor_has_died(
     assert time.monotonic() - started_s < LIMIT_S
 
 
-def with_two(actors: Actors, connect: Open) -> tuple[StreamTransport, list[Call], Elsewhere]:
-    """Return a transport with streams to two actors, a call for each, and the fall-back."""
+def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks_though_the_other_actor_hangs(
+    actors: Actors, connect: Open
+) -> None:
     actors.add("a")
     actors.add("b")
     other = Elsewhere()
@@ -386,29 +325,6 @@ def with_two(actors: Actors, connect: Open) -> tuple[StreamTransport, list[Call]
     calls = [call(b"one", "a"), call(b"two", "b")]
     until(lambda: ask(transport, *calls) == [b"one", b"two"], "both streams are there")
     other.frames.clear()
-    return transport, calls, other
-
-
-def test_a_call_under_way_goes_elsewhere_when_its_stream_breaks(
-    actors: Actors, connect: Open
-) -> None:
-    transport, calls, other = with_two(actors, connect)
-    actors.echoes["a"].shut()
-    pending = transport.send(within(LIMIT_S, calls))
-    assert actors.echoes["a"].entered.acquire(timeout=LIMIT_S)
-    for link in list(transport.links.values()):
-        if link.actor_id == "a":
-            link.channel.sock.shutdown(socket.SHUT_RDWR)
-    assert answers(pending.wait()) == [b"elsewhere", b"two"]
-    assert other.frames == [("a", b"one")]
-    actors.echoes["a"].open.set()
-    until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
-
-
-def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
-    actors: Actors, connect: Open
-) -> None:
-    transport, calls, other = with_two(actors, connect)
     for echo in actors.echoes.values():
         echo.open.clear()
     pending = transport.send(within(LIMIT_S, calls))
@@ -416,14 +332,15 @@ def test_a_stream_that_breaks_is_seen_while_the_actor_that_was_asked_last_hangs(
     outcomes: list[Outcome] = []
     waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
     waiting.start()
-    [link] = [one for one in transport.links.values() if one.actor_id == first]
-    link.channel.sock.shutdown(socket.SHUT_RDWR)
+    transport.links[first].channel.sock.shutdown(socket.SHUT_RDWR)
     until(lambda: [actor_id for actor_id, _ in other.frames] == [first], "it is asked elsewhere")
     assert waiting.is_alive()
     actors.echoes[last].open.set()
     waiting.join(LIMIT_S)
-    assert sorted(answers(outcomes)) in ([b"elsewhere", b"two"], [b"elsewhere", b"one"])
+    whole = {"a": b"one", "b": b"two"} | {first: b"elsewhere"}
+    assert answers(outcomes) == [whole["a"], whole["b"]]
     actors.echoes[first].open.set()
+    until(lambda: ask(transport, *calls) == [b"one", b"two"], "it is connected again")
 
 
 def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
@@ -432,31 +349,16 @@ def test_answers_that_came_in_time_count_when_the_router_itself_is_late(
     for actor_id in "abc":
         actors.add(actor_id)
     transport = connect()
-    calls = [call(actor_id.encode(), actor_id) for actor_id in "abc"]
-    assert ask(transport, *calls) == [b"a", b"b", b"c"]
+    frames = [b"a", b"b", secrets.token_bytes(4 * BUFFER_BYTES)]  # which takes several reads
+    calls = [call(frame, actor_id) for frame, actor_id in zip(frames, "abc", strict=True)]
+    assert ask(transport, *calls) == frames
     pending = transport.send(within(0.05, calls))
     over_s = time.monotonic() + 0.05
-    links = list(transport.links.values())
-    until(lambda: all(select.select([one.channel.sock], [], [], 0)[0] for one in links), "answers")
+    channels = [link.channel for link in transport.links.values()]
+    until(lambda: not any(channel.outgoing for channel in channels), "the frames have left")
+    until(lambda: all(select.select([c.sock], [], [], 0)[0] for c in channels), "answers")
     until(lambda: time.monotonic() > over_s, "the time is over")
-    assert answers(pending.wait()) == [b"a", b"b", b"c"]
-
-
-def test_a_long_answer_that_came_in_time_counts_when_the_router_itself_is_late(
-    actors: Actors, connect: Open
-) -> None:
-    """Such an answer takes several reads."""
-    actors.add("a")
-    transport = connect()
-    ask(transport, call(b"hello"))
-    frame = secrets.token_bytes(4 * BUFFER_BYTES)
-    pending = transport.send(within(0.05, [call(frame)]))
-    over_s = time.monotonic() + 0.05
-    [link] = transport.links.values()
-    until(lambda: not link.channel.outgoing, "the frame has left")
-    until(lambda: select.select([link.channel.sock], [], [], 0)[0] != [], "the answer")
-    until(lambda: time.monotonic() > over_s, "the time is over")
-    assert answers(pending.wait()) == [frame]
+    assert answers(pending.wait()) == frames
 
 
 def test_an_answer_that_never_ends_is_given_up(
@@ -472,40 +374,6 @@ def test_an_answer_that_never_ends_is_given_up(
     started_s = time.monotonic()
     assert answers(pending.wait()) == [CallFailure.TIMED_OUT]
     assert time.monotonic() - started_s < LIMIT_S
-
-
-def test_the_actor_that_was_asked_last_is_waited_for_alone_only_once(
-    actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch, native: ModuleType | None
-) -> None:
-    actors.add("a")
-    actors.add("b")
-    transport = connect()
-    large = bytes(24 << 20)  # several times what a socket takes
-    calls = [call(large, "a"), call(b"two", "b")]
-    assert ask(transport, *calls) == [large, b"two"]
-    waits_ms: list[int] = []
-    receive_from = transport._receive_from
-
-    def noted(link: Any, waiting: Any, wait_ms: int = 0) -> bool:
-        waits_ms.append(wait_ms)
-        return receive_from(link, waiting, wait_ms)
-
-    monkeypatch.setattr(transport, "_receive_from", noted)
-    for echo in actors.echoes.values():
-        echo.shut()
-    pending = transport.send(within(LIMIT_S, calls))
-    outcomes: list[Outcome] = []
-    waiting = threading.Thread(target=lambda: outcomes.extend(pending.wait()))
-    waiting.start()
-    for echo in actors.echoes.values():  # the large frame is there, whoever was asked last
-        assert echo.entered.acquire(timeout=LIMIT_S)
-    over_s = time.monotonic() + 3 * GONE_CHECK_S
-    until(lambda: time.monotonic() > over_s, "it has waited for a while")
-    assert len([wait_ms for wait_ms in waits_ms if wait_ms]) == (0 if native is None else 1)
-    for echo in actors.echoes.values():
-        echo.open.set()
-    waiting.join(LIMIT_S)
-    assert answers(outcomes) == [large, b"two"]
 
 
 def test_a_call_that_another_actor_can_answer_is_lost_at_once_when_its_stream_breaks(
@@ -573,21 +441,6 @@ def test_late_answers_are_ignored_and_never_taken_for_another_calls(
     assert link.unanswered == {}
 
 
-def test_the_answers_of_dropped_calls_are_ignored(actors: Actors, connect: Open) -> None:
-    actors.add("a")
-    transport = connect()
-    ask(transport, call(b"hello"))
-    actors.echoes["a"].open.clear()
-    dropped = transport.send(within(LIMIT_S, [call(b"1"), call(b"2")]))
-    dropped.drop()
-    assert answers(dropped.wait()) == [CallFailure.TIMED_OUT] * 2  # at once
-    pending = transport.send(within(LIMIT_S, [call(b"kept")]))
-    actors.echoes["a"].open.set()
-    assert answers(pending.wait()) == [b"kept"]
-    [link] = transport.links.values()
-    assert link.unanswered == {}
-
-
 def test_dropped_calls_are_dropped_by_the_fall_back_too(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,19 +450,6 @@ def test_dropped_calls_are_dropped_by_the_fall_back_too(
     pending.drop()
     assert len(dropped) == 2
     assert pending.wait() == [CallFailure.TIMED_OUT] * 2
-
-
-def test_several_sends_under_way_each_get_their_own_answers(actors: Actors, connect: Open) -> None:
-    for name in "ab":
-        actors.add(name)
-    transport = connect()
-    ask(transport, call(b"a"), call(b"b", "b"))
-    long = [bytes([i]) * 1_000_000 for i in range(4)]
-    first = transport.send(within(LIMIT_S, [call(long[0]), call(long[1], "b")]))
-    second = transport.send(within(LIMIT_S, [call(long[2]), call(long[3], "b")]))
-    kept = [bytes(answer) for answer in first.wait()]
-    assert [bytes(answer) for answer in second.wait()] == long[2:]
-    assert kept == long[:2]
 
 
 def test_calls_beyond_the_window_go_elsewhere(actors: Actors, connect: Open) -> None:
@@ -648,21 +488,6 @@ def test_a_stream_that_is_found_broken_while_calls_are_sent_is_no_death(
     assert answers(pending.wait()) == [b"elsewhere", b"elsewhere"]
     actors.echoes["a"].open.set()
     assert [answers(one.wait()) for one in held] == [[b"held"]] * WINDOW
-
-
-def test_frames_that_the_socket_does_not_take_at_once_are_sent_when_it_does(
-    actors: Actors, connect: Open
-) -> None:
-    actors.add("a")
-    transport = connect()
-    ask(transport, call(b"hello"))
-    actors.echoes["a"].open.clear()
-    frames = [secrets.token_bytes(9_000_000) for _ in range(3)]
-    pending_calls = [transport.send(within(LIMIT_S, [call(frame)])) for frame in frames]
-    [link] = transport.links.values()
-    assert link.channel.outgoing
-    actors.echoes["a"].open.set()
-    assert [answers(pending.wait()) for pending in pending_calls] == [[frame] for frame in frames]
 
 
 def test_without_a_fall_back_a_full_window_is_no_death(actors: Actors, connect: Open) -> None:
@@ -857,16 +682,6 @@ def test_a_stranger_costs_little_memory(actors: Actors) -> None:
     until(lambda: not server._peers, "all have left")
 
 
-def test_connections_are_looked_at_in_the_order_in_which_they_came(actors: Actors) -> None:
-    server = actors.add("a")
-    routers = [open_socket(server.offer(Network.UNIX), None) for _ in range(12)]
-    until(lambda: len(server._peers) == 12, "all are there")
-    came_s = [peer.since_s for peer in server._peers]
-    assert came_s == sorted(came_s)
-    for router in routers:
-        router.close()
-
-
 def test_connections_are_bounded(
     actors: Actors, connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -881,18 +696,6 @@ def test_connections_are_bounded(
     second.close()
     third.close()
     until(lambda: len(server._peers) == 1, "the second has left")
-    still_serves(actors, connect)
-
-
-def test_an_admitted_router_that_sends_an_oversized_message_is_cut_off(
-    actors: Actors, connect: Open
-) -> None:
-    actors.add("a")
-    router = greeted(actors)
-    router.sock.setblocking(True)
-    router.sock.sendall(struct.pack("<QQ", channel_module.MAX_MESSAGE_BYTES + 1, 1))
-    assert closed_by_peer(router.sock)
-    router.close()
     still_serves(actors, connect)
 
 
@@ -919,13 +722,16 @@ def test_a_router_that_does_not_read_is_not_read_from_and_is_cut_off_in_time(
     still_serves(actors, connect)
 
 
-def test_a_router_that_leaves_in_the_middle_of_a_message_disturbs_nobody(
-    actors: Actors, connect: Open
+@pytest.mark.parametrize("length", [1000, channel_module.MAX_MESSAGE_BYTES + 1])
+def test_an_admitted_router_that_sends_too_much_or_leaves_in_a_message_disturbs_nobody(
+    actors: Actors, connect: Open, length: int
 ) -> None:
     actors.add("a")
     router = greeted(actors)
     router.sock.setblocking(True)
-    router.sock.sendall(struct.pack("<QQ", 1000, 1) + bytes(500))
+    router.sock.sendall(struct.pack("<QQ", length, 1) + bytes(500))
+    if length > channel_module.MAX_MESSAGE_BYTES:
+        assert closed_by_peer(router.sock)
     router.close()
     still_serves(actors, connect)
     assert actors.echoes["a"].batches == [[b"good"]]
@@ -989,19 +795,3 @@ def test_who_has_no_certificate_of_the_authority_gets_no_stream(
     transport = connect(tls=client)
     assert ask(transport, call(b"x"), timeout_s=0.5) == [CallFailure.DIED]
     assert actors.echoes["a"].batches == []
-
-
-@pytest.mark.parametrize("broken", ["certificate", "key", "authority"])
-@pytest.mark.parametrize("content", [None, b"no certificate"])
-def test_unusable_tls_files_are_named(
-    authority: Callable[[str], Authority], broken: str, content: bytes | None
-) -> None:
-    files = authority("ours").files
-    path = Path(getattr(files, broken))
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        files.server_context("args.experts.tls")
-    named = "certificate" if broken == "key" and content else broken
-    assert caught.value.field == f"args.experts.tls.{named}"

@@ -51,35 +51,30 @@ def mixture_in(
     return save_mixture(folder, content, files)
 
 
-def refusal(mixture: Mixture) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
+def refused(mixture: Mixture, place: str, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words) as caught:
         check_mixture(mixture)
-    return caught.value
+    assert caught.value.field == f"{mixture.folder}/{place}"
 
 
 def test_every_expert_is_loaded_and_its_bytes_returned(tmp_path: Path) -> None:
     experts = {"a": LINEAR, "b": SKLEARN, "c": {**LINEAR, "file": "c.safetensors"}}
-    estimator = LinearRegression().fit(ROWS, TARGETS)
     files = {
         "e.safetensors": linear_bytes(),
-        "e.skops": dumps(estimator),
+        "e.skops": dumps(LinearRegression().fit(ROWS, TARGETS)),
         "c.safetensors": linear_bytes(bias=np.ones(2)),
     }
     mixture = save_mixture(tmp_path, content_of(experts, [F], VALUE), files)
     sizes = check_mixture(mixture)
-    assert sizes[0] == 48
-    assert sizes[2] == 64
+    assert sizes[::2] == [48, 64]
     assert sizes == [load_mixture_expert(mixture, i).num_bytes for i in range(3)]
-
-
-def test_loading_an_expert_reads_no_other_file(tmp_path: Path) -> None:
-    experts = {"a": LINEAR, "b": {**LINEAR, "file": "b.safetensors"}}
-    files = {"e.safetensors": linear_bytes(), "b.safetensors": b"damaged"}
-    mixture = save_mixture(tmp_path, content_of(experts, [F], VALUE), files)
+    # Loading an expert reads no other file.
+    files["c.safetensors"] = b"damaged"
+    damaged = save_mixture(tmp_path, content_of(experts, [F], VALUE), files)
     (tmp_path / "gate.safetensors").unlink()
-    assert load_mixture_expert(mixture, 0).name == "a"
+    assert load_mixture_expert(damaged, 0).name == "a"
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
-        load_mixture_expert(mixture, 1)
+        load_mixture_expert(damaged, 2)
 
 
 # Gates.
@@ -89,12 +84,7 @@ def test_loading_an_expert_reads_no_other_file(tmp_path: Path) -> None:
     ("changes", "tensors", "words"),
     [
         ({}, {"weight": np.ones((3, F))}, r"weight must have the shape \[2, 3\] \(given: \[3, 3\]"),
-        ({}, {"weight": np.ones((2, F + 1))}, r"weight must have the shape \[2, 3\]"),
         ({}, {"weight": np.ones((2, F)), "bias": np.ones(3)}, r"bias must have the shape \[2\]"),
-        ({}, {"bias": np.ones(2)}, "has no tensor weight"),
-        ({}, {"weight": np.ones((2, F), np.int64)}, "weight is I64"),
-        ({}, {"weight": np.full((2, F), np.inf)}, "weight has values that are not finite"),
-        ({}, {"weight": np.ones((2, F)), "bais": np.ones(2)}, "not used: bais"),
         ({"prefix": "g."}, {"weight": np.ones((2, F))}, r"has no tensor g\.weight"),
         ({"kind": "mlp"}, {"0.weight": np.ones((5, F)), "1.weight": np.ones((2, 4))},
          r"1\.weight must have the shape \[2, 5\]"),
@@ -105,10 +95,7 @@ def test_tensors_of_a_gate_that_do_not_fit_are_refused(
     tmp_path: Path, changes: dict[str, Any], tensors: dict[str, np.ndarray], words: str
 ) -> None:
     mixture = mixture_in(tmp_path, LINEAR, linear_bytes(), gate=save(tensors), **changes)
-    error = refusal(mixture)
-    assert error.field == f"{tmp_path / 'gate.safetensors'}: gates.root"
-    with pytest.raises(CheckpointError, match=words):
-        check_mixture(mixture)
+    refused(mixture, "gate.safetensors: gates.root", words)
 
 
 def test_gates_of_every_kind_pass(tmp_path: Path) -> None:
@@ -122,11 +109,12 @@ def test_gates_of_every_kind_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pool", "width"), [("flatten", 6), ("mean", 3), ("last", 3)])
 def test_a_gate_may_pool_the_steps_of_a_sequence(tmp_path: Path, pool: str, width: int) -> None:
-    right, wrong = ({"weight": np.ones((2, n))} for n in (width, width + 1))
-    data, shape = save({"weight": np.ones((2, 6))}), [2, 3]
-    check_mixture(mixture_in(tmp_path, LINEAR, data, row_shape=shape, gate=save(right), pool=pool))
-    mixture = mixture_in(tmp_path, LINEAR, data, row_shape=shape, gate=save(wrong), pool=pool)
-    assert "weight must have the shape" in refusal(mixture).message
+    right, wrong = (save({"weight": np.ones((2, n))}) for n in (width, width + 1))
+    given: dict[str, Any] = {"row_shape": [2, 3], "pool": pool}
+    data = save({"weight": np.ones((2, 6))})
+    check_mixture(mixture_in(tmp_path, LINEAR, data, gate=right, **given))
+    mixture = mixture_in(tmp_path, LINEAR, data, gate=wrong, **given)
+    refused(mixture, "gate.safetensors: gates.root", "weight must have the shape")
 
 
 # Experts.
@@ -153,9 +141,9 @@ RECIPROCAL = onnx_bytes(helper.make_node("Log", ["x"], ["logs"]),
 
 @pytest.mark.parametrize("model", [CENTRED, OVER_ROWS])
 def test_a_result_that_depends_on_other_rows_is_refused(tmp_path: Path, model: bytes) -> None:
-    error = refusal(mixture_in(tmp_path, ONNX, model, row_shape=[2]))
-    assert "its first result differs from that of the row by itself" in error.message
-    assert error.field == f"{tmp_path / 'e.onnx'}: experts.a"
+    words = "its first result differs from that of the row by itself"
+    mixture = mixture_in(tmp_path, ONNX, model, row_shape=[2])
+    refused(mixture, "e.onnx: experts.a", words)
 
 
 def test_an_expert_need_not_take_every_value_that_is_tried(tmp_path: Path) -> None:
@@ -164,36 +152,29 @@ def test_an_expert_need_not_take_every_value_that_is_tried(tmp_path: Path) -> No
     check_mixture(mixture_in(tmp_path / "encoder", SKLEARN, dumps(encoder)))
 
 
+def logarithms() -> Any:
+    """Return an estimator that fails for the rows that are tried."""
+    steps = [FunctionTransformer(np.log), FunctionTransformer(np.log), LinearRegression()]
+    return make_pipeline(*steps).fit(np.exp(np.exp(ROWS)), TARGETS)
+
+
 @pytest.mark.parametrize(
-    ("estimator", "targets", "part", "combine", "words"),
+    ("estimator", "method", "words"),
     [
-        (LinearRegression(), TARGETS[:, :1], {}, VALUE,
+        (LinearRegression().fit(ROWS, TARGETS[:, :1]), "predict",
          r"it fails for 1 rows of shape \[3\]: returns the shape \[1, 1\] for 1 rows, not \["),
-        (SVC(), TARGETS[:, 0] > 0, {"method": "decision_function"}, VALUE, "returns the shape"),
+        (SVC().fit(ROWS, TARGETS[:, 0] > 0), "decision_function", "returns the shape"),
+        (logarithms(), "predict",
+         r"it fails for 1 rows of shape \[3\]: ValueError: Input X contains inf"),
+        (make_pipeline(LinearRegression()), "predict", ": NotFittedError"),
     ],
 )  # fmt: skip
-def test_an_expert_that_returns_another_shape_is_refused(
-    tmp_path: Path, estimator: Any, targets: Any, part: dict[str, Any], combine: Any, words: str
+def test_an_expert_that_fails_for_every_row_is_refused_with_its_first_error(
+    tmp_path: Path, estimator: Any, method: str, words: str
 ) -> None:
-    estimator.fit(ROWS, targets)
-    mixture = mixture_in(tmp_path, {**SKLEARN, **part}, dumps(estimator), combine)
-    error = refusal(mixture)
-    assert error.field == f"{tmp_path / 'e.skops'}: experts.a"
-    with pytest.raises(CheckpointError, match=words):
-        check_mixture(mixture)
-
-
-def test_an_expert_that_takes_no_row_is_refused_with_its_first_error(tmp_path: Path) -> None:
-    logarithms = [FunctionTransformer(np.log), FunctionTransformer(np.log)]
-    estimator = make_pipeline(*logarithms, LinearRegression()).fit(np.exp(np.exp(ROWS)), TARGETS)
+    part = {**SKLEARN, "method": method}
     with np.errstate(all="ignore"):
-        error = refusal(mixture_in(tmp_path, SKLEARN, dumps(estimator)))
-    assert "it fails for 1 rows of shape [3]: ValueError: Input X contains inf" in error.message
-
-
-def test_an_estimator_that_is_not_fitted_is_refused(tmp_path: Path) -> None:
-    error = refusal(mixture_in(tmp_path, SKLEARN, dumps(make_pipeline(LinearRegression()))))
-    assert ": NotFittedError" in error.message
+        refused(mixture_in(tmp_path, part, dumps(estimator)), "e.skops: experts.a", words)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +189,11 @@ def test_probabilities_are_none_below_0_and_add_up_to_1(
 ) -> None:
     combine = {"kind": "probabilities", "classes": [0, 1]}
     data = save({"weight": weight})
-    assert words in refusal(mixture_in(tmp_path, LINEAR, data, combine)).message
+    mixture = mixture_in(tmp_path, LINEAR, data, combine)
+    refused(mixture, "e.safetensors: experts.a", words)
     check_mixture(mixture_in(tmp_path, {**LINEAR, "link": "softmax"}, data, combine))
     check_mixture(mixture_in(tmp_path, LINEAR, data, {**combine, "kind": "vote"}))
-
-
-def test_probabilities_of_an_estimator_pass(tmp_path: Path) -> None:
     estimator = LogisticRegression().fit(ROWS, TARGETS[:, 0] > 0)
-    combine = {"kind": "probabilities", "classes": [0, 1]}
     part = {**SKLEARN, "method": "predict_proba"}
     check_mixture(mixture_in(tmp_path, part, dumps(estimator), combine))
 
@@ -223,8 +201,8 @@ def test_probabilities_of_an_estimator_pass(tmp_path: Path) -> None:
 def test_standard_deviations_are_positive(tmp_path: Path) -> None:
     combine = {"kind": "density", "dimensions": 1}
     data = linear_bytes(bias=np.array([0.0, -9.0]))
-    error = refusal(mixture_in(tmp_path, LINEAR, data, combine))
-    assert "standard deviations that are not positive" in error.message
+    words = "standard deviations that are not positive"
+    refused(mixture_in(tmp_path, LINEAR, data, combine), "e.safetensors: experts.a", words)
     check_mixture(mixture_in(tmp_path, LINEAR, linear_bytes(bias=np.ones(2)), combine))
     one = {"kind": "density", "dimensions": 2, "deviation": 0.5}
     check_mixture(mixture_in(tmp_path, LINEAR, data, one))
@@ -240,7 +218,7 @@ def test_a_recurrent_expert_is_tried_with_two_lengths(tmp_path: Path) -> None:
     }
     part = {"kind": "rnn", "cell": "plain", "nonlinearity": "relu", "file": "e.safetensors"}
     mixture = mixture_in(tmp_path, part, save(tensors), row_shape=[-1, F])
-    message = refusal(mixture).message  # one step is finite
-    assert message == "it returns values that are not finite for 1 rows of shape [3, 3]"
+    words = r"it returns values that are not finite for 1 rows of shape \[3, 3\]$"
+    refused(mixture, "e.safetensors: experts.a", words)  # one step is finite
     tensors["rnn.weight_hh_l0"] = np.ones((2, 2))
     check_mixture(mixture_in(tmp_path, part, save(tensors), row_shape=[-1, F]))

@@ -94,36 +94,27 @@ def test_a_linear_expert_without_a_bias_takes_rows_of_several_axes(tmp_path: Pat
     assert (expert.takes((3, 4)), expert.takes((12,)), expert.takes((4, 3))) == (True, False, False)
 
 
-def network(sizes: list[int], dtype: str) -> tuple[torch.nn.ModuleList, dict[str, torch.Tensor]]:
-    layers = torch.nn.ModuleList(
-        torch.nn.Linear(a, b, dtype=getattr(torch, dtype)) for a, b in itertools.pairwise(sizes)
-    )
-    return layers, layers.state_dict()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp(tmp_path: Path, dtype: str, activation: str) -> None:
-    layers, tensors = network([20, 33, 17, 3], dtype)
-    expert = torch_expert(
-        tmp_path, tensors, [20], mean(3), dtype, kind="mlp", activation=activation
+@pytest.mark.parametrize(
+    ("activation", "link"),
+    [*((name, "none") for name in ACTIVATIONS), ("relu", "softmax"), ("relu", "sigmoid")],
+)
+def test_mlp_with_each_activation_and_link(
+    tmp_path: Path, dtype: str, activation: str, link: str
+) -> None:
+    sizes, kind = [20, 33, 17, 3], getattr(torch, dtype)
+    layers = torch.nn.ModuleList(
+        torch.nn.Linear(a, b, dtype=kind) for a, b in itertools.pairwise(sizes)
     )
+    part = {"kind": "mlp", "activation": activation, "link": link}
+    expert = torch_expert(tmp_path, layers.state_dict(), [20], mean(3), dtype, **part)
     rows = rows_of(1010, 20) * 3
-    values = torch.from_numpy(rows).to(getattr(torch, expert.dtype))
+    values = torch.from_numpy(rows).to(kind)
     for layer in layers[:-1]:
         values = ACTIVATIONS[activation](layer(values))
-    check_close(expert, predicted(expert, rows), layers[-1](values), dtype)
-    check_bits(expert, rows)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("link", ["softmax", "sigmoid"])
-def test_links(tmp_path: Path, dtype: str, link: str) -> None:
-    layers, tensors = network([9, 31], dtype)
-    expert = torch_expert(tmp_path, tensors, [9], mean(31), dtype, kind="mlp", link=link)
-    rows = rows_of(1010, 9) * 3
-    outputs = layers[0](torch.from_numpy(rows).to(getattr(torch, expert.dtype)))
-    own = outputs.softmax(-1) if link == "softmax" else outputs.sigmoid()
+    own = layers[-1](values)
+    if link != "none":
+        own = own.softmax(-1) if link == "softmax" else own.sigmoid()
     check_close(expert, predicted(expert, rows), own, dtype)
     check_bits(expert, rows)
 
@@ -203,14 +194,20 @@ def test_a_plain_rnn_may_have_relu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrower_weights_are_widened(tmp_path: Path, stored: torch.dtype) -> None:
+def test_narrower_weights_are_widened_and_wider_refused(
+    tmp_path: Path, stored: torch.dtype
+) -> None:
     weight = torch.randn(2, 3).to(stored)
-    files = {"e.safetensors": save({"w.weight": weight})}
     part = {"kind": "linear", "file": "e.safetensors", "prefix": "w."}
+    files = {"e.safetensors": save({"w.weight": weight})}
     expert = lone_expert(tmp_path, part, files, [3], mean(2))
     rows = rows_of(4, 3)
     right = rows @ weight.double().numpy().T
     np.testing.assert_allclose(predicted(expert, rows), right, rtol=1e-12)
+    files = {"e.safetensors": save({"w.weight": weight.double()})}
+    with pytest.raises(CheckpointError, match="weight is float64, which float32 does not") as error:
+        lone_expert(tmp_path, part, files, [3], mean(2), "float32")
+    assert "allowed: float32, bfloat16, float16" in error.value.message
 
 
 def test_experts_share_a_file_by_their_prefixes(tmp_path: Path) -> None:
@@ -268,13 +265,6 @@ def test_wrong_tensors_are_named_with_file_and_key(
     with pytest.raises(CheckpointError, match=words) as caught:
         lone_expert(tmp_path, part, {"e.safetensors": save(kept)}, row_shape, mean(2))
     assert caught.value.field == f"{tmp_path / 'e.safetensors'}: experts.e"
-
-
-def test_weights_that_the_mixtures_dtype_would_round_are_refused(tmp_path: Path) -> None:
-    part = {"kind": "linear", "file": "e.safetensors"}
-    with pytest.raises(CheckpointError, match="weight is float64, which float32 does not") as error:
-        lone_expert(tmp_path, part, {"e.safetensors": save({"weight": W})}, [3], mean(2), "float32")
-    assert "allowed: float32, bfloat16, float16" in error.value.message
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "empty_header"])

@@ -6,32 +6,23 @@ import logging
 import os
 import shutil
 import struct
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
 import pytest
 from blake3 import blake3
 
-from experts.checkpoint import hash_cache, hashes, identity
-from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from experts.checkpoint import hash_cache, hashes
+from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE, keep, place_of, read_kept
-from experts.checkpoint.hashing import Watch
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.stored import resolve_folder
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import copy_of, save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor, replace
 
 WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    save_mixtral(path)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -40,20 +31,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     return path
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were hashed, in order."""
-    folders = []
-    hash_tensors = identity.hash_tensors
-
-    def recorded(checkpoint: Checkpoint, watch: Watch | None = None) -> dict[str, bytes]:
-        folders.append(checkpoint.folder)
-        return hash_tensors(checkpoint, watch)
-
-    monkeypatch.setattr(identity, "hash_tensors", recorded)
-    return folders
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -88,14 +65,23 @@ def block(place: Path) -> None:
 
 
 def test_where_the_folder_cannot_be_written_the_cache_keeps_them(
-    folder: Path, hashed: list[Path], cache: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, hashed: list[Path], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block(folder / BESIDE)
-    assert identity_of(open_checkpoint(folder)) == identity_of(open_checkpoint(folder))
+    first = identity_of(open_checkpoint(folder))
+    assert identity_of(open_checkpoint(folder)) == first
     assert hashed == [folder]
     assert len(files_in(cache)) == 1
     assert not list(folder.glob("*.part"))
+    other = copy_of(folder, tmp_path / "copy")
+    block(other / BESIDE)
+    identity_of(open_checkpoint(other))
+    assert len(files_in(cache)) == 2
     assert caplog.messages == []
+    shutil.rmtree(folder / BESIDE)
+    (folder / BESIDE).write_bytes(b"damaged")  # it does not hide the good one
+    assert identity_of(open_checkpoint(folder)) == first
+    assert hashed == [folder, other]
 
 
 def test_where_nothing_can_be_written_a_warning_says_so(
@@ -106,9 +92,8 @@ def test_where_nothing_can_be_written_a_warning_says_so(
     first = identity_of(open_checkpoint(folder))
     assert identity_of(open_checkpoint(folder)) == first
     assert hashed == [folder, folder]
-    assert str(folder / BESIDE) in caplog.messages[0]
-    assert str(cache) in caplog.messages[0]
-    assert "XDG_CACHE_HOME" in caplog.messages[0]
+    for words in (str(folder / BESIDE), str(cache), "XDG_CACHE_HOME"):
+        assert words in caplog.messages[0]
 
 
 @pytest.mark.parametrize("given", ["", "not/absolute"])
@@ -123,25 +108,7 @@ def test_without_an_absolute_cache_home_the_cache_is_in_the_users_home(
     assert file.parent == tmp_path / "home" / ".cache" / "expertmesh" / "hashes"
 
 
-def test_two_checkpoints_have_two_files_in_the_cache(
-    folder: Path, tmp_path: Path, cache: Path
-) -> None:
-    shutil.copytree(folder, tmp_path / "copy")
-    for path in (folder, tmp_path / "copy"):
-        block(path / BESIDE)
-        identity_of(open_checkpoint(path))
-    assert len(files_in(cache)) == 2
-
-
 # When kept hashes are outdated.
-
-
-def touch(folder: Path) -> None:
-    os.utime(folder / WEIGHTS)
-
-
-def flip_a_byte(folder: Path) -> None:
-    flip_in_tensor(folder, NORM)
 
 
 def replace_by_a_copy(folder: Path) -> None:
@@ -159,31 +126,44 @@ def add_to_the_end(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", length + 8) + header + data[8 + length :])
 
 
-@pytest.mark.parametrize("change", [touch, flip_a_byte, replace_by_a_copy, add_to_the_end])
+def move(folder: Path) -> None:
+    moved = folder.rename(folder.with_name("moved"))
+    folder.symlink_to(moved)
+
+
+CHANGES = {
+    "touched": lambda folder: os.utime(folder / WEIGHTS),
+    "flipped": lambda folder: flip_in_tensor(folder, NORM),
+    "replaced by a copy": replace_by_a_copy,
+    "longer": add_to_the_end,
+    "moved": move,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_a_file_makes_its_hashes_outdated(
-    folder: Path, hashed: list[Path], change: Callable[[Path], None]
+    folder: Path, hashed: list[Path], change: str
 ) -> None:
     first = identity_of(open_checkpoint(folder))
-    change(folder)
+    CHANGES[change](folder)
     assert not read_kept(open_checkpoint(folder)).is_current
-    assert (identity_of(open_checkpoint(folder)) == first) == (change is not flip_a_byte)
+    assert (identity_of(open_checkpoint(folder)) == first) == (change != "flipped")
     assert len(hashed) == 2
     assert read_kept(open_checkpoint(folder)).is_current
 
 
-def test_hashes_of_a_folder_that_was_moved_are_outdated(folder: Path, hashed: list[Path]) -> None:
+def test_links_configuration_and_tokenizer_need_no_new_hashes(
+    folder: Path, hashed: list[Path]
+) -> None:
     first = identity_of(open_checkpoint(folder))
-    moved = folder.rename(folder.with_name("moved"))
-    assert not read_kept(open_checkpoint(moved)).is_current
-    assert identity_of(open_checkpoint(moved)) == first
-    assert hashed == [folder, moved]
-
-
-def test_a_path_through_a_link_is_the_same_path(folder: Path, hashed: list[Path]) -> None:
     link = folder.with_name("link")
     link.symlink_to(folder)
-    assert identity_of(open_checkpoint(link)) == identity_of(open_checkpoint(folder))
-    assert hashed == [link]
+    assert identity_of(open_checkpoint(link)) == first
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("1e-05", "2e-05"))
+    (folder / "tokenizer.json").touch()
+    assert identity_of(open_checkpoint(folder)) != first  # the root is computed each time
+    assert hashed == [folder]
 
 
 def test_hashes_of_other_tensors_are_none(folder: Path, tmp_path: Path) -> None:
@@ -191,17 +171,6 @@ def test_hashes_of_other_tensors_are_none(folder: Path, tmp_path: Path) -> None:
     save_mixtral(tmp_path / "other", num_hidden_layers=4)
     shutil.copy(folder / BESIDE, tmp_path / "other" / BESIDE)
     assert read_kept(open_checkpoint(tmp_path / "other")) is None
-
-
-def test_configuration_and_tokenizer_may_change_without_new_hashes(
-    folder: Path, hashed: list[Path]
-) -> None:
-    first = identity_of(open_checkpoint(folder))
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace("1e-05", "2e-05"))
-    (folder / "tokenizer.json").touch()
-    assert identity_of(open_checkpoint(folder)) != first  # the root is computed each time
-    assert hashed == [folder]
 
 
 # Files of kept hashes that are not believed.
@@ -249,18 +218,21 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", list(BAD_FILES))
+@pytest.mark.parametrize("kind", [*BAD_FILES, "larger than"])
 def test_a_file_that_is_wrong_is_refused_by_name_and_written_anew(
     folder: Path, hashed: list[Path], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = identity_of(open_checkpoint(folder))
     good = (folder / BESIDE).read_bytes()
-    (folder / BESIDE).write_bytes(BAD_FILES[kind])
+    (folder / BESIDE).write_bytes(BAD_FILES.get(kind, b""))
+    if kind == "larger than":
+        os.truncate(folder / BESIDE, hash_cache.MAX_FILE_BYTES + 1)  # sparse
     assert identity_of(open_checkpoint(folder)) == first
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert str(folder / BESIDE) in record.getMessage()
-    assert ("version" in record.getMessage()) == ("version" in kind)
+    for words in ("version", "larger than"):
+        assert (words in record.getMessage()) == (words in kind), words
     assert len(hashed) == 2
     assert (folder / BESIDE).read_bytes() == good
 
@@ -276,10 +248,8 @@ def test_a_file_with_any_damaged_byte_or_cut_short_anywhere_is_refused(
     good = file.read_bytes()
     ends = (len(good) - hashes.HASH_BYTES - 1, len(good) - 1)  # of the content, and of the file
     for place in (*range(40), *range(40, len(good), 7), *ends):
-        for bad in (
-            good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :],
-            good[:place],
-        ):
+        flipped = good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :]
+        for bad in (flipped, good[:place]):
             file.write_bytes(bad)
             assert read_kept(checkpoint) is None, place
     file.write_bytes(good + b"x")
@@ -289,46 +259,21 @@ def test_a_file_with_any_damaged_byte_or_cut_short_anywhere_is_refused(
     assert read_kept(checkpoint).is_current
 
 
-def test_a_huge_file_is_refused_unread(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with (folder / BESIDE).open("wb") as file:
-        file.truncate(hash_cache.MAX_FILE_BYTES + 1)  # sparse
-    identity_of(open_checkpoint(folder))
-    assert "larger than" in caplog.messages[0]
-    assert (folder / BESIDE).stat().st_size < 100_000
-
-
-def test_a_damaged_file_beside_does_not_hide_a_good_one_in_the_cache(
-    folder: Path, hashed: list[Path], cache: Path
-) -> None:
-    block(folder / BESIDE)
-    first = identity_of(open_checkpoint(folder))
-    shutil.rmtree(folder / BESIDE)
-    (folder / BESIDE).write_bytes(b"damaged")
-    assert identity_of(open_checkpoint(folder)) == first
-    assert hashed == [folder]
-
-
 def test_many_may_keep_and_read_at_the_same_time(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = open_checkpoint(folder)
     identity_of(checkpoint)
     leaves = read_kept(checkpoint).leaves
-    wrong: list[object] = []
 
-    def write() -> None:
-        for _ in range(50):
-            wrong.extend([] if keep(checkpoint, leaves) == folder / BESIDE else ["not kept"])
+    def write() -> bool:
+        return all(keep(checkpoint, leaves) == folder / BESIDE for _ in range(50))
 
-    def read() -> None:
-        for _ in range(200):
-            kept = read_kept(checkpoint)
-            wrong.extend([] if kept is not None and kept.leaves == leaves else [kept])
+    def read() -> bool:
+        return all(read_kept(checkpoint).leaves == leaves for _ in range(200))
 
-    threads = [threading.Thread(target=one) for one in (write, write, write, read, read)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert (wrong, caplog.messages) == ([], [])
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(one) for one in (write, write, write, read, read)]
+        assert all(call.result(60) for call in calls)
+    assert caplog.messages == []
     assert {file.name for file in folder.iterdir() if file.name.startswith(BESIDE)} == {BESIDE}

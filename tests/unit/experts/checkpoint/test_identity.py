@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,63 +13,49 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.checkpoint.hash_cache import BESIDE, keep, read_kept
 from experts.checkpoint.identity import identity_of, text_identity, verify_hashes
 from experts.checkpoint.remote.remote_files import open_model
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import copy_of
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.experts.checkpoint.remote.test_remote_files import HERE, FakeNeighbours
 
 NORM = "model.norm.weight"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    save_mixtral(path)
-    return path
-
-
-def text_of(folder: Path) -> str:
-    return text_identity(open_checkpoint(folder))
-
-
 TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def test_all_that_makes_text_of_tokens_counts_for_the_texts_identity(folder: Path) -> None:
-    seen = {text_of(folder)}
+def test_all_that_makes_text_of_tokens_and_nothing_else_counts_for_the_texts_identity(
+    folder: Path, tmp_path: Path
+) -> None:
+    def text_of(folder: Path) -> str:
+        return text_identity(open_checkpoint(folder))
+
+    first = text_of(folder)
+    seen = {first}
     for name in (*TEXT, "vocab.txt", "tokenizer.model", "special_tokens_map.json"):
         file = folder / name
         before = file.read_bytes() if file.exists() else None
         file.write_bytes((before or b"{}") + b" ")
         seen.add(text_of(folder))
+        file.unlink()
         if before is not None:
-            file.unlink()
             seen.add(text_of(folder))
             file.write_bytes(before)
-        else:
-            file.unlink()
-    assert len(seen) == 1 + 2 * len(TEXT) + 3
-    assert all(len(one) == 32 for one in seen)
-
-
-def test_nothing_else_counts_for_the_texts_identity(folder: Path, tmp_path: Path) -> None:
-    first = text_of(folder)
-    flip_in_tensor(folder, NORM)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2e-5}))
-    for name in ("training.json", "README.md", "model.safetensors.index.json.bak"):
-        (folder / name).write_text("{}")
-    assert text_of(folder) == first
-    shutil.copytree(folder, tmp_path / "copy")
-    assert text_of(tmp_path / "copy") == first
-
-
-def test_contents_of_two_files_do_not_count_for_each_other(folder: Path) -> None:
-    first = text_of(folder)
     one, other = folder / TEXT[0], folder / TEXT[1]
     contents = one.read_bytes(), other.read_bytes()
     one.write_bytes(contents[1])
     other.write_bytes(contents[0])
-    assert text_of(folder) != first
+    seen.add(text_of(folder))
+    assert len(seen) == 1 + 2 * len(TEXT) + 3 + 1
+    assert all(len(one) == 32 for one in seen)
+    one.write_bytes(contents[0])
+    other.write_bytes(contents[1])
+
+    flip_in_tensor(folder, NORM)
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config.replace("1e-05", "2e-05"))
+    for name in ("training.json", "README.md", "model.safetensors.index.json.bak"):
+        (folder / name).write_text("{}")
+    assert text_of(copy_of(folder, tmp_path / "copy")) == first
 
 
 def test_both_identities_are_the_same_from_another_node(folder: Path) -> None:
@@ -96,33 +80,29 @@ def test_hashing_much_is_said_in_a_line_and_only_when_it_is_done(
 # Hashing anew.
 
 
-def test_equal_hashes_are_told(folder: Path) -> None:
+def test_hashing_anew_tells_what_became_of_the_kept_hashes(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> str:
+        return verify_hashes(open_checkpoint(folder)).kept
+
+    assert told() == "none"
     first = identity_of(open_checkpoint(folder))
     done = verify_hashes(open_checkpoint(folder))
     assert (done.identity, done.kept, done.file) == (first, "equal", folder / BESIDE)
     assert (done.folder, done.num_bytes) == (folder, open_checkpoint(folder).num_bytes)
-
-
-def test_what_was_not_hashed_before_is_kept(folder: Path) -> None:
-    assert verify_hashes(open_checkpoint(folder)).kept == "none"
-    assert verify_hashes(open_checkpoint(folder)).kept == "equal"
-
-
-def test_hashes_of_files_that_were_changed_are_outdated(folder: Path) -> None:
-    first = identity_of(open_checkpoint(folder))
+    (folder / "model.safetensors").touch()  # only looks changed
+    done = verify_hashes(open_checkpoint(folder))
+    assert (done.kept, done.identity) == ("equal", first)
+    assert read_kept(open_checkpoint(folder)).is_current
     flip_in_tensor(folder, NORM)
     done = verify_hashes(open_checkpoint(folder))
     assert done.kept == "outdated"
     assert done.identity != first
-    assert verify_hashes(open_checkpoint(folder)).kept == "equal"
-
-
-def test_files_that_only_look_changed_are_equal_and_kept_as_they_look_now(folder: Path) -> None:
-    first = identity_of(open_checkpoint(folder))
-    (folder / "model.safetensors").touch()
-    done = verify_hashes(open_checkpoint(folder))
-    assert (done.kept, done.identity) == ("equal", first)
-    assert read_kept(open_checkpoint(folder)).is_current
+    assert told() == "equal"
+    (folder / BESIDE).write_bytes(b"damaged")
+    assert told() == "none"
+    assert str(folder / BESIDE) in caplog.messages[0]
 
 
 def test_bytes_that_changed_in_a_file_that_looks_unchanged_are_an_error(folder: Path) -> None:
@@ -140,12 +120,6 @@ def test_bytes_that_changed_in_a_file_that_looks_unchanged_are_an_error(folder: 
         assert caught.value.field == str(folder / "model.safetensors")
     (folder / BESIDE).unlink()  # as the message says
     assert verify_hashes(open_checkpoint(folder)).kept == "none"
-
-
-def test_damaged_kept_hashes_are_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / BESIDE).write_bytes(b"damaged")
-    assert verify_hashes(open_checkpoint(folder)).kept == "none"
-    assert str(folder / BESIDE) in caplog.messages[0]
 
 
 def test_where_nothing_can_be_kept_it_is_told(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,34 +24,19 @@ from experts.checkpoint.expert_weights import load_expert
 from tests import grok_oracle
 from tests.checkpoints import save_mixtral
 from tests.family_checkpoints import save_dbrx, save_deepseek_v3, save_gpt_oss, save_qwen2_moe
-from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, Case, make, quantise
+from tests.quantise import CASES, FP8_CONFIG, MIXTRAL, MXFP4_CONFIG, make, quantise
 
 MOST = 1.2
 """How much memory an actor may take at its peak, in shares of its own."""
 
 
-def plain(save: Callable[[Path], Any]) -> Callable[[Path], Path]:
-    """Return what saves a checkpoint and tells where."""
-
-    def saved(place: Path) -> Path:
-        save(place)
-        return place
-
-    return saved
-
-
-def quantised(case: Case) -> Callable[[Path], Path]:
-    """Return what saves a quantised checkpoint and tells where."""
-    return lambda place: make(case, place).folder
-
-
-SAVED = {
-    "mixtral": plain(save_mixtral),
-    "dbrx": plain(save_dbrx),
-    "gpt_oss": plain(save_gpt_oss),
-    "qwen2_moe": plain(save_qwen2_moe),
-    "fp8": quantised(MIXTRAL),
-    "mxfp4": quantised(CASES["gpt_oss"]),
+SAVED: dict[str, Callable[[Path], Any]] = {
+    "mixtral": save_mixtral,
+    "dbrx": save_dbrx,
+    "gpt_oss": save_gpt_oss,
+    "qwen2_moe": save_qwen2_moe,
+    "fp8": partial(make, MIXTRAL),
+    "mxfp4": partial(make, CASES["gpt_oss"]),
 }
 
 
@@ -68,12 +54,12 @@ def stored_names(checkpoint: Checkpoint) -> set[str]:
 def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_actors: int
 ) -> None:
-    checkpoint = open_checkpoint(SAVED[kind](tmp_path))
-    ranges: list[tuple[str, int, int]] = []
+    checkpoint = open_checkpoint(getattr(SAVED[kind](tmp_path), "folder", tmp_path))
+    ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     read_into = weights_module.read_into
 
     def recorded(checkpoint: Checkpoint, name: str, begin: int, buffer: memoryview) -> None:
-        ranges.append((name, begin, begin + len(buffer)))
+        ranges[name].append((begin, begin + len(buffer)))
         read_into(checkpoint, name, begin, buffer)
 
     monkeypatch.setattr(weights_module, "read_into", recorded)
@@ -83,12 +69,11 @@ def test_actors_together_read_each_byte_of_the_experts_once_and_no_other(
     for keys in assign_experts([experts], actor_ids, None, 1).values():
         for key in keys:
             load_expert(checkpoint, key.layer_id, key.expert_id, "float32")
-    names = stored_names(checkpoint)
-    assert {name for name, _, _ in ranges} == names
-    for name in names:
+    assert ranges.keys() == stored_names(checkpoint)
+    for name, own in ranges.items():
         info = checkpoint.tensors[name]
         end = 0
-        for begin, stop in sorted((b, e) for n, b, e in ranges if n == name):
+        for begin, stop in sorted(own):
             assert begin == end, f"{name}: read twice, or left out"
             end = stop
         assert end == info.end - info.begin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import yaml
 
 from cluster.errors import CheckpointError, CheckpointMissingError
 from experts.backends.load import load_mixture_expert
-from experts.checkpoint import hashes, identity, mixture
+from experts.checkpoint import hashes, mixture
 from experts.checkpoint.folder import language_model, open_folder
 from experts.checkpoint.hash_cache import BESIDE
 from experts.checkpoint.identity import hash_table_of, identity_of, text_identity, verify_hashes
@@ -45,6 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_mixture_is_its_files_as_bytes(folder: Path) -> None:
+    (folder / "b.skops").rename(folder.parent / "blob")
+    (folder / "b.skops").symlink_to(folder.parent / "blob")  # as in the cache of a hub
     opened = open_folder(folder)
     assert isinstance(opened, Mixture)
     assert tuple(opened.tensors) == files_of(opened.spec) == FILES
@@ -55,47 +56,27 @@ def test_a_mixture_is_its_files_as_bytes(folder: Path) -> None:
         language_model(opened)
 
 
-def test_files_may_be_links(folder: Path, tmp_path: Path) -> None:
-    """As in the cache of a hub."""
-    (folder / "b.skops").rename(tmp_path / "blob")
-    (folder / "b.skops").symlink_to(tmp_path / "blob")
-    assert open_mixture(folder).file("b.skops") == (tmp_path / "blob").read_bytes()
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def make_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (remove, "mixture.yaml names a missing file"),
-        (empty, "the file is empty"),
-        (make_folder, "mixture.yaml names a missing file"),
-    ],
-)
+@pytest.mark.parametrize("change", ["removed", "empty", "a folder"])
 @pytest.mark.parametrize("name", ["b.skops", "data/c.bin", "gates.safetensors"])
-def test_files_that_are_not_there_are_named(
-    folder: Path, name: str, change: Callable[[Path], None], words: str
-) -> None:
-    change(folder / name)
+def test_files_that_are_not_there_are_named(folder: Path, name: str, change: str) -> None:
+    (folder / name).unlink()
+    if change == "empty":
+        (folder / name).touch()
+    elif change == "a folder":
+        (folder / name).mkdir()
+    words = "the file is empty" if change == "empty" else "mixture.yaml names a missing file"
     with pytest.raises(CheckpointError, match=words) as caught:
         open_mixture(folder)
     assert caught.value.field == str(folder / name)
 
 
-def test_a_mixture_yaml_that_is_too_long_is_not_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_mixture_yaml_that_is_wrong_or_too_long_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wrong = save(tmp_path / "m", document("experts.b.method", "transform"))
+    with pytest.raises(CheckpointError) as caught:
+        open_mixture(wrong)
+    assert caught.value.field == f"{wrong / 'mixture.yaml'}: experts.b.method"
     size = (folder / "mixture.yaml").stat().st_size
     monkeypatch.setattr(mixture, "MAX_SPEC_BYTES", size)
     open_mixture(folder)
@@ -103,21 +84,6 @@ def test_a_mixture_yaml_that_is_too_long_is_not_read(
     with pytest.raises(CheckpointError, match=f"has more than {size - 1} bytes") as caught:
         open_mixture(folder)
     assert caught.value.field == str(folder / "mixture.yaml")
-
-
-def test_a_wrong_mixture_yaml_is_named_with_its_key(tmp_path: Path) -> None:
-    folder = save(tmp_path / "m", document("experts.b.method", "transform"))
-    with pytest.raises(CheckpointError) as caught:
-        open_mixture(folder)
-    assert caught.value.field == f"{folder / 'mixture.yaml'}: experts.b.method"
-
-
-def test_a_file_that_changes_after_opening_is_noticed(folder: Path) -> None:
-    opened = open_mixture(folder)
-    flip(folder / "b.skops", 5)
-    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
-        opened.file("b.skops")
-    assert opened.file("c.onnx")
 
 
 # Identity.
@@ -137,12 +103,14 @@ def test_every_byte_of_every_file_is_in_the_identity(folder: Path, name: str, of
     assert identity_of(open_mixture(folder)) != before
 
 
-def swapped(content: Document, key: str, first: str, second: str) -> None:
-    """Let two entries of a mapping change places."""
+def with_swapped(key: str, first: str, second: str) -> Document:
+    """Return the document in which two entries of a mapping have changed places."""
+    content = document()
     order = list(content[key])
     i, j = order.index(first), order.index(second)
     order[i], order[j] = order[j], order[i]
     content[key] = {name: content[key][name] for name in order}
+    return content
 
 
 VALUES: dict[str, Any] = {
@@ -170,104 +138,69 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("path", VALUES)
-def test_every_value_of_mixture_yaml_is_in_the_identity(folder: Path, path: str) -> None:
-    before = identity_of(open_mixture(folder))
+def other_document(path: str) -> Document:
+    """Return a document that differs in the value at a path, or in the order of its experts."""
+    if path == "experts":
+        return with_swapped("experts", "a", "b")
     content = document(path, VALUES[path])
     if path == "combine.kind":
         content["outputs"][1]["from"] = "votes"
     if path == "outputs.2.from":
         content["outputs"][2]["datatype"] = "BYTES"
-    save(folder, content)
-    assert identity_of(open_mixture(folder)) != before
+    return content
 
 
-def test_the_order_of_experts_is_in_the_identity(folder: Path) -> None:
-    """It numbers them: an actor with another order would compute another expert."""
-    before = identity_of(open_mixture(folder))
-    content = document()
-    swapped(content, "experts", "a", "b")
-    save(folder, content)
+@pytest.mark.parametrize("path", [*VALUES, "experts", "experts.b.file"])
+def test_every_value_of_mixture_yaml_is_in_the_identity(folder: Path, path: str) -> None:
+    """The order of experts, too: it numbers them."""
+    before, text = identity_of(open_mixture(folder)), text_identity(open_mixture(folder))
+    if path == "experts.b.file":
+        (folder / "b.skops").rename(folder / "other.skops")
+        content = document(path, "other.skops")
+        (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    else:
+        save(folder, other_document(path))
     after = open_mixture(folder)
-    assert after.spec.expert_names == ("b", "a", "c", "d")
     assert identity_of(after) != before
+    assert text_identity(after) == text  # it has no text files
 
 
-def test_the_order_of_gates_and_the_form_of_the_text_are_not(folder: Path) -> None:
+def test_the_order_of_gates_the_form_of_the_text_and_other_files_are_not(folder: Path) -> None:
     before = identity_of(open_mixture(folder))
-    content = document()
-    swapped(content, "gates", "left", "right")
-    save(folder, content)
+    save(folder, with_swapped("gates", "left", "right"))
     text = (folder / "mixture.yaml").read_text()
     (folder / "mixture.yaml").write_text(f"# a comment\n{text}")
-    assert identity_of(open_mixture(folder)) == before
-
-
-def test_names_of_files_are_in_the_identity(folder: Path) -> None:
-    before = identity_of(open_mixture(folder))
-    (folder / "b.skops").rename(folder / "other.skops")
-    (folder / "mixture.yaml").write_text(
-        yaml.safe_dump(document("experts.b.file", "other.skops"), sort_keys=False)
-    )
-    assert identity_of(open_mixture(folder)) != before
-
-
-def test_another_file_in_the_folder_is_not_in_the_identity(folder: Path) -> None:
-    before = identity_of(open_mixture(folder))
     (folder / "README.md").write_text("a card")
     assert identity_of(open_mixture(folder)) == before
-
-
-def test_a_mixture_has_no_text_files(folder: Path, tmp_path: Path) -> None:
-    assert text_identity(open_mixture(folder)) == text_identity(
-        open_mixture(save(tmp_path / "other", document("description", "other")))
-    )
 
 
 # Kept hashes.
 
 
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that were hashed, in order."""
-    folders = []
-    hash_tensors = identity.hash_tensors
-
-    def recorded(opened: Any, watch: Any = None) -> dict[str, bytes]:
-        folders.append(opened.folder)
-        return hash_tensors(opened, watch)
-
-    monkeypatch.setattr(identity, "hash_tensors", recorded)
-    return folders
-
-
-def test_files_are_hashed_once(folder: Path, hashed: list[Path]) -> None:
+def test_files_are_hashed_once_whatever_becomes_of_mixture_yaml(
+    folder: Path, hashed: list[Path]
+) -> None:
     identities = {identity_of(open_mixture(folder)) for _ in range(3)}
-    assert (len(identities), hashed) == (1, [folder])
+    content = document("combine.classes", ["yes", "no"])
+    (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    identities.add(identity_of(open_mixture(folder)))
+    assert (len(identities), hashed) == (2, [folder])
     assert (folder / BESIDE).is_file()
     flip(folder / "c.onnx", 7)
     assert identity_of(open_mixture(folder)) not in identities
     assert hashed == [folder] * 2
 
 
-def test_a_changed_mixture_yaml_needs_no_new_hashes_of_the_files(
-    folder: Path, hashed: list[Path]
-) -> None:
-    before = identity_of(open_mixture(folder))
-    content = document("combine.classes", ["yes", "no"])
-    (folder / "mixture.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    assert identity_of(open_mixture(folder)) != before
-    assert hashed == [folder]
-
-
-def test_kept_hashes_notice_bytes_that_changed_unseen(folder: Path) -> None:
+def test_bytes_that_changed_unseen_are_noticed(folder: Path) -> None:
     opened = open_mixture(folder)
     verified = replace(opened, hashes=hash_table_of(opened))
     assert verify_hashes(opened).kept == "equal"
     flip(folder / "b.skops", 5)
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+        opened.file("b.skops")
     with pytest.raises(CheckpointError, match="differ from the checkpoint that is served"):
         verified.file("b.skops")
-    assert verified.file("c.onnx") == (folder / "c.onnx").read_bytes()
+    assert opened.file("c.onnx") == verified.file("c.onnx") == (folder / "c.onnx").read_bytes()
 
 
 # Other nodes.
@@ -282,15 +215,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_mixture_opens_from_another_node(folder: Path) -> None:
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_mixture_opens_from_another_node_without_damaged_bytes(
+    folder: Path, caplog: pytest.LogCaptureFixture, is_damaged: bool
+) -> None:
     here = open_mixture(folder)
-    neighbours = FakeNeighbours({"a": folder})
-    there = open_model(HERE, identity_of(here), neighbours)
+    faults = {"a": damaged} if is_damaged else {}
+    there = open_model(HERE, identity_of(here), FakeNeighbours({"a": folder, "b": folder}, faults))
     assert isinstance(there, Mixture)
     assert (there.spec, identity_of(there)) == (here.spec, identity_of(here))
     for name in FILES:
         assert there.file(name) == (folder / name).read_bytes()
     assert there.small_file("mixture.yaml") == (folder / "mixture.yaml").read_bytes()
+    assert ["sent wrong bytes" in message for message in caplog.messages] == [True] * is_damaged
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -306,37 +243,15 @@ def test_an_expert_loads_from_another_node_and_only_its_files_travel(tmp_path: P
     assert {name for name, _, _ in neighbours.reads["a"]} == {"b.safetensors"}
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_damaged_bytes_of_another_node_are_not_taken(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder}, {"a": damaged})
-    there = open_model(HERE, identity_of(open_mixture(folder)), neighbours)
-    for name in FILES:
-        assert there.file(name) == (folder / name).read_bytes()
-    assert "node a" in caplog.messages[0]
-    assert "sent wrong bytes" in caplog.messages[0]
-
-
-@pytest.mark.parametrize("path", ["combine.classes", "experts.a.link", "dtype"])
+@pytest.mark.parametrize(
+    "path", ["combine.classes", "experts.a.link", "dtype", "experts", "a checkpoint"]
+)
 def test_another_mixture_at_a_node_is_passed_by(folder: Path, tmp_path: Path, path: str) -> None:
-    other = save(tmp_path / "other", document(path, VALUES[path]))
-    neighbours = FakeNeighbours({"a": other})
-    with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
-        open_model(HERE, identity_of(open_mixture(folder)), neighbours)
-
-
-def test_experts_in_another_order_at_a_node_are_passed_by(folder: Path, tmp_path: Path) -> None:
-    content = document()
-    swapped(content, "experts", "a", "b")
-    neighbours = FakeNeighbours({"a": save(tmp_path / "other", content)})
-    with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
-        open_model(HERE, identity_of(open_mixture(folder)), neighbours)
-
-
-def test_a_checkpoint_at_a_node_is_no_mixture(folder: Path, tmp_path: Path) -> None:
-    save_mixtral(tmp_path / "checkpoint")
-    neighbours = FakeNeighbours({"a": tmp_path / "checkpoint"})
+    if path == "a checkpoint":
+        save_mixtral(tmp_path / "other")
+    else:
+        save(tmp_path / "other", other_document(path))
+    neighbours = FakeNeighbours({"a": tmp_path / "other"})
     with pytest.raises(CheckpointMissingError, match="is not the checkpoint being served"):
         open_model(HERE, identity_of(open_mixture(folder)), neighbours)
 

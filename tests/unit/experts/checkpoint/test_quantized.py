@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from cluster.errors import CheckpointError, ExpertMeshError
+from cluster.errors import CheckpointError
 from cluster.wire.tensors import from_array
 from experts.checkpoint import hashes
 from experts.checkpoint.checkpoint import open_checkpoint
@@ -22,7 +22,6 @@ from experts.checkpoint.expert_weights import load_expert, read_tensor
 from experts.checkpoint.identity import identity_of
 from experts.checkpoint.remote.remote_files import open_model
 from router.engine.batch import pack
-from router.engine.scheduling.scheduler import Limits
 from router.model.model import load_dense
 from router.ops.plan.plan import Wish, make_plan
 from router.ops.plan.source import find_model
@@ -43,32 +42,17 @@ from tests.quantise import (
     write_config,
 )
 from tests.unit.experts.checkpoint.remote.test_remote_files import HERE, FakeNeighbours
+from tests.unit.experts.families.test_families import check_tokens
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
 from workshop.convert.write import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = torch.device("cpu")
+Change = Callable[[State], object]
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def cluster(made: Quantised) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(made.folder, num_actors=3, limits=Limits(32, 48, 64))
-    yield cluster
-    cluster.close()
-
-
-def test_greedy_tokens_equal_transformers_on_the_dequantised_weights(
-    cluster: LocalCluster, made: Quantised
-) -> None:
-    prompts = [prompt_of(1 + 19 * i, i) for i in range(3)]
-    requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(prompts)]
-    for prompt, [event] in zip(prompts, cluster.generate(*requests), strict=True):
-        check_greedy(event.token_ids, made.oracle, prompt, 6)
 
 
 @torch.inference_mode()
@@ -84,30 +68,18 @@ def test_logits_equal_transformers_on_the_dequantised_weights(made: Quantised) -
 
 def test_every_tensor_stands_for_what_its_codes_say(made: Quantised) -> None:
     checkpoint = open_checkpoint(made.folder)
+    original = load_file(made.folder.parent / "original" / WEIGHTS)
     assert 0 < len(checkpoint.packed) < len(made.values)
     for name, values in made.values.items():
-        read = from_array(read_tensor(checkpoint, name, "float32"))
-        assert torch.equal(read, values), name
-        if name in checkpoint.packed:
-            assert from_array(read_tensor(checkpoint, name, "bfloat16")).dtype == torch.bfloat16
-
-
-def test_what_is_not_quantised_stays_bit_for_bit(made: Quantised) -> None:
-    checkpoint = open_checkpoint(made.folder)
-    original = load_file(made.folder.parent / "original" / WEIGHTS)
-    loaded = load_dense(checkpoint, torch.float32).state_dict()
-    kept = [name for name in loaded if name in original and name not in checkpoint.packed]
-    assert kept
-    assert all(torch.equal(loaded[name], original[name]) for name in kept)
-
-
-def test_rows_are_dequantised_wherever_blocks_begin(made: Quantised) -> None:
-    checkpoint = open_checkpoint(made.folder)
-    name = next(iter(checkpoint.packed))
-    values, count = made.values[name], made.values[name].shape[0]
-    for rows in [(0, 1), (count - 1, count), (1, count), (count // 3, 2 * count // 3)]:
-        read = from_array(read_tensor(checkpoint, name, "float32", rows))
-        assert torch.equal(read, values[rows[0] : rows[1]])
+        if name not in checkpoint.packed:
+            assert torch.equal(values, original[name])
+        count = values.shape[0]
+        for begin, end in [(0, 1), (count - 1, count), (1, count), (count // 3, 2 * count // 3)]:
+            read = from_array(read_tensor(checkpoint, name, "float32", (begin, end)))
+            assert torch.equal(read, values[begin:end]), name
+        assert torch.equal(from_array(read_tensor(checkpoint, name, "float32")), values), name
+    narrow = from_array(read_tensor(checkpoint, next(iter(checkpoint.packed)), "bfloat16"))
+    assert narrow.dtype == torch.bfloat16
 
 
 def test_held_bytes_are_those_of_the_dequantised_weights(made: Quantised) -> None:
@@ -121,6 +93,10 @@ def test_held_bytes_are_those_of_the_dequantised_weights(made: Quantised) -> Non
         assert plans[0].router_weight_bytes == plans[1].router_weight_bytes
         assert plans[0].model.note.startswith(f"stored in {quantised.stored}, dequantised")
         assert plans[1].model.note == ""
+    shape = quantised.shape
+    total_mb = len(shape.layers) * shape.num_experts * quantised.expert_bytes("float32") / 1e6
+    _, line = check_file(deployment(made.folder))
+    assert f"float32 (stored as {quantised.stored}), experts {total_mb:.1f} MB" in line
 
 
 def deployment(folder: Path) -> Path:
@@ -130,14 +106,6 @@ def deployment(folder: Path) -> Path:
         f"  args: {{models: [{{id: m, path: {folder}}}]}}\n"
     )
     return file
-
-
-def test_check_tells_of_it(made: Quantised) -> None:
-    checkpoint = open_checkpoint(made.folder)
-    shape = checkpoint.shape
-    total_mb = len(shape.layers) * shape.num_experts * checkpoint.expert_bytes("float32") / 1e6
-    _, line = check_file(deployment(made.folder))
-    assert f"float32 (stored as {checkpoint.stored}), experts {total_mb:.1f} MB" in line
 
 
 def test_another_node_sends_the_codes_not_the_values(
@@ -163,11 +131,7 @@ def test_a_model_in_bf16_beside_codes_is_bf16_and_may_be_held_in_fp32(
 ) -> None:
     made = make(CASES[name], tmp_path, dtype=torch.bfloat16)
     assert open_checkpoint(made.folder).dtype == "bfloat16"
-    cluster = LocalCluster(made.folder, dtype="float32")
-    prompt = prompt_of(20, 1)
-    [[event]] = cluster.generate(greedy_request("r", prompt, 4))
-    cluster.close()
-    check_greedy(event.token_ids, made.oracle, prompt, 4)
+    check_tokens(made.folder, made.oracle, 20, 4, dtype="float32")
 
 
 def test_convert_makes_a_plain_checkpoint_of_it(made: Quantised, tmp_path: Path) -> None:
@@ -180,9 +144,7 @@ def test_convert_makes_a_plain_checkpoint_of_it(made: Quantised, tmp_path: Path)
         assert torch.equal(from_array(read_tensor(checkpoint, name, "float32")), values), name
 
 
-def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(
-    tmp_path: Path,
-) -> None:
+def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(tmp_path: Path) -> None:
     folder = make(CASES["deepseek_v3"], tmp_path).folder
     state = load_file(folder / WEIGHTS)
     last = {n: t for n, t in state.items() if n.startswith("model.layers.2.mlp.experts.")}
@@ -198,18 +160,13 @@ def test_layers_that_predict_a_token_more_may_be_quantised_and_are_not_read(
 # The tests' own decoding against transformers', where that runs on a CPU.
 
 
-def test_mxfp4_is_decoded_as_transformers_does() -> None:
+def test_codes_are_decoded_as_transformers_does() -> None:
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (2, 6, 3, 16), dtype=torch.uint8)
     scales = torch.randint(120, 134, (2, 6, 3), dtype=torch.uint8)
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     assert torch.equal(mxfp4_values(blocks, scales), theirs)
-
-
-def test_fp8_is_decoded_as_transformers_does() -> None:
-    torch.manual_seed(0)
-    codes = (torch.randn(64, 48) * 90).to(torch.float8_e4m3fn)
-    scales = torch.rand(2, 2)
+    codes, scales = (torch.randn(64, 48) * 90).to(torch.float8_e4m3fn), torch.rand(2, 2)
     theirs = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)
     assert torch.equal(fp8_values(codes, scales, (32, 24)), theirs)
 
@@ -231,154 +188,115 @@ def test_transformers_itself_loads_gpt_oss_to_the_same_tokens(tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def fp8_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(CASES["qwen3_moe"], tmp_path_factory.mktemp("fp8")).folder
-
-
-@pytest.fixture(scope="module")
-def mxfp4_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(CASES["gpt_oss"], tmp_path_factory.mktemp("mxfp4")).folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    cases = {"fp8": "qwen3_moe", "mxfp4": "gpt_oss"}
+    return {k: make(CASES[name], tmp_path_factory.mktemp(k)).folder for k, name in cases.items()}
 
 
 def refused(folder: Path, name: str, *words: str) -> None:
     """Check a deployment of the folder, which must end with an error that names a file."""
-    with pytest.raises(ExpertMeshError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         check_file(deployment(folder))
-    assert isinstance(caught.value, CheckpointError)
     assert f"models[0].path: {folder}" in caught.value.field
     assert caught.value.field.endswith(name)
     for word in words:
         assert word in caught.value.message
 
 
-def changed(source: Path, folder: Path, change: Callable[[State], object], **config: Any) -> Path:
-    """Copy a checkpoint with changed tensors and a changed ``quantization_config``."""
+def changed(source: Path, folder: Path, change: Change = lambda state: None, **keys: Any) -> Path:
+    """Copy a checkpoint with changed tensors and keys of ``quantization_config``."""
     folder.mkdir()
     state = load_file(source / WEIGHTS)
     change(state)
     save_file(state, folder / WEIGHTS, {"format": "pt"})
     given = json.loads((source / "config.json").read_text())["quantization_config"]
-    write_config(source, folder, quantization_config=given | config)
+    write_config(source, folder, quantization_config=given | keys)
     return folder
 
 
-def nothing(state: State) -> None:
-    """Change nothing."""
+BLOCK_WORDS = "weight_block_size must be two positive integers"
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("key", "value", "words"),
     [
-        ({"quant_method": "awq"}, "quant_method must be fp8 or mxfp4 (given: 'awq')"),
-        ({"quant_method": None}, "quant_method must be fp8 or mxfp4 (given: None)"),
-        ({"quant_method": ["fp8"]}, "quant_method must be fp8 or mxfp4"),
-        ({"fmt": "e5m2"}, "quantization_config.fmt must be e4m3 (given: 'e5m2')"),
-        ({"activation_scheme": "static"}, "activation_scheme must be dynamic (given: 'static')"),
-        ({"weight_block_size": None}, "weight_block_size must be two positive integers"),
-        ({"weight_block_size": [128]}, "weight_block_size must be two positive integers"),
-        ({"weight_block_size": [0, 128]}, "weight_block_size must be two positive integers"),
-        ({"weight_block_size": [128, "128"]}, "weight_block_size must be two positive integers"),
+        ("quant_method", ["fp8"], "quant_method must be fp8 or mxfp4"),
+        ("fmt", "e5m2", "quantization_config.fmt must be e4m3 (given: 'e5m2')"),
+        ("activation_scheme", "static", "activation_scheme must be dynamic (given: 'static')"),
+        ("weight_block_size", None, BLOCK_WORDS),
+        ("weight_block_size", [128], BLOCK_WORDS),
+        ("weight_block_size", [0, 128], BLOCK_WORDS),
+        ("weight_block_size", [128, "128"], BLOCK_WORDS),
     ],
 )
 def test_an_unknown_quantisation_is_refused_by_its_key(
-    fp8_folder: Path, tmp_path: Path, config: dict[str, Any], words: str
+    folders: dict[str, Path], tmp_path: Path, key: str, value: object, words: str
 ) -> None:
-    folder = changed(fp8_folder, tmp_path / "m", nothing, **config)
-    refused(folder, "config.json", words)
+    refused(changed(folders["fp8"], tmp_path / "m", **{key: value}), "config.json", words)
 
 
-FP8_NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
+MATRIX = "model.layers.1.mlp.experts.3.down_proj.weight"
 """A matrix of layer 1, [64, 48]: it has two blocks by two."""
 
 
-@pytest.mark.parametrize(
-    ("change", "file", "words"),
-    [
-        (lambda s: s.pop(f"{FP8_NAME}_scale_inv"), "m", "lacks 1 tensors"),
-        (lambda s: s.update({FP8_NAME: s[FP8_NAME].float()}), "m", "has unexpected 1 tensors"),
-        (lambda s: s.update({FP8_NAME: s[FP8_NAME][:32]}), WEIGHTS, "has shape [32, 48]"),
-        (
-            lambda s: s.update({f"{FP8_NAME}_scale_inv": torch.ones(3, 2)}),
-            WEIGHTS,
-            "has shape [3, 2]; config.json says [2, 2]",
-        ),
-        (
-            lambda s: s.update({f"{FP8_NAME}_scale_inv": torch.ones(2, 2).half()}),
-            WEIGHTS,
-            "has dtype F16; for fp8 it must be F32 or BF16",
-        ),
-        (
-            lambda s: s.update({FP8_NAME: s[FP8_NAME].view(torch.uint8)}),
-            "m",
-            "has unexpected 1 tensors",
-        ),
-        (
-            lambda s: s.update(
-                {"model.norm.weight": s["model.norm.weight"].to(torch.float8_e4m3fn)}
-            ),
-            WEIGHTS,
-            "tensor model.norm.weight is quantised but not a matrix",
-        ),
-    ],
-)
-def test_codes_and_scales_that_do_not_fit_are_refused(
-    fp8_folder: Path, tmp_path: Path, change: Callable[[State], object], file: str, words: str
-) -> None:
-    refused(changed(fp8_folder, tmp_path / "m", change), file, words)
-
-
+SCALES, NORM = f"{MATRIX}_scale_inv", "model.norm.weight"
 STACK = "model.layers.0.mlp.experts.down_proj"
 
 
 @pytest.mark.parametrize(
-    ("change", "file", "words"),
+    ("kind", "name", "change", "file", "words"),
     [
-        (lambda s: s.pop(f"{STACK}_scales"), "m", "lacks 1 tensors"),
-        (lambda s: s.pop(f"{STACK}_blocks"), "m", "lacks 1 tensors"),
-        (lambda s: s.update({STACK: torch.zeros(8, 64, 64)}), "m", "has unexpected 1 tensors"),
-        (
-            lambda s: s.update({f"{STACK}_scales": s[f"{STACK}_scales"][:, :, :1].clone()}),
-            WEIGHTS,
-            "has shape [8, 64, 1]; config.json says [8, 64, 2]",
-        ),
-        (
-            lambda s: s.update({f"{STACK}_blocks": s[f"{STACK}_blocks"].float()}),
-            WEIGHTS,
-            "has dtype F32; for mxfp4 it must be U8",
-        ),
+        ("fp8", SCALES, None, "m", "lacks 1 tensors"),
+        ("fp8", MATRIX, torch.Tensor.float, "m", "has unexpected 1 tensors"),
+        ("fp8", MATRIX, lambda codes: codes[:32], WEIGHTS, "has shape [32, 48]"),
+        ("fp8", SCALES, lambda _: torch.ones(3, 2), WEIGHTS,
+         "has shape [3, 2]; config.json says [2, 2]"),
+        ("fp8", SCALES, torch.Tensor.half, WEIGHTS,
+         "has dtype F16; for fp8 it must be F32 or BF16"),
+        ("fp8", MATRIX, lambda codes: codes.view(torch.uint8), "m", "has unexpected 1 tensors"),
+        ("fp8", NORM, lambda norm: norm.to(torch.float8_e4m3fn), WEIGHTS,
+         "tensor model.norm.weight is quantised but not a matrix"),
+        ("mxfp4", f"{STACK}_scales", None, "m", "lacks 1 tensors"),
+        ("mxfp4", f"{STACK}_blocks", None, "m", "lacks 1 tensors"),
+        ("mxfp4", STACK, lambda _: torch.zeros(8, 64, 64), "m", "has unexpected 1 tensors"),
+        ("mxfp4", f"{STACK}_scales", lambda scales: scales[:, :, :1].clone(), WEIGHTS,
+         "has shape [8, 64, 1]; config.json says [8, 64, 2]"),
+        ("mxfp4", f"{STACK}_blocks", torch.Tensor.float, WEIGHTS,
+         "has dtype F32; for mxfp4 it must be U8"),
     ],
-)
-def test_blocks_that_do_not_fit_are_refused(
-    mxfp4_folder: Path, tmp_path: Path, change: Callable[[State], object], file: str, words: str
-) -> None:
-    refused(changed(mxfp4_folder, tmp_path / "m", change), file, words)
+)  # fmt: skip
+def test_codes_and_scales_that_do_not_fit_are_refused(
+    folders: dict[str, Path], tmp_path: Path, kind: str, name: str, change: Any, file: str,
+    words: str,
+) -> None:  # fmt: skip
+    def spoil(state: State) -> None:
+        tensor = state.pop(name, None)
+        if change is not None:
+            state[name] = change(tensor)
+
+    refused(changed(folders[kind], tmp_path / "m", spoil), file, words)
 
 
 def test_codes_without_a_word_in_the_configuration_are_refused(
-    fp8_folder: Path, mxfp4_folder: Path, tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = changed(mxfp4_folder, tmp_path / "mxfp4", nothing)
-    write_config(mxfp4_folder, folder, quantization_config=None)
+    folder = changed(folders["mxfp4"], tmp_path / "mxfp4")
+    write_config(folders["mxfp4"], folder, quantization_config=None)
     refused(folder, "mxfp4", "lacks 8 tensors")
     folder = changed(
-        fp8_folder, tmp_path / "m", lambda s: [s.pop(n) for n in list(s) if "scale_inv" in n]
+        folders["fp8"], tmp_path / "m", lambda s: [s.pop(n) for n in list(s) if "scale_inv" in n]
     )
-    write_config(fp8_folder, folder, quantization_config=None)
+    write_config(folders["fp8"], folder, quantization_config=None)
     refused(folder, WEIGHTS, "has dtype F8_E4M3", "supported: F32, BF16, F16")
 
 
 def test_sizes_that_make_no_blocks_are_refused(tmp_path: Path) -> None:
-    SAVERS["gpt_oss"](tmp_path / "original", intermediate_size=48)
-    folder = changed_to_blocks(tmp_path)
-    refused(folder, WEIGHTS, "which has no blocks of 32 in its second dimension")
-
-
-def changed_to_blocks(place: Path) -> Path:
-    """Give one stack, whose rows are no multiple of 32, the name of codes."""
-    folder = place / "m"
+    """One stack, whose rows are no multiple of 32, has the name of codes."""
+    original, folder = tmp_path / "original", tmp_path / "m"
+    SAVERS["gpt_oss"](original, intermediate_size=48)
     folder.mkdir()
-    state = load_file(place / "original" / WEIGHTS)
+    state = load_file(original / WEIGHTS)
     state[f"{STACK}_blocks"] = state.pop(STACK).to(torch.uint8)
     save_file(state, folder / WEIGHTS, {"format": "pt"})
-    write_config(place / "original", folder, quantization_config=MXFP4_CONFIG)
-    return folder
+    write_config(original, folder, quantization_config=MXFP4_CONFIG)
+    refused(folder, WEIGHTS, "which has no blocks of 32 in its second dimension")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,6 @@ from tests.unit.experts.checkpoint import changed_files
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.experts.local_actor import KEYS, local_actor, rows_of
 
-CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
 LEAF_BYTES = 1000
 FEW = {"num_hidden_layers": 2, "num_local_experts": 4}
@@ -48,13 +48,6 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashes, "LEAF_BYTES", LEAF_BYTES)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    save_mixtral(path)
-    return path
-
-
 @pytest.fixture(params=list(SAVED))
 def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     made = SAVED[request.param](tmp_path / "m")
@@ -64,12 +57,6 @@ def any_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def served(folder: Path) -> Checkpoint:
     """Open a checkpoint as a process of its deployment does."""
     return open_model(str(folder), identity_of(open_checkpoint(folder)), None)
-
-
-def load_all(checkpoint: Checkpoint) -> list[torch.Tensor]:
-    """Load what a router and its actors load together."""
-    dense = load_dense(checkpoint, torch.float32).state_dict()
-    return [*dense.values(), *load_experts(checkpoint)]
 
 
 def load_experts(checkpoint: Checkpoint) -> list[torch.Tensor]:
@@ -83,36 +70,39 @@ def load_experts(checkpoint: Checkpoint) -> list[torch.Tensor]:
     return [part for e in experts for part in (e.gate_up, e.down)]
 
 
+def load_all(checkpoint: Checkpoint) -> list[torch.Tensor]:
+    """Load what a router and its actors load together."""
+    dense = load_dense(checkpoint, torch.float32).state_dict()
+    return [*dense.values(), *load_experts(checkpoint)]
+
+
 @pytest.mark.usefixtures("small_leaves")
-def test_any_range_has_the_bytes_of_the_file(folder: Path) -> None:
+def test_a_range_has_the_bytes_of_the_file_and_is_refused_for_its_own_leaves_alone(
+    folder: Path,
+) -> None:
     verified, plain = served(folder), open_checkpoint(folder)
     name = "model.layers.0.self_attn.q_proj.weight"
     size = plain.tensors[name].num_bytes
     edges = [0, 1, 999, 1000, 1001, 1999, 2000, 5500, size - 1001, size - 384, size - 1, size]
-    for begin in edges:
-        for end in edges:
-            if begin <= end:
-                assert read_range(verified, name, begin, end) == read_range(plain, name, begin, end)
-
-
-@pytest.mark.usefixtures("small_leaves")
-def test_a_model_is_loaded_with_the_same_bits(any_folder: Path) -> None:
-    ours, right = load_all(served(any_folder)), load_all(open_checkpoint(any_folder))
-    assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
-
-
-@pytest.mark.usefixtures("small_leaves")
-def test_a_range_is_refused_for_its_own_leaves_alone(folder: Path) -> None:
-    checkpoint = served(folder)
-    name = "model.layers.0.self_attn.q_proj.weight"
+    for begin, end in itertools.combinations_with_replacement(edges, 2):
+        assert read_range(verified, name, begin, end) == read_range(plain, name, begin, end)
     flip_in_tensor(folder, name, 3500)
     for begin, end in ((0, 3000), (4000, 9000), (2999, 3000)):
-        read_range(checkpoint, name, begin, end)
+        read_range(verified, name, begin, end)
     for begin, end in ((3999, 4000), (0, 3001), (3000, 4000), (2500, 4500), (0, 16384)):
         with pytest.raises(CheckpointError, match="bytes 3000 to 4000 differ") as caught:
-            read_range(checkpoint, name, begin, end)
+            read_range(verified, name, begin, end)
         assert name in caught.value.message
         assert caught.value.field == str(folder / WEIGHTS)
+
+
+@pytest.mark.usefixtures("small_leaves")
+def test_a_model_is_loaded_with_the_same_bits_though_its_file_looks_changed(
+    any_folder: Path,
+) -> None:
+    right, checkpoint = load_all(open_checkpoint(any_folder)), served(any_folder)
+    changed_files.replace(any_folder / WEIGHTS, any_folder / WEIGHTS)
+    assert all(torch.equal(a, b) for a, b in zip(load_all(checkpoint), right, strict=True))
 
 
 def test_no_changed_byte_of_any_tensor_is_loaded(any_folder: Path) -> None:
@@ -155,20 +145,10 @@ def test_a_file_that_is_short_or_gone_is_named_with_the_tensor(folder: Path, cut
     if cut == "gone":
         (folder / WEIGHTS).unlink()
     else:
-        with (folder / WEIGHTS).open("r+b") as file:
-            file.truncate(5000)
+        os.truncate(folder / WEIGHTS, 5000)
     with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight") as caught:
         read_range(checkpoint, "model.norm.weight", 0, 256)
     assert caught.value.field == str(folder / WEIGHTS)
-
-
-def test_a_file_that_only_looks_changed_is_loaded(folder: Path) -> None:
-    right = load_all(open_checkpoint(folder))
-    checkpoint = served(folder)
-    copy = folder.with_name("copy")
-    shutil.copy(folder / WEIGHTS, copy)
-    copy.rename(folder / WEIGHTS)
-    assert all(torch.equal(a, b) for a, b in zip(load_all(checkpoint), right, strict=True))
 
 
 # What changes between the check and the load.
@@ -182,43 +162,21 @@ def other(tmp_path: Path) -> Path:
     return path
 
 
-def test_bytes_that_changed_after_the_check_are_not_opened(folder: Path) -> None:
-    wanted = identity_of(open_checkpoint(folder))
-    name = "model.layers.2.block_sparse_moe.experts.7.w3.weight"
-    flip_in_tensor(folder, name, 4096, 256)
-    with pytest.raises(CheckpointError, match="differ from the checkpoint") as caught:
-        load_all(open_model(str(folder), wanted, None))
-    assert name in caught.value.message
-    assert caught.value.field == str(folder / WEIGHTS)
-
-
-@pytest.mark.parametrize("has_new_hashes", [False, True])
-def test_another_checkpoint_that_came_after_the_check_is_not_opened(
-    folder: Path, other: Path, has_new_hashes: bool
-) -> None:
-    wanted = identity_of(open_checkpoint(folder))
-    changed_files.replace(folder / WEIGHTS, other / WEIGHTS)
-    if has_new_hashes:
+@pytest.mark.parametrize("what", ["weights", "hashed weights", "a folder", "configuration"])
+def test_another_checkpoint_is_not_opened(folder: Path, other: Path, what: str) -> None:
+    wanted, opened = identity_of(open_checkpoint(folder)), folder
+    if what == "a folder":
+        opened = other
+    elif what == "configuration":
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace("1e-05", "2e-05"))
+    else:
+        changed_files.replace(folder / WEIGHTS, other / WEIGHTS)
+    if what == "hashed weights":
         assert identity_of(open_checkpoint(folder)) != wanted
-    with pytest.raises(
-        CheckpointError, match=r"not the checkpoint being served|differ from the checkpoint"
-    ):
-        open_model(str(folder), wanted, None)
-
-
-def test_another_checkpoint_without_kept_hashes_is_hashed_and_not_opened(
-    folder: Path, other: Path
-) -> None:
-    with pytest.raises(CheckpointError, match="is not the checkpoint being served"):
-        open_model(str(other), identity_of(open_checkpoint(folder)), None)
-
-
-def test_another_configuration_is_not_opened(folder: Path) -> None:
-    wanted = identity_of(open_checkpoint(folder))
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace("1e-05", "2e-05"))
-    with pytest.raises(CheckpointError, match="is not the checkpoint being served"):
-        open_model(str(folder), wanted, None)
+    words = r"not the checkpoint being served|differ from the checkpoint"
+    with pytest.raises(CheckpointError, match=words):
+        open_model(str(opened), wanted, None)
 
 
 def test_kept_hashes_of_other_bytes_do_not_let_them_in(folder: Path, other: Path) -> None:
@@ -237,22 +195,17 @@ def test_kept_hashes_of_other_bytes_do_not_let_them_in(folder: Path, other: Path
 # What changes while an actor loads.
 
 
-def in_place(folder: Path, other: Path) -> None:
-    for expert_id in (5, 6):
-        name = f"model.layers.1.block_sparse_moe.experts.{expert_id}.w2.weight"
-        flip_in_tensor(folder, name, 300, 256)
-
-
-def replaced(folder: Path, other: Path) -> None:
-    changed_files.replace(folder / WEIGHTS, other / WEIGHTS)
-
-
-@pytest.mark.parametrize("change", [in_place, replaced])
+@pytest.mark.parametrize("is_replaced", [False, True])
 def test_an_actor_serves_nothing_of_a_file_that_changes_while_it_loads(
-    folder: Path, other: Path, change: Callable[[Path, Path], None]
+    folder: Path, other: Path, is_replaced: bool
 ) -> None:
     actor = local_actor(folder)  # has loaded some experts
-    change(folder, other)
+    if is_replaced:
+        changed_files.replace(folder / WEIGHTS, other / WEIGHTS)
+    else:
+        for expert_id in (5, 6):
+            name = f"model.layers.1.block_sparse_moe.experts.{expert_id}.w2.weight"
+            flip_in_tensor(folder, name, 300, 256)
     keys = [KEYS[0]._replace(layer_id=1, expert_id=expert_id) for expert_id in (5, 6)]
     for _ in range(2):  # again, as the controller tries
         with pytest.raises(CheckpointError, match="differ from the checkpoint") as caught:
@@ -266,13 +219,6 @@ def test_an_actor_serves_nothing_of_a_file_that_changes_while_it_loads(
     weights = load_expert(open_checkpoint(folder), 1, 5, "float32")
     ours, right = actor._bank.experts[keys[0]], GatedFfnExpert(weights, "silu", 1)
     assert torch.equal(results(ours, rows_of(4)), results(right, rows_of(4)))
-
-
-def test_a_router_does_not_start_of_a_file_that_changes_while_it_loads(folder: Path) -> None:
-    checkpoint = served(folder)
-    flip_in_tensor(folder, "model.embed_tokens.weight", 1000)
-    with pytest.raises(CheckpointError, match=r"tensor model\.embed_tokens\.weight: bytes 0 to"):
-        load_dense(checkpoint, torch.float32)
 
 
 def test_without_a_table_a_changed_file_is_refused_by_its_stamp(folder: Path) -> None:

@@ -23,9 +23,6 @@ from tests.arrays import on_host, results
 from tests.emulated_device import emulated_device
 
 H, INNER = 64, 96
-AMX = ("amx", "fused", "tiled")
-AVX2 = ("avx2", "fused", "fused")
-AVX512_BF16 = ("avx512_bf16", "fused", "paired")
 PORTABLE = ("portable", "unfused", "unfused")
 LOGGER = "expertmesh.actor"
 
@@ -50,13 +47,12 @@ def expert_of(dtype: torch.dtype, inner: int = INNER) -> GatedFfnExpert:
 @pytest.mark.parametrize(
     ("kernel", "dtype", "expected"),
     [
-        (AVX2, torch.float32, "fused"),
-        (AVX2, torch.bfloat16, "fused"),
-        (AMX, torch.float32, "fused"),
-        (AMX, torch.bfloat16, "tiled"),
-        (AVX512_BF16, torch.float32, "fused"),
-        (AVX512_BF16, torch.float16, "fused"),
-        (AVX512_BF16, torch.bfloat16, "paired"),
+        (("avx2", "fused", "fused"), torch.float32, "fused"),
+        (("avx2", "fused", "fused"), torch.bfloat16, "fused"),
+        (("amx", "fused", "tiled"), torch.float32, "fused"),
+        (("amx", "fused", "tiled"), torch.bfloat16, "tiled"),
+        (("avx512_bf16", "fused", "paired"), torch.float16, "fused"),
+        (("avx512_bf16", "fused", "paired"), torch.bfloat16, "paired"),
         (PORTABLE, torch.bfloat16, "unfused"),
     ],
 )
@@ -76,26 +72,19 @@ def test_without_native_code_an_expert_is_torchs_and_the_log_says_so_once(
     with caplog.at_level(logging.WARNING, LOGGER):
         experts = [expert_of(torch.float32) for _ in range(3)]
         expert_of(torch.float32, 32)
+        monkeypatch.setattr(kernel_classes, "native", object())
+        doubles = expert_of(torch.float64)
     assert [expert.kernel_class for expert in experts] == ["torch-avx2"] * 3
     rows = torch.randn(3, H, generator=torch.Generator().manual_seed(1))
     weights = weights_of(torch.float32)
     assert torch.equal(results(experts[0], rows), gated_ffn(rows, weights, functional.silu))
-    first, other = [record.message for record in caplog.records]
+    assert isinstance(doubles.ffn, TorchFfn)
+    assert doubles.kernel_class.startswith("torch-")
+    first, other, third = [record.message for record in caplog.records]
     assert first.startswith(f"experts of {H} x {INNER} in float32 are computed by torch")
     assert "(torch-avx2): the package was installed without its native code" in first
     assert f"{H} x 32" in other
-
-
-def test_an_expert_that_no_kernel_takes_is_torchs_and_the_log_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(kernel_classes, "native", object())
-    with caplog.at_level(logging.WARNING, LOGGER):
-        expert = expert_of(torch.float64)
-    assert isinstance(expert.ffn, TorchFfn)
-    assert expert.kernel_class.startswith("torch-")
-    [reason] = [record.message.rpartition(": ")[2] for record in caplog.records]
-    assert reason == "native code has no kernel for this dtype or these sizes"
+    assert third.endswith(": native code has no kernel for this dtype or these sizes")
 
 
 @pytest.mark.parametrize(
@@ -144,11 +133,9 @@ def test_experts_of_a_device_have_its_name_and_the_way_of_their_products(
 def test_experts_without_a_class_are_not_reported() -> None:
     emulated = EmulatedExpert(Emulation(1.0, 0.0), (H,), (H,), "float32")
     real = expert_of(torch.float32)
+    held = [("b", 0, real), ("b", 1, real), ("a", 0, real), ("e", 0, emulated)]
     experts: dict[ExpertKey, Expert] = {
-        ExpertKey("b", 0, 0): real,
-        ExpertKey("b", 1, 0): real,
-        ExpertKey("a", 0, 0): real,
-        ExpertKey("e", 0, 0): emulated,
+        ExpertKey(model, layer_id, 0): expert for model, layer_id, expert in held
     }
     expected = [ModelKernel(model, real.kernel_class) for model in ("a", "b")]
     assert kernels_of(experts) == tuple(expected)

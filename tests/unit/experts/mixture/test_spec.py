@@ -17,19 +17,20 @@ from tests.unit.experts.mixture.documents import densities, document, sequences
 
 FILE = Path("/folder/mixture.yaml")
 Document = dict[str, Any]
+LINEAR = {"kind": "linear", "file": "e.safetensors"}
 
 
 def parsed(content: Document) -> MixtureSpec:
     return parse_spec(yaml.safe_dump(content, sort_keys=False).encode(), FILE)
 
 
-def refusal(content: Document) -> tuple[str, str]:
-    """Return the key and the message of a document's error."""
-    with pytest.raises(CheckpointError) as caught:
+def refused(content: Document, words: str) -> str:
+    """Check that a document's error says the words; returns the key that it names."""
+    with pytest.raises(CheckpointError, match=words) as caught:
         parsed(content)
     file, _, key = caught.value.field.partition(": ")
     assert file == str(FILE)
-    return key, caught.value.message
+    return key
 
 
 def test_a_whole_document() -> None:
@@ -68,67 +69,45 @@ def test_the_most_experts_of_a_row_are_those_of_the_widest_choices(
     ("path", "value", "key", "words"),
     [
         ("format", 2, "format", "should be 1"),
-        ("format", ..., "format", "required"),
         ("dtype", "bfloat16", "dtype", "should be 'float32' or 'float64'"),
-        ("description", 5, "description", "string"),
         ("description", "x" * 5000, "description", "at most 4096"),
         ("extra", 1, "extra", "not permitted"),
         ("inputs", [], "inputs", "at least 1"),
         ("inputs.0.shape", [], "inputs.0.shape", "at least 1"),
         ("inputs.0.shape", [1] * 5, "inputs.0.shape", "at most 4"),
-        ("inputs.0.shape", [0], "inputs.0.shape", "each axis must be at least 1"),
         ("inputs.0.shape", [-1], "inputs.0.shape", "each axis must be at least 1"),
         ("inputs.0.shape", [3, -1], "inputs.0.shape", "each axis must be at least 1"),
-        ("inputs.0.shape", [-2, 3], "inputs.0.shape", "each axis must be at least 1"),
         ("inputs.0.shape", [True], "inputs.0.shape.0", "integer"),
-        ("inputs.0.shape", [4.0], "inputs.0.shape.0", "integer"),
         ("inputs.0.shape", [1 << 20, 1 << 20], "inputs.0.shape", f"at most {MAX_ROW_VALUES}"),
         ("inputs.0.shape", [-1, 1 << 25], "inputs.0.shape", f"at most {MAX_ROW_VALUES}"),
         ("inputs.0.datatype", "FP16", "inputs.0.datatype", "'FP32'"),
         ("inputs.0.name", "a b", "inputs.0.name", "must be a name of letters"),
-        ("inputs.0.name", "", "inputs.0.name", "must be a name of letters"),
         ("inputs.0.width", 1, "inputs.0.width", "not permitted"),
-        ("gates", {}, "gates", "at least 1"),
         ("gates.root.kind", "softmax", "gates.root", "'linear', 'mlp', 'given'"),
         ("gates.root.kind", ..., "gates.root", "Unable to extract tag"),
         ("gates.root.choices", [], "gates.root.choices", "at least 1"),
-        ("gates.root.choices", ..., "gates.root.choices", "required"),
         ("gates.root.top_k", 0, "gates.root.top_k", "greater than or equal to 1"),
-        ("gates.root.top_k", True, "gates.root.top_k", "integer"),
         ("gates.root.top_k", 3, "gates.root", "top_k 3 exceeds the 2 choices"),
         ("gates.root.pool", "max", "gates.root.pool", "'flatten', 'mean' or 'last'"),
-        ("gates.root.file", ..., "gates.root.file", "required"),
         ("gates.root.activation", "relu", "gates.root.activation", "not permitted"),
         ("gates.left.activation", "elu", "gates.left.activation", "'relu'"),
-        ("gates.right.column", -1, "gates.right.column", "greater than or equal to 0"),
-        ("gates.right.top_k", 1, "gates.right.top_k", "not permitted"),
-        ("experts", {}, "experts", "at least 1"),
-        ("experts.a.kind", "pickle", "experts.a", "'linear', 'mlp', 'rnn', 'sklearn', 'onnx'"),
         ("experts.a.link", "tanh", "experts.a.link", "'none', 'softmax' or 'sigmoid'"),
         ("experts.a.prefix", "x" * 201, "experts.a.prefix", "at most 200"),
         ("experts.b.method", "transform", "experts.b.method", "'predict'"),
         ("experts.c.data", ["../c.bin"], "experts.c.data", "plain relative path of another file"),
-        ("experts.c.data", "c.bin", "experts.c.data", "tuple"),
         ("combine.kind", "sum", "combine", "'mean', 'probabilities', 'vote', 'density'"),
         ("combine.classes", ["no"], "combine.classes", "at least 2"),
         ("combine.classes", ["no", "no"], "combine.classes", "must differ from each other"),
         ("combine.classes", ["no", 1], "combine.classes", "integer|string"),
         ("combine.classes", [False, True], "combine.classes", "integer|string"),
-        ("combine.classes", [0.0, 1.0], "combine.classes", "integer|string"),
-        ("outputs", [], "outputs", "at least 1"),
         ("outputs.0.from", "value ", "outputs.0.from", "'value'"),
-        ("outputs.0.from", ..., "outputs.0.from", "required"),
-        ("outputs.0.source", "label", "outputs.0.source", "not permitted"),
         ("outputs.0.datatype", "FP16", "outputs.0.datatype", "'INT64'"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_named_by_their_key(path: str, value: Any, key: str, words: str) -> None:
-    found, message = refusal(document(path, value))
+    found = refused(document(path, value), words)
     assert found.startswith(key)
     assert found.removeprefix(key).strip(".0123456789") == ""
-    with pytest.raises(CheckpointError, match=words):
-        parsed(document(path, value))
-    assert message
 
 
 @pytest.mark.parametrize(
@@ -138,9 +117,8 @@ def test_wrong_values_are_named_by_their_key(path: str, value: Any, key: str, wo
 )  # fmt: skip
 @pytest.mark.parametrize("key", ["experts.b.file", "gates.root.file"])
 def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
-    found, message = refusal(document(key, file))
-    assert found == key
-    assert "must be a plain relative path of another file in the folder" in message
+    words = "must be a plain relative path of another file in the folder"
+    assert refused(document(key, file), words) == key
 
 
 # Errors of parts against each other; the message begins with the key.
@@ -181,23 +159,18 @@ def test_files_are_plain_paths_inside_the_folder(key: str, file: str) -> None:
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(path: str, value: Any, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words) as caught:
-        parsed(document(path, value))
-    assert caught.value.field == str(FILE)
+    assert refused(document(path, value), words) == ""
 
 
-def test_names_are_checked_wherever_they_are_keys() -> None:
-    content = document("experts.a b", {"kind": "linear", "file": "a.safetensors"})
-    assert "must be a name of letters, digits and ._- (given: 'a b')" in refusal(content)[1]
-
-
-def test_a_cycle_apart_from_the_root_is_refused() -> None:
+def test_a_cycle_apart_from_the_root_and_names_of_keys_are_refused() -> None:
     content = document()
     content["gates"] |= {
-        "p": {"kind": "given", "input": "part", "choices": ["q"]},
-        "q": {"kind": "given", "input": "part", "choices": ["p"]},
+        name: {"kind": "given", "input": "part", "choices": [other]} for name, other in ("pq", "qp")
     }
-    assert "no path leads from the root 'root' to p, q; gates form a tree" in refusal(content)[1]
+    refused(content, "no path leads from the root 'root' to p, q; gates form a tree")
+    content = document("experts.a b", LINEAR)
+    refused(content, r"must be a name of letters, digits and \._- \(given: 'a b'\)")
+    assert len(refused(document("experts." + "e" * 100_000, {"kind": "linear"}), "required")) < 200
 
 
 def chain(levels: int) -> Document:
@@ -212,7 +185,7 @@ def chain(levels: int) -> Document:
 def test_trees_may_be_deep_and_not_bottomless() -> None:
     assert most_experts(parsed(chain(MAX_LEVELS))) == 1
     for levels in (MAX_LEVELS + 1, 1_500):
-        assert refusal(chain(levels))[1] == f"gates: must have at most {MAX_LEVELS} levels"
+        assert refused(chain(levels), f"gates: must have at most {MAX_LEVELS} levels$") == ""
 
 
 @pytest.mark.parametrize(
@@ -221,42 +194,35 @@ def test_trees_may_be_deep_and_not_bottomless() -> None:
         ({"combine": {"kind": "mean", "shape": [2]}}, "experts.r.returns: sequence does not match"),
         ({"combine": {"kind": "mean", "shape": [4, 2]}}, "a sequence must be as long as its row"),
         ({"combine": {"kind": "mean", "shape": [2, -1]}}, "each axis must be at least 1"),
-        ({"experts": {"r": {"kind": "linear", "file": "r.safetensors"}}},
-         "experts.r: only an rnn takes rows of any length"),
-        ({"gates": {"root": {"kind": "linear", "file": "g.safetensors", "choices": ["r"]}}},
+        ({"experts": {"r": LINEAR}}, "experts.r: only an rnn takes rows of any length"),
+        ({"gates": {"root": {**LINEAR, "choices": ["r"]}}},
          "gates.root.pool: flatten is for rows of one length"),
         ({"gates": {"root": {"kind": "given", "input": "x", "choices": ["r"]}}},
          "gates.root.input: 'x' must be of integers"),
     ],
 )  # fmt: skip
 def test_sequences_that_do_not_fit_are_refused(changes: Document, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        parsed(sequences(**changes))
-
-
-def density(**changes: Any) -> Document:
-    return {"combine": {"kind": "density", "dimensions": 2, "target": "t", **changes}}
+    refused(sequences(**changes), words)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (density(target="z"), "'z' is not one of the inputs"),
-        (density(target="x"), r"combine.target: input 'x' must have the shape \[2\]"),
-        (density(target=None), "outputs.density.from: log_density needs combine.target"),
-        (density(deviation=0), "greater than 0"),
-        (density(deviation=float("inf")), "finite number"),
-        (density(dimensions=0), "greater than or equal to 1"),
-        (density(dimensions=1 << 17), "less than or equal to 65536"),
-        ({"gates": {"root": {"kind": "linear", "file": "g.safetensors", "choices": ["e", "f"],
-                             "top_k": 1, "renormalize": False}},
-          "experts": {n: {"kind": "linear", "file": "e.safetensors"} for n in "ef"}},
-         "gates.root.renormalize: must be true for a density"),
+        ({"target": "z"}, "'z' is not one of the inputs"),
+        ({"target": "x"}, r"combine.target: input 'x' must have the shape \[2\]"),
+        ({"target": None}, "outputs.density.from: log_density needs combine.target"),
+        ({"deviation": 0}, "greater than 0"),
+        ({"deviation": float("inf")}, "finite number"),
+        ({"dimensions": 0}, "greater than or equal to 1"),
+        ({"dimensions": 1 << 17}, "less than or equal to 65536"),
     ],
-)  # fmt: skip
+)
 def test_densities_that_do_not_fit_are_refused(changes: Document, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
-        parsed(densities(**changes))
+    combine = {"kind": "density", "dimensions": 2, "target": "t", **changes}
+    refused(densities(combine=combine), words)
+    gate = {**LINEAR, "choices": ["e", "f"], "top_k": 1, "renormalize": False}
+    content = densities(gates={"root": gate}, experts={name: dict(LINEAR) for name in "ef"})
+    refused(content, "gates.root.renormalize: must be true for a density")
 
 
 @pytest.mark.parametrize(
@@ -287,21 +253,12 @@ def test_datatypes_that_rows_represent_exactly_pass(dtype: str, datatype: str) -
         ("a: \x01", "is not YAML: ReaderError"),
         ("[" * 10_000, "is not YAML: RecursionError"),
         ("--- 1\n--- 2\n", "is not YAML"),
+        (b"a: \xff\xfe\xff", "is not YAML"),
         ("", r"must be a mapping \(given: None\)"),
         ("[1, 2]", r"must be a mapping \(given: a list of 2\)"),
     ],
 )
-def test_text_that_is_no_plain_mapping_is_refused(text: str, words: str) -> None:
+def test_text_that_is_no_plain_mapping_is_refused(text: str | bytes, words: str) -> None:
     with pytest.raises(CheckpointError, match=words) as caught:
-        parse_spec(text.encode(), FILE)
+        parse_spec(text.encode() if isinstance(text, str) else text, FILE)
     assert caught.value.field == str(FILE)
-
-
-def test_bytes_that_are_no_text_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="is not YAML"):
-        parse_spec(b"a: \xff\xfe\xff", FILE)
-
-
-def test_names_in_an_error_are_short() -> None:
-    content = document("experts." + "e" * 100_000, {"kind": "linear"})
-    assert len(refusal(content)[0]) < 200

@@ -23,24 +23,13 @@ TEXT = " was the word"
 NUM_TOKENS = len(tokenizer().encode(TEXT))
 
 
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(says(TEXT))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
-
-
 def bench(address: str, *words: str, code: int = 0) -> Any:
     result = CliRunner().invoke(app, ["bench", "--address", address, "--json", *words])
     assert (result.exit_code, result.stderr) == (code, "")
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("requests", [1, 2, 50])
+@pytest.mark.parametrize("requests", [1, 50])
 def test_every_request_is_made_once_and_measured(
     address: str, upstream: FakeUpstream, requests: int
 ) -> None:
@@ -123,12 +112,7 @@ def test_failures_are_counted_by_kind_and_are_1(address: str, upstream: FakeUpst
     result = CliRunner().invoke(app, ["bench", "--address", address, "--requests", "3"])
     assert result.exit_code == 1
     assert "1 failed, resource_exhausted: full 12" in result.stdout
-
-
-def test_it_is_a_table_for_people(address: str) -> None:
-    result = CliRunner().invoke(app, ["bench", "--address", address, "--requests", "4"])
-    assert result.exit_code == 0
-    assert "tiny: 4 of 4 requests, 8 at once" in result.stdout
+    assert "tiny: 2 of 3 requests, 8 at once" in result.stdout
     for shown in ("tokens/s", "first token", "between tokens", "whole request", "p50", "p99"):
         assert shown in result.stdout
 
@@ -149,12 +133,9 @@ def test_ctrl_c_tells_what_was_measured(upstream: FakeUpstream) -> None:
         assert terminal.end() == 130
 
 
-@pytest.mark.parametrize(
-    "words", [("--clients", "0"), ("--clients", "1025"), ("--requests", "100001")]
-)
-def test_it_is_bounded(address: str, upstream: FakeUpstream, words: tuple[str, ...]) -> None:
-    assert CliRunner().invoke(app, ["bench", *words]).exit_code == 2
-    assert not upstream.requests
+@pytest.mark.parametrize("words", ["--clients 0", "--clients 1025", "--requests 100001"])
+def test_it_is_bounded(words: str) -> None:
+    assert CliRunner().invoke(app, ["bench", *words.split()]).exit_code == 2
 
 
 def test_nobody_at_the_address_is_3_and_an_unknown_model_1(address: str) -> None:
@@ -163,7 +144,7 @@ def test_nobody_at_the_address_is_3_and_an_unknown_model_1(address: str) -> None
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 1000])
+@pytest.mark.parametrize("count", [1, 2, 101, 1000])
 def test_percentiles_are_those_of_numpy(count: int) -> None:
     values = np.random.default_rng(count).exponential(size=count)
     samples = Samples()

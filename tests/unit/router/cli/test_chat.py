@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +17,8 @@ from router.cli.app import app
 from router.cli.chat import Conversation, _Chat
 from router.client import Message, Reply
 from router.messages.request import GenerationRequest
-from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, grpc_server, says, tokenizer
+from tests.unit.gateway_fakes import CONTEXT, FakeUpstream, says, tokenizer
 from tests.unit.terminal import Terminal
-
-
-@pytest.fixture
-def upstream() -> FakeUpstream:
-    return FakeUpstream(says(" was the word"))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
 
 
 def chat(address: str, text: str | bytes, *options: str) -> Result:

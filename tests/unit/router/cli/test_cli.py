@@ -10,11 +10,13 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import typer
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
@@ -29,17 +31,12 @@ from tests.unit.terminal import Terminal
 
 NOBODY = "127.0.0.1:1"
 ROOT = Path(__file__).parents[4]
+PROGRAM = (sys.executable, "-c", "from router.cli.main import main; main()")
 
 
 @pytest.fixture
 def upstream() -> FakeUpstream:
     return FakeUpstream(says(" was the word 🙂"))
-
-
-@pytest.fixture
-def address(upstream: FakeUpstream) -> Iterator[str]:
-    with grpc_server(upstream) as opened:
-        yield opened
 
 
 def run(*args: str) -> Result:
@@ -53,12 +50,6 @@ def test_the_version_is_that_of_the_package() -> None:
         0,
         f"expertmesh {declared['project']['version']}\n",
     )
-
-
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_generate_prints_the_text(address: str, stream: list[str]) -> None:
-    result = run("generate", "in the", "--address", address, *stream)
-    assert (result.exit_code, result.stdout) == (0, " was the word 🙂\n")
 
 
 def test_generate_passes_its_options_on(address: str, upstream: FakeUpstream) -> None:
@@ -90,107 +81,53 @@ def test_generate_as_json(address: str) -> None:
 def test_status_as_json(address: str) -> None:
     result = run("status", "--json", "--address", address)
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {
-        "models": ["tiny"],
-        "epoch": 3,
-        "placement_version": 7,
-        "controller_pid": 41,
-        "missing_experts": 0,
-        "routers": [
-            {
-                "pid": 42,
-                "node": "n1",
-                "kernels": [{"model": "tiny", "kernel_class": "torch-avx2"}],
-                "problem": "",
-            }
-        ],
-        "gateways": [{"pid": 43, "node": "n1", "kernels": [], "problem": "keys.yaml: is no file"}],
-        "actors": [
-            {
-                "actor_id": "a0",
-                "pid": 44,
-                "node": "n1",
-                "device": "cpu",
-                "generation": 2,
-                "experts": [["tiny", 0, 1], ["tiny", 1, 5]],
-                "tokens": 99,
-                "weight_bytes": 640,
-                "kernels": [{"model": "tiny", "kernel_class": "paired"}],
-                "silence": "has answered no heartbeat for 4 s: routers hear it",
-                "slowness": 0.0,
-                "is_slow": False,
-            }
-        ],
-        "min_copies": 2,
-        "live_copies": 1,
-        "loading": [
-            {
-                "actor_id": "a1",
-                "held_experts": 3,
-                "num_experts": 12,
-                "weight_bytes": 1_500_000_000,
-            }
-        ],
-        "kernels": [
-            {
-                "model": "tiny",
-                "actors": [
-                    {"kernel_class": "fused", "processes": 2},
-                    {"kernel_class": "paired", "processes": 1},
-                ],
-                "routers": [{"kernel_class": "torch-avx2", "processes": 1}],
-                "mixed": "fused on 2 actors, paired on 1",
-            }
-        ],
-        "failing": [
-            {
-                "actor_id": "a2",
-                "deaths": 3,
-                "reason": "n1 lacks 5 bytes",
-                "node": "n1",
-                "device": "cuda:0",
-                "retry_in_s": 12.5,
-                "failed_tests": 0,
-                "needed_bytes": 9,
-                "missing_bytes": 5,
-            }
-        ],
-        "nodes_without_gateway": ["n4"],
-    }
+    told = json.loads(result.stdout)
+    assert told == json.loads(json.dumps(asdict(STATUS)))
+    names = "models epoch placement_version controller_pid missing_experts routers gateways actors "
+    names += "min_copies live_copies loading kernels failing nodes_without_gateway failed_deploy"
+    assert [*told] == names.split()  # which scripts read
+    of_actor = "actor_id pid node device generation experts tokens weight_bytes kernels silence "
+    assert [*told["actors"][0]] == f"{of_actor}slowness is_slow".split()
+    of_failing = "actor_id deaths reason node device retry_in_s failed_tests needed_bytes "
+    assert [*told["failing"][0]] == f"{of_failing}missing_bytes".split()
+    assert [*told["loading"][0]] == ["actor_id", "held_experts", "num_experts", "weight_bytes"]
+    assert [*told["kernels"][0]] == ["model", "actors", "routers", "mixed"]
+    assert [*told["gateways"][0]] == ["pid", "node", "kernels", "problem"]
+    assert told["actors"][0]["experts"] == [["tiny", 0, 1], ["tiny", 1, 5]]
+    assert told["routers"][0]["kernels"] == [{"model": "tiny", "kernel_class": "torch-avx2"}]
 
 
-def test_status_as_a_table(address: str) -> None:
+def test_status_is_a_table_and_a_line_for_each_thing_that_is_not_as_it_should(address: str) -> None:
     result = run("status", "--address", address)
     assert result.exit_code == 0
     assert "copies: 1 live, 2 wanted" in result.stdout
     for shown in ("tiny", "version 7", "ready", "pid 41", "42@n1", "43@n1", "a0", "44", "99"):
         assert shown in result.stdout
-
-
-def test_status_says_which_kernels_are_mixed(address: str) -> None:
-    lines = run("status", "--address", address).stdout.splitlines()
-    assert "tiny is mixed: fused on 2 actors, paired on 1" in lines
-    whole = replace(STATUS, kernels=(replace(STATUS.kernels[0], mixed=""),))
-    assert "mixed" not in _summary(whole)
-
-
-def test_status_says_which_actors_are_silent_and_why_they_are_kept(address: str) -> None:
-    lines = run("status", "--address", address).stdout.splitlines()
-    assert "a0 has answered no heartbeat for 4 s: routers hear it" in lines
-    heard = replace(STATUS, kernels=(), failing=(), actors=(replace(STATUS.actors[0], silence=""),))
-    assert _summary(heard).splitlines()[2:] == [
+    lines = result.stdout.splitlines()
+    assert lines[2:7] == [
+        "tiny is mixed: fused on 2 actors, paired on 1",
+        "a0 has answered no heartbeat for 4 s: routers hear it",
+        "a2 on cuda:0, n1 fails: 3 deaths in a row, next start in 12.5 s; n1 lacks 5 bytes",
         "gateway 43@n1: keys.yaml: is no file",
         "node n4 has no gateway",
     ]
-    whole = replace(heard, gateways=(), nodes_without_gateway=())
+    [line] = [line for line in lines if line.startswith("a1")]  # it loads
+    assert line.count("━") == BAR_WIDTH * 3 // 12
+    assert line.endswith("3 of 12  1.5 GB")
+
+
+def test_status_of_a_whole_cluster_has_no_such_lines() -> None:
+    whole = replace(
+        STATUS,
+        kernels=(replace(STATUS.kernels[0], mixed=""),),
+        actors=(replace(STATUS.actors[0], silence=""),),
+        failing=(),
+        gateways=(),
+        nodes_without_gateway=(),
+        loading=(),
+    )
     assert len(_summary(whole).splitlines()) == 2
-
-
-def test_status_has_a_line_for_each_actor_that_fails(address: str) -> None:
-    lines = run("status", "--address", address).stdout.splitlines()
-    line = "a2 on cuda:0, n1 fails: 3 deaths in a row, next start in 12.5 s; n1 lacks 5 bytes"
-    assert line in lines
-    assert len(_summary(replace(STATUS, failing=())).splitlines()) == 6
+    assert len(_tables(whole).renderables) == 1
 
 
 def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:
@@ -207,38 +144,25 @@ def test_status_shows_an_actors_kernels_by_model_where_they_differ() -> None:
     assert device_of() == ["cpu"]
 
 
-def test_status_has_a_bar_for_each_actor_that_loads(address: str) -> None:
-    result = run("status", "--address", address)
-    [line] = [line for line in result.stdout.splitlines() if line.startswith("a1")]
-    assert line.count("━") == BAR_WIDTH * 3 // 12
-    assert line.endswith("3 of 12  1.5 GB")
-    shown = _tables(replace(STATUS, loading=()))
-    assert len(shown.renderables) == 1
-
-
-def next_line(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    return json.loads(process.stdout.readline())
-
-
 def test_watching_outlives_the_server_and_ends_by_ctrl_c(upstream: FakeUpstream) -> None:
-    code = "from router.cli.main import main; main()"
     words = ["status", "--watch", "--json", "--interval", "0.1"]
     with grpc_server(upstream) as address:
         watching = subprocess.Popen(
-            [sys.executable, "-c", code, *words],
+            [*PROGRAM, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "EXPERTMESH_ADDRESS": address},
         )
-        assert [next_line(watching)["epoch"] for _ in range(2)] == [3, 3]
-    while "error" not in (told := next_line(watching)):
+        assert watching.stdout is not None
+        lines = map(json.loads, watching.stdout)
+        assert [next(lines)["epoch"] for _ in range(2)] == [3, 3]
+    while "error" not in (told := next(lines)):
         assert told["epoch"] == 3
     host, _, port = address.partition(":")
     assert f"at {host}:{int(port) + 1}, where gateways" in told["error"]["message"]
     with grpc_server(upstream, int(address.rpartition(":")[2])):
-        while "error" in (told := next_line(watching)):
+        while "error" in (told := next(lines)):
             assert told["error"]["code"] == "unavailable"
         assert told["epoch"] == 3
         watching.send_signal(signal.SIGINT)
@@ -287,69 +211,67 @@ def test_bad_usage_is_2(command: list[str]) -> None:
     assert run(*command).exit_code == 2
 
 
-def stub_check(monkeypatch: pytest.MonkeyPatch, result: list[str] | Exception) -> None:
+Outcome = list[str] | Exception
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """What the check of a file's models says, or how it fails; the last one counts."""
+    outcomes: list[Outcome] = [["two models"]]
+
     def check_file(path: Path) -> list[str]:
-        if isinstance(result, Exception):
-            raise result
-        return [f"{path.name}: {line}" for line in result]
+        if isinstance(outcomes[-1], Exception):
+            raise outcomes[-1]
+        return [f"{path.name}: {line}" for line in outcomes[-1]]
 
     module: Any = types.ModuleType("router.served")
     module.check_file = check_file
     monkeypatch.setitem(sys.modules, "router.served", module)
+    return outcomes
 
 
-def test_check_prints_what_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    stub_check(monkeypatch, ["two models"])
+@pytest.mark.usefixtures("checked")
+def test_check_prints_what_is_fine() -> None:
     result = run("check", str(DEPLOYED))
     assert (result.exit_code, result.stdout) == (0, "cluster.yaml: two models\n")
     told = json.loads(run("check", str(DEPLOYED), "--json").stdout)
     assert told == {"ok": True, "checks": ["cluster.yaml: two models"]}
 
 
-def test_check_refuses_a_host_that_others_reach_without_keys(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    stub_check(monkeypatch, ["two models"])
-    file = tmp_path / "cluster.yaml"
-    document = yaml.safe_load(DEPLOYED.read_text())
-    document["applications"][0]["args"]["gateway"]["listen"] = {"host": "0.0.0.0"}
-    file.write_text(yaml.safe_dump(document))
+def refusals(file: Path) -> tuple[str, str]:
+    """Return the line with which a file is refused, and the field that JSON names."""
     result = run("check", str(file))
-    assert result.exit_code == 2
-    assert "gateway.listen.host: must be an address of this machine if" in result.stderr
-    assert "there are no keys; got '0.0.0.0'" in result.stderr
-
-
-@pytest.mark.parametrize("form", [[], ["--json"]])
-def test_check_refuses_options_of_serves_proxies(
-    form: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    stub_check(monkeypatch, ["two models"])
-    file = tmp_path / "cluster.yaml"
-    file.write_text("http_options: {port: 81}\n" + DEPLOYED.read_text())
-    result = run("check", str(file), *form)
-    assert result.exit_code == 2
-    if form:
-        assert json.loads(result.stdout)["error"]["field"] == "http_options"
-    else:
-        [line] = result.stderr.splitlines()
-        assert "http_options: is of Serve's proxies" in line
-        assert line.endswith("args.gateway: {listen: {host: 0.0.0.0, http_port: 81}}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    as_json = run("check", str(file), "--json")
+    assert as_json.exit_code == 2
+    return line, json.loads(as_json.stdout)["error"]["field"]
 
 
 @pytest.mark.parametrize(
     "error", [ConfigError("unknown key", "args.modles"), CheckpointError("is cut\noff", "a.st")]
 )
 def test_check_of_something_wrong_is_one_line_and_2(
-    monkeypatch: pytest.MonkeyPatch, error: ConfigError
+    checked: list[Outcome], error: ConfigError
 ) -> None:
-    stub_check(monkeypatch, error)
-    result = run("check", "some/cluster.yaml")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == f"expertmesh: {' '.join(str(error).split())}\n"
-    told = run("check", "some/cluster.yaml", "--json")
-    assert told.exit_code == 2
-    assert json.loads(told.stdout)["error"]["field"] == error.field
+    checked.append(error)
+    line, field = refusals(DEPLOYED)
+    assert (line, field) == (f"expertmesh: {' '.join(str(error).split())}", error.field)
+
+
+@pytest.mark.usefixtures("checked")
+def test_check_refuses_an_open_host_without_keys_and_options_of_proxies(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    document = yaml.safe_load(DEPLOYED.read_text())
+    document["applications"][0]["args"]["gateway"]["listen"] = {"host": "0.0.0.0"}
+    file.write_text(yaml.safe_dump(document))
+    line, field = refusals(file)
+    assert field == f"{file}: gateway.listen.host"
+    assert "must be an address of this machine if there are no keys; got '0.0.0.0'" in line
+    file.write_text("http_options: {port: 81}\n" + DEPLOYED.read_text())
+    line, field = refusals(file)
+    assert field == f"{file}: http_options"
+    assert line.endswith("args.gateway: {listen: {host: 0.0.0.0, http_port: 81}}")
 
 
 @pytest.mark.parametrize(
@@ -375,9 +297,8 @@ def test_the_address_may_stand_in_the_environment(
 def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "from router.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "generate", "in", "--stream", "--json"],
+        [*PROGRAM, "generate", "in", "--stream", "--json"],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
@@ -389,9 +310,8 @@ def test_a_reader_that_leaves_gets_no_stack(address: str) -> None:
 
 
 def test_a_text_that_the_output_has_no_letters_for_is_no_failure(address: str) -> None:
-    code = "from router.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "generate", "in", "--address", address],
+        [*PROGRAM, "generate", "in", "--address", address],
         capture_output=True,
         timeout=300,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -410,34 +330,20 @@ def test_ctrl_c_is_130_without_a_stack(address: str, upstream: FakeUpstream) -> 
     assert "Traceback" not in terminal.shown
 
 
-COMMANDS = [
-    "generate",
-    "chat",
-    "status",
-    "load",
-    "placement",
-    "rebalance",
-    "scale",
-    "drain",
-    "copies",
-    "bench",
-    "check",
-    "plan",
-    "doctor",
-    "explain",
-    "fit",
-    "config new",
-    "config schema",
-    "config show",
-]
+def all_commands(group: Any, context: click.Context, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each command's words, and its help."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from all_commands(command, context, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", command.help or ""
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str) -> None:
-    result = run(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert f"Example: expertmesh {command}" in result.stdout
-
-
-def test_help_tells_the_exit_codes() -> None:
+def test_help_of_every_command_has_an_example_and_exit_codes_are_told() -> None:
+    top = typer.main.get_command(app)
+    helps = dict(all_commands(top, click.Context(top)))
+    assert {"generate", "fit", "config new", "keys revoke"} <= helps.keys()
+    assert [name for name, told in helps.items() if f"Example: expertmesh {name}" not in told] == []
+    assert "Example: expertmesh copies" in run("copies", "--help").stdout
     assert "Exit codes" in run("--help").stdout

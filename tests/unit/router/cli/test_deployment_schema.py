@@ -64,52 +64,42 @@ def test_the_shipped_files_are_valid(
         assert is_valid(application["args"], args)
 
 
-def test_the_example_is_among_the_shipped_files() -> None:
-    assert "cluster.yaml" in [file.name for file in FILES]
-
-
 Change = Callable[[dict[str, Any]], object]
-WRONG: list[tuple[str, Change]] = [
-    ("an unknown key", lambda a: a.update(modles=[])),
-    ("an unknown key inside", lambda a: a["experts"].update(actorz=2)),
-    ("a wrong type", lambda a: a["experts"].update(actors="two")),
-    ("too few", lambda a: a["experts"].update(actors=0)),
-    ("not one of them", lambda a: a["models"][0].update(dtype="int3")),
-    ("a bad id", lambda a: a["models"][0].update(id="-")),
-    ("no models", lambda a: a.update(models=[])),
-    ("models missing", lambda a: a.pop("models")),
-    ("half of tls", lambda a: a["experts"].update(tls={"key": "k"})),
-    ("not above 0", lambda a: a["gateway"].update(default_timeout_s=0)),
-    ("a port's number", lambda a: a["gateway"].update(listen={"http_port": "many"})),
-    ("no such port", lambda a: a["gateway"].update(listen={"port": 8000})),
-]
+WRONG: dict[str, Change] = {
+    "an unknown key": lambda a: a.update(modles=[]),
+    "an unknown key inside": lambda a: a["experts"].update(actorz=2),
+    "a wrong type": lambda a: a["experts"].update(actors="two"),
+    "too few": lambda a: a["experts"].update(actors=0),
+    "not one of them": lambda a: a["models"][0].update(dtype="int3"),
+    "a bad id": lambda a: a["models"][0].update(id="-"),
+    "no models": lambda a: a.update(models=[]),
+    "models missing": lambda a: a.pop("models"),
+    "half of tls": lambda a: a["experts"].update(tls={"key": "k"}),
+    "not above 0": lambda a: a["gateway"].update(default_timeout_s=0),
+    "a port's number": lambda a: a["gateway"].update(listen={"http_port": "many"}),
+    "no such port": lambda a: a["gateway"].update(listen={"port": 8000}),
+}
+WRONG_FILES: dict[str, Change] = {
+    "no applications": lambda d: d.update(applications=[]),
+    "no args": lambda d: d["applications"][0].pop("args"),
+    "another builder": lambda d: d["applications"][0].update(import_path="other:build"),
+    "Serve's part": lambda d: d["logging_config"].update(enable_access_log="many"),
+}
 
 
-@pytest.mark.parametrize("change", [one for _, one in WRONG], ids=[name for name, _ in WRONG])
-def test_wrong_args_are_invalid_alone_and_in_a_file(
-    change: Change, whole: dict[str, Any], args: dict[str, Any]
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_FILES])
+def test_wrong_args_and_files_are_invalid(
+    name: str, whole: dict[str, Any], args: dict[str, Any]
 ) -> None:
     document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
-    document["applications"][0]["args"] = wrong = copy.deepcopy(FULL)
-    assert is_valid(wrong, args)
+    document["applications"][0]["args"] = given = copy.deepcopy(FULL)
+    assert is_valid(given, args)
     assert is_valid(document, whole)
-    change(wrong)
-    assert not is_valid(wrong, args)
-    assert not is_valid(document, whole)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda d: d.update(applications=[]),
-        lambda d: d["applications"][0].pop("args"),
-        lambda d: d["applications"][0].update(import_path="other:build"),
-        lambda d: d["logging_config"].update(enable_access_log="many"),
-    ],
-)
-def test_wrong_files_are_invalid(change: Change, whole: dict[str, Any]) -> None:
-    document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
-    change(document)
+    if name in WRONG:
+        WRONG[name](given)
+        assert not is_valid(given, args)
+    else:
+        WRONG_FILES[name](document)
     assert not is_valid(document, whole)
 
 
@@ -138,15 +128,11 @@ def test_a_new_file_is_one_that_shows_as_itself(tmp_path: Path, whole: dict[str,
     assert is_valid(document, whole)
     assert load_deployment(new) == load_deployment(DEPLOY / "cluster.yaml")
     shown = yaml.safe_load(run("show", str(new)))
-    assert {key: shown[key] for key in SERVE_KEYS} == {key: document[key] for key in SERVE_KEYS}
-
-
-def test_every_default_is_shown() -> None:
-    shown = yaml.safe_load(run("show", str(DEPLOY / "cluster.yaml")))
-    args = shown["applications"][0]["args"]
+    args = shown["applications"][0]["args"]  # with the defaults
     assert args["experts"]["call_timeout_s"] == 10.0
     assert args["models"][0]["max_model_len"] is None
     assert args["gateway"]["on_expert_loss"] == "strict"
+    assert {key: shown[key] for key in SERVE_KEYS} == {key: document[key] for key in SERVE_KEYS}
 
 
 @pytest.mark.parametrize(
@@ -183,8 +169,3 @@ def test_security_is_a_word_or_a_section(
     else:
         with pytest.raises(ConfigError, match=r"args\.security: .*must be open, or a mapping"):
             parse_args(document)
-
-
-def test_a_deployment_is_not_open_beside_keys() -> None:
-    with pytest.raises(ConfigError, match="open cannot be given together with keys_file"):
-        parse_args({**FULL, "security": {"open": True, "keys_file": "/k"}})

@@ -39,19 +39,15 @@ def test_a_new_key_is_printed_once_and_its_hash_is_kept(file: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_keys_differ_and_are_for_inference_by_default(file: Path) -> None:
-    made = {keys(file, "new", f"user{i}", "--json")[1] for i in range(3)}
-    assert len({json.loads(one)["key"] for one in made}) == 3
-    assert {tuple(json.loads(one)["roles"]) for one in made} == {("inference",)}
-
-
-def test_a_list_shows_names_and_the_beginnings_of_hashes(file: Path) -> None:
-    key = keys(file, "new", "alice")[1].strip()
+def test_keys_differ_and_are_listed_by_names_and_beginnings_of_hashes(file: Path) -> None:
+    first, second = (json.loads(keys(file, "new", name, "--json")[1]) for name in ("bob", "alice"))
+    assert first["roles"] == second["roles"] == ["inference"]
+    assert first["key"] != (key := second["key"])
     code, table, _ = keys(file, "list")
     assert code == 0
     assert "alice" in table
     assert sha256(key.encode()).hexdigest()[:12] in table
-    [entry] = json.loads(keys(file, "list", "--json")[1])
+    _, entry = json.loads(keys(file, "list", "--json")[1])
     assert entry["sha256"] == sha256(key.encode()).hexdigest()
 
 

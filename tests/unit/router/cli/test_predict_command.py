@@ -12,7 +12,6 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.errors import InvalidRequestError, UnavailableError
@@ -25,6 +24,7 @@ from tests.unit.prediction_fakes import LABELS, FakePredictions, computed
 from tests.unit.router.cli.test_cli import NOBODY, run
 from tests.unit.terminal import Terminal
 
+PIXELS = "pixels[0],pixels[1],pixels[2],pixels[3]"
 DIGITS = "0,1,2,3\n1,0.5,-1,1e-3\n\n2,0,0,7\n"
 HEADER = "label,probabilities[0],probabilities[1],probabilities[2],experts[0],experts[1]"
 ROWS = [
@@ -39,60 +39,51 @@ def upstream() -> FakePredictions:
     return FakePredictions()
 
 
-@pytest.fixture
-def address(upstream: FakePredictions) -> Iterator[str]:
+@pytest.fixture(autouse=True)
+def address(upstream: FakePredictions, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with grpc_server(FakeUpstream(says("x")), predictions=upstream) as opened:
+        monkeypatch.setenv("EXPERTMESH_ADDRESS", opened)
         yield opened
 
 
 @pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    file = tmp_path / "digits.csv"
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "data.csv"
     file.write_text(DIGITS, encoding="utf-8")
     return file
 
 
-def predicted(result: Result) -> list[str]:
+def predicted(model: str, file: Path, *words: str) -> list[str]:
+    result = run("predict", model, str(file), *words)
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout.splitlines()
 
 
-def test_csv_in_and_csv_out(address: str, digits: Path) -> None:
-    assert predicted(run("predict", "digits", str(digits), "--address", address)) == [HEADER, *ROWS]
-
-
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_stdin_and_a_header(address: str, bom: str) -> None:
-    text = f"{bom}d,a,b,c\n{DIGITS}"
-    args = ["predict", "digits", "-", "--address", address]
-    result = CliRunner().invoke(app, args, input=text.encode())
-    assert predicted(result) == [HEADER, *ROWS]
+@pytest.mark.parametrize("header", ["", "d,a,b,c\n", "\ufeffd,a,b,c\n"])
+def test_csv_in_and_csv_out_with_and_without_a_header(header: str) -> None:
+    args = ["predict", "digits", "-"]
+    result = CliRunner().invoke(app, args, input=f"{header}{DIGITS}".encode())
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [HEADER, *ROWS]
 
 
 def test_columns_may_be_named_in_any_order_and_left_out(
-    address: str, tmp_path: Path, upstream: FakePredictions
+    file: Path, upstream: FakePredictions
 ) -> None:
-    file = tmp_path / "data.csv"
-    file.write_text(
-        "id,site,pixels[3],pixels[0],pixels[2],pixels[1],target\nx,1,3,0,2,1,y\n", encoding="utf-8"
-    )
+    file.write_text("id,site,pixels[3],pixels[0],pixels[2],pixels[1],target\nx,1,3,0,2,1,y\n")
     ignored = ["--ignore", "id", "--ignore", "site", "--ignore", "target"]
-    command = ["predict", "digits", str(file), *ignored, "--output", "label", "--address", address]
-    assert predicted(run(*command)) == ["label", LABELS[0]]
+    assert predicted("digits", file, *ignored, "--output", "label") == ["label", LABELS[0]]
     np.testing.assert_array_equal(upstream.requests[0].inputs["pixels"], [[0, 1, 2, 3]])
     assert upstream.requests[0].outputs == ("label",)
 
 
-def test_several_inputs(address: str, tmp_path: Path, upstream: FakePredictions) -> None:
-    file = tmp_path / "flow.csv"
+def test_several_inputs(file: Path, upstream: FakePredictions) -> None:
     file.write_text(
         "a,b,c,d,e,f,site,flags[0],flags[1],bytes,counts\n"
         "1,2,3,4,5,6,1,true,0,255,-9007199254740993\n"
-        "1,2,3,4,5,6,0,FALSE,1,0,0\n",
-        encoding="utf-8",
+        "1,2,3,4,5,6,0,FALSE,1,0,0\n"
     )
-    lines = predicted(run("predict", "team/flow", str(file), "--address", address))
-    assert lines[0] == "value[0],value[1]"
+    assert predicted("team/flow", file)[0] == "value[0],value[1]"
     inputs = upstream.requests[0].inputs
     assert inputs["features"].tolist() == [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]] * 2
     assert inputs["site"].tolist() == [[1], [0]]
@@ -101,61 +92,49 @@ def test_several_inputs(address: str, tmp_path: Path, upstream: FakePredictions)
     assert inputs["counts"].tolist() == [[-9007199254740993], [0]]
 
 
-def test_without_its_target_a_log_density_is_left_out(address: str, tmp_path: Path) -> None:
-    file = tmp_path / "density.csv"
+def test_without_its_target_a_log_density_is_left_out(file: Path) -> None:
     for text, columns in (
         ("1,2,3,4\n", "mean"),
-        ("pixels[0],pixels[1],pixels[2],pixels[3],target\n1,2,3,4,5\n", "mean,log_density"),
+        (f"{PIXELS},target\n1,2,3,4,5\n", "mean,log_density"),
     ):
-        file.write_text(text, encoding="utf-8")
-        lines = predicted(run("predict", "density", str(file), "--address", address))
+        file.write_text(text)
+        lines = predicted("density", file)
         assert lines[0] == columns
         assert len(lines[1].split(",")) == len(columns.split(","))
-    command = ["predict", "density", str(file), "--ignore", "target", "--output", "log_density"]
-    refused = run(*command, "--address", address)
+    refused = run("predict", "density", str(file), "--ignore", "target", "--output", "log_density")
     assert refused.exit_code == 1
     assert "inputs.target: is missing; the output log_density needs it" in refused.stderr
 
 
-def test_sequences_of_other_lengths(
-    address: str, tmp_path: Path, upstream: FakePredictions
-) -> None:
-    file = tmp_path / "waves.csv"
-    file.write_text("1,0,1,0\n1,0,1,0\n5,0\n1,0,,\n1,0,1,0\n", encoding="utf-8")
-    lines = predicted(run("predict", "waves", str(file), "--address", address))
-    assert list(csv.reader(lines)) == [
+def test_sequences_of_other_lengths(file: Path, upstream: FakePredictions) -> None:
+    file.write_text("1,0,1,0\n1,0,1,0\n5,0\n1,0,,\n1,0,1,0\n")
+    assert list(csv.reader(predicted("waves", file))) == [
         ["value"], *[["[[1.0], [2.0]]"]] * 2, ["[[5.0]]"], ["[[1.0]]"], ["[[1.0], [2.0]]"],
     ]  # fmt: skip
     assert [request.num_rows for request in upstream.requests] == [2, 2, 1]
 
 
-def test_json_and_a_file(address: str, digits: Path, tmp_path: Path) -> None:
-    lines = predicted(run("predict", "digits", str(digits), "--json", "--address", address))
-    assert json.loads(lines[1]) == {
+def test_json_and_a_file(file: Path, tmp_path: Path) -> None:
+    assert json.loads(predicted("digits", file, "--json")[1]) == {
         "exact": True,
         "outputs": {"label": LABELS[1], "probabilities": [1.0, -0.499, 0.001], "experts": [0, -1]},
     }
     out = tmp_path / "out.csv"
-    command = ["predict", "digits", str(digits), "--out", str(out), "--address", address]
-    assert predicted(run(*command)) == []
+    assert predicted("digits", file, "--out", str(out)) == []
     assert out.read_text(encoding="utf-8").splitlines() == [HEADER, *ROWS]
 
 
-def test_many_rows_go_in_several_requests(
-    address: str, tmp_path: Path, upstream: FakePredictions
-) -> None:
-    file = tmp_path / "many.csv"
-    file.write_text("".join(f"{n},0,0,0\n" for n in range(2500)), encoding="utf-8")
-    command = ["predict", "digits", str(file), "--output", "probabilities", "--address", address]
-    lines = predicted(run(*command))
+def test_many_rows_go_in_several_requests(file: Path, upstream: FakePredictions) -> None:
+    file.write_text("".join(f"{n},0,0,0\n" for n in range(2500)))
+    lines = predicted("digits", file, "--output", "probabilities")
     assert [float(line.split(",")[0]) for line in lines[1:]] == list(range(2500))
     assert [request.num_rows for request in upstream.requests] == [1024, 1024, 452]
-    predicted(run(*command, "--batch-rows", "2000"))
+    predicted("digits", file, "--batch-rows", "2000")
     assert [request.num_rows for request in upstream.requests[3:]] == [2000, 500]
 
 
 def test_a_terminal_gets_a_table_without_control_codes(
-    address: str, digits: Path, upstream: FakePredictions
+    file: Path, upstream: FakePredictions
 ) -> None:
     def hostile(request: PredictionRequest) -> dict[str, np.ndarray]:
         labels = {"label": np.array([["\x1b[31m[red]x"], ["y"], ["z"]])}
@@ -163,20 +142,16 @@ def test_a_terminal_gets_a_table_without_control_codes(
 
     upstream.compute = hostile
     outputs = ["--output", "label", "--output", "probabilities"]
-    terminal = Terminal("predict", "digits", str(digits), *outputs, "--address", address)
-    terminal.wait_for("probabilities[2]")
-    terminal.wait_for("\ufffd[31m[red]x")
-    terminal.wait_for("-0.499")
-    terminal.wait_for("0.001")
+    terminal = Terminal("predict", "digits", str(file), *outputs)
+    for shown in ("probabilities[2]", "\ufffd[31m[red]x", "-0.499", "0.001"):
+        terminal.wait_for(shown)
     assert terminal.process.wait(20) == 0
 
 
-def test_rows_that_are_not_exact_are_told(
-    address: str, digits: Path, upstream: FakePredictions
-) -> None:
+def test_rows_that_are_not_exact_are_told(file: Path, upstream: FakePredictions) -> None:
     upstream.exact = False
-    args = ("--on-expert-loss", "drop", "--timeout", "7", "--json", "--address", address)
-    result = run("predict", "digits", str(digits), *args)
+    args = ("--on-expert-loss", "drop", "--timeout", "7", "--json")
+    result = run("predict", "digits", str(file), *args)
     assert result.exit_code == 0
     assert result.stderr.startswith("3 of 3 rows are in replies that are not exact")
     assert all(json.loads(line)["exact"] is False for line in result.stdout.splitlines())
@@ -184,62 +159,49 @@ def test_rows_that_are_not_exact_are_told(
     assert upstream.requests[0].remaining_s() < 7
 
 
-BAD = {
-    "no rows": ("", "has no rows"),
-    "a header alone": (
-        "a,b,c,d\n",
-        "has no rows; its first line was read as the names of columns (--no-header)",
-    ),
-    "too few columns": ("1,2,3\n", "input pixels: has 3 columns, must have 4 values of FP32"),
-    "no number": ("a,b,c,d\n1,2,x,4\n", "line 2, column c: must be a value of FP32; got 'x'"),
-    "no number, no header": (
-        "1,2,3,4\n1,x,3,4\n",
-        "line 2, column 1: must be a value of FP32; got 'x'",
-    ),
-    "a missing cell": ("a,b,c,d\n1,2,3\n", "line 2, column d: must be a value of FP32; got ''"),
-    "too many cells": ("a,b,c,d\n1,2,3,4,5\n", "line 2: has 5 cells, but the header has 4"),
-    "a missing place": ("pixels[0],pixels[2]\n1,2\n", "column pixels[1]: is missing"),
-    "a place twice": ("pixels[0],pixels[0]\n1,2\n", "column pixels[0]: is there twice"),
-    "a column of no input": (
-        "pixels[0],pixels[1],pixels[2],pixels[3],id\n1,2,3,4,5\n",
-        "columns id: belong to no input; inputs: pixels",
-    ),
-    "no CSV": ('a,b,c,d\n"1,2,3,4\n', "line 3: is no CSV: unexpected end of data"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ("a,b,c,d\n", "has no rows; its first line was read as the names of columns (--no-header)"),
+        ("1,2,3\n", "input pixels: has 3 columns, must have 4 values of FP32"),
+        ("a,b,c,d\n1,2,x,4\n", "line 2, column c: must be a value of FP32; got 'x'"),
+        ("1,2,3,4\n1,x,3,4\n", "line 2, column 1: must be a value of FP32; got 'x'"),
+        ("a,b,c,d\n1,2,3\n", "line 2, column d: must be a value of FP32; got ''"),
+        ("a,b,c,d\n1,2,3,4,5\n", "line 2: has 5 cells, but the header has 4"),
+        ("pixels[0],pixels[2]\n1,2\n", "column pixels[1]: is missing"),
+        ("pixels[0],pixels[0]\n1,2\n", "column pixels[0]: is there twice"),
+        (f"{PIXELS},id\n1,2,3,4,5\n", "columns id: belong to no input; inputs: pixels"),
+        ('a,b,c,d\n"1,2,3,4\n', "line 3: is no CSV: unexpected end of data"),
+    ],
+)
 def test_a_wrong_file_is_exit_code_2(
-    address: str, tmp_path: Path, upstream: FakePredictions, name: str
+    file: Path, upstream: FakePredictions, text: str, message: str
 ) -> None:
-    text, message = BAD[name]
-    file = tmp_path / "data.csv"
-    file.write_text(text, encoding="utf-8")
-    result = run("predict", "digits", str(file), "--address", address)
+    file.write_text(text)
+    result = run("predict", "digits", str(file))
     assert result.exit_code == 2
     assert result.stderr.startswith(f"expertmesh: {file}: {message}")
     assert upstream.requests == []
 
 
-def test_what_else_fails(
-    address: str, digits: Path, tmp_path: Path, upstream: FakePredictions
-) -> None:
+def test_what_else_fails(file: Path, tmp_path: Path, upstream: FakePredictions) -> None:
     latin = tmp_path / "latin.csv"
     latin.write_bytes(b"a,b,c,d\xe9\n1,2,3,4\n")
     for args, code, message in (
         (("digits", str(tmp_path / "none.csv")), 2, "No such file"),
         (("digits", str(latin)), 2, "is no CSV: 'utf-8' codec"),
-        (("digits", str(digits), "--output", "votes"), 2, "must be one of label, probabilities"),
-        (("digits", str(digits), "--out", str(tmp_path)), 2, "Is a directory"),
-        (("digits", str(digits), "--ignore", "id"), 2, "there is no header"),
-        (("nobody", str(digits)), 1, "is not served here"),
-        (("tiny", str(digits)), 1, "is a language model"),
+        (("digits", str(file), "--output", "votes"), 2, "must be one of label, probabilities"),
+        (("digits", str(file), "--out", str(tmp_path)), 2, "Is a directory"),
+        (("digits", str(file), "--ignore", "id"), 2, "there is no header"),
+        (("nobody", str(file)), 1, "is not served here"),
+        (("tiny", str(file)), 1, "is a language model"),
     ):
-        result = run("predict", *args, "--address", address)
+        result = run("predict", *args)
         assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
-    assert run("predict", "digits", str(digits), "--address", NOBODY).exit_code == 3
+    assert run("predict", "digits", str(file), "--address", NOBODY).exit_code == 3
     upstream.error = UnavailableError("lost", "", None)
-    result = run("predict", "digits", str(digits), "--timeout", "0.2", "--address", address)
+    result = run("predict", "digits", str(file), "--timeout", "0.2")
     assert (result.exit_code, "lost" in result.stderr) == (1, True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from types import SimpleNamespace
@@ -28,8 +29,10 @@ SHIPPED = Path(deploy.__file__).parent / "cluster.yaml"
 class FakeServe:
     """Stands in for Serve's command, for Ray and for the checks; keeps what each was given."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.states: list[dict[str, str]] = []
+        """The state of the application, as Serve's command tells it time after time."""
         self.steps: list[str] = []
         self.folder = Path("none")
         self.told: list[list[str]] = []
@@ -42,6 +45,13 @@ class FakeServe:
         self.modes: list[str | None] = []
         """Ray's mode of the token while it started."""
 
+    def __call__(self, *args: object, command: str = "serve") -> Result:
+        """Run a command of ours."""
+        try:
+            return CliRunner().invoke(app, [command, *map(str, args)])
+        finally:
+            rmtree(self.folder, ignore_errors=True)  # as the parent does
+
     def supervised(self, say: Callable[[str], None], folder: Path) -> Callable[[], None]:
         self.folder = folder
         return lambda: self.steps.append("told")
@@ -51,6 +61,10 @@ class FakeServe:
 
     def main(self, args: list[str], **options: Any) -> None:
         assert options == {"prog_name": "serve", "standalone_mode": False}
+        if args[0] == "status":
+            state = self.states.pop(0)
+            print(yaml.safe_dump({"applications": {"expertmesh": state}}))
+            return
         self.steps.append("serve")
         *words, file = args
         self.told.append(words)
@@ -67,140 +81,156 @@ class FakeServe:
         self.steps.append("ray")
         self.modes.append(os.environ.get("RAY_AUTH_MODE"))
         self.joined.append((address, namespace))
-        return SimpleNamespace(dashboard_url="127.0.0.1:8266")
+        info = {"gcs_address": "127.0.0.1:6380"}
+        return SimpleNamespace(dashboard_url="127.0.0.1:8266", address_info=info)
 
 
-@pytest.fixture(autouse=True)
-def no_ray_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ray of this machine, also one that was killed, would be joined."""
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeServe:
+    """Serve's command and Ray, in their places."""
+    fake = FakeServe()
 
-
-def run(
-    monkeypatch: pytest.MonkeyPatch, serve: FakeServe, *args: str, command: str = "serve"
-) -> Result:
     def entry_points(**wanted: str) -> list[FakeServe]:
         assert wanted == {"group": "console_scripts", "name": "serve"}
-        return [serve]
-
-    def tell_progress(document: dict[str, Any], starts_ray: bool) -> None:
-        serve.steps.append("progress")
+        return [fake]
 
     startup = "router.ops.startup"
+    steps = {name: partial(fake.steps.append, name) for name in ("handlers", "progress")}
+    handlers = SimpleNamespace(install=steps["handlers"])
+    # A Ray of this machine, also one that was killed, would be joined.
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(module, "entry_points", entry_points)
-    monkeypatch.setattr(f"{startup}.preflight.check_start", serve.check)
-    monkeypatch.setattr(f"{startup}.preflight.check_deploy", serve.check)
-    monkeypatch.setattr(f"{startup}.preflight.tell_progress", tell_progress)
-    handlers = SimpleNamespace(install=lambda: serve.steps.append("handlers"))
+    monkeypatch.setattr(f"{startup}.preflight.check_start", fake.check)
+    monkeypatch.setattr(f"{startup}.preflight.check_deploy", fake.check)
+    monkeypatch.setattr(f"{startup}.preflight.tell_progress", lambda *_: steps["progress"]())
     monkeypatch.setattr(f"{startup}.termination.Termination", lambda say: handlers)
-    monkeypatch.setattr(f"{startup}.supervisor.supervised", serve.supervised)
-    monkeypatch.setattr("ray.init", serve.init)
+    monkeypatch.setattr(f"{startup}.supervisor.supervised", fake.supervised)
+    monkeypatch.setattr("ray.init", fake.init)
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.setenv(name, "")  # so that it is as before in the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(f"{startup}.ray_token.user_has_token", lambda variables: True)
-    try:
-        return CliRunner().invoke(app, [command, *args])
-    finally:
-        rmtree(serve.folder, ignore_errors=True)  # as the parent does
+    return fake
 
 
-@pytest.mark.parametrize("args", [[], [str(SHIPPED)], ["SHORT"]])
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A file without Serve's part."""
+    file = tmp_path / "short.yaml"
+    file.write_text(yaml.safe_dump({"applications": read_document(SHIPPED)["applications"]}))
+    return file
+
+
+@pytest.mark.parametrize("is_short", [False, True])
 def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
-    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_short: bool, short: Path, serve: FakeServe
 ) -> None:
-    short = tmp_path / "short.yaml"
-    short.write_text(yaml.safe_dump({"applications": read_document(SHIPPED)["applications"]}))
-    file = short if args == ["SHORT"] else SHIPPED
-    serve = FakeServe()
-    result = run(monkeypatch, serve, *(str(short) if word == "SHORT" else word for word in args))
+    file = short if is_short else SHIPPED
+    result = serve(*([short] if is_short else []))
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.endswith(
-        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266\n"
+        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266 "
+        "RAY_ADDRESS=127.0.0.1:6380\n"
     )
     whole = completed(read_document(file))
     assert serve.checked == [(file, whole, None)]
     assert serve.joined == [(None, "serve")]
     assert (serve.told, serve.documents) == ([["run", "--address", "auto"]], [whole])
-    [written] = serve.files
-    assert written.name == file.name
-    assert written.parent == serve.folder
-    assert serve.steps == [
-        *("check", "progress"),
-        *("ray", "handlers", "told", "serve"),
-    ]
+    assert serve.files == [serve.folder / file.name]
+    assert serve.steps == ["check", "progress", "ray", "handlers", "told", "serve"]
     assert serve.modes == ["token"]
 
 
-def test_a_running_cluster_is_joined_and_keeps_its_own_token(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    serve = FakeServe()
-    result = run(monkeypatch, serve, "--ray-address", "head:6379")
+def test_a_running_cluster_is_joined_and_keeps_its_own_token(serve: FakeServe) -> None:
+    result = serve("--ray-address", "head:6379")
     assert (result.exit_code, result.output) == (0, "")
     assert [address for _, _, address in serve.checked] == ["head:6379"]
     assert serve.joined == [("head:6379", "serve")]
     assert serve.modes == [None]
 
 
-@pytest.mark.parametrize(
-    ("options", "address"), [([], None), (["--address", "http://d:1"], "http://d:1")]
-)
+@pytest.mark.parametrize("address", [None, "http://d:1"])
 def test_deploy_sends_the_completed_file_and_starts_nothing(
-    options: list[str], address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str | None, short: Path, serve: FakeServe
 ) -> None:
-    file = tmp_path / "short.yaml"
-    file.write_text(yaml.safe_dump({"applications": read_document(SHIPPED)["applications"]}))
-    serve = FakeServe()
-    result = run(monkeypatch, serve, str(file), *options, command="deploy")
-    assert (result.exit_code, result.output) == (0, "")
-    whole = completed(read_document(file))
+    options = [] if address is None else ["--address", address]
+    result = serve(short, *options, command="deploy")
+    assert (result.exit_code, result.output) == (0, f"expertmesh: sent {short}\n")
+    whole = completed(read_document(short))
     assert serve.steps == ["check", "serve"]
-    assert serve.checked == [(file, whole, address)]
+    assert serve.checked == [(short, whole, address)]
     assert (serve.told, serve.documents) == ([["deploy", *options]], [whole])
     [written] = serve.files
-    assert written.name == file.name
+    assert written.name == short.name
     assert not written.exists()
 
 
-def test_what_is_run_is_the_serve_command_of_ray() -> None:
-    [command] = module.entry_points(group="console_scripts", name=module.PROGRAM)
-    assert {"run", "deploy"} <= command.load().commands.keys()
+@pytest.mark.parametrize(
+    ("end", "exit_code", "line"),
+    [
+        ({"status": "RUNNING"}, 0, "expertmesh: serving {file}"),
+        (
+            {"status": "DEPLOY_FAILED", "message": "no\n folder"},
+            1,
+            "expertmesh: {file}: expertmesh: no folder",
+        ),
+    ],
+)
+def test_deploy_waits_for_the_end_of_the_deployment(
+    end: dict[str, str],
+    exit_code: int,
+    line: str,
+    short: Path,
+    serve: FakeServe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "WAIT_PERIOD_S", 0.0)
+    serve.states = [{"status": "DEPLOYING"}, {"status": "UNHEALTHY"}, end]
+    result = serve(short, "--wait", command="deploy")
+    assert (result.exit_code, result.output) == (exit_code, line.format(file=short) + "\n")
+    assert serve.states == []
+
+
+def test_a_deploy_that_serve_refuses_is_a_line(short: Path, serve: FakeServe) -> None:
+    serve.error = ConnectionError("nothing answers\nat all")
+    result = serve(short, command="deploy")
+    wanted = f"expertmesh: {short}: `serve deploy` failed: nothing answers at all\n"
+    assert (result.exit_code, result.output) == (1, wanted)
+
+
+def test_ports_are_three_in_a_row_from_the_given_one(short: Path, serve: FakeServe) -> None:
+    assert serve(short, "--port", "8100").exit_code == 0
+    [document] = serve.documents
+    listen = document["applications"][0]["args"]["gateway"]["listen"]
+    assert listen == {"http_port": 8100, "grpc_port": 8101, "admin_port": 8102}
+
+
+def test_a_model_of_the_hub_is_served_under_its_name(serve: FakeServe) -> None:
+    assert serve("acme/small@main").exit_code == 0
+    [document] = serve.documents
+    models = document["applications"][0]["args"]["models"]
+    assert models == [{"id": "small", "path": "acme/small@main"}]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("command", "name", "content", "reason"),
     [
-        ("missing.yaml", None, "does not exist"),
-        (".", None, "is a folder without mixture.yaml or config.json"),
-        ("a.yaml", "a: b: c", "is not YAML"),
-        ("a.yaml", "", "needs a list 'applications'"),
-        ("a.yaml", "applications: [{name: a, import_path: b:c}]", "must be router.app:build"),
+        ("serve", "missing.yaml", None, "does not exist"),
+        ("serve", ".", None, "is a folder without mixture.yaml or config.json"),
+        ("serve", "a.yaml", "a: b: c", "is not YAML"),
+        ("serve", "a.yaml", "", "needs a list 'applications'"),
+        ("serve", "a.yaml", "applications: [{import_path: b:c}]", "must be router.app:build"),
+        ("deploy", "a.yaml", None, "cannot be read"),
+        ("deploy", "a.yaml", "a: b: c", "is not YAML"),
     ],
 )
 def test_a_wrong_path_or_file_is_a_line_and_starts_nothing(
-    name: str, content: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, name: str, content: str | None, reason: str, tmp_path: Path, serve: FakeServe
 ) -> None:
-    path, serve = tmp_path / name, FakeServe()
+    path = tmp_path / name
     if content is not None:
         path.write_text(content)
-    result = run(monkeypatch, serve, str(path))
-    [line] = result.stderr.splitlines()
-    assert line.startswith(f"expertmesh: {path}")
-    assert reason in line
-    assert (result.exit_code, serve.steps) == (2, [])
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "cannot be read"), ("a: b: c", "is not YAML")]
-)
-def test_deploy_of_a_wrong_file_is_a_line_and_sends_nothing(
-    content: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, serve = tmp_path / "a.yaml", FakeServe()
-    if content is not None:
-        path.write_text(content)
-    result = run(monkeypatch, serve, str(path), command="deploy")
+    result = serve(path, command=command)
     [line] = result.stderr.splitlines()
     assert line.startswith(f"expertmesh: {path}")
     assert reason in line
@@ -209,38 +239,35 @@ def test_deploy_of_a_wrong_file_is_a_line_and_sends_nothing(
 
 @pytest.mark.parametrize("marker", ["mixture.yaml", "config.json"])
 def test_a_models_folder_is_served_under_its_name_as_the_bundled_model_is(
-    marker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    marker: str, tmp_path: Path, serve: FakeServe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "houses"
     model.mkdir()
     (model / marker).touch()
     monkeypatch.chdir(tmp_path)
-    serve = FakeServe()
-    result = run(monkeypatch, serve, "houses")
+    result = serve("houses")
     assert (result.exit_code, result.stderr) == (0, "")
     expected = read_document(SHIPPED)
     expected["applications"][0]["args"]["models"] = [{"id": "houses", "path": str(model)}]
     assert serve.documents == [expected]
-    [file] = serve.files
-    assert file.name == "houses.yaml"
-    assert file.parent == serve.folder
+    assert serve.files == [serve.folder / "houses.yaml"]
 
 
-def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_serve_finds_wrong_with_its_part_of_the_file_is_a_line(serve: FakeServe) -> None:
     wrong = {"applications": [], "logging_config": {"enable_access_log": "many"}}
     with pytest.raises(ValueError, match="enable_access_log") as caught:
         ServeDeploySchema.model_validate(wrong)
-    result = run(monkeypatch, FakeServe(caught.value), str(SHIPPED))
+    serve.error = caught.value
+    result = serve(SHIPPED)
     [line] = result.stderr.splitlines()
     assert line.startswith(f"expertmesh: {SHIPPED}: logging_config.enable_access_log: ")
     assert line.endswith("(given: 'many')")
     assert result.exit_code == 2
 
 
-def test_ctrl_c_before_serve_minds_it_is_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(monkeypatch, FakeServe(click.Abort()), str(SHIPPED))
+def test_ctrl_c_before_serve_minds_it_is_no_stack(serve: FakeServe) -> None:
+    serve.error = click.Abort()
+    result = serve(SHIPPED)
     assert (result.exit_code, result.stderr) == (130, "")
 
 

@@ -8,13 +8,7 @@ import json
 import pytest
 
 from cluster.errors import OverloadedError, UnavailableError
-from cluster.reports import (
-    KeyUsage,
-    Measurements,
-    ProcessSamples,
-    ProcessStatus,
-    UsageReport,
-)
+from cluster.reports import KeyUsage, Measurements, ProcessSamples, ProcessStatus, UsageReport
 from router.client import AsyncClient, Client
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.usage import usage_of

@@ -23,30 +23,24 @@ from cluster.errors import (
     UnavailableError,
 )
 from router.client import Client, Reply, Sampling, UnreachableError, wire
-from router.client.attempts import Attempts
 from router.messages.request import GenerationRequest
-from router.protos import inference_pb2
-from router.retry import Retries, RetryBudget, RetryPolicy
+from router.retry import RetryPolicy
 from tests.unit.blocking_client import BlockingAsyncClient
-from tests.unit.gateway_fakes import IDENTITY, FakeUpstream, goes_on, grpc_server, says, tokenizer
+from tests.unit.gateway_fakes import (
+    IDENTITY,
+    FakeUpstream,
+    Servicer,
+    goes_on,
+    grpc_server,
+    says,
+    tokenizer,
+)
+from tests.unit.router.client.broken import QUICK, Connect, broken_stream
 
 TEXT = " was 🚀 the q🚀"
 STOP = "🚀 the q"
 IDS = tokenizer().encode(TEXT)
 TOKENS_TO_STOP = len(tokenizer().encode(" was " + STOP))
-QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
-Connect = type[Client] | type[BlockingAsyncClient]
-
-
-@pytest.fixture(autouse=True)
-def _calls_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "LOST_S", 0.05)
-
-
-@pytest.fixture(params=[Client, BlockingAsyncClient])
-def connect(request: pytest.FixtureRequest) -> Connect:
-    chosen: Connect = request.param
-    return chosen
 
 
 def each_break(counts: int) -> list[tuple[Connect, int]]:
@@ -56,20 +50,11 @@ def each_break(counts: int) -> list[tuple[Connect, int]]:
     ]
 
 
-def broken_stream(
+def broken(
     connect: Connect, sampling: Sampling, first: FakeUpstream, second: FakeUpstream, count: int
 ) -> list[Reply]:
-    """Read ``count`` pieces from one server and the rest, after its death, from another."""
-    pieces: list[Reply] = []
-    with grpc_server(first) as address:
-        client = connect(address, retry=QUICK)
-        stream = client.stream("in", sampling, model="tiny", timeout_s=30)
-        client.model_info()  # it has reached a server, also where no token comes from it
-        for _ in range(count):
-            pieces.append(next(stream))
-    with grpc_server(second, int(address.rpartition(":")[2])), client:
-        pieces.extend(stream)
-    return pieces
+    servers = (Servicer(first), Servicer(second))
+    return broken_stream(connect, *servers, "in", sampling, count, model="tiny")
 
 
 def joined(pieces: Sequence[Reply], index: int = 0) -> tuple[str, tuple[int, ...]]:
@@ -82,7 +67,7 @@ def joined(pieces: Sequence[Reply], index: int = 0) -> tuple[str, tuple[int, ...
 def test_a_stream_goes_on_where_it_broke(connect: Connect, count: int) -> None:
     first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
     second = FakeUpstream(goes_on(TEXT))
-    pieces = broken_stream(connect, Sampling(max_tokens=20, logprobs=1), first, second, count)
+    pieces = broken(connect, Sampling(max_tokens=20, logprobs=1), first, second, count)
     assert joined(pieces) == (TEXT, tuple(IDS))
     assert [row.top_ids for piece in pieces for row in piece.logprobs] == [(i,) for i in IDS]
     assert [piece.usage is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -93,6 +78,7 @@ def test_a_stream_goes_on_where_it_broke(connect: Connect, count: int) -> None:
     assert again.received_of(0).token_ids == tuple(IDS[:count])
     if count:
         assert again.sampling == first.requests[0].sampling
+        assert again.deadline_s == pytest.approx(first.requests[0].deadline_s, abs=2.0)
 
 
 @pytest.mark.parametrize(("connect", "count"), each_break(TOKENS_TO_STOP))
@@ -102,7 +88,7 @@ def test_a_stop_string_across_the_break_is_found(connect: Connect, count: int) -
     with grpc_server(whole) as address, connect(address) as client:
         expected = joined(list(client.stream("in", sampling, model="tiny")))
     first = FakeUpstream(goes_on(TEXT, upto=count), endless=True)
-    pieces = broken_stream(connect, sampling, first, FakeUpstream(goes_on(TEXT)), count)
+    pieces = broken(connect, sampling, first, FakeUpstream(goes_on(TEXT)), count)
     assert joined(pieces) == expected
     assert pieces[-1].finish_reason == "stop"
     assert expected[0] == " was "
@@ -113,28 +99,12 @@ def test_each_choice_goes_on_and_a_finished_one_is_not_asked_for_again(connect: 
     first = FakeUpstream(goes_on(short, long, upto=2), endless=True)
     count = len(tokenizer().encode(short)) + 2
     second = FakeUpstream(goes_on(short, long))
-    pieces = broken_stream(connect, Sampling(n=2, max_tokens=20), first, second, count)
+    pieces = broken(connect, Sampling(n=2, max_tokens=20), first, second, count)
     assert joined(pieces, 0) == (short, tuple(tokenizer().encode(short)))
     assert joined(pieces, 1) == (long, tuple(tokenizer().encode(long)))
     assert [one.finished for one in second.requests[0].received] == [True, False]
     assert pieces[-1].usage is not None
     assert pieces[-1].usage.completion_tokens == sum(len(p.token_ids) for p in pieces)
-
-
-def test_another_attempt_has_what_is_left_of_the_time_and_what_has_come() -> None:
-    request = inference_pb2.GenerateRequest(prompt="in", timeout_s=10)
-    request.sampling.n = 2
-    attempts = Attempts(request, 10, Retries(QUICK, RetryBudget()))
-    assert attempts.request() == request
-    attempts.piece(inference_pb2.GenerateReply(index=1, token_ids=[5, 6], exact=True))
-    attempts.failed(UnavailableError("away"))
-    again = attempts.request()
-    assert 0 < again.timeout_s < 10
-    assert [(list(one.token_ids), one.finished) for one in again.resume] == [
-        ([], False),
-        ([5, 6], False),
-    ]
-    assert not request.resume
 
 
 def test_a_call_without_a_stream_is_made_again_with_the_same_seed(connect: Connect) -> None:
@@ -170,37 +140,26 @@ def failing(times: int, error: ExpertMeshError, before: int = 0) -> FakeUpstream
     return upstream
 
 
-def test_unavailable_is_tried_again_after_the_time_that_the_server_asks_for(
-    connect: Connect,
-) -> None:
-    upstream = failing(2, UnavailableError("away", retry_after_s=0.2))
-    with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
-        started_s = time.monotonic()
-        [reply] = client.generate("in", timeout_s=30)
-        assert reply.text == TEXT
-        assert time.monotonic() - started_s >= 0.4
-        assert len(upstream.requests) == 3
+def test_what_is_tried_again_and_what_is_not(connect: Connect) -> None:
+    def ask(upstream: FakeUpstream) -> list[Reply]:
+        with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
+            return client.generate("in", timeout_s=30)
 
-
-def test_a_full_queue_refuses_a_new_request_but_not_one_that_goes_on(connect: Connect) -> None:
-    new = failing(1, OverloadedError("full", retry_after_s=0.01))
-    with grpc_server(new) as address, connect(address, retry=QUICK) as client:
-        with pytest.raises(OverloadedError):
-            client.generate("in", timeout_s=30)
-        assert len(new.requests) == 1
-    going = failing(1, OverloadedError("full", retry_after_s=0.01), before=2)
-    with grpc_server(going) as address, connect(address, retry=QUICK) as client:
-        pieces = list(client.stream("in", Sampling(max_tokens=20), timeout_s=30))
-        assert joined(pieces) == (TEXT, tuple(IDS))
-
-
-@pytest.mark.parametrize("error", [InternalError("odd"), InvalidRequestError("bad", "prompt")])
-def test_what_cannot_pass_is_not_tried_again(connect: Connect, error: ExpertMeshError) -> None:
-    upstream = failing(1, error)
-    with grpc_server(upstream) as address, connect(address, retry=QUICK) as client:
+    away = failing(2, UnavailableError("away", retry_after_s=0.2))
+    started_s = time.monotonic()
+    assert ask(away)[0].text == TEXT
+    assert time.monotonic() - started_s >= 0.4  # the server asks for so much
+    assert len(away.requests) == 3
+    # A full queue refuses a new request, but not one that goes on.
+    full = OverloadedError("full", retry_after_s=0.01)
+    for error in (InternalError("odd"), InvalidRequestError("bad", "prompt"), full):
+        upstream = failing(1, error)
         with pytest.raises(type(error)):
-            client.generate("in", timeout_s=30)
+            ask(upstream)
         assert len(upstream.requests) == 1
+    with grpc_server(failing(1, full, 2)) as address, connect(address, retry=QUICK) as client:
+        pieces = list(client.stream("in", Sampling(max_tokens=20), timeout_s=30))
+    assert joined(pieces) == (TEXT, tuple(IDS))
 
 
 def test_a_number_of_choices_that_nobody_can_have_is_the_servers_to_refuse(
@@ -296,31 +255,12 @@ def test_closing_the_client_ends_a_wait_for_its_server(connect: Connect) -> None
     assert ended.wait(10)
 
 
-def test_the_gateway_refuses_tokens_that_hold_a_stop_string() -> None:
-    with grpc_server(FakeUpstream(says(TEXT))) as address, Client(address) as client:
-        request = inference_pb2.GenerateRequest(
-            model="tiny",
-            prompt="in",
-            sampling=inference_pb2.Sampling(seed=1, stop=["the"]),
-            resume=[
-                inference_pb2.ResumedChoice(
-                    token_ids=tokenizer().encode(" was the"), identity=IDENTITY
-                )
-            ],
-        )
-        with pytest.raises(InvalidRequestError) as caught:
-            client._ask(client._session.inference.Generate, request)
-        assert caught.value.field == "resume[0].finished"
-
-
-REFUSED = InvalidRequestError("'old' is not the model that is served now", "resume[0].identity")
-
-
 def test_a_stream_whose_model_was_replaced_ends_with_a_hint(connect: Connect) -> None:
     first = FakeUpstream(goes_on(TEXT, upto=2), endless=True)
-    second = FakeUpstream(lambda _: [REFUSED])
+    refused = InvalidRequestError("'old' is not the model that is served", "resume[0].identity")
+    second = FakeUpstream(lambda _: [refused])
     with pytest.raises(ModelReplacedError) as caught:
-        broken_stream(connect, Sampling(max_tokens=20), first, second, 2)
+        broken(connect, Sampling(max_tokens=20), first, second, 2)
     assert caught.value.retry_after_s == 1.0
     assert [one.identity for one in second.requests[0].received] == [IDENTITY]
 

@@ -1,10 +1,12 @@
-"""The experts of tokens over HTTP and gRPC: whole, streamed, resumed, forced, refused by name."""
+"""Experts of tokens and a prompt's log probabilities, over HTTP and gRPC: whole, streamed, resumed.
+
+Forced experts that are wrong are refused by name.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +15,23 @@ import numpy as np
 import pytest
 
 from cluster.errors import InvalidRequestError
-from router.client import Client, Message, Reply, Sampling, wire
+from router.client import Client, Message, PromptLogprobs, Reply, Sampling, wire
 from router.config.deployment import GatewayConfig
-from router.engine.scheduling.scheduler import Limits
 from router.gateway.input.request.parts import ExpertRows
-from router.retry import RetryPolicy
-from tests.checkpoints import save_mixtral
 from tests.local_cluster import LocalCluster
 from tests.local_gateway import LocalGateway
-from tests.unit.blocking_client import BlockingAsyncClient
 from tests.unit.gateway_fakes import serve_grpc
+from tests.unit.router.client.broken import Connect, broken_stream, whole_reply
 from tests.unit.router.engine.test_engine import prompt_of
 
 PROMPT, COUNT = prompt_of(30, 3), 4
 ASKED = Sampling(max_tokens=COUNT, temperature=0.0, ignore_eos=True, return_routed_experts=True)
+OF_PROMPT = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, prompt_logprobs=2, logprobs=1)
 BODY = {
     "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True,
     "return_routed_experts": True,
 }  # fmt: skip
-QUICK = RetryPolicy(first_delay_s=0.01, max_delay_s=0.05)
 SHAPE = (len(PROMPT) + COUNT - 1, 3, 2)
-Connect = type[Client] | type[BlockingAsyncClient]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(folder, limits=Limits(4, 8, 16), identity="one")
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def gateway(folder: Path, cluster: LocalCluster) -> LocalGateway:
-    return LocalGateway(folder, cluster)
-
-
-@pytest.fixture(params=[Client, BlockingAsyncClient])
-def connect(request: pytest.FixtureRequest) -> Connect:
-    chosen: Connect = request.param
-    return chosen
 
 
 def unpacked(given: dict[str, Any]) -> np.ndarray:
@@ -75,16 +48,10 @@ def rows_of(pieces: list[Reply]) -> np.ndarray:
     return np.concatenate([p.routed_experts for p in pieces if p.routed_experts is not None])
 
 
-def whole_reply(gateway: LocalGateway, connect: Connect, asked: Sampling = ASKED) -> Reply:
-    with serve_grpc(gateway) as address, connect(address) as client:
-        [reply] = client.generate(PROMPT, asked)
-        return reply
-
-
 def test_those_of_http_and_of_both_clients_are_equal(
     gateway: LocalGateway, connect: Connect
 ) -> None:
-    reply = whole_reply(gateway, connect)
+    reply = whole_reply(gateway, connect, PROMPT, ASKED)
     [choice] = gateway.post(**BODY).json()["choices"]
     assert reply.routed_experts is not None
     assert (reply.routed_experts.shape, reply.routed_experts.dtype) == (SHAPE, np.uint8)
@@ -99,7 +66,7 @@ def test_those_of_http_and_of_both_clients_are_equal(
 def test_a_stream_has_each_row_with_the_tokens_after_it(
     gateway: LocalGateway, connect: Connect
 ) -> None:
-    whole = whole_reply(gateway, connect)
+    whole = whole_reply(gateway, connect, PROMPT, ASKED)
     with serve_grpc(gateway) as address, connect(address) as client:
         pieces = list(client.stream(PROMPT, ASKED))
     assert np.array_equal(rows_of(pieces), whole.routed_experts)
@@ -115,28 +82,27 @@ def test_a_stream_has_each_row_with_the_tokens_after_it(
     assert np.array_equal(np.concatenate(parts), whole.routed_experts)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [*((ASKED, count) for count in (1, 3, 4, 6)), *((OF_PROMPT, count) for count in (1, 2, 4, 5))],
+)
 def test_a_broken_stream_goes_on_without_repeating_a_row(
-    gateway: LocalGateway, connect: Connect, count: int, monkeypatch: pytest.MonkeyPatch
+    gateway: LocalGateway, connect: Connect, asked: Sampling, count: int
 ) -> None:
-    monkeypatch.setattr(wire, "LOST_S", 0.05)
-    whole = whole_reply(gateway, connect)
-    pieces: list[Reply] = []
-    with serve_grpc(gateway) as address:
-        client = connect(address, retry=QUICK)
-        stream = client.stream(PROMPT, ASKED, timeout_s=30)
-        pieces.extend(next(stream) for _ in range(count))
-    with serve_grpc(gateway, int(address.rpartition(":")[2])), client:
-        pieces.extend(stream)
-    assert np.array_equal(rows_of(pieces), whole.routed_experts)
+    whole = whole_reply(gateway, connect, PROMPT, asked)
+    pieces = broken_stream(connect, gateway, gateway, PROMPT, asked, count)
+    if asked.return_routed_experts:
+        assert np.array_equal(rows_of(pieces), whole.routed_experts)
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
     assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
+    assert "".join(piece.text for piece in pieces) == whole.text
 
 
 @pytest.mark.parametrize("lost_after", [1, 3, 5])
 def test_a_router_that_dies_changes_no_row(
     folder: Path, cluster: LocalCluster, gateway: LocalGateway, lost_after: int
 ) -> None:
-    whole = whole_reply(gateway, Client)
+    whole = whole_reply(gateway, Client, PROMPT, ASKED)
     losing = LocalGateway(folder, cluster, lost_after=lost_after)
     [choice] = losing.post(**BODY).json()["choices"]
     assert np.array_equal(unpacked(choice["routed_experts"]), whole.routed_experts)
@@ -144,14 +110,14 @@ def test_a_router_that_dies_changes_no_row(
 
 
 def test_forced_rows_are_replayed_over_both(gateway: LocalGateway, connect: Connect) -> None:
-    free = whole_reply(gateway, connect)
+    free = whole_reply(gateway, connect, PROMPT, ASKED)
     assert free.routed_experts is not None
     rows = (free.routed_experts.astype(np.int64) + 3) % 8
     asked = Sampling(
         max_tokens=COUNT, temperature=0.0, ignore_eos=True, return_routed_experts=True,
         routed_experts=rows,
     )  # fmt: skip
-    reply = whole_reply(gateway, connect, asked)
+    reply = whole_reply(gateway, connect, PROMPT, asked)
     assert np.array_equal(reply.routed_experts, rows)
     for dtype in ("uint8", "uint16"):
         [choice] = gateway.post(**BODY, routed_experts=packed(rows, dtype)).json()["choices"]
@@ -160,7 +126,7 @@ def test_forced_rows_are_replayed_over_both(gateway: LocalGateway, connect: Conn
 
 
 def test_rows_of_a_stop_end_with_its_tokens(gateway: LocalGateway) -> None:
-    whole = whole_reply(gateway, Client)
+    whole = whole_reply(gateway, Client, PROMPT, ASKED)
     stop = whole.text[1:]
     body = BODY | {"stop": stop, "return_token_ids": True}
     [choice] = gateway.post(**body).json()["choices"]
@@ -192,7 +158,6 @@ TWICE, BEYOND, LEFT_OUT = GOOD.copy(), GOOD.copy(), GOOD.copy()
 TWICE[7, 1], BEYOND[29, 2, 1], LEFT_OUT[0, 0, 0] = 2, 8, 255
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("shape", packed(GOOD[:-1]), "must be [30 to 33, 3, 2]"),
-    ("shape", packed(np.tile(GOOD, (2, 1, 1))), "must be [30 to 33, 3, 2]"),
     ("shape", packed(GOOD[:, :2]), "must be [30 to 33, 3, 2]"),
     ("shape", packed(GOOD[:, :, :1]), "must be [30 to 33, 3, 2]"),
     ("shape", packed(GOOD) | {"shape": [30, 6]}, "must have at least 3 items"),
@@ -237,16 +202,20 @@ def test_wrong_rows_are_refused_alike_by_name(
     ("given", "field"),
     [
         ({"routed_experts": "x"}, "routed_experts"),
-        ({"routed_experts": []}, "routed_experts"),
-        ({"routed_experts": packed(GOOD) | {"more": 1}}, "routed_experts.more"),
         ({"routed_experts": {"data": "", "dtype": "uint8"}}, "routed_experts.shape"),
-        ({"routed_experts": packed(GOOD) | {"dtype": ["uint8"]}}, "routed_experts.dtype"),
-        ({"routed_experts": packed(GOOD) | {"shape": "abc"}}, "routed_experts.shape"),
-        ({"routed_experts": packed(GOOD) | {"shape": [30, 3, True]}}, "routed_experts.shape[2]"),
-        ({"routed_experts": packed(GOOD) | {"shape": [30.0, 3, 2]}}, "routed_experts.shape[0]"),
-        ({"routed_experts": packed(GOOD) | {"data": "@@@@"}}, "routed_experts.data"),
-        ({"routed_experts": packed(GOOD) | {"data": "äöü"}}, "routed_experts.data"),
-        ({"routed_experts": packed(GOOD) | {"data": 5}}, "routed_experts.data"),
+        *(
+            ({"routed_experts": packed(GOOD) | wrong}, f"routed_experts.{part}")
+            for wrong, part in (
+                ({"more": 1}, "more"),
+                ({"dtype": ["uint8"]}, "dtype"),
+                ({"shape": "abc"}, "shape"),
+                ({"shape": [30, 3, True]}, "shape[2]"),
+                ({"shape": [30.0, 3, 2]}, "shape[0]"),
+                ({"data": "@@@@"}, "data"),
+                ({"data": "äöü"}, "data"),
+                ({"data": 5}, "data"),
+            )
+        ),
         ({"routed_experts": packed(GOOD), "prompt": [PROMPT, PROMPT]}, "routed_experts"),
         ({"routed_experts": packed(GOOD), "on_expert_loss": "drop"}, "on_expert_loss"),
         ({"return_routed_experts": 1}, "return_routed_experts"),
@@ -279,3 +248,57 @@ def test_rows_count_towards_the_memory_of_a_request(folder: Path, cluster: Local
     refused = small.post(**body | {"max_tokens": 50})
     assert "add up to 262 tokens; at most 256" in refused.json()["error"]["message"]
     assert small.post(**body | {"max_tokens": 50, "return_routed_experts": False}).is_success
+
+
+def logprobs_of(pieces: list[Reply]) -> list[PromptLogprobs | None]:
+    return [row for piece in pieces for row in piece.prompt_logprobs]
+
+
+def test_the_numbers_are_those_of_http(gateway: LocalGateway, connect: Connect) -> None:
+    reply = whole_reply(gateway, connect, PROMPT, OF_PROMPT)
+    first, *rows = reply.prompt_logprobs
+    body = {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}
+    over_http = gateway.post(**body).json()["choices"][0]["prompt_logprobs"]
+    assert (first, over_http[0], len(reply.token_ids)) == (None, None, 3)
+    for token_id, row, expected in zip(PROMPT[1:], rows, over_http[1:], strict=True):
+        assert expected[str(token_id)]["logprob"] == row.logprob
+        assert expected[str(token_id)]["rank"] == row.rank
+        assert [expected[str(i)]["logprob"] for i in row.top_ids] == list(row.top_logprobs)
+
+
+def test_a_stream_has_them_before_the_first_token(gateway: LocalGateway, connect: Connect) -> None:
+    whole = whole_reply(gateway, connect, PROMPT, OF_PROMPT)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        pieces = list(client.stream(PROMPT, OF_PROMPT))
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
+    assert sum(bool(piece.prompt_logprobs) for piece in pieces) > 1
+    begun = [bool(piece.token_ids) for piece in pieces]
+    assert begun == sorted(begun)
+    assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
+
+
+def test_an_echo_begins_the_text_once(gateway: LocalGateway, connect: Connect) -> None:
+    asked = Sampling(max_tokens=2, temperature=0.0, echo=True, logprobs=1)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        [whole] = client.generate("the quick", asked)
+        pieces = list(client.stream("the quick", asked))
+        [chat] = client.generate(messages=[Message("user", "fox")], sampling=asked)
+    assert whole.text.startswith("the quick")
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(logprobs_of(pieces)) == whole.prompt_logprobs
+    assert whole.prompt_logprobs[0] is None
+    assert chat.text.startswith("user: fox\nassistant:")
+
+
+def test_a_prompt_alone_is_answered_without_a_token(
+    gateway: LocalGateway, connect: Connect
+) -> None:
+    asked = Sampling(max_tokens=0, prompt_logprobs=0)
+    with serve_grpc(gateway) as address, connect(address) as client:
+        [reply] = client.generate(PROMPT, asked)
+        [single] = client.generate(PROMPT[:1], asked)
+    assert (reply.token_ids, reply.finish_reason, reply.text) == ((), "length", "")
+    assert [row.top_ids for row in reply.prompt_logprobs[1:]] == [()] * (len(PROMPT) - 1)
+    assert single.prompt_logprobs == (None,)
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(PROMPT), 0)

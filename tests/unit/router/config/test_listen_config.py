@@ -64,41 +64,44 @@ def test_what_is_no_host_is_refused_by_its_key(key: str, host: str) -> None:
         listen(**{key: host})
 
 
-def test_files_of_tls_are_named_with_and_without_an_authority() -> None:
-    tls = listen(tls={"certificate": "c", "key": "k"}).tls
+@pytest.mark.parametrize("authority", [{}, {"client_authority": "a"}])
+def test_files_of_tls_are_named_with_and_without_an_authority(authority: dict[str, str]) -> None:
+    tls = listen(tls={"certificate": "c", "key": "k", **authority}).tls
     assert tls is not None
-    assert tls.files() == CertificateFiles("c", "k")
-    tls = listen(tls={"certificate": "c", "key": "k", "client_authority": "a"}).tls
-    assert tls is not None
-    assert tls.files() == CertificateFiles("c", "k", "a")
+    assert tls.files() == CertificateFiles("c", "k", authority.get("client_authority"))
+
+
+BAD_TLS: list[tuple[dict[str, str], str]] = [
+    ({}, "certificate"),
+    ({"certificate": "c"}, "key"),
+    ({"key": "k"}, "certificate"),
+    ({"client_authority": "a"}, "certificate"),
+    ({"certificate": "", "key": "k"}, "certificate"),
+    ({"certificate": "c", "key": "k", "client_authority": ""}, "client_authority"),
+    ({"certificate": "c", "key": "k", "password": "p"}, "password"),
+]
 
 
 @pytest.mark.parametrize(
-    ("tls", "key"),
+    ("keys", "where"),
     [
-        ({}, "certificate"),
-        ({"certificate": "c"}, "key"),
-        ({"key": "k"}, "certificate"),
-        ({"client_authority": "a"}, "certificate"),
-        ({"certificate": "", "key": "k"}, "certificate"),
-        ({"certificate": "c", "key": "k", "client_authority": ""}, "client_authority"),
-        ({"certificate": "c", "key": "k", "password": "p"}, "password"),
+        *(({"tls": tls}, f"listen.tls.{key}: ") for tls, key in BAD_TLS),
+        *(({"head_timeout_s": limit_s}, "listen.head_timeout_s: ") for limit_s in (0, -1, 301)),
+        ({"port": 80}, "listen.port: unknown key"),
     ],
 )
-def test_half_of_a_pair_empty_names_and_passwords_are_refused(
-    tls: dict[str, str], key: str
-) -> None:
-    with pytest.raises(ConfigError, match=rf"^args\.gateway\.listen\.tls\.{key}: "):
-        listen(tls=tls)
+def test_what_is_wrong_is_refused_by_its_key(keys: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^args\.gateway\.{where}"):
+        listen(**keys)
+
+
+PORTS = [(f"{name}_port", 1, 65_535) for name in ("http", "grpc", "admin", "health")]
 
 
 @pytest.mark.parametrize(
     ("key", "least", "most"),
     [
-        ("http_port", 1, 65_535),
-        ("grpc_port", 1, 65_535),
-        ("admin_port", 1, 65_535),
-        ("health_port", 1, 65_535),
+        *PORTS,
         ("max_connections", 1, 100_000),
         ("max_connections_per_address", 1, 100_000),
         ("max_head_bytes", 1024, 1 << 20),
@@ -114,16 +117,11 @@ def test_numbers_outside_their_bounds_are_refused_by_their_key(
             listen(**{key: number})
 
 
-def test_a_head_may_take_some_time_but_not_for_ever() -> None:
+def test_a_head_may_take_some_time() -> None:
     assert listen(head_timeout_s=300).head_timeout_s == 300
-    for limit_s in (0, -1, 301):
-        with pytest.raises(ConfigError, match=r"^args\.gateway\.listen\.head_timeout_s: "):
-            listen(head_timeout_s=limit_s)
 
 
-def test_unknown_keys_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^args\.gateway\.listen\.port: unknown key"):
-        listen(port=80)
-    for former in ("admin_host", "admin_port"):  # where they stood before there was the section
-        with pytest.raises(ConfigError, match=rf"^args\.gateway\.{former}: unknown key"):
-            parse_args({"models": MODELS, "gateway": {former: 80}})
+@pytest.mark.parametrize("former", ["admin_host", "admin_port"])
+def test_keys_where_they_stood_before_are_unknown(former: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^args\.gateway\.{former}: unknown key"):
+        parse_args({"models": MODELS, "gateway": {former: 80}})

@@ -34,19 +34,19 @@ def test_one_lost_expert_is_enough_not_to_be_ready_and_another_copy_to_be() -> N
     assert readiness(back, ["a", "b"], 0.5).is_ready
 
 
-def test_a_served_model_that_the_placement_does_not_know_is_not_ready() -> None:
-    told = readiness(placed(MODELS[0]), ["a", "c", "b"], None)
-    assert told == Readiness("no placement of the experts of b, c is known yet", (4, 1), None)
-
-
-def test_without_a_placement_it_is_not_ready() -> None:
-    told = readiness(None, ["a"], None)
-    assert told == Readiness("no placement of the experts is known yet", None, None)
+@pytest.mark.parametrize(
+    ("placement", "reason", "order"),
+    [
+        (placed(MODELS[0]), "no placement of the experts of b, c is known yet", (4, 1)),
+        (None, "no placement of the experts is known yet", None),
+    ],
+)
+def test_without_a_placement_of_every_model_it_is_not_ready(
+    placement: Placement | None, reason: str, order: tuple[int, int] | None
+) -> None:
+    told = readiness(placement, ["a", "c", "b"], None)
+    assert told == Readiness(reason, order, None)
     assert not told.is_ready
-
-
-def test_the_age_of_the_controllers_loop_alone_changes_nothing() -> None:
-    assert readiness(placed(*MODELS), ["a"], 3600.0).is_ready
 
 
 def test_one_model_is_ready_whatever_others_miss() -> None:

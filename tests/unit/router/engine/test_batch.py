@@ -19,12 +19,7 @@ from router.engine.batch import pack
 from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest, SamplingParams
 from router.model.attention.interface import Attention
-from router.model.attention.paged import (
-    GatheredAttention,
-    GatheredView,
-    PagedContext,
-    paged_attention,
-)
+from router.model.attention.paged import GatheredAttention, PagedContext, paged_attention
 from router.model.cpu.native_attention import KERNELS, NativeAttention, NativeCache
 from router.model.kv_cache import PagedCache
 from router.model.page_pool import PagePool, pages_needed
@@ -41,11 +36,6 @@ def sequence_of(name: str, token_ids: list[int], pages: list[int], computed: int
     sequence = Sequence(request, 0, list(token_ids), computed)
     sequence.occupy(pages, PAGE_SIZE)
     return sequence
-
-
-def view_of(work: list[ScheduledChunk], window: int | None) -> GatheredView:
-    view: GatheredView = pack(work, GatheredAttention(window)).pieces[0].batch.view
-    return view
 
 
 def test_a_step_is_packed_as_worked_by_hand() -> None:
@@ -87,18 +77,6 @@ def test_a_step_is_packed_as_worked_by_hand() -> None:
     assert second.window_mask is None
 
 
-def test_lengths_are_padded_to_the_longest_and_the_padding_is_hidden() -> None:
-    a = sequence_of("a", [1, 2, 3], [0], 2)
-    b = sequence_of("b", [1, 2, 3, 4, 5], [2], 4)
-    both = view_of([ScheduledChunk(a, 2, 3), ScheduledChunk(b, 4, 5)], 2)
-    assert both.decode_slots.tolist() == [[0, 1, 2, 0, 0], [32, 33, 34, 35, 36]]
-    assert both.decode_mask is not None
-    assert both.decode_mask[:, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert both.decode_window_mask is not None
-    assert both.decode_window_mask[:, 0].int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
-    assert view_of([ScheduledChunk(a, 2, 3)], None).decode_mask is None
-
-
 def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
     a = sequence_of("a", list(range(18)), [3, 1], 17)
     b = sequence_of("b", list(range(40)), [0, 5, 4], 15)
@@ -110,27 +88,6 @@ def test_the_native_view_has_each_sequences_tokens_and_pages() -> None:
     # First token, tokens, position of the first, where the pages begin; the decode comes first.
     assert view.spans.tolist() == [[0, 1, 17, 0], [1, 18, 15, 2]]
     assert view.pages.tolist() == [3, 1, 0, 5, 4]
-
-
-def test_without_a_window_everything_before_is_seen() -> None:
-    a = sequence_of("a", [1, 2, 3], [0], 2)
-    c = sequence_of("c", [1, 2, 3], [1], 1)
-    view = view_of([ScheduledChunk(a, 2, 3), ScheduledChunk(c, 1, 3)], None)
-    assert view.decode_mask is None
-    [chunk] = view.chunks
-    assert chunk.mask is not None
-    assert chunk.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
-
-
-def test_decodes_alone_and_chunks_alone_are_steps_too() -> None:
-    a = sequence_of("a", [1, 2, 3], [0], 2)
-    alone = view_of([ScheduledChunk(a, 2, 3)], None)
-    assert (alone.num_decode, alone.chunks) == (1, ())
-    b = sequence_of("b", [1, 2, 3], [1])
-    chunk = pack([ScheduledChunk(b, 0, 2)], GatheredAttention(None))
-    assert (chunk.pieces[0].batch.view.num_decode, len(chunk.pieces[0].batch.view.chunks)) == (0, 1)
-    assert chunk.sampled == ()
-    assert chunk.sample_rows.tolist() == []
 
 
 class Layer:
@@ -146,8 +103,8 @@ class Layer:
         *,
         is_native: bool = False,
     ) -> None:
-        self.heads, self.kv_heads, self.head_dim, self.dtype = heads, kv_heads, 8, dtype
-        self.num_slots, self.is_native = num_pages * PAGE_SIZE, is_native
+        self.heads, self.kv_heads, self.dtype, self.is_native = heads, kv_heads, dtype, is_native
+        self.num_slots = num_pages * PAGE_SIZE
         self.cache = (
             NativeCache(2, num_pages, kv_heads, 8, dtype)
             if is_native
@@ -156,19 +113,14 @@ class Layer:
         for cached in (*self.cache.keys, *self.cache.values):
             cached.fill_(1e4)  # a slot that is read before it is written shows
         self.module: Any = SimpleNamespace(layer_idx=layer_idx)
-        self.made: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def vectors(self, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def vectors(self, sequence: Sequence) -> list[torch.Tensor]:
         """Query [T, Q, D], key and value [T, G, D] of a sequence, a function of its name."""
-        if sequence.request.request_id in self.made:
-            return self.made[sequence.request.request_id]
         generator = torch.Generator().manual_seed(int(sequence.request.request_id))
-        length = len(sequence.token_ids)
-        query = torch.randn(length, self.heads, self.head_dim, generator=generator)
-        key = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
-        value = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
-        made = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
-        return self.made.setdefault(sequence.request.request_id, made)
+        return [
+            torch.randn(len(sequence.token_ids), num_heads, 8, generator=generator).to(self.dtype)
+            for num_heads in (self.heads, self.kv_heads, self.kv_heads)
+        ]
 
     def packed(self, work: list[ScheduledChunk], window: int | None) -> dict[str, torch.Tensor]:
         """Run a step and return each sequence's new outputs, [T, Q, D]."""
@@ -181,16 +133,10 @@ class Layer:
         query, key, value = (
             torch.cat([part[i] for part in parts]).transpose(0, 1).unsqueeze(0) for i in range(3)
         )
+        has_window = [window is not None] * 2
+        paged = PagedContext(self.cache, attention, step.pieces[0].batch, has_window)
         output, weights = paged_attention(
-            self.module,
-            query,
-            key,
-            value,
-            None,
-            scaling=0.3,
-            paged=PagedContext(
-                self.cache, attention, step.pieces[0].batch, [window is not None] * 2
-            ),
+            self.module, query, key, value, None, scaling=0.3, paged=paged
         )
         assert weights is None
         split = output[0].split([w.end - w.start for w in ordered])
@@ -272,19 +218,3 @@ def test_a_step_writes_only_the_slots_of_its_own_tokens(is_native: bool) -> None
     written = (keys != 1e4).all(dim=-1).all(dim=0)
     assert np.flatnonzero(written.numpy()).tolist() == [20, 21, 22]
     assert (attention.cache.keys[0] == 1e4).all()
-
-
-@pytest.mark.parametrize("is_native", IMPLEMENTATIONS)
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_the_order_of_the_work_changes_no_sequences_output(
-    order: list[int], is_native: bool
-) -> None:
-    outputs = []
-    for chosen in ([0, 1, 2], order):
-        attention = Layer(3, 4, 2, 0, is_native=is_native)
-        sequences = [sequence_of(str(i), list(range(6)), [i]) for i in range(3)]
-        work = [ScheduledChunk(sequences[i], 0, 6) for i in chosen]
-        outputs.append(attention.packed(work, None))
-    assert outputs[0].keys() == outputs[1].keys()
-    for name, output in outputs[0].items():
-        assert torch.equal(output, outputs[1][name])

@@ -30,11 +30,13 @@ class Choices:
             number, self._put = self._put, self._put + 1
             self.commands.put(lambda number=number: self.taken.append(number))
 
-    def later(self, *counts: int, pause_s: float = 0.01) -> threading.Thread:
+    def later(self, count: int) -> threading.Thread:
+        """Put choices one after another, from another thread."""
+
         def work() -> None:
-            for count in counts:
-                time.sleep(pause_s)
-                self.put(count)
+            for _ in range(count):
+                time.sleep(0.01)
+                self.put(1)
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -79,11 +81,10 @@ def test_one_choice_at_a_time_waits_for_no_other(choices: Choices) -> None:
 
 
 def test_as_many_are_waited_for_as_were_computed_together(choices: Choices) -> None:
-    choices.commands.note_step(1, LONG_S)
-    choices.commands.note_step(4, LONG_S)
-    choices.commands.note_step(3, LONG_S)
+    for num_choices in (1, 4, 3):
+        choices.commands.note_step(num_choices, LONG_S)
     choices.put(1)
-    thread = choices.later(1, 1, 1)
+    thread = choices.later(3)
     assert choices.run_burst() == 4
     thread.join(LONG_S)
     choices.end_all()
@@ -91,24 +92,17 @@ def test_as_many_are_waited_for_as_were_computed_together(choices: Choices) -> N
     assert choices.run_burst() == 1
 
 
-def test_a_burst_that_ends_early_is_not_waited_for_longer(
-    choices: Choices, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("quiet_s", "steps_s"),
+    [(0.05, [LONG_S]), (LONG_S, [LONG_S, 0.001]), (LONG_S, [0.0])],
+    ids=["a pause", "the latest step", "no duration"],
+)
+def test_the_next_choice_is_waited_for_no_longer_than(
+    choices: Choices, monkeypatch: pytest.MonkeyPatch, quiet_s: float, steps_s: list[float]
 ) -> None:
-    monkeypatch.setattr(commands_module, "QUIET_S", 0.05)
-    choices.commands.note_step(32, LONG_S)
-    choices.put(5)
-    assert choices.run_burst() == 5
-
-
-def test_the_next_choice_is_waited_for_no_longer_than_a_step_takes(choices: Choices) -> None:
-    choices.commands.note_step(32, LONG_S)
-    choices.commands.note_step(32, 0.001)
-    choices.put(5)
-    assert choices.run_burst() == 5
-
-
-def test_after_a_step_without_duration_nothing_is_waited_for(choices: Choices) -> None:
-    choices.commands.note_step(32, 0.0)
+    monkeypatch.setattr(commands_module, "QUIET_S", quiet_s)
+    for step_s in steps_s:
+        choices.commands.note_step(32, step_s)
     choices.put(5)
     assert took_s(choices.run_burst) < LONG_S / 2
     assert len(choices) == 5
@@ -130,7 +124,7 @@ def test_a_burst_without_an_end_is_waited_for_no_longer_than_the_bound(
     monkeypatch.setattr(commands_module, "GATHER_S", 0.2)
     choices.commands.note_step(10_000, LONG_S)
     choices.put(1)
-    thread = choices.later(*[1] * 60)
+    thread = choices.later(60)
     assert 1 < choices.run_burst() < 60
     thread.join(LONG_S)
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jsonschema
@@ -29,12 +30,13 @@ from router.engine.token_masks import Mask, flags_of
 from router.gateway.input.grammar import check_grammar
 from router.gateway.input.request.model import Generation
 from router.gateway.input.tokenizer import Tokenizer
-from router.messages.request import Received, TokenEvent
+from router.messages.request import Received
 from router.messages.rules import TokenRules
-from tests.checkpoints import VOCAB_SIZE, save_mixtral
+from tests.checkpoints import VOCAB_SIZE
 from tests.emulated_device import emulated_device
 from tests.emulated_steps import Steps
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import OpenCluster
 from tests.unit.router.engine.test_engine import prompt_of
 
 EOS, LENGTH = 0, 120
@@ -59,11 +61,7 @@ def of_regex(regex: str) -> str:
     return LLMatcher.grammar_from_regex(regex)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made: Path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(made)
-    return made
+OpenGrammars = Callable[..., Grammars]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,36 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(str(folder), (EOS,))
 
 
+def grammars_of(
+    tokenizer: Tokenizer, vocab_size: int = VOCAB_SIZE, ends: tuple[int, ...] = (EOS,)
+) -> Grammars:
+    return Grammars(lambda: tokenizer.vocabulary(vocab_size, ends), vocab_size)
+
+
+@pytest.fixture
+def open_grammars(tokenizer: Tokenizer) -> Iterator[OpenGrammars]:
+    opened: list[Grammars] = []
+
+    def opening(*given: Any) -> Grammars:
+        opened.append(grammars_of(tokenizer, *given))
+        return opened[-1]
+
+    yield opening
+    for grammars in opened:
+        grammars.close()
+
+
+@pytest.fixture
+def grammars(open_grammars: OpenGrammars, monkeypatch: pytest.MonkeyPatch) -> Grammars:
+    """Grammars that have time: a busy machine ends no turn early and makes no matcher slow."""
+    monkeypatch.setattr(constraints, "AT_ONCE_S", 30.0)
+    monkeypatch.setattr(constraints, "QUICK_S", 0.1)
+    return open_grammars()
+
+
 @pytest.fixture(scope="module")
 def cluster(folder: Path, tokenizer: Tokenizer) -> Iterator[LocalCluster]:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
+    grammars = grammars_of(tokenizer)
     made = LocalCluster(folder, grammars=grammars)
     yield made
     made.close()
@@ -92,17 +117,13 @@ def asked(name: str, grammar: str, **sampling: Any) -> Any:
     return greedy_request(name, PROMPT, LENGTH, **given)
 
 
-def text_of(tokenizer: Tokenizer, event: TokenEvent) -> str:
-    return tokenizer.decode(event.token_ids)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_an_answer_fits_its_schema(cluster: LocalCluster, tokenizer: Tokenizer, seed: int) -> None:
     request = asked(f"json{seed}", of_schema(PERSON), temperature=float(seed), seed=seed)
     [[event]] = cluster.generate(request)
     assert event.finish_reason == "stop"
     assert event.token_ids[-1] == EOS
-    jsonschema.validate(json.loads(text_of(tokenizer, event)), PERSON)
+    jsonschema.validate(json.loads(tokenizer.decode(event.token_ids)), PERSON)
 
 
 def test_an_answer_fits_its_regex_and_one_of_its_texts(
@@ -111,10 +132,10 @@ def test_an_answer_fits_its_regex_and_one_of_its_texts(
     for seed in range(5):
         dated = asked(f"r{seed}", of_regex("[0-9]{4}-[01][0-9]"), temperature=1.5, seed=seed)
         [[event]] = cluster.generate(dated)
-        assert re.fullmatch("[0-9]{4}-[01][0-9]", text_of(tokenizer, event))
+        assert re.fullmatch("[0-9]{4}-[01][0-9]", tokenizer.decode(event.token_ids))
         chosen = asked(f"c{seed}", 'start: "über" | "the 🚀" | "the"', temperature=2.0, seed=seed)
         [[event]] = cluster.generate(chosen)
-        assert text_of(tokenizer, event) in ("über", "the 🚀", "the")
+        assert tokenizer.decode(event.token_ids) in ("über", "the 🚀", "the")
 
 
 def test_a_crowd_with_and_without_grammars_has_the_tokens_of_each_alone(
@@ -151,18 +172,16 @@ def test_a_choice_goes_on_elsewhere_with_the_same_tokens(
 
 
 def test_a_grammar_costs_a_device_one_more_copy_to_it_a_step(
-    folder: Path, cluster: LocalCluster, tokenizer: Tokenizer
+    cluster: LocalCluster, open_cluster: OpenCluster, open_grammars: OpenGrammars
 ) -> None:
     """What it forbids is known after the step has begun."""
     request = greedy_request("r", PROMPT, 20, grammar=of_schema(PERSON))
     [[expected]] = cluster.generate(request)
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     with emulated_device() as device:
-        there = LocalCluster(folder, grammars=grammars, device=device.device)
+        there = open_cluster(grammars=open_grammars(), device=device.device)
         steps = Steps(there, device)
         [[event]] = there.generate(request)
         there.close()
-    grammars.close()
     assert event.token_ids == expected.token_ids
     num_layers = len(there.checkpoint.shape.layers)
     for copies in steps.copies:
@@ -200,66 +219,42 @@ def test_a_grammar_that_takes_too_much_ends_its_request_alone(
         cluster.result(bad)
 
 
-def test_rules_that_forbid_all_that_a_grammar_allows_are_an_error(
-    cluster: LocalCluster, tokenizer: Tokenizer
+@pytest.mark.parametrize(
+    ("grammar", "is_barred"), [(of_regex("a"), True), ('start: "x<eos>y"', False)]
+)
+def test_a_grammar_that_leaves_no_token_is_an_error(
+    cluster: LocalCluster, tokenizer: Tokenizer, grammar: str, is_barred: bool
 ) -> None:
+    """Since rules forbid all that it allows, or since a special token is no text of an answer."""
+    assert tokenizer.token_text(EOS) == "<eos>"
     [a] = tokenizer.encode("a")
-    request = asked("barred", of_regex("a"), rules=TokenRules(bad_words=((a,),)))
+    request = asked(grammar, grammar, rules=TokenRules(bad_words=((a,),) * is_barred))
     with pytest.raises(InvalidRequestError, match="exclude every token that the grammar allows"):
         cluster.generate(request)
 
 
-def test_without_a_vocabulary_a_grammar_is_refused(folder: Path) -> None:
-    cluster = LocalCluster(folder)
-    try:
-        with pytest.raises(InvalidRequestError, match="no vocabulary"):
-            cluster.generate(asked("r", of_regex("a")))
-    finally:
-        cluster.close()
+def test_without_a_vocabulary_a_grammar_is_refused(open_cluster: OpenCluster) -> None:
+    with pytest.raises(InvalidRequestError, match="no vocabulary"):
+        open_cluster().generate(asked("r", of_regex("a")))
 
 
 def test_a_slow_grammar_holds_up_nobody(
     cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its choice is computed again until the grammar is done, and has the same tokens."""
-    request = asked("quick", of_regex("[ab]{6}"), temperature=1.0, seed=4)
+    """Its choice is computed again until the grammar is done; its prompt is scored only once."""
+    scored = {"temperature": 1.0, "seed": 4, "prompt_logprobs": 2}
+    request = asked("quick", of_regex("[ab]{6}"), **scored)
     expected = cluster.generate(request)
     plain = replace_tokens(asked("plain", "", temperature=1.0, seed=4, ignore_eos=True), 60)
     tokens = cluster.generate(plain)
-    release, first, begun = threading.Event(), Constraint._next, threading.Event()
-
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Mask:
-        begun.set()
-        assert release.wait(30)
-        return first(constraint, token_ids)
-
-    monkeypatch.setattr(Constraint, "_next", slow)
+    held = Held(monkeypatch)
     monkeypatch.setattr(Constraint, "is_slow", True)
     monkeypatch.setattr(constrained_rows, "MAX_WAIT_S", 0.001)
     cluster.engine.submit(replace(request, request_id="slow"))
-    assert begun.wait(30)
+    held.wait_begun()
     assert cluster.generate(replace(plain, request_id="beside a slow one")) == tokens
-    release.set()
+    held.permits.release(100)
     assert cluster.result(replace(request, request_id="slow")) == expected[0]
-
-
-def test_a_prompt_is_scored_once_however_long_its_grammar_takes(
-    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = asked("scored", of_regex("[ab]{6}"), prompt_logprobs=2)
-    [[expected]] = cluster.generate(request)
-    first = Constraint._next
-
-    def slow(constraint: Constraint, token_ids: Sequence[int]) -> Any:
-        time.sleep(0.02)
-        return first(constraint, token_ids)
-
-    monkeypatch.setattr(Constraint, "_next", slow)
-    monkeypatch.setattr(Constraint, "is_slow", True)
-    monkeypatch.setattr(constrained_rows, "MAX_WAIT_S", 0.001)
-    [[event]] = cluster.generate(replace(request, request_id="scored and slow"))
-    assert len(event.prompt_logprobs) == len(PROMPT) - 1
-    assert event == expected
 
 
 def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
@@ -279,15 +274,6 @@ def test_a_step_does_not_wait_again_for_a_choice_that_was_late_unless_all_were(
         assert late.deferred
         assert not plain.deferred
     assert [wait_s > 0.1 for wait_s in waits_s] == [True, False, True]
-
-
-def test_the_compiled_grammars_are_bounded(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    found = [grammars.begin(of_regex(f"a{{{n}}}b")) for n in range(1, MAX_KEPT + 5)]
-    flags = [flags_after(constraint) for constraint in found]
-    assert len(grammars._kept) == MAX_KEPT
-    assert all(flag.any() for flag in flags)
-    grammars.close()
 
 
 @pytest.mark.parametrize("is_slow", [True, False])
@@ -315,11 +301,10 @@ def test_a_matcher_that_panics_ends_its_request_alone(
 
 @pytest.mark.parametrize("vocab_size", [200, 4 * VOCAB_SIZE])
 def test_a_model_may_have_fewer_or_more_tokens_than_its_tokenizer(
-    tokenizer: Tokenizer, vocab_size: int
+    open_grammars: OpenGrammars, tokenizer: Tokenizer, vocab_size: int
 ) -> None:
     ends = (EOS, vocab_size - 1)
-    grammars = Grammars(lambda: tokenizer.vocabulary(vocab_size, ends), vocab_size)
-    flags = flags_after(grammars.begin(of_regex("[ab]*")))
+    flags = flags_after(open_grammars(vocab_size, ends).begin(of_regex("[ab]*")))
     assert flags.shape == (vocab_size,)
     assert flags[EOS]
     texts = {tokenizer.token_text(i) for i in flags.nonzero()[0].tolist()} - {
@@ -327,16 +312,14 @@ def test_a_model_may_have_fewer_or_more_tokens_than_its_tokenizer(
     }
     assert {"a", "b"} <= texts
     assert all(re.fullmatch("[ab]+", text) for text in texts)
-    grammars.close()
 
 
 def test_what_others_have_asked_of_a_grammar_fails_nobody(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    open_grammars: OpenGrammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies of a matcher share a lexer, whose states are limited; each answer needs new ones."""
     limits = LLParserLimits(max_lexer_states=3_000, verbose_errors=False)
     monkeypatch.setattr(constraints, "parser_limits", lambda: limits)
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
 
     def walk(seed: int, grammars: Grammars) -> list[int]:
         random, token_ids = Random(seed), list[int]()
@@ -348,17 +331,16 @@ def test_what_others_have_asked_of_a_grammar_fails_nobody(
             token_ids.append(token_id)
         return token_ids
 
+    common = open_grammars()
     for seed in range(8):
-        of_its_own = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-        assert walk(seed, grammars) == walk(seed, of_its_own)
-        of_its_own.close()
-    grammars.close()
+        assert walk(seed, common) == walk(seed, open_grammars())
 
 
-def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer) -> None:
+def test_only_what_fits_may_follow_and_every_text_can_come(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
     """Against a plain search over a small language. Of forced letters one spelling is allowed."""
     words = ["the", "then", "other", "fox!"]
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
     known = ((token_id, tokenizer.token_text(token_id)) for token_id in range(1, VOCAB_SIZE))
     texts = {token_id: text for token_id, text in known if text}  # the model has more ids
     whole: set[str] = set()
@@ -384,50 +366,6 @@ def test_only_what_fits_may_follow_and_every_text_can_come(tokenizer: Tokenizer)
 
     search([])
     assert whole == set(words)
-    grammars.close()
-
-
-def test_special_tokens_are_no_text_of_an_answer(tokenizer: Tokenizer) -> None:
-    """A grammar whose text has the name of one comes to no end in the middle."""
-    name = tokenizer.token_text(EOS)
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    constraint = grammars.begin(f"start: {json.dumps(f'x{name}y')}")
-    flags = flags_after(constraint)
-    assert not flags[EOS]
-    constraint.read(int(flags.nonzero()[0][0]))
-    assert not flags_after(constraint).any()
-    grammars.close()
-
-
-def test_a_grammar_that_allows_no_token_ends_its_request(
-    cluster: LocalCluster, tokenizer: Tokenizer
-) -> None:
-    name = tokenizer.token_text(EOS)
-    with pytest.raises(InvalidRequestError, match="every token that the grammar allows here"):
-        cluster.generate(asked("impossible", f"start: {json.dumps(f'x{name}y')}"))
-
-
-def test_a_choice_that_has_ended_is_followed_no_further(tokenizer: Tokenizer) -> None:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    release = threading.Event()
-    grammars._compiling.submit(release.wait, 30)
-    ended, going = grammars.begin(of_regex("a")), grammars.begin(of_regex("b"))
-    ended.close()
-    release.set()
-    assert flags_after(going).any()
-    with pytest.raises(InternalError, match="matcher has stopped"):
-        flags_after(ended)
-    grammars.close()
-
-
-@pytest.fixture
-def grammars(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grammars]:
-    """Grammars that have time: a busy machine ends no turn early and makes no matcher slow."""
-    monkeypatch.setattr(constraints, "AT_ONCE_S", 30.0)
-    monkeypatch.setattr(constraints, "QUICK_S", 0.1)
-    made = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    yield made
-    made.close()
 
 
 class Held:
@@ -521,28 +459,6 @@ def test_tokens_read_meanwhile_are_read_in_their_order_and_answered_once(
     assert {tokenizer.token_text(token_id)[0] for token_id in allowed} == {"a", "d"}
 
 
-def test_tokens_read_before_the_grammar_is_compiled_are_answered(
-    grammars: Grammars, tokenizer: Tokenizer
-) -> None:
-    """As those of a choice that goes on elsewhere, of which others' pages have the first ones."""
-    letters = [tokenizer.encode(letter)[0] for letter in "abcab"]
-    release = threading.Event()
-    grammars._compiling.submit(release.wait, 30)
-    waiting = grammars.begin(of_regex("(abc)+d"))
-    for token_id in letters:
-        waiting.read(token_id)
-    grammars.follow()
-    assert waiting.allowed(0.0) is None
-    release.set()
-    found = flags_after(waiting)
-    kept = grammars.begin(of_regex("(abc)+d"))
-    for token_id in letters:
-        kept.read(token_id)
-    grammars.follow()
-    np.testing.assert_array_equal(flags_after(kept), found)
-    assert {tokenizer.token_text(i)[0] for i in found.nonzero()[0].tolist()} == {"c"}
-
-
 def test_a_quick_choice_waits_for_no_slow_matcher(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +473,8 @@ def test_a_quick_choice_waits_for_no_slow_matcher(
     for choice in (late[0], late[2]):
         assert flags_after(choice).any()
     assert [choice for choice, _ in held.calls] == [late[0], late[2]]  # none of what has ended
+    with pytest.raises(InternalError, match="matcher has stopped"):
+        flags_after(late[1])
 
 
 def test_a_quick_choice_that_is_handed_over_waits_for_one_slow_matcher_and_not_for_all(
@@ -574,65 +492,37 @@ def test_a_quick_choice_that_is_handed_over_waits_for_one_slow_matcher_and_not_f
     assert flags_after(late[2]).any()
 
 
-class Clocks:
-    """Times that pass by hand: of all, and of a thread's work."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 0.0
-        monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
-        monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
-
-
-class Late:
-    """A matcher whose mask takes long."""
-
-    def __init__(self, matcher: Any, clocks: Clocks, taken_s: float) -> None:
-        self._matcher, self._clocks, self._taken_s = matcher, clocks, taken_s
-
-    def compute_bitmask(self) -> bytes:
-        self._clocks.now_s += self._taken_s
-        mask: bytes = self._matcher.compute_bitmask()
-        return mask
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._matcher, name)
-
-
 def test_the_engine_follows_nothing_for_a_while_after_a_slow_matcher(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others' pause is shorter than that of the slow grammar."""
-    clocks = Clocks(monkeypatch)
+    clock = SimpleNamespace(now_s=0.0, spent_s=0.0, taken_s=0.0)
+
+    def spend() -> float:
+        clock.spent_s += clock.taken_s
+        spent_s: float = clock.spent_s
+        return spent_s
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now_s)
+    monkeypatch.setattr(time, "thread_time", spend)
     (slow, mate, other), token_id = begun_choices(grammars, 3)
-    for choice in (slow, mate, other):
-        assert not choice.is_handed_over
+    assert not any(choice.is_handed_over for choice in (slow, mate, other))
     assert other._compiled is not None
     other._compiled = replace(other._compiled, lock=threading.Lock())  # a grammar of its own
-    slow._matcher = cast(Any, Late(slow._matcher, clocks, 1.0))
-    begun_at_s = clocks.now_s
+    clock.taken_s = 1.0
     slow.read(token_id)
     grammars.follow()
+    clock.taken_s = 0.0
     assert slow.known is not None
-    assert slow.is_slow
-    assert mate.is_slow
-    assert not other.is_slow
-
-    def is_at_once(choice: Constraint) -> bool:
-        choice.read(token_id)
-        is_handed_over = choice.is_handed_over
-        grammars.follow()
-        is_at_once = not is_handed_over and choice.known is not None
-        flags_after(choice)
-        return is_at_once
-
-    clocks.now_s = begun_at_s + 1 + 0.9 * constraints.ALL_PAUSE
-    assert not is_at_once(other)
-    clocks.now_s = begun_at_s + 1 + 1.1 * constraints.ALL_PAUSE
-    assert is_at_once(other)
-    clocks.now_s = begun_at_s + 1 + 0.9 * constraints.GRAMMAR_PAUSES
-    assert not is_at_once(mate)
-    clocks.now_s = begun_at_s + 1 + 1.1 * constraints.GRAMMAR_PAUSES
-    assert is_at_once(mate)
+    assert (slow.is_slow, mate.is_slow, other.is_slow) == (True, True, False)
+    for choice, pause in ((other, constraints.ALL_PAUSE), (mate, constraints.GRAMMAR_PAUSES)):
+        for clock.now_s in (0.9 * pause, 1.1 * pause):
+            choice.read(token_id)
+            is_handed_over = choice.is_handed_over
+            grammars.follow()
+            is_at_once = not is_handed_over and choice.known is not None
+            assert is_at_once == (clock.now_s > pause)
+            flags_after(choice)
 
 
 def test_the_engine_does_not_wait_for_a_matcher_of_the_same_grammar(grammars: Grammars) -> None:
@@ -644,23 +534,6 @@ def test_the_engine_does_not_wait_for_a_matcher_of_the_same_grammar(grammars: Gr
         assert second.is_handed_over
         assert second.allowed(0.0) is None
     assert flags_after(second).any()
-
-
-def test_a_choice_that_waits_for_a_slow_matcher_hands_no_other_over(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (slow, *quick), token_id = begun_choices(grammars, 4)
-    make_slow(slow)
-    held = Held(monkeypatch)
-    for choice in (slow, *quick):
-        choice.read(token_id)
-    held.wait_begun()
-    assert slow.allowed(0.0) is None
-    for choice in quick:
-        assert choice.allowed(0.0) is not None
-        assert not choice.is_handed_over
-    held.permits.release()
-    assert flags_after(slow).any()
 
 
 def test_choices_are_answered_once_however_their_grammars_speed_changes(
@@ -684,12 +557,13 @@ def test_choices_are_answered_once_however_their_grammars_speed_changes(
     assert len(calls) <= 8 * len(choices)
 
 
-def test_a_grammar_that_begins_choices_at_once_stays_compiled(grammars: Grammars) -> None:
+def test_the_compiled_grammars_are_those_that_were_used_last(grammars: Grammars) -> None:
     flags_after(grammars.begin(of_regex("used")))
     kept = grammars._kept[of_regex("used")]
     for number in range(MAX_KEPT + 5):
         flags_after(grammars.begin(of_regex(f"a{{{number + 1}}}")))
         flags_after(grammars.begin(of_regex("used")))
+    assert len(grammars._kept) == MAX_KEPT
     assert grammars._kept[of_regex("used")] is kept
 
 
@@ -709,40 +583,13 @@ def walked(grammars: Grammars, num: int) -> list[list[list[int]]]:
     return found
 
 
-def masks_of(tokenizer: Tokenizer, num: int) -> list[list[list[int]]]:
-    grammars = Grammars(lambda: tokenizer.vocabulary(VOCAB_SIZE, (EOS,)), VOCAB_SIZE)
-    try:
-        return walked(grammars, num)
-    finally:
-        grammars.close()
-
-
-@pytest.mark.parametrize("num", [1, 2, 5, 70])
+@pytest.mark.parametrize("num", [1, 5, 70])
 def test_choices_have_the_same_answers_at_once_and_from_the_thread(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, num: int
+    open_grammars: OpenGrammars, monkeypatch: pytest.MonkeyPatch, num: int
 ) -> None:
-    at_once = masks_of(tokenizer, num)
+    at_once = walked(open_grammars(), num)
     monkeypatch.setattr(constraints, "QUICK_S", -1.0)
-    assert masks_of(tokenizer, num) == at_once
-
-
-def test_a_choice_in_error_leaves_its_company_alone(
-    grammars: Grammars, tokenizer: Tokenizer
-) -> None:
-    choices = [grammars.begin(of_regex("[ab]{6}")) for _ in range(4)]
-    token_id = int(flags_after(choices[0]).nonzero()[0][0])
-    [other] = tokenizer.encode("x")
-    for choice in choices:
-        flags_after(choice)
-    *company, expected = choices
-    expected.read(token_id)
-    for choice, read in zip(company, (token_id, other, token_id), strict=True):
-        choice.read(read)
-    grammars.follow()
-    for choice in (company[0], company[2]):
-        np.testing.assert_array_equal(flags_after(choice), flags_after(expected))
-    with pytest.raises(InvalidRequestError, match="can no longer match its grammar"):
-        flags_after(company[1])
+    assert walked(open_grammars(), num) == at_once
 
 
 EIGHT = [f"a.{{{place}}}b" for place in range(1, 9)]

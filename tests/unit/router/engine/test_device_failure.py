@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from router.engine import isolation
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import OpenCluster
 
 PROMPT = [5, 9, 7]
 ILLEGAL = "an illegal memory access was encountered"
@@ -27,10 +26,9 @@ def raising(error: type[Exception]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    save_mixtral(tmp_path)
+def cluster(open_cluster: OpenCluster) -> Iterator[LocalCluster]:
     with emulated_device() as device:
-        cluster = LocalCluster(tmp_path, device=device.device)
+        cluster = open_cluster(device=device.device)
         yield cluster
         cluster.close()
 
@@ -93,23 +91,18 @@ def test_halves_of_a_step_without_memory_have_the_memory_of_the_whole(
 
     def in_much_memory(*args: Any) -> Any:
         num_bytes = len(args[0]) * free_bytes // (2 * len(PROMPT) + 1)
-        mine = torch.empty(
-            num_bytes, dtype=torch.uint8, device=torch.accelerator.current_accelerator()
-        )
+        device = torch.accelerator.current_accelerator()
+        mine = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         try:
-            more = torch.empty(
-                num_bytes, dtype=torch.uint8, device=torch.accelerator.current_accelerator()
-            )
+            more = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             failed.append(len(args[0]))
             raise full or error from None
         del mine, more
         return forward(*args)
 
-    cluster.engine.submit(greedy_request("warm", PROMPT, 2))
-    cluster.result(greedy_request("warm", PROMPT, 2))
+    cluster.generate(greedy_request("warm", PROMPT, 2))
     monkeypatch.setattr(cluster.model.decoder, "forward", in_much_memory)
-    requests = [greedy_request(name, PROMPT, 3) for name in "ab"]
-    together = cluster.generate(*requests)
+    together = cluster.generate(*(greedy_request(name, PROMPT, 3) for name in "ab"))
     assert max(failed) == 2 * len(PROMPT)
     assert [len(events[0].token_ids) for events in together] == [3, 3]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,9 +9,8 @@ from cluster.device import CPU
 from router.config.deployment import RouterConfig
 from router.engine.device_room import warn_of_steps
 from router.model.memory import StepLimits, router_sizes
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
-from tests.local_cluster import LocalCluster
+from tests.unit.router.engine.conftest import OpenCluster
 
 CONFIG = RouterConfig(max_batch_size=4, max_batch_tokens=64, cache_tokens=4096)
 LENGTH = 1000
@@ -21,14 +18,13 @@ LENGTH = 1000
 
 @pytest.mark.parametrize("lacking_bytes", [0, 1])
 def test_a_device_that_lacks_a_byte_for_the_largest_step_is_told_of(
-    tmp_path: Path,
+    open_cluster: OpenCluster,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     lacking_bytes: int,
 ) -> None:
-    save_mixtral(tmp_path)
     with emulated_device() as device:
-        cluster = LocalCluster(tmp_path, threaded=False, device=device.device)
+        cluster = open_cluster(threaded=False, device=device.device)
         checkpoint = cluster.checkpoint
         sizes = router_sizes(checkpoint.family, checkpoint.config)
         limits = StepLimits(4, 64, LENGTH)

@@ -5,9 +5,7 @@ They are computed alone, in a crowd, in chunks with any borders, and token by to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +13,11 @@ import torch
 from cluster.native import native
 from router.engine.batch import pack
 from router.engine.sequence import ScheduledChunk, Sequence
-from tests.checkpoints import save_mixtral
-from tests.family_checkpoints import SAVERS
-from tests.grok_oracle import save_grok
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import ALL, Saves
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
 LENGTH = 37
 
 
@@ -70,9 +64,7 @@ DTYPES = [] if native is None else ["float32", "bfloat16", "float16"]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ALL)
-def test_neither_company_nor_chunks_change_a_bit(
-    saved: Callable[..., Saved], family: str, dtype: str
-) -> None:
+def test_neither_company_nor_chunks_change_a_bit(saved: Saves, family: str, dtype: str) -> None:
     runs = Runs(saved(family).folder, dtype)
     alone = runs.in_chunks([LENGTH])
     assert alone.isfinite().all()
@@ -92,11 +84,7 @@ def test_neither_company_nor_chunks_change_a_bit(
 WIDE: dict[str, dict[str, int]] = {
     "mixtral": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16},
     "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 512, "num_attention_heads": 16},
-    "deepseek_v2": {
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "qk_rope_head_dim": 64,
-    },
+    "deepseek_v2": {"num_attention_heads": 16, "num_key_value_heads": 16, "qk_rope_head_dim": 64},
 }
 THREADED = [
     ("mixtral", "bfloat16", 3),
@@ -107,9 +95,7 @@ THREADED = [
 
 
 @pytest.mark.parametrize(("family", "dtype", "num_threads"), [] if native is None else THREADED)
-def test_threads_change_no_bit(
-    saved: Callable[..., Saved], family: str, dtype: str, num_threads: int
-) -> None:
+def test_threads_change_no_bit(saved: Saves, family: str, dtype: str, num_threads: int) -> None:
     folder = saved(family, **WIDE[family]).folder
     alone = Runs(folder, dtype).in_chunks([160])
     torch.set_num_threads(num_threads)

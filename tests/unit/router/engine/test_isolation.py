@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from cluster.wire.frames import DispatchFrame, ErrorFrame, decode, encode
 from router.engine import isolation
 from router.engine.sequence import ALONE_TOKENS
 from router.messages.request import GenerationRequest, Received, TokenEvent
-from tests.checkpoints import VOCAB_SIZE, save_mixtral, transformers_tokens
+from tests.checkpoints import VOCAB_SIZE, transformers_tokens
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.poison import LAYER, last_rows, rows_of
+from tests.unit.router.engine.conftest import OpenCluster
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
 
 POISON = [VOCAB_SIZE - 1, 7, VOCAB_SIZE - 1]
@@ -32,42 +33,21 @@ CROWD = 8
 BACK_S = 1.0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> MixtralForCausalLM:
-    return MixtralForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", experts_implementation="eager"
-    )
-
-
 @pytest.fixture
-def cluster(folder: Path) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(folder, threaded=False)
-    yield cluster
-    cluster.close()
+def cluster(open_cluster: OpenCluster) -> LocalCluster:
+    return open_cluster(threaded=False)
 
 
 _tokens: dict[tuple[int, ...], tuple[int, ...]] = {}
 
 
-def innocent_prompt(seed: int) -> list[int]:
-    return prompt_of(5, seed)
-
-
 def has_poison(token_ids: torch.Tensor) -> bool:
-    """Return whether a step has the poison."""
     return any(token_ids[at : at + 3].tolist() == POISON for at in range(len(token_ids) - 2))
 
 
 def crowd() -> tuple[list[GenerationRequest], GenerationRequest]:
     """Return innocent requests, and one whose prompt has the poison."""
-    innocent = [greedy_request(f"r{i}", innocent_prompt(i), COUNT) for i in range(CROWD - 1)]
+    innocent = [greedy_request(f"r{i}", prompt_of(5, i), COUNT) for i in range(CROWD - 1)]
     return innocent, greedy_request("poison", POISON, COUNT)
 
 
@@ -112,38 +92,28 @@ def start(cluster: LocalCluster, *requests: GenerationRequest) -> None:
     cluster.engine.start()
 
 
-def test_a_step_that_raises_fails_the_request_at_fault_alone(
-    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_a_step_that_raises_fails_the_requests_at_fault_alone(
+    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch, num_bad: int
 ) -> None:
     steps = Steps(cluster, monkeypatch, has_poison)
     innocent, poison = crowd()
-    start(cluster, *innocent[:4], poison, *innocent[4:])
-    with pytest.raises(PoisonedRequestError, match=r"cannot compute this request \(RuntimeError\)"):
-        cluster.result(poison)
-    check_innocent(cluster, oracle, innocent)
-    # The first step, two of each halving, one probe; then a decode for each later token.
-    assert len(steps.sizes) <= 1 + 2 * 3 + 1 + COUNT
-    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
-
-
-def test_two_requests_at_fault_are_both_found(
-    cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Steps(cluster, monkeypatch, has_poison)
-    innocent, poison = crowd()
-    other = greedy_request("other", [5, *POISON], COUNT)
-    start(cluster, other, *innocent, poison)
-    for request in poison, other:
-        with pytest.raises(PoisonedRequestError):
+    others = [greedy_request("other", [5, *POISON], COUNT)][: num_bad - 1]
+    start(cluster, *others, *innocent[:4], poison, *innocent[4:])
+    for request in (poison, *others):
+        with pytest.raises(PoisonedRequestError, match=r"compute this request \(RuntimeError\)"):
             cluster.result(request)
     check_innocent(cluster, oracle, innocent)
+    # The first step, two of each halving, one probe; then a decode for each later token.
+    assert len(steps.sizes) <= 1 + num_bad * (2 * 3 + 1) + COUNT
+    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
 
 
 def test_a_step_that_raises_once_fails_nobody(
     cluster: LocalCluster, oracle: MixtralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(cluster, monkeypatch, lambda token_ids: len(steps.sizes) == 1)
-    lone = greedy_request("r", innocent_prompt(1), COUNT)
+    lone = greedy_request("r", prompt_of(5, 1), COUNT)
     start(cluster, lone)
     check_innocent(cluster, oracle, [lone])
     assert len(steps.sizes) == COUNT + 1
@@ -155,7 +125,7 @@ def test_a_router_that_cannot_compute_any_step_ends_and_its_log_says_why(
     ended = threading.Event()
     monkeypatch.setattr(isolation, "end_process", ended.set)
     Steps(cluster, monkeypatch, lambda token_ids: True)
-    start(cluster, greedy_request("r", innocent_prompt(1), COUNT))
+    start(cluster, greedy_request("r", prompt_of(5, 1), COUNT))
     assert ended.wait(30)
     assert "the router exits: it cannot compute any step" in caplog.text
 
@@ -167,7 +137,7 @@ def test_experts_without_an_answer_are_no_fault_of_a_request_or_router(
     ended = threading.Event()
     monkeypatch.setattr(isolation, "end_process", ended.set)
     cluster.transport.fail = lambda call, number: b"no frame at all"
-    request = greedy_request("r", innocent_prompt(1), COUNT, timeout_s=0.5)
+    request = greedy_request("r", prompt_of(5, 1), COUNT, timeout_s=0.5)
     start(cluster, request)
     with pytest.raises(ExpertMeshError):
         cluster.result(request)
@@ -175,6 +145,12 @@ def test_experts_without_an_answer_are_no_fault_of_a_request_or_router(
 
 
 # Expert actors that die.
+
+
+def frame_of(call: Call) -> DispatchFrame:
+    frame = decode(b"".join(call.frame))
+    assert isinstance(frame, DispatchFrame)
+    return frame
 
 
 @dataclass
@@ -186,13 +162,10 @@ class Deaths:
     died: list[tuple[str, int]] = field(default_factory=list)
 
     def __call__(self, call: Call, number: int) -> CallFailure | None:
-        """Say whether the actor of a call dies."""
         generation = self.cluster.view.placement.generations[call.actor_id]
         if call.generation != generation:
             return CallFailure.DIED
-        frame = decode(b"".join(call.frame))
-        assert isinstance(frame, DispatchFrame)
-        if not self.kills(frame):
+        if not self.kills(frame_of(call)):
             return None
         self.died.append((call.actor_id, call.generation))
         placement = self.cluster.view.placement
@@ -203,25 +176,24 @@ class Deaths:
 
 @pytest.mark.parametrize("min_copies", [1, 2])
 def test_a_frame_that_kills_its_actors_ends_its_request_after_four_rounds(
-    folder: Path, oracle: MixtralForCausalLM, min_copies: int
+    folder: Path, open_cluster: OpenCluster, oracle: MixtralForCausalLM, min_copies: int
 ) -> None:
     rows = last_rows(folder, POISON)
-    cluster = LocalCluster(folder, num_actors=3, min_copies=min_copies, threaded=False)
+    cluster = open_cluster(num_actors=3, min_copies=min_copies, threaded=False)
     cluster.transport.fail = deaths = Deaths(cluster, lambda frame: bool(rows & rows_of(frame)))
     innocent, poison = crowd()
     start(cluster, *innocent[:4], poison, *innocent[4:])
     with pytest.raises(PoisonedRequestError, match="died 4 times at this request"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
-    cluster.close()
     assert len(deaths.died) <= 4 * TOP_K  # a token has its experts on two actors
 
 
 def test_actors_that_die_of_something_else_fail_no_request(
-    folder: Path, oracle: MixtralForCausalLM
+    open_cluster: OpenCluster, oracle: MixtralForCausalLM
 ) -> None:
     """Twice in one layer, an actor dies with rows of all requests; no third one does."""
-    cluster = LocalCluster(folder, num_actors=3, min_copies=2, threaded=False)
+    cluster = open_cluster(num_actors=3, min_copies=2, threaded=False)
 
     def kills(frame: DispatchFrame) -> bool:
         return frame.layer_id == LAYER and len({actor for actor, _ in deaths.died}) < 2
@@ -230,19 +202,18 @@ def test_actors_that_die_of_something_else_fail_no_request(
     innocent, _ = crowd()
     start(cluster, *innocent)
     check_innocent(cluster, oracle, innocent)
-    cluster.close()
     assert len(deaths.died) >= 2
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_actors_that_died_before_a_request_is_computed_alone_do_not_count(
-    folder: Path, oracle: MixtralForCausalLM, is_broken: bool
+    open_cluster: OpenCluster, oracle: MixtralForCausalLM, is_broken: bool
 ) -> None:
     """Two actors die, then all, at another router's request; the placement has them still.
 
     Or the devices of all fail, and the controller ends each that has rows.
     """
-    cluster = LocalCluster(folder, num_actors=4, min_copies=2, threaded=False)
+    cluster = open_cluster(num_actors=4, min_copies=2, threaded=False)
     alive, died = dict(cluster.view.placement.generations), list[DispatchFrame]()
 
     def come_back() -> None:
@@ -254,8 +225,7 @@ def test_actors_that_died_before_a_request_is_computed_alone_do_not_count(
         cluster.view.publish(placement)
 
     def fail(call: Call, number: int) -> CallFailure | None:
-        frame = decode(b"".join(call.frame))
-        assert isinstance(frame, DispatchFrame)
+        frame = frame_of(call)
         is_copy = bool(died) and set(frame.expert_ids) <= set(died[0].expert_ids)
         if not died or (len(died) < 2 and is_copy):
             died.append(frame)
@@ -273,30 +243,25 @@ def test_actors_that_died_before_a_request_is_computed_alone_do_not_count(
     innocent, _ = crowd()
     start(cluster, *innocent)
     check_innocent(cluster, oracle, innocent)
-    cluster.close()
 
 
 # Expert actors that answer errors.
 
 
 def internal_error(call: Call) -> bytes:
-    frame = decode(b"".join(call.frame))
-    assert isinstance(frame, DispatchFrame)
     error = InternalError("the expert actor failed to compute the batch")
-    return b"".join(encode(ErrorFrame(frame.request_id, "InternalError", error)))
+    return b"".join(encode(ErrorFrame(frame_of(call).request_id, "InternalError", error)))
 
 
 @pytest.mark.parametrize("min_copies", [1, 2])
 def test_rows_at_which_every_copy_fails_end_their_request_alone(
-    folder: Path, oracle: MixtralForCausalLM, min_copies: int
+    folder: Path, open_cluster: OpenCluster, oracle: MixtralForCausalLM, min_copies: int
 ) -> None:
     rows = last_rows(folder, POISON)
-    cluster = LocalCluster(folder, num_actors=3, min_copies=min_copies, threaded=False)
+    cluster = open_cluster(num_actors=3, min_copies=min_copies, threaded=False)
 
     def fail(call: Call, number: int) -> bytes | None:
-        frame = decode(b"".join(call.frame))
-        assert isinstance(frame, DispatchFrame)
-        return internal_error(call) if rows & rows_of(frame) else None
+        return internal_error(call) if rows & rows_of(frame_of(call)) else None
 
     cluster.transport.fail = fail
     innocent, poison = crowd()
@@ -304,13 +269,12 @@ def test_rows_at_which_every_copy_fails_end_their_request_alone(
     with pytest.raises(PoisonedRequestError, match="cannot compute this request in layer 1"):
         cluster.result(poison)
     check_innocent(cluster, oracle, innocent)
-    cluster.close()
 
 
 def test_an_actor_that_fails_at_all_rows_is_waited_for_and_no_request_is_to_blame(
-    folder: Path, oracle: MixtralForCausalLM
+    open_cluster: OpenCluster, oracle: MixtralForCausalLM
 ) -> None:
-    cluster = LocalCluster(folder, num_actors=3, threaded=False)
+    cluster = open_cluster(num_actors=3, threaded=False)
     num_errors = 0
 
     def fail(call: Call, number: int) -> bytes | None:
@@ -324,7 +288,6 @@ def test_an_actor_that_fails_at_all_rows_is_waited_for_and_no_request_is_to_blam
     innocent, _ = crowd()
     start(cluster, *innocent)
     check_innocent(cluster, oracle, innocent)
-    cluster.close()
     assert num_errors == 12
 
 
@@ -332,7 +295,7 @@ def test_an_actor_that_fails_at_all_rows_is_waited_for_and_no_request_is_to_blam
 
 
 def of_request(cluster: LocalCluster) -> list[set[str]]:
-    """Return a list that gets the ids of the requests of each step."""
+    """Return a list of each step's requests, which grows."""
     steps: list[set[str]] = []
     step = cluster.engine.step
 
@@ -360,9 +323,9 @@ def test_a_request_that_comes_alone_has_steps_of_its_own_until_it_has_new_tokens
         return True
 
     cluster.engine._isolation._announce = announce
-    prompt, count = innocent_prompt(50), 20
+    prompt, count = prompt_of(5, 50), 20
     expected = transformers_tokens(oracle, prompt, count)
-    others = [greedy_request(f"r{i}", innocent_prompt(i), 30) for i in range(3)]
+    others = [greedy_request(f"r{i}", prompt_of(5, i), 30) for i in range(3)]
     suspect = alone_request(expected[:3], prompt, count)
     start(cluster, *others, suspect)
     [event] = cluster.result(suspect)
@@ -382,7 +345,7 @@ def test_a_request_that_comes_alone_has_steps_of_its_own_until_it_has_new_tokens
 
 def test_a_request_is_not_computed_alone_unless_its_gateway_knows(cluster: LocalCluster) -> None:
     cluster.engine._isolation._announce = lambda request_id, is_alone: False
-    suspect = alone_request((), innocent_prompt(1), 3)
+    suspect = alone_request((), prompt_of(5, 1), 3)
     start(cluster, suspect)
     with pytest.raises(ExpertMeshError, match="could not tell the gateway") as caught:
         cluster.result(suspect)

@@ -23,18 +23,12 @@ from cluster.wire.frames import RowsFrame, decode
 from experts import actor as actor_module
 from router.engine.sampling import sample
 from router.engine.sequence import ScheduledChunk
-from tests.checkpoints import save_mixtral
 from tests.unit.cluster.transport.wired import LENGTH, Wired
 from tests.unit.experts.local_actor import LIMIT_S, frame_of, local_actor, rows_of
 
 ROOT = Path(__file__).parents[4]
 MAX_FILES = 16
 TRACED = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
-NATIVE_ATTENTION, GATHERED = (
-    "router/model/cpu/native_attention.py",
-    "router/model/attention/paged.py",
-)
-"""Without native code the latter makes the step's view too."""
 DOCUMENT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 ROUTER, ACTOR = (
     DOCUMENT.partition(begin)[2].partition(end)[0]
@@ -112,12 +106,6 @@ def files_of_a_decode(
     assert len(traces) == LENGTH
     assert wired.cluster.dispatcher.calls["stream"]
     return list(traces[-1].files)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_mixtral(tmp_path)
-    return tmp_path
 
 
 @contextmanager

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-from cluster.errors import (
-    CancelledRequestError,
-    ExpertUnavailableError,
-    ModelReplacedError,
-    NotFiniteError,
-)
+from cluster.errors import ExpertUnavailableError, NotFiniteError
 from cluster.native import native
 from cluster.staging import RING
 from cluster.transport.base import Call, CallFailure, IsGone, Outcome, never_gone
-from cluster.wire.frames import DispatchFrame, ErrorFrame, encode
+from cluster.wire.frames import DispatchFrame
 from router.config.capacity import CapacityConfig
 from router.engine import batch
 from router.engine.batch import MIN_PIECE_TOKENS, pack, piece_ends
@@ -32,36 +24,28 @@ from router.messages.request import GenerationRequest
 from router.model.attention.interface import Span
 from router.model.decoder import MAX_PIECES
 from router.moe.layer import InFlightLayer
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
-from tests.family_checkpoints import SAVERS
-from tests.grok_oracle import save_grok
-from tests.local_cluster import MODEL, Answered, LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.emulated_steps import Steps
+from tests.local_cluster import Answered, LocalCluster, greedy_request
+from tests.unit.router.engine.conftest import ALL, OpenCluster, Saves
 from tests.unit.router.engine.test_batch import sequence_of
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIMITS = Limits(32, 64, 256)
 PROMPTS = [prompt_of(length, length) for length in (5, 90, 17, 2, 41)]
+PROMPT = prompt_of(40, 1)
 LENGTH = 6
 ERRORS = [("float32", 1e-5), ("bfloat16", 0.02)]
 if native is not None:
     ERRORS = [(dtype, 0.0) for dtype, _ in ERRORS]
-ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut steps of few tokens too."""
+def open_cluster(open_cluster: OpenCluster, monkeypatch: pytest.MonkeyPatch) -> OpenCluster:
+    """Open clusters that cut steps of few tokens too."""
     monkeypatch.setattr(batch, "MIN_PIECE_TOKENS", 4)
+    return open_cluster
 
 
 def requests(name: str = "r", **options: Any) -> list[GenerationRequest]:
@@ -109,15 +93,7 @@ def test_pieces_are_long_enough_and_the_first_has_all_decodes(
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_decode", "ends"),
-    [
-        (1, 1, [1]),
-        (600, 600, [600]),
-        (255, 0, [255]),
-        (256, 0, [128, 256]),
-        (512, 32, [256, 512]),
-        (512, 400, [512]),
-        (512, 300, [300, 512]),
-    ],
+    [(256, 0, [128, 256]), (512, 32, [256, 512]), (512, 400, [512]), (512, 300, [300, 512])],
 )
 def test_decodes_and_short_steps_are_one_piece(
     num_tokens: int, num_decode: int, ends: list[int]
@@ -166,14 +142,13 @@ def test_a_chunk_goes_on_in_the_next_piece(monkeypatch: pytest.MonkeyPatch) -> N
 # Same results.
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("dtype", ["float32"] if native is None else ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL)
 def test_pieces_change_no_familys_tokens(
-    saved: Callable[..., Saved], family: str, dtype: str
+    saved: Saves, open_cluster: OpenCluster, family: str, dtype: str
 ) -> None:
     folder = saved(family).folder
-    cluster = LocalCluster(folder, limits=LIMITS, dtype=dtype, prefix_cache=False)
+    cluster = open_cluster(folder, limits=LIMITS, dtype=dtype, prefix_cache=False)
     expected, counts = tokens_of(cluster, 1)
     assert set(counts) == {1}
     for most_pieces in (2, 3):
@@ -181,11 +156,10 @@ def test_pieces_change_no_familys_tokens(
         assert counts.count(most_pieces) >= 2  # prefills beside decodes, too
         assert counts[-1] == 1
         assert tokens == expected
-    cluster.close()
 
 
 @pytest.fixture(scope="module")
-def windowed(saved: Callable[..., Saved]) -> dict[str, LocalCluster]:
+def windowed(saved: Saves) -> dict[str, LocalCluster]:
     """A cluster of each type, whose steps a test computes."""
     folder = saved("mixtral", sliding_window=7).folder
     return {
@@ -216,28 +190,17 @@ def test_borders_anywhere_change_no_bit(
     assert (logits[1] - logits[0]).abs().max() <= error * logits[0].abs().max()
 
 
-@pytest.mark.usefixtures("short")
-def test_a_device_copies_once_each_way_for_each_piece_and_layer(folder: Path) -> None:
+def test_a_device_copies_once_each_way_for_each_piece_and_layer(open_cluster: OpenCluster) -> None:
+    expected, _ = tokens_of(open_cluster(limits=LIMITS), 1)
     with emulated_device() as device:
-        host = LocalCluster(folder, limits=LIMITS, dtype="float32")
-        expected, _ = tokens_of(host, 1)
-        host.close()
-        cluster = LocalCluster(folder, limits=LIMITS, dtype="float32", device=device.device)
-        copies = []
-        step = cluster.engine.step
-
-        def counted(*arguments: Any) -> None:
-            with device.counted() as found:
-                step(*arguments)
-            copies.append(found)
-
-        cluster.engine.step = counted
+        cluster = open_cluster(limits=LIMITS, device=device.device)
+        steps = Steps(cluster, device)
         tokens, counts = tokens_of(cluster, MAX_PIECES)
         cluster.close()
     assert tokens == expected
     assert MAX_PIECES in counts
     num_layers = len(cluster.checkpoint.shape.layers)
-    for found, count in zip(copies, counts, strict=True):
+    for found, count in zip(steps.copies, counts, strict=True):
         assert len(found.to_host) == len(found.to_device) == count * num_layers + 1
         assert not found.host_reads
         assert not found.mixed
@@ -275,19 +238,17 @@ def logged(cluster: LocalCluster) -> list[tuple[str, int]]:
     return events
 
 
-def stepped(folder: Path, prompt: list[int], most_pieces: int = MAX_PIECES) -> LocalCluster:
-    """Return a cluster whose engine has one request, and does a step when told to."""
-    cluster = LocalCluster(folder, threaded=False)
-    cluster.engine._most_pieces = most_pieces
-    cluster.scheduler.add(greedy_request("r", prompt, LENGTH))
+@pytest.fixture
+def stepped(open_cluster: OpenCluster) -> LocalCluster:
+    """A cluster whose engine has a long prompt, and does a step when told to."""
+    cluster = open_cluster(threaded=False)
+    cluster.scheduler.add(greedy_request("r", PROMPT, LENGTH))
     return cluster
 
 
-@pytest.mark.usefixtures("short")
-def test_a_piece_is_sent_before_the_piece_before_is_waited_for(folder: Path) -> None:
-    cluster = stepped(folder, prompt_of(40, 1))
-    events = logged(cluster)
-    cluster.engine.step(cluster.scheduler.schedule())
+def test_a_piece_is_sent_before_the_piece_before_is_waited_for(stepped: LocalCluster) -> None:
+    events = logged(stepped)
+    stepped.engine.step(stepped.scheduler.schedule())
     # Layers 0 and 1: pieces 0 and 1, 2 and 3. Layer 2: only the second has a token to sample from.
     expected = [("send", 0), ("send", 1)]
     for number in range(2):
@@ -295,40 +256,36 @@ def test_a_piece_is_sent_before_the_piece_before_is_waited_for(folder: Path) -> 
     assert events == [*expected, ("wait", 2), ("wait", 3), ("send", 4), ("wait", 4)]
 
 
-@pytest.mark.usefixtures("short")
-def test_a_step_that_fails_drops_the_calls_under_way(folder: Path) -> None:
-    cluster = stepped(folder, prompt_of(40, 1))
-    events = logged(cluster)
-    finish, failures = cluster.layers.finish, iter([False, False, True])
+def test_a_step_that_fails_drops_the_calls_under_way(stepped: LocalCluster) -> None:
+    events = logged(stepped)
+    finish, failures = stepped.layers.finish, iter([False, False, True])
 
     def fails(begun: InFlightLayer) -> torch.Tensor:
         if next(failures):
             raise ExpertUnavailableError("a fault of the test's", "", 1.0)
         return finish(begun)
 
-    cluster.layers.finish = fails
-    cluster.engine._isolation.compute(cluster.scheduler.schedule())
+    stepped.layers.finish = fails
+    stepped.engine._isolation.compute(stepped.scheduler.schedule())
     assert events[-1] == ("drop", 3)
     assert [number for kind, number in events if kind == "wait"] == [0, 1]
-    cluster.engine._flush()
+    stepped.engine._flush()
     with pytest.raises(ExpertUnavailableError, match="a fault of the test's"):
-        cluster.result(greedy_request("r", [1], 1))
+        stepped.result(greedy_request("r", [1], 1))
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("method", ["prepare", "combine"])
 def test_a_layer_that_fails_after_it_is_sent_drops_its_calls(
-    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    stepped: LocalCluster, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = stepped(folder, prompt_of(40, 1))
-    events = logged(cluster)
+    events = logged(stepped)
 
     def fails(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cluster.layers._combination, method, fails)
+    monkeypatch.setattr(stepped.layers._combination, method, fails)
     with pytest.raises(MemoryError):
-        cluster.engine.step(cluster.scheduler.schedule())
+        stepped.engine.step(stepped.scheduler.schedule())
     sent = [number for kind, number in events if kind == "send"]
     assert [number for kind, number in events if kind == "drop"] == sent
 
@@ -336,26 +293,17 @@ def test_a_layer_that_fails_after_it_is_sent_drops_its_calls(
 # Failures amid a layer in pieces.
 
 
-def experts_of(folder: Path, prompt: list[int], layer_id: int) -> set[int]:
-    """Return the experts of a layer that a prompt needs."""
-    cluster = stepped(folder, prompt)
-    cluster.engine.step(cluster.scheduler.schedule())
-    return {e for frame in frames_of(cluster, layer_id) for e in frame.expert_ids}
-
-
 def frames_of(cluster: LocalCluster, layer_id: int) -> list[DispatchFrame]:
     return [frame for frame in cluster.transport.frames if frame.layer_id == layer_id]
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("contract", ["strict", "drop", "next_expert"])
-def test_an_expert_that_is_lost_between_two_pieces(folder: Path, contract: str) -> None:
+def test_an_expert_that_is_lost_between_two_pieces(
+    open_cluster: OpenCluster, contract: str
+) -> None:
     """The second piece of layer 1 finds the placement without the expert."""
-    prompt = prompt_of(40, 1)
-    plain = LocalCluster(folder)
-    [[expected]] = plain.generate(greedy_request("r", prompt, LENGTH))
-    plain.close()
-    cluster = LocalCluster(folder)
+    [[expected]] = open_cluster().generate(greedy_request("r", PROMPT, LENGTH))
+    cluster = open_cluster()
     cluster.engine._most_pieces = 2
 
     def lose(call: Call, number: int) -> None:
@@ -364,14 +312,13 @@ def test_an_expert_that_is_lost_between_two_pieces(folder: Path, contract: str) 
             cluster.lose([(1, 3)])
 
     cluster.transport.fail = lose
-    request = greedy_request("r", prompt, LENGTH, on_expert_loss=contract)
+    request = greedy_request("r", PROMPT, LENGTH, on_expert_loss=contract)
     cluster.engine.submit(request)
     if contract == "strict":
         while not cluster.scheduler.parked():
             pass
         cluster.lose([])
     [event] = cluster.result(request)
-    cluster.close()
     assert event.exact == (contract == "strict")
     assert len(event.token_ids) == LENGTH
     if contract == "strict":
@@ -381,15 +328,18 @@ def test_an_expert_that_is_lost_between_two_pieces(folder: Path, contract: str) 
         assert cluster.engine.inexact_rows[contract] > 0
 
 
-@pytest.mark.usefixtures("short")
-def test_a_work_that_one_piece_leaves_out_is_left_out_of_all(folder: Path) -> None:
+def test_a_work_that_one_piece_leaves_out_is_left_out_of_all(open_cluster: OpenCluster) -> None:
     """The expert is away until the deadline; the other request's tokens come all the same."""
-    other, prompt = prompt_of(2, 8), prompt_of(40, 1)
-    lost = min(experts_of(folder, prompt[:20], 1) - experts_of(folder, other, 1))
-    cluster = LocalCluster(folder, 8, threaded=False)
+    plain, used = open_cluster(), list[set[int]]()
+    for count, prompt in ((1, PROMPT[:20]), (LENGTH, prompt_of(2, 8)), (1, PROMPT)):
+        before = len(frames_of(plain, 1))
+        [[alone]] = plain.generate(greedy_request(f"{len(prompt)}", prompt, count))
+        used.append({e for frame in frames_of(plain, 1)[before:] for e in frame.expert_ids})
+    lost = min(used[0] - used[1])
+    cluster = open_cluster(num_actors=8, threaded=False)
     cluster.engine._most_pieces = 2
-    long = greedy_request("long", prompt, LENGTH, timeout_s=0.3)
-    for request in (long, greedy_request("other", other, LENGTH)):
+    long = greedy_request("long", PROMPT, LENGTH, timeout_s=0.3)
+    for request in (long, greedy_request("other", prompt_of(2, 8), LENGTH)):
         cluster.scheduler.add(request)
     is_away = [True]
 
@@ -410,91 +360,38 @@ def test_a_work_that_one_piece_leaves_out_is_left_out_of_all(folder: Path) -> No
     waiting.awaited = frozenset()
     cluster.engine.step(cluster.scheduler.schedule())
     assert waiting.num_generated == 1
-    again = LocalCluster(folder)
-    [[alone]] = again.generate(greedy_request("r", prompt, 1))
-    again.close()
     assert tuple(waiting.token_ids[-1:]) == alone.token_ids
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("poisoned", range(3))
 def test_rows_that_are_not_finite_end_their_own_request(
-    folder: Path, tmp_path: Path, poisoned: int
+    open_cluster: OpenCluster, monkeypatch: pytest.MonkeyPatch, poisoned: int
 ) -> None:
     prompts = [[t for t in prompt_of(30, i) if t != 7] for i in range(3)]
     prompts[poisoned].append(7)
-    for file in folder.iterdir():
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            tensors["model.embed_tokens.weight"][7] = float("nan")
-            save_file(tensors, tmp_path / file.name, {"format": "pt"})
-        else:
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    cluster = LocalCluster(tmp_path, limits=Limits(8, 256, 16), threaded=False)
+    cluster = open_cluster(limits=Limits(8, 256, 16), threaded=False)
     cluster.engine._most_pieces = 4
+    decoder = cluster.model.decoder
+    embed = decoder._embedding
+
+    def damaged(token_ids: torch.Tensor) -> torch.Tensor:
+        return torch.where((token_ids == 7).unsqueeze(1), torch.nan, embed(token_ids))
+
+    monkeypatch.setattr(decoder, "_embedding", damaged)
     asked = [greedy_request(f"r{i}", prompt, 1) for i, prompt in enumerate(prompts)]
     for request in asked:
         cluster.scheduler.add(request)
     cluster.engine.step(cluster.scheduler.schedule())
     cluster.engine._flush()
-    for i, request in enumerate(asked):
-        if i == poisoned:
-            with pytest.raises(NotFiniteError):
-                cluster.result(request)
-        else:
-            [event] = cluster.result(request)
-            assert len(event.token_ids) == 1
+    with pytest.raises(NotFiniteError):
+        cluster.result(asked.pop(poisoned))
+    for request in asked:
+        [event] = cluster.result(request)
+        assert len(event.token_ids) == 1
 
 
-@pytest.mark.usefixtures("short")
-def test_with_a_capacity_a_step_is_one_piece(folder: Path) -> None:
-    cluster = LocalCluster(folder, capacity=CapacityConfig(tokens=4), limits=LIMITS)
+def test_with_a_capacity_a_step_is_one_piece(open_cluster: OpenCluster) -> None:
+    cluster = open_cluster(capacity=CapacityConfig(tokens=4), limits=LIMITS)
     counts = tokens_of(cluster, cluster.engine._most_pieces)[1]
     assert set(counts) == {1}
     assert sum(cluster.overflow.values()) > 0
-
-
-@pytest.mark.usefixtures("short")
-def test_a_request_that_is_cancelled_between_two_pieces_ends_after_the_step(folder: Path) -> None:
-    cluster = LocalCluster(folder)
-    cluster.engine._most_pieces = 2
-    requests = [greedy_request(name, prompt_of(40, i), LENGTH) for i, name in enumerate("ab")]
-
-    def cancel(call: Call, number: int) -> None:
-        if len(frames_of(cluster, 1)) == 2:
-            cluster.engine.cancel("a")
-
-    cluster.transport.fail = cancel
-    for request in requests:
-        cluster.engine.submit(request)
-    with pytest.raises(CancelledRequestError):
-        cluster.result(requests[0])
-    [event] = cluster.result(requests[1])
-    cluster.close()
-    assert len(event.token_ids) == LENGTH
-    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
-
-
-@pytest.mark.usefixtures("short")
-def test_a_model_that_is_replaced_between_two_pieces_ends_its_requests(folder: Path) -> None:
-    cluster = LocalCluster(folder)
-    cluster.engine._most_pieces = 2
-    withdrawn = replace(cluster.placement, version=99).without_models({MODEL})
-
-    def withdraw(call: Call, number: int) -> bytes | None:
-        if len(frames_of(cluster, 1)) != 2:
-            return None
-        cluster.view.publish(withdrawn)
-        frame = cluster.transport.frames[-1]
-        error = ErrorFrame(frame.request_id, "WrongPlacementError", ModelReplacedError())
-        return b"".join(encode(error))
-
-    cluster.transport.fail = withdraw
-    request = greedy_request("r", prompt_of(40, 1), LENGTH)
-    with pytest.raises(ModelReplacedError):
-        cluster.generate(request)
-    cluster.transport.fail = lambda call, number: None
-    cluster.view.publish(replace(cluster.placement, version=101))
-    [[event]] = cluster.generate(greedy_request("again", prompt_of(40, 1), LENGTH))
-    cluster.close()
-    assert len(event.token_ids) == LENGTH

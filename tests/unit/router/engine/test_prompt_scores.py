@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,34 +10,18 @@ import torch
 
 from cluster.errors import NotFiniteError
 from cluster.native import native
-from router.engine import batch, prompt_scores
+from router.engine import prompt_scores
 from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, PromptLogprobs, Received
-from tests.checkpoints import VOCAB_SIZE, save_mixtral
-from tests.family_checkpoints import SAVERS
+from tests.checkpoints import VOCAB_SIZE
 from tests.grok_oracle import logits_of
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import ALL, FAMILIES, OpenCluster, Saves
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, **SAVERS}
 LENGTH = 37
 TOP = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
-@pytest.fixture
-def cluster(folder: Path) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(folder)
-    yield cluster
-    cluster.close()
 
 
 def asked(name: str, length: int = LENGTH, count: int = 0, **sampling: Any) -> GenerationRequest:
@@ -54,11 +36,12 @@ def rows_of(cluster: LocalCluster, request: GenerationRequest) -> tuple[PromptLo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_equal_those_of_transformers(saved: Callable[..., Saved], family: str) -> None:
+def test_they_equal_those_of_transformers(
+    saved: Saves, open_cluster: OpenCluster, family: str
+) -> None:
     folder, model = saved(family)
-    cluster = LocalCluster(folder, limits=Limits(4, 16, 16))  # the prompt takes three steps
+    cluster = open_cluster(folder, limits=Limits(4, 16, 16))  # the prompt takes three steps
     rows = rows_of(cluster, asked("r"))
-    cluster.close()
     ids = torch.tensor([prompt_of(LENGTH, 7)])
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -74,11 +57,11 @@ def test_they_equal_those_of_transformers(saved: Callable[..., Saved], family: s
         assert abs(row.rank - 1 - int((expected[place] > own).sum())) <= 1
 
 
-def test_those_of_grok_equal_an_independent_implementation(saved: Callable[..., Saved]) -> None:
+def test_those_of_grok_equal_an_independent_implementation(
+    saved: Saves, open_cluster: OpenCluster
+) -> None:
     folder, weights = saved("grok")
-    cluster = LocalCluster(folder, limits=Limits(4, 16, 16))
-    rows = rows_of(cluster, asked("r"))
-    cluster.close()
+    rows = rows_of(open_cluster(folder, limits=Limits(4, 16, 16)), asked("r"))
     ids = prompt_of(LENGTH, 7)
     for place in (0, 15, 16, LENGTH - 2):  # it is slow
         expected = logits_of(weights, ids[: place + 1]).log_softmax(-1)
@@ -86,12 +69,12 @@ def test_those_of_grok_equal_an_independent_implementation(saved: Callable[..., 
 
 
 @pytest.mark.parametrize("dtype", [] if native is None else ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [*FAMILIES, "grok"])
+@pytest.mark.parametrize("family", ALL)
 def test_neither_company_nor_chunks_change_a_bit(
-    saved: Callable[..., Saved], family: str, dtype: str
+    saved: Saves, open_cluster: OpenCluster, family: str, dtype: str
 ) -> None:
     limits = Limits(32, LENGTH + 3, 64)  # alone, the prompt is one step
-    cluster = LocalCluster(saved(family).folder, dtype=dtype, limits=limits, prefix_cache=False)
+    cluster = open_cluster(saved(family).folder, dtype=dtype, limits=limits, prefix_cache=False)
     expected = rows_of(cluster, asked("alone"))
     others = [
         greedy_request(
@@ -102,17 +85,15 @@ def test_neither_company_nor_chunks_change_a_bit(
         )
         for seed in range(1, 7)
     ]
-    results = cluster.generate(*others[:3], asked("r", count=4), *others[3:])
-    cluster.close()
-    [event] = results[3]
+    [event] = cluster.generate(*others[:3], asked("r", count=4), *others[3:])[3]
     assert event.prompt_logprobs == expected
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_logits_are_made_a_few_rows_at_a_time(
-    saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch, family: str
+    saved: Saves, open_cluster: OpenCluster, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    cluster = LocalCluster(saved(family).folder)
+    cluster = open_cluster(saved(family).folder)
     whole = rows_of(cluster, asked("whole"))
     sizes = []
     logits = cluster.model.decoder.logits
@@ -125,7 +106,6 @@ def test_logits_are_made_a_few_rows_at_a_time(
     monkeypatch.setattr(cluster.model.decoder, "logits", counted)
     monkeypatch.setattr(prompt_scores, "VALUES_AT_ONCE", 5 * VOCAB_SIZE)
     assert rows_of(cluster, asked("parts")) == whole
-    cluster.close()
     assert max(sizes) == 5
     assert sum(sizes) == LENGTH  # the last row is sampled
 
@@ -146,21 +126,6 @@ def test_each_choice_has_them_and_its_tokens_stay_the_same(cluster: LocalCluster
     assert len(scored[0].prompt_logprobs) == LENGTH - 1
 
 
-def test_steps_of_decodes_alone_look_for_no_prompt(
-    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked: list[int] = []
-    rows = batch.scored_rows
-
-    def counted(works: Any, ends: Any) -> Any:
-        looked.append(len(works))
-        return rows(works, ends)
-
-    monkeypatch.setattr(batch, "scored_rows", counted)
-    cluster.generate(asked("r", count=9, prompt_logprobs=None))
-    assert looked == [1]  # the step of the prompt
-
-
 @pytest.mark.parametrize("count", [1, 20, LENGTH - 2, LENGTH - 1])
 def test_a_resumed_request_gets_the_rest(cluster: LocalCluster, count: int) -> None:
     [[whole]] = cluster.generate(asked(f"r{count}", count=5))
@@ -175,12 +140,9 @@ def test_a_resumed_request_gets_the_rest(cluster: LocalCluster, count: int) -> N
     assert (tail.prompt_logprobs, tail.token_ids) == ((), whole.token_ids[2:])
 
 
-def test_a_prompt_that_waits_for_an_expert_gets_each_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = LocalCluster(folder, limits=Limits(4, 8, 16), threaded=False)
-    expected = rows_of(whole := LocalCluster(folder), asked("r"))
-    whole.close()
+def test_a_prompt_that_waits_for_an_expert_gets_each_once(open_cluster: OpenCluster) -> None:
+    expected = rows_of(open_cluster(), asked("r"))
+    cluster = open_cluster(limits=Limits(4, 8, 16), threaded=False)
     cluster.lose([(1, expert) for expert in range(8)])
     cluster.engine.submit(asked("r"))
     cluster.engine._commands.run(0.1)
@@ -188,15 +150,8 @@ def test_a_prompt_that_waits_for_an_expert_gets_each_once(
     assert cluster.scheduler.parked()
     cluster.lose([])
     cluster.engine.start()
-    assert rows_of_submitted(cluster, asked("r")) == expected
-    cluster.close()
-
-
-def rows_of_submitted(
-    cluster: LocalCluster, request: GenerationRequest
-) -> tuple[PromptLogprobs, ...]:
-    [event] = cluster.result(request)
-    return event.prompt_logprobs
+    [event] = cluster.result(asked("r"))
+    assert event.prompt_logprobs == expected
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(

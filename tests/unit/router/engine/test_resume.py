@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.native import native
 from router.engine.scheduling.scheduler import Limits
+from router.messages.receipts import merge_events
 from router.messages.request import GenerationRequest, Received, TokenEvent
-from tests.checkpoints import save_mixtral
+from router.messages.rules import TokenRules
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import ALL, OpenCluster, Saves
 from tests.unit.router.engine.test_engine import prompt_of
-from tests.unit.router.engine.test_independence import ALL
 
 LENGTH = 12
 PROMPT = prompt_of(20, 42)
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "warm": {},
+    "with rules": {"rules": TokenRules(0.9, 0.4, 1.4, ((5, 2.0),), 6, (9,), ((4,), (7, 8)))},
+}
 AT_ONCE, EACH = "at once", "one to a step"
-LIMITS = Limits(32, 64, 256)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (dtype, way)
-        for dtype in ("float32", "bfloat16")
-        for way in ([EACH] if native is None else [AT_ONCE, EACH])
-    ],
-    ids=str,
-)
-def cluster(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalCluster]:
+WAYS = [EACH] if native is None else [AT_ONCE, EACH]
+
+
+@pytest.fixture(scope="module", params=itertools.product(("float32", "bfloat16"), WAYS), ids=str)
+def cluster(request: pytest.FixtureRequest, saved: Saves) -> Iterator[LocalCluster]:
     """A cluster without a prefix cache, so that forced tokens are computed, not found."""
     dtype, way = request.param
-    folder: Path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(folder, dtype=getattr(torch, dtype))
-    cluster = LocalCluster(folder, limits=LIMITS, prefix_cache=False)
+    cluster = LocalCluster(saved("mixtral", dtype=getattr(torch, dtype)).folder, prefix_cache=False)
     if way == EACH:
         cluster.view.expert_classes = frozenset({"torch-avx2"})
     yield cluster
@@ -65,11 +58,9 @@ def resumed(request: GenerationRequest, *received: Received) -> GenerationReques
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, LENGTH - 1])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_rest_is_what_would_have_come(
-    cluster: LocalCluster, count: int, temperature: float
-) -> None:
-    request = asked(f"r{count}{temperature}", temperature=temperature)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_is_what_would_have_come(cluster: LocalCluster, count: int, kind: str) -> None:
+    request = asked(f"r{count}{kind}", **KINDS[kind])
     [[whole]] = cluster.generate(request)
     given = Received(whole.token_ids[:count])
     before = cluster.engine.replayed.copy()
@@ -82,33 +73,14 @@ def test_the_rest_is_what_would_have_come(
     assert cluster.scheduler.num_free_pages == 512
 
 
-def test_forced_tokens_are_computed_like_a_prompt_or_one_to_a_step_as_the_first_time(
-    cluster: LocalCluster,
-) -> None:
-    request = asked("shapes")
-    first = len(cluster.transport.frames)
-    [[whole]] = cluster.generate(request)
-    again = len(cluster.transport.frames)
-    cluster.generate(resumed(request, Received(whole.token_ids[: LENGTH - 1])))
-    frames = cluster.transport.frames
-    if is_at_once(cluster):
-        # A step for the prompt and the forced tokens but the last, and one for that.
-        num_layers = len(cluster.checkpoint.shape.layers)
-        assert len(cluster.transport.frames) - again <= 2 * num_layers * 2
-        return
-    assert [(f.layer_id, f.num_tokens_per_expert, bytes(f.rows)) for f in frames[first:again]] == [
-        (f.layer_id, f.num_tokens_per_expert, bytes(f.rows)) for f in frames[again:]
-    ]
-
-
 @pytest.mark.skipif(native is None, reason="bits are promised in native code alone")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL)
 def test_a_long_answer_goes_on_bit_for_bit_in_a_crowd_in_every_family(
-    saved: Callable[..., Saved], family: str, dtype: str
+    saved: Saves, open_cluster: OpenCluster, family: str, dtype: str
 ) -> None:
     folder, limits = saved(family).folder, Limits(32, 24, 256)
-    cluster = LocalCluster(folder, limits=limits, dtype=dtype, prefix_cache=False)
+    cluster = open_cluster(folder, limits=limits, dtype=dtype, prefix_cache=False)
     requests = [
         greedy_request(f"r{i}", prompt_of(9 + 7 * i, i), 40, temperature=1.0, seed=i, logprobs=1)
         for i in range(3)
@@ -124,7 +96,6 @@ def test_a_long_answer_goes_on_bit_for_bit_in_a_crowd_in_every_family(
         assert rest.logprobs == whole.logprobs[count:]
     if cluster.model.is_independent:
         assert cluster.engine.replayed == {"equal": len(counts)}
-    cluster.close()
 
 
 def test_tokens_that_the_replica_would_not_have_drawn_are_forced_all_the_same(
@@ -156,11 +127,8 @@ def test_forced_tokens_that_end_with_the_end_of_sequence_end_the_choice(
     [[whole]] = cluster.generate(request)
     monkeypatch.setattr(cluster.engine, "_eos_token_ids", frozenset([whole.token_ids[3]]))
     place = whole.token_ids.index(whole.token_ids[3])
-    request = replace(
-        request, request_id="eos2", sampling=replace(request.sampling, ignore_eos=False)
-    )
     given = Received(whole.token_ids[: place + 1])
-    [[end]] = cluster.generate(resumed(request, given))
+    [[end]] = cluster.generate(resumed(asked("eos2", ignore_eos=False), given))
     assert end == TokenEvent(0, (), (), "stop", start=place + 1)
 
 
@@ -180,16 +148,14 @@ def test_each_choice_goes_on_from_its_own_tokens_and_a_finished_one_is_not_compu
         again.request_id,
         lambda outcomes: sum(bool(getattr(o, "finish_reason", None)) for o in outcomes) == 2,
     )
-    by_choice = {
-        index: tuple(t for e in last if isinstance(e, TokenEvent) and e.index == index
-                     for t in e.token_ids)
-        for index in range(3)
-    }  # fmt: skip
-    assert by_choice == {0: first.token_ids[2:], 1: (), 2: third.token_ids[7:]}
+    events = merge_events([event for event in last if isinstance(event, TokenEvent)])
+    by_choice = {event.index: event.token_ids for event in events}
+    assert by_choice == {0: first.token_ids[2:], 2: third.token_ids[7:]}
 
 
-def test_a_request_travels_with_what_has_been_received() -> None:
-    request = resumed(asked("wire", n=2), Received((1, 2)), Received((), True))
+def test_a_request_travels_with_its_rules_and_what_has_been_received() -> None:
+    rules = TokenRules(0.5, 0.25, 1.2, ((5, 3.0), (7, -2.0)), 3, (1, 2), ((4, 5), (8,)))
+    request = resumed(asked("wire", n=2, rules=rules), Received((1, 2)), Received((), True))
     got = GenerationRequest.from_wire(request.to_wire())
     assert got.remaining_s() == pytest.approx(request.remaining_s(), abs=1.0)
     assert replace(got, deadline_s=request.deadline_s) == request

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +16,23 @@ from router.config.capacity import CapacityConfig
 from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.routed import RoutedExperts, dtype_of
-from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.emulated_steps import Steps
-from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.routed_oracle import WEIGHTS, logits_under, used_by
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import FAMILIES, OpenCluster, Saves
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, **SAVERS}
 LENGTH, COUNT = 37, 5
 PROMPT = prompt_of(LENGTH, 7)
 CHUNKED = Limits(4, 16, 16)
 """The prompt takes three steps."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
-
-
 @pytest.fixture
-def cluster(folder: Path) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(folder, limits=CHUNKED)
-    yield cluster
-    cluster.close()
+def cluster(open_cluster: OpenCluster) -> LocalCluster:
+    return open_cluster(limits=CHUNKED)
 
 
 def shape_of(cluster: LocalCluster) -> tuple[int, int]:
@@ -87,11 +73,12 @@ def without_rows(event: TokenEvent) -> TokenEvent:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_they_are_those_of_transformers(saved: Callable[..., Saved], family: str) -> None:
+def test_they_are_those_of_transformers(
+    saved: Saves, open_cluster: OpenCluster, family: str
+) -> None:
     folder, model = saved(family)
-    cluster = LocalCluster(folder, limits=CHUNKED)
+    cluster = open_cluster(folder, limits=CHUNKED)
     [[event]] = cluster.generate(asked(cluster, "r"))
-    cluster.close()
     rows = rows_of(cluster, event)
     expected = used_by(model, [*PROMPT, *event.token_ids[:-1]])
     assert rows.shape == expected.shape == (LENGTH + COUNT - 1, *shape_of(cluster))
@@ -101,9 +88,9 @@ def test_they_are_those_of_transformers(saved: Callable[..., Saved], family: str
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_own_experts_forced_change_no_bit(
-    saved: Callable[..., Saved], family: str, dtype: str
+    saved: Saves, open_cluster: OpenCluster, family: str, dtype: str
 ) -> None:
-    cluster = LocalCluster(saved(family).folder, limits=CHUNKED, dtype=dtype)
+    cluster = open_cluster(saved(family).folder, limits=CHUNKED, dtype=dtype)
     plain = replace(asked(cluster, "plain", prompt_logprobs=2), routed=None)
     [[expected]] = cluster.generate(plain)
     [[free]] = cluster.generate(asked(cluster, "free", prompt_logprobs=2))
@@ -111,21 +98,19 @@ def test_own_experts_forced_change_no_bit(
     [[forced]] = cluster.generate(asked(cluster, "forced", forced=rows, prompt_logprobs=2))
     begun = asked(cluster, "begun", forced=rows[: LENGTH + 2], prompt_logprobs=2)
     [[later]] = cluster.generate(begun)
-    cluster.close()
     assert without_rows(free) == expected
     assert forced == later == free
 
 
 @pytest.mark.parametrize("family", WEIGHTS)
 def test_other_experts_forced_give_what_follows_from_them(
-    saved: Callable[..., Saved], family: str
+    saved: Saves, open_cluster: OpenCluster, family: str
 ) -> None:
     """Reinforcement learning's use: the log probabilities of given tokens under given experts."""
     folder, model = saved(family)
-    cluster = LocalCluster(folder, limits=CHUNKED)
+    cluster = open_cluster(folder, limits=CHUNKED)
     rows = other_rows(cluster, LENGTH)
     [[event]] = cluster.generate(asked(cluster, "r", 0, forced=rows, prompt_logprobs=0))
-    cluster.close()
     logprobs = logits_under(model, family, PROMPT, torch.from_numpy(rows)).log_softmax(-1)
     expected = logprobs[:-1].gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1)).squeeze(1)
     assert [row.logprob for row in event.prompt_logprobs] == pytest.approx(
@@ -135,8 +120,8 @@ def test_other_experts_forced_give_what_follows_from_them(
 
 
 @pytest.mark.skipif(native is None, reason="bits are promised in native code alone")
-def test_forced_experts_change_no_bit_of_others_in_a_step(folder: Path) -> None:
-    crowded = LocalCluster(folder, limits=Limits(32, 32, 64), dtype="bfloat16")
+def test_forced_experts_change_no_bit_of_others_in_a_step(open_cluster: OpenCluster) -> None:
+    crowded = open_cluster(limits=Limits(32, 32, 64), dtype="bfloat16")
     free = [
         replace(asked(crowded, f"f{i}", prompt=prompt_of(9 + i, i)), routed=None) for i in (1, 2)
     ]
@@ -148,17 +133,15 @@ def test_forced_experts_change_no_bit_of_others_in_a_step(folder: Path) -> None:
     alone = [crowded.generate(request)[0] for request in (*free, watched, *forced)]
     together = [replace(r, request_id=f"{r.request_id}/2") for r in (*free, watched, *forced)]
     assert crowded.generate(*together) == alone
-    crowded.close()
 
 
 def test_pieces_of_a_step_and_chunks_have_the_same_rows(
-    folder: Path, cluster: LocalCluster
+    open_cluster: OpenCluster, cluster: LocalCluster
 ) -> None:
-    whole = LocalCluster(folder, limits=Limits(4, 512, 16))  # 250 tokens are two pieces of a step
+    whole = open_cluster(limits=Limits(4, 512, 16))  # 250 tokens are two pieces of a step
     prompt = prompt_of(256 - COUNT, 5)
     [[event]] = whole.generate(asked(whole, "r", prompt=prompt))
     [[in_chunks]] = cluster.generate(asked(cluster, "r", prompt=prompt))
-    whole.close()
     assert (event.routed, event.token_ids) == (in_chunks.routed, in_chunks.token_ids)
 
 
@@ -198,9 +181,9 @@ def test_a_resumed_request_gets_what_it_lacks(cluster: LocalCluster) -> None:
 
 
 @pytest.mark.skipif(native is None, reason="pages are shared in native code alone")
-def test_shared_pages_hide_no_row_and_forced_ones_are_not_shared(folder: Path) -> None:
-    cluster = LocalCluster(folder, limits=CHUNKED, identity="one")
-    bare = LocalCluster(folder, limits=CHUNKED, prefix_cache=False, identity="one")
+def test_shared_pages_hide_no_row_and_forced_ones_are_not_shared(open_cluster: OpenCluster) -> None:
+    cluster = open_cluster(limits=CHUNKED, identity="one")
+    bare = open_cluster(limits=CHUNKED, prefix_cache=False, identity="one")
     rows = other_rows(cluster, LENGTH + 3)
     kinds: list[dict[str, Any]] = [
         {"returned": True},
@@ -214,8 +197,6 @@ def test_shared_pages_hide_no_row_and_forced_ones_are_not_shared(folder: Path) -
     numbered = [replace(r, request_id=f"{i}") for i, r in enumerate(order)]
     expected = [bare.generate(request)[0] for request in numbered]
     found = [cluster.generate(request)[0] for request in numbered]
-    cluster.close()
-    bare.close()
     cached = [event.cached_tokens for [event] in found]
     assert [[replace(event, cached_tokens=0)] for [event] in found] == expected
     assert cached == [0, 0, 0, 0, 0, 0, 32, 0]
@@ -258,23 +239,23 @@ def test_a_forced_expert_that_is_missing_is_waited_for(cluster: LocalCluster) ->
     assert cluster.result(asked(cluster, "waits")) == [expected]
 
 
-def test_rows_say_where_an_expert_without_room_sent_its_tokens(folder: Path) -> None:
-    capacity = CapacityConfig(tokens=6)
-    cluster = LocalCluster(folder, limits=CHUNKED, capacity=capacity)
+def test_rows_say_where_an_expert_without_room_sent_its_tokens(open_cluster: OpenCluster) -> None:
+    cluster = open_cluster(limits=CHUNKED, capacity=CapacityConfig(tokens=6))
     [[event]] = cluster.generate(asked(cluster, "r"))
-    cluster.close()
     rows = rows_of(cluster, event)[:16]  # the first step
     assert not event.exact
     for layer, expert in itertools.product(range(rows.shape[1]), range(8)):
         assert (rows[:, layer] == expert).sum() <= 6
 
 
-def test_a_router_on_a_device_has_the_rows_of_the_host(folder: Path, cluster: LocalCluster) -> None:
+def test_a_router_on_a_device_has_the_rows_of_the_host(
+    open_cluster: OpenCluster, cluster: LocalCluster
+) -> None:
     [[expected]] = cluster.generate(asked(cluster, "r"))
     rows = other_rows(cluster, LENGTH)
     [[other]] = cluster.generate(asked(cluster, "f", forced=rows))
     with emulated_device() as device:
-        there = LocalCluster(folder, limits=CHUNKED, device=device.device)
+        there = open_cluster(limits=CHUNKED, device=device.device)
         steps = Steps(there, device)
         [[event]] = there.generate(asked(there, "r"))
         [[forced]] = there.generate(asked(there, "f", forced=rows))
@@ -282,11 +263,3 @@ def test_a_router_on_a_device_has_the_rows_of_the_host(folder: Path, cluster: Lo
         steps.have_one_copy_each_way_a_layer(len(there.checkpoint.shape.layers))
     assert (event.token_ids, event.routed) == (expected.token_ids, expected.routed)
     assert (forced.token_ids, forced.routed) == (other.token_ids, other.routed)
-
-
-def test_steps_of_others_run_the_layers_that_record_nothing(
-    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster.model.decoder, "_routed_layers", None)
-    [[event]] = cluster.generate(replace(asked(cluster, "plain"), routed=None))
-    assert len(event.token_ids) == COUNT

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,91 +17,65 @@ from router.messages.routed import RoutedExperts
 from router.model.decoder import MAX_PIECES
 from router.moe.layer import StepContext
 from router.moe.permute import Part
-from tests.checkpoints import save_mixtral
-from tests.family_checkpoints import SAVERS
-from tests.grok_oracle import save_grok
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import ALL, OpenCluster, Saves
 from tests.unit.router.engine.test_engine import prompt_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALL: dict[str, Callable[..., Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
 LAST = 2
 """The last layer of the checkpoints of these tests."""
 LENGTH = 4
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut steps of few tokens too."""
+def open_cluster(open_cluster: OpenCluster, monkeypatch: pytest.MonkeyPatch) -> OpenCluster:
+    """Open clusters that cut steps of few tokens too."""
     monkeypatch.setattr(batch, "MIN_PIECE_TOKENS", 4)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
+    return open_cluster
 
 
 def packed(cluster: LocalCluster, wants_all: bool) -> StepInput:
     return pack(cluster.scheduler.schedule(), cluster.model.attention, MAX_PIECES, wants_all)
 
 
-def wanted_of(step: StepInput) -> list[list[int] | None]:
-    return [None if p.wanted is None else p.wanted.tolist() for p in step.pieces]
-
-
-def add(cluster: LocalCluster, *prompts: list[int], **options: Any) -> None:
+def add(cluster: LocalCluster, *prompts: list[int], **sampling: Any) -> None:
     for i, prompt in enumerate(prompts):
-        cluster.scheduler.add(greedy_request(f"r{i}", prompt, LENGTH, **options))
+        cluster.scheduler.add(greedy_request(f"r{len(prompt)}.{i}", prompt, LENGTH, **sampling))
 
 
-def test_a_chunk_in_the_middle_of_a_prompt_wants_no_row(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8, Limits(32, 16, 64), threaded=False)
-    add(cluster, prompt_of(40, 1))
-    assert wanted_of(packed(cluster, wants_all=False)) == [[]]
-    cluster.close()
-
-
-@pytest.mark.usefixtures("short")
-def test_the_last_token_of_each_prompt_is_wanted_in_its_piece(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8, threaded=False)
-    add(cluster, prompt_of(10, 1), prompt_of(6, 2), prompt_of(4, 3))
+@pytest.mark.parametrize(
+    ("lengths", "scored", "wanted"),
+    [
+        ([40], None, [[], []]),  # a chunk in the middle of a prompt
+        ([10, 6, 4], None, [[9], [5, 9]]),  # the last token of each prompt, in its piece
+        # The prompt of one token; then the last of six, and all that is scored or sampled.
+        ([6, 1], 5, [[0], None]),
+        ([1, 1], None, [None]),  # decodes want all their rows
+    ],
+    ids=str,
+)
+def test_what_is_sampled_or_scored_is_wanted(
+    open_cluster: OpenCluster,
+    lengths: list[int],
+    scored: int | None,
+    wanted: list[list[int] | None],
+) -> None:
+    cluster = open_cluster(limits=Limits(32, 20, 64), threaded=False)
+    add(cluster, *(prompt_of(length, i) for i, length in enumerate(lengths)))
+    if scored:
+        add(cluster, prompt_of(scored, 3), prompt_logprobs=2)
     step = packed(cluster, wants_all=False)
-    assert [p.tokens for p in step.pieces] == [slice(0, 10), slice(10, 20)]
-    assert wanted_of(step) == [[9], [5, 9]]
-    cluster.close()
+    assert [None if p.wanted is None else p.wanted.tolist() for p in step.pieces] == wanted
 
 
-def test_scored_rows_and_all_rows_of_short_prompts_are_wanted(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8, threaded=False)
-    add(cluster, prompt_of(6, 1), prompt_of(1, 2))
-    request = greedy_request("scored", prompt_of(5, 3), LENGTH)
-    sampling = replace(request.sampling, prompt_logprobs=2)
-    cluster.scheduler.add(replace(request, sampling=sampling))
-    step = packed(cluster, wants_all=False)
-    # The prompt of one token comes first, then the last of six, and all that is scored or sampled.
-    assert wanted_of(step) == [[0, 6, 7, 8, 9, 10, 11]]
-    cluster.close()
-
-
-def test_decodes_want_all_their_rows(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8, threaded=False)
-    add(cluster, [3], [4])
-    assert wanted_of(packed(cluster, wants_all=False)) == [None]
-    cluster.close()
-
-
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("family", list(ALL))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wanted_logits_are_those_of_a_step_of_all_rows(
-    saved: Callable[..., Saved], family: str, dtype: str
+    saved: Saves, open_cluster: OpenCluster, family: str, dtype: str
 ) -> None:
     prompts = [prompt_of(9, 1), prompt_of(40, 2), prompt_of(3, 3), prompt_of(1, 4)]
     logits = []
-    cluster = LocalCluster(saved(family).folder, dtype=dtype, threaded=False, prefix_cache=False)
+    cluster = open_cluster(saved(family).folder, dtype=dtype, threaded=False, prefix_cache=False)
     for wants_all in (True, False):
         add(cluster, *prompts)
         step = packed(cluster, wants_all)
@@ -117,20 +89,18 @@ def test_wanted_logits_are_those_of_a_step_of_all_rows(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_and_scores_are_those_of_an_engine_that_computes_all_rows(
-    folder: Path, dtype: str
+    open_cluster: OpenCluster, dtype: str
 ) -> None:
-    request = greedy_request("scored", prompt_of(30, 3), LENGTH)
-    scored = replace(request, sampling=replace(request.sampling, prompt_logprobs=2))
+    scored = greedy_request("scored", prompt_of(30, 3), LENGTH, prompt_logprobs=2)
     others = [greedy_request(f"r{i}", prompt_of(n, n), LENGTH) for i, n in enumerate((70, 2, 33))]
     outcomes = []
     for wants_all in (True, False):
-        cluster = LocalCluster(folder, 8, Limits(32, 16, 64), dtype=dtype)
+        cluster = open_cluster(limits=Limits(32, 16, 64), dtype=dtype)
         cluster.engine._wants_all = wants_all
         outcomes.append(cluster.generate(scored, *others))
         rows = sum(f.num_rows for f in cluster.transport.frames if f.layer_id == LAST)
         tokens = 30 + 70 + 2 + 33 + 4 * (LENGTH - 1)
         assert rows == 2 * (tokens if wants_all else 30 + 4 * LENGTH - 1)
-        cluster.close()
     assert outcomes[0] == outcomes[1]
 
 
@@ -155,20 +125,18 @@ def test_what_happens_to_some_rows_is_their_works_own() -> None:
 
 @pytest.mark.parametrize("contract", ["drop", "next_expert", "strict"])
 def test_a_missing_expert_of_the_last_layer_concerns_the_rows_that_are_read(
-    folder: Path, contract: str
+    open_cluster: OpenCluster, contract: str
 ) -> None:
     prompt = prompt_of(30, 3)
-    cluster = LocalCluster(folder, 8)
     asks = replace(greedy_request("asks", prompt, 1), routed=RoutedExperts((3, 2), 8, True))
-    [[event]] = cluster.generate(asks)
-    cluster.close()
+    [[event]] = open_cluster().generate(asks)
     used = np.frombuffer(event.routed, np.uint8).reshape(-1, 3, 2)[:, LAST]
     own = set(used[len(prompt) - 1].tolist())
     others = set(used[: len(prompt) - 1].ravel().tolist()) - own
     assert own
     assert others
     for lost, is_hit in ((min(own), True), (min(others), False)):
-        cluster = LocalCluster(folder, 8, threaded=False)
+        cluster = open_cluster(threaded=False)
         cluster.lose([(LAST, lost)])
         cluster.scheduler.add(greedy_request("r", prompt, 2, on_expert_loss=contract))
         cluster.engine.step(cluster.scheduler.schedule())
@@ -177,21 +145,14 @@ def test_a_missing_expert_of_the_last_layer_concerns_the_rows_that_are_read(
         assert bool(sequence.awaited) == waits
         assert sequence.num_generated == (0 if waits else 1)
         assert sequence.exact == (not is_hit or waits)
-        cluster.close()
 
 
-def test_requests_that_ask_for_experts_get_those_of_all_rows(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8)
-    request = replace(
-        greedy_request("r", prompt_of(20, 1), LENGTH), routed=RoutedExperts((3, 2), 8, True)
-    )
-    cluster.generate(request)
+def test_requests_that_ask_for_experts_get_those_of_all_rows(cluster: LocalCluster) -> None:
+    request = greedy_request("r", prompt_of(20, 1), LENGTH)
+    cluster.generate(replace(request, routed=RoutedExperts((3, 2), 8, True)))
     rows = sum(f.num_rows for f in cluster.transport.frames if f.layer_id == LAST)
     assert rows == 2 * (20 + LENGTH - 1)
-    cluster.close()
 
 
-def test_with_a_capacity_all_rows_count(folder: Path) -> None:
-    cluster = LocalCluster(folder, 8, capacity=CapacityConfig(factor=8.0))
-    assert cluster.engine._wants_all
-    cluster.close()
+def test_with_a_capacity_all_rows_count(open_cluster: OpenCluster) -> None:
+    assert open_cluster(capacity=CapacityConfig(factor=8.0)).engine._wants_all

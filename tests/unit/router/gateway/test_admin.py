@@ -15,17 +15,8 @@ from router.gateway import admin as admin_module
 from router.gateway.admin import Admin
 from router.gateway.grpc.handlers import ADMIN_CALLS, ADMIN_SERVICE
 from router.gateway.metrics import Metrics
-from tests.unit.gateway_fakes import (
-    CHANGED,
-    LOAD,
-    REBALANCED,
-    REPORT,
-    STATUS,
-    FakeController,
-    FakeUpstream,
-    admin,
-    says,
-)
+from tests.unit import gateway_fakes as fakes
+from tests.unit.gateway_fakes import FakeController, FakeUpstream, admin, says
 
 CHANGES: dict[str, Callable[[Admin], Coroutine[Any, Any, Any]]] = {
     "rebalance": lambda admin: admin.rebalance(True),
@@ -34,12 +25,10 @@ CHANGES: dict[str, Callable[[Admin], Coroutine[Any, Any, Any]]] = {
     "set_copies": lambda admin: admin.set_copies("tiny", 1, 5, 2, False),
 }
 CALLS = {"status": Admin.status, "load": Admin.load, **CHANGES}
-REPORTS = {"status": STATUS, "load": LOAD, "rebalance": REBALANCED}
+REPORTS = {"status": fakes.STATUS, "load": fakes.LOAD, "rebalance": fakes.REBALANCED}
 
 
 class SilentController(FakeController):
-    """A controller that takes calls and never answers."""
-
     async def _answer(self, name: str, *args: object) -> object:
         await asyncio.Event().wait()
         raise AssertionError("nothing sets the event")
@@ -53,7 +42,7 @@ def upstream() -> FakeUpstream:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_answer_is_a_report(upstream: FakeUpstream, name: str) -> None:
     report = asyncio.run(CALLS[name](admin(upstream, Metrics())))
-    assert report == REPORTS.get(name, CHANGED)
+    assert report == REPORTS.get(name, fakes.CHANGED)
     assert [call[0] for call in upstream.controller.calls] == [name]
 
 
@@ -94,7 +83,7 @@ def test_measurements_without_a_controller_are_the_gateways_own(
     assert (own.kind, own.process.pid, type(own.samples)) == ("gateway", 43, Samples)
     is_whole = is_silent is None
     assert (measurements.status, measurements.reports) == (
-        (STATUS, (REPORT,)) if is_whole else (None, ())
+        (fakes.STATUS, (fakes.REPORT,)) if is_whole else (None, ())
     )
 
 

@@ -17,7 +17,7 @@ from cluster.errors import (
     UnknownModelError,
     error_from_wire,
 )
-from router.gateway.errors import HTTP_STATUS, http_error, public_error
+from router.gateway.errors import HTTP_STATUS, http_error
 from router.protos.errors import GRPC_CODES, error_from_grpc, grpc_error, is_from_server
 
 
@@ -27,22 +27,12 @@ def test_every_code_has_a_status_of_http_and_one_of_its_own_of_grpc() -> None:
     assert all(status.name == code.name for code, status in GRPC_CODES.items())
 
 
-@pytest.mark.parametrize(
-    ("code", "http"),
-    [
-        (Code.INVALID_ARGUMENT, 400),
-        (Code.NOT_FOUND, 404),
-        (Code.UNAUTHENTICATED, 401),
-        (Code.PERMISSION_DENIED, 403),
-        (Code.RESOURCE_EXHAUSTED, 429),
-        (Code.INTERNAL, 500),
-        (Code.UNIMPLEMENTED, 501),
-        (Code.UNAVAILABLE, 503),
-        (Code.DEADLINE_EXCEEDED, 504),
-    ],
-)
-def test_http_statuses(code: Code, http: int) -> None:
-    assert HTTP_STATUS[code][0] == http
+def test_http_statuses() -> None:
+    assert {code.name: status for code, (status, *_) in HTTP_STATUS.items()} == {
+        "INVALID_ARGUMENT": 400, "UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403, "NOT_FOUND": 404,
+        "RESOURCE_EXHAUSTED": 429, "INTERNAL": 500, "UNIMPLEMENTED": 501, "UNAVAILABLE": 503,
+        "DEADLINE_EXCEEDED": 504, "CANCELLED": 499,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", list(Code))
@@ -91,14 +81,6 @@ def test_http_errors_are_openai_shaped() -> None:
     assert (status, headers) == (429, {"Retry-After": "1"})
     assert body["error"]["param"] is None
     assert http_error(UnknownModelError("no", "model"))[1]["error"]["code"] == "model_not_found"
-
-
-def test_what_is_not_ours_tells_nothing() -> None:
-    error = public_error(ValueError("/secret/path 1234"))
-    assert error.code is Code.INTERNAL
-    for shown in (json.dumps(http_error(error)[1]), str(grpc_error(error))):
-        assert "secret" not in shown
-        assert "1234" not in shown
 
 
 @pytest.mark.parametrize("text", ["\ud800", "x" * 100_000, "\ud83d" * 100_000, "🦊" * 100_000])

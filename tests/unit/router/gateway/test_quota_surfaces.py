@@ -1,20 +1,24 @@
-"""Quotas as clients of HTTP and gRPC meet them: headers, errors, priorities."""
+"""Quotas as clients of HTTP and gRPC meet them: headers, errors, priorities; and what they cost."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from starlette.datastructures import Headers, MutableHeaders
 
 from cluster.errors import OverloadedError
 from router.client import Client, Sampling
+from router.gateway.limits.charges import Charges
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.metrics import Metrics
-from router.security.access import Access
+from router.security.access import FIELD, Access
 from router.security.keyring import Keyring
 from router.security.keys import Role
 from router.security.keys_file import add_key
@@ -71,17 +75,21 @@ def test_answers_and_refusals_tell_what_is_left(tmp_path: Path) -> None:
     assert gateway.post(CHAT, {"model": "tiny", "messages": HELLO}).status_code == 200
     refused = gateway.post(COMPLETIONS, BODY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
-    assert (
-        "too little is left of this key's requests_per_s, 2" in refused.json()["error"]["message"]
-    )
+    told = refused.json()["error"]["message"]
+    assert "too little is left of this key's requests_per_s, 2" in told
     assert refused.headers["retry-after"] == "1"
     assert rates(refused)[:3] == ["2", "0", "1s"]
     gateway.clock.now_s += 0.5
     assert gateway.post(COMPLETIONS, BODY).status_code == 200
 
 
-def test_a_stream_begins_with_all_that_it_may_use(tmp_path: Path) -> None:
+def test_a_refusal_costs_nothing_and_a_stream_begins_with_all_that_it_may_use(
+    tmp_path: Path,
+) -> None:
     gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=6000))
+    for wrong in ({"model": "none"}, {"max_tokens": -1}, {"top_p": 2}):
+        assert gateway.post(COMPLETIONS, BODY | wrong).status_code in (400, 404)
+    assert gateway.post(COMPLETIONS, BODY, "em-wrong").status_code == 401
     answer = gateway.post(COMPLETIONS, {**BODY, "stream": True})
     assert answer.headers["x-ratelimit-remaining-tokens"] == str(6000 - TOKENS)
     assert "x-ratelimit-limit-requests" not in answer.headers
@@ -103,15 +111,6 @@ def test_a_call_with_several_prompts_is_one_request_of_all_its_tokens(tmp_path: 
     assert large.status_code == 413
     assert "retry-after" not in large.headers
     assert "this key's tokens_per_min is" in large.json()["error"]["message"]
-
-
-def test_what_the_gateway_itself_refuses_costs_no_tokens(tmp_path: Path) -> None:
-    gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=6000))
-    for wrong in ({"model": "none"}, {"max_tokens": -1}, {"top_p": 2}):
-        assert gateway.post(COMPLETIONS, BODY | wrong).status_code in (400, 404)
-    assert gateway.post(COMPLETIONS, BODY, "em-wrong").status_code == 401
-    answer = gateway.post(COMPLETIONS, {**BODY, "stream": True})
-    assert answer.headers["x-ratelimit-remaining-tokens"] == str(6000 - TOKENS)
 
 
 def test_a_call_that_fails_gives_back_what_it_has_not_generated(tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ def test_a_row_of_a_mixture_is_a_token(tmp_path: Path) -> None:
     ("given", "least", "expected"),
     [(None, 5, 5), (-9, 5, 5), (7, 5, 7), (-9, -2, -2), (None, -2, 0), (-9, None, -9)],
 )
-def test_a_request_is_no_more_urgent_than_its_key(
+def test_no_request_is_more_urgent_than_its_key(
     tmp_path: Path, given: int | None, least: int | None, expected: int
 ) -> None:
     gateway = Gateway(tmp_path, KeyLimits(priority=least))
@@ -157,8 +156,7 @@ def test_a_request_is_no_more_urgent_than_its_key(
 def test_without_keys_nobody_is_told_apart() -> None:
     upstream = FakeUpstream(says(" was"))
     assert call(upstream, COMPLETIONS, {**BODY, "user": "alice", "priority": -3}).status_code == 200
-    [request] = upstream.requests
-    assert (request.priority, request.tenant) == (-3, "")
+    assert (upstream.requests[0].priority, upstream.requests[0].tenant) == (-3, "")
 
 
 def test_grpc_has_the_same_quotas_and_the_time_to_come_back(tmp_path: Path) -> None:
@@ -182,3 +180,43 @@ def test_grpc_has_the_same_quotas_and_the_time_to_come_back(tmp_path: Path) -> N
         gateway.clock.now_s += 1.0
         pieces = client.stream(PROMPT, sampling)
         assert "".join(piece.text for piece in pieces) == " was"
+
+
+MAX_CALLS = 230
+
+
+@pytest.mark.parametrize("num_names", [1, 50])
+def test_a_request_is_few_calls_for_any_number_of_keys(tmp_path: Path, num_names: int) -> None:
+    """Its check, its charge and its headers."""
+    file = tmp_path / "keys.yaml"
+    limits = KeyLimits(requests_per_s=1e6, tokens_per_min=10**12, concurrent_tokens=10**9)
+    keys = [add_key(file, f"n{i}", [Role.INFERENCE], limits) for i in range(num_names)]
+    metrics = Metrics()
+    access, charges = Access(Keyring(file), metrics.refused_caller), Charges(metrics)
+
+    async def request(headers: Headers) -> MutableHeaders:
+        caller = await access.admit("http", headers.getlist(FIELD), Role.INFERENCE)
+        with charges.charge(caller, 100) as charge:
+            charge.use("prompt", 50)
+            charge.use("generated", 40)
+        reply = MutableHeaders(raw=[])
+        reply.update(charges.headers(caller))
+        return reply
+
+    num_calls = 0
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    async def requests() -> None:
+        shown = [Headers({FIELD: f"Bearer {key}", "host": "x"}) for key in keys]
+        for noted in (None, note):  # a name's first request makes its limits and metrics
+            for headers in shown:
+                sys.setprofile(noted)
+                reply = await request(headers)
+                sys.setprofile(None)
+                assert reply.keys() == list(RATE_HEADERS)
+
+    asyncio.run(requests())
+    assert 0 < num_calls / num_names < MAX_CALLS

@@ -1,18 +1,53 @@
-"""The handshake of a link, written out by hand: what a side sends, and a client to send it with."""
+"""The handshake of a link, written out by hand, and the event loops of the tests of links."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import socket
 import struct
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec
 
 import crc32c
 import msgpack
 
 from router.messages.link import LinkAddress
+
+LIMIT_S = 60.0
+new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+P = ParamSpec("P")
+
+
+def looped(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Run a test on an event loop of its own; what that loop reports is a failure."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        reported: list[dict[str, Any]] = []
+
+        async def limited() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, what: reported.append(what))
+            async with asyncio.timeout(2 * LIMIT_S):
+                await test(*args, **kwargs)
+            # What the end of the loop cancels is not of interest.
+            loop.set_exception_handler(lambda _, what: None)
+
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(limited())
+        assert reported == []
+
+    return run
+
+
+async def happens(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until the condition holds."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def by_tcp(port: int, secret: str = "secret") -> LinkAddress:
@@ -20,16 +55,23 @@ def by_tcp(port: int, secret: str = "secret") -> LinkAddress:
     return LinkAddress("node", secret, host="127.0.0.1", port=port)
 
 
+def packed(body: bytes, length: int | None = None) -> bytes:
+    """Return a frame of any body, whose header may claim another length."""
+    checked = struct.pack(">II", len(body) if length is None else length, crc32c.crc32c(body))
+    return checked + struct.pack(">I", crc32c.crc32c(checked)) + body
+
+
 def framed(body: object) -> bytes:
     """Return a frame."""
-    packed = msgpack.packb(body)
-    lengths = struct.pack(">II", len(packed), crc32c.crc32c(packed))
-    return lengths + struct.pack(">I", crc32c.crc32c(lengths)) + packed
+    return packed(msgpack.packb(body))
 
 
-async def connect(
-    address: LinkAddress,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+def flipped(data: bytes, index: int) -> bytes:
+    """Return it with one bit changed."""
+    return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
+
+
+async def connect(address: LinkAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect as a stranger does, that knows no more than where somebody listens."""
     kind = socket.AF_UNIX if address.name else socket.AF_INET
     sock = socket.socket(kind, socket.SOCK_STREAM)

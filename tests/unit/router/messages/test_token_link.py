@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import crc32c
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,9 +28,17 @@ from router.messages.request import (
     TokenLogprobs,
 )
 from router.messages.token_link import LinkClient, LinkServer
-from tests.unit.router.messages.handshakes import by_tcp, connect, listens
+from tests.unit.router.messages.handshakes import (
+    LIMIT_S,
+    by_tcp,
+    flipped,
+    framed,
+    happens,
+    listens,
+    looped,
+    packed,
+)
 
-LIMIT_S = 60.0
 EVENT = TokenEvent(
     1, (5, 6), (TokenLogprobs(-0.5, (5,), (-0.5,)), TokenLogprobs(-1.5, (), ())), "stop", False, 3
 )
@@ -78,10 +83,13 @@ class Router:
 
 
 @asynccontextmanager
-async def linked(num_routers: int = 1) -> AsyncIterator[tuple[Gateway, LinkAddress, list[Router]]]:
+async def linked(
+    num_routers: int = 1, waits: bool = True
+) -> AsyncIterator[tuple[Gateway, LinkAddress, list[Router]]]:
+    """A gateway, its address, and routers, which are linked where it ``waits`` for that."""
     gateway, routers = Gateway(), [Router() for _ in range(num_routers)]
     address = await gateway.server.start()
-    for router in routers:
+    for router in routers if waits else ():
         await router.link(address)
     try:
         yield gateway, address, routers
@@ -91,254 +99,113 @@ async def linked(num_routers: int = 1) -> AsyncIterator[tuple[Gateway, LinkAddre
         gateway.server.close()
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    """Run a test's coroutine on an event loop of its own; what that loop reports is a failure."""
-    reported: list[dict[str, Any]] = []
-
-    async def limited() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, what: reported.append(what))
-        async with asyncio.timeout(2 * LIMIT_S):
-            await test()
-        # What the end of the loop cancels is not of interest.
-        loop.set_exception_handler(lambda _, what: None)
-
-    asyncio.run(limited())
-    assert reported == []
-
-
-async def happens(condition: Callable[[], bool]) -> None:
-    """Let the event loop run until the condition holds."""
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def event_of(start: int, *token_ids: int) -> TokenEvent:
     return TokenEvent(0, token_ids, start=start)
 
 
-def test_events_arrive_whole_and_in_order() -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            sent = [(f"r{i % 3}", event_of(i, i, i + 1)) for i in range(300)]
-            for i in range(0, 300, 3):
-                router.client.send(address, sent[i : i + 3])
-            router.client.send(address, [("last", EVENT)])
-            assert [await gateway.next() for _ in range(300)] == sent
-            assert await gateway.next() == ("last", EVENT)
-
-    run(test)
+@looped
+async def test_events_arrive_whole_and_in_order() -> None:
+    async with linked() as (gateway, address, [router]):
+        sent = [(f"r{i % 3}", event_of(i, i, i + 1)) for i in range(300)]
+        for i in range(0, 300, 3):
+            router.client.send(address, sent[i : i + 3])
+        router.client.send(address, [("last", EVENT)])
+        assert [await gateway.next() for _ in range(300)] == sent
+        assert await gateway.next() == ("last", EVENT)
 
 
-def test_a_step_alone_is_told_before_it_begins_in_order_with_tokens() -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            assert await router.client.send_alone(address, "r", True)
-            router.client.send(address, [("r", EVENT)])
-            assert await router.client.send_alone(address, "r", False)
-            assert await gateway.next() == ("r", EVENT)
-            await happens(lambda: len(gateway.alone) == 2)
-            assert gateway.alone == [("r", True), ("r", False)]
-            nobody = by_tcp(1, "")
-            assert not await router.client.send_alone(nobody, "r", True)
-
-    run(test)
+@looped
+async def test_a_step_alone_is_told_before_it_begins_in_order_with_tokens() -> None:
+    async with linked() as (gateway, address, [router]):
+        assert await router.client.send_alone(address, "r", True)
+        router.client.send(address, [("r", EVENT)])
+        assert await router.client.send_alone(address, "r", False)
+        assert await gateway.next() == ("r", EVENT)
+        await happens(lambda: len(gateway.alone) == 2)
+        assert gateway.alone == [("r", True), ("r", False)]
+        nobody = by_tcp(1, "")
+        assert not await router.client.send_alone(nobody, "r", True)
 
 
-def test_a_stop_travels_back_to_the_router_that_serves_the_request() -> None:
-    async def test() -> None:
-        async with linked(2) as (gateway, address, [first, second]):
-            first.client.send(address, [("a", EVENT)])
-            second.client.send(address, [("b", EVENT)])
-            for _ in range(2):
-                await gateway.next()
-            gateway.server.stop_choice("b", 2)
-            gateway.server.stop_choice("a", 0)
-            gateway.server.stop_choice("unknown", 0)
-            assert await second.next_stop() == ("b", 2)
-            assert await first.next_stop() == ("a", 0)
-            assert first.stops.empty()
-            assert second.stops.empty()
-
-    run(test)
-
-
-def test_a_request_that_moved_is_stopped_where_it_is_now() -> None:
-    async def test() -> None:
-        async with linked(2) as (gateway, address, [first, second]):
-            first.client.send(address, [("a", EVENT)])
+@looped
+async def test_a_stop_travels_back_to_the_router_that_serves_the_request_now() -> None:
+    async with linked(2) as (gateway, address, [first, second]):
+        for router, request_id in ((first, "a"), (second, "b"), (second, "c"), (first, "c")):
+            router.client.send(address, [(request_id, EVENT)])
             await gateway.next()
-            second.client.send(address, [("a", EVENT)])
+        for request_id, index in (("b", 2), ("a", 0), ("unknown", 0), ("c", 1)):
+            gateway.server.stop_choice(request_id, index)
+        assert await second.next_stop() == ("b", 2)
+        assert [await first.next_stop() for _ in range(2)] == [("a", 0), ("c", 1)]
+        second.client.close()  # its end must not take the other's route away
+        await happens(lambda: len(set(gateway.server._routes.values())) == 1)
+        gateway.server.stop_choice("c", 3)
+        assert await first.next_stop() == ("c", 3)
+        assert second.stops.empty()
+
+
+@looped
+async def test_a_forgotten_request_is_not_remembered_again_by_late_tokens() -> None:
+    async with linked() as (gateway, address, [router]):
+        router.client.send(address, [("a", EVENT), ("b", EVENT)])
+        for _ in range(2):
             await gateway.next()
-            first.client.close()  # its end must not take the other's route away
-            await happens(lambda: len(set(gateway.server._routes.values())) == 1)
-            gateway.server.stop_choice("a", 1)
-            assert await second.next_stop() == ("a", 1)
-
-    run(test)
-
-
-def test_a_forgotten_request_is_not_remembered_again_by_late_tokens() -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            router.client.send(address, [("a", EVENT), ("b", EVENT)])
-            for _ in range(2):
-                await gateway.next()
-            gateway.server.forget("a")
-            gateway.server.forget("unknown")
-            gateway.unwanted.add("a")
-            router.client.send(address, [("a", EVENT)])
-            await gateway.next()
-            assert list(gateway.server._routes) == ["b"]
-            gateway.server.stop_choice("a", 0)
-            gateway.server.stop_choice("b", 0)
-            assert await router.next_stop() == ("b", 0)
-
-    run(test)
+        gateway.server.forget("a")
+        gateway.server.forget("unknown")
+        gateway.unwanted.add("a")
+        router.client.send(address, [("a", EVENT)])
+        await gateway.next()
+        assert list(gateway.server._routes) == ["b"]
+        gateway.server.stop_choice("a", 0)
+        gateway.server.stop_choice("b", 0)
+        assert await router.next_stop() == ("b", 0)
 
 
-def frame(body: object) -> bytes:
-    return packed(msgpack.packb(body))
+DAMAGED = {f"byte {i}": flipped(framed([["a", EVENT.to_wire()]]), i) for i in (1, 5, 9, 12, 30)} | {
+    "too long": packed(b"x", token_link.MAX_FRAME_BYTES + 1)
+}
 
 
-def packed(body: bytes, length: int | None = None) -> bytes:
-    """A frame of any body, whose header may claim another length."""
-    checked = struct.pack(">II", len(body) if length is None else length, crc32c.crc32c(body))
-    return checked + struct.pack(">I", crc32c.crc32c(checked)) + body
-
-
-def flipped(data: bytes, index: int) -> bytes:
-    return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        frame(["wrong"]),
-        frame([""]),
-        frame([]),
-        frame(["ünïcode"]),
-        frame([None]),
-        frame([b"bytes"]),
-        frame([["nested"]]),
-        frame(["x", "y"]),
-        frame({"a": 1}),
-        frame(5),
-        packed(b"\xc1"),
-        packed(b""),
-        b"\xff" * 12,
-        packed(b"", 0xFFFFFFFF),
-        packed(bytes(link_module.MAX_HELLO_BYTES + 1)),
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"\x00\x00",
-        b"",
-    ],
-)
-def test_a_stranger_is_cut_off_and_disturbs_nobody(first: bytes) -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            reader, writer = await connect(address)
-            writer.write(first)
-            writer.write_eof()
-            with suppress(ConnectionError):
-                await asyncio.wait_for(reader.read(), LIMIT_S)
-            assert await asyncio.wait_for(reader.read(), LIMIT_S) == b""
-            writer.close()
-            router.client.send(address, [("a", EVENT)])
-            assert await gateway.next() == ("a", EVENT)
-            assert gateway.received.empty()
-
-    run(test)
-
-
-def test_tokens_after_a_wrong_secret_are_not_taken() -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            other = Router()
-            wrong = replace(address, secret="x" * len(address.secret))
-            other.client.connect(wrong)
-            other.client.send(wrong, [("forged", EVENT)])
-            await happens(lambda: not other.client._tasks)  # the gateway has closed the connection
-            router.client.send(address, [("a", EVENT)])
-            assert await gateway.next() == ("a", EVENT)
-
-    run(test)
-
-
-def test_an_oversized_frame_closes_its_link_and_no_other() -> None:
-    async def test() -> None:
-        async with linked(2) as (gateway, address, [first, second]):
-            first.client.send(address, [("a", EVENT)])
-            await gateway.next()
-            writer = first.client._links[address]
-            writer.write(packed(b"x", token_link.MAX_FRAME_BYTES + 1))
-            await happens(lambda: not first.client._links)
-            assert gateway.server._routes == {}
-            second.client.send(address, [("b", EVENT)])
-            assert await gateway.next() == ("b", EVENT)
-
-    run(test)
-
-
-@pytest.mark.parametrize("index", [1, 5, 9, 12, 30])
-def test_damage_on_the_way_is_no_token(index: int) -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            writer = router.client._links[address]
-            writer.write(flipped(frame([["a", EVENT.to_wire()]]), index))
-            await happens(lambda: not router.client._links)  # the gateway has closed it
-            assert gateway.received.empty()
-            await router.link(address)
-            router.client.send(address, [("a", EVENT)])
-            assert await gateway.next() == ("a", EVENT)
-
-    run(test)
-
-
-def test_a_router_whose_link_broke_links_again() -> None:
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            router.client.connect(address)  # has a link: keeps it
-            router.client.send(address, [("a", EVENT)])
-            await gateway.next()
-            assert len(set(gateway.server._routes.values())) == 1
-            router.client._links[address].transport.abort()
-            router.client.send(address, [("lost", EVENT)])  # dropped; the reply has it
-            await happens(lambda: not gateway.server._routes)
+@pytest.mark.parametrize("sent", DAMAGED.values(), ids=DAMAGED)
+@looped
+async def test_a_damaged_frame_is_no_token_and_ends_its_link_alone(sent: bytes) -> None:
+    async with linked(2) as (gateway, address, [first, second]):
+        first.client.send(address, [("a", EVENT)])
+        await gateway.next()
+        first.client._links[address].write(sent)
+        await happens(lambda: not first.client._links)  # the gateway has closed it
+        assert gateway.server._routes == {}
+        assert gateway.received.empty()
+        for router in (second, first):
             await router.link(address)
             router.client.send(address, [("b", EVENT)])
             assert await gateway.next() == ("b", EVENT)
-            gateway.server.stop_choice("b", 0)
-            assert await router.next_stop() == ("b", 0)
-
-    run(test)
 
 
-def test_a_gateway_that_is_gone_is_no_error() -> None:
-    async def test() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        router, gone = Router(), by_tcp(port)
-        router.client.connect(gone)
-        router.client.send(gone, [("a", EVENT)])
-        await happens(lambda: not router.client._unsent)
-        assert router.client._links == {}
-        router.client.send(gone, [("a", EVENT)])
-        router.client.close()
-
-    run(test)
+@looped
+async def test_a_router_whose_link_broke_links_again() -> None:
+    async with linked() as (gateway, address, [router]):
+        router.client.connect(address)  # has a link: keeps it
+        router.client.send(address, [("a", EVENT)])
+        await gateway.next()
+        assert len(set(gateway.server._routes.values())) == 1
+        router.client._links[address].transport.abort()
+        router.client.send(address, [("lost", EVENT)])  # dropped; the reply has it
+        await happens(lambda: not gateway.server._routes)
+        await router.link(address)
+        router.client.send(address, [("b", EVENT)])
+        assert await gateway.next() == ("b", EVENT)
+        gateway.server.stop_choice("b", 0)
+        assert await router.next_stop() == ("b", 0)
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["same node", "later node"])
-def test_a_gateway_without_a_socket_for_a_router_is_logged_once_and_reached_once_it_has_one(
+@looped
+async def test_a_gateway_without_a_socket_for_a_router_is_logged_once_and_reached_once_it_has_one(
     caplog: pytest.LogCaptureFixture, is_late: bool
 ) -> None:
     caplog.set_level("WARNING", "expertmesh.link")
-
-    async def test() -> None:
-        gateway, router = Gateway(), Router()
-        alone = await gateway.server.start()
+    async with linked(waits=False) as (gateway, alone, [router]):
         # The router is on a node that came later, or in another network namespace of the node.
         seen = alone.seen_from("later") if is_late else replace(alone, name=b"\0expertmesh-gone")
         for _ in range(5):
@@ -356,10 +223,6 @@ def test_a_gateway_without_a_socket_for_a_router_is_logged_once_and_reached_once
         [writer] = router.client._links.values()
         family = socket.AF_INET if is_late else socket.AF_UNIX
         assert writer.get_extra_info("socket").family == family
-        router.client.close()
-        gateway.server.close()
-
-    run(test)
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"no link to a gateway ({'no socket' if is_late else 'unix'}, ")
     assert line.endswith("its tokens come with the reply")
@@ -383,18 +246,15 @@ class Network:
         return await self._connect(host, port, **options)
 
 
-def test_requests_of_an_unreachable_gateway_wait_neither_for_it_nor_for_each_other(
+@looped
+async def test_requests_of_an_unreachable_gateway_wait_neither_for_it_nor_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = Network(monkeypatch)
     clock_s = 100.0
-
-    async def test() -> None:
-        nonlocal clock_s
-        monkeypatch.setattr(token_link, "time", SimpleNamespace(monotonic=lambda: clock_s))
-        monkeypatch.setattr(link_module, "CONNECT_TIMEOUT_S", 0.05)
-        gateway, router = Gateway(), Router()
-        address = await gateway.server.start()
+    monkeypatch.setattr(token_link, "time", SimpleNamespace(monotonic=lambda: clock_s))
+    monkeypatch.setattr(link_module, "CONNECT_TIMEOUT_S", 0.05)
+    async with linked(waits=False) as (gateway, address, [router]):
         for number in range(20):
             router.client.connect(LOST)
             router.client.send(LOST, [(f"lost {number}", EVENT)])
@@ -408,16 +268,11 @@ def test_requests_of_an_unreachable_gateway_wait_neither_for_it_nor_for_each_oth
         clock_s += token_link.UNREACHABLE_S
         router.client.connect(LOST)
         await happens(lambda: network.attempts == 2)
-        router.client.close()
-        gateway.server.close()
-
-    run(test)
 
 
-def test_tokens_sampled_before_the_link_is_there_are_sent_in_order_once_it_is() -> None:
-    async def test() -> None:
-        gateway, router = Gateway(), Router()
-        address = await gateway.server.start()
+@looped
+async def test_tokens_sampled_before_the_link_is_there_are_sent_in_order_once_it_is() -> None:
+    async with linked(waits=False) as (gateway, address, [router]):
         router.client.connect(address)
         sent = [("a", event_of(i, i)) for i in range(50)]
         for number, event in enumerate(sent):
@@ -425,62 +280,53 @@ def test_tokens_sampled_before_the_link_is_there_are_sent_in_order_once_it_is() 
             if number % 7 == 0:  # the connection comes at one of these
                 await asyncio.sleep(0)
         assert [await gateway.next() for _ in sent] == sent
-        router.client.close()
-        gateway.server.close()
-
-    run(test)
 
 
-def test_tokens_that_wait_for_a_link_take_bounded_memory(
+@looped
+async def test_tokens_that_wait_for_a_link_take_bounded_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     Network(monkeypatch)
     monkeypatch.setattr(token_link, "MAX_BUFFERED_BYTES", 1 << 16)
     caplog.set_level("WARNING", "expertmesh.link")  # a fuzz target of this process hides it
-
-    async def test() -> None:
-        router = Router()
-        router.client.connect(LOST)
-        for number in range(100):
-            router.client.send(LOST, [("a", event_of(number, *range(1000)))])
-            assert len(router.client._unsent[LOST]) <= 1 << 16
-        router.client.close()
-
-    run(test)
+    router = Router()
+    router.client.connect(LOST)
+    for number in range(100):
+        router.client.send(LOST, [("a", event_of(number, *range(1000)))])
+        assert len(router.client._unsent[LOST]) <= 1 << 16
+    router.client.close()
     assert "slow to connect" in caplog.text
 
 
-def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
+@looped
+async def test_a_gateway_that_does_not_read_is_cut_off_at_a_bounded_backlog(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_link, "MAX_BUFFERED_BYTES", 1 << 16)
 
-    async def test() -> None:
-        writers: list[asyncio.StreamWriter] = []
+    writers: list[asyncio.StreamWriter] = []
 
-        async def never_reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await listens(reader, writer, b"secret")
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
-            writers.append(writer)  # from Python 3.13 on a lost writer closes its connection
+    async def never_reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await listens(reader, writer, b"secret")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writers.append(writer)  # from Python 3.13 on a lost writer closes its connection
 
-        server = await asyncio.start_server(never_reads, "127.0.0.1", 0, limit=1024)
-        address = by_tcp(server.sockets[0].getsockname()[1])
-        router = Router()
-        await router.link(address)
-        writer = router.client._links[address]
-        big = [("a", event_of(0, *range(20_000)))]
-        async with asyncio.timeout(LIMIT_S):
-            while (backlog := writer.transport.get_write_buffer_size()) <= 1 << 16:
-                router.client.send(address, big)
-                await asyncio.sleep(0)
-        assert backlog < 1 << 18
-        assert not writer.is_closing()
-        router.client.send(address, big)
-        assert writer.is_closing()  # not seconds later, by the system's timeout
-        router.client.close()
-        server.close()
-
-    run(test)
+    server = await asyncio.start_server(never_reads, "127.0.0.1", 0, limit=1024)
+    address = by_tcp(server.sockets[0].getsockname()[1])
+    router = Router()
+    await router.link(address)
+    writer = router.client._links[address]
+    big = [("a", event_of(0, *range(20_000)))]
+    async with asyncio.timeout(LIMIT_S):
+        while (backlog := writer.transport.get_write_buffer_size()) <= 1 << 16:
+            router.client.send(address, big)
+            await asyncio.sleep(0)
+    assert backlog < 1 << 18
+    assert not writer.is_closing()
+    router.client.send(address, big)
+    assert writer.is_closing()  # not seconds later, by the system's timeout
+    router.client.close()
+    server.close()
 
 
 # Joining the link's events with the reply.
@@ -528,6 +374,18 @@ def deliveries(draw: st.DrawFn) -> tuple[list[TokenEvent], list[TokenEvent]]:
     return link, reply
 
 
+def check(passed: list[TokenEvent], reply: list[TokenEvent]) -> None:
+    """Check that what was passed on is the reply, each token once and in order."""
+    for whole in reply:
+        own = [event for event in passed if event.index == whole.index]
+        assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
+        assert tuple(row for event in own for row in event.logprobs) == whole.logprobs
+        reasons = [event.finish_reason for event in own]
+        assert reasons == [*[None] * (len(own) - 1), whole.finish_reason]
+        lengths = [len(event.token_ids) for event in own]
+        assert [event.start for event in own] == [sum(lengths[:i]) for i in range(len(own))]
+
+
 @settings(max_examples=300)
 @given(deliveries(), st.data())
 def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
@@ -540,34 +398,8 @@ def test_whatever_the_link_loses_each_token_is_passed_on_once_and_in_order(
     again = data.draw(st.booleans())
     arriving = [*link[:split], *(link if again else []), *reply, *link[split:]]
     receipts = receipts_of(len(reply))
-    passed = [fresh for event in arriving if (fresh := receipts.take(event)) is not None]
+    check([fresh for event in arriving if (fresh := receipts.take(event)) is not None], reply)
     assert receipts.all_finished()
-    for whole in reply:
-        own = [event for event in passed if event.index == whole.index]
-        assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
-        assert tuple(row for event in own for row in event.logprobs) == whole.logprobs
-        assert [event.finish_reason for event in own if event.finish_reason] == [
-            whole.finish_reason
-        ]
-        assert own[-1].finish_reason is not None
-        starts = [event.start for event in own]
-        lengths = [len(event.token_ids) for event in own]
-        assert starts == [sum(lengths[:i]) for i in range(len(own))]
-
-
-def test_an_event_that_leaves_a_gap_is_left_to_the_reply() -> None:
-    receipts = receipts_of(1)
-    assert receipts.take(event_of(0, 7)) == event_of(0, 7)
-    assert receipts.take(event_of(2, 9)) is None
-    assert receipts.take(event_of(0, 7, 8, 9)) == event_of(1, 8, 9)
-
-
-def test_nothing_comes_after_the_end() -> None:
-    receipts = receipts_of(1)
-    end = TokenEvent(0, (7,), finish_reason="length")
-    assert receipts.take(end) == end
-    assert receipts.take(end) is None
-    assert receipts.take(event_of(1, 8)) is None
 
 
 @settings(max_examples=200)
@@ -579,25 +411,22 @@ def test_a_request_that_goes_on_elsewhere_loses_nothing_and_doubles_nothing(
     died = data.draw(st.integers(0, len(link)))
     receipts = receipts_of(len(reply))
     before = [fresh for event in link[:died] if (fresh := receipts.take(event)) is not None]
-    resumed = receipts_of(len(reply), *receipts.received())
-    assert resumed.received() == receipts.received()
+    received = receipts.received()
+    resumed = receipts_of(len(reply), *received)
+    assert resumed.received() == received
     rest = [
         replace(
             whole,
-            token_ids=whole.token_ids[have:],
+            token_ids=whole.token_ids[(have := len(one.token_ids)) :],
             logprobs=whole.logprobs[have:],
             start=have,
         )
-        for whole, one in zip(reply, receipts.received(), strict=True)
-        if not one.finished and (have := len(one.token_ids)) is not None
+        for whole, one in zip(reply, received, strict=True)
+        if not one.finished
     ]
     after = [fresh for event in rest if (fresh := resumed.take(event)) is not None]
     assert after == rest
-    for whole in reply:
-        own = [event for event in [*before, *after] if event.index == whole.index]
-        assert tuple(t for event in own for t in event.token_ids) == whole.token_ids
-        assert tuple(row for event in own for row in event.logprobs) == whole.logprobs
-        assert own[-1].finish_reason == whole.finish_reason
+    check([*before, *after], reply)
 
 
 def test_a_stopped_choice_is_told_as_finished() -> None:
@@ -607,7 +436,8 @@ def test_a_stopped_choice_is_told_as_finished() -> None:
     assert not receipts.all_finished()
 
 
-def test_events_of_a_step_that_are_too_large_for_a_frame_come_in_several(
+@looped
+async def test_events_of_a_step_that_are_too_large_for_a_frame_come_in_several(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_link, "MAX_FRAME_BYTES", 2000)
@@ -618,10 +448,7 @@ def test_events_of_a_step_that_are_too_large_for_a_frame_come_in_several(
     ]
     too_large = ("large", TokenEvent(0, (), prompt_logprobs=rows * 3))
 
-    async def test() -> None:
-        async with linked() as (gateway, address, [router]):
-            router.client.send(address, [*events[:2], too_large, *events[2:]])
-            router.client.send(address, [("last", EVENT)])
-            assert [await gateway.next() for _ in range(5)] == [*events, ("last", EVENT)]
-
-    run(test)
+    async with linked() as (gateway, address, [router]):
+        router.client.send(address, [*events[:2], too_large, *events[2:]])
+        router.client.send(address, [("last", EVENT)])
+        assert [await gateway.next() for _ in range(5)] == [*events, ("last", EVENT)]

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-import yaml
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save
 
-from experts.checkpoint.mixture import Mixture, open_mixture
+from experts.checkpoint.mixture import Mixture
 from experts.checkpoint.stored import RemoteFiles
 from experts.mixture.spec import MixtureSpec
 from router.moe.gate import Choice
@@ -50,39 +49,24 @@ def document(gates: Mapping[str, Any], num_experts: int, **changes: Any) -> dict
     return whole | changes
 
 
-def mixture_in(folder: Path, spec: Mapping[str, Any], tensors: Tensors | None = None) -> Mixture:
-    """Save a ``mixture.yaml``, and ``tensors`` as ``gates.safetensors``, and open the folder.
+def mixture_of(spec: Mapping[str, Any], tensors: Tensors) -> Mixture:
+    """Return a mixture without a folder, with ``tensors`` as ``gates.safetensors``.
 
-    Floating-point tensors get the mixture's dtype. The file of the experts has no tensors: no gate
-    reads it.
+    Floating-point tensors get the mixture's dtype.
     """
-    (folder / "mixture.yaml").write_text(yaml.safe_dump(dict(spec), sort_keys=False))
-    (folder / "experts.bin").write_bytes(b"never read")
-    if tensors is not None:
-        save_file(_stored(spec, tensors), folder / "gates.safetensors")
-    return open_mixture(folder)
-
-
-def mixture_in_memory(spec: Mapping[str, Any], tensors: Tensors) -> Mixture:
-    """Return what :func:`mixture_in` does, without a folder and without YAML, which is slow."""
-    files = {"gates.safetensors": save(_stored(spec, tensors))}
+    dtypes = {"f": spec["dtype"], "i": "int64"}
+    stored = {name: t.astype(dtypes[t.dtype.kind], order="C") for name, t in tensors.items()}
+    files = {"gates.safetensors": save(stored)}
     remote = cast(RemoteFiles, SimpleNamespace(tensor=files.__getitem__))
     return Mixture(Path(), {}, {}, MixtureSpec.model_validate(spec), remote=remote)
 
 
-def _stored(spec: Mapping[str, Any], tensors: Tensors) -> dict[str, np.ndarray]:
-    dtypes = {"f": spec["dtype"], "i": "int64"}
-    return {name: t.astype(dtypes[t.dtype.kind], order="C") for name, t in tensors.items()}
-
-
 def linear_gate(choices: Sequence[str], prefix: str = "", **more: Any) -> dict[str, Any]:
-    """Return a linear gate with its tensors in ``gates.safetensors``."""
     file = {"file": "gates.safetensors", "prefix": prefix}
     return {"kind": "linear", "choices": list(choices), **file, **more}
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Return the softmax of a vector."""
     shares = np.exp(scores - scores.max())
     return shares / shares.sum()
 

@@ -62,25 +62,27 @@ def combine_all(
     spec: MixtureSpec,
     rows: np.ndarray,
     weights: np.ndarray,
-    ids: np.ndarray,
-    is_present: np.ndarray,
+    ids: np.ndarray | None = None,
+    is_present: np.ndarray | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
+    names: list[str] | None = None,
+    **more: int,
 ) -> dict[str, np.ndarray]:
-    names = [output.name for output in spec.outputs]
+    """Combine rows, by default those of the first experts, all of which are present."""
+    ids = np.tile(np.arange(weights.shape[1]), (len(rows), 1)) if ids is None else ids
+    is_present = np.ones(ids.shape, bool) if is_present is None else is_present
+    names = names or [output.name for output in spec.outputs]
     tensors = torch.from_numpy(rows), torch.from_numpy(weights)
-    return combined(spec, *tensors, ids, is_present, inputs or {}, names)
+    return combined(spec, *tensors, ids, is_present, inputs or {}, names, **more)
 
 
 class Case:
     """Random rows, weights, experts and absent pairs, which hold NaN as if never written."""
 
-    def __init__(self, seed: int, num_rows: int, spec: MixtureSpec, steps: int = 0) -> None:
+    def __init__(self, seed: int, num_rows: int, spec: MixtureSpec) -> None:
         rng = np.random.default_rng(seed)
         dtype = np.dtype(spec.dtype)
-        shape = spec.combine.shape
-        if steps:
-            shape = (steps, *shape[1:])
-        self.rows = rng.standard_normal((num_rows, K, *shape)).astype(dtype)
+        self.rows = rng.standard_normal((num_rows, K, *spec.combine.shape)).astype(dtype)
         if spec.combine.kind == "density":
             self.rows = np.abs(self.rows) + dtype.type(0.1)
         self.ids = np.array([rng.permutation(E)[:K] for _ in range(num_rows)], np.int64)
@@ -92,15 +94,12 @@ class Case:
         self.inputs = {"target": rng.standard_normal((num_rows, 2)).astype(dtype)}
         self.rows[~self.is_present] = np.nan
 
-    def run(self, spec: MixtureSpec, rows: Any = slice(None)) -> dict[str, np.ndarray]:
-        return combine_all(
-            spec,
-            self.rows[rows],
-            self.weights[rows],
-            self.ids[rows],
-            self.is_present[rows],
-            {name: array[rows] for name, array in self.inputs.items()},
-        )
+    def run(
+        self, spec: MixtureSpec, rows: Any = slice(None), **options: Any
+    ) -> dict[str, np.ndarray]:
+        arrays = self.rows, self.weights, self.ids, self.is_present
+        options = {"inputs": {name: a[rows] for name, a in self.inputs.items()}, **options}
+        return combine_all(spec, *(array[rows] for array in arrays), **options)
 
     def pairs(self, row: int) -> list[tuple[int, float, np.ndarray]]:
         """Return expert, weight and output of each present pair, ascending by expert."""
@@ -113,7 +112,6 @@ class Case:
 
 
 def expected_of(spec: MixtureSpec, case: Case, row: int) -> dict[str, np.ndarray]:
-    """Return the outputs of one row, each by the definition."""
     pairs = case.pairs(row)
     absent = K - len(pairs)
     parts: dict[str, Any] = {
@@ -134,12 +132,8 @@ def expected_of(spec: MixtureSpec, case: Case, row: int) -> dict[str, np.ndarray
     else:
         size = combine.dimensions
         means = np.array([values[:size] for _, _, values in pairs])
-        deviations = np.array(
-            [
-                np.full(size, combine.deviation) if combine.deviation else values[size:]
-                for _, _, values in pairs
-            ]
-        )
+        given = np.full(size, combine.deviation) if combine.deviation else None
+        deviations = np.array([v[size:] if given is None else given for _, _, v in pairs])
         weights = np.array([w for _, w, _ in pairs])[:, None]
         mean = (weights * means).sum(axis=0)
         within = sum(w * s**2 for w, s in zip(weights, deviations, strict=True))
@@ -235,9 +229,8 @@ def test_sequences_are_averaged_step_by_step() -> None:
     for steps in (1, 4):
         rows = np.arange(2 * 2 * steps * 2, dtype=float).reshape(2, 2, steps, 2)
         weights = np.array([[0.25, 0.75], [1.0, 0.0]])
-        ids = np.tile(np.arange(2), (2, 1))
         is_present = np.array([[True, True], [True, False]])
-        value = combine_all(spec, rows, weights, ids, is_present)["value"]
+        value = combine_all(spec, rows, weights, is_present=is_present)["value"]
         assert value.tolist() == [
             (0.25 * rows[0, 0] + 0.75 * rows[0, 1]).tolist(),
             rows[1, 0].tolist(),
@@ -254,30 +247,19 @@ def test_votes_and_labels_by_hand() -> None:
     ])  # fmt: skip
     weights = np.array([[0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
     ids = np.array([[4, 2, 0], [0, 1, 2]])
-    outputs = combine_all(spec, rows, weights, ids, np.ones((2, 3), bool))
+    outputs = combine_all(spec, rows, weights, ids)
     assert outputs["votes"].tolist() == [[0.5, 0, 0.5], [0.5, 0, 0.5]]
     assert outputs["label"].tolist() == [["älter"], ["älter"]]
     assert outputs["experts"].tolist() == [[0, 2, 4], [0, 1, 2]]
     assert outputs["weights"].tolist() == [[0.3, 0.5, 0.2], [0.25, 0.5, 0.25]]
 
 
-def test_an_absent_pair_counts_nothing_and_comes_last() -> None:
-    spec = spec_of(COMBINES["mean"])
-    rows = np.array([[[np.nan] * 4, [2.0] * 4, [np.inf] * 4]])
-    weights, ids = np.array([[9.0, 1.0, np.nan]]), np.array([[0, 3, 1]])
-    outputs = combine_all(spec, rows, weights, ids, np.array([[False, True, False]]))
-    assert outputs["value"].tolist() == [[2.0] * 4]
-    assert outputs["experts"].tolist() == [[3, -1, -1]]
-    assert outputs["weights"].tolist() == [[1.0, 0.0, 0.0]]
-
-
 def test_a_density_far_from_every_mean_has_a_log() -> None:
     """The densities themselves round to 0; their logarithms do not."""
     spec = spec_of(COMBINES["density"] | {"deviation": 1.0})
     rows = np.array([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    weights, ids = np.array([[0.5, 0.5, 0.0]]), np.array([[0, 1, 2]])
     target = {"target": np.array([[1e5, 0.0]])}
-    outputs = combine_all(spec, rows, weights, ids, np.ones((1, 3), bool), target)
+    outputs = combine_all(spec, rows, np.array([[0.5, 0.5, 0.0]]), inputs=target)
     right = np.log(0.5) - np.log(2 * np.pi) - 0.5 * (1e5 - 1) ** 2
     np.testing.assert_allclose(outputs["log_density"], [[right]], 1e-14)
     np.testing.assert_allclose(outputs["variance"], [[1.25, 1.0]], 1e-14)
@@ -286,9 +268,8 @@ def test_a_density_far_from_every_mean_has_a_log() -> None:
 def test_a_variance_is_not_the_difference_of_large_squares() -> None:
     spec = spec_of(COMBINES["density"])
     rows = np.array([[[1e9, 1e9, 1e-3, 1e-3]] * 3])
-    weights, ids = np.array([[0.25, 0.25, 0.5]]), np.array([[0, 1, 2]])
     target = {"target": np.zeros((1, 2))}
-    outputs = combine_all(spec, rows, weights, ids, np.ones((1, 3), bool), target)
+    outputs = combine_all(spec, rows, np.array([[0.25, 0.25, 0.5]]), inputs=target)
     np.testing.assert_allclose(outputs["variance"], [[1e-6, 1e-6]], 1e-12)
 
 
@@ -317,21 +298,16 @@ def test_an_output_that_is_not_finite_names_expert_and_row(kind: str, value: flo
     with pytest.raises(NotFiniteError, match="row 3") as error:
         case.run(spec)
     assert error.value.field == f"e{case.ids[3, 1]}"
-    names = [output.name for output in spec.outputs]
     with pytest.raises(NotFiniteError, match="row 103"):
-        combined(
-            spec, torch.from_numpy(case.rows), torch.from_numpy(case.weights), case.ids,
-            case.is_present, case.inputs, names, first_row=100,
-        )  # fmt: skip
+        case.run(spec, first_row=100)
 
 
 def test_a_result_beyond_its_datatype_names_output_and_row() -> None:
     spec = spec_of(COMBINES["mean"], real="FP32")
     rows = np.ones((2, 3, 4))
     rows[1] = 1e39
-    weights, ids = np.full((2, 3), 1 / 3), np.tile(np.arange(3), (2, 1))
     with pytest.raises(NotFiniteError, match=r"row 1 .* in float32") as error:
-        combine_all(spec, rows, weights, ids, np.ones((2, 3), bool))
+        combine_all(spec, rows, np.full((2, 3), 1 / 3))
     assert error.value.field == "outputs.value"
 
 
@@ -340,10 +316,7 @@ def test_only_the_requested_outputs_are_returned_in_their_order() -> None:
     case = Case(9, 4, spec)
     whole = case.run(spec)
     # Without a log density there needs to be no target.
-    part = combined(
-        spec, torch.from_numpy(case.rows), torch.from_numpy(case.weights), case.ids,
-        case.is_present, {}, ["weights", "mean"],
-    )  # fmt: skip
+    part = case.run(spec, inputs={}, names=["weights", "mean"])
     assert list(part) == ["weights", "mean"]
     assert all(part[name].tobytes() == whole[name].tobytes() for name in part)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,12 @@ from cluster.errors import (
     ExpertUnavailableError,
     InvalidRequestError,
     ModelReplacedError,
-    OverloadedError,
     PoisonedRequestError,
 )
 from cluster.placement.placement import Placement, assign_experts, empty_placement
-from cluster.spec import ExpertKey, ModelExperts
-from cluster.transport.base import Call, CallFailure, IsGone, never_gone
-from cluster.transport.base import Outcome as CallOutcome
-from cluster.wire.frames import DispatchFrame, decode
+from cluster.spec import ON_EXPERT_LOSS, ExpertKey, ModelExperts
+from cluster.transport.base import Call, CallFailure
+from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
 from experts.backends.load import load_mixture_expert
 from experts.bank import ExpertBank
 from experts.checkpoint.mixture import Mixture, open_mixture
@@ -46,15 +44,9 @@ from router.moe.dispatch import Dispatcher
 from router.moe.layer import MoELayers
 from router.moe.permute import PlacedModel
 from router.moe.shared_load import SharedLoad
-from tests.local_cluster import Answered, BankTransport
+from tests.local_cluster import BankTransport
 from tests.local_mixture import LocalMixture
-from tests.mixtures import (
-    NUM_FEATURES,
-    save_given,
-    save_sequences,
-    save_tree,
-    save_unlike,
-)
+from tests.mixtures import NUM_FEATURES, save_given, save_sequences, save_tree, save_unlike
 
 MODEL, IDENTITY = "m@1", "the identity"
 LIMITS = QueueLimits(step_requests=32, step_rows=64, requests=64, rows=4096)
@@ -64,8 +56,6 @@ Inputs = Mapping[str, np.ndarray]
 
 @dataclass
 class Router:
-    """A mixture's engine over banks, and its placement."""
-
     mixture: Mixture
     engine: MixtureEngine
     view: PlacementView
@@ -82,7 +72,6 @@ class Router:
         on_expert_loss: str = "strict",
         outputs: Sequence[str] | None = None,
         request_id: str = "",
-        tenant: str = "",
     ) -> Future[Outcome]:
         self.number += 1
         names = [output.name for output in self.mixture.spec.outputs]
@@ -94,7 +83,6 @@ class Router:
             tuple(names if outputs is None else outputs),
             time.monotonic() + timeout_s,
             on_expert_loss,
-            tenant=tenant,
         )
         self.engine.submit(request, future.set_result)
         return future
@@ -106,13 +94,11 @@ class Router:
         return outcome
 
     def lose(self, *expert_ids: int) -> None:
-        """Publish a placement without a copy of these experts."""
         lost = {ExpertKey(MODEL, 0, expert_id) for expert_id in expert_ids}
         holders = {k: () if k in lost else a for k, a in self.placement.holders.items()}
         self._publish(replace(self.placement, holders=holders))
 
     def restore(self) -> None:
-        """Publish the first placement again, as a newer one."""
         self._publish(self.placement)
 
     def _publish(self, placement: Placement) -> None:
@@ -132,7 +118,6 @@ def router_of(
     limits: QueueLimits = LIMITS,
     fail: Callable[[Call, int], CallFailure | bytes | None] = lambda call, number: None,
     is_placed: bool = True,
-    transport: type[BankTransport] = BankTransport,
 ) -> Iterator[Router]:
     mixture = open_mixture(folder)
     spec = mixture.spec
@@ -149,7 +134,7 @@ def router_of(
         view.publish(placement)
     shape = partial(answer_shape_of, spec)
     load = SharedLoad(row_costs(mixture))
-    transports = [transport(banks, fail) for _ in range(lanes)]
+    transports = [BankTransport(banks, fail) for _ in range(lanes)]
     layers = [
         MoELayers(
             Dispatcher(MODEL, view, t, lambda a, g: None, 5.0, shape, load), GatherRows(shape)
@@ -186,7 +171,26 @@ def equal(reply: PredictionReply, expected: Mapping[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(reply.outputs[name], array)
 
 
-# Predictions, alone and in a crowd.
+def given(num_rows: int, expert: int, first: float = 0.0) -> dict[str, np.ndarray]:
+    rows = np.zeros((num_rows, NUM_FEATURES))
+    rows[:, 0] = first
+    return {"x": rows, "expert": np.full((num_rows, 1), expert, np.int64)}
+
+
+def replied(future: Future[Outcome]) -> PredictionReply:
+    outcome = future.result(WAIT_S)
+    assert isinstance(outcome, PredictionReply)
+    return outcome
+
+
+@pytest.fixture
+def held() -> tuple[threading.Event, Callable[[Call, int], None]]:
+    """Calls that wait for an event."""
+    release = threading.Event()
+    return release, lambda call, number: (release.wait(WAIT_S), None)[1]
+
+
+Held = tuple[threading.Event, Callable[[Call, int], None]]
 
 
 def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path: Path) -> None:
@@ -200,18 +204,6 @@ def test_predictions_of_experts_of_every_kind_are_those_of_one_process(tmp_path:
             np.testing.assert_array_equal(reply.outputs["experts"], expected["experts"])
 
 
-def test_a_tree_and_its_density_are_those_of_one_process(tmp_path: Path) -> None:
-    with router_of(save_tree(tmp_path)) as router:
-        for num_rows in (0, 1):
-            few = features(num_rows) | {"y": np.zeros((num_rows, 1))}
-            equal(router.predict(few), router.local.predict(few))
-        inputs = features(70) | {"y": np.zeros((70, 1))}
-        equal(router.predict(inputs), router.local.predict(inputs))
-        without = {"x": inputs["x"]}
-        asked = ["mean", "variance"]
-        equal(router.predict(without, outputs=asked), router.local.predict(without, asked))
-
-
 def test_sequences_of_several_lengths_do_not_mix(tmp_path: Path) -> None:
     with router_of(save_sequences(tmp_path), lanes=2) as router:
         source = np.random.default_rng(1)
@@ -221,70 +213,70 @@ def test_sequences_of_several_lengths_do_not_mix(tmp_path: Path) -> None:
         ]
         futures = [router.submit(inputs) for inputs in asked]
         for inputs, future in zip(asked, futures, strict=True):
-            outcome = future.result(WAIT_S)
-            assert isinstance(outcome, PredictionReply)
-            equal(outcome, router.local.predict(inputs))
+            equal(replied(future), router.local.predict(inputs))
 
 
-def test_a_crowd_gets_the_bits_that_each_gets_alone(tmp_path: Path) -> None:
+def test_a_tree_and_its_density_have_the_bits_of_one_process_alone_and_in_a_crowd(
+    tmp_path: Path,
+) -> None:
     with router_of(save_tree(tmp_path)) as router:
-        asked = [features(1 + i % 5, i) | {"y": np.ones((1 + i % 5, 1))} for i in range(40)]
-        alone = [router.predict(inputs) for inputs in asked]
+        sizes = [0, 1, 70, *(1 + i % 5 for i in range(40))]
+        asked = [features(n, i) | {"y": np.ones((n, 1))} for i, n in enumerate(sizes)]
+        expected = [router.local.predict(inputs) for inputs in asked]
+        for inputs, outputs in zip(asked, expected, strict=True):
+            equal(router.predict(inputs), outputs)
         futures = [router.submit(inputs) for inputs in asked]
-        for reply, future in zip(alone, futures, strict=True):
-            outcome = future.result(WAIT_S)
-            assert isinstance(outcome, PredictionReply)
-            equal(outcome, reply.outputs)
+        for future, outputs in zip(futures, expected, strict=True):
+            equal(replied(future), outputs)
+        without, names = {"x": asked[2]["x"]}, ["mean", "variance"]
+        equal(router.predict(without, outputs=names), router.local.predict(without, names))
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_k_of_the_experts_compute_a_row_and_no_more(tmp_path: Path, top_k: int) -> None:
-    with router_of(save_unlike(tmp_path, top_k=top_k)) as router:
-        router.predict(features(50))
+@pytest.mark.parametrize(
+    ("save", "output", "top_k"),
+    [
+        *((partial(save_unlike, top_k=top_k), "value", top_k) for top_k in (1, 2, 3)),
+        (save_tree, "mean", 3),  # both gates of the root, one leaf of the left, two of the right
+    ],
+    ids=["1", "2", "3", "tree"],
+)
+def test_k_of_the_experts_compute_a_row_and_no_more(
+    tmp_path: Path, save: Callable[[Path], Path], output: str, top_k: int
+) -> None:
+    with router_of(save(tmp_path)) as router:
+        router.predict(features(50), outputs=[output])
         rows = sum(sum(bank.tokens.values()) for bank in router.banks.values())
         assert rows == 50 * top_k
 
 
-def test_a_tree_computes_the_product_of_its_ks(tmp_path: Path) -> None:
-    with router_of(save_tree(tmp_path)) as router:
-        router.predict(features(50), outputs=["mean"])
-        rows = sum(sum(bank.tokens.values()) for bank in router.banks.values())
-        assert rows == 50 * (
-            1 + 2
-        )  # both gates of the root, one leaf of the left, two of the right
+def among_mates(
+    router: Router, release: threading.Event, mates: Sequence[Inputs], inputs: Inputs
+) -> tuple[Outcome, list[PredictionReply]]:
+    """Return the outcome of a request that waits beside others, and their replies.
+
+    A first one holds the lane until ``release`` is set.
+    """
+    first = router.submit(given(1, 0))
+    futures, own = [router.submit(mate) for mate in mates], router.submit(inputs)
+    release.set()
+    replied(first)
+    return own.result(WAIT_S), [replied(future) for future in futures]
 
 
-# Failures of single rows.
-
-
-def given(num_rows: int, expert: int, first: float = 0.0) -> dict[str, np.ndarray]:
-    rows = np.zeros((num_rows, NUM_FEATURES))
-    rows[:, 0] = first
-    return {"x": rows, "expert": np.full((num_rows, 1), expert, np.int64)}
-
-
-def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path) -> None:
-    with router_of(save_given(tmp_path, 3, fragile=True), lanes=1) as router:
+def test_an_expert_that_raises_fails_its_rows_and_no_others(tmp_path: Path, held: Held) -> None:
+    release, hang = held
+    with router_of(save_given(tmp_path, 3, fragile=True), lanes=1, fail=hang) as router:
         fragile = router.mixture.spec.expert_names.index("fragile")
-        gate = threading.Event()
-        router.transports[0].fail = lambda call, number: gate.wait(WAIT_S) and None
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(3, fragile, 1.0)) for _ in range(4)]
-        bad = router.submit(given(3, fragile, 0.5))
-        gate.set()
-        assert isinstance(first.result(WAIT_S), PredictionReply)
-        for future in good:
-            outcome = future.result(WAIT_S)
-            assert isinstance(outcome, PredictionReply)
-            equal(outcome, router.local.predict(given(3, fragile, 1.0)))
-        failure = bad.result(WAIT_S)
+        good, bad = given(3, fragile, 1.0), given(3, fragile, 0.5)
+        failure, replies = among_mates(router, release, [good] * 4, bad)
+        for reply in replies:
+            equal(reply, router.local.predict(good))
         assert isinstance(failure, ExpertFailedError)
         assert failure.field == "fragile"
         assert "0.5" in failure.message
 
 
 def test_rows_at_which_actors_die_end_their_request_after_four_of_them(tmp_path: Path) -> None:
-    """An actor comes back at once, as its next generation."""
     died: list[tuple[str, int]] = []
     with router_of(save_given(tmp_path, 3), lanes=1) as router:
         gate = threading.Event()
@@ -307,40 +299,28 @@ def test_rows_at_which_actors_die_end_their_request_after_four_of_them(tmp_path:
             return CallFailure.DIED
 
         router.transports[0].fail = fail
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(3, 1, 1.0)) for _ in range(4)]
-        bad = router.submit(given(3, 1, 0.5))
-        gate.set()
-        assert isinstance(bad.result(WAIT_S), PoisonedRequestError)
-        for future in [first, *good]:
-            assert isinstance(future.result(WAIT_S), PredictionReply)
+        failure, _ = among_mates(router, gate, [given(3, 1, 1.0)] * 4, given(3, 1, 0.5))
+        assert isinstance(failure, PoisonedRequestError)
     assert [generation for _, generation in died] == [1, 2, 3, 4]
 
 
 def test_a_step_that_raises_is_halved_until_the_request_at_fault_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gate, steps, choose = threading.Event(), [], MixtureGate.choose
+
+    def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
+        gate.wait(WAIT_S)
+        steps.append(len(inputs["x"]))
+        if (inputs["x"][:, 0] == 0.5).any():
+            raise RuntimeError("a fault of the test's")
+        return choose(own, inputs, first_row)
+
+    monkeypatch.setattr(MixtureGate, "choose", checked)
     with router_of(save_given(tmp_path, 3), lanes=1) as router:
-        gate, steps = threading.Event(), []
-        choose = MixtureGate.choose
-
-        def checked(own: MixtureGate, inputs: Inputs, first_row: int) -> Any:
-            gate.wait(WAIT_S)
-            steps.append(len(inputs["x"]))
-            if (inputs["x"][:, 0] == 0.5).any():
-                raise RuntimeError("a fault of the test's")
-            return choose(own, inputs, first_row)
-
-        monkeypatch.setattr(MixtureGate, "choose", checked)
-        first = router.submit(given(1, 0))  # holds the lane until all others wait
-        good = [router.submit(given(1, 1, 1.0)) for _ in range(7)]
-        bad = router.submit(given(1, 1, 0.5))
-        gate.set()
-        error = bad.result(WAIT_S)
+        error, _ = among_mates(router, gate, [given(1, 1, 1.0)] * 7, given(1, 1, 0.5))
         assert isinstance(error, PoisonedRequestError)
         assert "cannot compute this request (RuntimeError)" in error.message
-        for future in [first, *good]:
-            assert isinstance(future.result(WAIT_S), PredictionReply)
         assert len(steps) <= 1 + 1 + 2 * 4  # two steps of each halving of 9 requests
 
 
@@ -385,43 +365,24 @@ def test_a_choice_that_is_not_there_ends_its_own_request(tmp_path: Path) -> None
             router.predict(inputs)
 
 
-def test_an_answer_that_is_not_finite_is_asked_for_again(tmp_path: Path) -> None:
-    from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
-
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [((2,), np.nan), ((NUM_FEATURES,), 0.0)],
+    ids=["not finite", "as the rows, not as the outputs"],
+)
+def test_a_damaged_answer_is_asked_for_again(
+    tmp_path: Path, shape: tuple[int, ...], value: float
+) -> None:
     def damaged(call: Call, number: int) -> bytes | None:
         frame = decode(b"".join(call.frame))
         assert isinstance(frame, DispatchFrame)
-        if number > 1:
-            return None
-        rows = np.full((frame.num_rows, 2), np.nan).tobytes()
-        return b"".join(
-            encode(RowsFrame(frame.request_id, frame.num_rows, (2,), "float64", (rows,)))
-        )
+        rows = np.full((frame.num_rows, *shape), value).tobytes()
+        answer = RowsFrame(frame.request_id, frame.num_rows, shape, "float64", (rows,))
+        return b"".join(encode(answer)) if number == 1 else None
 
     with router_of(save_given(tmp_path), lanes=1, fail=damaged) as router:
         equal(router.predict(given(4, 2, 1.0)), router.local.predict(given(4, 2, 1.0)))
         assert len(router.frames) == 2
-
-
-def test_an_answer_of_another_shape_is_damage_and_is_asked_for_again(tmp_path: Path) -> None:
-    from cluster.wire.frames import DispatchFrame, RowsFrame, decode, encode
-
-    def damaged(call: Call, number: int) -> bytes | None:
-        frame = decode(b"".join(call.frame))
-        assert isinstance(frame, DispatchFrame)
-        if number > 1:
-            return None
-        shape = frame.row_shape  # that of the rows, not of the outputs
-        rows = bytes(8 * frame.num_rows * NUM_FEATURES)
-        return b"".join(
-            encode(RowsFrame(frame.request_id, frame.num_rows, shape, "float64", (rows,)))
-        )
-
-    with router_of(save_given(tmp_path), lanes=1, fail=damaged) as router:
-        equal(router.predict(given(4, 2, 1.0)), router.local.predict(given(4, 2, 1.0)))
-
-
-# Missing experts.
 
 
 def test_a_strict_request_waits_for_its_expert_and_others_go_on(tmp_path: Path) -> None:
@@ -431,18 +392,9 @@ def test_a_strict_request_waits_for_its_expert_and_others_go_on(tmp_path: Path) 
         equal(router.predict(given(5, 2, 1.0)), router.local.predict(given(5, 2, 1.0)))
         assert not waiting.done()
         router.restore()
-        outcome = waiting.result(WAIT_S)
-        assert isinstance(outcome, PredictionReply)
-        assert outcome.exact
-        equal(outcome, router.local.predict(given(100, 3, 1.0)))
-
-
-def test_a_strict_request_without_its_expert_ends_at_its_deadline_by_name(tmp_path: Path) -> None:
-    with router_of(save_given(tmp_path)) as router:
-        router.lose(3)
-        with pytest.raises(ExpertUnavailableError, match="'e3' had no live copy") as caught:
-            router.predict(given(1, 3), timeout_s=0.3)
-        assert caught.value.retry_after_s is not None
+        reply = replied(waiting)
+        assert reply.exact
+        equal(reply, router.local.predict(given(100, 3, 1.0)))
 
 
 @pytest.mark.parametrize("contract", ["next_expert", "drop"])
@@ -467,25 +419,19 @@ def test_others_go_on_without_a_missing_expert_and_say_so(tmp_path: Path, contra
         assert router.predict(kept, on_expert_loss=contract).exact
 
 
-@pytest.mark.parametrize("contract", ["next_expert", "drop"])
-def test_a_row_without_any_other_expert_waits_whatever_its_contract(
+@pytest.mark.parametrize("contract", ON_EXPERT_LOSS)
+def test_a_row_without_any_other_expert_ends_at_its_deadline_by_name(
     tmp_path: Path, contract: str
 ) -> None:
     with router_of(save_given(tmp_path)) as router:
         router.lose(3)
-        with pytest.raises(ExpertUnavailableError, match="'e3'"):
+        with pytest.raises(ExpertUnavailableError, match="'e3' had no live copy") as caught:
             router.predict(given(2, 3), timeout_s=0.3, on_expert_loss=contract)
+        assert caught.value.retry_after_s is not None
 
 
-# Ends and bounds.
-
-
-def test_a_request_ends_at_its_deadline_while_an_actor_hangs(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    def hang(call: Call, number: int) -> None:
-        release.wait(WAIT_S)
-
+def test_a_request_ends_at_its_deadline_while_an_actor_hangs(tmp_path: Path, held: Held) -> None:
+    release, hang = held
     with router_of(save_given(tmp_path), lanes=1, fail=hang) as router:
         started_s = time.monotonic()
         with pytest.raises(DeadlineExceededError):
@@ -495,40 +441,18 @@ def test_a_request_ends_at_its_deadline_while_an_actor_hangs(tmp_path: Path) -> 
         equal(router.predict(given(1, 0)), router.local.predict(given(1, 0)))
 
 
-def test_a_cancelled_request_ends_and_its_rows_are_not_computed(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    def hang(call: Call, number: int) -> None:
-        release.wait(WAIT_S)
-
+def test_a_cancelled_request_ends_and_its_rows_are_not_computed(tmp_path: Path, held: Held) -> None:
+    release, hang = held
     with router_of(save_given(tmp_path), lanes=1, fail=hang) as router:
-        held = router.submit(given(1, 0))
+        computed = router.submit(given(1, 0))
         waiting = router.submit(given(50, 1), request_id="gone")
         router.engine.cancel("gone")
         router.engine.cancel("unknown")
         assert isinstance(waiting.result(WAIT_S), CancelledRequestError)
         release.set()
-        assert isinstance(held.result(WAIT_S), PredictionReply)
-        assert isinstance(router.submit(given(1, 2)).result(WAIT_S), PredictionReply)
+        replied(computed)
+        router.predict(given(1, 2))
         assert sum(frame.num_rows for frame in router.frames) == 2
-
-
-def test_a_full_router_refuses_and_goes_on(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    def hang(call: Call, number: int) -> None:
-        release.wait(WAIT_S)
-
-    limits = QueueLimits(step_requests=2, step_rows=8, requests=3, rows=20)
-    with router_of(save_given(tmp_path), lanes=1, limits=limits, fail=hang) as router:
-        held = [router.submit(given(5, 0)), router.submit(given(15, 1))]
-        with pytest.raises(OverloadedError, match="20 rows") as caught:
-            router.submit(given(1, 2))
-        assert caught.value.retry_after_s is not None
-        release.set()
-        assert all(isinstance(future.result(WAIT_S), PredictionReply) for future in held)
-        # A request that waits alone may have more rows.
-        equal(router.predict(given(50, 2)), router.local.predict(given(50, 2)))
 
 
 def test_nothing_runs_before_a_placement_and_the_error_says_so(tmp_path: Path) -> None:
@@ -537,21 +461,7 @@ def test_nothing_runs_before_a_placement_and_the_error_says_so(tmp_path: Path) -
             router.predict(given(1, 0), timeout_s=0.2)
         waiting = router.submit(given(1, 0))
         router.view.publish(router.placement)
-        assert isinstance(waiting.result(WAIT_S), PredictionReply)
-
-
-def test_a_flood_of_one_name_holds_up_another_for_one_step(tmp_path: Path) -> None:
-    limits = QueueLimits(step_requests=4, step_rows=8, requests=32, rows=4096)
-    ended: list[str] = []
-    with router_of(save_given(tmp_path), lanes=1, limits=limits, is_placed=False) as router:
-        waiting = []
-        for name in [*["flood"] * 20, "quiet", *["flood"] * 10]:
-            waiting.append(router.submit(given(8, 0), tenant=name))
-            waiting[-1].add_done_callback(lambda _, name=name: ended.append(name))  # type: ignore[misc]
-        router.view.publish(router.placement)
-        assert all(isinstance(one.result(WAIT_S), PredictionReply) for one in waiting)
-    assert ended.index("quiet") == 1
-    assert len(ended) == 31
+        replied(waiting)
 
 
 def test_a_replaced_mixture_ends_its_requests_with_a_hint(tmp_path: Path) -> None:
@@ -565,46 +475,16 @@ def test_a_replaced_mixture_ends_its_requests_with_a_hint(tmp_path: Path) -> Non
         assert outcome.retry_after_s is not None
 
 
-# Devices.
-
-
-@dataclass
-class Devices(BankTransport):
-    """A transport to actors that answer once so many of them have a frame at one time."""
-
-    all_busy: threading.Event = field(default_factory=threading.Event)
-    busy: set[str] = field(default_factory=set)
-    count: int = 0
-
-    def send(self, calls: Sequence[Call]) -> Answered:
-        self.busy.update(call.actor_id for call in calls)
-        if len(self.busy) == self.count:
-            self.all_busy.set()
-        return Later(super().send(calls).outcomes, self.all_busy)
-
-
-@dataclass
-class Later(Answered):
-    """Pending calls whose answers come with an event, or not at all."""
-
-    come: threading.Event
-
-    def wait(self, is_gone: IsGone = never_gone) -> list[CallOutcome]:
-        came = self.come.wait(WAIT_S)
-        return self.outcomes if came else [CallFailure.TIMED_OUT] * len(self.outcomes)
-
-
 def test_requests_for_the_experts_of_idle_devices_overlap(tmp_path: Path) -> None:
-    num_devices = 8
-    with router_of(
-        save_given(tmp_path), lanes=num_devices, num_banks=num_devices, transport=Devices
-    ) as router:
-        busy, all_busy = set[str](), threading.Event()
-        for transport in router.transports:
-            assert isinstance(transport, Devices)
-            transport.busy, transport.all_busy, transport.count = busy, all_busy, num_devices
-        with ThreadPoolExecutor(num_devices) as pool:
-            asked = [pool.submit(router.predict, given(1, e)) for e in range(num_devices)]
-            for one in asked:
-                one.result(2 * WAIT_S)
-    assert len(busy) == num_devices
+    num_devices, asked = 8, set[str]()
+    limits = replace(LIMITS, step_requests=1)  # each request has a lane
+    all_asked = threading.Barrier(num_devices, timeout=WAIT_S)
+
+    def wait(call: Call, number: int) -> None:
+        asked.add(call.actor_id)
+        all_asked.wait()
+
+    with router_of(save_given(tmp_path), num_devices, num_devices, limits, wait) as router:
+        for future in [router.submit(given(1, e)) for e in range(num_devices)]:
+            replied(future)
+    assert len(asked) == num_devices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.engine.batch import pack
 from router.engine.scheduling.scheduler import Limits
-from tests.grok_oracle import VOCAB_SIZE, Weights, greedy_tokens, logits_of, save_grok
+from tests.grok_oracle import Weights, greedy_tokens, logits_of, save_grok
 from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import prompt_of
 
@@ -63,33 +64,17 @@ def test_multipliers_may_be_left_out_and_are_then_xais(tmp_path: Path, style: st
     assert [config[key] for key in left_out] == [128**-0.5, 30.0, pytest.approx(6144**0.5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_served_too(tmp_path: Path, dtype: torch.dtype) -> None:
-    weights = save_grok(tmp_path, dtype=dtype)
-    cluster = LocalCluster(tmp_path, threaded=False)
-    prompt = prompt_of(12, 1)
-    cluster.scheduler.add(greedy_request("r", prompt, 1))
-    step = pack(cluster.scheduler.schedule(), cluster.model.attention)
-    ours = cluster.forward(step)
-    assert ours.shape == (1, VOCAB_SIZE)
-    assert torch.cosine_similarity(ours[0], logits_of(weights, prompt), dim=0).item() > 0.98
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tie_word_embeddings": False}, "tie_word_embeddings False is not supported for grok-1"),
         ({"max_attn_value": 0}, "max_attn_value must be a positive number"),
         ({"rope_theta": "10000"}, "rope_theta must be a positive number"),
         ({"num_experts": None}, "lacks the key num_experts"),
-        ({"num_experts": 9}, "lacks 9 tensors"),
-        ({"model_type": "grok"}, "lacks"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    tmp_path: Path, changes: dict[str, object], words: str
+def test_a_config_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    save_grok(tmp_path, **changes)  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError) as caught:
+    save_grok(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=words):
         open_checkpoint(tmp_path)
-    assert words in caught.value.message

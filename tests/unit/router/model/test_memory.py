@@ -12,8 +12,7 @@ import torch
 from cluster.errors import UnavailableError
 from cluster.spec import ExpertKey
 from cluster.staging import ALIGNMENT
-from cluster.wire.frames import DTYPE_BYTES, DispatchFrame, RowsFrame
-from cluster.wire.tensors import to_bytes
+from cluster.wire.frames import DTYPE_BYTES, RowsFrame
 from experts.bank import ExpertBank
 from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute import device_experts
@@ -39,6 +38,7 @@ from tests.checkpoints import save_mixtral
 from tests.emulated_device import emulated_device
 from tests.family_checkpoints import SAVERS
 from tests.local_cluster import LocalCluster, greedy_request
+from tests.unit.experts.frames import dispatch_frame
 from tests.unit.experts.test_bank_on_device import load
 
 FAMILIES = {"mixtral": save_mixtral, **SAVERS}
@@ -118,10 +118,12 @@ def test_a_device_with_a_byte_too_little_is_refused_before_anything_is_copied(
     checkpoint = open_checkpoint(tmp_path)
     sizes = router_sizes(checkpoint.family, checkpoint.config)
     needed = sizes.held_bytes(sizes.cache_slots(1000, 4), 4)
-    lacks_one = pytest.raises(UnavailableError, match=f"lacks 1 bytes of the {needed:,}")
     layers: Any = None
-    with emulated_device(memory_bytes=needed - 1) as device, lacks_one:
-        MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
+    with emulated_device(memory_bytes=needed - 1) as device:
+        with pytest.raises(UnavailableError, match=f"lacks 1 bytes of the {needed:,}") as caught:
+            MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
+        assert caught.value.field == "args.router.cache_tokens"
+        assert torch.accelerator.memory_allocated() == 0
     with emulated_device(memory_bytes=needed + ROTATION_BYTES) as device:
         MoEModel(checkpoint, torch.float32, 1000, layers, device.device)
 
@@ -138,7 +140,9 @@ def test_an_actors_batch_takes_no_more_than_planned(
     checkpoint = open_checkpoint(tmp_path)
     shape, layer_id = checkpoint.shape, checkpoint.shape.layers[0]
     keys = [ExpertKey("m", layer_id, expert_id) for expert_id in range(shape.num_experts)]
-    frames = [frame_of(shape, layer_id, ACTOR_BATCH_ROWS // 8, seed) for seed in range(8)]
+    rows = torch.randn(ACTOR_BATCH_ROWS // 8, shape.hidden_size).bfloat16()
+    counts = dict.fromkeys(range(shape.num_experts), len(rows) // shape.num_experts)
+    frames = [dispatch_frame(rows, counts, request_id=i, layer_id=layer_id) for i in range(8)]
     with emulated_device() as device:
         bank = ExpertBank(ExpertDevice(device.device, "expert-0", print))
         load(bank, checkpoint, keys, "bfloat16")
@@ -151,23 +155,6 @@ def test_an_actors_batch_takes_no_more_than_planned(
     assert all(isinstance(answer, RowsFrame) for answer in answers)
     planned = actor_batch_bytes(find_model(str(tmp_path)).shape, 2, 32)
     assert taken <= planned <= 5 * taken
-
-
-def frame_of(shape: Any, layer_id: int, num_rows: int, seed: int) -> DispatchFrame:
-    """Return a frame with an equal number of rows for each expert."""
-    rows = torch.randn(num_rows, shape.hidden_size, generator=torch.Generator().manual_seed(seed))
-    return DispatchFrame(
-        request_id=seed,
-        num_rows=num_rows,
-        time_left_s=10.0,
-        layer_id=layer_id,
-        row_shape=(shape.hidden_size,),
-        model="m",
-        expert_ids=tuple(range(shape.num_experts)),
-        num_tokens_per_expert=(num_rows // shape.num_experts,) * shape.num_experts,
-        dtype="bfloat16",
-        rows=to_bytes(rows.bfloat16()),
-    )
 
 
 def test_a_device_that_others_fill_meanwhile_is_told_as_one_without_room(

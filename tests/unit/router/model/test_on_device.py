@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cluster import staging as staging_module
-from cluster.errors import UnavailableError
 from cluster.staging import Staging
 from router.config.capacity import CapacityConfig
 from router.engine.batch import sampling_of
@@ -20,7 +19,7 @@ from router.engine.scheduling.scheduler import Limits
 from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
 from router.moe import device_rows
 from tests.checkpoints import save_mixtral
-from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_device import EmulatedDevice
 from tests.emulated_steps import Steps
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -29,74 +28,45 @@ from tests.local_cluster import LocalCluster, greedy_request
 PROMPTS = [[5, 9, 7], [8, 2, 6, 3, 4], list(range(3, 40))]
 LIMITS = Limits(32, 16, 256)
 """So few tokens a step that the last prompt is prefilled in chunks beside the decodes."""
-ALL: dict[str, Callable[[Path], Any]] = {
-    "mixtral": save_mixtral,
-    "grok": save_grok,
-    **SAVERS,
-}
+ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
 
 
-@pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
+def events_of(cluster: LocalCluster, requests: Iterable[GenerationRequest]) -> list[TokenEvent]:
+    try:
+        return [event for got in cluster.generate(*requests) for event in got]
+    finally:
+        cluster.close()
 
 
 def tokens_of(cluster: LocalCluster, *requests: GenerationRequest) -> list[tuple[int, ...]]:
-    try:
-        return [events[0].token_ids for events in cluster.generate(*requests)]
-    finally:
-        cluster.close()
+    return [event.token_ids for event in events_of(cluster, requests)]
 
 
 def requests(**options: Any) -> list[GenerationRequest]:
     return [greedy_request(f"r{i}", prompt, 6, **options) for i, prompt in enumerate(PROMPTS)]
 
 
-def check(folder: Path, device: EmulatedDevice, dtype: str | None = None, **options: Any) -> Steps:
-    """Compare the tokens with those of the host, and return the copies."""
-    expected = tokens_of(LocalCluster(folder, limits=LIMITS, dtype=dtype, **options), *requests())
-    cluster = LocalCluster(folder, limits=LIMITS, dtype=dtype, device=device.device, **options)
-    steps = Steps(cluster, device)
-    assert tokens_of(cluster, *requests()) == expected
-    for copies in steps.copies:
-        assert not copies.host_reads
-        assert not copies.mixed
-    return steps
-
-
 @pytest.mark.parametrize("family", ALL)
 def test_each_family_has_the_hosts_tokens_and_a_copy_each_way_a_layer_and_a_step(
     tmp_path: Path, device: EmulatedDevice, family: str
 ) -> None:
-    folder = tmp_path / family
-    ALL[family](folder)
-    steps = check(folder, device, "float32")
-    cluster = LocalCluster(folder, threaded=False)
-    num_layers = len(cluster.checkpoint.shape.layers)
+    ALL[family](tmp_path)
+    expected = tokens_of(LocalCluster(tmp_path, limits=LIMITS, dtype="float32"), *requests())
+    cluster = LocalCluster(tmp_path, limits=LIMITS, dtype="float32", device=device.device)
+    steps = Steps(cluster, device)
+    assert tokens_of(cluster, *requests()) == expected
     assert len(steps.copies) > 6
+    steps.have_one_copy_each_way_a_layer(len(cluster.checkpoint.shape.layers))
     for copies in steps.copies:
-        assert len(copies.to_host) == len(copies.to_device) == num_layers + 1
         # The last copy brings ids and largest logits, each at a multiple of 64 bytes.
         assert copies.to_host[-1].num_bytes <= 64 + 4 * len(PROMPTS)
 
 
-def test_a_chunk_alone_that_ends_no_prompt_is_computed(
+def test_a_resumed_request_goes_on_with_the_hosts_tokens(
     tmp_path: Path, device: EmulatedDevice
 ) -> None:
-    save_mixtral(tmp_path / "m")
-    alone, tokens = greedy_request("r", list(range(3, 40)), 3), []
-    for where in (torch.device("cpu"), device.device):
-        cluster = LocalCluster(tmp_path / "m", limits=LIMITS, device=where)
-        tokens.append(tokens_of(cluster, alone))
-    assert tokens[0] == tokens[1]
-
-
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_a_resumed_request_goes_on_with_the_hosts_tokens(
-    tmp_path: Path, device: EmulatedDevice, count: int
-) -> None:
     """Its prompt and the tokens that its client has are computed first, in chunks."""
+    count = 3
     save_mixtral(tmp_path / "m")
     request = greedy_request("r", list(range(3, 40)), 8)
     [whole] = tokens_of(LocalCluster(tmp_path / "m", limits=LIMITS), request)
@@ -144,36 +114,6 @@ def test_bfloat16_has_the_same_copies(tmp_path: Path, device: EmulatedDevice) ->
     steps.have_one_copy_each_way_a_layer(3)
 
 
-def test_sampled_tokens_and_log_probabilities_are_the_hosts(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path / "m")
-    options = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 7, "n": 2}
-    asked = [
-        *requests(**options, logprobs=3),
-        greedy_request("greedy", [4, 4, 1], 6, logprobs=0),
-        greedy_request("plain", [2, 6], 6, temperature=1.0, seed=1),
-    ]
-
-    def events(cluster: LocalCluster) -> list[TokenEvent]:
-        try:
-            return [event for got in cluster.generate(*asked) for event in got]
-        finally:
-            cluster.close()
-
-    expected = events(LocalCluster(tmp_path / "m"))
-    cluster = LocalCluster(tmp_path / "m", device=device.device)
-    steps = Steps(cluster, device)
-    for ours, other in zip(events(cluster), expected, strict=True):
-        assert ours.token_ids == other.token_ids
-        for row, expected_row in zip(ours.logprobs, other.logprobs, strict=True):
-            assert row.top_ids == expected_row.top_ids
-            # Keys are gathered in another layout, so sums may have another order.
-            assert row.logprob == pytest.approx(expected_row.logprob, abs=1e-5)
-            assert row.top_logprobs == pytest.approx(expected_row.top_logprobs, abs=1e-5)
-    steps.have_one_copy_each_way_a_layer(3)
-
-
 def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
     device: EmulatedDevice,
 ) -> None:
@@ -205,44 +145,41 @@ def test_rows_of_all_kinds_are_sampled_as_on_the_host_by_a_copy_each_way(
     assert (len(copies.to_device), len(copies.to_host)) == (1, 1)
 
 
-@dataclass
-class Operations:
-    """The operations that a device computes, and the dtypes of their first tensors."""
+@pytest.fixture
+def operations(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[SamplingParams], list[tuple[str, torch.dtype]]]:
+    """Samples three rows; returns the device's operations and the dtypes of their first tensors."""
 
-    device: EmulatedDevice
-    found: list[tuple[str, torch.dtype]] = field(default_factory=list)
-
-    def sample(self, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Sample three rows."""
+    def sampled(params: SamplingParams) -> list[tuple[str, torch.dtype]]:
         made = sampling_of([Draw(params, 0, i) for i in range(3)])
-        logits = torch.randn(3, 20).to(self.device.device)
-        tensors = SamplingTensors(*(t.to(self.device.device) for t in made.tensors))
-        compute = self.device.compute
+        logits = torch.randn(3, 20).to(device.device)
+        tensors = SamplingTensors(*(t.to(device.device) for t in made.tensors))
+        compute, found = device.compute, []
 
         def noted(func: Any, args: Any, kwargs: Any) -> Any:
             if args and isinstance(args[0], torch.Tensor):
-                self.found.append((func.name(), args[0].dtype))
+                found.append((func.name(), args[0].dtype))
             return compute(func, args, kwargs)
 
-        monkeypatch.setattr(self.device, "compute", noted)
+        monkeypatch.setattr(device, "compute", noted)
         sample(logits, tensors, made.logprob_sizes)
+        return found
+
+    return sampled
 
 
-def test_greedy_rows_sort_nothing(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations = Operations(device)
-    operations.sample(SamplingParams(1, 0.0), monkeypatch)
-    assert [name for name, _ in operations.found] == ["aten::argmax", "aten::gather"]
+def test_greedy_rows_sort_nothing(operations: Any) -> None:
+    names = [name for name, _ in operations(SamplingParams(1, 0.0))]
+    assert names == ["aten::argmax", "aten::gather"]
 
 
-def test_a_device_adds_integers_to_draw_whatever_the_order(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operations = Operations(device)
-    operations.sample(SamplingParams(1, 1.0, top_p=0.9), monkeypatch)
+def test_a_device_adds_integers_to_draw_whatever_the_order(operations: Any) -> None:
+    found = operations(SamplingParams(1, 1.0, top_p=0.9))
     kinds = ("aten::cumsum", "aten::sum", "aten::_softmax", "aten::logsumexp")
-    sums = [(name, dtype) for name, dtype in operations.found if name.startswith(kinds)]
+    sums = [dtype for name, dtype in found if name.startswith(kinds)]
     assert len(sums) >= 4
-    assert all(dtype in (torch.int64, torch.bool) for _, dtype in sums)
+    assert {*sums} <= {torch.int64, torch.bool}
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 511, 512, 300_000])
@@ -257,60 +194,15 @@ def test_whole_weights_are_probabilities_whose_sum_is_exact(vocab: int) -> None:
     assert torch.allclose(weights.double() / total, scaled.softmax(dim=1), rtol=0, atol=1e-12)
 
 
-def test_an_expert_at_its_capacity_passes_tokens_on_as_on_the_host(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path / "m")
-    tokens = []
-    for where in (torch.device("cpu"), device.device):
-        cluster = LocalCluster(tmp_path / "m", device=where, capacity=CapacityConfig(tokens=4))
-        steps = Steps(cluster, device)
-        tokens.append(tokens_of(cluster, greedy_request("r", list(range(3, 40)), 4)))
-        assert sum(cluster.overflow.values()) > 0
-    assert tokens[0] == tokens[1]
-    steps.have_one_copy_each_way_a_layer(3)
-
-
-def test_without_an_expert_the_gate_chooses_anew_as_on_the_host(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path / "m")
-    tokens = []
-    for where in (torch.device("cpu"), device.device):
-        cluster = LocalCluster(tmp_path / "m", device=where)
-        cluster.lose([(0, 1), (2, 3), (2, 5)])
-        steps = Steps(cluster, device)
-        tokens.append(tokens_of(cluster, *requests(on_expert_loss="next_expert")))
-    assert tokens[0] == tokens[1]
-    steps.have_one_copy_each_way_a_layer(3)
-
-
-def test_a_device_without_memory_for_weights_and_cache_is_told_before_they_are_moved(
-    tmp_path: Path,
-) -> None:
-    save_mixtral(tmp_path / "m")
-    with emulated_device(memory_bytes=1 << 20) as small:
-        with pytest.raises(UnavailableError, match=r"lacks [\d,]+ bytes of the [\d,]+") as caught:
-            LocalCluster(tmp_path / "m", device=small.device)
-        assert caught.value.field == "args.router.cache_tokens"
-        with small.counted() as copies:
-            pass
-        assert torch.accelerator.memory_allocated() == 0
-        assert not copies.to_device
-
-
 def test_log_probabilities_of_prompts_are_those_of_the_host_and_need_no_other_copy(
     tmp_path: Path, device: EmulatedDevice
 ) -> None:
     save_mixtral(tmp_path)
     asked = requests(prompt_logprobs=3, logprobs=1)
-    host = LocalCluster(tmp_path, limits=LIMITS)
-    expected = [events[0] for events in host.generate(*asked)]
-    host.close()
+    expected = events_of(LocalCluster(tmp_path, limits=LIMITS), asked)
     cluster = LocalCluster(tmp_path, limits=LIMITS, device=device.device)
     steps = Steps(cluster, device)
-    found = [events[0] for events in cluster.generate(*asked)]
-    cluster.close()
+    found = events_of(cluster, asked)
     steps.have_one_copy_each_way_a_layer(3)
     for own, other in zip(expected, found, strict=True):
         assert other.token_ids == own.token_ids

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +21,13 @@ from transformers import MixtralForCausalLM
 from experts.families.base import GateSpec
 from router.config.capacity import CapacityConfig
 from router.engine.scheduling.scheduler import Limits
-from router.engine.stats import RouterSamples
 from router.moe.capacity import CapacityLimit, Placed, tokens_per_expert, within_capacity
 from router.moe.gate import Choice, Gate
 from router.moe.missing import StepMissing
-from router.observability import catalogue
 from tests.checkpoints import save_mixtral
-from tests.local_cluster import MODEL, LocalCluster, greedy_request
+from tests.local_cluster import LocalCluster, greedy_request
 from tests.unit.router.engine.test_engine import check_greedy, prompt_of
-from tests.unit.router.moe.test_missing import needed, step, tokens_of
+from tests.unit.router.moe.test_missing import go_on, needed, tokens_of
 
 Chain = list[dict[int, float]]
 """The weight of each expert of each token."""
@@ -40,10 +39,11 @@ def place(
     capacity: int,
     lost: set[int] = frozenset(),  # type: ignore[assignment]
     going: list[bool] | None = None,
+    spec: GateSpec = GateSpec(renormalises=True),  # noqa: B008
 ) -> tuple[Placed, Choice]:
     """Place tokens whose gate has these probabilities [T, E]; also returns its own choice."""
     num_experts = len(probabilities[0])
-    gate = Gate(GateSpec(renormalises=True), k, lambda hidden_states: hidden_states)
+    gate = Gate(spec, k, lambda hidden_states: hidden_states)
     logits = torch.tensor(probabilities, dtype=torch.float64).log().float()
     with torch.inference_mode():
         ids, weights = gate.choose(logits)
@@ -54,30 +54,22 @@ def place(
 
 
 def got(choice: Choice) -> Chain:
-    """What each token is computed by."""
-    served = np.ones(choice.ids.size, dtype=bool)
-    if choice.pairs is not None:
-        served = np.isin(np.arange(choice.ids.size), choice.pairs)
-    return [
-        {e: w for e, w, s in zip(ids, weights, is_served, strict=True) if s}
-        for ids, weights, is_served in zip(
-            choice.ids.tolist(),
-            choice.weights.tolist(),
-            served.reshape(choice.ids.shape).tolist(),
-            strict=True,
-        )
-    ]
+    pairs = range(choice.ids.size) if choice.pairs is None else choice.pairs.tolist()
+    chain: Chain = [{} for _ in choice.ids]
+    for token, rank in (divmod(pair, choice.ids.shape[1]) for pair in pairs):
+        assert choice.ids[token, rank] not in chain[token]
+        chain[token][int(choice.ids[token, rank])] = float(choice.weights[token, rank])
+    return chain
 
 
 def oracle(
-    probabilities: list[list[float]], k: int, capacity: int, lost: set[int], going: list[bool]
+    probabilities: list[list[float]], k: int, capacity: int, going: list[bool]
 ) -> tuple[list[set[int]], Counter[int]]:
     """Return the experts of each token, and how often each had no room."""
     has: list[set[int]] = [set() for _ in probabilities]
     counts: Counter[int] = Counter()
     overflow: Counter[int] = Counter()
     lines = [sorted(range(len(p)), key=lambda e, p=p: -p[e]) for p in probabilities]
-    lines = [[e for e in line if e not in lost] for line in lines]
     for rank in range(len(probabilities[0])):
         for token, line in enumerate(lines):
             if not going[token] or len(has[token]) == k or rank >= len(line):
@@ -108,51 +100,43 @@ def test_the_capacity_is_a_number_or_a_multiple_of_equal_loads(
     assert tokens_per_expert(config, num_pairs, num_experts) == expected
 
 
-@pytest.mark.parametrize("given_both", [{}, {"factor": 1.0, "tokens": 2}])
-def test_a_capacity_is_given_in_one_way(given_both: dict[str, float]) -> None:
+@pytest.mark.parametrize("keys", [{}, {"factor": 1.0, "tokens": 2}], ids=["none", "both"])
+def test_a_capacity_is_given_in_one_way(keys: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="exactly one of factor and tokens"):
-        CapacityConfig.model_validate(given_both)
+        CapacityConfig.model_validate(keys)
 
 
 FIRST = [8, 4, 2, 1]
 
 
-def test_a_chain_of_overflows_by_hand() -> None:
-    """Four equal tokens of two experts each, and room for two tokens: 0 and 1, then 2 and 3."""
-    placed, _ = place([FIRST] * 4, k=2, capacity=2)
-    assert got(placed.choice) == [
-        pytest.approx({0: 8 / 12, 1: 4 / 12}),
-        pytest.approx({0: 8 / 12, 1: 4 / 12}),
-        pytest.approx({2: 2 / 3, 3: 1 / 3}),
-        pytest.approx({2: 2 / 3, 3: 1 / 3}),
-    ]
-    assert placed.rows.tolist() == [2, 3]
-    assert placed.overflow.tolist() == [2, 2, 0, 0]
-
-
-def test_first_choices_are_placed_before_second_ones() -> None:
-    """Expert 1 is the first token's second choice and the second token's first."""
-    placed, _ = place([[8, 4, 2, 1], [1, 8, 4, 2]], k=2, capacity=1)
-    assert [set(one) for one in got(placed.choice)] == [{0, 3}, {1, 2}]
-    assert placed.overflow.tolist() == [0, 1, 1, 0]
-
-
-def test_a_token_without_room_passes_and_one_with_half_keeps_its_weight_whole() -> None:
-    placed, _ = place([[2, 1]] * 3, k=2, capacity=1)
-    assert got(placed.choice) == [pytest.approx({0: 2 / 3, 1: 1 / 3}), {}, {}]
-    assert placed.choice.weights[1:].tolist() == [[0.0, 0.0]] * 2
-    placed, _ = place([[4, 2, 1]] * 2, k=2, capacity=1)
-    assert got(placed.choice) == [pytest.approx({0: 4 / 6, 1: 2 / 6}), pytest.approx({2: 1.0})]
-
-
-def test_where_there_is_room_the_choice_is_the_gates_own() -> None:
-    placed, own = place([FIRST] * 4, k=2, capacity=4)
-    assert placed.choice is own
-    assert (len(placed.rows), placed.overflow.sum()) == (0, 0)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GateSpec(num_groups=4, topk_groups=2),
+        GateSpec(score="sigmoid", num_groups=4, topk_groups=2, best_of_group=2),
+    ],
+    ids=["deepseek-v2", "deepseek-v3"],
+)
+@pytest.mark.parametrize("capacity", [1, 9, 40])
+def test_gates_with_groups_leave_no_room_that_someone_lacks(spec: GateSpec, capacity: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(50, 16, generator=generator) + 2 * torch.randn(16, generator=generator)
+    placed, own = place(logits.exp().tolist(), 4, capacity, spec=spec)
+    has = [set(one) for one in got(placed.choice)]
+    counts = Counter(expert for one in has for expert in one)
+    assert max(counts.values()) <= capacity
+    full = {expert for expert, count in counts.items() if count == capacity}
+    for chosen, one in zip(own.ids.tolist(), has, strict=True):
+        assert set(chosen) - one <= full
+        assert len(one) == 4 or set(range(16)) - one <= full
+    moved = [t for t, one in enumerate(has) if one != set(own.ids[t].tolist())]
+    assert placed.rows.tolist() == moved
+    assert bool(moved) == bool(placed.overflow.sum())
+    assert moved or capacity == 40
 
 
 @st.composite
-def _steps(draw: st.DrawFn) -> tuple[list[list[float]], int, int, set[int], list[bool]]:
+def _steps(draw: st.DrawFn) -> tuple[list[list[float]], int, int, list[bool]]:
     num_experts = draw(st.integers(1, 9))
     k = draw(st.integers(1, num_experts))
     row = st.permutations(range(1, num_experts + 1)).map(lambda r: [float(2**p) for p in r])
@@ -160,17 +144,18 @@ def _steps(draw: st.DrawFn) -> tuple[list[list[float]], int, int, set[int], list
     rows = draw(st.lists(row, min_size=1, max_size=3))
     probabilities = draw(st.lists(st.sampled_from(rows), min_size=1, max_size=20))
     going = draw(st.lists(st.booleans(), min_size=len(probabilities), max_size=len(probabilities)))
-    return probabilities, k, draw(st.integers(1, 8)), set(), going
+    return probabilities, k, draw(st.integers(1, 8)), going
 
 
 @settings(max_examples=200)
-@given(_steps(), st.data())
+@given(_steps())
 def test_capacity_as_the_oracle_has_it(
-    step: tuple[list[list[float]], int, int, set[int], list[bool]], data: st.DataObject
+    step: tuple[list[list[float]], int, int, list[bool]],
 ) -> None:
-    probabilities, k, capacity, lost, going = step
-    placed, own = place(probabilities, k, capacity, lost, going)
-    has, overflow = oracle(probabilities, k, capacity, lost, going)
+    """First choices are placed before second ones, and a token without room passes."""
+    probabilities, k, capacity, going = step
+    placed, own = place(probabilities, k, capacity, going=going)
+    has, overflow = oracle(probabilities, k, capacity, going)
     chain = got(placed.choice)
     assert [set(one) for one in chain] == has
     counts = Counter(e for one in chain for e in one)
@@ -187,12 +172,6 @@ def test_capacity_as_the_oracle_has_it(
     assert full == dict(overflow) if placed.choice is not own else not overflow
     moved = [t for t, (a, b) in enumerate(zip(chain, got(own), strict=True)) if set(a) != set(b)]
     assert placed.rows.tolist() == moved
-
-
-def test_a_lost_expert_has_no_room() -> None:
-    """Of tokens that do not choose it; the contract of those that do has its say before."""
-    placed, _ = place([FIRST] * 3, k=1, capacity=2, lost={1})
-    assert [set(one) for one in got(placed.choice)] == [{0}, {0}, {2}]
 
 
 def test_only_a_strict_token_waits_for_a_lost_expert_that_is_next_in_line() -> None:
@@ -213,14 +192,7 @@ def test_only_a_strict_token_waits_for_a_lost_expert_that_is_next_in_line() -> N
 def test_a_gate_of_what_is_no_number_ends_too() -> None:
     placed, _ = place([[float("nan")] * 4] * 5, k=2, capacity=1)
     counts = Counter(e for one in got(placed.choice) for e in one)
-    assert all(count <= 1 for count in counts.values())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mixtral")
-    save_mixtral(path)
-    return path
+    assert max(counts.values(), default=0) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -231,17 +203,14 @@ def plain(folder: Path) -> MixtralForCausalLM:
 @pytest.fixture
 def tight(folder: Path) -> Iterator[LocalCluster]:
     """A cluster whose experts take one token of a step each."""
-    cluster = LocalCluster(folder, capacity=CapacityConfig(tokens=1))
-    yield cluster
-    cluster.close()
+    with closing(LocalCluster(folder, capacity=CapacityConfig(tokens=1))) as cluster:
+        yield cluster
 
 
 PROMPTS = [prompt_of(9, seed) for seed in range(6)]
 
 
-def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
-    tight: LocalCluster,
-) -> None:
+def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(tight: LocalCluster) -> None:
     requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
     answers = tight.generate(*requests)
     frames = tight.transport.frames
@@ -254,10 +223,9 @@ def test_no_expert_computes_more_than_its_capacity_and_answers_say_so(
 def test_without_overflow_answers_are_exact(
     folder: Path, plain: MixtralForCausalLM, capacity: CapacityConfig | None
 ) -> None:
-    cluster = LocalCluster(folder, capacity=capacity)
     requests = [greedy_request(f"r{i}", prompt, 6) for i, prompt in enumerate(PROMPTS)]
-    answers = cluster.generate(*requests)
-    cluster.close()
+    with closing(LocalCluster(folder, capacity=capacity)) as cluster:
+        answers = cluster.generate(*requests)
     for [event], prompt in zip(answers, PROMPTS, strict=True):
         assert event.exact
         check_greedy(event.token_ids, plain, prompt, 6)
@@ -275,9 +243,8 @@ def test_a_strict_request_waits_while_an_expert_that_only_its_overflow_needs_sti
 ) -> None:
     save_mixtral(tmp_path, num_local_experts=32)
     capacity, request = CapacityConfig(tokens=1), greedy_request("r", PROMPTS[0], 6)
-    loaded = LocalCluster(tmp_path, capacity=capacity)
-    [[expected]] = loaded.generate(request)
-    loaded.close()
+    with closing(LocalCluster(tmp_path, capacity=capacity)) as loaded:
+        [[expected]] = loaded.generate(request)
     asked = {(f.layer_id, e) for f in loaded.transport.frames for e in f.expert_ids}
     late = min(asked - needed(tmp_path, tuple(PROMPTS[0]), 6))
     assert late[0] == 0  # no overflow comes before, so no token of the prompt chooses it
@@ -285,39 +252,22 @@ def test_a_strict_request_waits_while_an_expert_that_only_its_overflow_needs_sti
     loading.engine.submit(request)
     for missing in (asked, {late}):
         loading.lose(missing)
-        while step(loading):
-            pass
+        go_on(loading)
         assert tokens_of(loading, "r") == []
     loading.lose([])
-    while step(loading):
-        pass
+    go_on(loading)
     [event] = loading.result(request)
     assert (event.token_ids, event.exact) == (expected.token_ids, False)
 
 
-def overflow_told(cluster: LocalCluster) -> dict[tuple[str, str], float]:
-    """What the router's metrics have, by layer and expert."""
-    samples = RouterSamples(
-        MODEL, cluster.engine.tally, cluster.scheduler, cluster.dispatcher, cluster.overflow
-    )()
-    told = {}
-    for name, labels, value in samples.families[catalogue.OVERFLOW.name]:
-        assert (name, labels["model_name"]) == ("expertmesh_expert_overflow_tokens_total", MODEL)
-        told[labels["layer"], labels["expert"]] = value
-    return told
-
-
-def test_metrics_tell_what_each_expert_had_no_room_for(folder: Path, tight: LocalCluster) -> None:
+def test_what_each_expert_had_no_room_for_is_counted(folder: Path, tight: LocalCluster) -> None:
     """Of two equal tokens one gets both experts, and the other is sent on by both."""
-    roomy = LocalCluster(folder)
-    roomy.generate(greedy_request("alone", [5], 1))
-    roomy.close()
-    assert overflow_told(roomy) == overflow_told(tight) == {}
+    with closing(LocalCluster(folder)) as roomy:
+        roomy.generate(greedy_request("alone", [5], 1))
+    assert roomy.overflow == tight.overflow == {}
     tight.generate(greedy_request("twice", [5], 1, n=2))
-    told = overflow_told(tight)
-    chosen = {e for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
-    assert {expert: v for (layer, expert), v in told.items() if layer == "0"} == {
-        str(expert): 1.0 for expert in chosen
-    }
+    chosen = {(0, e) for f in roomy.transport.frames if f.layer_id == 0 for e in f.expert_ids}
     assert len(chosen) == 2
-    assert {layer for layer, _ in told} == {str(layer) for layer in roomy.checkpoint.shape.layers}
+    in_first = {key: count for key, count in tight.overflow.items() if key[0] == 0}
+    assert in_first == dict.fromkeys(chosen, 1)
+    assert {layer_id for layer_id, _ in tight.overflow} == {*roomy.checkpoint.shape.layers}

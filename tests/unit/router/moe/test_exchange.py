@@ -75,12 +75,13 @@ class Arithmetic:
 class Router:
     """The layers of a router over such actors, by native exchanges and by Python's dispatch."""
 
-    def __init__(self, num_actors: int) -> None:
+    def __init__(self, num_actors: int, is_copied: bool = False) -> None:
+        """Each actor has its share of the experts, or all if they are copied."""
         self.actors = {f"a{i}": Arithmetic() for i in range(num_actors)}
         placement = empty_placement(1, [EXPERTS])
         keys = EXPERTS.expert_keys()
         for index, actor_id in enumerate(self.actors):
-            own = [key for key in keys if key.expert_id % num_actors == index]
+            own = [key for key in keys if is_copied or key.expert_id % num_actors == index]
             placement = placement.with_actor(actor_id, 1, own)
         self.view = PlacementView()
         self.view.publish(placement)
@@ -154,6 +155,16 @@ def rows_of(num_tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
+@pytest.fixture
+def asked(router: Router) -> tuple[torch.Tensor, Choice, torch.Tensor]:
+    """Rows, a choice of all experts, and the sums that they have by Python's dispatch."""
+    rows, choice = rows_of(4), choice_of(4, 8)
+    return rows, choice, sums(router.python, rows, choice)
+
+
+Asked = tuple[torch.Tensor, Choice, torch.Tensor]
+
+
 def begin(layers: MoELayers, rows: torch.Tensor, choice: Choice, left_s: float = 60.0) -> object:
     context = StepContext(time.monotonic() + left_s, [1] * len(rows), ["strict"] * len(rows))
     return layers.begin(context, 3, rows, choice)
@@ -191,38 +202,33 @@ def test_frames_and_sums_are_those_of_python(num_actors: int, num_tokens: int, k
             error = 1e-5 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(got.double(), by_hand(rows, choice), rtol=error, atol=error)
             for actor_id, actor in router.actors.items():
-                for raw in actor.raw:  # but for the request and the time that is left
-                    own = replaced(raw)
-                    assert own == replaced(asked[actor_id])
+                for raw in actor.raw:
+                    assert timeless(raw) == timeless(asked[actor_id])
                     assert b"".join(encode(decode(raw))) == raw
         assert router.taken_over == 0
     finally:
         router.close()
 
 
-def replaced(raw: bytes) -> DispatchFrame:
+def timeless(raw: bytes) -> DispatchFrame:
+    """Return a frame but for its request and the time that is left."""
     frame = decode(raw)
     assert isinstance(frame, DispatchFrame)
     return frame._replace(request_id=0, time_left_s=0.0)
 
 
 def test_counters_and_pace_know_exchanges(router: Router) -> None:
-    for actor in router.actors.values():
-        actor.frames.clear()
-    before = router.transport.calls["stream"]
     for seed in range(20):
         sums(router.native, rows_of(4), choice_of(4, 2, seed))
-    assert router.transport.calls["stream"] - before == len(router.frames())
+    assert router.transport.calls["stream"] == len(router.frames())
     assert router.dispatcher._pace.stall_s(4) < float("inf")
-    ages = router.dispatcher._heard.ages()
-    assert set(ages) == set(router.actors)
+    assert router.dispatcher._heard.ages().keys() == router.actors.keys()
 
 
 def test_a_late_answer_is_waited_for_and_no_frame_is_sent_twice(
-    router: Router, impatient: Callable[[bool], None]
+    router: Router, asked: Asked, impatient: Callable[[bool], None]
 ) -> None:
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+    rows, choice, expected = asked
     for slow in router.actors.values():
         slow.answer = router.late
         router.was_taken_over.clear()
@@ -237,21 +243,19 @@ def test_a_late_answer_is_waited_for_and_no_frame_is_sent_twice(
         assert router.taken_over == taken_over + 1
 
 
-def test_an_answer_in_parts_is_put_together(router: Router) -> None:
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+def test_an_answer_in_parts_is_put_together(router: Router, asked: Asked) -> None:
+    rows, choice, expected = asked
     for actor in router.actors.values():
         for peer in actor.server._peers:
             send = peer.channel.send
 
             def slowly(call_id: int, buffers: Buffers, send: Any = send, peer: Any = peer) -> bool:
-                whole = bytearray()
                 theirs, ours = socket.socketpair()
                 with theirs, ours:
                     peer.channel._fd, kept = theirs.fileno(), peer.channel._fd
                     assert send(call_id, buffers)
                     peer.channel._fd = kept
-                    whole += ours.recv(1 << 20)
+                    whole = ours.recv(1 << 20)
                 for begin_at in range(0, len(whole), 100):
                     peer.channel.sock.send(whole[begin_at : begin_at + 100])
                     threading.Event().wait(0.001)
@@ -280,11 +284,10 @@ SPOILED: dict[str, Answer] = {
 
 @pytest.mark.parametrize("kind", SPOILED)
 def test_a_spoiled_answer_is_asked_for_again(
-    router: Router, impatient: Callable[[bool], None], kind: str
+    router: Router, asked: Asked, impatient: Callable[[bool], None], kind: str
 ) -> None:
     impatient(True)  # native code waits for the rest of a short answer
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+    rows, choice, expected = asked
     for actor in router.actors.values():
         left = [1]
 
@@ -301,9 +304,8 @@ def test_a_spoiled_answer_is_asked_for_again(
 
 
 @pytest.mark.parametrize("when", ["before", "between"])
-def test_a_broken_connection_costs_a_repetition(router: Router, when: str) -> None:
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+def test_a_broken_connection_costs_a_repetition(router: Router, asked: Asked, when: str) -> None:
+    rows, choice, expected = asked
     for number, actor in enumerate(router.actors.values(), 1):
         begun = begin(router.native, rows, choice) if when == "between" else None
         wait_until(lambda a=actor: len(a.server._peers) == 1, "one router", LIMIT_S)
@@ -323,12 +325,7 @@ def test_a_full_socket_gets_the_rest_of_a_frame_later(router: Router) -> None:
     expected = sums(router.python, rows, choice)
     held = threading.Event()
     for actor in router.actors.values():
-
-        def wait(frame: DispatchFrame, rows: RowsFrame) -> Buffers:
-            held.wait(LIMIT_S)
-            return encode(rows)
-
-        actor.answer = wait
+        actor.answer = lambda frame, rows: (held.wait(LIMIT_S), encode(rows))[1]
     for link in router.transport.links.values():
         link.channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
     begun = begin(router.native, rows, choice)
@@ -337,9 +334,8 @@ def test_a_full_socket_gets_the_rest_of_a_frame_later(router: Router) -> None:
     assert torch.equal(router.native.finish(begun), expected)
 
 
-def test_an_abandoned_layer_costs_the_next_nothing(router: Router) -> None:
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+def test_an_abandoned_layer_costs_the_next_nothing(router: Router, asked: Asked) -> None:
+    rows, choice, expected = asked
     for _ in range(5):
         router.native.abandon(begin(router.native, rows_of(2), choice_of(2, 4)))
         assert torch.equal(sums(router.native, rows, choice), expected)
@@ -373,10 +369,9 @@ def test_layers_of_either_kind_may_be_finished_in_any_order(router: Router, firs
 
 
 def test_after_late_answers_python_has_some_layers(
-    router: Router, impatient: Callable[[bool], None]
+    router: Router, asked: Asked, impatient: Callable[[bool], None]
 ) -> None:
-    rows, choice = rows_of(4), choice_of(4, 8)
-    expected = sums(router.native, rows, choice)
+    rows, choice, expected = asked
     for actor in router.actors.values():
         actor.answer = router.late
     impatient(True)
@@ -398,6 +393,34 @@ def test_after_late_answers_python_has_some_layers(
     sums(router.python, rows, choice)
     sums(router.native, rows, choice)
     assert router.dispatcher.exchanges._layers[3][3] is before
+
+
+def test_an_actor_that_takes_longer_than_other_copies_is_found_out_and_asked_for_less() -> None:
+    router = Router(4, is_copied=True)
+    try:
+        for actor_id, actor in router.actors.items():
+
+            def slowly(
+                frame: DispatchFrame, rows: RowsFrame, is_slow: bool = actor_id == "a3"
+            ) -> Buffers:
+                threading.Event().wait(0.002 * (5 if is_slow else 1) * len(frame.expert_ids))
+                return encode(rows)
+
+            actor.answer = slowly
+
+        def is_found_and_spared() -> bool:
+            for actor in router.actors.values():
+                actor.frames.clear()
+            for _ in range(20):
+                sums(router.python, rows_of(16), choice_of(16, 4))
+            rows = [sum(f.num_rows for f in actor.frames) for actor in router.actors.values()]
+            measured = router.dispatcher.times.slowness(time.monotonic())
+            slowest = max(measured, key=lambda actor: measured[actor], default=None)
+            return slowest == ("a3", 1) and rows[3] < 0.7 * min(rows[:3])
+
+        wait_until(is_found_and_spared, "the slow actor is found", LIMIT_S)
+    finally:
+        router.close()
 
 
 def test_the_actor_that_answered_last_is_asked_first_by_both_ways(router: Router) -> None:
@@ -456,88 +479,53 @@ def test_other_layers_and_other_numbers_of_experts_take_turns(router: Router) ->
         assert torch.equal(sums(router.native, rows, choice), sums(router.python, rows, choice))
 
 
-def fields() -> tuple[list[object], list[object]]:
+def fields() -> tuple[list[Any], list[Any]]:
     """Return the good arguments of both functions, over a socket whose peer is silent."""
-    ids = np.array([[0, 1]], np.int64)
-    layer = (
-        np.arange(4),
-        np.array([2, 4]),
-        np.array([0, 1]),
-        b"\0\0\0\0m",
-        2,
-        HIDDEN,
-        1,
-        FRAME_VERSION,
-    )
+    ids, numbers = np.array([[0, 1]], np.int64), (2, HIDDEN, 1, FRAME_VERSION)
+    layer = (np.arange(4), np.array([2, 4]), np.array([0, 1]), b"\0\0\0\0m", *numbers)
     fds = np.array([-1, -1], np.int32)
     lanes = (fds, (memoryview(bytearray(4096)),) * 2, np.zeros(3, np.int64))
-    rows = bytes(HIDDEN * 4)
     return (
-        [rows, ids, layer, lanes, 1, 1, 1.0],
+        [bytes(HIDDEN * 4), ids, layer, lanes, 1, 1, 1.0],
         [ids, bytes(8), bytearray(HIDDEN * 4), layer, lanes, 1, 1, 1],
     )
 
 
-def changed(values: tuple[object, ...], index: int, value: object) -> tuple[object, ...]:
-    return (*values[:index], value, *values[index + 1 :])
+WRONG_LAYERS = [
+    *((0, np.array(ids, np.int64)) for ids in ([0, 1, 2, 9], [])),
+    *((1, np.array(ends, np.int64)) for ends in ([3, 2], [2, 5], [4], [2, 3], [])),
+    *((2, np.array(lanes)) for lanes in ([0, 2], [-1, 1])),
+    *((3, name) for name in (b"m", b"0000" + bytes(256))),
+    *((4, k) for k in (0, 3, 65)),
+    *((5, size) for size in (0, 1 << 21)),
+    (6, 3),
+]
+WRONG_LANES = [(0, np.zeros(1, np.int32)), (1, (bytearray(8),)), (2, np.zeros(2, np.int64))]
+WRONG_IDS = [
+    *(np.array([ids]) for ids in ([0, 4], [-1, 0])),
+    *(np.zeros(shape, np.int64) for shape in ((257, 2), (0, 2), 3)),
+]
+WRONG_OTHERS: list[list[tuple[int, Any]]] = [
+    [(0, bytes(HIDDEN * 4 - 1))],
+    [(1, bytes(7)), (2, bytearray(3)), (7, -1), (7, 1 << 20)],
+]
 
 
-def test_wrong_arguments_are_refused() -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["send", "receive"])
+def test_wrong_arguments_are_refused(which: int) -> None:
     assert native is not None
-    for which, function in enumerate((native.send_layer, native.receive_layer)):
-        good = fields()[which]
-        layer_at, lanes_at = (2, 3) if which == 0 else (3, 4)
-        layer, lanes = good[layer_at], good[lanes_at]
-        function(*good)  # what it cannot send or receive is told, and no error
-        wrong = [
-            changed(tuple(good), layer_at, changed(layer, index, value))
-            for index, value in (
-                (0, np.array([0, 1, 2, 9])),
-                (0, np.zeros(0, np.int64)),
-                (1, np.array([3, 2])),
-                (1, np.array([2, 5])),
-                (1, np.array([4])),
-                (1, np.array([2, 3])),
-                (1, np.zeros(0, np.int64)),
-                (2, np.array([0, 2])),
-                (2, np.array([-1, 1])),
-                (3, b"m"),
-                (3, b"0000" + bytes(256)),
-                (4, 0),
-                (4, 3),
-                (4, 65),
-                (5, 0),
-                (5, 1 << 21),
-                (6, 3),
-            )
-        ]
-        wrong += [
-            changed(tuple(good), lanes_at, changed(lanes, index, value))
-            for index, value in (
-                (0, np.zeros(1, np.int32)),
-                (1, (bytearray(8),)),
-                (2, np.zeros(2, np.int64)),
-            )
-        ]
-        ids_at = 1 - which
-        wrong += [
-            changed(tuple(good), ids_at, ids)
-            for ids in (
-                np.array([[0, 4]]),
-                np.array([[-1, 0]]),
-                np.zeros((257, 2), np.int64),
-                np.zeros((0, 2), np.int64),
-                np.zeros(3, np.int64),
-            )
-        ]
-        if which == 0:
-            wrong.append(changed(tuple(good), 0, bytes(HIDDEN * 4 - 1)))
-        else:
-            wrong += [changed(tuple(good), 1, bytes(7)), changed(tuple(good), 2, bytearray(3))]
-            wrong += [changed(tuple(good), 7, -1), changed(tuple(good), 7, 1 << 20)]
-        for number, arguments in enumerate(wrong):
-            with pytest.raises((ValueError, TypeError)):
-                print(which, number, function(*arguments))
+    function, good = (native.send_layer, native.receive_layer)[which], fields()[which]
+
+    def changed(values: Sequence[Any], index: int, value: object) -> tuple[Any, ...]:
+        return (*values[:index], value, *values[index + 1 :])
+
+    function(*good)  # what it cannot send or receive is told, and no error
+    wrong: list[tuple[int, Any]] = [*WRONG_OTHERS[which], *((1 - which, ids) for ids in WRONG_IDS)]
+    for at, several in ((2 + which, WRONG_LAYERS), (3 + which, WRONG_LANES)):
+        wrong += [(at, changed(good[at], *change)) for change in several]
+    for change in wrong:
+        with pytest.raises((ValueError, TypeError)):
+            print(change, function(*changed(good, *change)))
 
 
 def test_a_small_buffer_takes_no_answer() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -32,7 +31,6 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def each() -> Iterator[ModuleType | None]:
-    """Have each implementation in use, one after the other."""
     try:
         for one in IMPLEMENTATIONS:
             for face in FACES:
@@ -226,104 +224,3 @@ def test_rows_that_do_not_lie_together_are_gathered_too() -> None:
     values = torch.arange(40.0).view(4, 10)[:, ::2]
     for _ in each():
         assert bytes(gather(values, np.array([3, 0]), 1)) == values.numpy()[[3, 0]].tobytes()
-
-
-IDS, PAIRS, ENDS = np.array([0, 1, 2, 0], np.int64), np.arange(4), np.array([3])
-
-
-def routed(
-    native: ModuleType,
-    ids: np.ndarray = IDS,
-    k: int = 2,
-    ordered_ids: np.ndarray = PAIRS[:3],
-    ends: np.ndarray = ENDS,
-    pairs: np.ndarray | None = PAIRS,
-    room: int = 4,
-) -> None:
-    native.route(ids, k, ordered_ids, ends, pairs, np.empty(room, np.int64))
-
-
-def summed(
-    native: ModuleType,
-    pieces: object = ((PAIRS, bytes(16)),),
-    weights: bytes = bytes(16),
-    summand_of: np.ndarray = PAIRS,
-    k: int = 2,
-    room: int = 8,
-    value_bytes: int = 4,
-) -> None:
-    native.combine(list(pieces), weights, summand_of, k, bytearray(room), value_bytes)  # type: ignore[call-overload]
-
-
-WRONG = {
-    "summands_of, no expert each": lambda n: n.summands_of(IDS, 0, np.empty(4, np.int64)),
-    "summands_of, not whole tokens": lambda n: n.summands_of(IDS, 3, np.empty(4, np.int64)),
-    "summands_of, no room": lambda n: n.summands_of(IDS, 2, np.empty(3, np.int64)),
-    "summands_of, too few arguments": lambda n: n.summands_of(IDS, 2),
-    "route, an id too large": lambda n: routed(n, ids=IDS + 1),
-    "route, an id below": lambda n: routed(n, ids=IDS - 1),
-    "route, a pair too large": lambda n: routed(n, pairs=PAIRS + 1),
-    "route, a pair below": lambda n: routed(n, pairs=PAIRS - 1),
-    "route, an expert too large": lambda n: routed(n, ordered_ids=PAIRS[1:].copy()),
-    "route, an expert below": lambda n: routed(n, ordered_ids=PAIRS[:3] - 1),
-    "route, a share too large": lambda n: routed(n, ends=np.array([4])),
-    "route, a share below": lambda n: routed(n, ends=np.array([-1, 3])),
-    "route, shares that go back": lambda n: routed(n, ends=np.array([2, 1, 3])),
-    "route, no room": lambda n: routed(n, room=3),
-    "route, no room for all pairs": lambda n: routed(n, pairs=None, room=3),
-    "route, no expert each": lambda n: routed(n, k=0),
-    "route, too many experts each": lambda n: routed(n, k=2**62),
-    "gather, too many experts each": lambda n: n.gather(bytes(8), PAIRS, 2**62, 4),
-    "gather, too long rows": lambda n: n.gather(b"", PAIRS, 2, 2**62),
-    "gather, a pair too large": lambda n: n.gather(bytes(8), PAIRS + 1, 2, 4),
-    "gather, a pair below": lambda n: n.gather(bytes(8), PAIRS - 1, 2, 4),
-    "gather, not whole rows": lambda n: n.gather(bytes(9), PAIRS, 2, 4),
-    "gather, no bytes": lambda n: n.gather(bytes(8), PAIRS, 2, 0),
-    "combine, another's summand": lambda n: summed(n, summand_of=PAIRS[::-1].copy()),
-    "combine, a summand below": lambda n: summed(n, summand_of=PAIRS - 1),
-    "combine, no room": lambda n: summed(n, room=4),
-    "combine, no room at all": lambda n: summed(n, room=0),
-    "combine, odd values": lambda n: summed(n, value_bytes=3),
-    "combine, odd weights": lambda n: summed(n, weights=bytes(12)),
-    "combine, no pairs": lambda n: summed(n, (), b"", PAIRS[:0].copy(), room=0),
-    "combine, no expert each": lambda n: summed(n, k=0),
-    "combine, too many experts each": lambda n: summed(n, k=2**62),
-    "combine, a pair too large": lambda n: summed(n, [(PAIRS + 1, bytes(16))]),
-    "combine, a pair below": lambda n: summed(n, [(PAIRS - 1, bytes(16))]),
-    "combine, too few rows": lambda n: summed(n, [(PAIRS, bytes(12))]),
-    "combine, not whole rows": lambda n: summed(n, [(PAIRS, bytes(17))]),
-    "combine, no pieces, an argument's type": lambda n: n.combine(
-        3, bytes(16), PAIRS, 2, bytearray(8), 4
-    ),
-    "combine, a piece of another type": lambda n: summed(n, [3]),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_numbers_are_refused_and_nothing_beyond_is_touched(case: str) -> None:
-    for native in IMPLEMENTATIONS[1:]:
-        is_type = "arguments" in case or "type" in case
-        with pytest.raises(TypeError if is_type else ValueError, match=r"\w"):
-            WRONG[case](native)
-
-
-def test_what_is_no_buffer_or_cannot_be_written_is_refused_and_let_go() -> None:
-    for native in IMPLEMENTATIONS[1:]:
-        values, rows_of = bytearray(8), bytearray(16)
-        for wrong in (b"12345678", None, np.arange(8)[::2]):
-            with pytest.raises((TypeError, ValueError, BufferError)):
-                native.combine([(PAIRS, rows_of)], rows_of, PAIRS, 2, wrong, 4)
-        for pieces in ([(PAIRS, None)], [(None, rows_of)], [(PAIRS, rows_of), (PAIRS, bytes(3))]):
-            with pytest.raises((TypeError, ValueError)):
-                native.combine(pieces, rows_of, PAIRS, 2, values, 4)
-        rows_of.append(1)  # no view of it is held any more
-        values.append(1)
-        with pytest.raises(TypeError):
-            native.gather(values, PAIRS, "2", 2)
-        with pytest.raises(OverflowError):
-            native.gather(values, PAIRS, 2**70, 2)
-        before = sys.getrefcount(PAIRS)
-        for _ in range(100):
-            native.gather(bytes(8), PAIRS, 2, 4)
-            summed(native)
-        assert sys.getrefcount(PAIRS) == before

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
 
 from router.moe.copy_choice import CopyChoice, choose_copies
 from router.moe.permute import LayoutCache
@@ -12,45 +15,24 @@ from router.moe.shared_load import SharedLoad
 LIMIT_S = 60.0
 
 
-class Lanes:
-    """Threads that live on after their work, as those of an engine do."""
-
-    def __init__(self) -> None:
-        self._end = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self) -> Lanes:
-        return self
-
-    def do(self, work: Callable[[], object]) -> None:
-        """Do some work on one more thread."""
-        done = threading.Event()
-
-        def run() -> None:
-            work()
-            done.set()
-            self._end.wait(LIMIT_S)
-
-        self._threads.append(threading.Thread(target=run, daemon=True))
-        self._threads[-1].start()
-        assert done.wait(LIMIT_S)
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join(LIMIT_S)
+@pytest.fixture
+def on_one_more_thread() -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Does work on a thread of its own, which lives on, as those of an engine do."""
+    with ExitStack() as threads:
+        yield lambda work: threads.enter_context(ThreadPoolExecutor(1)).submit(work).result(LIMIT_S)
 
 
-def test_owed_work_adds_up_over_threads_until_it_is_received() -> None:
+def test_owed_work_adds_up_over_threads_until_it_is_received(
+    on_one_more_thread: Callable[[Callable[[], object]], object],
+) -> None:
     load = SharedLoad([1, 10])
     assert load.work([3, 2]) == [3, 20]
     load.sent({"a": 5, "b": 1})
     load.sent({"a": 3})  # the next layer of the same thread
-    with Lanes() as lanes:
-        lanes.do(lambda: load.sent({"a": 20, "c": 1}))
-        assert load.owed() == {"a": 23, "c": 1}
-        load.received()
-        assert load.owed() == {"a": 20, "c": 1}
+    on_one_more_thread(lambda: load.sent({"a": 20, "c": 1}))
+    assert load.owed() == {"a": 23, "c": 1}
+    load.received()
+    assert load.owed() == {"a": 20, "c": 1}
 
 
 def test_a_copy_is_chosen_by_the_work_of_the_layer_and_that_which_is_owed() -> None:
@@ -60,7 +42,9 @@ def test_a_copy_is_chosen_by_the_work_of_the_layer_and_that_which_is_owed() -> N
     assert work == {"b": 11, "a": 1}
 
 
-def test_lanes_ask_another_copy_for_a_costly_expert_than_the_lanes_that_wait() -> None:
+def test_lanes_ask_another_copy_for_a_costly_expert_than_the_lanes_that_wait(
+    on_one_more_thread: Callable[[Callable[[], object]], object],
+) -> None:
     load = SharedLoad([1, 25, 1])
     copies = [("a", "b")] * 3
     asked: list[str | None] = []
@@ -69,8 +53,7 @@ def test_lanes_ask_another_copy_for_a_costly_expert_than_the_lanes_that_wait() -
         lane = CopyChoice(LayoutCache(""), lambda *_: True, load)
         asked.append(lane.choose(copies, [8, 8, 8], (), 0.0)[1])
 
-    with Lanes() as lanes:
-        for _ in range(4):
-            lanes.do(ask)
+    for _ in range(4):
+        on_one_more_thread(ask)
     assert asked == ["a", "b", "a", "b"]
     assert load.owed() == {"a": 432, "b": 432}

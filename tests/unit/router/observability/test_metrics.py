@@ -16,7 +16,6 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from cluster.reports import Measurements
-from router.config.capacity import CapacityConfig
 from router.engine.stats import RouterSamples
 from router.messages.request import GenerationRequest, Received
 from router.observability import catalogue
@@ -42,10 +41,10 @@ def test_a_distribution_counts_as_prometheus_client_does(count: int) -> None:
     for value in values:
         child.observe(value)
         ours.add(value)
-    [family] = registry.collect()
-    expected = [(s.name, s.labels, s.value) for s in family.samples if "_created" not in s.name]
-    family_of_ours = Family("h", "histogram", ("model_name",), "h")
-    assert list(histogram_of(family_of_ours, ours, {"model_name": "m"})) == expected
+    [counted] = registry.collect()
+    expected = [(s.name, s.labels, s.value) for s in counted.samples if "_created" not in s.name]
+    family = Family("h", "histogram", ("model_name",), "h")
+    assert list(histogram_of(family, ours, {"model_name": "m"})) == expected
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +114,8 @@ def test_a_router_counts_what_it_found_of_prompts(cluster: LocalCluster) -> None
 
 def test_tokens_that_came_with_a_request_are_not_counted_again(cluster: LocalCluster) -> None:
     [[whole]] = cluster.generate(greedy_request("whole", [5, 6, 7], 6))
-    base = greedy_request("rest", [5, 6, 7], 6)
-    request = GenerationRequest(
-        base.request_id,
-        base.model,
-        base.prompt_token_ids,
-        base.sampling,
-        base.deadline_s,
-        received=(Received(whole.token_ids[:3]),),
-    )
-    told = grown(cluster, request)
+    rest = greedy_request("rest", [5, 6, 7], 6)
+    told = grown(cluster, replace(rest, received=(Received(whole.token_ids[:3]),)))
     assert told["inter_token_latency_seconds_count"] == 2
     assert told["request_prefill_time_seconds_count"] == 0
     assert told["request_decode_time_seconds_count"] == 0
@@ -143,17 +134,6 @@ def test_a_router_tells_what_runs_waits_and_is_parked(cluster: LocalCluster) -> 
     cluster.lose(())
     [event] = cluster.result(greedy_request("parked", [5, 6, 7], 4))
     assert len(event.token_ids) == 4
-
-
-def test_tokens_without_room_are_counted_by_expert(cluster: LocalCluster) -> None:
-    assert not any("overflow" in name for name in counted(cluster))  # off by default
-    tight = LocalCluster(cluster.checkpoint.folder, capacity=CapacityConfig(tokens=1))
-    tight.generate(*(greedy_request(f"r{i}", [5 + i] * 9, 3) for i in range(4)))
-    tight.close()
-    told = {n: value for n, value in counted(tight).items() if "overflow" in n}
-    overflow = tight.overflow
-    assert told == {f"expert_overflow_tokens_total:{n}:{e}": c for (n, e), c in overflow.items()}
-    assert sum(told.values()) > 0
 
 
 def test_a_scrape_has_the_failing_actors() -> None:

@@ -21,7 +21,6 @@ from ray.serve.schema import TracingConfig
 from cluster.errors import CancelledRequestError, OverloadedError
 from cluster.wire.frames import DispatchFrame
 from experts.tracing import EXPORTER_VARIABLE, TO_FILES, open_spans
-from router.engine.sequence import Sequence
 from router.messages.receipts import DeliveredTokens
 from router.messages.request import GenerationRequest, SamplingParams, TokenEvent
 from router.observability.tracing import (
@@ -121,12 +120,6 @@ def test_a_request_that_is_not_sampled_tells_nothing(
         assert of_call.parent is root
 
 
-def sequence(request_id: str, parent: Span | None) -> Sequence:
-    one = Sequence(greedy_request(request_id, [1, 2], 3), 0, [1, 2])
-    one.trace = None if parent is None else RequestTrace(parent)
-    return one
-
-
 def test_a_step_of_several_sampled_requests_is_in_one_trace_and_linked_from_it(
     spans: SpanKeeper,
 ) -> None:
@@ -144,16 +137,16 @@ def test_a_step_of_several_sampled_requests_is_in_one_trace_and_linked_from_it(
 
 @pytest.mark.parametrize("num_begun", [1, 2, 3])
 def test_what_fails_says_so_where_it_was(spans: SpanKeeper, num_begun: int) -> None:
-    one = sequence("r", spans.tracer.start_span("root"))
     now_s = time.monotonic()
-    begun = [now_s - 3 + place if place < num_begun else 0.0 for place in range(3)]
-    one.times.queued_at_s, one.times.scheduled_at_s, one.times.first_token_at_s = begun
-    assert one.trace is not None
+    begun = {
+        name: now_s - 3 + place if place < num_begun else 0.0
+        for place, name in enumerate(("queue", "prefill", "decode"))
+    }
     error = CancelledRequestError("the request was cancelled")
-    one.trace.ended(one.index, one.num_generated, one.times.phases_at_s(), error)
-    names = ["queue", "prefill", "decode"][:num_begun]
+    RequestTrace(spans.tracer.start_span("root")).ended(0, 0, begun, error)
     told = spans.told()
-    assert [span.name for span in told] == [f"expertmesh.{name}" for name in names]
+    names = [f"expertmesh.{name}" for name in begun]
+    assert [span.name for span in told] == names[:num_begun]
     codes = [span.status.status_code for span in told]
     assert codes == [StatusCode.UNSET] * (num_begun - 1) + [StatusCode.ERROR]
     assert "cancelled" in told[-1].status.description
@@ -222,19 +215,13 @@ def test_a_request_goes_on_in_the_trace_that_its_headers_name(
             assert span.is_recording() == is_sampled
 
     contextvars.copy_context().run(ask)
-    parents = [
-        (f"{one.parent.trace_id:032x}", f"{one.parent.span_id:016x}") for one in spans.told()
-    ]
-    assert parents == [(trace_id, parent_id)] * is_sampled
+    found = [(f"{s.parent.trace_id:032x}", f"{s.parent.span_id:016x}") for s in spans.told()]
+    assert found == [(trace_id, parent_id)] * is_sampled
 
 
 @pytest.mark.parametrize(
     ("enabled", "path", "expected"),
-    [
-        (True, "a.b:c", "a.b:c"),
-        (True, "", "experts.tracing:to_file"),
-        (False, "a.b:c", ""),
-    ],
+    [(True, "a.b:c", "a.b:c"), (True, "", "experts.tracing:to_file"), (False, "a.b:c", "")],
 )
 def test_actors_export_as_serves_configuration_says(
     enabled: bool, path: str, expected: str
@@ -254,19 +241,8 @@ EXPORTED = InMemorySpanExporter()
 def frame_of(
     expert_ids: tuple[int, ...], counts: tuple[int, ...], traceparent: str | None
 ) -> DispatchFrame:
-    return DispatchFrame(
-        request_id=1,
-        model="m",
-        layer_id=2,
-        expert_ids=expert_ids,
-        num_tokens_per_expert=counts,
-        num_rows=sum(counts),
-        row_shape=(4,),
-        dtype="float32",
-        rows=b"",
-        time_left_s=0.0,
-        traceparent=traceparent,
-    )
+    given = expert_ids, counts, sum(counts), (4,), "float32", b"", 0.0
+    return DispatchFrame(1, "m", 2, *given, traceparent=traceparent)
 
 
 def test_an_actor_exports_what_was_sampled_where_its_frame_began(

@@ -49,12 +49,10 @@ def verify(file: Path, *options: str) -> Result:
     return CliRunner().invoke(app, ["check", str(file), "--verify", *options])
 
 
-def test_checking_without_verifying_hashes_nothing(file: Path, folder: Path) -> None:
+def test_verifying_says_what_was_kept_and_keeps_the_new_hashes(file: Path, folder: Path) -> None:
     assert CliRunner().invoke(app, ["check", str(file)]).exit_code == 0
     assert not (folder / BESIDE).exists()
 
-
-def test_verifying_says_what_was_kept_and_keeps_the_new_hashes(file: Path, folder: Path) -> None:
     def last_line() -> str:
         done = verify(file)
         assert (done.exit_code, done.stderr) == (0, "")

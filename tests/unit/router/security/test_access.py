@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,31 +62,20 @@ def test_the_owner_of_a_key_is_let_in(gate: Gate, form: str) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [
-        "",
-        "Bearer",
-        "Bearer ",
-        "{}",
-        "Basic {}",
-        "Bearer x{}",
-        "Bearer {}x",
-        "Bearer {} x",
-        "Bearer\t{}",
-        "Bearer {}\n",
-        "Bearer {}\x00",
-        "Bearer " + "x" * 100_000,
-        "Bearer ключ",
-        "Bearer \udcff",
-    ],
-)
-def test_whatever_else_is_given_is_refused_without_being_shown(gate: Gate, form: str) -> None:
-    given = form.format(gate.key)
-    if given.strip() != given and given.strip() == f"Bearer {gate.key}":
-        return  # white space at the ends is none of the key
-    with pytest.raises(UnauthenticatedError, match="a key of this deployment is needed") as refused:
-        gate.admit([given])
-    assert gate.key not in str(refused.value)
-    assert gate.counts == {("http", "unknown_key"): 1}
+    ["", "Bearer", "{}", "Basic {}", "Bearer x{}", "Bearer {}x", "Bearer {} x", "Bearer\t{}",
+     "Bearer {}\x00", "Bearer " + "x" * 100_000, "Bearer ключ", "Bearer \udcff"],
+)  # fmt: skip
+def test_whatever_else_is_given_is_refused_without_being_shown(
+    gate: Gate, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "expertmesh.security"):
+        for _ in range(3):
+            with pytest.raises(UnauthenticatedError, match="a key of this deployment is") as no:
+                gate.admit([form.format(gate.key)])
+            assert gate.key not in str(no.value)
+    assert gate.counts == {("http", "unknown_key"): 3}
+    [record] = caplog.records  # now and then, not each time
+    assert gate.key not in record.getMessage()
 
 
 @functools.cache
@@ -131,77 +121,52 @@ def test_a_key_of_another_role_is_told_which_it_needs(gate: Gate) -> None:
     assert gate.counts == {("http", "wrong_role"): 1}
 
 
-def test_strangers_wait_and_owners_do_not(tmp_path: Path) -> None:
+async def test_strangers_wait_and_owners_do_not(tmp_path: Path) -> None:
     gate = Gate(tmp_path, slow_s=0.3)
-
-    async def work() -> None:
-        strangers = asyncio.gather(
-            *(gate.access.admit("grpc", [], None) for _ in range(20)), return_exceptions=True
-        )
-        await asyncio.sleep(0)
-        began_s = time.monotonic()
-        await gate.access.admit("grpc", [f"Bearer {gate.key}"], Role.INFERENCE)
-        assert not strangers.done()
-        errors = await strangers
-        assert time.monotonic() - began_s >= 0.25
-        assert all(isinstance(error, UnauthenticatedError) for error in errors)
-
-    asyncio.run(work())
+    strangers = asyncio.gather(
+        *(gate.access.admit("grpc", [], None) for _ in range(20)), return_exceptions=True
+    )
+    await asyncio.sleep(0)
+    began_s = time.monotonic()
+    await gate.access.admit("grpc", [f"Bearer {gate.key}"], Role.INFERENCE)
+    assert not strangers.done()
+    errors = await strangers
+    assert time.monotonic() - began_s >= 0.25
+    assert all(isinstance(error, UnauthenticatedError) for error in errors)
 
 
-def test_a_crowd_of_strangers_takes_no_memory(
+async def test_a_crowd_of_strangers_takes_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_SLOW", 2)
     gate = Gate(tmp_path, slow_s=60.0)
-
-    async def work() -> None:
-        waiting = [asyncio.create_task(gate.access.admit("http", [], None)) for _ in range(2)]
-        await asyncio.sleep(0)
-        async with asyncio.timeout(5):
-            with pytest.raises(UnauthenticatedError):
-                await gate.access.admit("http", [], None)
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        third = asyncio.create_task(gate.access.admit("http", [], None))
-        await asyncio.sleep(0.05)
-        assert not third.done()  # the places are free again
-        third.cancel()
-
-    asyncio.run(work())
+    waiting = [asyncio.create_task(gate.access.admit("http", [], None)) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        with pytest.raises(UnauthenticatedError):
+            await gate.access.admit("http", [], None)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    third = asyncio.create_task(gate.access.admit("http", [], None))
+    await asyncio.sleep(0.05)
+    assert not third.done()  # the places are free again
+    third.cancel()
 
 
-def test_refusals_are_logged_now_and_then(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "expertmesh.security"):
-        for _ in range(50):
-            with pytest.raises(UnauthenticatedError):
-                gate.admit([f"Bearer {gate.key}x"])
-    [record] = caplog.records
-    assert gate.key not in record.getMessage()
-
-
-KEYS = SecurityConfig(keys_file="keys.yaml")
-OPEN = SecurityConfig(open=True)
-HOSTS = pytest.mark.parametrize("key", ["host", "admin_host"])
-
-
-@HOSTS
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_this_machine_needs_no_key(key: str, host: str) -> None:
-    check_listen(ListenConfig(**{key: host}).hosts(), SecurityConfig(), "gateway.listen")
-    assert is_loopback(host)
-
-
-@HOSTS
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "gateway.lan"])
-def test_other_machines_need_a_key_or_an_open_word(key: str, host: str) -> None:
-    listen = ListenConfig(**{key: host})
-    for security in (KEYS, OPEN):
-        check_listen(listen.hosts(), security, "gateway.listen")
-    reason = (
-        f"^gateway.listen.{key}: must be an address of this machine .* got '{host}'. Make a key"
-    )
-    with pytest.raises(ConfigError, match=reason):
-        check_listen(listen.hosts(), SecurityConfig(), "gateway.listen")
-    assert not is_loopback(host)
+@pytest.mark.parametrize("key", ["host", "admin_host"])
+@pytest.mark.parametrize(
+    ("host", "is_here"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.1.2.3", "gateway.lan")),
+    ],
+)
+def test_other_machines_need_a_key_or_an_open_word(key: str, host: str, is_here: bool) -> None:
+    hosts = ListenConfig(**{key: host}).hosts()
+    for security in (SecurityConfig(keys_file="keys.yaml"), SecurityConfig(open=True)):
+        check_listen(hosts, security, "gateway.listen")
+    assert is_loopback(host) == is_here
+    reason = f"^gateway.listen.{key}: must be an address of this machine .* got '{host}'. Make a"
+    with nullcontext() if is_here else pytest.raises(ConfigError, match=reason):
+        check_listen(hosts, SecurityConfig(), "gateway.listen")

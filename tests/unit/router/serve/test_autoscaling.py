@@ -72,12 +72,8 @@ def test_without_it_the_number_is_fixed() -> None:
 def nodes(*cpus: float | None) -> list[dict[str, Any]]:
     """Return nodes as Ray lists them, with these CPUs; ``None`` is a node that has gone."""
     return [
-        {
-            "NodeID": str(number),
-            "Alive": amount is not None,
-            "Resources": {"CPU": amount} if amount else {},
-        }
-        for number, amount in enumerate(cpus)
+        {"NodeID": str(n), "Alive": cpu is not None, "Resources": {"CPU": cpu} if cpu else {}}
+        for n, cpu in enumerate(cpus)
     ]
 
 

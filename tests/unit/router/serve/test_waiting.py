@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from unittest.mock import Mock
 
 import pytest
 from ray.serve.schema import ApplicationStatus, DeploymentStatus
@@ -44,22 +45,19 @@ def test_only_deployments_that_are_not_healthy_are_told(
     }
     answers = [
         RuntimeError("no connection"),
-        AppStatus(ApplicationStatus.DEPLOYING, told),
+        AppStatus(ApplicationStatus.DEPLOYING, "", told),
+        AppStatus(ApplicationStatus.DEPLOY_FAILED, "Deploying failed:\nno folder", {}),
         None,
     ]
-
-    def app_status(app: str) -> AppStatus | None:
-        assert app == "a"
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
+    app_status, failed = Mock(side_effect=[*answers, IndexError]), []
     monkeypatch.setattr(waiting, "app_status", app_status)
     monkeypatch.setattr(waiting, "PERIOD_S", 0.0)
     with caplog.at_level(logging.WARNING), pytest.raises(IndexError):
-        asyncio.run(asyncio.wait_for(log_what_serve_says("a"), 10))
+        asyncio.run(asyncio.wait_for(log_what_serve_says("a", failed.append), 10))
+    app_status.assert_called_with("a")
+    assert failed == ["", "Deploying failed: no folder", ""]
     assert [record.getMessage() for record in caplog.records] == [
         "Serve did not report the state of its deployments: no connection",
         "Router-m: has 1 replicas that have taken more than 30s to be scheduled",
+        "the last deployment failed, the former one serves: Deploying failed: no folder",
     ]

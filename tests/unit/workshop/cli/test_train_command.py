@@ -83,12 +83,6 @@ def test_bad_usage_is_exit_code_2_and_one_line(
     assert "Traceback" not in result.output
 
 
-def test_a_run_that_fails_is_exit_code_1(words: list[str]) -> None:
-    result = run([*words[:-1], "/proc/model"])
-    assert result.exit_code == 1
-    assert "/proc/model: cannot be made" in result.stderr
-
-
 def test_ctrl_c_saves_the_step_under_way_and_says_how_to_go_on(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,3 +168,10 @@ def state_steps(words: list[str], tmp_path: Path) -> int:
         for name in file.keys():  # noqa: SIM118
             file.get_tensor(name)
         return int(json.loads(file.metadata()["training"])["steps_done"])
+
+
+def test_a_run_that_fails_is_exit_code_1_before_its_first_step(words: list[str]) -> None:
+    result = run([*words[:-1], "/proc/model"])  # where root too may make nothing
+    assert result.exit_code == 1
+    assert "/proc/model: cannot be made" in result.stderr
+    assert "loss" not in result.stderr

@@ -1,4 +1,4 @@
-"""Data of planted pieces, for the tests of adaptive mixtures."""
+"""Data of planted pieces, for the tests of mixtures."""
 
 from __future__ import annotations
 
@@ -49,3 +49,17 @@ def sequences(num_rows: int = 200, num_steps: int = 6, seed: int = 0) -> tuple[n
     x[:, :, 0] += np.where(piece, 2.0, -2.0)[:, None]
     sums, last = x[:, -1, 1] + x[:, -2, 1], -2 * x[:, -1, 1]
     return x, np.where(piece, sums, last) + 0.05 * source.randn(num_rows), piece
+
+
+def two_pieces(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [N, 2] and a target with one slope below 0 and another above, and noise."""
+    source = np.random.default_rng(seed)
+    X = source.uniform(-2, 2, size=(count, 2))
+    y = np.where(X[:, 0] < 0, 3 * X[:, 0] + 1, -2 * X[:, 0] + X[:, 1])
+    return X, y + 0.05 * source.normal(size=count)
+
+
+def two_rules(seed: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows [N, 2] and labels whose rule turns over at 0, as an exclusive or."""
+    X = np.random.default_rng(seed).uniform(-2, 2, size=(count, 2))
+    return X, np.where((X[:, 0] > 0) == (X[:, 1] > 0), "same", "other")

@@ -9,13 +9,7 @@ import numpy as np
 import torch
 
 from workshop.estimators.base import MixtureClassifier, MixtureEstimator, MixtureRegressor
-from workshop.estimators.parts import (
-    FittedMixture,
-    GatePart,
-    Layers,
-    NetworkPart,
-    RecurrentPart,
-)
+from workshop.estimators.parts import FittedMixture, GatePart, Layers, NetworkPart, RecurrentPart
 
 FEATURES = 3
 

@@ -108,15 +108,6 @@ def test_without_the_balancing_losses_an_expert_starves_and_with_them_none() -> 
     assert balanced.score(x, y) > 0.8
 
 
-def test_the_importance_loss_balances_a_gate_without_noise() -> None:
-    x, y = absolute()
-    settings: dict[str, Any] = {"init": "random", "n_init": 1, "random_state": 0}
-    free = AdaptiveMixtureRegressor(6, **settings).fit(x, y)
-    balanced = AdaptiveMixtureRegressor(6, importance_weight=1.0, **settings).fit(x, y)
-    assert free.expert_usage_.min() < 0.01
-    assert balanced.expert_usage_.min() > 0.1
-
-
 @pytest.mark.parametrize("cell", ["plain", "gru", "lstm"])
 def test_recurrent_experts_divide_sequences(cell: str) -> None:
     x, y, piece = sequences()
@@ -128,18 +119,6 @@ def test_recurrent_experts_divide_sequences(cell: str) -> None:
     assert separation(fitted.responsibilities(x), piece.astype(bool)) > 0.9
     shorter = fitted.predict(x[:, 2:])
     assert np.corrcoef(shorter, y)[0, 1] > 0.9, "a gate that pools takes any length"
-
-
-def test_recurrent_layers_and_a_gate_of_all_steps() -> None:
-    x, y, _ = sequences(120)
-    fitted = AdaptiveMixtureClassifier(
-        2, experts="rnn", hidden_layer_sizes=(4, 4), pool="flatten", n_init=1, max_iter=40,
-        random_state=0,
-    ).fit(x, y > 0)  # fmt: skip
-    assert fitted.score(x, y > 0) > 0.9
-    assert fitted.mixture_.row_shape == (6, 2)
-    with pytest.raises(ValueError, match="6 steps"):
-        fitted.predict(x[:, 2:])
 
 
 def test_an_mlp_gate_finds_a_piece_inside_another() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import log_loss
 
 from cluster.errors import NotFiniteError
 from tests.unit.workshop.estimators.adaptive_data import absolute, quadrants, sequences
@@ -150,42 +151,22 @@ def test_a_warm_start_refuses_other_networks(changes: dict[str, Any], words: str
         mixture.fit(x, y)
 
 
-def test_a_recurrent_warm_start_goes_on() -> None:
-    x, y, _ = sequences(60)
-    mixture = AdaptiveMixtureClassifier(
-        2, experts="rnn", hidden_layer_sizes=(3,), cell="lstm", n_init=1, max_iter=5,
-        warm_start=True, random_state=0,
-    )  # fmt: skip
-    with pytest.warns(ConvergenceWarning):
-        before = mixture.fit(x, y > 0).log_likelihood_
-    with pytest.warns(ConvergenceWarning):
-        assert mixture.fit(x, y > 0).log_likelihood_ > before
-    with pytest.raises(ValueError, match="cell gru"):
-        mixture.set_params(cell="gru").fit(x, y > 0)
-
-
 def test_early_stopping_keeps_the_weights_that_are_best_for_other_rows() -> None:
     source = np.random.RandomState(0)
-    x = source.randn(80, 5)
-    labels = (x[:, 0] + source.randn(80) > 0).astype(int)
+    x = source.randn(2080, 5)
+    labels = (x[:, 0] + source.randn(2080) > 0).astype(int)
     settings: dict[str, Any] = {
         "experts": "mlp", "hidden_layer_sizes": (20,), "n_init": 1, "random_state": 0, "alpha": 0,
+        "validation_fraction": 0.3,
     }  # fmt: skip
-    whole = AdaptiveMixtureClassifier(3, **settings).fit(x, labels)
-    early = AdaptiveMixtureClassifier(
-        3, early_stopping=True, validation_fraction=0.3, **settings
-    ).fit(x, labels)
+    whole, early = (
+        AdaptiveMixtureClassifier(3, early_stopping=stops, **settings).fit(x[:80], labels[:80])
+        for stops in (False, True)
+    )
     assert early.n_iter_ < whole.n_iter_
     assert early.n_samples_fit_ == 56
-    best = early.log_likelihoods_.argmin()
     assert early.log_likelihood_ < early.log_likelihoods_[-1], "the last weights fit them closer"
-    assert best < early.n_iter_
-    new = source.randn(2000, 5)
-    is_positive = (new[:, 0] + source.randn(2000) > 0).astype(int)
-    losses = [
-        -np.log(np.maximum(m.predict_proba(new)[np.arange(2000), is_positive], 1e-300)).mean()
-        for m in (early, whole)
-    ]
+    losses = [log_loss(labels[80:], mixture.predict_proba(x[80:])) for mixture in (early, whole)]
     assert losses[0] < losses[1]
 
 
@@ -200,8 +181,10 @@ def test_batches_and_adam() -> None:
 def test_a_loss_that_is_not_finite_stops_the_fit(solver: str) -> None:
     x, y = absolute(50)
     wild = {"learning_rate": 1e200} if solver == "adam" else {"importance_weight": 1e308}
+    mixture = AdaptiveMixtureRegressor(2, solver=solver, random_state=0, **wild)
     with pytest.raises(NotFiniteError, match=r"the loss is (inf|nan) in iteration \d+"):
-        AdaptiveMixtureRegressor(2, solver=solver, random_state=0, **wild).fit(x, y * 1e3)
+        mixture.fit(x, y * 1e3)
+    assert not hasattr(mixture, "mixture_")
 
 
 def test_a_mixture_that_meets_its_targets_exactly_has_a_bounded_likelihood() -> None:
@@ -211,13 +194,3 @@ def test_a_mixture_that_meets_its_targets_exactly_has_a_bounded_likelihood() -> 
     assert mixture.mixture_.deviations.min() >= 0.999e-3 * np.abs(x).std()
     constant = AdaptiveMixtureRegressor(2, random_state=0).fit(x, np.full(41, 7.0))
     np.testing.assert_allclose(constant.predict(x), 7.0)
-
-
-def test_verbose_shows_the_iterations(capsys: pytest.CaptureFixture[str]) -> None:
-    fitted(n_init=1)
-    assert capsys.readouterr() == ("", "")
-    fitted(n_init=1, verbose=1)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "AdaptiveMixtureRegressor" in shown.err
-    assert "log likelihood" in shown.err

@@ -30,38 +30,6 @@ def leaf(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).requires_grad_()
 
 
-def test_the_competitive_error_and_its_gradient_are_the_papers(source: np.random.Generator) -> None:
-    """Equations 1.3 and 1.5: E = -log sum p exp(-½|d - o|²), dE/do_i = -h_i (d - o_i)."""
-    scores, d = source.normal(size=(N, E)), source.normal(size=(N, W))
-    o = leaf(source.normal(size=(N, E, W)))
-    log_gates = torch.from_numpy(scores).log_softmax(dim=1)
-    likelihoods = normal_log_likelihoods(o, torch.from_numpy(d), torch.ones(E, W).double())
-    losses = competitive_losses(log_gates, likelihoods)
-    losses.sum().backward()
-
-    outputs = o.detach().numpy()
-    left = d[:, None] - outputs  # [N, E, W]
-    shares = softmax(scores, axis=1) * np.exp(-0.5 * (left**2).sum(axis=2))
-    error = -np.log(shares.sum(axis=1))
-    np.testing.assert_allclose(losses.detach(), error + W / 2 * np.log(2 * np.pi), rtol=1e-12)
-    h = shares / shares.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(o.grad, -h[:, :, None] * left, rtol=1e-10, atol=1e-14)
-
-
-def test_deviations_scale_the_density_and_its_gradient(source: np.random.Generator) -> None:
-    scores, d = source.normal(size=(N, E)), source.normal(size=(N, W))
-    deviations = source.uniform(0.3, 2, size=(E, W))
-    o = leaf(source.normal(size=(N, E, W)))
-    log_gates = torch.from_numpy(scores).log_softmax(dim=1)
-    likelihoods = normal_log_likelihoods(o, torch.from_numpy(d), torch.from_numpy(deviations))
-    expected = norm.logpdf(d[:, None], o.detach().numpy(), deviations).sum(axis=2)
-    np.testing.assert_allclose(likelihoods.detach(), expected, rtol=1e-12)
-    competitive_losses(log_gates, likelihoods).sum().backward()
-    h = softmax(np.log(softmax(scores, axis=1)) + expected, axis=1)
-    wanted = -h[:, :, None] * (d[:, None] - o.detach().numpy()) / deviations**2
-    np.testing.assert_allclose(o.grad, wanted, rtol=1e-10, atol=1e-14)
-
-
 def test_the_likelihood_form_for_classes(source: np.random.Generator) -> None:
     """The loss is -log sum p P(c); an expert's scores have the gradient -h (one hot - P)."""
     scores, classes = source.normal(size=(N, E)), source.integers(W, size=N)
@@ -97,3 +65,21 @@ def test_an_expert_that_is_not_chosen_has_no_gradient() -> None:
     competitive_losses(log_gates, likelihoods).sum().backward()
     assert o.grad[0, 2, 0] == 0
     assert (o.grad[0, :2, 0] < 0).all()
+
+
+def test_the_competitive_error_and_its_gradient_are_the_papers(source: np.random.Generator) -> None:
+    """Equations 1.3 and 1.5: E = -log sum p N(d; o, s), dE/do = -h (d - o) / s²."""
+    scores, d = source.normal(size=(N, E)), source.normal(size=(N, W))
+    deviations = source.uniform(0.3, 2, size=(E, W))
+    o = leaf(source.normal(size=(N, E, W)))
+    log_gates = torch.from_numpy(scores).log_softmax(dim=1)
+    likelihoods = normal_log_likelihoods(o, torch.from_numpy(d), torch.from_numpy(deviations))
+    expected = norm.logpdf(d[:, None], o.detach().numpy(), deviations).sum(axis=2)
+    np.testing.assert_allclose(likelihoods.detach(), expected, rtol=1e-12)
+    losses = competitive_losses(log_gates, likelihoods)
+    losses.sum().backward()
+    joint = np.log(softmax(scores, axis=1)) + expected
+    np.testing.assert_allclose(losses.detach(), -np.log(np.exp(joint).sum(axis=1)), rtol=1e-12)
+    h = softmax(joint, axis=1)
+    wanted = -h[:, :, None] * (d[:, None] - o.detach().numpy()) / deviations**2
+    np.testing.assert_allclose(o.grad, wanted, rtol=1e-10, atol=1e-14)

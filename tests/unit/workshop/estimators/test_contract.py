@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.utils.estimator_checks import check_fit_idempotent, estimator_checks_generator
-from threadpoolctl import threadpool_limits
 
 from tests.unit.workshop.estimators.test_adaptive_checks import FAST, RECURRENT
 from workshop.estimators import estimators
@@ -26,13 +25,6 @@ CHECKED: list[Any] = [
     estimators.AdaptiveMixtureRegressor(**FAST, **RECURRENT),
     estimators.AdaptiveMixtureClassifier(**FAST, **RECURRENT),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Threads of BLAS wait for each other longer than such small fits take."""
-    with threadpool_limits(1):
-        yield
 
 
 RESULTS: dict[bytes, bytes] = {}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor
-from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import (
     GroupKFold,
@@ -28,30 +26,17 @@ from sklearn.model_selection import (
 from sklearn.naive_bayes import GaussianNB
 from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeRegressor
-from threadpoolctl import threadpool_limits
 
 from cluster.errors import CheckpointError
-from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
+from tests.unit.workshop.estimators.adaptive_data import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
-from workshop.estimators.general.fits import (
-    MAX_RARE,
-    Data,
-    Expert,
-    FitFailedError,
-    fitted_part,
-)
+from workshop.estimators.general.fits import MAX_RARE, Data, Expert, FitFailedError, fitted_part
 
 ROWS, VALUES = two_pieces(0, 40)
 LABELS = two_rules(0, 40)[1]
 QUICK: dict[str, Any] = {"n_init": 1, "max_iter": 4, "random_state": 0}
 PAIR = [("line", LinearRegression()), ("tree", DecisionTreeRegressor(max_depth=2))]
 FOLDS = np.arange(40) % 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 class Constant(RegressorMixin, BaseEstimator):
@@ -106,23 +91,6 @@ def test_a_later_fit_without_folds_keeps_no_choice_of_an_earlier_one() -> None:
     assert not {"cv_losses_", "chosen_"} & set(vars(fitted))
 
 
-@pytest.mark.parametrize("cv", [None, 3])
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_a_failed_fit_leaves_the_estimator_as_it_was(cv: int | None) -> None:
-    fitted = MixtureOfExpertsClassifier(cv=cv, **QUICK).fit(ROWS, LABELS)
-    before, attributes = fitted.predict_proba(ROWS), dict(vars(fitted))
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        fitted.fit(np.tile(ROWS, 2), np.full(40, "none"))
-    assert vars(fitted) == attributes
-    fitted.set_params(warm_start=True, early_stopping=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        with pytest.raises(ConvergenceWarning):  # after attributes of the fit are set
-            fitted.set_params(max_iter=1).fit(ROWS, LABELS[::-1])
-    assert set(vars(fitted)) == set(attributes)
-    np.testing.assert_array_equal(fitted.predict_proba(ROWS), before)
-
-
 @pytest.mark.parametrize(
     ("expert", "message"),
     [
@@ -141,36 +109,22 @@ def test_a_classifier_of_wrong_probabilities_is_named(expert: Any, message: str)
     ("rows", "values", "message"),
     [
         (ROWS[:, :, None], VALUES, "dim 3"),
-        (ROWS[:, 0], VALUES, "Expected 2D array"),
-        (ROWS[:, :0], VALUES, "0 feature"),
         (ROWS[:1], VALUES[:1], "n_samples=1 should be at least the number of experts"),
         (ROWS * 1e200, VALUES, r"X has values above 1e\+100"),
         (ROWS, VALUES * 1e200, r"y has values above 1e\+100"),
-        (ROWS, np.where(VALUES > 0, np.nan, VALUES), "Input y contains NaN"),
-        (np.where(ROWS > 1, np.nan, ROWS), VALUES, "Input X contains NaN"),
-        (sparse.csr_matrix(ROWS), VALUES, "dense data is required"),
-        (ROWS + 1j, VALUES, "Complex data"),
     ],
 )
 def test_rows_and_targets_that_no_mixture_takes(rows: Any, values: Any, message: str) -> None:
+    """Others are refused by scikit-learn's own checks."""
     experts = [HistGradientBoostingRegressor(), HistGradientBoostingRegressor()]
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         MixtureOfExpertsRegressor(experts).fit(rows, values)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["one"] * 40, "at least 2 classes; y has 1 class, 'one'"),
-        (np.column_stack([LABELS, LABELS]), "1d array"),
-        (VALUES, "Unknown label type"),
-        (list(map(str, range(40))), "two folds need at least two different rows of one class"),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:The number of unique classes:UserWarning")
-def test_labels_that_no_mixture_takes(labels: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MixtureOfExpertsClassifier().fit(ROWS, labels)
+def test_labels_that_are_all_different_are_refused() -> None:
+    with pytest.raises(ValueError, match="two folds need at least two different rows of one class"):
+        MixtureOfExpertsClassifier().fit(ROWS, list(map(str, range(40))))
 
 
 def test_tables_and_labels_of_any_kind_are_taken() -> None:

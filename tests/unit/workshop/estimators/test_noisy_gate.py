@@ -71,36 +71,6 @@ def test_the_load_equals_monte_carlo(top_k: int) -> None:
         torch.testing.assert_close(probabilities[:, expert], frequency, atol=0.015, rtol=0)
 
 
-def test_the_mean_load_over_the_noise_is_the_mean_number_of_rows() -> None:
-    scores, raw, generator = drawn(20)
-    draws, top_k = 20_000, 2
-    many, many_raw = scores.repeat(draws, 1), raw.repeat(draws, 1)
-    noisy = noisy_scores(many, many_raw, generator)
-    load = chosen_probabilities(many, softplus(many_raw), noisy, top_k).sum(dim=0) / draws
-    counts = keep_top_k(noisy, top_k).isfinite().double().sum(dim=0) / draws
-    torch.testing.assert_close(load, counts, atol=0.03, rtol=0)
-    assert load.sum().item() == pytest.approx(N * top_k, abs=0.1)
-
-
-def test_the_balancing_losses_are_0_where_experts_are_used_alike() -> None:
-    rows = torch.ones(E).double()
-    uniform = torch.full((E, E), 1 / E).double()
-    assert importance_loss(uniform, rows) == pytest.approx(0, abs=1e-30)
-    assert load_loss(uniform, rows) == pytest.approx(0, abs=1e-30)
-    in_turns = torch.eye(E).double()  # sparse, and yet balanced
-    assert importance_loss(in_turns, rows) == 0
-    assert load_loss(in_turns, rows) == 0
-    assert squared_variation(torch.zeros(E)) == 0
-
-
-def test_the_balancing_losses_by_hand() -> None:
-    """Sums 3, 1, 0: mean 4/3, variance (25 + 1 + 16) / 27, and so CV² 42/27 * 9/16 = 0.875."""
-    weights = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0]]).double()
-    rows = torch.tensor([1.0, 1, 2]).double()
-    assert importance_loss(weights, rows).item() == pytest.approx(0.875)
-    assert load_loss(weights, rows).item() == pytest.approx(0.875)
-
-
 def test_the_load_loss_moves_the_score_of_an_expert_that_is_never_chosen() -> None:
     scores = torch.tensor([[0.0, 0.0, -3.0]] * 4).double().requires_grad_()
     raw, generator = torch.zeros(4, 3).double(), torch.Generator().manual_seed(0)
@@ -112,3 +82,14 @@ def test_the_load_loss_moves_the_score_of_an_expert_that_is_never_chosen() -> No
     ).backward()
     assert (scores.grad[:, 2] < 0).all(), "descent raises the score"
     assert np.isfinite(scores.grad.numpy()).all()
+
+
+def test_the_balancing_losses_by_hand_and_0_where_experts_are_used_alike() -> None:
+    """Sums 3, 1, 0: mean 4/3, variance (25 + 1 + 16) / 27, and so CV² 42/27 * 9/16 = 0.875."""
+    weights = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0]]).double()
+    rows, ones = torch.tensor([1.0, 1, 2]).double(), torch.ones(E).double()
+    for loss in (importance_loss, load_loss):
+        assert loss(weights, rows).item() == pytest.approx(0.875)
+        assert loss(torch.full((E, E), 1 / E).double(), ones) == pytest.approx(0, abs=1e-30)
+        assert loss(torch.eye(E).double(), ones) == 0, "sparse, and yet balanced"
+    assert squared_variation(torch.zeros(E)) == 0

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from cluster.errors import CheckpointError
 from tests.unit.workshop.estimators.planted import (
@@ -91,21 +90,6 @@ def test_of_equal_scores_the_first_is_chosen() -> None:
     layers = ((np.zeros((4, FEATURES)), np.array([0.0, 2.0, 2.0, 2.0])),)
     weights = np.exp(GatePart(layers, tuple("abcd"), top_k=2).log_weights(ROWS[:1]))
     np.testing.assert_allclose(weights, [[0, 0.5, 0.5, 0]])
-
-
-def test_classes_that_an_estimator_never_saw_have_probability_zero() -> None:
-    labels = np.where(ROWS[:, 0] > 0, 5, 2)
-    expert = LogisticRegression().fit(ROWS, labels)
-    part = EstimatorPart(expert, "predict_proba", np.array([1, 3]), 4)
-    got = part(ROWS)
-    np.testing.assert_array_equal(got[:, [0, 2]], 0)
-    np.testing.assert_array_equal(got[:, [1, 3]], expert.predict_proba(ROWS))
-
-
-def test_an_estimator_of_one_output_has_one_column() -> None:
-    expert = LinearRegression().fit(ROWS, ROWS @ [1.0, 2.0, 3.0])
-    got = EstimatorPart(expert)(ROWS)
-    np.testing.assert_allclose(got, (ROWS @ [1.0, 2.0, 3.0])[:, None], rtol=1e-9, atol=1e-9)
 
 
 def test_a_tree_multiplies_the_weights_of_its_paths() -> None:

@@ -40,20 +40,27 @@ def split(features: int, experts: int = 2, sharpness: float = 1e3) -> FittedMixt
     return FittedMixture("top", {"top": gate}, parts, "mean", (features,), 1)
 
 
+def test_the_legend_of_many_experts_is_short_and_unknown_features_are_refused() -> None:
+    rows = np.random.default_rng(3).normal(size=(5, 2))
+    ax = plot_experts(split(2, experts=25), rows)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert (len(texts), texts[-1]) == (21, "and 5 more")
+    for features in ((0, 9), ("a", 1), (0, 1, 2)):
+        with pytest.raises(ValueError, match="features"):
+            plot_experts(split(4), np.zeros((3, 4)), features=features)
+
+
 def test_one_feature_is_drawn_as_curves() -> None:
     ax = plot_experts(split(1, sharpness=3.0), np.linspace(-1, 1, 9)[:, None], ["age"])
     lines = [drawn for drawn in ax.collections if isinstance(drawn, LineCollection)]
-    assert len(lines) == 2
     for number, line in enumerate(lines):
         points = np.array(line.get_segments())[:, 0]
         np.testing.assert_allclose(points[:, 1], number * points[:, 0] + number, atol=1e-12)
-        assert to_rgb(line.get_colors()[0]) == (BLUE, ORANGE)[number]
+    assert [to_rgb(line.get_colors()[0]) for line in lines] == [BLUE, ORANGE]
     (areas,) = (other for other in ax.figure.axes if other is not ax)
     right = areas.collections[1].get_paths()[0].vertices
-    places = right[:, 0]
-    expected = 1 / (1 + np.exp(-3 * places))
-    above = right[:, 1] > 0
-    np.testing.assert_allclose(right[above, 1], expected[above], atol=1e-9)
+    places, shares = right[right[:, 1] > 0].T
+    np.testing.assert_allclose(shares, 1 / (1 + np.exp(-3 * places)), atol=1e-9)
     assert ax.get_xlabel() == "age"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["expert0", "expert1"]
 
@@ -100,19 +107,6 @@ def test_sequences_and_one_component_are_drawn() -> None:
     assert ax.collections[0].get_offsets().shape == (8, 2)
     alone = plot_experts(mixture, np.ones((1, 3, 1)))
     np.testing.assert_array_equal(alone.collections[0].get_offsets(), [[0, 0]])
-
-
-def test_the_legend_of_many_experts_is_short() -> None:
-    ax = plot_experts(split(2, experts=25), np.random.default_rng(3).normal(size=(5, 2)))
-    texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert len(texts) == 21
-    assert texts[-1] == "and 5 more"
-
-
-@pytest.mark.parametrize("features", [(0, 9), ("a", 1), (0, 1, 2)])
-def test_features_that_do_not_exist_are_refused(features: tuple) -> None:
-    with pytest.raises(ValueError, match="features"):
-        plot_experts(split(4), np.zeros((3, 4)), features=features)
 
 
 def test_the_error_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,10 @@ def test_an_expert_without_rows_is_the_prior(kind: str) -> None:
 
 def test_held_out_rows_choose_the_tree() -> None:
     tree, rows = drawn(3, (2, 2), "gaussian", num_rows=60)
-    train = Rows(rows.design[:25], rows.targets[:25], rows.weight[:25])
-    held_out = Rows(rows.design[25:], rows.targets[25:], rows.weight[25:])
+    train, held_out = (
+        Rows(rows.design[part], rows.targets[part], rows.weight[part])
+        for part in (slice(25), slice(25, None))
+    )
     start = np.random.default_rng(0).dirichlet(np.ones(4), size=25)
     fitted = fit_tree(tree, train, Limits(50, 0.0, 5), start, held_out)
     score = fitted.best.expectation(held_out)[1] / held_out.mass
@@ -208,25 +210,22 @@ def test_cells_are_cut_level_by_level() -> None:
     assert np.average(within, weights=np.bincount(cell)) < 0.7 * features.var(axis=0).sum()
 
 
-def test_pieces_are_grouped_as_gates_can_tell_them_apart() -> None:
-    """Four pieces along a line, in another order: neighbours share a gate."""
-    features = np.linspace(-1, 1, 80)[:, None]
-    along = np.repeat([2, 0, 3, 1], 20)
-    rows = Rows(design_of(features), features, np.ones(80))
-    order = grouped(rows, np.eye(4)[along], (2, 2), np.full(2, 1e-3), np.random.default_rng(0))
-    assert {frozenset(order[:2].tolist()), frozenset(order[2:].tolist())} == {
-        frozenset({0, 2}),
-        frozenset({1, 3}),
-    }
+@pytest.mark.parametrize("branching", [(2, 2), (3, 4)])
+def test_pieces_are_grouped_as_gates_can_tell_them_apart(branching: tuple[int, int]) -> None:
+    """Pieces along a line, in another order: neighbours share a gate.
 
-
-def test_many_pieces_are_grouped_too() -> None:
-    """More groupings than are tried: 12 pieces in 3 groups have 5775."""
-    features = np.linspace(-1, 1, 120)[:, None]
-    pieces = np.eye(12)[np.repeat(np.arange(12), 10)]
-    rows = Rows(design_of(features), features, np.ones(120))
-    order = grouped(rows, pieces, (3, 4), np.full(2, 1e-3), np.random.default_rng(0))
-    assert sorted(order.tolist()) == list(range(12))
+    Of 12 pieces in 3 groups there are 5775 groupings, more than are tried.
+    """
+    number = math.prod(branching)
+    features = np.linspace(-1, 1, 20 * number)[:, None]
+    along = np.random.default_rng(number).permutation(number)
+    rows = Rows(design_of(features), features, np.ones(len(features)))
+    pieces = np.eye(number)[np.repeat(along, 20)]
+    order = grouped(rows, pieces, branching, np.full(2, 1e-3), np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(number))
+    if number == 4:
+        groups = {frozenset(order[:2].tolist()), frozenset(order[2:].tolist())}
+        assert groups == {frozenset(along[:2].tolist()), frozenset(along[2:].tolist())}
 
 
 @pytest.mark.parametrize("num_distinct", [1, 2, 3])

@@ -14,11 +14,9 @@ from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
 from sklearn.tree import DecisionTreeRegressor
 
-from tests.unit.workshop.estimators.test_general import two_pieces, two_rules
+from tests.unit.workshop.estimators.adaptive_data import two_pieces, two_rules
 from workshop.estimators.estimators import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
 from workshop.estimators.general.ensemble import EnsembleEM
 from workshop.estimators.general.fits import Data, Expert, folds_of, given_folds, merged
@@ -46,14 +44,6 @@ def test_an_expert_that_memorises_does_not_take_all_rows() -> None:
     alone = np.mean((LinearRegression().fit(X, y).predict(unseen) - truth) ** 2)
     assert errors[5] < alone + 0.05
     assert errors[None] > 5 * errors[5]
-
-
-def test_em_is_taken_where_it_wins() -> None:
-    X, y = two_pieces(0)
-    fitted = MixtureOfExpertsRegressor(cv=4, random_state=0).fit(X, y)
-    assert fitted.chosen_ == "EM"
-    assert fitted.cv_losses_["EM"] < 0.1 < fitted.cv_losses_["mean"]
-    assert fitted.score(*two_pieces(1)) > 0.95
 
 
 @settings(max_examples=8, derandomize=True)
@@ -172,32 +162,6 @@ def test_one_expert_or_constant_weights_by_the_loss_of_other_rows(
     weight = weights[fitted.chosen_]
     expected = weight * whole[0] + (1 - weight) * whole[1]
     np.testing.assert_allclose(fitted.predict(X), expected, atol=1e-5)
-
-
-def test_experts_of_equal_losses_are_better_together_than_each_alone() -> None:
-    """The least loss names one or the other by chance; the weights of least squares do not jump."""
-
-    def rows(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        source = np.random.default_rng(seed)
-        X = source.normal(size=(count, 2))
-        return X, X.sum(axis=1) + 0.5 * source.normal(size=count)
-
-    experts = [
-        (name, make_pipeline(FunctionTransformer(_column, kw_args={"number": number}), Ridge()))
-        for number, name in enumerate(("first", "second"))
-    ]
-    unseen = rows(100, 2000)
-    for seed in range(2):
-        X, y = rows(seed, 100)
-        fitted = MixtureOfExpertsRegressor(experts, cv=5, random_state=0).fit(X, y)
-        alone = [expert.fit(X, y).score(*unseen) for _, expert in experts]
-        assert fitted.score(*unseen) > max(alone) + 0.1
-        assert abs(fitted.cv_losses_["first alone"] - fitted.cv_losses_["second alone"]) < 0.3
-        assert fitted.responsibilities(X).min() > 0.3
-
-
-def _column(X: np.ndarray, number: int) -> np.ndarray:
-    return X[:, [number]]
 
 
 def test_a_gate_over_experts_of_all_rows_is_taken_where_it_clearly_wins() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import ConfigError, OverloadedError
 from experts.checkpoint.checkpoint import open_checkpoint
@@ -71,26 +71,6 @@ def nats_of(model: Any, sequences: list[list[int]]) -> torch.Tensor:
     return -logprobs[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_has_transformers_perplexity(
-    tmp_path: Path, paths: list[Path], family: str
-) -> None:
-    model = FAMILIES[family](tmp_path / "model")
-    found = evaluated(tmp_path / "model", paths)
-    nats = []
-    for path in paths:
-        nats.append(nats_of(model, sequences_of(tmp_path / "model", path)))
-        figures = found.texts[path.name]
-        assert (figures.sequences, figures.tokens) == (len(nats[-1]), nats[-1].numel())
-        assert figures.nats == pytest.approx(nats[-1].sum().item(), rel=1e-5)
-        assert figures.perplexity == pytest.approx(math.exp(nats[-1].mean().item()), rel=1e-5)
-        assert figures.exact
-    assert found.all_texts is not None
-    assert found.all_texts.perplexity == pytest.approx(
-        math.exp(torch.cat(nats).mean().item()), rel=1e-5
-    )
-
-
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
 def test_a_served_model_has_the_folders_perplexity(
     tmp_path: Path, paths: list[Path], family: str
@@ -133,18 +113,6 @@ def test_a_server_that_is_full_is_asked_again(
     assert found.texts.keys() == {"one.txt", "two.txt"}
 
 
-def test_a_sequence_of_the_bundled_model_begins_as_a_served_prompt_does(
-    paths: list[Path],
-) -> None:
-    model = MixtralForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    sequences = sequences_of(TINY, paths[0])
-    assert sequences[0][0] == model.config.bos_token_id
-    found = evaluated(TINY, paths[:1]).texts["one.txt"]
-    assert found.perplexity == pytest.approx(
-        math.exp(nats_of(model, sequences).mean().item()), rel=1e-4
-    )
-
-
 def test_experts_have_the_shares_and_the_perplexity_of_their_tokens(
     tmp_path: Path, paths: list[Path]
 ) -> None:
@@ -176,20 +144,9 @@ def test_experts_have_the_shares_and_the_perplexity_of_their_tokens(
         assert [v for v in use.perplexity if v] == pytest.approx([v for v in expected if v], 1e-4)
 
 
-def test_a_prompt_alone_has_the_same_numbers_as_one_among_others(
-    tmp_path: Path, paths: list[Path]
-) -> None:
-    folder = tmp_path / "model"
-    save_mixtral(folder)
-    both = evaluated(folder, paths)
-    alone = evaluated(folder, paths[1:])
-    assert alone.texts["two.txt"] == both.texts["two.txt"]
-
-
 def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    save_mixtral(folder)
-    tokenizer = Tokenizer.load(str(folder))
+    save_mixtral(tmp_path / "model")
+    tokenizer = Tokenizer.load(str(tmp_path / "model"))
     path = tmp_path / "long.txt"
     path.write_text(text_of(3, 40), encoding="utf-8")
     read: list[str] = []
@@ -200,14 +157,26 @@ def test_a_text_is_read_as_a_stream(tmp_path: Path) -> None:
             yield tokenizer.encode(block, add_special_tokens=False)
 
     sequences = Sequences(tokenizer, 320, LENGTH)
-    whole = list(sequences.cut(parts(10_000), str(path)))
-    assert len(read) == 1
+    first, *others = sequences.cut(parts(10_000), str(path))
+    [text] = read
     read.clear()
     stream = sequences.cut(parts(50), str(path))
-    assert next(stream) == whole[0]
-    assert sum(map(len, read)) < len(path.read_text(encoding="utf-8")) / 2
-    assert [whole[0], *stream] == whole
-    assert "".join(read) == path.read_text(encoding="utf-8")
+    assert next(stream) == first
+    assert sum(map(len, read)) < len(text) / 2
+    assert [*stream] == others
+    assert "".join(read) == text
+
+
+def test_a_sequence_begins_as_its_tokenizer_says_and_has_a_token_of_the_text(
+    tmp_path: Path,
+) -> None:
+    tokenizer = Tokenizer.load(str(TINY))
+    assert beginning(tokenizer) == [0]
+    assert list(Sequences(tokenizer, 320, 2).cut([[5], [6]], "text")) == [[0, 5], [0, 6]]
+    with pytest.raises(ConfigError, match="a sequence of 1 tokens has no place beside the 1"):
+        Sequences(tokenizer, 320, 1)
+    save_mixtral(tmp_path)
+    assert beginning(Tokenizer.load(str(tmp_path))) == [], "none is made up"
 
 
 def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path) -> None:
@@ -219,24 +188,26 @@ def test_blocks_are_the_text_with_its_own_line_ends_or_plain_ones(tmp_path: Path
     assert as_it_is[0] == "one\r\n"
 
 
-def test_a_sequence_needs_a_token_of_the_text() -> None:
-    tokenizer = Tokenizer.load(str(TINY))
-    assert list(Sequences(tokenizer, 320, 2).cut([[5], [6]], "text")) == [[0, 5], [0, 6]]
-    with pytest.raises(ConfigError, match="a sequence of 1 tokens has no place beside the 1"):
-        Sequences(tokenizer, 320, 1)
-
-
-def test_no_beginning_is_made_up_for_a_tokenizer_without_one(tmp_path: Path) -> None:
-    save_mixtral(tmp_path)
-    assert beginning(Tokenizer.load(str(tmp_path))) == []
-    assert beginning(Tokenizer.load(str(TINY))) == [0]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_yields_transformers_greedy_tokens(tmp_path: Path, family: str) -> None:
-    expected = FAMILIES[family](tmp_path / "model")
-    model = FolderModel(open_checkpoint(tmp_path / "model"), 40)
+def test_a_folder_has_transformers_perplexity_and_greedy_tokens(
+    tmp_path: Path, paths: list[Path], family: str
+) -> None:
+    folder = tmp_path / "model"
+    model = FAMILIES[family](folder)
+    found = evaluated(folder, paths)
+    nats = []
+    for path in paths:
+        nats.append(nats_of(model, sequences_of(folder, path)))
+        figures = found.texts[path.name]
+        assert (figures.sequences, figures.tokens) == (len(nats[-1]), nats[-1].numel())
+        assert figures.nats == pytest.approx(nats[-1].sum().item(), rel=1e-5)
+        assert figures.perplexity == pytest.approx(math.exp(nats[-1].mean().item()), rel=1e-5)
+        assert figures.exact
+    assert found.all_texts is not None
+    of_all = math.exp(torch.cat(nats).mean().item())
+    assert found.all_texts.perplexity == pytest.approx(of_all, rel=1e-5)
+    ours = FolderModel(open_checkpoint(folder), 40)
     for prompt in ([7, 3, 11, 200], [5]):  # one after another: each frees its pages
-        tokens, at_s = model.greedy(prompt, 12)
+        tokens, at_s = ours.greedy(prompt, 12)
         assert len(at_s) == 12
-        assert tuple(tokens) == transformers_tokens(expected, prompt, 12)
+        assert tuple(tokens) == transformers_tokens(model, prompt, 12)

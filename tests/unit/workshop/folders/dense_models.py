@@ -24,44 +24,27 @@ from tests.checkpoints import randomise, save_tokenizer
 from tests.foreign_layouts import Packed, add_llama_sizes, as_pairs, packed_f32, write_whole
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-DENSE = {
-    "llama": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
-    ),
-    "llama-tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True, "head_dim": 16}),
-    "llama-scaled": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+SCALED_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+LLAMA, QWEN = (LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)
+DENSE: dict[str, tuple[Any, ...]] = {
+    "llama": (*LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    "llama-tied": (*LLAMA, {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama-scaled": (*LLAMA, {"rope_parameters": SCALED_ROPE}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2": (*QWEN, {}),
     "qwen2-windows": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        *QWEN, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
 }  # fmt: skip
 
@@ -81,14 +64,14 @@ def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32, **si
 
 
 def write_dense_gguf(
-    file: Path, model: Any, pack: Callable[[torch.Tensor], Packed] = packed_f32, **more: Any
+    file: Path, model: Any, pack: Callable[[torch.Tensor], Packed] = packed_f32
 ) -> None:
-    """Write a Llama or a Qwen2 as llama.cpp has it; ``more`` is for :func:`add_byte_level`."""
+    """Write a Llama or a Qwen2 as llama.cpp has it."""
     config, kind = model.config, model.config.model_type
     writer = gguf.GGUFWriter(file, kind)
     add_llama_sizes(writer, config)
     writer.add_key_length(model.model.layers[0].self_attn.head_dim)
-    add_byte_level(writer, config.vocab_size, **more)
+    add_byte_level(writer, config.vocab_size)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -116,13 +99,12 @@ def _gguf_name(name: str) -> str:
     return name
 
 
-def byte_level(vocab_size: int, split: str) -> Tokenizer:
-    """Return a trained byte-level tokenizer that splits digits as ``split`` says."""
+def byte_level(vocab_size: int) -> Tokenizer:
+    """Return a trained byte-level tokenizer that splits digits as SmolLM does."""
     tokenizer = Tokenizer(models.BPE())
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -135,12 +117,12 @@ def byte_level(vocab_size: int, split: str) -> Tokenizer:
     return tokenizer
 
 
-def add_byte_level(writer: gguf.GGUFWriter, vocab_size: int, split: str = "smollm") -> None:
+def add_byte_level(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     """Write the metadata of :func:`byte_level`."""
-    found = json.loads(byte_level(vocab_size, split).to_str())["model"]
+    found = json.loads(byte_level(vocab_size).to_str())["model"]
     tokens = sorted(found["vocab"], key=found["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_token_merges([" ".join(merge) for merge in found["merges"]])

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,21 +72,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def run(
-    command: str,
-    given: Given,
-    dest: Path,
-    on_progress: Any = lambda phase, done, total: None,
+    command: str, given: Given, dest: Path, on_progress: Any = lambda phase, done, total: None
 ) -> None:
     if command in ("upcycle", FITTED):
         options = UPCYCLE_OPTIONS if command == "upcycle" else replace(UPCYCLE_OPTIONS, active=2)
         with opened_dense(str(given.dense)) as model:
             make_folder(Upcycle(model, options), dest, [given.text], on_progress)
         return
-    checkpoint = source_checkpoint(str(given.source))
-    if command == "prune":
-        make_folder(Prune(checkpoint, OPTIONS), dest, [given.text], on_progress)
-    else:
-        make_folder(Merge(checkpoint, MERGE_OPTIONS), dest, [given.text], on_progress)
+    kind, options = (Prune, OPTIONS) if command == "prune" else (Merge, MERGE_OPTIONS)
+    work = kind(source_checkpoint(str(given.source)), options)
+    make_folder(work, dest, [given.text], on_progress)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +143,6 @@ def test_a_changed_option_begins_anew(
     assert files_of(tmp_path / "out") == whole["prune"]
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """Give a function after which the system takes no more than so many bytes into a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("phase", ["calibrating", "writing", "scoring the source"])
 def test_a_disk_that_fills_leaves_nothing_at_the_destination(
     given: Given, whole: dict[str, dict[str, bytes]], tmp_path: Path, small_files: Any, phase: str
@@ -173,28 +159,10 @@ def test_a_disk_that_fills_leaves_nothing_at_the_destination(
     assert files_of(tmp_path / "out") == whole["prune"]
 
 
-def test_a_disk_without_room_is_told_before_writing(
-    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConvertFailedError, match="0 MB are free on its disk and 1 MB are needed"):
-        run("prune", given, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def without_tokenizer(given: Given, folder: Path) -> Path:
-    shutil.copytree(given.source, folder)
-    for file in folder.glob("token*"):
-        file.unlink()
-    return folder
-
-
 def refused(tmp_path: Path, source: Path, *words: str, command: str = "prune") -> str:
     """Return the one line that a command is refused with; nothing must be written."""
     before = sorted(os.listdir(tmp_path))
-    words = (command, str(source), str(tmp_path / "out"), *words)
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, (command, str(source), str(tmp_path / "out"), *words))
     assert result.exit_code == 2, result.output
     assert sorted(os.listdir(tmp_path)) == before
     [line] = [line for line in result.stderr.splitlines() if line.strip() and "reading" not in line]
@@ -202,64 +170,62 @@ def refused(tmp_path: Path, source: Path, *words: str, command: str = "prune") -
 
 
 def test_what_cannot_be_is_refused_in_one_line(given: Given, tmp_path: Path) -> None:
-    source, text = given.source, str(given.text)
-    short = tmp_path / "short.txt"
+    text, short = str(given.text), tmp_path / "short.txt"
     short.write_text("a line\n" * 5)
-    few = tmp_path / "few.txt"
-    few.write_text("a line of text\n" * 1500)
+    four = ("--experts", "4", "--text")
     for words, message in (
         (("--experts", "0", "--text", text), "--experts: must be 1, or at least 2, the experts of"),
         (("--experts", "8", "--text", text), "fewer than the 8 of a layer (given: 8)"),
         (("--experts", "4"), "--text: --by output needs a calibration text"),
-        (("--experts", "4", "--text", str(short)), "too short to hold any of it out"),
-        (("--experts", "4", "--text", str(tmp_path / "no.txt")), "no.txt: cannot be read"),
-        (
-            ("--experts", "4", "--text", text, "--sequence-length", "300"),
-            "--sequence-length: must be from 1 to 256 (given: 300)",
-        ),
-        (("--experts", "4", "--text", text, "--sequences", "0"), "--sequences: must be at least 1"),
+        ((*four, str(short)), "too short to hold any of it out"),
+        ((*four, str(tmp_path / "no.txt")), "no.txt: cannot be read"),
+        ((*four, text, "--sequence-length", "300"), "--sequence-length: must be from 1 to 256 (gi"),
+        ((*four, text, "--sequences", "0"), "--sequences: must be at least 1"),
     ):
-        assert message in refused(tmp_path, source, *words)
+        assert message in refused(tmp_path, given.source, *words)
 
 
-def test_text_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
-    save("mixtral", tmp_path / "model", max_position_embeddings=100_000)
+@pytest.mark.parametrize(
+    ("sizes", "words", "message"),
+    [
+        (
+            {"max_position_embeddings": 100_000},
+            ("4", "--sequence-length", "60000"),
+            "tokens, fewer than the 60001 of a sequence; give more text",
+        ),
+        ({"vocab_size": 200}, ("4",), "the tokenizer does not fit: it gives the id"),
+        (None, ("5", "--by", "random"), "must be a multiple of the gate's 2 groups"),
+    ],
+    ids=["few tokens", "another's tokenizer", "groups"],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    sizes: dict[str, int] | None, words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    save("deepseek_v3" if sizes is None else "mixtral", tmp_path / "model", **(sizes or {}))
+    save_tokenizer(tmp_path / "model")
     text = write_letters(tmp_path / "letters.txt")
-    words = ("--experts", "4", "--text", str(text), "--sequence-length", "60000")
-    assert "tokens, fewer than the 60001 of a sequence; give more text" in refused(
-        tmp_path, tmp_path / "model", *words
-    )
+    options = ("--experts", *words, "--text", str(text))
+    assert message in refused(tmp_path, tmp_path / "model", *options)
 
 
-def test_a_model_without_a_tokenizer_or_with_anothers_is_refused(
+def test_no_tokenizer_unknown_families_and_full_destinations_are_refused(
     given: Given, tmp_path: Path
 ) -> None:
     words = ("--experts", "4", "--text", str(given.text))
-    bare = without_tokenizer(given, tmp_path / "bare")
+    bare, other = (shutil.copytree(given.source, tmp_path / name) for name in ("bare", "other"))
+    for file in bare.glob("token*"):
+        file.unlink()
     assert "has no tokenizer, so no text can be read" in refused(tmp_path, bare, *words)
-    save("mixtral", tmp_path / "small", vocab_size=200)
-    save_tokenizer(tmp_path / "small")
-    assert "the tokenizer does not fit: it gives the id" in refused(
-        tmp_path, tmp_path / "small", *words
-    )
-
-
-def test_unknown_families_and_full_destinations_are_refused(given: Given, tmp_path: Path) -> None:
-    words = ("--experts", "4", "--text", str(given.text))
-    shutil.copytree(given.source, tmp_path / "other")
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    assert "model_type" in refused(tmp_path, tmp_path / "other", *words)
+    change_config(other, {"model_type": "llama"})
+    assert "model_type" in refused(tmp_path, other, *words)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     assert "DEST must be new or empty" in refused(tmp_path, given.source, *words)
 
 
-def test_a_number_that_does_not_fit_the_gates_groups_is_refused(tmp_path: Path) -> None:
-    save("deepseek_v3", tmp_path / "groups")
-    assert "must be a multiple of the gate's 2 groups" in refused(
-        tmp_path, tmp_path / "groups", "--experts", "5", "--by", "random"
-    )
+def change_config(folder: Path, changes: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_what_cannot_be_upcycled_is_refused_in_one_line(given: Given, tmp_path: Path) -> None:
@@ -293,8 +259,7 @@ def test_what_cannot_be_upcycled_is_refused_in_one_line(given: Given, tmp_path: 
 def test_a_wrong_dense_model_is_refused_in_one_line(
     given: Given, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    shutil.copytree(given.dense, tmp_path / "dense")
-    file = tmp_path / "dense" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    dense = shutil.copytree(given.dense, tmp_path / "dense")
+    change_config(dense, changes)
     words = ("--experts", "5", "--text", str(given.text))
-    assert message in refused(tmp_path, tmp_path / "dense", *words, command="upcycle")
+    assert message in refused(tmp_path, dense, *words, command="upcycle")

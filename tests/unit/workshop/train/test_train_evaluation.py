@@ -20,19 +20,12 @@ BOS = 0
 @pytest.fixture(scope="module")
 def model() -> MixtralForCausalLM:
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=V,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-            num_experts_per_tok=2,
-            bos_token_id=BOS,
-        )
-    )
+    sizes = {
+        "vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3,
+        "num_experts_per_tok": 2, "bos_token_id": BOS,
+    }  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**sizes))
 
 
 def test_unigram_perplexity_of_even_counts_is_the_vocabulary_size() -> None:

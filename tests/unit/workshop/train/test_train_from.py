@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,7 @@ def first(grammar: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: N
 
 @pytest.fixture(scope="module")
 def pruned(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with one expert of four, chosen by chance."""
-    dest = tmp_path_factory.mktemp("pruned") / "one"
-    make_folder(
-        Prune(source_checkpoint(str(first)), PruneOptions(experts=1, by="random")), dest, []
-    )
-    return dest
+    return prune(first, tmp_path_factory.mktemp("pruned") / "one")
 
 
 def settings_of(path: Path, origin: Path, **changes: Any) -> TrainingConfig:
@@ -92,16 +88,11 @@ def test_without_a_step_to_learn_from_the_weights_are_the_models(
 def test_a_pruned_model_goes_on_with_its_fewer_experts_and_resumes_with_the_same_bits(
     pruned: Path, grammar: Path, tmp_path: Path
 ) -> None:
-    config = settings_of(
-        tmp_path / "train.yaml",
-        pruned,
-        gating=ONE,
-        optimization={**tiny_settings(steps=MORE_STEPS, checkpoint_every_steps=2)["optimization"]},
-    )
+    often = tiny_settings(steps=MORE_STEPS, checkpoint_every_steps=2)["optimization"]
+    config = settings_of(tmp_path / "train.yaml", pruned, gating=ONE, optimization=often)
     assert (config.model.num_local_experts, config.model.num_experts_per_tok) == (1, 1)
-    origin = open_origin(pruned)
+    origin, watcher = open_origin(pruned), Watcher(on_step=break_off_after(3))
     train(config, [grammar], tmp_path / "whole", origin=origin)
-    watcher = Watcher(on_step=break_off_after(3))
     with pytest.raises(BrokenOffError):
         train(config, [grammar], tmp_path / "broken", origin=origin, watcher=watcher)
     train(config, [grammar], tmp_path / "broken", origin=origin, resume=True)
@@ -118,14 +109,16 @@ def test_a_run_of_another_model_is_not_resumed(
     origin, watcher = open_origin(pruned), Watcher(on_step=break_off_after(5))
     with pytest.raises(BrokenOffError):
         train(config, [grammar], tmp_path / "out", origin=origin, watcher=watcher)
-    other = tmp_path / "other"
-    make_folder(
-        Prune(source_checkpoint(str(first)), PruneOptions(experts=1, by="random", seed=1)),
-        other,
-        [],
-    )
+    other = prune(first, tmp_path / "other", seed=1)
     with pytest.raises(TrainingError, match="another configuration or text"):
         train(config, [grammar], tmp_path / "out", origin=open_origin(other), resume=True)
+
+
+def prune(model: Path, dest: Path, **options: Any) -> Path:
+    """Make the model with one expert of four, chosen by chance."""
+    few = PruneOptions(experts=1, by="random", **options)
+    make_folder(Prune(source_checkpoint(str(model)), few), dest, [])
+    return dest
 
 
 def test_sizes_that_are_not_the_models_are_named(first: Path, tmp_path: Path) -> None:
@@ -138,14 +131,9 @@ def test_sizes_that_are_not_the_models_are_named(first: Path, tmp_path: Path) ->
 
 
 def _quantised(folder: Path) -> None:
-    _change_config(
-        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
-    )
-
-
-def _change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": method}))
 
 
 def _without_tokenizer(folder: Path) -> None:
@@ -182,10 +170,7 @@ def _without_a_tensor(folder: Path) -> None:
 def test_what_training_cannot_go_on_from_is_refused_in_a_line(
     first: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
-    folder = tmp_path / "spoiled"
-    folder.mkdir()
-    for path in first.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(first, tmp_path / "spoiled")
     spoil(folder)
     with pytest.raises(TrainingError) as refused:
         open_origin(folder).model()

@@ -21,32 +21,18 @@ def tiny_settings(**optimization: Any) -> dict[str, Any]:
         "seed": 3,
         "holdout_every_blocks": 4,
         "model": {
-            "vocab_size": 280,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "max_position_embeddings": 64,
-            "rope_theta": 10000.0,
+            "vocab_size": 280, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "max_position_embeddings": 64, "rope_theta": 10000.0,
         },
         "gating": {"noisy": True, "importance_weight": 0.1, "load_weight": 0.1},
         "optimization": {
-            "sequence_length": 32,
-            "batch_size": 4,
-            "steps": STEPS,
-            "learning_rate": 0.02,
-            "final_learning_rate": 0.001,
-            "warmup_steps": 2,
-            "weight_decay": 0.1,
-            "max_grad_norm": 1.0,
-            "checkpoint_every_steps": 5,
-            **optimization,
+            "sequence_length": 32, "batch_size": 4, "steps": STEPS, "learning_rate": 0.02,
+            "final_learning_rate": 0.001, "warmup_steps": 2, "weight_decay": 0.1,
+            "max_grad_norm": 1.0, "checkpoint_every_steps": 5, **optimization,
         },
         "card": {"name": "tiny", "text": "Generated.", "text_commands": "true"},
-    }
+    }  # fmt: skip
 
 
 def tiny_config(**optimization: Any) -> TrainingConfig:

@@ -16,7 +16,6 @@ from cluster.reports import RebalanceReport
 from cluster.spec import ExpertKey
 from tests.unit.cluster.controller.fakes import (
     Cluster,
-    FakeActor,
     busy,
     happens,
     restart,
@@ -70,40 +69,6 @@ async def test_without_budgets_experts_move_and_none_gets_more_copies() -> None:
     assert {len(actors) for actors in after.holders.values()} == {1}
     assert report.devices_after < report.devices_before
     assert {len(actor.keys) for actor in cluster.pool.actors} <= {3, 4, 5}
-
-
-async def test_what_is_balanced_is_left_alone_and_idle_clusters_too() -> None:
-    cluster = await started(2)
-    placement = cluster.state.placement
-    assert (await report_of(cluster)).outcome == "balanced"
-    await busy(cluster, dict.fromkeys(placement.holders, 1000))
-    assert (await report_of(cluster)).outcome == "balanced"
-    assert cluster.state.placement == placement
-
-
-async def test_nothing_is_moved_while_an_actor_is_away() -> None:
-    cluster = await started(3)
-    cluster.pool.hold_loads()
-    cluster.pool.of("expert-1")[0].alive = False
-    await cluster.until(lambda p: "expert-1" not in p.generations)
-    told = await cluster.controller.rebalance(False)
-    assert "while expert-1 is away" in told["error"]["message"]
-
-
-async def test_a_change_that_fails_is_told_and_what_was_done_before_stays() -> None:
-    cluster = await started(pools={"expert": (4, 50)})
-    before = cluster.state.placement
-    await busy(cluster, {key(1, 2): 100_000})
-
-    async def fail(actor: FakeActor) -> None:
-        raise OSError
-
-    cluster.pool.load_gate = fail
-    report = await report_of(cluster)
-    assert report.outcome.startswith("failed: expert-")
-    assert (report.moves, report.moved_bytes) == ((), 0)
-    assert report.layers_after == report.layers_before
-    assert await settled(cluster, 1) == before
 
 
 async def test_copies_follow_the_load_by_themselves_when_that_is_worth_it(
@@ -186,12 +151,6 @@ def test_what_finds_no_room_is_left_out_and_its_old_copy_stays() -> None:
         Change({}, {"y": [b]})
     ]
     assert batches({}, {}, {}, {}) == []
-
-
-async def test_what_has_not_come_up_is_not_rebalanced() -> None:
-    cluster = Cluster()
-    with pytest.raises(UnavailableError, match="while expert-0, expert-1 is away"):
-        await cluster.rebalancer.rebalance()
 
 
 async def test_why_nothing_is_rebalanced_is_logged_once_until_it_changes(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import cast
 
 import pytest
 from ray.exceptions import RaySystemError
 
 from cluster.controller.health import deaths as deaths_module
-from cluster.controller.health.deaths import BROKEN_TESTS, Death
+from cluster.controller.health.deaths import BROKEN_TESTS
 from cluster.controller.lifecycle import keeper as keeper_module
 from cluster.controller.lifecycle import processes
 from cluster.controller.records.last_words import LastWords
@@ -23,8 +24,9 @@ from tests.unit.cluster.controller.fakes import (
     Cluster,
     FakeActor,
     FakePool,
+    away,
+    beats,
     happens,
-    running,
     settled,
     started,
 )
@@ -38,13 +40,12 @@ async def test_an_actor_whose_self_tests_fail_in_a_row_is_published_as_lost_and_
     before = cluster.state.placement
     [broken] = cluster.pool.of("expert-1")
     broken.failed_tests = BROKEN_TESTS - 1
-    beats = broken.heartbeats
-    await happens(lambda: broken.heartbeats > beats + 3)
+    await beats(broken)
     assert not broken.killed
     [failing] = (await cluster.controller.status()).failing
     assert (failing.actor_id, failing.reason) == ("expert-1", "the device is gone")
     broken.failed_tests = BROKEN_TESTS
-    after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    after = await cluster.comes("expert-1", 2)
     assert broken.killed
     assert after.generations["expert-0"] == 1
     losses = [p for p in cluster.published if before.order < p.order < after.order]
@@ -54,42 +55,30 @@ async def test_an_actor_whose_self_tests_fail_in_a_row_is_published_as_lost_and_
 @pytest.mark.parametrize("min_copies", [1, 2])
 async def test_the_successor_of_a_broken_actor_goes_to_another_node(min_copies: int) -> None:
     pool = FakePool("n1", "n2")
-    async with running(2, pool, min_copies) as cluster:
-        await cluster.until(lambda p: p.fewest_copies() == min_copies)
-        [broken] = pool.of("expert-0")
-        assert broken.node == "n1"
-        pool.node_ids = ["n1", "n3"]
-        broken.failed_tests = BROKEN_TESTS
-        await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-        assert [a.node for a in pool.of("expert-0")] == ["n1", "n3"]
+    cluster = await started(2, pool, min_copies)
+    [broken] = pool.of("expert-0")
+    assert broken.node == "n1"
+    pool.node_ids = ["n1", "n3"]
+    broken.failed_tests = BROKEN_TESTS
+    await cluster.comes("expert-0", 2)
+    assert [a.node for a in pool.of("expert-0")] == ["n1", "n3"]
 
 
-async def test_where_there_is_no_other_node_the_successor_gets_a_free_device_of_the_same() -> None:
+@pytest.mark.parametrize("has_free_device", [True, False])
+async def test_where_there_is_no_other_node_a_broken_actor_holds_its_device_until_there_is_another(
+    has_free_device: bool,
+) -> None:
     pool = FakePool("n1")
     cluster = await started(1, pool)
     [broken] = pool.actors
-    create, alive = pool.create, []
-
-    def created(*args: object) -> FakeActor:
-        alive.append(not broken.killed)
-        return create(*args)  # type: ignore[arg-type]
-
-    pool.create = created  # type: ignore[method-assign]
+    alive: list[bool] = []
+    pool.created = lambda actor: alive.append(not broken.killed)
+    if not has_free_device:
+        pool.nodes_for = lambda spec: [] if broken.alive else ["n1"]  # type: ignore[method-assign]
     broken.failed_tests = BROKEN_TESTS
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-    # The broken one held its device while Ray chose another.
-    assert (alive, broken.killed) == ([True], True)
-    assert pool.of("expert-0")[1].node == "n1"
-
-
-async def test_without_a_free_device_a_broken_actor_is_ended_first() -> None:
-    pool = FakePool("n1")
-    cluster = await started(1, pool)
-    [broken] = pool.actors
-    pool.nodes_for = lambda spec: [] if broken.alive else ["n1"]  # type: ignore[method-assign]
-    broken.failed_tests = BROKEN_TESTS
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-    assert [a.alive for a in pool.of("expert-0")] == [False, True]
+    await cluster.comes("expert-0", 2)
+    assert (alive, broken.killed) == ([has_free_device], True)
+    assert [(a.node, a.alive) for a in pool.actors] == [("n1", False), ("n1", True)]
 
 
 @pytest.mark.parametrize("part", ["nodes", "ledger"])
@@ -97,19 +86,9 @@ async def test_a_broken_actor_is_replaced_though_ray_does_not_answer_for_a_while
     pool = FakePool("n1")
     cluster = await started(1, pool)
     [broken] = pool.actors
-    nodes_for, create, failed = pool.nodes_for, pool.store.create, []
-
-    def fail(*args: object) -> bool:
-        failed.append(args)
-        raise RaySystemError("the store is away")
-
-    if part == "nodes":
-        pool.nodes_for = fail  # type: ignore[assignment, method-assign]
-    else:
-        pool.store.create = fail  # type: ignore[method-assign]
-    broken.failed_tests = BROKEN_TESTS
-    await happens(lambda: len(failed) > 0)
-    pool.nodes_for, pool.store.create = nodes_for, create  # type: ignore[method-assign]
+    with away(pool, "nodes_for") if part == "nodes" else away(pool.store, "create") as asked:
+        broken.failed_tests = BROKEN_TESTS
+        await happens(lambda: len(asked) > 0)
     await cluster.until(lambda p: p.generations.get("expert-0", 1) > 1)
     assert not broken.alive
 
@@ -122,16 +101,9 @@ async def test_a_spare_device_that_does_not_come_is_not_waited_for_long(
     pool = FakePool("n1")
     cluster = await started(1, pool)
     [broken] = pool.actors
-    create = pool.create
-
-    def created(*args: object) -> FakeActor:
-        actor = create(*args)  # type: ignore[arg-type]
-        actor.hung = not broken.killed
-        return actor
-
-    pool.create = created  # type: ignore[method-assign]
+    pool.created = lambda actor: setattr(actor, "hung", not broken.killed)
     broken.failed_tests = BROKEN_TESTS
-    await cluster.until(lambda p: p.generations.get("expert-0") == 3)
+    await cluster.comes("expert-0", 3)
     assert [a.alive for a in pool.of("expert-0")] == [False, False, True]
 
 
@@ -140,28 +112,18 @@ async def test_a_loop_of_deaths_backs_off_though_each_successor_comes_up_and_sta
 ) -> None:
     monkeypatch.setattr(deaths_module, "FIRST_RETRY_S", 0.02)
     monkeypatch.setattr(deaths_module, "MAX_RETRY_S", 0.16)
-    delays_s: list[float] = []
-    async with running(2) as cluster:
-        ended = cluster.keeper.deaths.ended
-
-        def noted(actor_id: str, death: Death, now_s: float) -> float:
-            delays_s.append(ended(actor_id, death, now_s))
-            return delays_s[-1]
-
-        cluster.keeper.deaths.ended = noted  # type: ignore[method-assign]
-        began_at_s = time.monotonic()
-        for generation in range(1, 7):
-            await cluster.until(
-                lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
-            )
-            cluster.pool.of("expert-0")[-1].alive = False
-        await happens(lambda: "expert-0" not in cluster.state.placement.generations)
-        [failing] = (await cluster.controller.status()).failing
-        assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
-        assert 0 < failing.retry_in_s <= 0.16
-        await cluster.until(lambda p: p.generations.get("expert-0") == 7)
-        assert time.monotonic() - began_at_s > 0.999 * sum(delays_s)  # but for roundings
-    assert delays_s == [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
+    cluster = await started()
+    began_at_s = time.monotonic()
+    for generation in range(1, 7):
+        await cluster.comes("expert-0", generation)
+        cluster.pool.of("expert-0")[-1].alive = False
+    await happens(lambda: "expert-0" not in cluster.state.placement.generations)
+    [failing] = (await cluster.controller.status()).failing
+    assert (failing.actor_id, failing.deaths, failing.reason) == ("expert-0", 6, "died")
+    assert 0 < failing.retry_in_s <= 0.16
+    await cluster.comes("expert-0", 7)
+    delays_s = [0.0, 0.02, 0.04, 0.08, 0.16, 0.16]
+    assert sum(delays_s) <= time.monotonic() - began_at_s + 1e-6 < sum(delays_s) + 0.5
 
 
 @pytest.mark.parametrize("store", ["answers", "is away", "hangs"])
@@ -189,11 +151,9 @@ async def test_the_reason_with_which_an_actor_ended_itself_is_its_deaths(
     for generation in (1, 2):
         LastWords("app", pool.store).leave("expert-0", generation, f"{words} {generation}")
         pool.of("expert-0")[-1].alive = False
-        await cluster.until(
-            lambda p, g=generation: p.generations.get("expert-0") != g  # type: ignore[misc]
-        )
+        await cluster.until(lambda p: "expert-0" not in p.generations)
         if generation == 1:
-            await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+            await cluster.comes("expert-0", 2)
     await happens(lambda: len(cluster.keeper.deaths.status(time.monotonic())) == 1)
     [failing] = (await cluster.controller.status()).failing
     reason = f"{words} 2" if store == "answers" else "died"
@@ -212,9 +172,7 @@ async def test_words_of_an_earlier_deployment_are_not_taken_for_those_of_todays_
     await cluster.complete()
     for generation in (1, 2):
         cluster.pool.of("expert-0")[-1].alive = False
-        await cluster.until(
-            lambda p, g=generation: p.generations.get("expert-0") == g + 1  # type: ignore[misc]
-        )
+        await cluster.comes("expert-0", generation + 1)
         assert cluster.keeper.deaths._actors["expert-0"].last.reason == "died"
 
 
@@ -222,40 +180,34 @@ async def test_nobody_asks_for_the_words_of_actors_without_a_device() -> None:
     cluster = await started(2)
     cluster.pool.last_words = None  # type: ignore[assignment, method-assign]
     cluster.pool.of("expert-0")[0].alive = False
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    await cluster.comes("expert-0", 2)
 
 
 async def test_a_node_on_which_an_actor_dies_again_is_avoided_by_its_next_successor() -> None:
     pool = FakePool("n1", "n2")
-    async with running(2, pool, min_copies=2) as cluster:
-        await cluster.until(lambda p: p.fewest_copies() == 2)
-        for generation in (2, 3):
-            pool.of("expert-0")[-1].alive = False
-            await cluster.until(
-                lambda p, g=generation: p.generations.get("expert-0") == g  # type: ignore[misc]
-            )
-        assert [a.node for a in pool.of("expert-0")] == ["n1", "n1", "n2"]
+    cluster = await started(2, pool, min_copies=2)
+    for generation in (2, 3):
+        pool.of("expert-0")[-1].alive = False
+        await cluster.comes("expert-0", generation)
+    assert [a.node for a in pool.of("expert-0")] == ["n1", "n1", "n2"]
 
 
-def lacking(room: dict[str, int]):  # type: ignore[no-untyped-def]
+def lacking(cluster: Cluster, room: dict[str, int]) -> Callable[[FakeActor], Awaitable[None]]:
     """Return a gate at which actors have room for so many experts, and others for all."""
 
-    def gate(cluster: Cluster):  # type: ignore[no-untyped-def]
-        async def load(actor: FakeActor) -> None:
-            share = cluster.state.shares[actor.actor_id]
-            free = room.get(actor.actor_id, len(share))
-            if len(share) > free:
-                raise NoRoomError(f"cpu of {actor.node}", 10 * len(share), 10 * free, "f")
+    async def load(actor: FakeActor) -> None:
+        share = cluster.state.shares[actor.actor_id]
+        free = room.get(actor.actor_id, len(share))
+        if len(share) > free:
+            raise NoRoomError(f"cpu of {actor.node}", 10 * len(share), 10 * free, "f")
 
-        return load
-
-    return gate
+    return load
 
 
 async def test_experts_for_which_an_actor_has_no_room_move_to_one_that_has() -> None:
     pool = FakePool("n1", "n2")
     cluster = Cluster(2, pool)
-    pool.load_gate = lacking({"expert-1": 1})(cluster)
+    pool.load_gate = lacking(cluster, {"expert-1": 1})
     await cluster.start()
     await cluster.complete()
     await settled(cluster, 1)
@@ -275,15 +227,8 @@ async def test_where_nobody_has_room_status_says_which_bytes_are_missing_where()
     pool = FakePool("n1", "n2")
     cluster = Cluster(2, pool)
     room = {"expert-1": 1}
-    pool.load_gate = lacking(room)(cluster)
-    create = pool.create
-
-    def created(*args: object) -> FakeActor:
-        actor = create(*args)  # type: ignore[arg-type]
-        actor.free_bytes = 25  # one expert, and the reserve
-        return actor
-
-    pool.create = created  # type: ignore[method-assign]
+    pool.load_gate = lacking(cluster, room)
+    pool.created = lambda actor: setattr(actor, "free_bytes", 25)  # one expert, and the reserve
     await cluster.start()
     await happens(lambda: len(pool.of("expert-1")) > 4)
     status = await cluster.controller.status()
@@ -301,17 +246,10 @@ async def test_where_nobody_has_room_status_says_which_bytes_are_missing_where()
 async def test_an_actor_of_the_same_memory_takes_nothing(device: str) -> None:
     """Actors on one node's processors share a memory, and those that have shares of one card."""
     pool = FakePool("n1")
-    create = pool.create
-
-    def created(*args: object) -> FakeActor:
-        actor = create(*args)  # type: ignore[arg-type]
-        actor.device = device
-        return actor
-
-    pool.create = created  # type: ignore[method-assign]
+    pool.created = lambda actor: setattr(actor, "device", device)
     cluster = Cluster(2, pool)
     room = {"expert-1": 1}
-    pool.load_gate = lacking(room)(cluster)
+    pool.load_gate = lacking(cluster, room)
     await cluster.start()
     await happens(lambda: len(pool.of("expert-1")) > 3)
     assert [key for key in cluster.pool.of("expert-0")[0].keys if key.layer_id > 1] == []
@@ -326,7 +264,7 @@ async def test_an_actor_of_the_same_memory_takes_nothing(device: str) -> None:
 async def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
     pool = FakePool("n1", "n2")
     cluster = Cluster(2, pool)
-    gate = lacking({"expert-1": 1})(cluster)
+    gate = lacking(cluster, {"expert-1": 1})
     refusals = 2
 
     async def load(actor: FakeActor) -> None:
@@ -344,53 +282,38 @@ async def test_a_relief_that_fails_moves_nothing_and_is_tried_again() -> None:
     assert ExpertKey("m", 0, 0) in cluster.state.placement.holders
 
 
-async def test_an_actor_that_serves_and_has_no_room_for_more_lives_on(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("failure", "reason", "missing_bytes"),
+    [
+        (NoRoomError("cpu of n1", 80, 30, "f"), "cpu of n1 lacks 50 bytes", 50),
+        (CheckpointError("the disk fails", "model.safetensors"), "the disk fails", 0),
+    ],
+    ids=["no room", "no file"],
+)
+async def test_an_actor_that_serves_and_cannot_load_more_lives_on(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str, missing_bytes: int
 ) -> None:
     monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
     pool = FakePool("n1")
     cluster = Cluster(1, pool)
     held = [ExpertKey("m", 0, e) for e in range(3)]
     actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
-    room = {"expert-0": 3}
-    pool.load_gate = lacking(room)(cluster)
+
+    async def fail(actor: FakeActor) -> None:
+        raise failure
+
+    pool.load_gate = fail
     await cluster.start()
     await happens(lambda: actor.loads > 4)
-    assert actor.alive
-    assert len(pool.actors) == 1
-    assert cluster.state.placement.held()["expert-0"] == held
-    [failing] = (await cluster.controller.status()).failing
-    assert (failing.missing_bytes, failing.deaths) == (10 * (2 * NUM_EXPERTS - 3), 0)
-    room.clear()
-    await cluster.complete()
-    assert (await cluster.controller.status()).failing == ()
-    assert len(pool.actors) == 1
-
-
-async def test_an_actor_that_serves_and_cannot_read_more_lives_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(keeper_module, "LOAD_RETRY_S", 0.05)
-    pool = FakePool("n1")
-    cluster = Cluster(1, pool)
-    held = [ExpertKey("m", 0, e) for e in range(3)]
-    actor = pool.add("expert-0", 1, 1, node="n1", keys=held)
-    is_broken = True
-
-    async def load(actor: FakeActor) -> None:
-        if is_broken:
-            raise CheckpointError("the disk fails", "model.safetensors")
-
-    pool.load_gate = load
-    await cluster.start()
-    await happens(lambda: actor.loads > 2)
     assert (actor.alive, len(pool.actors)) == (True, 1)
     assert cluster.state.placement.held()["expert-0"] == held
     [failing] = (await cluster.controller.status()).failing
-    assert "the disk fails" in failing.reason
-    is_broken = False
+    assert reason in failing.reason
+    assert (failing.missing_bytes, failing.deaths) == (missing_bytes, 0)
+    pool.load_gate = None
     await cluster.complete()
     assert (await cluster.controller.status()).failing == ()
+    assert len(pool.actors) == 1
 
 
 async def test_an_actor_that_serves_is_relieved_of_experts_that_it_holds(
@@ -404,7 +327,7 @@ async def test_an_actor_that_serves_is_relieved_of_experts_that_it_holds(
     first = pool.add("expert-0", 1, 1, node="n1", keys=keys[:4])
     second = pool.add("expert-1", 1, 1, node="n2", keys=keys[4:7])
     first.free_bytes = second.free_bytes = 10_000
-    pool.load_gate = lacking({"expert-1": 2})(cluster)
+    pool.load_gate = lacking(cluster, {"expert-1": 2})
     await cluster.start()
     await cluster.complete()
     await happens(lambda: len(second.keys) == 2)

@@ -25,9 +25,7 @@ from cluster.spec import ActorReport
 DIED = Death("died", is_of_place=True)
 
 
-def report(
-    node: str = "n1", steps: int = 0, failed_tests: int = 0, device: str = "cpu"
-) -> ActorReport:
+def report(node: str = "n1", steps: int = 0, failed_tests: int = 0) -> ActorReport:
     return ActorReport(
         "a", 1, "", 1, 7, node, "cpu", (), 0, {}, 0, steps,
         failed_tests=failed_tests, failure="boom" if failed_tests else "",
@@ -48,12 +46,6 @@ def fails_to_load(deaths: Deaths, now_s: float, death: Death = DIED, node: str =
     deaths.begin("a", now_s)
     deaths.located(report(node))
     return deaths.ended("a", death, now_s)
-
-
-def test_delays_double_up_to_the_longest() -> None:
-    assert [delay_s(n, came_up=True) for n in (1, 2, 3, 4)] == [0.0, 0.2, 0.4, 0.8]
-    assert [delay_s(n, came_up=False) for n in (1, 2, 3)] == [0.2, 0.4, 0.8]
-    assert delay_s(10**6, came_up=True) == delay_s(10, came_up=False) == MAX_RETRY_S
 
 
 def test_an_actor_that_comes_up_and_dies_at_once_waits_longer_each_time() -> None:
@@ -92,10 +84,13 @@ def test_a_load_that_fails_again_and_again_backs_off_and_says_so() -> None:
     assert delays[:3] == [FIRST_RETRY_S, 2 * FIRST_RETRY_S, 4 * FIRST_RETRY_S]
     assert delays[-2:] == [MAX_RETRY_S] * 2
     [failing] = deaths.status(1100.0 + 18.0)
+    assert deaths.place_of("a") == ("n1", "cpu")
     assert failing == FailingActor("a", 12, "n1 lacks 5 bytes", "n1", "cpu", 42.0, 0, 9, 5)
     assert failing_line(failing) == (
         "a on cpu, n1 fails: 12 deaths in a row, next start in 42.0 s; n1 lacks 5 bytes"
     )
+    deaths.forget("a")
+    assert (deaths.status(1118.0), deaths.place_of("a")) == ((), ("", ""))
 
 
 def test_an_actor_is_broken_after_a_few_failed_tests_in_a_row() -> None:
@@ -179,11 +174,3 @@ def test_a_checkpoint_that_cannot_be_read_is_no_nodes_fault(node: str) -> None:
     for i in range(3):
         fails_to_load(deaths, i, Death("no such file"), node)
     assert deaths.avoided_nodes(3.0) == {}
-
-
-def test_an_actor_that_left_the_fleet_is_forgotten() -> None:
-    deaths = Deaths()
-    fails_to_load(deaths, 0.0)
-    deaths.forget("a")
-    assert deaths.status(0.0) == ()
-    assert deaths.place_of("a") == ("", "")

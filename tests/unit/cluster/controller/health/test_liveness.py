@@ -32,29 +32,12 @@ SUSPECTED = Signs(is_suspected=True)
 CONFIRMED = Signs(is_suspected=True, hears_others=True)
 
 
-def test_an_actor_without_work_is_never_hung() -> None:
-    progress = Progress(0.0)
-    assert not any(progress.is_hung(3, 0, t * HUNG_S) for t in range(5))
-
-
-def test_an_actor_that_computes_is_not_hung_however_long_its_queue() -> None:
-    progress = Progress(0.0)
-    assert not any(progress.is_hung(t, 1000, t * HUNG_S) for t in range(5))
-
-
-def test_rows_that_wait_without_a_step_make_it_hung_after_the_time() -> None:
-    progress = Progress(0.0)
-    assert not progress.is_hung(7, 5, 10.0)
-    assert not progress.is_hung(7, 5, 10.0 + HUNG_S - 0.1)
-    assert progress.is_hung(7, 5, 10.0 + HUNG_S)
-
-
-def test_the_time_begins_anew_with_each_step() -> None:
-    progress = Progress(0.0)
-    assert not progress.is_hung(1, 5, HUNG_S - 1)
-    assert not progress.is_hung(2, 5, HUNG_S)
-    assert not progress.is_hung(2, 5, 2 * HUNG_S - 1)
-    assert progress.is_hung(2, 5, 2 * HUNG_S)
+def test_an_actor_is_hung_once_rows_have_waited_for_the_time_since_its_last_step() -> None:
+    idle, busy, hung = Progress(0.0), Progress(0.0), Progress(0.0)
+    assert not any(idle.is_hung(3, 0, t * HUNG_S) for t in range(5))
+    assert not any(busy.is_hung(t, 1000, t * HUNG_S) for t in range(5))
+    looks = [(1, HUNG_S - 1), (2, HUNG_S), (2, 2 * HUNG_S - 0.1), (2, 2 * HUNG_S)]
+    assert [hung.is_hung(steps, 5, at_s) for steps, at_s in looks] == [False] * 3 + [True]
 
 
 class Cluster:
@@ -125,22 +108,15 @@ def test_what_kept_the_caller_from_looking_is_not_held_against_the_actor() -> No
 
 def test_an_actor_that_a_router_hears_is_kept_as_long_as_it_does() -> None:
     cluster = Cluster(4, {"a0": 10.0})
+    cluster.until(10.0 + SILENT_S + LOOK_S)
+    # An answer from before the silence says nothing.
+    assert cluster.verdict("a0", Signs(heard_at_s=10.0)) is Verdict.REPLACED
     cluster.until(60.0)
     assert cluster.verdict("a0", Signs(heard_at_s=59.5)) is Verdict.HEARD
     # One router may hear what another waits for in vain.
     assert cluster.verdict("a0", Signs(True, True, heard_at_s=59.9)) is Verdict.HEARD
     assert cluster.verdict("a0", Signs(heard_at_s=60.0 - SILENT_S - 0.1)) is Verdict.REPLACED
-
-
-def test_an_answer_from_before_the_silence_says_nothing() -> None:
-    cluster = Cluster(4, {"a0": 10.0})
-    cluster.until(10.0 + SILENT_S + LOOK_S)
-    assert cluster.verdict("a0", Signs(heard_at_s=10.0)) is Verdict.REPLACED
-
-
-def test_routers_have_their_time_to_say_whom_they_hear() -> None:
-    cluster = Cluster(4, {"a0": 0.0})
-    cluster.until(60.0)
+    # Routers have their time to say whom they hear.
     assert cluster.verdict("a0", Signs(is_asked=False)) is Verdict.WAITS
 
 
@@ -167,33 +143,27 @@ def test_where_half_of_all_fall_silent_the_controller_suspects_itself(
     assert cluster.verdict("a0") is expected
 
 
-def test_silences_that_began_long_before_are_no_silence_together() -> None:
+def test_slow_heartbeats_and_silences_that_began_long_before_are_no_silence_together() -> None:
     cluster = Cluster(3, {"a0": 0.0, "a1": 1.5 * TOGETHER_S})
     cluster.until(1.5 * TOGETHER_S + SILENT_S + LOOK_S)
     assert cluster.verdict("a1") is Verdict.REPLACED
-
-
-def test_a_slow_heartbeat_or_two_are_no_silence_together() -> None:
     late_s = SILENT_S - PROBE_S / 2
     cluster = Cluster(4, {"a0": 0.0, "a1": late_s, "a2": late_s})
     cluster.until(SILENT_S)
     assert cluster.verdict("a0") is Verdict.REPLACED
 
 
-def test_a_router_that_hears_others_confirms_a_silence_of_many() -> None:
-    cluster = Cluster(4, {"a0": 0.0, "a1": 0.0})
-    cluster.until(SUSPECTED_S + LOOK_S)
-    assert cluster.verdict("a0", SUSPECTED) is Verdict.CUT_OFF
-    assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
-
-
 def test_where_many_are_silent_a_suspicion_waits_for_what_routers_hear_after_it() -> None:
     """A network that was cut brings it late."""
     late = replace(CONFIRMED, is_suspicion_new=True)
-    for silent, expected in ((1, Verdict.REPLACED), (2, Verdict.WAITS)):
+    for silent, alone, hearing_others in (
+        (1, Verdict.REPLACED, Verdict.REPLACED),
+        (2, Verdict.CUT_OFF, Verdict.WAITS),
+    ):
         cluster = Cluster(4, {f"a{number}": 0.0 for number in range(silent)})
         cluster.until(SUSPECTED_S + LOOK_S)
-        assert cluster.verdict("a0", late) is expected
+        assert cluster.verdict("a0", late) is hearing_others
+        assert cluster.verdict("a0", SUSPECTED) is alone
         assert cluster.verdict("a0", CONFIRMED) is Verdict.REPLACED
 
 

@@ -3,127 +3,68 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from cluster.controller.health.liveness import LOOK_S, SUSPECTED_S, Silence
-from cluster.controller.health.suspicion import ANSWER_S, SUSPICION_S, Suspicion
-from cluster.controller.records.members import Members
-from cluster.reports import ProcessStatus
+from cluster.controller.health import suspicion
+from cluster.controller.health.liveness import LOOK_S, SILENT_S
+from tests.unit.cluster.controller.fakes import Cluster, FakeActor, happens, started
 
 ACTORS = [f"expert-{number}" for number in range(4)]
-ROUTER = ProcessStatus(1, "node")
-BEGIN_S = 1000.0
 
 
-class Clock:
-    """The time of the controller, which only the test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = BEGIN_S
-
-    def monotonic(self) -> float:
-        return self.now_s
+async def router_calls(cluster: Cluster, *heard: str) -> None:
+    """Have the router call once, with the actors that it has just heard."""
+    order = cluster.state.placement.order
+    told = dict.fromkeys(heard, (1, 0.0))
+    await cluster.controller.watch("router", 1, "n", order, 0.0, model="m", heard=told)
 
 
-class State:
-    """The cluster as the suspicion sees it: four actors of generation 1, each with a twin."""
-
-    def __init__(self) -> None:
-        self.handles = dict.fromkeys(ACTORS)
-        self.placement = SimpleNamespace(generations=dict.fromkeys(ACTORS, 1), holders={})
-        self.shares: dict[str, Any] = {}
-        self.fleet = SimpleNamespace(specs=())
-        self.asked = 0
-
-    async def ask_members(self, now_s: float) -> None:
-        self.asked += 1
-
-    async def check_epoch(self) -> None:
-        """This controller is the newest."""
+async def silent(*actor_ids: str) -> tuple[Cluster, list[FakeActor]]:
+    """Start four actors, of which some hang until the controller has given them their time."""
+    cluster = await started(4)
+    await router_calls(cluster)
+    await cluster.controller.suspect("expert-1", 1, True)  # long past, and another one, by then
+    actors = [cluster.pool.of(actor_id)[0] for actor_id in actor_ids]
+    for actor in actors:
+        actor.hung = True
+    await asyncio.sleep(SILENT_S - 0.5 if len(actors) == 1 else 2 * SILENT_S)
+    assert not any(actor.killed for actor in actors)
+    await router_calls(cluster)
+    return cluster, actors
 
 
-class Cluster:
-    """A controller that hears none of some actors, and a router."""
-
-    def __init__(self, clock: Clock, *silent: str) -> None:
-        self.clock, self.state, self.members = clock, State(), Members()
-        self.suspicion = Suspicion(self.state, self.members, lambda actor_id: None)  # type: ignore[arg-type]
-        self.silences = {actor_id: Silence(clock.now_s) for actor_id in silent}
-        for actor_id in ACTORS:
-            if actor_id not in silent:
-                self.suspicion._silences.note(actor_id, None)
-        self.router_calls({})
-
-    def router_calls(self, heard: dict[str, float]) -> None:
-        """The router's poll, with the ages of the answers that it has heard."""
-        self.members.heard("router", ROUTER, heard={a: (1, age_s) for a, age_s in heard.items()})
-
-    def lost_after(self, time_s: float) -> set[str]:
-        """Return the actors that are replaced by the end of a time."""
-        lost = set()
-        until_s = self.clock.now_s + time_s
-        while self.clock.now_s < until_s - 1e-9:
-            self.clock.now_s += LOOK_S
-            for actor_id, silence in self.silences.items():
-                silence.look(self.clock.now_s)
-                if asyncio.run(self.suspicion.is_lost(actor_id, silence, self.clock.now_s)):
-                    lost.add(actor_id)
-        return lost
+async def test_one_silent_actor_is_replaced_as_soon_as_a_router_waits_in_vain() -> None:
+    cluster, [actor] = await silent("expert-0")
+    await cluster.controller.suspect("expert-0", 1, True)
+    await asyncio.sleep(2 * LOOK_S)
+    assert actor.killed
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock.monotonic)
-    return clock
-
-
-def test_one_silent_actor_is_replaced_as_soon_as_a_router_waits_in_vain(clock: Clock) -> None:
-    cluster = Cluster(clock, "expert-0")
-    assert cluster.lost_after(SUSPECTED_S + LOOK_S) == set()
-    cluster.router_calls({})
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    assert cluster.lost_after(LOOK_S) == {"expert-0"}
-
-
-def test_among_many_silent_a_late_suspicion_waits_for_what_the_router_hears_now(
-    clock: Clock,
+@pytest.mark.parametrize("is_heard", [True, False])
+async def test_among_many_silent_a_late_suspicion_counts_unless_the_router_takes_it_back(
+    is_heard: bool,
 ) -> None:
-    cluster = Cluster(clock, *ACTORS)
-    assert cluster.lost_after(2 * SUSPECTED_S) == set()
-    asked = cluster.state.asked
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    assert cluster.lost_after(ANSWER_S / 2) == set()
-    assert cluster.state.asked > asked
-    cluster.router_calls({"expert-0": 0.01})
-    assert cluster.lost_after(ANSWER_S) == set()
+    cluster, [first, *_] = await silent(*ACTORS)
+    asked_at_s = cluster.state.asked_at_s
+    await cluster.controller.suspect("expert-0", 1, True)
+    await happens(lambda: cluster.state.asked_at_s > asked_at_s)
+    assert not first.killed
+    await router_calls(cluster, *(["expert-0"] if is_heard else []))
+    await asyncio.sleep(2 * LOOK_S)
+    assert first.killed == (not is_heard)
 
 
-def test_among_many_silent_a_suspicion_counts_that_the_router_does_not_take_back(
-    clock: Clock,
-) -> None:
-    cluster = Cluster(clock, *ACTORS)
-    assert cluster.lost_after(2 * SUSPECTED_S) == set()
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    cluster.clock.now_s += LOOK_S
-    cluster.router_calls({})
-    assert cluster.lost_after(LOOK_S) == {"expert-0"}
-
-
-def test_a_router_that_does_not_call_has_its_time_from_the_first_suspicion_in_a_row(
-    clock: Clock,
-) -> None:
-    cluster = Cluster(clock, *ACTORS)
-    assert cluster.lost_after(2 * SUSPECTED_S) == set()
-    for _ in range(round(ANSWER_S / LOOK_S) - 1):  # it repeats the suspicion while it waits
-        cluster.suspicion.suspect("expert-0", hears_others=True)
-        assert cluster.lost_after(LOOK_S) == set()
-    cluster.suspicion.suspect("expert-0", hears_others=True)
-    assert cluster.lost_after(2 * LOOK_S) == {"expert-0"}
-    cluster.clock.now_s += 2 * SUSPICION_S
-    cluster.suspicion.suspect("expert-0", hears_others=True)  # after a pause it is a new one
-    assert cluster.lost_after(LOOK_S) == set()
+async def test_a_router_that_does_not_call_has_its_time_from_the_first_suspicion_in_a_row() -> None:
+    cluster, [first, second, *_] = await silent(*ACTORS)
+    suspect = cluster.controller.suspect
+    await suspect("expert-1", 1, True)
+    await asyncio.sleep(2 * LOOK_S)
+    assert not second.killed
+    for _ in range(round(suspicion.ANSWER_S / LOOK_S) - 1):  # it repeats it while it waits
+        await suspect("expert-0", 1, True)
+        await asyncio.sleep(LOOK_S)
+        assert not first.killed
+    await suspect("expert-0", 1, True)
+    await asyncio.sleep(2 * LOOK_S)
+    assert first.killed

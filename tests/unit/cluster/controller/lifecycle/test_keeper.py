@@ -12,11 +12,8 @@ from cluster.controller.lifecycle import keeper as keeper_module
 from cluster.controller.lifecycle import loading as loading_module
 from cluster.errors import CheckpointError, StaleEpochError
 from cluster.reports import LoadingStatus
-from cluster.spec import (
-    ExpertKey,
-)
+from cluster.spec import ExpertKey
 from tests.unit.cluster.controller.fakes import (
-    LIMIT_S,
     NUM_EXPERTS,
     Cluster,
     FakeActor,
@@ -25,7 +22,6 @@ from tests.unit.cluster.controller.fakes import (
     running,
     settled,
     started,
-    tasks_of,
 )
 
 pytestmark = pytest.mark.usefixtures("short_periods")
@@ -43,16 +39,6 @@ async def test_actors_are_started_loaded_and_published() -> None:
         assert sorted(held) == sorted(actor.keys)
 
 
-async def test_nothing_is_published_before_it_is_loaded() -> None:
-    cluster = Cluster(1)
-    gate = cluster.pool.hold_loads()
-    await cluster.start()
-    await happens(lambda: bool(cluster.pool.actors) and cluster.pool.actors[0].loads == 1)
-    assert len(cluster.state.placement.missing()) == 2 * NUM_EXPERTS
-    gate.set()
-    await cluster.complete()
-
-
 async def test_while_actors_load_status_and_log_tell_how_far_they_are(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +51,7 @@ async def test_while_actors_load_status_and_log_tell_how_far_they_are(
     await happens(lambda: sum(actor.loads for actor in cluster.pool.actors) == 2)
     told = (await cluster.controller.status()).loading
     assert told == tuple(LoadingStatus(f"expert-{i}", 0, NUM_EXPERTS, 0) for i in range(2))
+    assert len(cluster.state.placement.missing()) == 2 * NUM_EXPERTS
     [first] = cluster.pool.of("expert-0")
     first.keys = [ExpertKey("m", 0, 0), ExpertKey("m", 0, 1)]
     await happens(
@@ -93,23 +80,20 @@ async def test_an_actor_that_dies_while_it_loads_loads_no_more() -> None:
 async def test_a_dead_actor_is_published_as_lost_and_replaced_by_the_next_generation() -> None:
     cluster = await started()
     before = cluster.state.placement
-    [victim] = cluster.pool.of("expert-1")
-    victim.alive = False
-    after = await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    gate = cluster.pool.hold_loads()
+    cluster.pool.of("expert-1")[0].alive = False
+    await happens(lambda: len(cluster.pool.of("expert-1")) == 2)
+    status = await cluster.controller.status()
+    assert [actor.actor_id for actor in status.actors] == ["expert-0"]
+    assert status.missing_experts == NUM_EXPERTS
+    gate.set()
+    after = await cluster.comes("expert-1", 2)
     assert after.missing() == []
     assert after.generations["expert-0"] == 1
     [loss] = [p for p in cluster.published if before.order < p.order < after.order]
     assert loss.generations == {"expert-0": 1}
     assert loss.missing() == [k for k, a in before.holders.items() if a == ("expert-1",)]
     assert [actor.generation for actor in cluster.pool.of("expert-1")] == [1, 2]
-
-
-async def test_a_hung_actor_is_killed_and_replaced() -> None:
-    cluster = await started()
-    [victim] = cluster.pool.of("expert-0")
-    victim.hung = True
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
-    assert victim.killed
 
 
 @pytest.mark.parametrize("failure", [CheckpointError("gone", "file"), TimeoutError(), OSError()])
@@ -153,10 +137,7 @@ async def test_a_controller_that_was_superseded_stops_and_kills_nothing() -> Non
     cluster = await started()
     for actor in cluster.pool.actors:
         actor.epoch = 2  # a newer controller has been here
-    keepers = list(cluster.keeper._tasks.values())
-    await asyncio.wait(keepers, timeout=LIMIT_S)
-    await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
-    assert all(task.done() for task in tasks_of(cluster.controller))
+    await cluster.superseded()
     assert [(a.alive, a.killed) for a in cluster.pool.actors] == [(True, False)] * 2
     assert cluster.state.placement.missing() == []
     # Serve is to end it, and nobody is to take its word for anything.
@@ -181,37 +162,29 @@ async def test_a_superseded_controller_does_not_take_actors_while_it_starts() ->
 
     pool.load_gate = overtaken
     async with running(1, pool) as cluster:
-        await asyncio.wait(tasks_of(cluster.controller), timeout=LIMIT_S)
+        await cluster.superseded()
         assert (actor.alive, actor.killed, actor.epoch) == (True, False, 9)
         assert pool.actors == [actor]
 
 
-async def test_a_suspicion_brings_the_next_heartbeat_forward(
+async def test_a_suspicion_brings_the_next_heartbeat_forward_and_who_answers_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 3600)
     cluster = await started()
     [first], [second] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
     await happens(lambda: first.heartbeats == second.heartbeats == 1)
+    await cluster.controller.suspect("expert-0", 1)
+    await happens(lambda: first.heartbeats == 2)
+    assert (cluster.state.placement.generations["expert-0"], first.killed) == (1, False)
     first.alive = False
     # About an older generation, or nobody: not worth a look.
     await cluster.controller.suspect("expert-0", 0)
     await cluster.controller.suspect("nobody", 1)
     assert not any(event.is_set() for event in cluster.keeper._heartbeat_due.values())
     await cluster.controller.suspect("expert-0", 1)
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    await cluster.comes("expert-0", 2)
     assert second.heartbeats == 1
-
-
-async def test_a_suspected_actor_that_answers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 3600)
-    cluster = await started(1)
-    [actor] = cluster.pool.actors
-    await happens(lambda: actor.heartbeats == 1)
-    await cluster.controller.suspect("expert-0", 1)
-    await happens(lambda: actor.heartbeats == 2)
-    assert cluster.state.placement.generations == {"expert-0": 1}
-    assert not actor.killed
 
 
 async def test_a_silent_actor_is_replaced_sooner_while_a_router_waits_for_it(
@@ -223,7 +196,7 @@ async def test_a_silent_actor_is_replaced_sooner_while_a_router_waits_for_it(
     [suspected], [idle] = cluster.pool.of("expert-0"), cluster.pool.of("expert-1")
     suspected.hung = idle.hung = True
     await cluster.controller.suspect("expert-0", 1)
-    await cluster.until(lambda p: p.generations.get("expert-0") == 2)
+    await cluster.comes("expert-0", 2)
     assert (suspected.killed, idle.killed) == (True, False)
     # The word on the first generation says nothing of the second.
     [_, successor] = cluster.pool.of("expert-0")
@@ -260,20 +233,6 @@ async def replaced_within(cluster: Cluster, actor: FakeActor, timeout_s: float) 
     return True
 
 
-async def test_what_an_actor_without_a_place_waits_for_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
-    cluster = await started()
-    # Ray has no place for it, so it answers nothing.
-    gate = cluster.pool.hold_loads(is_hung=True)
-    cluster.pool.of("expert-1")[0].alive = False
-    await happens(lambda: "expert-1 waits for resources: it needs GPU 1" in caplog.text)
-    gate.set()
-    await cluster.complete()
-    assert "expert-0 waits" not in caplog.text
-
-
 async def test_others_take_what_nobody_holds_of_an_actor_whose_successor_finds_no_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -291,7 +250,7 @@ async def test_others_take_what_nobody_holds_of_an_actor_whose_successor_finds_n
     assert {key: after.holders[key] for key in held} == {key: before.holders[key] for key in held}
     assert cluster.state.shares["expert-1"] == []
     gate.set()
-    await cluster.until(lambda p: p.generations.get("expert-1") == 2)
+    await cluster.comes("expert-1", 2)
     placement = await settled(cluster, 1)
     assert all(len(actors) == 1 for actors in placement.holders.values())
 
@@ -304,7 +263,8 @@ async def test_an_actor_that_waits_for_its_first_place_keeps_its_share(
     # Ray has no place for it, so it answers nothing.
     gate = pool.hold_loads("expert-1", is_hung=True)
     async with running(2, pool) as cluster:
-        await happens(lambda: caplog.text.count("expert-1 waits for resources") > 1)
+        await happens(lambda: caplog.text.count("expert-1 waits for resources: it needs GPU 1") > 1)
+        assert "expert-0 waits" not in caplog.text
         assert cluster.state.shares["expert-1"]
         assert list(cluster.state.placement.missing())
         gate.set()
@@ -316,20 +276,19 @@ async def test_a_successor_for_which_its_predecessors_node_has_no_room_comes_els
 ) -> None:
     monkeypatch.setattr(keeper_module, "PLACE_NOTICE_S", 0.01)
     pool = FakePool("n1", "n2")
-    async with running(2, pool, min_copies=2) as cluster:
-        await cluster.until(lambda p: p.fewest_copies() == 2)
+    cluster = await started(2, pool, min_copies=2)
 
-        async def waits(actor: FakeActor) -> None:
-            actor.hung = actor.node == "n1"  # another program took the room
-            while actor.hung and actor.alive:
-                await asyncio.sleep(0.001)
+    async def waits(actor: FakeActor) -> None:
+        actor.hung = actor.node == "n1"  # another program took the room
+        while actor.hung and actor.alive:
+            await asyncio.sleep(0.001)
 
-        pool.load_gate = waits
-        pool.node_ids = ["n2"]
-        pool.of("expert-0")[0].alive = False
-        await cluster.until(lambda p: p.generations.get("expert-0") == 3)
-        successors = [(a.generation, a.node, a.alive) for a in pool.of("expert-0")[1:]]
-        assert successors == [(2, "n1", False), (3, "n2", True)]
+    pool.load_gate = waits
+    pool.node_ids = ["n2"]
+    pool.of("expert-0")[0].alive = False
+    await cluster.comes("expert-0", 3)
+    successors = [(a.generation, a.node, a.alive) for a in pool.of("expert-0")[1:]]
+    assert successors == [(2, "n1", False), (3, "n2", True)]
 
 
 @pytest.mark.parametrize(

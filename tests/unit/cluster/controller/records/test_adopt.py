@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cluster import spec
-from cluster.spec import (
-    ActorReport,
-    ModelExperts,
-)
+from cluster.spec import ActorReport, ModelExperts
 from tests.unit.cluster.controller.fakes import (
     NUM_EXPERTS,
     Cluster,
@@ -20,7 +15,6 @@ from tests.unit.cluster.controller.fakes import (
     FakePool,
     happens,
     running,
-    spec_of,
     started,
 )
 
@@ -37,49 +31,42 @@ async def test_living_actors_of_the_same_configuration_are_adopted_under_a_highe
     assert placement.generations == {"expert-0": 7, "expert-1": 1}
     assert [actor.actor_id for actor in pool.actors] == ["expert-0", "expert-1"]
     assert (old.alive, old.killed, old.epoch) == (True, False, 42)
+    old.alive = False
+    await cluster.comes("expert-0", 8)
 
 
-async def test_a_new_controller_never_calls_living_experts_lost() -> None:
-    pool = FakePool()
-    async with running(2, pool) as first:
+@pytest.mark.parametrize("min_copies", [1, 2])
+async def test_a_new_controller_comes_to_the_same_copies_and_calls_no_living_experts_lost(
+    min_copies: int,
+) -> None:
+    pool = FakePool("n1", "n2", "n3")
+    async with running(3, pool, min_copies) as first:
         before = await first.complete()
-    async with running(2, pool) as second:
+    async with running(3, pool, min_copies) as second:
         taken_over = second.state.placement  # before any keeper has had its turn
         assert taken_over.epoch == before.epoch + 1
         assert taken_over.missing() == []
         assert taken_over.generations == before.generations
-        await second.complete()
+        after = await second.complete()
+        assert len(pool.actors) == 3
+        assert {k: set(v) for k, v in after.holders.items()} == {
+            k: set(v) for k, v in before.holders.items()
+        }
 
 
-async def test_after_the_loss_of_controller_and_actors_nothing_goes_backwards() -> None:
+@pytest.mark.parametrize("lost", [["expert-0"], ["expert-0", "expert-1"]], ids=["one", "all"])
+async def test_actors_that_died_while_the_controller_was_away_get_their_next_generations(
+    lost: list[str],
+) -> None:
     pool = FakePool()
     async with running(2, pool) as first:
         before = await first.complete()
-    for actor in pool.actors:
-        actor.alive = False
-    second = await started(2, pool)
-    after = second.state.placement
+    for actor_id in lost:
+        pool.of(actor_id)[0].alive = False
+    after = (await started(2, pool)).state.placement
     assert after.order > before.order
     assert after.epoch == before.epoch + 1
-    assert after.generations == {"expert-0": 2, "expert-1": 2}
-
-
-async def test_an_actor_that_died_while_the_controller_was_away_gets_its_next_generation() -> None:
-    pool = FakePool()
-    async with running(2, pool) as first:
-        await first.complete()
-    pool.of("expert-0")[0].alive = False
-    second = await started(2, pool)
-    after = second.state.placement
-    assert after.generations == {"expert-0": 2, "expert-1": 1}
-
-
-async def test_an_adopted_actor_that_dies_is_followed_by_its_next_generation() -> None:
-    pool = FakePool()
-    old = pool.add("expert-0", 7, 3)
-    cluster = await started(1, pool)
-    old.alive = False
-    await cluster.until(lambda p: p.generations == {"expert-0": 8})
+    assert after.generations == {"expert-0": 1, "expert-1": 1} | dict.fromkeys(lost, 2)
 
 
 async def test_actors_that_hang_are_waited_for_together() -> None:
@@ -121,19 +108,6 @@ async def test_an_actor_that_does_not_fit_is_ended_and_not_adopted(changes: dict
     assert placement.epoch == (1 if "hung" in changes else 6)
 
 
-async def test_an_actor_whose_frames_have_another_version_is_not_adopted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with monkeypatch.context() as older_build:
-        older_build.setattr(spec, "FRAME_VERSION", spec.FRAME_VERSION - 1)
-        older_digest = spec_of().digest
-    pool = FakePool()
-    old = pool.add("expert-0", 2, 5, digest=older_digest)
-    async with running(1, pool) as cluster:
-        assert (await cluster.complete()).generations == {"expert-0": 3}
-        assert old.killed
-
-
 async def test_of_two_generations_the_newer_is_adopted_and_the_older_ended() -> None:
     pool = FakePool()
     newer, older = pool.add("expert-0", 3, 1), pool.add("expert-0", 2, 1)
@@ -154,22 +128,10 @@ async def test_an_adopted_actor_is_compared_with_its_own_pool() -> None:
     assert not cpu.killed
 
 
-async def test_a_next_controller_comes_to_the_same_copies() -> None:
-    pool = FakePool("n1", "n2", "n3")
-    async with running(3, pool, min_copies=2) as first:
-        before = await first.until(lambda p: p.fewest_copies() == 2)
-    async with running(3, pool, min_copies=2) as second:
-        after = await second.until(lambda p: p.epoch == 2 and p.fewest_copies() == 2)
-        assert len(pool.actors) == 3
-        assert {k: set(v) for k, v in after.holders.items()} == {
-            k: set(v) for k, v in before.holders.items()
-        }
-
-
 async def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_others() -> None:
     pool = FakePool("n1", "n2", "n3")
     async with running(3, pool, min_copies=2) as first:
-        await first.until(lambda p: p.fewest_copies() == 2)
+        await first.complete()
     kept = {actor.actor_id: list(actor.keys) for actor in pool.actors[1:]}
     pool.actors[0].alive = False
     gate = pool.hold_loads("expert-0")
@@ -184,7 +146,7 @@ async def test_a_next_controller_does_not_wait_for_a_lost_actor_to_place_the_oth
 async def test_a_next_controller_that_wants_fewer_copies_has_the_others_let_go() -> None:
     pool = FakePool()
     async with running(3, pool, min_copies=2) as first:
-        await first.until(lambda p: p.fewest_copies() == 2)
+        await first.complete()
     pids = {actor.actor_id: actor.pid for actor in pool.actors}
     async with running(3, pool, min_copies=1) as second:
         assert second.state.placement.fewest_copies() == 2
@@ -201,7 +163,7 @@ async def test_a_next_controller_that_wants_fewer_copies_has_the_others_let_go()
 async def test_no_copy_is_let_go_while_one_that_is_to_stay_is_not_there() -> None:
     pool = FakePool()
     async with running(2, pool, min_copies=2) as first:
-        await first.until(lambda p: p.fewest_copies() == 2)
+        await first.complete()
     gate = asyncio.Event()
 
     async def slow(actor: FakeActor) -> None:
@@ -219,7 +181,3 @@ async def test_no_copy_is_let_go_while_one_that_is_to_stay_is_not_there() -> Non
         await second.until(lambda p: len(p.generations) == 2)
         await happens(lambda: len(kept.keys) == len(second.state.shares["expert-1"]))
         assert second.state.placement.missing() == []
-
-
-def test_reports_of_other_threads_are_another_configuration() -> None:
-    assert replace(spec_of(), threads=2).digest == spec_of(2).digest != spec_of().digest

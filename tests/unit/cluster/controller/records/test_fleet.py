@@ -7,7 +7,7 @@ import pytest
 from cluster.controller.records.fleet import Fleet, PoolMembers
 from cluster.controller.records.ledger import Ledger
 from cluster.errors import InvalidRequestError
-from cluster.spec import ActorSpec, PoolSpec, ScalingTargets
+from cluster.spec import ActorSpec, ModelExperts, PoolSpec, ScalingTargets
 
 SPEC = ActorSpec("app", (), 0.1, 0.0, 1, 100)
 
@@ -17,19 +17,15 @@ def pool(num_actors: int, name: str = "a", most: int | None = None) -> PoolSpec:
     return PoolSpec(name, num_actors, None, SPEC, targets)
 
 
-def test_actors_join_under_the_first_free_name() -> None:
+def test_actors_join_under_the_first_free_name_and_with_their_pools_budget() -> None:
     fleet = Fleet([pool(3), pool(1, "b")])
     fleet.remove("a-1")
     assert fleet.of("a") == ["a-0", "a-2"]
     assert (fleet.add("a"), fleet.add("a"), fleet.add("b")) == ("a-1", "a-3", "b-1")
     assert fleet.specs.keys() == fleet.pool_of.keys() == {"a-0", "a-1", "a-2", "a-3", "b-0", "b-1"}
     assert fleet.budgets_bytes is None
-
-
-def test_budgets_come_and_go_with_their_actors() -> None:
     fleet = Fleet([PoolSpec("a", 1, 30, SPEC)])
     fleet.add("a")
-    assert fleet.budgets_bytes == {"a-0": 30, "a-1": 30}
     fleet.remove("a-0")
     assert fleet.budgets_bytes == {"a-1": 30}
 
@@ -65,8 +61,9 @@ def test_a_pool_is_named_where_there_are_several() -> None:
 
 
 def test_the_ledger_survives_its_way_through_text() -> None:
-    ledger = Ledger(3, {"a-0": 2}, {"a": PoolMembers(2, ("a-0", "a-4"))})
+    models = (ModelExperts("m@old", (0, 2), 4, 10), ModelExperts("n", (1,), 2, 7))
+    kept = PoolMembers(2, ("a-0", "a-4"), ("a-1",))
+    ledger = Ledger(3, {"a-0": 2}, {"a": kept}, models)
     assert Ledger.from_json(ledger.to_json()) == ledger
-    assert Ledger.from_json('{"epoch": 3, "generations": {}}') == Ledger(
-        3
-    )  # before there were pools
+    # Before there were pools.
+    assert Ledger.from_json('{"epoch": 3, "generations": {}}') == Ledger(3)

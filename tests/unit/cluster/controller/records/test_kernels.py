@@ -6,12 +6,11 @@ import logging
 
 import pytest
 
-from cluster.controller.lifecycle import keeper as keeper_module
 from cluster.controller.records import members
 from cluster.controller.records.kernels import MixNotice, kernel_status, with_ids
 from cluster.reports import KernelCount, KernelStatus
-from cluster.spec import ActorSpec, ModelKernel, model_key
-from tests.unit.cluster.controller.fakes import Cluster, FakePool, happens, spec_of, started
+from cluster.spec import ModelKernel, model_key
+from tests.unit.cluster.controller.fakes import Cluster, FakePool
 
 LOGGER = "expertmesh.controller"
 
@@ -28,11 +27,9 @@ def status_of(*actors: str, routers: tuple[str, ...] = ()) -> KernelStatus:
 @pytest.mark.parametrize(
     ("actors", "routers", "mixed"),
     [
-        (["fused"], [], ""),
         (["fused", "fused"], ["torch-avx2"], ""),
         ([], ["torch-avx2", "torch-avx2"], ""),
         (["paired", "fused", "fused"], [], "fused on 2 actors, paired on 1"),
-        (["paired", "fused"], [], "fused on 1 actor, paired on 1"),
         (["a", "b", "c", "c", "b", "c"], [], "c on 3 actors, b on 2, a on 1"),
         (["fused"], ["y", "x"], "x on 1 router, y on 1"),
         (["b", "a"], ["y", "x", "y"], "a on 1 actor, b on 1; y on 2 routers, x on 1"),
@@ -50,18 +47,12 @@ def test_a_model_is_mixed_where_its_actors_or_routers_have_several_classes(
 def test_each_model_has_the_classes_of_its_own_processes() -> None:
     shared = (ModelKernel("m", "fused"), ModelKernel("n", "paired"))
     statuses = kernel_status(["n", "m", "mixture"], [shared, of("unfused")], [of("x", "n")])
+    counts = (KernelCount("fused", 1), KernelCount("unfused", 1))
     assert statuses == (
         KernelStatus("n", (KernelCount("paired", 1),), (KernelCount("x", 1),), ""),
-        KernelStatus(
-            "m",
-            (KernelCount("fused", 1), KernelCount("unfused", 1)),
-            (),
-            "fused on 1 actor, unfused on 1",
-        ),
+        KernelStatus("m", counts, (), "fused on 1 actor, unfused on 1"),
     )
-
-
-def test_an_actor_with_two_classes_for_one_model_counts_for_both() -> None:
+    # An actor with two classes for one model counts for both.
     [status] = kernel_status(["m"], [(*of("grouped"), *of("looped"), *of("looped"))], [])
     assert status.mixed == "grouped on 1 actor, looped on 1"
 
@@ -132,32 +123,3 @@ async def test_the_status_and_one_log_line_say_that_actors_and_routers_are_mixed
     assert "fused on 2 actors, paired on 1;" in lines[0]
     assert [line for line in lines if "2 routers" in line or "1 router" in line] == lines[1:]
     assert len(lines) == 2
-
-
-@pytest.mark.usefixtures("short_periods")
-async def test_an_actor_of_another_class_in_place_of_a_dead_one_mixes_the_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(keeper_module, "HEARTBEAT_PERIOD_S", 0.01)
-    pool = FakePool()
-    cluster = await started(2, pool)
-    assert [k.mixed for k in (await cluster.controller.status()).kernels] == [""]
-    pool.kernel_classes["expert-0"] = "unfused"
-    pool.of("expert-0")[0].alive = False
-    await happens(lambda: len(pool.of("expert-0")) == 2)
-    await cluster.complete()
-    [kernels] = (await cluster.controller.status()).kernels
-    assert kernels.mixed == "fused on 1 actor, unfused on 1"
-
-
-def test_an_actor_whose_report_has_other_fields_is_of_another_digest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from cluster import spec
-
-    spec_now: ActorSpec = spec_of()
-    before = spec_now.digest
-    assert spec_of().digest == before
-    fields_of = spec.fields
-    monkeypatch.setattr(spec, "fields", lambda kind: fields_of(kind)[:-1])
-    assert spec_now.digest != before

@@ -19,7 +19,6 @@ from cluster.errors import CheckpointError, CheckpointMissingError
 from cluster.spec import ModelExperts, ModelSource
 from cluster.wire.tensors import dtype_name
 from experts.checkpoint import hashes
-from experts.checkpoint import identity as identity_module
 from experts.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.checkpoint.hash_cache import BESIDE
@@ -38,9 +37,13 @@ from tests.checkpoints import copy_of, save_mixtral
 from tests.unit.experts.checkpoint.changed_files import flip_in_tensor
 from tests.unit.router.config.test_config import config_of
 
-CPU = torch.device("cpu")
 LEAF_BYTES, CHUNK_BYTES = 1024, 4096
 HERE = "/not/on/this/node"
+NORM = "model.norm.weight"
+MATRIX = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+NOT_SERVED = "is not the checkpoint being served"
+UNNAMED = "sent hashes of tensors that its headers do not name"
+Change = Callable[[dict[str, Any]], object]
 Fault = Callable[[int, dict[str, Any]], dict[str, Any]]
 """Takes which read it is and its answer; returns another answer, or raises as a peer that fails."""
 
@@ -124,10 +127,10 @@ def fetched(folder: Path, neighbours: Neighbours) -> Checkpoint:
     return open_model(HERE, identity_of(open_checkpoint(folder)), neighbours)
 
 
-def check_expert(folder: Path, checkpoint: Checkpoint) -> None:
+def check_expert(folder: Path, checkpoint: Checkpoint, dtype: str = "float32") -> None:
     """Check that an expert comes bit for bit as from the folder."""
-    ours = loaded(checkpoint, 1, 2, "float32")
-    right = loaded(open_checkpoint(folder), 1, 2, "float32")
+    ours = loaded(checkpoint, 1, 2, dtype)
+    right = loaded(open_checkpoint(folder), 1, 2, dtype)
     assert torch.equal(ours.gate_up, right.gate_up)
     assert torch.equal(ours.down, right.down)
 
@@ -139,19 +142,17 @@ def test_an_expert_is_fetched_whole_and_nothing_else_is(tmp_path: Path, dtype: t
     checkpoint = fetched(tmp_path, neighbours)
     assert checkpoint.remote is not None
     assert checkpoint.remote.fetched_bytes == 0
-    ours = loaded(checkpoint, 1, 2, dtype_name(dtype))
-    right = loaded(open_checkpoint(tmp_path), 1, 2, dtype_name(dtype))
-    assert torch.equal(ours.gate_up, right.gate_up)
-    assert torch.equal(ours.down, right.down)
-    assert ours.down.dtype == dtype
+    check_expert(tmp_path, checkpoint, dtype_name(dtype))
     assert checkpoint.remote.fetched_bytes == 3 * 64 * 96 * dtype.itemsize
     parts = checkpoint.family.expert_tensors(checkpoint.config, 1, 2).parts()
-    assert {name for name, _, _ in neighbours.reads["b"]} == {part.name for part in parts}
-    assert all(0 < end - begin <= CHUNK_BYTES for _, begin, end in neighbours.reads["b"])
-    assert sum(end - begin for _, begin, end in neighbours.reads["b"]) == (
-        checkpoint.remote.fetched_bytes
-    )
+    reads = neighbours.reads["b"]
+    assert {name for name, _, _ in reads} == {part.name for part in parts}
+    assert all(0 < end - begin <= CHUNK_BYTES for _, begin, end in reads)
+    assert sum(end - begin for _, begin, end in reads) == checkpoint.remote.fetched_bytes
     assert checkpoint.remote.summary().endswith("from another node")
+    checkpoint.remote.release()
+    check_expert(tmp_path, checkpoint, dtype_name(dtype))  # a released peer is found again
+    assert neighbours.connected == ["a", "b", "a", "b"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -198,36 +199,6 @@ def test_a_deployment_is_built_where_the_checkpoint_is_not(folder: Path) -> None
     assert (ours.dtype, ours.eos_token_ids) == (right.dtype, right.eos_token_ids)
 
 
-@dataclass
-class LyingPeer(FakePeer):
-    """Its headers say that a tensor has a petabyte."""
-
-    def open(self) -> Future[dict[str, Any]]:
-        told = self.reader.open()
-        name, (file, shape, dtype, begin, _) = next(iter(told["tensors"].items()))
-        told["tensors"][name] = (file, shape, dtype, begin, begin + (1 << 50))
-        return done(lambda: told)
-
-
-@pytest.mark.parametrize("liars", [["a"], ["a", "b"]])
-def test_a_peer_whose_headers_disagree_with_themselves_is_passed_over(
-    folder: Path, liars: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder})
-    honest = neighbours.connect
-
-    def connect(node: str, path: str) -> FakePeer:
-        peer = honest(node, path)
-        return LyingPeer(node, peer.reader, None, peer.reads) if node in liars else peer
-
-    monkeypatch.setattr(neighbours, "connect", connect)
-    if liars == ["a"]:
-        check_expert(folder, fetched(folder, neighbours))
-        return
-    with pytest.raises(CheckpointMissingError, match="do not match its shape"):
-        fetched(folder, neighbours)
-
-
 def damaged(number: int, answer: dict[str, Any]) -> dict[str, Any]:
     """Flip a bit of the third chunk."""
     chunk = answer["chunk"]
@@ -246,22 +217,17 @@ def dies(number: int, answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("fault", [damaged, short, dies])
+@pytest.mark.parametrize("fault", [damaged, short, dies, None])
 def test_a_fetch_goes_on_at_another_peer_from_the_last_good_chunk(
-    folder: Path, fault: Fault
+    folder: Path, fault: Fault | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder}, {"a": fault})
+    faults, hanging = ({}, ["a"]) if fault is None else ({"a": fault}, [])
+    neighbours = FakeNeighbours({"a": folder, "b": folder}, faults, hanging)
     check_expert(folder, fetched(folder, neighbours))
-    assert neighbours.reads["b"]
-    first = neighbours.reads["b"][0]
-    assert first == neighbours.reads["a"][2]  # what came well is not asked for again
-
-
-def test_a_peer_that_hangs_is_left(folder: Path) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder}, hanging=["a"])
-    check_expert(folder, fetched(folder, neighbours))
-    assert neighbours.reads["a"]
-    assert neighbours.reads["b"]
+    asked, again = neighbours.reads["a"], neighbours.reads["b"]
+    assert again[0] == asked[0 if fault is None else 2]  # what came well is not asked for again
+    if fault is damaged:
+        assert f"sent wrong bytes 8192 to 9216 of {asked[2][0]}" in caplog.messages[0]
 
 
 def test_a_node_that_does_not_answer_delays_nobody(
@@ -276,13 +242,13 @@ def test_a_node_that_does_not_answer_delays_nobody(
         fetched(folder, FakeNeighbours({"a": folder}, mute=["a"]))
 
 
-def test_the_only_peer_is_asked_again(folder: Path) -> None:
+def test_the_only_peer_is_asked_again_and_one_that_fails_for_ever_ends_the_fetch(
+    folder: Path,
+) -> None:
     neighbours = FakeNeighbours({"a": folder}, {"a": damaged})
     check_expert(folder, fetched(folder, neighbours))
     assert len(neighbours.connected) > 1
 
-
-def test_a_peer_that_fails_for_ever_ends_the_fetch_with_a_typed_error(folder: Path) -> None:
     def always(number: int, answer: dict[str, Any]) -> dict[str, Any]:
         raise ConnectionResetError
 
@@ -298,27 +264,23 @@ def test_another_checkpoint_under_the_same_path_is_refused(folder: Path, other: 
     assert neighbours.reads["a"] == []
     with pytest.raises(CheckpointMissingError) as caught:
         fetched(folder, FakeNeighbours({"a": other, "b": None}))
-    assert "is not the checkpoint being served" in caught.value.message
-    assert "node a" in caught.value.message
-    assert "node b" in caught.value.message
-    assert "no such folder" in caught.value.message
+    for words in ("is not the checkpoint being served", "node a", "node b", "no such folder"):
+        assert words in caught.value.message
 
 
-def test_another_checkpoint_here_is_passed_by(folder: Path, other: Path) -> None:
-    identity = identity_of(open_checkpoint(folder))
-    checkpoint = open_model(str(other), identity, FakeNeighbours({"a": folder}))
-    assert checkpoint.remote is not None
-    check_expert(folder, checkpoint)
-    with pytest.raises(CheckpointMissingError, match=r"\(this node: .*deploy again\); put it"):
-        open_model(str(other), identity, FakeNeighbours({}))
-
-
-def test_what_is_here_is_read_here(folder: Path) -> None:
+def test_what_is_here_is_read_here_and_another_checkpoint_passed_by(
+    folder: Path, other: Path
+) -> None:
     neighbours = FakeNeighbours({"a": folder})
     identity = identity_of(open_checkpoint(folder))
     assert open_model(str(folder), identity, neighbours).remote is None
     assert open_model(str(folder), None, None).remote is None
     assert neighbours.connected == []
+    checkpoint = open_model(str(other), identity, neighbours)
+    assert checkpoint.remote is not None
+    check_expert(folder, checkpoint)
+    with pytest.raises(CheckpointMissingError, match=r"\(this node: .*deploy again\); put it"):
+        open_model(str(other), identity, FakeNeighbours({}))
 
 
 def test_a_damaged_checkpoint_here_is_an_error_of_the_builder_and_not_of_an_actor(
@@ -334,49 +296,23 @@ def test_a_damaged_checkpoint_here_is_an_error_of_the_builder_and_not_of_an_acto
     check_expert(folder, open_model(str(tmp_path / "cut"), identity, neighbours))
 
 
-def test_a_tensor_that_no_header_names_is_not_read(folder: Path) -> None:
+def test_no_other_files_are_given_away_and_no_tensor_that_no_header_names(folder: Path) -> None:
+    (folder / "secret.pem").write_text("no")
+    (folder / "inner").mkdir()
     reader = CheckpointReader(str(folder))
-    assert "is not open" in reader.read("model.norm.weight", 0, 4)["error"]["message"]
-    assert "error" not in reader.open()
+    assert "is not open" in reader.read(NORM, 0, 4)["error"]["message"]
+    given = reader.open()["small_files"]
+    assert "tokenizer.json" in given
+    assert not {"secret.pem", "inner", "model.safetensors"} & set(given)
     for name, begin, end in (
         ("../../etc/passwd", 0, 4),
         ("config.json", 0, 4),
-        ("model.norm.weight", -1, 4),
-        ("model.norm.weight", 0, 1 << 20),
-        ("model.norm.weight", 8, 4),
-        ("model.norm.weight", 0, reader_module.MAX_CHUNK_BYTES + 1),
+        (NORM, -1, 4),
+        (NORM, 0, 1 << 20),
+        (NORM, 8, 4),
+        (NORM, 0, reader_module.MAX_CHUNK_BYTES + 1),
     ):
         assert set(reader.read(name, begin, end)) == {"error"}, (name, begin, end)
-
-
-def test_only_configuration_and_tokenizer_files_are_given_away(tmp_path: Path) -> None:
-    save_mixtral(tmp_path)
-    (tmp_path / "secret.pem").write_text("no")
-    (tmp_path / "inner").mkdir()
-    told = CheckpointReader(str(tmp_path)).open()
-    assert "tokenizer.json" in told["small_files"]
-    assert not {"secret.pem", "inner", "model.safetensors"} & set(told["small_files"])
-
-
-def test_a_peer_cannot_have_a_file_written_elsewhere(folder: Path) -> None:
-    neighbours = FakeNeighbours({"a": folder})
-    peer = neighbours.connect("a", HERE)
-    told = peer.reader.open()
-    told["small_files"]["../../evil.json"] = SmallFile.of(b"{}")
-    peer.reader.open = lambda: told  # type: ignore[method-assign]
-    neighbours.connect = lambda node, path: peer  # type: ignore[method-assign]
-    with pytest.raises(CheckpointMissingError, match="is not a plain file name"):
-        fetched(folder, neighbours)
-
-
-class DyingPeer(FakePeer):
-    """Dies before it has opened anything."""
-
-    def open(self) -> Future[dict[str, Any]]:
-        def die() -> dict[str, Any]:
-            raise OSError("the node is gone")
-
-        return done(die)
 
 
 @pytest.mark.parametrize("reads_fail", [False, True])
@@ -392,11 +328,16 @@ def test_peers_are_gone_with_the_last_use_of_them_though_others_died(
     if reads_fail:
         neighbours.faults = {"c": dies, "d": dies}
     connected: list[weakref.ref[FakePeer]] = []
+    connect_to = neighbours.connect
+
+    def died() -> dict[str, Any]:
+        raise OSError("the node is gone")
 
     def connect(node: str, path: str) -> FakePeer:
-        reader = CheckpointReader(str(neighbours.folders[node] or path))
-        fault = neighbours.faults.get(node)
-        peer = (DyingPeer if node == "a" else FakePeer)(node, reader, fault, [])
+        peer = connect_to(node, path)
+        peer.reads = []  # so that each new peer fails anew
+        if node == "a":  # dies before it has opened anything
+            peer.reader.open = died  # type: ignore[method-assign]
         connected.append(weakref.ref(peer))
         return peer
 
@@ -414,22 +355,10 @@ def test_peers_are_gone_with_the_last_use_of_them_though_others_died(
         gc.enable()
 
 
-def test_a_released_peer_is_found_again(folder: Path) -> None:
-    neighbours = FakeNeighbours({"a": folder})
-    checkpoint = fetched(folder, neighbours)
-    check_expert(folder, checkpoint)
-    assert checkpoint.remote is not None
-    checkpoint.remote.release()
-    check_expert(folder, checkpoint)
-    assert neighbours.connected == ["a", "a"]
-
-
 # What a peer's bytes are verified against.
 
 
-def altered(
-    neighbours: FakeNeighbours, node: str, call: str, change: Callable[[dict[str, Any]], None]
-) -> None:
+def altered(neighbours: FakeNeighbours, node: str, call: str, change: Change) -> FakeNeighbours:
     """Let the reader of a node change the answers of one of its calls."""
     connect = neighbours.connect
 
@@ -447,17 +376,7 @@ def altered(
         return peer
 
     neighbours.connect = connected  # type: ignore[method-assign]
-
-
-NORM = "model.norm.weight"
-
-
-def other_hash(answer: dict[str, Any]) -> None:
-    answer["hashes"][NORM] = bytes(32)
-
-
-def hash_missing(answer: dict[str, Any]) -> None:
-    del answer["hashes"][NORM]
+    return neighbours
 
 
 def hashes_shifted(answer: dict[str, Any]) -> None:
@@ -467,13 +386,14 @@ def hashes_shifted(answer: dict[str, Any]) -> None:
     answer["hashes"] |= {first: both[:31], second: both[31:]}
 
 
-def other_config(answer: dict[str, Any]) -> None:
-    config = answer["small_files"]["config.json"].data.replace(b"1e-05", b"2e-05")
-    answer["small_files"]["config.json"] = SmallFile.of(config)
+def small_file(name: str, change: Callable[[bytes], bytes]) -> Change:
+    """Return a change of a small file, whose hash is right."""
 
+    def changed(answer: dict[str, Any]) -> None:
+        old = answer["small_files"].get(name, SmallFile.of(b""))
+        answer["small_files"][name] = SmallFile.of(change(old.data))
 
-def broken_config(answer: dict[str, Any]) -> None:
-    answer["small_files"]["config.json"] = SmallFile.of(b"{")
+    return changed
 
 
 def other_dtype(answer: dict[str, Any]) -> None:
@@ -481,60 +401,63 @@ def other_dtype(answer: dict[str, Any]) -> None:
     answer["tensors"][NORM] = (file, (shape[0] * 2,), "BF16", begin, end)
 
 
+def petabyte(answer: dict[str, Any]) -> None:
+    file, shape, dtype, begin, _ = answer["tensors"][NORM]
+    answer["tensors"][NORM] = (file, shape, dtype, begin, begin + (1 << 50))
+
+
 def small_file_damaged(answer: dict[str, Any]) -> None:
     good = answer["small_files"]["tokenizer.json"]
     answer["small_files"]["tokenizer.json"] = SmallFile(good.data + b" ", good.hash)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (other_hash, "is not the checkpoint being served"),
-        (hash_missing, "sent hashes of tensors that its headers do not name"),
-        (hashes_shifted, "sent hashes of tensors that its headers do not name"),
-        (other_config, "is not the checkpoint being served"),
-        (broken_config, "is not JSON"),
-        (other_dtype, "has shape"),
-        (small_file_damaged, "tokenizer.json arrived corrupt"),
-    ],
-)
+WRONG_TABLES: dict[str, tuple[Change, str]] = {
+    "other hash": (lambda answer: answer["hashes"].update({NORM: bytes(32)}), NOT_SERVED),
+    "hash missing": (lambda answer: answer["hashes"].pop(NORM), UNNAMED),
+    "hashes shifted": (hashes_shifted, UNNAMED),
+    "other config": (
+        small_file("config.json", lambda old: old.replace(b"1e-05", b"2e-05")), NOT_SERVED
+    ),
+    "broken config": (small_file("config.json", lambda _: b"{"), "is not JSON"),
+    "other dtype": (other_dtype, "has shape"),
+    "a petabyte": (petabyte, "do not match its shape"),
+    "damaged small file": (small_file_damaged, "tokenizer.json arrived corrupt"),
+    "file elsewhere": (small_file("../../evil.json", lambda _: b"{}"), "is not a plain file name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_TABLES)
 def test_a_peer_whose_table_is_not_that_of_the_served_checkpoint_is_passed_over(
-    folder: Path, change: Callable[[dict[str, Any]], None], words: str
+    folder: Path, kind: str
 ) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder})
-    altered(neighbours, "a", "open", change)
+    change, words = WRONG_TABLES[kind]
+    neighbours = altered(FakeNeighbours({"a": folder, "b": folder}), "a", "open", change)
     check_expert(folder, fetched(folder, neighbours))
     assert neighbours.reads["a"] == []
-    alone = FakeNeighbours({"a": folder})
-    altered(alone, "a", "open", change)
     with pytest.raises(CheckpointMissingError, match=words):
-        fetched(folder, alone)
+        fetched(folder, altered(FakeNeighbours({"a": folder}), "a", "open", change))
 
 
-def leaf_changed(answer: dict[str, Any]) -> None:
-    answer["leaves"] = [bytes([leaves[0] ^ 1]) + leaves[1:] for leaves in answer["leaves"]]
-
-
-def leaf_missing(answer: dict[str, Any]) -> None:
-    answer["leaves"] = [leaves[:-32] for leaves in answer["leaves"]]
-
-
-def no_leaves(answer: dict[str, Any]) -> None:
-    answer["leaves"] = []
-
-
-@pytest.mark.parametrize("change", [leaf_changed, leaf_missing, no_leaves])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda all_leaves: [bytes([leaves[0] ^ 1]) + leaves[1:] for leaves in all_leaves],
+        lambda all_leaves: [leaves[:-32] for leaves in all_leaves],
+        lambda all_leaves: [],
+    ],
+    ids=["changed", "missing", "none"],
+)
 def test_a_peer_that_sends_wrong_leaves_is_left_before_its_bytes_are_taken(
-    folder: Path, change: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+    folder: Path, change: Callable[[list[bytes]], list[bytes]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder})
-    altered(neighbours, "a", "leaves", change)
+    def lie(answer: dict[str, Any]) -> None:
+        answer["leaves"] = change(answer["leaves"])
+
+    neighbours = altered(FakeNeighbours({"a": folder, "b": folder}), "a", "leaves", lie)
     check_expert(folder, fetched(folder, neighbours))
-    assert "node a" in caplog.messages[0]
-    assert "sent" in caplog.messages[0]
-    assert "hashes of" in caplog.messages[0]
-    parts = {name for name, _, _ in neighbours.reads["b"]}
-    assert len(parts) == 3  # all three matrices came from there
+    for words in ("node a", "sent", "hashes of"):
+        assert words in caplog.messages[0]
+    assert len({name for name, _, _ in neighbours.reads["b"]}) == 3  # all matrices
 
 
 def test_bytes_that_changed_on_the_peers_disk_are_not_taken(
@@ -545,28 +468,18 @@ def test_bytes_that_changed_on_the_peers_disk_are_not_taken(
     identity_of(open_checkpoint(bad))
     neighbours = FakeNeighbours({"a": bad, "b": folder})
     checkpoint = fetched(folder, neighbours)
-    flip_in_tensor(bad, "model.layers.1.block_sparse_moe.experts.2.w1.weight", 9000)
+    flip_in_tensor(bad, MATRIX, 9000)
     check_expert(folder, checkpoint)
     assert "the file has changed since it was opened" in caplog.messages[0]
-
-
-def test_wrong_bytes_are_named_by_tensor_and_place(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    neighbours = FakeNeighbours({"a": folder, "b": folder}, {"a": damaged})
-    check_expert(folder, fetched(folder, neighbours))
-    name = neighbours.reads["a"][2][0]
-    assert f"sent wrong bytes 8192 to 9216 of {name}" in caplog.messages[0]
 
 
 def test_a_range_across_leaves_comes_as_its_own_bytes(folder: Path) -> None:
     neighbours = FakeNeighbours({"a": folder})
     remote = fetched(folder, neighbours).remote
     assert remote is not None
-    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    right = read_range(open_checkpoint(folder), name, 0, 64 * 96 * 4)
+    right = read_range(open_checkpoint(folder), MATRIX, 0, 64 * 96 * 4)
     for begin, end in ((0, 1), (1023, 1025), (5000, 12000), (24575, 24576), (700, 700)):
-        assert remote.tensor(name, begin, end) == right[begin:end]
+        assert remote.tensor(MATRIX, begin, end) == right[begin:end]
     assert all(begin % LEAF_BYTES == 0 for _, begin, _ in neighbours.reads["a"])
 
 
@@ -579,27 +492,25 @@ def unhashed(folder: Path, tmp_path: Path) -> Path:
     return copy_of(folder, tmp_path / "unhashed")
 
 
-def no_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(checkpoint: Checkpoint, watch: object = None) -> None:
-        raise AssertionError(f"hashes all of {checkpoint.folder}")
-
-    monkeypatch.setattr(identity_module, "hash_tensors", fail)
-
-
 def test_where_no_hashes_are_kept_a_peers_are_taken(
-    folder: Path, unhashed: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, unhashed: Path, other: Path, tmp_path: Path, hashed: list[Path]
 ) -> None:
     identity = identity_of(open_checkpoint(folder))
-    no_hashing(monkeypatch)
+    hashed.clear()
     neighbours = FakeNeighbours({"a": Path(HERE), "b": folder})
     checkpoint = open_model(str(unhashed), identity, neighbours)
     assert checkpoint.remote is None
     assert checkpoint.hashes is not None
     check_expert(folder, checkpoint)
     assert neighbours.reads == {"a": [], "b": []}
-    flip_in_tensor(unhashed, "model.layers.1.block_sparse_moe.experts.2.w1.weight", 9000)
+    flip_in_tensor(unhashed, MATRIX, 9000)
     with pytest.raises(CheckpointError, match="differ from the checkpoint that is served"):
         check_expert(folder, checkpoint)
+    copy = copy_of(other, tmp_path / "another")  # is passed by
+    checkpoint = open_model(str(copy), identity, neighbours)
+    assert checkpoint.remote is not None
+    check_expert(folder, checkpoint)
+    assert hashed == []
 
 
 def test_many_leaves_come_in_several_answers(
@@ -608,7 +519,6 @@ def test_many_leaves_come_in_several_answers(
     identity = identity_of(open_checkpoint(folder))
     monkeypatch.setattr(remote_files, "CHUNK_BYTES", 4 * 24 * 32)  # four experts' matrices
     asked: list[list[str]] = []
-    neighbours = FakeNeighbours({"a": folder})
     leaves_of = FakePeer.leaves
 
     def leaves(peer: FakePeer, names: Sequence[str]) -> Future[dict[str, Any]]:
@@ -616,9 +526,8 @@ def test_many_leaves_come_in_several_answers(
         return leaves_of(peer, names)
 
     monkeypatch.setattr(FakePeer, "leaves", leaves)
-    checkpoint = open_model(str(unhashed), identity, neighbours)
-    names = [name for batch in asked for name in batch]
-    assert sorted(names) == sorted(checkpoint.tensors)
+    checkpoint = open_model(str(unhashed), identity, FakeNeighbours({"a": folder}))
+    assert sorted(name for batch in asked for name in batch) == sorted(checkpoint.tensors)
     assert len(asked) > 10
     assert max(map(len, asked)) > 1
     check_expert(folder, checkpoint)
@@ -635,48 +544,30 @@ def test_without_a_peer_that_has_it_this_nodes_files_are_hashed(
     assert "no kept hashes of" in caplog.messages[0]
 
 
-def test_another_checkpoint_here_without_kept_hashes_is_passed_by(
-    folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    identity = identity_of(open_checkpoint(folder))
-    copy_of(other, tmp_path / "other")
-    no_hashing(monkeypatch)
-    neighbours = FakeNeighbours({"a": folder})
-    checkpoint = open_model(str(tmp_path / "other"), identity, neighbours)
-    assert checkpoint.remote is not None
-    check_expert(folder, checkpoint)
-
-
 # A peer that hashes its checkpoint first.
-
-
-@dataclass
-class SlowHashing:
-    """Hashing that goes on for some answers of the reader, or for ever without getting on."""
-
-    goes_on: bool
-    release: threading.Event = field(default_factory=threading.Event)
-    started: int = 0
-
-    def hash_table_of(self, checkpoint: Checkpoint, watch: Callable[[int, int], None]) -> Any:
-        self.started += 1
-        for step in range(5):
-            if self.goes_on:
-                watch(step, 5)
-            if self.release.wait(0.06 if self.goes_on else 5.0):
-                break
-        return hash_table_of(checkpoint)
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_peer_that_hashes_is_waited_for_while_it_gets_on(
     folder: Path, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its hashing goes on for some answers of the reader, or for ever without getting on."""
+    started: list[Path] = []
+    release = threading.Event()
+
+    def slow(checkpoint: Checkpoint, watch: Callable[[int, int], None]) -> Any:
+        started.append(checkpoint.folder)
+        for step in range(5):
+            if goes_on:
+                watch(step, 5)
+            if release.wait(0.06 if goes_on else 5.0):
+                break
+        return hash_table_of(checkpoint)
+
     identity = identity_of(open_checkpoint(folder))
     monkeypatch.setattr(peers, "OPEN_TIMEOUT_S", 0.2)
     monkeypatch.setattr(reader_module, "HASHING_ANSWER_S", 0.03)
-    slow = SlowHashing(goes_on)
-    monkeypatch.setattr(reader_module, "hash_table_of", slow.hash_table_of)
+    monkeypatch.setattr(reader_module, "hash_table_of", slow)
     try:
         if goes_on:
             check_expert(folder, open_model(HERE, identity, FakeNeighbours({"a": folder})))
@@ -684,8 +575,8 @@ def test_a_peer_that_hashes_is_waited_for_while_it_gets_on(
             with pytest.raises(CheckpointMissingError, match="did not hash its checkpoint in"):
                 open_model(HERE, identity, FakeNeighbours({"a": folder}))
     finally:
-        slow.release.set()
-    assert slow.started == 1
+        release.set()
+    assert started == [folder]
 
 
 def test_a_reader_whose_files_change_while_it_hashes_opens_them_anew(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -45,11 +46,6 @@ def test_shares_of_a_step_of_a_hundred_tokens(prompts: list[Prompt], shares: lis
     assert divide(prompts, 100) == shares
 
 
-def test_a_step_that_ends_a_prompt_by_itself_holds_long_ones_back_too() -> None:
-    assert divide([prompt(9000, 0)], 100, ends_others=True) == [25]
-    assert divide([prompt(700, 0)], 100, ends_others=True) == [100]
-
-
 @pytest.mark.parametrize(
     ("prompts", "shares"),
     [
@@ -84,18 +80,34 @@ def test_a_long_prompt_may_be_left_out_of_a_step_that_ends_others(
     assert divide(prompts, 100, leaves_out=True) == shares
 
 
-def test_a_step_that_ends_a_prompt_by_itself_may_leave_long_ones_out() -> None:
-    assert divide([prompt(9000, 0)], 100, ends_others=True, leaves_out=True) == [0]
-
-
-def test_a_request_of_several_choices_counts_as_all_of_them() -> None:
-    choices = [prompt(30, 1 + i, request_left=120) for i in range(4)]
-    assert divide([prompt(400, 0), *choices, prompt(50, 5)], 100) == [25, 25, 0, 0, 0, 50]
-
-
-def test_priority_comes_before_length() -> None:
-    urgent, oldest = prompt(500, 2, priority=-1), prompt(400, 0)
-    assert divide([oldest, prompt(10, 1), urgent], 100) == [25, 0, 75]
+@pytest.mark.parametrize(
+    ("prompts", "options", "shares"),
+    [
+        # A step that ends a prompt by itself holds long ones back too, or leaves them out.
+        ([prompt(9000, 0)], {"ends_others": True}, [25]),
+        ([prompt(700, 0)], {"ends_others": True}, [100]),
+        ([prompt(9000, 0)], {"ends_others": True, "leaves_out": True}, [0]),
+        # Long is told by the whole step.
+        ([prompt(700, 0), prompt(10, 1)], {"budget": 20, "step_tokens": 100}, [10, 10]),
+        ([prompt(700, 0), prompt(10, 1)], {"budget": 20}, [5, 10]),
+        # A request of several choices counts as all of them.
+        (
+            [
+                prompt(400, 0),
+                *(prompt(30, 1 + i, request_left=120) for i in range(4)),
+                prompt(50, 5),
+            ],
+            {},
+            [25, 25, 0, 0, 0, 50],
+        ),
+        # Priority comes before length.
+        ([prompt(400, 0), prompt(10, 1), prompt(500, 2, priority=-1)], {}, [25, 0, 75]),
+    ],
+)
+def test_shares_under_other_conditions(
+    prompts: list[Prompt], options: dict[str, Any], shares: list[int]
+) -> None:
+    assert divide(prompts, **{"budget": 100, **options}) == shares
 
 
 PROMPTS = st.lists(
@@ -197,34 +209,6 @@ def test_no_prompt_waits_longer_than_its_turn_at_a_part_of_each_step(
     raise AssertionError(f"prompts starved: {left}")
 
 
-@settings(max_examples=40)
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=12),
-    st.lists(st.integers(1000, 9000), min_size=1, max_size=4),
-)
-def test_short_prompts_wait_at_most_twice_as_long_beside_long_ones(
-    short: list[int], long: list[int]
-) -> None:
-    """The time of a step is its tokens."""
-    budget = 64
-
-    def first_tokens(lengths: list[int]) -> list[int]:
-        left, now, at = list(lengths), 0, [0] * len(lengths)
-        while any(left[-len(short) :]):
-            places = [i for i, tokens in enumerate(left) if tokens]
-            shares = divide([prompt(left[i], i, length=lengths[i]) for i in places], budget)
-            now += sum(shares)
-            for i, share in zip(places, shares, strict=True):
-                left[i] -= share
-                if share and not left[i]:
-                    at[i] = now
-        return at[-len(short) :]
-
-    alone, beside = first_tokens(short), first_tokens([*long, *short])
-    # The last short one; a quarter is the long ones', and a step may be broken off differently.
-    assert max(beside) <= 2 * max(max(alone), budget)
-
-
 @pytest.mark.parametrize(
     ("of_tenant", "budgets"),
     [
@@ -242,9 +226,3 @@ def test_tenants_have_even_shares_of_a_hundred_tokens(
     of_tenant: dict[str, list[Prompt]], budgets: list[int]
 ) -> None:
     assert list(tenant_budgets(of_tenant, 100).values()) == budgets
-
-
-def test_long_is_told_by_the_whole_step() -> None:
-    prompts = [prompt(700, 0), prompt(10, 1)]
-    assert divide(prompts, 20, step_tokens=100) == [10, 10]
-    assert divide(prompts, 20) == [5, 10]

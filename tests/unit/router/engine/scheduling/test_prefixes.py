@@ -5,8 +5,8 @@ Every comparison is with a router that shares nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,13 +22,11 @@ from cluster.native import native
 from router.engine.isolation import Isolation
 from router.engine.scheduling.prefixes import why_dependent
 from router.engine.scheduling.scheduler import Limits, Scheduler
-from router.engine.sequence import Sequence
 from router.messages.request import GenerationRequest, Received, TokenEvent
 from router.messages.rules import TokenRules
 from tests.local_cluster import LocalCluster, greedy_request
-from tests.unit.router.engine.conftest import Saved
+from tests.unit.router.engine.conftest import ALL, OpenCluster, Saves
 from tests.unit.router.engine.test_engine import prompt_of
-from tests.unit.router.engine.test_independence import ALL
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="bits are promised in native code alone"),
@@ -41,17 +39,8 @@ RULES = TokenRules(0.9, 0.4, 1.4, ((5, 2.0),), 6, (9,), ((4,), (7, 8)))
 
 
 @pytest.fixture
-def open_cluster(saved: Callable[..., Saved]) -> Iterator[Callable[..., LocalCluster]]:
-    opened: list[LocalCluster] = []
-
-    def opening(dtype: str = "bfloat16", **options: Any) -> LocalCluster:
-        folder = saved("mixtral").folder
-        opened.append(LocalCluster(folder, limits=LIMITS, dtype=dtype, **options))
-        return opened[-1]
-
-    yield opening
-    for cluster in opened:
-        cluster.close()
+def open_cluster(open_cluster: OpenCluster) -> OpenCluster:
+    return partial(open_cluster, dtype="bfloat16")
 
 
 def without_cached(events: list[TokenEvent]) -> list[TokenEvent]:
@@ -89,11 +78,11 @@ def crowd() -> list[GenerationRequest]:
 
 @pytest.mark.parametrize(("dtype", "cache_tokens"), [("bfloat16", 8192), ("float32", 640)])
 def test_hits_change_no_token_in_a_crowd_nor_under_eviction(
-    open_cluster: Callable[..., LocalCluster], dtype: str, cache_tokens: int
+    open_cluster: OpenCluster, dtype: str, cache_tokens: int
 ) -> None:
     requests = crowd()
-    expected = open_cluster(dtype, prefix_cache=False).generate(*requests)
-    cluster = open_cluster(dtype, cache_tokens=cache_tokens)
+    expected = open_cluster(dtype=dtype, prefix_cache=False).generate(*requests)
+    cluster = open_cluster(dtype=dtype, cache_tokens=cache_tokens)
     for turn in range(2):
         again = [replace(r, request_id=f"{r.request_id}/{turn}") for r in requests]
         assert list(map(without_cached, cluster.generate(*again))) == expected
@@ -102,22 +91,21 @@ def test_hits_change_no_token_in_a_crowd_nor_under_eviction(
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_hits_change_no_token_of_any_family(saved: Callable[..., Saved], family: str) -> None:
+def test_hits_change_no_token_of_any_family(
+    saved: Saves, open_cluster: OpenCluster, family: str
+) -> None:
     folder = saved(family).folder
     request = greedy_request("r", [*COMMON, 5, 6], 6, temperature=1.0, seed=2, logprobs=1)
     results = []
     for is_on in (False, True):
-        cluster = LocalCluster(folder, limits=LIMITS, dtype="bfloat16", prefix_cache=is_on)
+        cluster = open_cluster(folder, prefix_cache=is_on)
         cluster.generate(greedy_request("other", [*COMMON, 9], 3))
         results.append(cluster.generate(request)[0])
-        cluster.close()
     assert [event.cached_tokens for [event] in results] == [0, len(COMMON)]
     assert without_cached(results[1]) == results[0]
 
 
-def test_whole_pages_before_the_last_token_are_found(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_whole_pages_before_the_last_token_are_found(open_cluster: OpenCluster) -> None:
     cluster = open_cluster()
     for length, cached in ((1, 0), (16, 0), (17, 16), (32, 16), (33, 32), (48, 32), (49, 48)):
         prompt = prompt_of(length, length)
@@ -126,20 +114,16 @@ def test_whole_pages_before_the_last_token_are_found(
             assert event.cached_tokens == expected
 
 
-def test_two_prompts_that_share_one_and_a_half_pages_share_one(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
-    cluster, alone = open_cluster(), open_cluster(prefix_cache=False)
-    first = greedy_request("a", [*COMMON[:24], *prompt_of(12, 2)], 4)
-    second = greedy_request("b", [*COMMON[:24], *prompt_of(12, 3)], 4)
-    expected = [alone.generate(each)[0] for each in (first, second)]
-    found = [cluster.generate(each)[0] for each in (first, second, replace(first, request_id="c"))]
-    assert [event.cached_tokens for [event] in found] == [0, PAGE, 2 * PAGE]
-    assert list(map(without_cached, found)) == [*expected, expected[0]]
+def test_two_prompts_that_share_one_and_a_half_pages_share_one(open_cluster: OpenCluster) -> None:
+    cluster = open_cluster()
+    for name, own, cached in (("a", 2, 0), ("b", 3, PAGE), ("c", 2, 2 * PAGE)):
+        prompt = [*COMMON[:24], *prompt_of(12, own)]
+        [[event]] = cluster.generate(greedy_request(name, prompt, 4))
+        assert event.cached_tokens == cached
 
 
 def test_of_requests_that_come_together_one_computes_what_all_begin_with(
-    open_cluster: Callable[..., LocalCluster],
+    open_cluster: OpenCluster,
 ) -> None:
     cluster = open_cluster(threaded=False)
     prompt = prompt_of(20 * PAGE, 4)
@@ -152,9 +136,7 @@ def test_of_requests_that_come_together_one_computes_what_all_begin_with(
     assert computed < 2 * len(prompt)
 
 
-def test_a_second_turn_finds_the_generated_tokens_of_the_first(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_a_second_turn_finds_the_generated_tokens_of_the_first(open_cluster: OpenCluster) -> None:
     cluster, alone = open_cluster(), open_cluster(prefix_cache=False)
     [[first]] = cluster.generate(greedy_request("a", COMMON[:20], 30))
     follow_up = greedy_request("b", [*COMMON[:20], *first.token_ids, 5, 6], 6)
@@ -165,7 +147,7 @@ def test_a_second_turn_finds_the_generated_tokens_of_the_first(
 
 @pytest.mark.parametrize("count", [1, 14, 15, 29, 30])
 def test_a_resumed_request_finds_its_prompt_and_forced_tokens(
-    open_cluster: Callable[..., LocalCluster], count: int
+    open_cluster: OpenCluster, count: int
 ) -> None:
     cluster = open_cluster()
     request = greedy_request("a", COMMON[:20], 31, temperature=1.0, seed=4, logprobs=1, rules=RULES)
@@ -179,9 +161,7 @@ def test_a_resumed_request_finds_its_prompt_and_forced_tokens(
     assert cluster.engine.replayed == {"equal": 1}
 
 
-def test_prompt_log_probabilities_are_computed_and_not_found(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_prompt_log_probabilities_are_computed_and_not_found(open_cluster: OpenCluster) -> None:
     cluster = open_cluster()
     request = greedy_request("a", [*COMMON, 5], 3, prompt_logprobs=2)
     [[first]] = cluster.generate(request)
@@ -197,9 +177,7 @@ def test_prompt_log_probabilities_are_computed_and_not_found(
 
 
 @pytest.mark.parametrize("change", [{"tenant": "other"}, {"cache_salt": "salt"}])
-def test_tenants_and_salts_are_apart(
-    open_cluster: Callable[..., LocalCluster], change: dict[str, str]
-) -> None:
+def test_tenants_and_salts_are_apart(open_cluster: OpenCluster, change: dict[str, str]) -> None:
     cluster = open_cluster()
     request = greedy_request("a", [*COMMON, 5], 3)
     cluster.generate(request)
@@ -210,47 +188,39 @@ def test_tenants_and_salts_are_apart(
 
 def test_another_model_finds_nothing_even_in_the_same_cache() -> None:
     scheduler = Scheduler(LIMITS, 32, PAGE, shared_by="first")
-    served(scheduler, "a")
-    assert served(scheduler, "b") == len(COMMON)
+    assert (served(scheduler, "a"), served(scheduler, "b")) == (0, len(COMMON))
     assert scheduler.prefixes is not None
     scheduler.prefixes._identity = "second"
     assert served(scheduler, "c") == 0
 
 
-def served(scheduler: Scheduler, name: str, **state: Any) -> int:
+def served(
+    scheduler: Scheduler, name: str, exact: bool = True, error: ExpertMeshError | None = None
+) -> int:
     """Compute a request's prompt without a model; returns what was found of it."""
     [sequence] = scheduler.add(greedy_request(name, [*COMMON, 5], 3))
-    computed_without_a_model(scheduler, sequence, **state)
-    return sequence.num_cached
-
-
-def computed_without_a_model(
-    scheduler: Scheduler,
-    sequence: Sequence,
-    exact: bool = True,
-    error: ExpertMeshError | None = None,
-) -> None:
     for _ in range(2):
         [work] = scheduler.schedule()
         sequence.num_computed, sequence.exact = work.end, exact
         sequence.token_ids.append(7)
     scheduler.finish(sequence, error)
+    return sequence.num_cached
 
 
 @pytest.mark.parametrize(
-    "state",
-    [{"exact": False}, {"error": NotFiniteError("")}, {"error": PoisonedRequestError("")}],
+    "state", [{"exact": False}, {"error": NotFiniteError("")}, {"error": PoisonedRequestError("")}]
 )
 def test_pages_of_inexact_and_unsound_sequences_are_not_shared(state: dict[str, Any]) -> None:
     scheduler = Scheduler(LIMITS, 32, PAGE, shared_by="m")
     assert served(scheduler, "a", **state) == 0
-    assert served(scheduler, "b") == 0
+    assert served(scheduler, "b", error=CancelledRequestError("")) == 0
+    assert served(scheduler, "c", **state) == len(COMMON)
+    # An unsound sequence takes the pages along that it found.
+    assert served(scheduler, "d") == (0 if "error" in state else len(COMMON))
     assert scheduler.num_free_pages == scheduler.num_pages
 
 
-def test_tokens_computed_without_an_expert_are_not_found(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_tokens_computed_without_an_expert_are_not_found(open_cluster: OpenCluster) -> None:
     cluster = open_cluster()
     cluster.lose([(0, expert) for expert in range(3)])
     prompt = [*COMMON, 5]
@@ -263,22 +233,8 @@ def test_tokens_computed_without_an_expert_are_not_found(
     assert exact.cached_tokens == 0
 
 
-def test_a_request_that_is_not_finite_takes_its_pages_along(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
-    cluster = open_cluster(threaded=False)
-    for name, error in (("a", None), ("b", CancelledRequestError("")), ("c", NotFiniteError(""))):
-        [sequence] = cluster.scheduler.add(greedy_request(name, [*COMMON, 5], 4))
-        for _ in range(2):
-            cluster.engine.step(cluster.scheduler.schedule())
-        cluster.engine._finish(sequence, error)
-        # A cancelled request's pages stay; those of one that was not finite go, found ones too.
-        assert num_idle(cluster) == (0 if isinstance(error, NotFiniteError) else 3)
-    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
-
-
 def test_a_full_cache_serves_every_request_and_keeps_what_was_used_last(
-    open_cluster: Callable[..., LocalCluster],
+    open_cluster: OpenCluster,
 ) -> None:
     cluster = open_cluster(cache_tokens=8 * PAGE)
     old, new = prompt_of(3 * PAGE + 1, 21), prompt_of(3 * PAGE + 1, 22)
@@ -292,9 +248,7 @@ def test_a_full_cache_serves_every_request_and_keeps_what_was_used_last(
     assert event.cached_tokens == 0
 
 
-def test_the_test_of_the_router_writes_no_shared_page(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_the_test_of_the_router_writes_no_shared_page(open_cluster: OpenCluster) -> None:
     cluster, alone = open_cluster(threaded=False), open_cluster(prefix_cache=False)
     request = greedy_request("a", [*COMMON, 5], 4)
     expected = alone.generate(request)[0]
@@ -328,18 +282,6 @@ def test_parked_sequences_neither_skip_nor_lose_pages() -> None:
     assert scheduler.num_free_pages == scheduler.num_pages
 
 
-def test_choices_of_one_request_share_its_prompt(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
-    cluster = open_cluster()
-    request = greedy_request("a", prompt_of(10 * PAGE + 3, 8), 3, n=4, temperature=1.0, seed=1)
-    [events] = cluster.generate(request)
-    assert min(event.cached_tokens for event in events) == 0  # one of them computed it
-    [again] = cluster.generate(replace(request, request_id="b"))
-    assert {event.cached_tokens for event in again} == {10 * PAGE}
-    assert without_cached(again) == without_cached(events)
-
-
 def test_nothing_is_shared_where_bits_are_not_promised() -> None:
     assert why_dependent(True, False) == ""
     assert "on the batch" in why_dependent(False, False)
@@ -347,7 +289,7 @@ def test_nothing_is_shared_where_bits_are_not_promised() -> None:
 
 
 def test_nothing_is_shared_while_torch_computes_experts(
-    open_cluster: Callable[..., LocalCluster], caplog: pytest.LogCaptureFixture
+    open_cluster: OpenCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = open_cluster()
 
@@ -367,26 +309,7 @@ def test_nothing_is_shared_while_torch_computes_experts(
     assert (found("cold again", {"fused"}), found("hot again", {"fused"})) == (0, len(COMMON))
 
 
-def test_a_sequence_that_runs_while_torch_begins_shares_nothing(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
-    cluster = open_cluster(threaded=False)
-    scheduler = cluster.scheduler
-    [first, second] = [
-        scheduler.add(greedy_request(name, [*COMMON, 5], 4))[0] for name in ("a", "b")
-    ]
-    cluster.engine.step(scheduler.schedule())
-    scheduler.look({}, frozenset({"torch-avx2"}))
-    while scheduler.sequences():
-        cluster.engine.step(scheduler.schedule())
-    assert (first.num_cached, second.num_cached, num_idle(cluster)) == (0, 0, 0)
-    assert first.generated == second.generated
-    assert scheduler.num_free_pages == scheduler.num_pages
-
-
-def test_after_an_actor_is_replaced_nothing_before_it_is_found(
-    open_cluster: Callable[..., LocalCluster],
-) -> None:
+def test_after_an_actor_is_replaced_nothing_before_it_is_found(open_cluster: OpenCluster) -> None:
     """Its device may have given wrong numbers, and all that follows from them is wrong."""
     cluster = open_cluster()
 
@@ -405,19 +328,24 @@ def test_after_an_actor_is_replaced_nothing_before_it_is_found(
     assert (ask("cold again"), ask("hot again")) == (0, len(COMMON))
 
 
-@pytest.mark.parametrize("after", [{"a0": 2}, {}, {"a1": 1}])
-def test_a_sequence_that_runs_while_an_actor_goes_enters_no_page(
-    open_cluster: Callable[..., LocalCluster], after: dict[str, int]
+@pytest.mark.parametrize(
+    ("generations", "classes"),
+    [({"a0": 2}, set()), ({}, set()), ({"a1": 1}, set()), ({"a0": 1}, {"torch-avx2"})],
+    ids=["replaced", "gone", "another", "on torch"],
+)
+def test_a_sequence_that_runs_while_an_actor_goes_or_torch_begins_shares_nothing(
+    open_cluster: OpenCluster, generations: dict[str, int], classes: set[str]
 ) -> None:
     cluster = open_cluster(threaded=False)
-    prefixes = cluster.scheduler.prefixes
-    assert prefixes is not None
-    prefixes.look({"a0": 1}, has_others=False)
-    [sequence] = cluster.scheduler.add(greedy_request("r", [*COMMON, 5], 4))
-    works = cluster.scheduler.schedule()
-    cluster.engine.step(works)
-    prefixes.look(after, has_others=False)
-    prefixes.update(sequence)
-    cluster.scheduler.finish(sequence)
-    assert num_idle(cluster) == 0
-    assert cluster.scheduler.num_free_pages == cluster.scheduler.num_pages
+    scheduler = cluster.scheduler
+    scheduler.look({"a0": 1}, frozenset())
+    [first, second] = [
+        scheduler.add(greedy_request(name, [*COMMON, 5], 4))[0] for name in ("a", "b")
+    ]
+    cluster.engine.step(scheduler.schedule())
+    scheduler.look(generations, frozenset(classes))
+    while scheduler.sequences():
+        cluster.engine.step(scheduler.schedule())
+    assert (first.num_cached, second.num_cached, num_idle(cluster)) == (0, 0, 0)
+    assert first.generated == second.generated
+    assert scheduler.num_free_pages == scheduler.num_pages

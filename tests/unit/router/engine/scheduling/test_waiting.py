@@ -42,16 +42,10 @@ def queue() -> Queue:
     return Queue()
 
 
-def test_the_first_that_came_is_next(queue: Queue) -> None:
-    for num_pages in (3, 1, 2):
-        queue.add(num_pages)
-    assert [queue.next(20) for _ in range(4)] == [0, 1, 2, None]
-
-
 def test_a_lower_priority_is_earlier_and_ties_go_by_arrival(queue: Queue) -> None:
     for priority in (0, 5, -3, 0, -3):
         queue.add(1, priority)
-    assert [queue.next(20) for _ in range(5)] == [2, 4, 0, 3, 1]
+    assert [queue.next(20) for _ in range(6)] == [2, 4, 0, 3, 1, None]
 
 
 def test_smaller_ones_pass_until_they_have_had_as_many_pages(queue: Queue) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 import time
@@ -12,15 +11,18 @@ from random import Random
 from typing import Any
 
 import pytest
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from cluster.errors import InvalidRequestError
 from router.client import Client, Sampling
 from router.config import grammar_limits
 from router.gateway.input.grammar import MAX_DEPTH, MAX_GRAMMAR_BYTES
-from router.gateway.input.schemas import has_instance
+from router.gateway.input.schemas import has_instance, target
 from tests.unit import http_calls
 from tests.unit.gateway_fakes import FakeUpstream, grpc_server, says
-from tests.unit.http_calls import HELLO, call, chat, completion, refusal
+from tests.unit.http_calls import call, chat, completion, refusal
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 UPSTREAM = FakeUpstream(says(" was"))
@@ -70,23 +72,21 @@ def test_openais_formats_are_schemas() -> None:
         assert of_format == last_grammar() != ""
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_what_asks_for_no_form_is_no_grammar() -> None:
+    for given in (
         {"response_format": {"type": "text"}},
         {"structured_outputs": {"json_object": False}},
         {"response_format": None, "structured_outputs": None},
-    ],
-)
-def test_what_asks_for_no_form_is_no_grammar(given: dict[str, Any]) -> None:
-    assert chat(UPSTREAM, **given).status_code == 200
-    assert last_grammar() == ""
+    ):
+        assert chat(UPSTREAM, **given).status_code == 200
+        assert last_grammar() == ""
 
 
 ENDLESS = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
 DEEP: dict[str, Any] = {}
 for _ in range(MAX_DEPTH + 2):
     DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
+MANY_PATTERNS = {"patternProperties": {f"a{n}.*": {} for n in range(33)}}
 OF = "structured_outputs"
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({}, OF, "must have one of"),
@@ -113,14 +113,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"regex": "(?=a)b"}, f"{OF}.regex", "look-around"),
     ({"regex": ""}, f"{OF}.regex", "at least 1"),
     ({"regex": "((a{1000}){1000})"}, f"{OF}.regex", "repeats a part"),
-    ({"json": {"pattern": "(a{1000}){1000}"}}, f"{OF}.json", "repeats a part"),
-    ({"json": {"type": "integer", "multipleOf": 300007}}, f"{OF}.json", "multipleOf"),
-    ({"json": {"allOf": [{"multipleOf": n} for n in (97, 101, 103)]}}, f"{OF}.json", "multipleOf"),
-    (
-        {"json": {"patternProperties": {f"a{n}.*": {} for n in range(33)}}},
-        f"{OF}.json",
-        "patternProperties",
-    ),
+    ({"json": MANY_PATTERNS}, f"{OF}.json", "patternProperties"),
     ({"grammar": 'start: %json {"$ref": "#"}'}, f"{OF}.grammar", "%json"),
     ({"choice": []}, f"{OF}.choice", "at least 1"),
     ({"choice": ["a", ""]}, f"{OF}.choice[1]", "at least 1"),
@@ -132,9 +125,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "field", "told"), BAD)
-def test_forms_are_refused_alike(
-    client: Client, form: dict[str, Any], field: str, told: str
-) -> None:
+def test_forms_are_refused(client: Client, form: dict[str, Any], field: str, told: str) -> None:
     before = len(UPSTREAM.requests)
     body = {"model": "tiny", "prompt": "in", "structured_outputs": form}
     said = refusal(call(UPSTREAM, http_calls.COMPLETIONS, body), 400, field)
@@ -148,39 +139,28 @@ def test_forms_are_refused_alike(
     assert len(UPSTREAM.requests) == before
 
 
+def schema_form(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": fields}}
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
-            "response_format.json_schema.schema",
-        ),
+        (schema_form(schema=1), "response_format.json_schema.schema"),
         *(
-            (
-                {
-                    "response_format": {
-                        "type": "json_schema",
-                        "json_schema": {"schema": SCHEMA, name: 5},
-                    }
-                },
-                f"response_format.json_schema.{name}",
-            )
+            (schema_form(schema=SCHEMA, **{name: 5}), f"response_format.json_schema.{name}")
             for name in ("name", "description", "strict")
         ),
         ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
-        (
-            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-            "structured_outputs",
-        ),
+        ({"response_format": {"type": "json_object"}, OF: {"regex": "a"}}, OF),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
     ],
 )
 def test_formats_are_refused_by_name(given: dict[str, Any], field: str) -> None:
-    body = {"model": "tiny", "messages": HELLO, **given}
-    refusal(call(UPSTREAM, http_calls.CHAT, body), 400, field)
+    refusal(chat(UPSTREAM, **given), 400, field)
 
 
 TREE = {
@@ -222,23 +202,14 @@ def test_a_schema_has_a_finite_instance_or_not(schema: Any, expected: bool) -> N
     assert has_instance(schema, MAX_DEPTH) is expected
 
 
-def test_the_search_for_an_instance_ends_soon() -> None:
+@pytest.mark.parametrize(("kind", "has_one"), [("allOf", True), ("anyOf", False)])
+def test_the_search_for_an_instance_ends_soon(kind: str, has_one: bool) -> None:
     """Each definition refers to the next one twice, so that a plain walk takes 2**40 steps."""
-    names = [f"d{n}" for n in range(40)]
     definitions: dict[str, Any] = {
-        name: {"allOf": [{"$ref": f"#/$defs/{after}"}] * 2}
-        for name, after in itertools.pairwise(names)
+        f"d{n}": {kind: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)
     }
-    definitions[names[-1]] = {"type": "null"}
-    assert has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, 2 * len(names) + 2)
-
-
-def test_the_search_among_alternatives_without_an_instance_ends_soon() -> None:
-    definitions: dict[str, Any] = {
-        f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)
-    }
-    definitions["d40"] = {"$ref": "#/$defs/d40"}
-    assert not has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, MAX_DEPTH)
+    definitions["d40"] = {"type": "null"} if has_one else {"$ref": "#/$defs/d40"}
+    assert has_instance({"$ref": "#/$defs/d0", "$defs": definitions}, MAX_DEPTH) is has_one
 
 
 def test_instances_are_those_of_a_plain_search() -> None:
@@ -277,11 +248,11 @@ def test_a_long_chain_of_rules_or_references_ends_no_process(form: dict[str, Any
     assert last_grammar()
 
 
-def test_checks_at_once_start_threads_of_the_large_stack_and_leave_the_usual_one(
+def test_checks_at_once_have_large_stacks_and_leave_the_usual(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usual, sizes = threading.stack_size(), []
-    set_size = threading.stack_size
+    set_size, sizes = threading.stack_size, []
+    usual = set_size()
 
     def noted(size: int) -> int:
         before = set_size(size)
@@ -296,3 +267,39 @@ def test_checks_at_once_start_threads_of_the_large_stack_and_leave_the_usual_one
         pool.shutdown()
     assert sizes == [grammar_limits.STACK_BYTES, usual] * 32
     assert set_size() == usual
+
+
+ROOT: dict[str, Any] = {
+    "$defs": {
+        "x y": {"const": 1}, "é": {"const": 2}, "a/b": {"const": 3}, "a~b": {"const": 4},
+        "~1": {"const": 5}, "a%b": {"const": 6}, "": {"const": 7},
+        "l": {"anyOf": [{"const": 8}, {"const": 9}]}, "0": {"const": 10},
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "", "#", "#/$defs/x%20y", "#/$defs/%C3%A9", "#/$defs/a~1b", "#/$defs/a%7E1b",
+        "#/$defs/a%2Fb", "#/$defs/a~0b", "#/$defs/~01", "#/$defs/a%25b", "#/$defs/",
+        "#/$defs/l/anyOf/0", "#/$defs/l/anyOf/1", "#/$defs/l%2FanyOf%2F1", "#/%24defs/0",
+        "#/$defs/l/anyOf/2", "#/$defs/l/anyOf/0/", "#/$defs/none", "#/", "#anchor", "%23/$defs/0",
+        "other.json", "other.json#/$defs/0",
+    ],
+)  # fmt: skip
+def test_references_stand_for_what_the_referencing_library_finds(reference: str) -> None:
+    resource = DRAFT202012.create_resource(ROOT)
+    resolver = Registry().with_resource("", resource).resolver()
+    try:
+        expected = resolver.lookup(reference).contents
+    except Unresolvable:
+        expected = None
+    assert target(reference, ROOT) is expected
+
+
+@pytest.mark.parametrize("reference", ["#/allOf/" + "9" * 5000, "#/allOf/-1", "#/allOf/x", 5])
+def test_a_reference_to_no_place_of_a_list_is_not_found(reference: object) -> None:
+    schema = {"allOf": [{"type": "null"}], "$ref": reference}
+    assert target(reference, schema) is None
+    assert has_instance(schema, 10)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.errors import CheckpointError
 from router.config.deployment import parse_args
 from router.gateway.input.models import load_models
+from router.gateway.input.tokenizer import Tokenizer
 from router.served import inspect_models
-from tests.checkpoints import save_mixtral
+from tests.checkpoints import save_mixtral, save_tokenizer
+from tests.family_checkpoints import SAVERS
+from tests.grok_oracle import save_grok
 
 
 def test_a_tokenizer_that_changed_since_the_check_is_refused(tmp_path: Path) -> None:
@@ -28,3 +33,17 @@ def test_a_tokenizer_that_changed_since_the_check_is_refused(tmp_path: Path) -> 
     assert again.key == model.key
     assert again.identity != model.identity
     assert load_models((again,))["m"].info == replace(again)
+
+
+ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_tokenizer_is_loaded_beside_its_familys_configuration(
+    tmp_path: Path, family: str
+) -> None:
+    ALL[family](tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(str(tmp_path))
+    ids = tokenizer.encode("the lazy dog", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "the lazy dog"

@@ -22,7 +22,7 @@ from tests.unit.gateway_fakes import (
     served,
     tokenizer,
 )
-from tests.unit.http_calls import call, chat, completion, events
+from tests.unit.http_calls import chat, completion, events
 
 FIELDS: dict[str, Any] = {
     "frequency_penalty": 0.5,
@@ -35,27 +35,17 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def rules_of(upstream: FakeUpstream) -> TokenRules | None:
-    return upstream.requests[-1].sampling.rules
-
-
-def expected() -> TokenRules:
-    plain = tokenizer()
-    words = dict.fromkeys(
-        tuple(plain.encode(text, add_special_tokens=False)) for text in ("word", " word")
-    )
-    return TokenRules(0.5, -0.25, 1.5, ((5, -100.0), (7, 2.0)), 2, (4, 9), tuple(words))
-
-
 def test_every_surface_brings_the_same_rules() -> None:
     upstream = FakeUpstream(says(" was"))
+    given = {**FIELDS, "logit_bias": {str(k): v for k, v in FIELDS["logit_bias"].items()}}
     for ask in (completion, chat):
-        given = {**FIELDS, "logit_bias": {str(k): v for k, v in FIELDS["logit_bias"].items()}}
         assert ask(upstream, **given).status_code == 200
-        assert rules_of(upstream) == expected()
     with grpc_server(upstream) as address, Client(address) as client:
         client.generate("in", Sampling(**FIELDS))
-    assert rules_of(upstream) == expected()
+    words = tuple(tuple(tokenizer().encode(text, False)) for text in ("word", " word"))
+    expected = TokenRules(0.5, -0.25, 1.5, ((5, -100.0), (7, 2.0)), 2, (4, 9), words)
+    assert [request.sampling.rules for request in upstream.requests] == [expected] * 3
+    assert upstream.requests[-1].sampling.ends((EOS,)) == {EOS, 4, 9}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +60,7 @@ def test_every_surface_brings_the_same_rules() -> None:
 def test_what_changes_nothing_is_no_rule(given: dict[str, Any]) -> None:
     upstream = FakeUpstream(says(" was"))
     assert completion(upstream, **given).status_code == 200
-    assert rules_of(upstream) is None
+    assert upstream.requests[-1].sampling.rules is None
 
 
 def test_a_word_that_the_tokenizer_fails_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +82,6 @@ def test_no_stop_string_ends_an_answer_before_its_least_number_of_tokens() -> No
             FakeUpstream(goes_on(text)), stop=[" was"], min_tokens=least, max_tokens=16
         ).json()["choices"][0]
         assert answer["text"] == kept
-
-
-def test_a_resumed_choice_may_not_go_on_after_its_stop_token() -> None:
-    upstream = FakeUpstream(says(" was"))
-    raw: dict[str, Any] = {"model": "tiny", "prompt": "in", "stop_token_ids": [5]}
-    assert call(upstream, "/v1/completions", raw).status_code == 200
-    sampling = upstream.requests[-1].sampling
-    assert sampling.ends((EOS,)) == {EOS, 5}
 
 
 @pytest.mark.parametrize(("vocab_size", "is_refused"), [(128, True), (129, False)])

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -17,6 +17,7 @@ from benchmarks.shipped import free_ports
 from cluster.errors import ConfigError
 from router.gateway.listen import claim as module
 from router.gateway.listen.claim import Claim, claim
+from tests.unit.router.gateway.listen.loops import in_loop
 
 HOST = "127.0.0.1"
 
@@ -29,16 +30,12 @@ def none_made() -> list[socket.socket]:
     raise AssertionError("the sockets are there already")
 
 
-def run(body: Callable[[int], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(30):
-            await body(free_ports(1)[0])
-
-    asyncio.run(bounded())
+@pytest.fixture
+def port() -> int:
+    return free_ports(1)[0]
 
 
 async def accepted(one: Claim) -> bytes:
-    """Return the first bytes of the next connection."""
     loop = asyncio.get_running_loop()
     peer, _ = await loop.sock_accept(one.sockets[0])
     with peer:
@@ -46,66 +43,38 @@ async def accepted(one: Claim) -> bytes:
         return await loop.sock_recv(peer, 16)
 
 
-def test_what_waits_to_be_accepted_outlives_the_gateway_that_opened_the_port() -> None:
-    async def body(port: int) -> None:
-        first = await claim(HOST, port, "app", listening(port))
-        others = [await claim(HOST, port, "app", none_made) for _ in range(2)]
-        with socket.create_connection((HOST, port)) as client:
-            client.sendall(b"early")
-            first.close()
-            assert await accepted(others[0]) == b"early"
-        others[0].close()
-        last = await claim(HOST, port, "app", none_made)  # of the only one that is left
-        others[1].close()
-        with socket.create_connection((HOST, port)) as client:
-            client.sendall(b"late")
-            assert await accepted(last) == b"late"
-        last.close()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((HOST, port))
-
-    run(body)
-
-
-def test_another_application_is_refused_by_name_until_the_port_is_free() -> None:
-    async def body(port: int) -> None:
-        first = await claim(HOST, port, "app one", listening(port))
-        with pytest.raises(ConfigError, match=r"by application app one; this one is app two"):
-            await claim(HOST, port, "app two", none_made)
+@in_loop
+async def test_what_waits_to_be_accepted_outlives_its_gateway(port: int) -> None:
+    first = await claim(HOST, port, "app", listening(port))
+    others = [await claim(HOST, port, "app", none_made) for _ in range(2)]
+    with socket.create_connection((HOST, port)) as client:
+        client.sendall(b"early")
         first.close()
-        second = await claim(HOST, port, "app two", listening(port))
-        second.close()
-
-    run(body)
-
-
-def test_gateways_that_start_together_have_one_socket() -> None:
-    async def body(port: int) -> None:
-        made = []
-
-        def make() -> list[socket.socket]:
-            made.extend(listening(port)())
-            return made
-
-        claims = await asyncio.gather(*(claim(HOST, port, "app", make) for _ in range(5)))
-        assert len(made) == 1
-        assert {one.sockets[0].getsockname() for one in claims} == {(HOST, port)}
-        for one in claims:
-            one.close()
-
-    run(body)
+        assert await accepted(others[0]) == b"early"
+    others[0].close()
+    last = await claim(HOST, port, "app", none_made)  # of the only one that is left
+    others[1].close()
+    with socket.create_connection((HOST, port)) as client:
+        client.sendall(b"late")
+        assert await accepted(last) == b"late"
+    last.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, port))
 
 
-def test_a_port_that_cannot_be_opened_is_claimed_by_nobody() -> None:
-    async def body(port: int) -> None:
-        def fail() -> list[socket.socket]:
-            raise ConfigError("taken", "gateway.listen")
+@in_loop
+async def test_gateways_that_start_together_have_one_socket(port: int) -> None:
+    made = []
 
-        with pytest.raises(ConfigError, match="taken"):
-            await claim(HOST, port, "one", fail)
-        (await claim(HOST, port, "two", listening(port))).close()
+    def make() -> list[socket.socket]:
+        made.extend(listening(port)())
+        return made
 
-    run(body)
+    claims = await asyncio.gather(*(claim(HOST, port, "app", make) for _ in range(5)))
+    assert len(made) == 1
+    assert {one.sockets[0].getsockname() for one in claims} == {(HOST, port)}
+    for one in claims:
+        one.close()
 
 
 HOLDER = f"""
@@ -131,64 +100,49 @@ def holding(port: int) -> Iterator[subprocess.Popen[bytes]]:
         yield holder
 
 
-def test_a_killed_gateway_leaves_the_port_free() -> None:
-    async def body(port: int) -> None:
-        with holding(port) as holder:
-            shared = await claim(HOST, port, "app", none_made)
-            shared.close()
-            holder.kill()
-        (await claim(HOST, port, "other", listening(port))).close()
-
-    run(body)
-
-
-def test_a_gateway_that_hangs_is_told_and_one_that_ends_gives_its_place(
-    monkeypatch: pytest.MonkeyPatch,
+@in_loop
+async def test_a_gateway_that_hangs_is_told_and_one_that_ends_gives_its_place(
+    monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
-    async def body(port: int) -> None:
-        with holding(port) as holder:
-            holder.send_signal(signal.SIGSTOP)
-            monkeypatch.setattr(module, "CLAIM_TIMEOUT_S", 0.5)
-            with pytest.raises(ConfigError, match=rf"port {port} .* did not answer within 0.5 s"):
-                await claim(HOST, port, "app", none_made)
-            monkeypatch.undo()
-            waiting = asyncio.create_task(claim(HOST, port, "app", listening(port)))
-            await asyncio.sleep(0)
-            holder.kill()
-        (await waiting).close()
-
-    run(body)
-
-
-def test_a_stranger_is_told_nothing_and_believed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body(port: int) -> None:
-        first = await claim(HOST, port, "app", listening(port))
-        monkeypatch.setattr(module, "uid_of", lambda peer: os.getuid() + 1)
-        with pytest.raises(ConfigError, match="held by another user's process"):
+    with holding(port) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(module, "CLAIM_TIMEOUT_S", 0.5)
+        with pytest.raises(ConfigError, match=rf"port {port} .* did not answer within 0.5 s"):
             await claim(HOST, port, "app", none_made)
-        name = f"\0expertmesh-{os.getuid()}-{HOST}:{port}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-            stranger.connect(name)
-            stranger.setblocking(False)
-            told = b""
-            with suppress(ConnectionError):  # the holder may be gone before anything is sent
-                stranger.sendall(b"app")
-                told = await asyncio.get_running_loop().sock_recv(stranger, 16)
-            assert told == b""
-        first.close()
-
-    run(body)
+        monkeypatch.undo()
+        waiting = asyncio.create_task(claim(HOST, port, "app", listening(port)))
+        await asyncio.sleep(0)
+        holder.kill()
+    (await waiting).close()
 
 
-def test_a_peer_that_says_nothing_delays_the_next_one_and_no_more(
-    monkeypatch: pytest.MonkeyPatch,
+@in_loop
+async def test_strangers_are_not_told_and_not_believed(
+    monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
-    async def body(port: int) -> None:
-        monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.2)
-        first = await claim(HOST, port, "app", listening(port))
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-            silent.connect(f"\0expertmesh-{os.getuid()}-{HOST}:{port}")
-            (await claim(HOST, port, "app", none_made)).close()
-        first.close()
+    first = await claim(HOST, port, "app", listening(port))
+    monkeypatch.setattr(module, "uid_of", lambda peer: os.getuid() + 1)
+    with pytest.raises(ConfigError, match="held by another user's process"):
+        await claim(HOST, port, "app", none_made)
+    name = f"\0expertmesh-{os.getuid()}-{HOST}:{port}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(name)
+        stranger.setblocking(False)
+        told = b""
+        with suppress(ConnectionError):  # the holder may be gone before anything is sent
+            stranger.sendall(b"app")
+            told = await asyncio.get_running_loop().sock_recv(stranger, 16)
+        assert told == b""
+    first.close()
 
-    run(body)
+
+@in_loop
+async def test_a_silent_peer_delays_only_the_next(
+    monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.2)
+    first = await claim(HOST, port, "app", listening(port))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(f"\0expertmesh-{os.getuid()}-{HOST}:{port}")
+        (await claim(HOST, port, "app", none_made)).close()
+    first.close()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import pairwise
@@ -49,8 +49,9 @@ from router.security.keys import Caller, Role
 from router.security.keys_file import add_key
 from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, everybody, says
+from tests.unit.router.gateway.listen.loops import LIMIT_S, in_loop, until
 
-HOST, LIMIT_S, MAX_BODY_BYTES, MIB = "127.0.0.1", 60.0, 4 << 20, 1 << 20
+HOST, MAX_BODY_BYTES, MIB = "127.0.0.1", 4 << 20, 1 << 20
 PORTS = ("http_port", "grpc_port", "admin_port", "health_port")
 SAMPLING = Sampling(max_tokens=4, temperature=0.0)
 
@@ -66,7 +67,6 @@ class Named:
         await PlainTextResponse(self.name)(scope, receive, send)
 
     async def answers(self, more: int) -> None:
-        """Return once so many more requests have come."""
         wanted = self.count + more
         await until(lambda: self.count >= wanted)
 
@@ -94,14 +94,6 @@ class Gateway:
             max_body_bytes,
             None if listen.tls is None else Certificates(listen.tls.files()),
         )
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await work()
-
-    asyncio.run(bounded())
 
 
 def own_ports(host: str = HOST, **others: Any) -> ListenConfig:
@@ -132,11 +124,6 @@ async def opened(*gateways: Gateway, application: str = "app") -> AsyncIterator[
     finally:
         for one in gateways:
             await one.listeners.close(0.0)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 async def generated(port: int, host: str = HOST, tls: ClientTls | None = None) -> str:
@@ -173,37 +160,33 @@ def connections_on(port: int, status: str) -> int:
 
 
 @pytest.mark.parametrize(("host", "asked"), [(HOST, HOST), ("0.0.0.0", HOST), ("::1", "[::1]")])
-def test_it_answers_on_its_ports_and_not_once_it_has_closed(host: str, asked: str) -> None:
-    async def work() -> None:
-        listen = own_ports(host)
-        gateway = Gateway(listen)
-        async with opened(gateway):
-            assert await fetched(listen.http_port, host=asked) == "one"
-            assert await generated(listen.grpc_port, asked) == " one"
-            await status_asked(listen.grpc_port, asked)
-            assert gateway.upstream.controller.calls
-        for key, port in listen.ports().items():
-            with pytest.raises(ConnectionRefusedError):
-                await asyncio.open_connection(listen.host_of(key).replace("0.0.0.0", HOST), port)
-
-    run(work)
+@in_loop
+async def test_it_answers_on_its_ports_and_not_once_it_has_closed(host: str, asked: str) -> None:
+    listen = own_ports(host)
+    gateway = Gateway(listen)
+    async with opened(gateway):
+        assert await fetched(listen.http_port, host=asked) == "one"
+        assert await generated(listen.grpc_port, asked) == " one"
+        await status_asked(listen.grpc_port, asked)
+        assert gateway.upstream.controller.calls
+    for key, port in listen.ports().items():
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(listen.host_of(key).replace("0.0.0.0", HOST), port)
 
 
-def test_gateways_of_one_application_share_all_ports_and_each_answers() -> None:
-    async def work() -> None:
-        listen = own_ports()
-        both = [Gateway(listen, name) for name in ("one", "two")]
-        async with opened(*both):
-            while not all(gateway.app.count for gateway in both):
-                await asyncio.gather(*(fetched(listen.http_port) for _ in range(8)))
-            while not all(gateway.upstream.requests for gateway in both):
-                assert await generated(listen.grpc_port) in (" one", " two")
-            while not all(gateway.upstream.controller.calls for gateway in both):
-                await status_asked(listen.grpc_port)
-            assert listen.health_port is not None
-            assert await fetched(listen.health_port, "/-/healthz") == "success"
-
-    run(work)
+@in_loop
+async def test_gateways_of_one_application_share_all_ports_and_each_answers() -> None:
+    listen = own_ports()
+    both = [Gateway(listen, name) for name in ("one", "two")]
+    async with opened(*both):
+        while not all(gateway.app.count for gateway in both):
+            await asyncio.gather(*(fetched(listen.http_port) for _ in range(8)))
+        while not all(gateway.upstream.requests for gateway in both):
+            assert await generated(listen.grpc_port) in (" one", " two")
+        while not all(gateway.upstream.controller.calls for gateway in both):
+            await status_asked(listen.grpc_port)
+        assert listen.health_port is not None
+        assert await fetched(listen.health_port, "/-/healthz") == "success"
 
 
 def answers_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[str]:
@@ -219,37 +202,40 @@ def answers_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[s
     return told
 
 
-def test_no_request_fails_while_gateways_replace_one_another() -> None:
+@asynccontextmanager
+async def asked_meanwhile(
+    first: Gateway, ask: Callable[[int, threading.Event, bool], Counter[str]], port: int
+) -> AsyncIterator[tuple[AsyncExitStack, Counter[str]]]:
+    """Ask from eight threads, half of which keep their connections; the end has what was told."""
+    is_over, told = threading.Event(), Counter[str]()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(8))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(opened(first))
+        calls = [asyncio.to_thread(ask, port, is_over, keeps) for keeps in (True, False) * 4]
+        callers = [asyncio.create_task(call) for call in calls]
+        try:
+            yield stack, told
+        finally:
+            is_over.set()
+        for each in await asyncio.gather(*callers):
+            told.update(each)
+
+
+@in_loop
+async def test_no_request_fails_while_gateways_are_replaced() -> None:
     """The clients have kept connections and new ones, and send no request again."""
-
-    async def work() -> None:
-        listen, is_over = own_ports(), threading.Event()
-        gateways = [Gateway(listen, str(number)) for number in range(6)]
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(opened(gateways[0]))
-            callers = [
-                asyncio.create_task(
-                    asyncio.to_thread(answers_until, listen.http_port, is_over, keeps)
-                )
-                for keeps in (True, False) * 4
-            ]
-            try:
-                for former, later in pairwise(gateways):
-                    await stack.enter_async_context(opened(later))
-                    await asyncio.gather(former.app.answers(20), later.app.answers(20))
-                    await former.listeners.close(LIMIT_S)
-                    await later.app.answers(20)
-            finally:
-                is_over.set()
-            told = sum(await asyncio.gather(*callers), Counter[str]())
-            assert told == {gateway.app.name: gateway.app.count for gateway in gateways}
-
-    run(work)
+    listen = own_ports()
+    gateways = [Gateway(listen, str(number)) for number in range(6)]
+    async with asked_meanwhile(gateways[0], answers_until, listen.http_port) as (stack, told):
+        for former, later in pairwise(gateways):
+            await stack.enter_async_context(opened(later))
+            await asyncio.gather(former.app.answers(20), later.app.answers(20))
+            await former.listeners.close(LIMIT_S)
+            await later.app.answers(20)
+    assert told == {gateway.app.name: gateway.app.count for gateway in gateways}
 
 
 class HeldUpstream(FakeUpstream):
-    """One that answers no request before ``goes_on`` is set."""
-
     def __init__(self, text: str) -> None:
         super().__init__(says(text))
         self.is_asked, self.goes_on = asyncio.Event(), asyncio.Event()
@@ -261,24 +247,22 @@ class HeldUpstream(FakeUpstream):
             yield event
 
 
-def test_a_call_under_way_is_finished_while_new_ones_go_elsewhere() -> None:
-    async def work() -> None:
-        listen, upstream = own_ports(), HeldUpstream(" one")
-        first, second = Gateway(listen, upstream=upstream), Gateway(listen, "two")
-        async with opened(first):
-            call = asyncio.create_task(generated(listen.grpc_port))
-            await upstream.is_asked.wait()
-            async with opened(second):
-                assert connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 2
-                closing = asyncio.create_task(first.listeners.close(LIMIT_S))
-                await until(lambda: connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 1)
-                assert [await generated(listen.grpc_port) for _ in range(3)] == [" two"] * 3
-                assert not closing.done()
-                upstream.goes_on.set()
-                assert await call == " one"
-                await closing
-
-    run(work)
+@in_loop
+async def test_a_call_under_way_is_finished_while_new_ones_go_elsewhere() -> None:
+    listen, upstream = own_ports(), HeldUpstream(" one")
+    first, second = Gateway(listen, upstream=upstream), Gateway(listen, "two")
+    async with opened(first):
+        call = asyncio.create_task(generated(listen.grpc_port))
+        await upstream.is_asked.wait()
+        async with opened(second):
+            assert connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 2
+            closing = asyncio.create_task(first.listeners.close(LIMIT_S))
+            await until(lambda: connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 1)
+            assert [await generated(listen.grpc_port) for _ in range(3)] == [" two"] * 3
+            assert not closing.done()
+            upstream.goes_on.set()
+            assert await call == " one"
+            await closing
 
 
 def calls_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[str]:
@@ -297,33 +281,18 @@ def calls_until(port: int, is_over: threading.Event, keeps: bool) -> Counter[str
     return ends
 
 
-def test_no_call_fails_while_gateways_replace_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_loop
+async def test_no_call_fails_while_gateways_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections of clients that never pause end by their age."""
     monkeypatch.setattr("router.gateway.listen.grpc.AGE_S", 1.0)
-
-    async def work() -> None:
-        listen, is_over = own_ports(), threading.Event()
-        gateways = [Gateway(listen, str(number)) for number in range(4)]
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(8))
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(opened(gateways[0]))
-            callers = [
-                asyncio.create_task(
-                    asyncio.to_thread(calls_until, listen.grpc_port, is_over, keeps)
-                )
-                for keeps in (True, False) * 4
-            ]
-            try:
-                for former, later in pairwise(gateways):
-                    await stack.enter_async_context(opened(later))
-                    await former.listeners.close(LIMIT_S, hands_over=True)
-                    assert connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 1
-            finally:
-                is_over.set()
-            ends = sum(await asyncio.gather(*callers), Counter[str]())
-            assert set(ends) == {"OK"}
-
-    run(work)
+    listen = own_ports()
+    gateways = [Gateway(listen, str(number)) for number in range(4)]
+    async with asked_meanwhile(gateways[0], calls_until, listen.grpc_port) as (stack, ends):
+        for former, later in pairwise(gateways):
+            await stack.enter_async_context(opened(later))
+            await former.listeners.close(LIMIT_S, hands_over=True)
+            assert connections_on(listen.grpc_port, psutil.CONN_LISTEN) == 1
+    assert set(ends) == {"OK"}
 
 
 def asked_at_once(port: int, goes: threading.Event, is_ready: threading.Event) -> Counter[str]:
@@ -338,52 +307,50 @@ def asked_at_once(port: int, goes: threading.Event, is_ready: threading.Event) -
         return Counter(call.code().name for call in calls)
 
 
-def test_calls_that_have_come_and_that_nobody_has_taken_yet_are_answered(
+@in_loop
+async def test_calls_that_nobody_has_taken_yet_are_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Grpcio's own stop cancels them, and some of more than a thousand without a stop."""
     monkeypatch.setattr("router.gateway.listen.grpc.QUIET_S", 1.0)  # the clients' threads are here
     monkeypatch.setattr("router.gateway.listen.grpc.TAKE_S", LIMIT_S)
-
-    async def work() -> None:
-        listen, goes = own_ports(), threading.Event()
-        gateway, loop = Gateway(listen), asyncio.get_running_loop()
-        async with opened(gateway):
-            ready = [threading.Event() for _ in range(16)]
-            loop.set_default_executor(ThreadPoolExecutor(len(ready)))
-            calls = [
-                asyncio.create_task(asyncio.to_thread(asked_at_once, listen.grpc_port, goes, one))
-                for one in ready
-            ]
-            await until(lambda: all(one.is_set() for one in ready))
-            goes.set()
-            time.sleep(1.0)  # the event loop takes no call
-            await gateway.listeners.close(LIMIT_S)
-            assert sum(await asyncio.gather(*calls), Counter[str]()) == {"OK": 1600}
-
-    run(work)
+    listen, goes = own_ports(), threading.Event()
+    gateway, loop = Gateway(listen), asyncio.get_running_loop()
+    async with opened(gateway):
+        ready = [threading.Event() for _ in range(16)]
+        loop.set_default_executor(ThreadPoolExecutor(len(ready)))
+        calls = [
+            asyncio.create_task(asyncio.to_thread(asked_at_once, listen.grpc_port, goes, one))
+            for one in ready
+        ]
+        await until(lambda: all(one.is_set() for one in ready))
+        goes.set()
+        time.sleep(1.0)  # the event loop takes no call
+        await gateway.listeners.close(LIMIT_S)
+        assert sum(await asyncio.gather(*calls), Counter[str]()) == {"OK": 1600}
 
 
 @pytest.mark.parametrize("key", PORTS)
-def test_another_application_is_refused_by_name_and_keeps_no_port(key: str) -> None:
-    async def work() -> None:
-        listen = own_ports()
-        other = own_ports(**{key: listen.ports()[key]})
-        first, second = Gateway(listen), Gateway(other, "two")
-        async with opened(first, application="app one"):
-            with pytest.raises(ConfigError) as refused:
-                await second.listeners.open("app two")
-            assert refused.value.field == f"gateway.listen.{key}"
-            words = f"port {listen.ports()[key]} of {HOST} is used by application app one;"
-            assert words in str(refused.value)
-            assert "\n" not in str(refused.value)
-            check_free(other, apart_from=key)
-            assert await fetched(listen.http_port) == "one"
-            assert await generated(listen.grpc_port) == " one"
-        async with opened(Gateway(other, "two"), application="app two"):
-            assert await generated(other.grpc_port) == " two"
-
-    run(work)
+@in_loop
+async def test_another_application_is_refused_by_name_and_keeps_no_port(key: str) -> None:
+    listen = own_ports()
+    other = own_ports()
+    while {*other.ports().values()} & {*listen.ports().values()}:
+        other = own_ports()
+    other = other.model_copy(update={key: listen.ports()[key]})
+    first, second = Gateway(listen), Gateway(other, "two")
+    async with opened(first, application="app one"):
+        with pytest.raises(ConfigError) as refused:
+            await second.listeners.open("app two")
+        assert refused.value.field == f"gateway.listen.{key}"
+        words = f"port {listen.ports()[key]} of {HOST} is used by application app one;"
+        assert words in str(refused.value)
+        assert "\n" not in str(refused.value)
+        check_free(other, apart_from=key)
+        assert await fetched(listen.http_port) == "one"
+        assert await generated(listen.grpc_port) == " one"
+    async with opened(Gateway(other, "two"), application="app two"):
+        assert await generated(other.grpc_port) == " two"
 
 
 OTHER_PROGRAM = """
@@ -412,22 +379,19 @@ def other_program(port: int, shares: bool) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("key", "shares"), [*((key, False) for key in PORTS), ("grpc_port", True), ("http_port", True)]
 )
-def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shares: bool) -> None:
+@in_loop
+async def test_another_programs_port_is_refused_and_none_stays_open(key: str, shares: bool) -> None:
     """Whether or not the program lets others of this user share its port."""
-
-    async def work() -> None:
-        listen = own_ports()
-        with other_program(listen.ports()[key], shares) as named:
-            with pytest.raises(ConfigError) as refused:
-                await Gateway(listen).listeners.open("app")
-            check_free(listen, apart_from=key)
-        port = listen.ports()[key]
-        told = f"gateway.listen.{key}: cannot use {port}: it is taken by {named}"
-        assert str(refused.value) == told
-        async with opened(Gateway(listen)):
-            assert await generated(listen.grpc_port) == " one"
-
-    run(work)
+    listen = own_ports()
+    with other_program(listen.ports()[key], shares) as named:
+        with pytest.raises(ConfigError) as refused:
+            await Gateway(listen).listeners.open("app")
+        check_free(listen, apart_from=key)
+    port = listen.ports()[key]
+    told = f"gateway.listen.{key}: cannot use {port}: it is taken by {named}"
+    assert str(refused.value) == told
+    async with opened(Gateway(listen)):
+        assert await generated(listen.grpc_port) == " one"
 
 
 @pytest.mark.parametrize(
@@ -439,16 +403,14 @@ def test_a_port_of_another_program_is_refused_and_none_stays_open(key: str, shar
         ({"admin_host": "no-such-name.invalid"}, "admin_host", "no-such-name.invalid has no"),
     ],
 )
-def test_a_host_that_is_not_ours_is_refused(others: Any, field: str, words: str) -> None:
-    async def work() -> None:
-        listen = own_ports(**others)
-        with pytest.raises(ConfigError, match=re.escape(words)) as refused:
-            await Gateway(listen).listeners.open("app")
-        assert refused.value.field == f"gateway.listen.{field}"
-        assert "\n" not in str(refused.value)
-        check_free(listen.model_copy(update={"host": HOST, "admin_host": HOST}))
-
-    run(work)
+@in_loop
+async def test_a_host_that_is_not_ours_is_refused(others: Any, field: str, words: str) -> None:
+    listen = own_ports(**others)
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        await Gateway(listen).listeners.open("app")
+    assert refused.value.field == f"gateway.listen.{field}"
+    assert "\n" not in str(refused.value)
+    check_free(listen.model_copy(update={"host": HOST, "admin_host": HOST}))
 
 
 @pytest.fixture
@@ -462,131 +424,111 @@ def access(tmp_path: Path, key: str) -> Access:
     return Access(Keyring(tmp_path / "keys.yaml"), Metrics().refused_caller, slow_s=0.0)
 
 
-async def services_told(port: int, key: str | None = None) -> set[str]:
-    metadata = () if key is None else ((FIELD, f"Bearer {key}"),)
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+
+async def services_told(port: int) -> set[str]:
     async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
         # One message: grpcio's stream of them may be written to after its end.
         ask = channel.unary_unary(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            REFLECTION,
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        reply: Any = await ask(asked, metadata=metadata)
+        reply: Any = await ask(reflection_pb2.ServerReflectionRequest(list_services=""))
         return {service.name for service in reply.list_services_response.service}
 
 
-def test_services_are_described_where_the_access_is_open() -> None:
-    async def work() -> None:
+async def code_of(port: int, path: str, *keys: str) -> grpc.StatusCode:
+    """Return the status of a call with an empty message, and with these keys."""
+    metadata = [(FIELD, f"Bearer {key}") for key in keys]
+    async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+        call = channel.unary_unary(path)(b"", metadata=metadata)
+        return await call.code()
+
+
+@in_loop
+async def test_services_are_described_only_where_access_is_open(access: Access, key: str) -> None:
+    listen = own_ports()
+    async with opened(Gateway(listen)):
+        by_itself = {"grpc.reflection.v1alpha.ServerReflection"}
+        assert await services_told(listen.grpc_port) == {*SERVICES} | by_itself
+        admin = {"expertmesh.v1.Admin"}
+        assert await services_told(listen.admin_port) == admin | by_itself
+    async with opened(Gateway(listen, access=access)):
+        for port in (listen.grpc_port, listen.admin_port):
+            for given in ((), (key,)):
+                assert await code_of(port, REFLECTION, *given) is grpc.StatusCode.UNIMPLEMENTED
+
+
+@in_loop
+async def test_methods_that_a_port_lacks_are_unimplemented(access: Access, key: str) -> None:
+    for judge in (access, everybody()):
         listen = own_ports()
-        async with opened(Gateway(listen)):
-            by_itself = {"grpc.reflection.v1alpha.ServerReflection"}
-            assert await services_told(listen.grpc_port) == {*SERVICES} | by_itself
-            admin = {"expertmesh.v1.Admin"}
-            assert await services_told(listen.admin_port) == admin | by_itself
-
-    run(work)
-
-
-def test_services_are_not_described_where_keys_are_asked_for(access: Access, key: str) -> None:
-    async def work() -> None:
-        listen = own_ports()
-        async with opened(Gateway(listen, access=access)):
-            for port in (listen.grpc_port, listen.admin_port):
-                for given in (None, key):
-                    with pytest.raises(grpc.aio.AioRpcError) as refused:
-                        await services_told(port, given)
-                    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-    run(work)
+        async with opened(Gateway(listen, access=judge)):
+            codes = {
+                await code_of(port, path, *keys)
+                for port, path in (
+                    (listen.grpc_port, "/expertmesh.v1.Inference/Missing"),
+                    (listen.grpc_port, "/expertmesh.v1.Admin/GetStatus"),
+                    (listen.admin_port, "/expertmesh.v1.Inference/Generate"),
+                    (listen.admin_port, "/none/Missing"),
+                )
+                for keys in ((), (key,))
+            }
+            assert codes == {grpc.StatusCode.UNIMPLEMENTED}
 
 
-def test_methods_that_a_port_does_not_have_are_unimplemented(access: Access, key: str) -> None:
-    async def code_of(port: int, path: str, metadata: Any) -> grpc.StatusCode:
-        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await channel.unary_unary(path)(b"", metadata=metadata)
-            return refused.value.code()
-
-    async def work() -> None:
-        for judge in (access, everybody()):
-            listen = own_ports()
-            async with opened(Gateway(listen, access=judge)):
-                codes = {
-                    await code_of(port, path, metadata)
-                    for port, path in (
-                        (listen.grpc_port, "/expertmesh.v1.Inference/Missing"),
-                        (listen.grpc_port, "/expertmesh.v1.Admin/GetStatus"),
-                        (listen.admin_port, "/expertmesh.v1.Inference/Generate"),
-                        (listen.admin_port, "/none/Missing"),
-                    )
-                    for metadata in ((), ((FIELD, f"Bearer {key}"),))
-                }
-                assert codes == {grpc.StatusCode.UNIMPLEMENTED}
-
-    run(work)
+@in_loop
+async def test_a_call_shows_one_key(access: Access, key: str) -> None:
+    listen = own_ports()
+    async with opened(Gateway(listen, access=access)):
+        path = "/expertmesh.v1.Inference/GetModelInfo"
+        codes = [await code_of(listen.grpc_port, path, *keys) for keys in ((), (key,), (key, key))]
+        refused = grpc.StatusCode.UNAUTHENTICATED
+        assert codes == [refused, grpc.StatusCode.OK, refused]
 
 
-def test_with_a_certificate_it_answers_by_tls_alone(tmp_path: Path) -> None:
+@in_loop
+async def test_with_a_certificate_it_answers_by_tls_alone_but_for_its_probe(tmp_path: Path) -> None:
     pair = Pair(tmp_path / "tls", asks_clients=True)
 
-    async def secured(port: int, has_certificate: bool = True) -> str:
-        async with httpx.AsyncClient(
-            verify=pair.context(has_certificate), timeout=LIMIT_S
-        ) as client:
-            return (await client.get(f"https://{HOST}:{port}/")).text
-
-    async def work() -> None:
-        listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
-        async with opened(Gateway(listen)):
-            assert await secured(listen.http_port) == "one"
-            with pytest.raises(httpx.TransportError):
-                await secured(listen.http_port, has_certificate=False)
-            with pytest.raises(httpx.TransportError):
-                await fetched(listen.http_port)
-            assert await generated(listen.grpc_port, tls=pair.tls()) == " one"
-            for tls in (None, pair.tls(has_certificate=False)):
-                with pytest.raises(UnreachableError):
-                    await generated(listen.grpc_port, tls=tls)
-
-    run(work)
-
-
-def test_a_probe_without_tls_has_its_own_port(tmp_path: Path) -> None:
-    pair = Pair(tmp_path / "tls", asks_clients=True)
-
-    async def work() -> None:
-        listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
-        async with opened(Gateway(listen)), httpx.AsyncClient(timeout=LIMIT_S) as client:
+    listen = ListenConfig.model_validate(own_ports().model_dump() | {"tls": pair.listen()})
+    async with opened(Gateway(listen)):
+        async with httpx.AsyncClient(verify=pair.context(), timeout=LIMIT_S) as client:
+            assert (await client.get(f"https://{HOST}:{listen.http_port}/")).text == "one"
+        with pytest.raises(httpx.TransportError):
+            await fetched(listen.http_port)
+        assert await generated(listen.grpc_port, tls=pair.tls()) == " one"
+        with pytest.raises(UnreachableError):
+            await generated(listen.grpc_port)
+        async with httpx.AsyncClient(timeout=LIMIT_S) as client:
             url = f"http://{HOST}:{listen.health_port}"
             answer = await client.get(f"{url}/-/healthz")
             assert (answer.status_code, answer.text) == (200, "success")
             for path in ("/", "/health", "/v1/models", "/-/healthz/more"):
                 assert (await client.get(f"{url}{path}")).status_code == 404
 
-    run(work)
 
-
-def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
-    async def work() -> None:
-        listen = own_ports()
-        async with (
-            opened(Gateway(listen)),
-            AsyncClient(f"{HOST}:{listen.grpc_port}", retry=None) as client,
-        ):
-            with pytest.raises(ExpertMeshError, match="over the limit of 4194304 bytes"):
-                await client.generate("x" * 5_000_000, SAMPLING, model="tiny")
-            with pytest.raises(ExpertMeshError, match="larger than max"):
-                await client.generate("x" * 17_000_000, SAMPLING, model="tiny")
-
-    run(work)
+@in_loop
+async def test_a_message_is_refused_by_name_and_a_far_longer_one_by_grpc() -> None:
+    listen = own_ports()
+    async with (
+        opened(Gateway(listen)),
+        AsyncClient(f"{HOST}:{listen.grpc_port}", retry=None) as client,
+    ):
+        with pytest.raises(ExpertMeshError, match="over the limit of 4194304 bytes"):
+            await client.generate("x" * 5_000_000, SAMPLING, model="tiny")
+        with pytest.raises(ExpertMeshError, match="larger than max"):
+            await client.generate("x" * 17_000_000, SAMPLING, model="tiny")
 
 
 @pytest.mark.parametrize(
     ("num_open", "times"),
     [([10, 509, 10], 0), ([10, 510, 10, 10], 1), ([10, 400, 600, 90, 595], 1)],
 )
-def test_the_memory_of_a_crowd_is_given_back_once_it_has_left(
+@in_loop
+async def test_the_memory_of_a_crowd_is_given_back_once_it_has_left(
     monkeypatch: pytest.MonkeyPatch, num_open: list[int], times: int
 ) -> None:
     """By the numbers of descriptors, as they are looked at."""
@@ -603,12 +545,8 @@ def test_the_memory_of_a_crowd_is_given_back_once_it_has_left(
     )
     monkeypatch.setattr(listeners, "give_back_freed", lambda: given_back.append(None))
     monkeypatch.setattr(listeners, "FREED_PERIOD_S", 0.0)
-
-    async def work() -> None:
-        async with opened(Gateway(own_ports())):
-            await until(looked.is_set)
-
-    run(work)
+    async with opened(Gateway(own_ports())):
+        await until(looked.is_set)
     assert len(given_back) == times
 
 
@@ -622,27 +560,26 @@ async def greeted(port: int) -> tuple[asyncio.StreamWriter, bytes]:
         return writer, b""
 
 
-def test_a_grpc_connection_beyond_the_limit_is_refused_until_another_one_ends() -> None:
-    async def work() -> None:
-        listen = own_ports(max_connections=2)
-        async with opened(Gateway(listen)):
-            writers = []
-            for is_answered in (True, True, False, False):
-                writer, told = await greeted(listen.grpc_port)
-                writers.append(writer)
-                assert bool(told) == is_answered
-            writers[0].close()
-            told = b""
-            while not told:
-                writer, told = await greeted(listen.grpc_port)
-                writers.append(writer)
-            for writer in writers:
-                writer.close()
-
-    run(work)
+@in_loop
+async def test_a_grpc_connection_beyond_the_limit_is_refused_until_another_one_ends() -> None:
+    listen = own_ports(max_connections=2)
+    async with opened(Gateway(listen)):
+        writers = []
+        for is_answered in (True, True, False, False):
+            writer, told = await greeted(listen.grpc_port)
+            writers.append(writer)
+            assert bool(told) == is_answered
+        writers[0].close()
+        told = b""
+        while not told:
+            writer, told = await greeted(listen.grpc_port)
+            writers.append(writer)
+        for writer in writers:
+            writer.close()
 
 
-def test_a_message_that_does_not_come_ends_its_call_and_not_the_connection(
+@in_loop
+async def test_a_message_that_stays_away_ends_its_call_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A call whose message stays away (HTTP/2 by hand), and then one that has a message."""
@@ -665,60 +602,55 @@ def test_a_message_that_does_not_come_ends_its_call_and_not_the_connection(
             frames += len(data).to_bytes(3, "big") + b"\0\1" + stream.to_bytes(4, "big") + data
         return frames
 
-    async def work() -> None:
-        listen = own_ports()
-        async with opened(Gateway(listen)):
-            reader, writer = await asyncio.open_connection(HOST, listen.grpc_port)
-            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
-            writer.write(call(1, b""))
-            await reader.readuntil(b"the message did not arrive within")
-            writer.write(call(3, b"\0\0\0\0\0"))
-            await reader.readuntil(b"\0\0\0\0\2\x08\1")  # SERVING
-            writer.close()
-
-    run(work)
+    listen = own_ports()
+    async with opened(Gateway(listen)):
+        reader, writer = await asyncio.open_connection(HOST, listen.grpc_port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        writer.write(call(1, b""))
+        await reader.readuntil(b"the message did not arrive within")
+        writer.write(call(3, b"\0\0\0\0\0"))
+        await reader.readuntil(b"\0\0\0\0\2\x08\1")  # SERVING
+        writer.close()
 
 
 LARGE, PIECE = b"large", BytesValue(value=bytes(64 << 10))
 
 
-def test_a_stream_that_nobody_reads_holds_up_none_of_its_connection() -> None:
-    async def work() -> None:
-        num_begun, all_begun, is_written = 0, asyncio.Event(), asyncio.Event()
+@in_loop
+async def test_a_stream_that_nobody_reads_holds_up_none_of_its_connection() -> None:
+    num_begun, all_begun, is_written = 0, asyncio.Event(), asyncio.Event()
 
-        async def write(
-            request: bytes, caller: Caller | None, context: Any
-        ) -> AsyncGenerator[BytesValue, None]:
-            nonlocal num_begun
-            num_begun += 1
-            if num_begun == MAX_STREAMS:
-                all_begun.set()
-            await all_begun.wait()
-            for _ in range(128 if request == LARGE else 2):
-                yield PIECE
-            if request == LARGE:
-                is_written.set()
+    async def write(
+        request: bytes, caller: Caller | None, context: Any
+    ) -> AsyncGenerator[BytesValue, None]:
+        nonlocal num_begun
+        num_begun += 1
+        if num_begun == MAX_STREAMS:
+            all_begun.set()
+        await all_begun.wait()
+        for _ in range(128 if request == LARGE else 2):
+            yield PIECE
+        if request == LARGE:
+            is_written.set()
 
-        [port] = free_ports(1)
-        methods = {"/s/Stream": Method(None, write, is_stream=True)}
-        door = Door(everybody(), methods, MAX_BODY_BYTES)
-        listener = GrpcListener(door, (), ListenConfig(), MAX_BODY_BYTES, None)
-        await listener.start(HOST, port, "")
-        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            stream = channel.unary_stream("/s/Stream")
-            unread = stream(LARGE)
+    [port] = free_ports(1)
+    methods = {"/s/Stream": Method(None, write, is_stream=True)}
+    door = Door(everybody(), methods, MAX_BODY_BYTES)
+    listener = GrpcListener(door, (), ListenConfig(), MAX_BODY_BYTES, None)
+    await listener.start(HOST, port, "")
+    async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+        stream = channel.unary_stream("/s/Stream")
+        unread = stream(LARGE)
 
-            async def num_pieces(call: Any) -> int:
-                return sum([1 async for _ in call])
+        async def num_pieces(call: Any) -> int:
+            return sum([1 async for _ in call])
 
-            others = [asyncio.create_task(num_pieces(stream(b""))) for _ in range(MAX_STREAMS - 1)]
-            assert await asyncio.gather(*others) == [2] * len(others)
-            assert not is_written.is_set()
-            assert connections_on(port, psutil.CONN_ESTABLISHED) == 1
-            assert await num_pieces(unread) == 128
-        await listener.stop(0.0)
-
-    run(work)
+        others = [asyncio.create_task(num_pieces(stream(b""))) for _ in range(MAX_STREAMS - 1)]
+        assert await asyncio.gather(*others) == [2] * len(others)
+        assert not is_written.is_set()
+        assert connections_on(port, psutil.CONN_ESTABLISHED) == 1
+        assert await num_pieces(unread) == 128
+    await listener.stop(0.0)
 
 
 class Crowd(Access):
@@ -757,22 +689,20 @@ def memory_bytes(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def test_what_strangers_send_takes_no_memory(access: Access) -> None:
-    async def work() -> None:
-        listen = own_ports()
-        crowd = Crowd(access, 24)
-        async with opened(Gateway(listen, access=crowd, max_body_bytes=4 * MIB)):
-            before = memory_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-            stranger = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                STRANGER,
-                f"{HOST}:{listen.grpc_port}",
-                stdout=asyncio.subprocess.PIPE,
-            )
-            told, _ = await stranger.communicate()
-            assert told.split() == [b"UNAUTHENTICATED"] * 24
-            assert memory_bytes("VmHWM") - before < 64 * MIB
-
-    run(work)
+@in_loop
+async def test_what_strangers_send_takes_no_memory(access: Access) -> None:
+    listen = own_ports()
+    crowd = Crowd(access, 24)
+    async with opened(Gateway(listen, access=crowd, max_body_bytes=4 * MIB)):
+        before = memory_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        stranger = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            STRANGER,
+            f"{HOST}:{listen.grpc_port}",
+            stdout=asyncio.subprocess.PIPE,
+        )
+        told, _ = await stranger.communicate()
+        assert told.split() == [b"UNAUTHENTICATED"] * 24
+        assert memory_bytes("VmHWM") - before < 64 * MIB

@@ -31,21 +31,14 @@ def pieces(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
 
 
-@given(ids_of_any_bytes)
-def test_pieces_are_the_plain_decode(ids: list[int]) -> None:
-    assert "".join(pieces(Detokenizer(tokenizer()), ids)) == tokenizer().decode(ids)
-
-
 @given(ids_of_any_bytes, ids_of_any_bytes)
-def test_the_prompt_before_does_not_change_byte_level_text(
-    context: list[int], ids: list[int]
-) -> None:
+def test_pieces_are_the_plain_decode_after_any_prompt(context: list[int], ids: list[int]) -> None:
     got = "".join(pieces(Detokenizer(tokenizer(), context), ids))
     assert got == tokenizer().decode(ids)
 
 
 @given(st.lists(ids_of_any_bytes, max_size=6), st.data())
-def test_the_text_is_the_same_however_many_tokens_come_at_once(
+def test_it_is_the_same_text_however_tokens_come(
     groups: list[list[int]], data: st.DataObject
 ) -> None:
     context = data.draw(ids_of_any_bytes)
@@ -73,20 +66,20 @@ def test_a_long_text_is_decoded_in_short_windows(monkeypatch: pytest.MonkeyPatch
 
 
 @given(text)
-def test_no_piece_holds_half_a_character(whole: str) -> None:
-    parts = pieces(Detokenizer(tokenizer()), tokenizer().encode(whole))
+def test_no_piece_holds_half_a_character_and_bytes_are_those_of_the_text(whole: str) -> None:
+    ids = tokenizer().encode(whole)
+    parts = pieces(Detokenizer(tokenizer()), ids)
     assert "".join(parts) == whole
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+    assert b"".join(tokenizer().token_bytes(token_id) for token_id in ids) == whole.encode()
 
 
-def test_a_character_of_four_tokens_comes_whole() -> None:
-    ids = _byte_ids("x🦊".encode())
+def test_a_character_of_four_tokens_comes_whole_and_an_unfinished_one_at_the_end() -> None:
+    by_bytes = {tokenizer().token_bytes(token_id): token_id for token_id in range(2, vocab_size())}
+    ids = [by_bytes[bytes([byte])] for byte in "x🦊".encode()]
     assert pieces(Detokenizer(tokenizer()), ids) == ["x", "", "", "", "🦊", ""]
-
-
-def test_an_unfinished_character_shows_at_the_end() -> None:
-    ids = _byte_ids("🦊".encode()[:3])
-    assert pieces(Detokenizer(tokenizer()), ids) == ["", "", "", "\N{REPLACEMENT CHARACTER}"]
+    cut = ["x", "", "", "", "\N{REPLACEMENT CHARACTER}"]
+    assert pieces(Detokenizer(tokenizer()), ids[:-1]) == cut
 
 
 def test_special_tokens_have_no_text() -> None:
@@ -95,7 +88,7 @@ def test_special_tokens_have_no_text() -> None:
 
 
 @given(st.lists(text, max_size=12), stop_strings)
-def test_the_matcher_cuts_at_the_first_stop_however_the_text_is_cut(
+def test_the_matcher_cuts_at_the_first_stop_in_any_pieces(
     parts: list[str], stops: list[str]
 ) -> None:
     matcher = StopMatcher(stops)
@@ -148,14 +141,8 @@ def sentencepiece() -> Tokenizer:
     raw = RawTokenizer(
         models.BPE(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[])
     )
-    raw.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    space, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    raw.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), strip])
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     return Tokenizer(fast, (EOS,))
 
@@ -182,11 +169,6 @@ def test_a_class_that_decodes_in_its_own_way_is_asked(sentencepiece: Tokenizer) 
     assert Tokenizer(loud).decode([3, 4]) == sentencepiece.decode([3, 4]).upper() == "WORDS"
 
 
-def test_text_that_goes_on_keeps_its_first_space(sentencepiece: Tokenizer) -> None:
-    assert sentencepiece.decode([3, 4]) == "words"
-    assert "".join(pieces(Detokenizer(sentencepiece, [0, 2]), [3, 4, 3])) == " words word"
-
-
 @pytest.mark.parametrize("size", [1, 8])
 def test_text_after_shown_marks_keeps_its_first_space(sentencepiece: Tokenizer, size: int) -> None:
     """A special token, such as Mixtral's before its calls, is no context for the decoder."""
@@ -196,20 +178,10 @@ def test_text_after_shown_marks_keeps_its_first_space(sentencepiece: Tokenizer, 
     assert "".join([*parts, choice.flush()[0]]) == " word[M] words[M][M] the[M]"
 
 
-def test_byte_fallback_characters_come_whole(sentencepiece: Tokenizer) -> None:
+def test_text_goes_on_with_its_space_and_whole_characters(sentencepiece: Tokenizer) -> None:
     ids = [2, *(5 + byte for byte in "é🦊".encode()), 3]
     parts = pieces(Detokenizer(sentencepiece, [0]), ids)
     assert "".join(parts) == "the" + "é🦊" + " word"
+    assert "".join(pieces(Detokenizer(sentencepiece, [0, 2]), [3, 4, 3])) == " words word"
     assert sentencepiece.token_bytes(5 + 0xC3) == b"\xc3"
     assert sentencepiece.token_bytes(3) == b" word"
-
-
-@given(text)
-def test_the_bytes_of_tokens_are_the_bytes_of_the_text(whole: str) -> None:
-    ids = tokenizer().encode(whole)
-    assert b"".join(tokenizer().token_bytes(token_id) for token_id in ids) == whole.encode()
-
-
-def _byte_ids(data: bytes) -> list[int]:
-    by_bytes = {tokenizer().token_bytes(token_id): token_id for token_id in range(2, vocab_size())}
-    return [by_bytes[bytes([byte])] for byte in data]

@@ -50,7 +50,16 @@ def flow(**changed: Tensor) -> list[Tensor]:
     return [given for given in inputs.values() if given is not None]
 
 
-NAN = struct.pack("<8f", *[1.0] * 7, float("nan"))
+def digits(shape: tuple[int, ...], data: Any = b"", datatype: str = "FP32") -> Infer:
+    """A request with such pixels; a number is that of bytes."""
+    sent = bytes(data) if isinstance(data, int) else data
+    return Infer("digits", [Tensor("pixels", datatype, shape, sent)])
+
+
+def having(**parameters: Any) -> Infer:
+    return Infer("digits", [GOOD], parameters=parameters)
+
+
 CASES: dict[str, tuple[Infer, str, str]] = {
     "unknown input": (
         Infer("digits", [GOOD, Tensor("x\x1b", "FP32", (2, 4), b"")]),
@@ -70,37 +79,22 @@ CASES: dict[str, tuple[Infer, str, str]] = {
     "duplicate output": (
         Infer("digits", [GOOD], ["label", "label"]), "outputs.label", "appears twice",
     ),
-    "datatype": (
-        Infer("digits", [Tensor("pixels", "FP64", (2, 4), b"\0" * 64)]),
-        "inputs.pixels.datatype", "must be FP32; got 'FP64'",
-    ),
-    "no datatype": (
-        Infer("digits", [Tensor("pixels", "", (2, 4), b"\0" * 32)]),
-        "inputs.pixels.datatype", "must be FP32; got ''",
-    ),
+    "datatype": (digits((2, 4), 64, "FP64"), "inputs.pixels.datatype", "must be FP32; got 'FP64'"),
     "shape": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 5), b"\0" * 40)]),
+        digits((2, 5), 40),
         "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [2, 5]",
     ),
-    "one row without its batch axis": (
-        Infer("digits", [Tensor("pixels", "FP32", (4,), b"\0" * 16)]),
-        "inputs.pixels.shape", "must be [-1, 4], where -1 is any length; got [4]",
-    ),
     "no rows": (
-        Infer("digits", [Tensor("pixels", "FP32", (0, 4), b"")]),
+        digits((0, 4)),
         "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got 0",
     ),
-    "a negative axis": (
-        Infer("digits", [Tensor("pixels", "FP32", (-1, 4), b"")]),
-        "inputs.pixels.shape[0]", "must be an integer from 1 to 2147483647; got -1",
-    ),
     "a vast shape": (
-        Infer("digits", [Tensor("pixels", "FP32", (2**62, 2**62), b"")]),
+        digits((2**62, 2**62)),
         "inputs.pixels.shape[0]",
         "must be an integer from 1 to 2147483647; got 4611686018427387904",
     ),
     "too many rows": (
-        Infer("digits", [Tensor("pixels", "FP32", (MAX_ROWS + 1, 4), b"")]),
+        digits((MAX_ROWS + 1, 4)),
         "inputs.pixels.shape", f"has {MAX_ROWS + 1} rows; at most {MAX_ROWS}",
     ),
     "batch axes": (
@@ -108,59 +102,32 @@ CASES: dict[str, tuple[Infer, str, str]] = {
         "inputs.flags.shape", "has 2 rows, but features has 3",
     ),
     "too few bytes": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)]),
-        "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
+        digits((2, 4), 31), "inputs.pixels", "has 31 bytes, must have 32: 8 values of FP32",
     ),
-    "too many values": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0] * 9)]),
-        "inputs.pixels", "data has 9 values; its shape needs 8",
-    ),
-    "not finite in bytes": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), NAN)]),
+    "not finite": (
+        digits((2, 4), struct.pack("<8f", *[1.0] * 7, float("nan"))),
         "inputs.pixels", "row 1 has nan; all values must be finite in FP32",
-    ),
-    "not finite in values": (
-        Infer("digits", [Tensor("pixels", "FP32", (2, 4), [1.0, float("inf")] * 4)]),
-        "inputs.pixels", "row 0 has inf; all values must be finite in FP32",
     ),
     "a BOOL of 2": (
         Infer("team/flow", flow(flags=Tensor("flags", "BOOL", (3, 2), b"\0\1\2\0\1\0"))),
         "inputs.flags", "has a byte that is neither 0 nor 1, must be BOOL",
     ),
-    "a UINT8 of 256": (
-        Infer("team/flow", [
-            Tensor(t.name, t.datatype, t.shape, [256, 0, 0] if t.name == "bytes" else [1] * 3)
-            for t in flow(features=None, flags=None)
-        ] + [Tensor("features", "FP64", (3, 2, 3), [1.0] * 18),
-             Tensor("flags", "BOOL", (3, 2), [True] * 6)]),
-        "inputs.bytes", "data has 256; each value must be an integer from 0 to 255",
-    ),
     "timeout_s": (
-        Infer("digits", [GOOD], parameters={"timeout_s": 0.0}),
-        "parameters.timeout_s", "must be greater than 0; got 0.0",
+        having(timeout_s=0.0), "parameters.timeout_s", "must be greater than 0; got 0.0",
     ),
     "a late timeout_s": (
-        Infer("digits", [GOOD], parameters={"timeout_s": 3601.0}),
+        having(timeout_s=3601.0),
         "parameters.timeout_s", "must be less than or equal to 3600; got 3601.0",
     ),
-    "timeout_s as a text": (
-        Infer("digits", [GOOD], parameters={"timeout_s": "1"}),
-        "parameters.timeout_s", "must be a valid number; got '1'",
-    ),
     "timeout": (
-        Infer("digits", [GOOD], parameters={"timeout": -1}),
-        "parameters.timeout", "must be greater than or equal to 1; got -1",
-    ),
-    "a late timeout": (
-        Infer("digits", [GOOD], parameters={"timeout": 3_600_000_001}),
-        "parameters.timeout", "must be less than or equal to 3600000000; got 3600000001",
+        having(timeout=-1), "parameters.timeout", "must be greater than or equal to 1; got -1",
     ),
     "both timeouts": (
-        Infer("digits", [GOOD], parameters={"timeout": 5, "timeout_s": 5.0}),
+        having(timeout=5, timeout_s=5.0),
         "parameters.timeout", "cannot be given together with timeout_s",
     ),
     "on_expert_loss": (
-        Infer("digits", [GOOD], parameters={"on_expert_loss": "hope"}),
+        having(on_expert_loss="hope"),
         "parameters.on_expert_loss", "must be 'strict', 'next_expert' or 'drop'; got 'hope'",
     ),
     "a language model": (
@@ -197,7 +164,7 @@ def test_a_reply_that_would_be_too_large_is_refused_beforehand(
     limits = GatewayConfig(max_body_bytes=8192)
 
     def asked(rows: int) -> Infer:
-        return Infer("digits", [Tensor("pixels", "FP32", (rows, 4), b"\0" * 16 * rows)])
+        return digits((rows, 4), 16 * rows)
 
     # A row has a label of at most 4 + 13 bytes, 3 FP32 and 2 INT64: 45 bytes.
     assert http_infer(asked(182), limits=limits).status_code == 200
@@ -212,7 +179,7 @@ def test_a_reply_that_would_be_too_large_is_refused_beforehand(
 
 def test_the_bounds_of_bodies_hold_for_predictions() -> None:
     limits = GatewayConfig(max_body_bytes=1024)
-    large = Infer("digits", [Tensor("pixels", "FP32", (100, 4), b"\0" * 1600)])
+    large = digits((100, 4), 1600)
     response = http_infer(large, limits=limits)
     assert response.status_code == 413
     assert response.json() == {"error": "the body is over the limit of 1024 bytes"}
@@ -226,22 +193,14 @@ BODIES: dict[str, tuple[Any, str]] = {
     "no object": ([], "the body must be a JSON object"),
     "no inputs": ({}, "inputs: is missing"),
     "inputs that are no list": ({"inputs": {}}, "inputs: must be a list; got a mapping of 0"),
-    "an input that is no object": ({"inputs": [3]}, "inputs[0]: must be a mapping; got 3"),
     "an unknown field": ({"inputs": [INPUT], "in\nput": 1}, "'in\\nput': unknown field; allowed"),
     "an unknown field of an input": (
         {"inputs": [{**INPUT, "dtype": "FP32"}]}, "inputs[0].dtype: unknown field; allowed: data",
     ),
-    "an unknown field of an output": (
-        {"inputs": [INPUT], "outputs": [{"name": "label", "shape": [1]}]},
-        "outputs[0].shape: unknown field; allowed: name, parameters",
-    ),
-    "no name": ({"inputs": [{**INPUT, "name": 4}]}, "inputs[0].name: must be a valid string;"),
     "half a character": (
         {"inputs": [{**INPUT, "name": "\ud800"}]}, "inputs[0].name: character 0 is half of",
     ),
     "no data": ({"inputs": [{**INPUT, "data": None}]}, "inputs[0].data: is missing"),
-    "data that is no list": ({"inputs": [{**INPUT, "data": "1"}]}, "inputs[0].data: must be a"),
-    "no shape": ({"inputs": [{**INPUT, "shape": 4}]}, "inputs[0].shape: must be a list; got 4"),
     "a datatype that is no text": (
         {"inputs": [{**INPUT, "datatype": ["FP32"]}]},
         "inputs.pixels.datatype: must be FP32; got a list of 1",
@@ -265,18 +224,9 @@ BODIES: dict[str, tuple[Any, str]] = {
                      "parameters": {"binary_data_size": 16}}]},
         "inputs[0].parameters.binary_data_size: must be at most 0, the bytes left after the",
     ),
-    "a size that is no number": (
-        {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 4],
-                     "parameters": {"binary_data_size": "16"}}]},
-        "inputs[0].parameters.binary_data_size: must be a valid integer; got '16'",
-    ),
     "binary_data": (
         {"inputs": [INPUT], "outputs": [{"name": "label", "parameters": {"binary_data": 1}}]},
         "outputs[0].parameters.binary_data: must be a valid boolean; got 1",
-    ),
-    "binary_data_output": (
-        {"inputs": [INPUT], "parameters": {"binary_data_output": "yes"}},
-        "parameters.binary_data_output: must be a valid boolean; got 'yes'",
     ),
 }  # fmt: skip
 
@@ -292,22 +242,19 @@ def test_a_malformed_body_is_refused_with_its_place(name: str) -> None:
     assert upstream.requests == []
 
 
+WRONG_LENGTH = f"{LENGTH_HEADER}: must be from 1 to the body's "
+
+
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ("", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("0", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("-1", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("1e2", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("99999", f"{LENGTH_HEADER}: must be from 1 to the body's "),
-        ("9" * 30, f"{LENGTH_HEADER}: must be from 1 to the body's "),
+        *((length, WRONG_LENGTH) for length in ("", "0", "-1", "1e2", "99999", "9" * 30)),
         ("10", "the body is not JSON: "),
         (None, "the body is not JSON: it cannot be decoded"),
     ],
 )
 def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> None:
-    bytes_ = b"\xff" * 16
-    body, _ = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), bytes_)]))
+    body, _ = http_body(digits((1, 4), b"\xff" * 16))
     headers = {} if length is None else {LENGTH_HEADER: length}
     response = http_call(DIGITS, body, headers)
     assert response.status_code == 400
@@ -315,16 +262,11 @@ def test_the_length_of_the_json_is_checked(length: str | None, message: str) -> 
 
 
 def test_bytes_that_no_input_has_are_refused() -> None:
-    body, headers = http_body(Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\0" * 16)]))
+    body, headers = http_body(digits((1, 4), 16))
     response = http_call(DIGITS, body + b"!", headers)
     assert response.json()["error"] == (
         "inputs: 17 bytes follow the JSON, but the inputs' binary_data_size adds up to 16"
     )
-
-
-def changed(message: Any, change: Callable[[Any], object]) -> Any:
-    change(message)
-    return message
 
 
 GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
@@ -341,11 +283,6 @@ GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
                    m.inputs[0].contents.fp64_contents.append(1)),
         "inputs[0].contents.fp64_contents: is not the field for 'FP32', which is fp32_contents",
     ),
-    "a field of no datatype": (
-        lambda m: (m.ClearField("raw_input_contents"), setattr(m.inputs[0], "datatype", "FP17"),
-                   m.inputs[0].contents.fp64_contents.append(1)),
-        "inputs[0].contents.fp64_contents: is not the field for 'FP17', which is none",
-    ),
     "no contents": (
         lambda m: m.ClearField("raw_input_contents"),
         "inputs.pixels: data has 0 values; its shape needs 8",
@@ -353,10 +290,6 @@ GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
     "a parameter without a value": (
         lambda m: m.parameters["timeout_s"].Clear(),
         "parameters.timeout_s: must be a valid number; got a InferParameter",
-    ),
-    "shared memory": (
-        lambda m: setattr(m.inputs[0].parameters["shared_memory_region"], "string_param", "x"),
-        "inputs[0].parameters.shared_memory_region: unknown field; allowed: content_type",
     ),
     "classification": (
         lambda m: setattr(m.outputs.add(name="label").parameters["classification"],
@@ -374,7 +307,8 @@ GRPC: dict[str, tuple[Callable[[Any], object], str]] = {
 @pytest.mark.parametrize("name", GRPC)
 def test_a_malformed_message_is_refused_with_its_place(name: str) -> None:
     change, message = GRPC[name]
-    request = changed(grpc_message(Infer("digits", [GOOD])), change)
+    request = grpc_message(Infer("digits", [GOOD]))
+    change(request)
     with pytest.raises(ExpertMeshError) as caught:
         grpc_call("ModelInfer", request.SerializeToString())
     assert str(caught.value) == message

@@ -48,33 +48,26 @@ def counted(service: PredictionService, name: str, **labels: str) -> float:
     )
 
 
-def ask(service: PredictionService, request: Infer) -> None:
+async def ask(service: PredictionService, request: Infer, caller: Caller = ANYBODY) -> None:
     data = grpc_message(request).SerializeToString()
-    asyncio.run(PredictionHandlers(service).answer("ModelInfer", data, ANYBODY))
+    await PredictionHandlers(service).answer("ModelInfer", data, caller)
 
 
-def test_rows_outcomes_and_latency(service: PredictionService, upstream: FakePredictions) -> None:
-    ask(service, Infer("digits", [PIXELS]))
-    ask(service, Infer("digits", [PIXELS]))
+async def test_rows_outcomes_and_latency(
+    service: PredictionService, upstream: FakePredictions
+) -> None:
+    await ask(service, Infer("digits", [PIXELS]))
+    await ask(service, Infer("digits", [PIXELS]), Caller("alice", frozenset({Role.INFERENCE})))
+    sent = [PredictionRequest.from_wire(request.to_wire()) for request in upstream.requests]
+    assert [request.tenant for request in sent] == ["", "alice"]  # the router is told it
     assert counted(service, "requests_total", surface="grpc", code="ok") == 2
     assert counted(service, "prediction_rows_total", **DIGITS) == 10
     assert counted(service, "inexact_rows_total") == 0
     assert counted(service, "e2e_request_latency_seconds_count", **DIGITS) == 2
     upstream.exact = False
-    ask(service, Infer("digits", [PIXELS], parameters={"on_expert_loss": "drop"}))
+    await ask(service, Infer("digits", [PIXELS], parameters={"on_expert_loss": "drop"}))
     assert counted(service, "inexact_rows_total", reason="drop", **DIGITS) == 5
     assert counted(service, "requests_in_flight", **DIGITS) == 0
-
-
-def test_a_router_is_told_the_name_of_the_caller_s_keys(
-    service: PredictionService, upstream: FakePredictions
-) -> None:
-    data = grpc_message(Infer("digits", [PIXELS])).SerializeToString()
-    alice = Caller("alice", frozenset({Role.INFERENCE}))
-    for caller in (alice, ANYBODY):
-        asyncio.run(PredictionHandlers(service).answer("ModelInfer", data, caller))
-    sent = [PredictionRequest.from_wire(request.to_wire()) for request in upstream.requests]
-    assert [request.tenant for request in sent] == ["alice", ""]
 
 
 @pytest.mark.parametrize(
@@ -85,47 +78,40 @@ def test_a_router_is_told_the_name_of_the_caller_s_keys(
         (Infer("digits", [Tensor("pixels", "FP32", (1, 4), b"\0" * 4096)]), "resource_exhausted"),
     ],
 )
-def test_refusals(service: PredictionService, request_: Infer, code: str) -> None:
+async def test_refusals(service: PredictionService, request_: Infer, code: str) -> None:
     with pytest.raises(ExpertMeshError):
-        ask(service, request_)
+        await ask(service, request_)
     assert counted(service, "requests_total") == counted(service, "requests_total", code=code) == 1
     assert counted(service, "prediction_rows_total") == 0
     assert service.room.places.taken == service.room.bodies.taken == 0
 
 
-def test_failures_and_cancellations(service: PredictionService, upstream: FakePredictions) -> None:
+async def test_failures_and_cancellations(
+    service: PredictionService, upstream: FakePredictions
+) -> None:
     upstream.error = UnavailableError("lost")
     with pytest.raises(UnavailableError):
-        ask(service, Infer("digits", [PIXELS]))
+        await ask(service, Infer("digits", [PIXELS]))
     assert counted(service, "requests_total", code="unavailable") == 1
     upstream.error, upstream.endless = None, True
-
-    async def leave() -> None:
-        data = grpc_message(Infer("digits", [PIXELS])).SerializeToString()
-        task = asyncio.create_task(PredictionHandlers(service).answer("ModelInfer", data, ANYBODY))
-        while len(upstream.requests) < 2:
-            await asyncio.sleep(0.001)
-        assert counted(service, "requests_in_flight", **DIGITS) == 1
-        assert service.room.bodies.taken == len(data)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(asyncio.wait_for(leave(), 20))
+    task = asyncio.create_task(ask(service, Infer("digits", [PIXELS])))
+    while len(upstream.requests) < 2:
+        await asyncio.sleep(0.001)
+    assert counted(service, "requests_in_flight", **DIGITS) == 1
+    assert service.room.bodies.taken == grpc_message(Infer("digits", [PIXELS])).ByteSize()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     assert counted(service, "requests_total", code="cancelled") == 1
     assert counted(service, "requests_in_flight", **DIGITS) == 0
     assert service.room.places.taken == service.room.bodies.taken == 0
 
 
-def test_a_reply_that_cannot_be_written_is_a_failure(service: PredictionService) -> None:
+async def test_a_reply_that_cannot_be_written_is_a_failure(service: PredictionService) -> None:
     def encode(reply: PredictionReply) -> None:
         raise NotFiniteError("has inf", "outputs.x")
 
-    async def run() -> None:
-        pixels = RawTensor("pixels", "FP32", (1, 4), [1, 2, 3, 4])
-        raw = RawPrediction("digits", "", [pixels], (), InferParameters())
-        checked = service.validator.check(raw)
-        await service.predict(checked, ANYBODY, "http", encode)
-
+    pixels = RawTensor("pixels", "FP32", (1, 4), [1, 2, 3, 4])
+    checked = service.validator.check(RawPrediction("digits", "", [pixels], (), InferParameters()))
     with pytest.raises(NotFiniteError):
-        asyncio.run(run())
+        await service.predict(checked, ANYBODY, "http", encode)
     assert counted(service, "requests_total", surface="http", code="internal") == 1

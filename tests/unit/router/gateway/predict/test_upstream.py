@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from opentelemetry import trace
-from opentelemetry.trace import Span
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.errors import (
@@ -24,7 +25,6 @@ from cluster.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
-from cluster.reports import Samples
 from router.gateway.predict import upstream as upstream_module
 from router.gateway.predict.upstream import (
     MAX_PIECE_BYTES,
@@ -35,33 +35,25 @@ from router.gateway.predict.upstream import (
     joined,
     pieces_of,
 )
-from router.gateway.upstream import deployment as deployment_module
-from router.gateway.upstream.deployment import Deployment
 from router.messages.call_link import LinkBrokenError
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.observability.tracing import as_current, continue_trace
 from router.retry import RetryBudget, RetryPolicy
 from tests.span_keeper import SpanKeeper
+from tests.unit.router.gateway.upstream import router_fakes
+from tests.unit.router.gateway.upstream.router_fakes import CrashedError, quiet_deployment
 
 MAX_CALLS = 8
 
 
-class Call:
-    """A router's call under way: its request, and the future of its reply."""
+class Call(router_fakes.Call):
+    """A call whose reply is each row's first value, negated."""
 
-    def __init__(self, wire: dict[str, Any]) -> None:
-        self.request = PredictionRequest.from_wire(wire)
-        self.reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.was_cancelled = False
-
-    def __await__(self) -> Any:
-        return self.reply.__await__()
-
-    def cancel(self) -> None:
-        self.was_cancelled = True
+    @functools.cached_property
+    def request(self) -> PredictionRequest:
+        return PredictionRequest.from_wire(self.wire)
 
     def answer(self, identity: str = "now", exact: bool = True) -> None:
-        """Answer with each row's first value, negated."""
         [rows] = self.request.inputs.values()
         outputs = {"y": -rows.reshape(len(rows), -1)[:, :1]}
         reply = PredictionReply(outputs, exact, identity)
@@ -73,71 +65,41 @@ class Call:
         wire = {"error": error.to_wire(), "replaced": replaced}
         self.reply.set_result(wire | {"has_other_interface": has_other_interface})
 
-    def fail(self, error: Exception) -> None:
-        self.reply.set_exception(error)
+
+Routers = router_fakes.Routers[Call]
 
 
-class Routers:
-    """Stands in for ``RouterCalls`` of ``router_links``; ``way`` is that of calls."""
-
-    def __init__(self, way: str) -> None:
-        self.way = way
-        self.calls: list[Call] = []
-        self.spans: list[Span] = []
-        self.counted: list[str] = []
-
-    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> Call:
-        self.counted.append("serve" if by_serve else self.way)
-        self.spans.append(span)
-        self.calls.append(Call(wire))
-        return self.calls[-1]
-
-    def lost(self) -> Exception:
-        """The error of a call whose router is lost."""
-        return RayActorError() if self.way == "serve" else LinkBrokenError()
-
-    async def until(self, count: int) -> list[Call]:
-        """Return all calls once there are so many."""
-        while len(self.calls) < count:
-            await asyncio.sleep(0)
-        return self.calls
+def lost(routers: Routers) -> Exception:
+    """The error of a call whose router is lost."""
+    return RayActorError() if routers.way == "serve" else LinkBrokenError()
 
 
-Test = Callable[[Predictions, Routers], Coroutine[Any, Any, None]]
+@dataclass
+class Up:
+    """An upstream of one model, and its routers."""
+
+    predictions: Predictions
+    routers: Routers
 
 
 @pytest.fixture(params=["serve", "links"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
-    """Runs a test with an upstream of one model, without a controller and without delays.
-
-    Its calls go by Serve, since there is no link, or over links.
-    """
-    monkeypatch.setattr(deployment_module, "PlacementWatcher", lambda *_, **__: None)
+def up(
+    request: pytest.FixtureRequest, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Up]:
+    """Without a controller and delays; calls go by Serve, since there is no link, or over links."""
     monkeypatch.setattr(upstream_module, "RESEND", RetryPolicy(0.0, 2.0, 0.0))
     monkeypatch.setattr(upstream_module, "RETRY_AFTER_S", 0.0)
 
-    def runs(test: Test) -> None:
-        async def main() -> None:
-            routers = Routers(request.param)
-            handles: Any = {"m": routers}
-            samples = Samples(0.0, {})
-            deployment = Deployment(
-                None,
-                handles,
-                "strict",
-                lambda: True,
-                lambda: False,
-                lambda: samples,
-                lambda uses: None,
-            )
-            predictions = Predictions(deployment, handles, MAX_CALLS)
-            await test(predictions, routers)
-            assert not predictions._answers
-            assert predictions._calls["m"] == 0
+    async def make() -> Up:
+        routers = Routers(Call, request.param)
+        handles: Any = {"m": routers}
+        deployment = quiet_deployment(handles, monkeypatch)
+        return Up(Predictions(deployment, handles, MAX_CALLS), routers)
 
-        asyncio.run(asyncio.wait_for(main(), 20))
-
-    return runs
+    made = runner.run(make())
+    yield made
+    assert not made.predictions._answers
+    assert made.predictions._calls["m"] == 0
 
 
 def request(num_rows: int = 3, width: int = 2, timeout_s: float = 30.0) -> PredictionRequest:
@@ -150,94 +112,73 @@ LARGE_ROWS = PIECES * MAX_PIECE_ROWS - 7
 """Enough for more pieces than may be under way at one time."""
 
 
-def asked(upstream: Predictions, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
-    return asyncio.create_task(upstream.predict(given))
-
-
-async def answer_all(routers: Routers, work: asyncio.Task[PredictionReply], **how: Any) -> None:
-    """Answer every call that comes, until the work is done."""
-    while not work.done():
-        for call in routers.calls:
-            if not call.reply.done():
-                call.answer(**how)
-        await asyncio.sleep(0)
+def asked(up: Up, given: PredictionRequest) -> asyncio.Task[PredictionReply]:
+    return asyncio.create_task(up.predictions.predict(given))
 
 
 def check_rows(reply: PredictionReply, given: PredictionRequest) -> None:
     np.testing.assert_array_equal(reply.outputs["y"], -given.inputs["x"][:, :1])
 
 
-def test_a_small_request_is_one_call(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request()
-        work = asked(upstream, given)
-        [call] = await routers.until(1)
-        assert call.request.request_id == "r"
-        assert call.request.outputs == ("y",)
-        assert call.request.on_expert_loss == "drop"
-        assert 10 < call.request.remaining_s() < 30
-        np.testing.assert_array_equal(call.request.inputs["x"], given.inputs["x"])
-        call.answer(exact=False)
-        reply = await work
-        check_rows(reply, given)
-        assert (reply.exact, reply.identity) == (False, "now")
-        assert routers.counted == [routers.way]
-        assert not call.was_cancelled
-
-    run(test)
+async def test_a_small_request_is_one_call(up: Up) -> None:
+    given = request()
+    work = asked(up, given)
+    [call] = await up.routers.until(1)
+    assert call.request.request_id == "r"
+    assert call.request.outputs == ("y",)
+    assert call.request.on_expert_loss == "drop"
+    assert 10 < call.request.remaining_s() < 30
+    np.testing.assert_array_equal(call.request.inputs["x"], given.inputs["x"])
+    call.answer(exact=False)
+    reply = await work
+    check_rows(reply, given)
+    assert (reply.exact, reply.identity) == (False, "now")
+    assert up.routers.counted == [up.routers.way]
+    assert not call.was_cancelled
 
 
-def test_calls_know_the_span_of_their_request(
-    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+async def test_calls_know_the_span_of_their_request(
+    up: Up, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = SpanKeeper()
     monkeypatch.setattr(trace, "get_tracer", spans.provider.get_tracer)
-
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        serves = spans.tracer.start_span("serve")
-        with as_current(serves):
-            work = asked(upstream, request(2 * MAX_PIECE_ROWS))
-        for call in await routers.until(2):
-            call.answer()
-        await work
-        continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
-        failing = asked(upstream, request())  # is not sampled
-        (await routers.until(3))[2].refuse(InternalError("failed"))
-        await asyncio.gather(failing, return_exceptions=True)
-        [told] = spans.told()
-        assert told.name == "expertmesh.prediction"
-        assert told.parent == serves.get_span_context()
-        assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
-        assert told.attributes["expertmesh.exact"] is True
-        contexts = [span.get_span_context() for span in routers.spans]
-        assert contexts[:2] == [told.context] * 2
-        assert contexts[2] != told.context
-
-    run(test)
+    serves = spans.tracer.start_span("serve")
+    with as_current(serves):
+        work = asked(up, request(2 * MAX_PIECE_ROWS))
+    for call in await up.routers.until(2):
+        call.answer()
+    await work
+    continue_trace({"traceparent": f"00-{'1' * 32}-{'2' * 16}-00"})
+    failing = asked(up, request())  # is not sampled
+    (await up.routers.until(3))[2].refuse(InternalError("failed"))
+    await asyncio.gather(failing, return_exceptions=True)
+    [told] = spans.told()
+    assert told.name == "expertmesh.prediction"
+    assert told.parent == serves.get_span_context()
+    assert told.attributes["expertmesh.rows"] == 2 * MAX_PIECE_ROWS
+    assert told.attributes["expertmesh.exact"] is True
+    contexts = [span.get_span_context() for span in up.routers.spans]
+    assert contexts[:2] == [told.context] * 2
+    assert contexts[2] != told.context
 
 
-def test_a_large_request_goes_in_pieces_and_comes_back_in_order(
-    run: Callable[[Test], None],
-) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(LARGE_ROWS)
-        work = asked(upstream, given)
-        calls = await routers.until(MAX_PIECES_AT_ONCE)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert len(calls) == MAX_PIECES_AT_ONCE
-        for number in (2, 0, 3):  # answers come in any order
-            calls[number].answer()
-        calls = await routers.until(PIECES)
-        calls[5].answer(exact=False)
-        await answer_all(routers, work)
-        reply = await work
-        check_rows(reply, given)
-        assert reply.exact is False
-        assert len(routers.calls) == PIECES
-        assert len({call.request.request_id for call in routers.calls}) == PIECES
-
-    run(test)
+async def test_a_large_request_goes_in_pieces_and_comes_back_in_order(up: Up) -> None:
+    given = request(LARGE_ROWS)
+    work = asked(up, given)
+    calls = await up.routers.until(MAX_PIECES_AT_ONCE)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(calls) == MAX_PIECES_AT_ONCE
+    for number in (2, 0, 3, 1):  # answers come in any order
+        calls[number].answer()
+    await up.routers.until(PIECES)
+    calls[5].answer(exact=False)
+    calls[4].answer()
+    reply = await work
+    check_rows(reply, given)
+    assert reply.exact is False
+    assert len(calls) == PIECES
+    assert len({call.request.request_id for call in calls}) == PIECES
 
 
 @pytest.mark.parametrize(
@@ -257,8 +198,7 @@ def test_pieces_are_of_nearly_equal_size_within_the_bounds(
     given = request(num_rows, width)
     pieces = pieces_of(given)
     sizes = [piece.num_rows for piece in pieces]
-    assert len(sizes) == count
-    assert sum(sizes) == num_rows
+    assert (len(sizes), sum(sizes)) == (count, num_rows)
     assert max(sizes) - min(sizes) <= 1
     rows = np.concatenate([piece.inputs["x"] for piece in pieces])
     np.testing.assert_array_equal(rows, given.inputs["x"])
@@ -270,198 +210,135 @@ def test_replies_of_texts_of_other_lengths_are_joined() -> None:
     assert whole.outputs["y"].tolist() == [["a"], ["longer"]]
 
 
-def test_a_piece_whose_router_dies_is_sent_again_and_no_other(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        second.answer()
-        for number in range(3):
-            routers.calls[0 if number == 0 else -1].fail(routers.lost())
-            await routers.until(3 + number)
-        again = routers.calls[-1]
-        assert again.request.request_id == first.request.request_id
-        np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
-        again.answer()
-        check_rows(await work, given)
-        assert len(routers.calls) == 5
-
-    run(test)
+async def test_a_piece_whose_router_dies_is_sent_again_and_no_other(up: Up) -> None:
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
+    second.answer()
+    for number in range(3):
+        up.routers.calls[0 if number == 0 else -1].fail(lost(up.routers))
+        await up.routers.until(3 + number)
+    again = up.routers.calls[-1]
+    assert again.request.request_id == first.request.request_id
+    np.testing.assert_array_equal(again.request.inputs["x"], first.request.inputs["x"])
+    again.answer()
+    check_rows(await work, given)
+    assert len(up.routers.calls) == 5
 
 
-def test_without_a_budget_a_lost_router_is_an_error(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        upstream._budget = RetryBudget(max_tokens=1.0)
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        call.fail(routers.lost())
-        with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
-            await work
-        assert caught.value.retry_after_s == 1.0
-
-    run(test)
-
-
-def test_nothing_is_sent_again_after_the_deadline(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(timeout_s=-0.001))
-        [call] = await routers.until(1)
-        call.fail(routers.lost())
-        with pytest.raises(UnavailableError):
-            await work
-        assert len(routers.calls) == 1
-
-    run(test)
-
-
-def test_a_replaced_model_is_asked_for_again(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        for number in range(5):
-            calls = await routers.until(number + 1)
-            calls[-1].refuse(ModelReplacedError(), replaced=True)
-        calls = await routers.until(6)
-        calls[-1].answer("new")
-        assert (await work).identity == "new"
-
-    run(test)
-
-
-def test_a_router_with_other_inputs_is_passed_over_for_a_while(
-    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("timeout_s", "budget"), [(-0.001, RetryBudget()), (30.0, RetryBudget(max_tokens=1.0))]
+)
+async def test_nothing_is_sent_again_past_its_deadline_or_the_budget(
+    up: Up, timeout_s: float, budget: RetryBudget
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        call.refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
-        calls = await routers.until(2)
-        calls[1].answer()
-        assert (await work).identity == "now"
-        monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
-        work = asked(upstream, request(timeout_s=1e6))
-        calls = await routers.until(3)
-        calls[2].refuse(ModelReplacedError(), replaced=True, has_other_interface=True)
-        with pytest.raises(ModelReplacedError) as caught:
-            await work
-        assert caught.value.retry_after_s is not None
-
-    run(test)
+    up.predictions._budget = budget
+    work = asked(up, request(timeout_s=timeout_s))
+    [call] = await up.routers.until(1)
+    call.fail(lost(up.routers))
+    with pytest.raises(UnavailableError, match="the router is not reachable") as caught:
+        await work
+    assert caught.value.retry_after_s == 1.0
+    assert len(up.routers.calls) == 1
 
 
-def test_no_reply_is_of_two_models(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        first.answer("old")
-        second.refuse(ModelReplacedError(), replaced=True)
-        calls = await routers.until(3)
-        calls[2].answer("new")
-        calls = await routers.until(5)  # both pieces anew
-        calls[3].answer("new")
-        calls[4].answer("new")
-        reply = await work
-        assert reply.identity == "new"
-        check_rows(reply, given)
-
-    run(test)
+async def test_a_replaced_model_is_asked_for_again_for_a_while(
+    up: Up, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = asked(up, request())
+    for number in range(6):  # some have other inputs
+        calls = await up.routers.until(number + 1)
+        calls[-1].refuse(ModelReplacedError(), True, number % 2 == 1)
+    (await up.routers.until(7))[-1].answer("new")
+    assert (await work).identity == "new"
+    monkeypatch.setattr(upstream_module, "OTHER_INTERFACE_S", 0.0)
+    work = asked(up, request(timeout_s=1e6))
+    (await up.routers.until(8))[-1].refuse(ModelReplacedError(), True, True)
+    with pytest.raises(ModelReplacedError) as caught:
+        await work
+    assert caught.value.retry_after_s is not None
 
 
-def test_a_request_that_redeploys_divide_for_ever_is_given_up(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(2 * MAX_PIECE_ROWS))
-        for number in range(1 + REPEATED_TIMES):
-            calls = await routers.until(2 * number + 2)
-            calls[-2].answer("one")
-            calls[-1].answer("other")
-        with pytest.raises(ModelReplacedError):
-            await work
-        assert len(routers.calls) == 2 * (1 + REPEATED_TIMES)
+async def test_no_reply_is_of_two_models(up: Up) -> None:
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
+    first.answer("old")
+    second.refuse(ModelReplacedError(), replaced=True)
+    (await up.routers.until(3))[2].answer("new")
+    for call in (await up.routers.until(5))[3:]:  # both pieces anew
+        call.answer("new")
+    reply = await work
+    assert reply.identity == "new"
+    check_rows(reply, given)
 
-    run(test)
+
+async def test_a_request_that_redeploys_divide_for_ever_is_given_up(up: Up) -> None:
+    work = asked(up, request(2 * MAX_PIECE_ROWS))
+    for number in range(1 + REPEATED_TIMES):
+        calls = await up.routers.until(2 * number + 2)
+        calls[-2].answer("one")
+        calls[-1].answer("other")
+    with pytest.raises(ModelReplacedError):
+        await work
+    assert len(up.routers.calls) == 2 * (1 + REPEATED_TIMES)
 
 
 FULL = OverloadedError("the queue is full", "queue", 0.0)
 
 
-def test_a_full_router_refuses_a_new_request(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
-            work = asked(upstream, request())
-            calls = await routers.until(len(routers.calls) + 1)
-            refuse(calls[-1])
-            with pytest.raises(OverloadedError):
-                await work
-        assert len(routers.calls) == 2
-
-    run(test)
-
-
-def test_a_piece_waits_for_room_while_the_routers_have_another(
-    run: Callable[[Test], None],
-) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        given = request(2 * MAX_PIECE_ROWS)
-        work = asked(upstream, given)
-        first, second = await routers.until(2)
-        second.refuse(FULL)
-        calls = await routers.until(3)
-        calls[2].refuse(FULL)
-        calls = await routers.until(4)
-        first.answer()
-        await asyncio.sleep(0.01)
-        calls[3].refuse(FULL)  # although none of it is under way, one was answered
-        calls = await routers.until(5)
-        calls[4].answer()
-        check_rows(await work, given)
-
-    run(test)
-
-
-def test_a_request_all_of_whose_pieces_are_refused_is_refused(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(LARGE_ROWS))
-        while not work.done():
-            for call in routers.calls:
-                if not call.reply.done():
-                    call.refuse(FULL)
-            await asyncio.sleep(0)
+async def test_full_routers_refuse_a_new_request(up: Up) -> None:
+    for refuse in (lambda c: c.refuse(FULL), lambda c: c.fail(BackPressureError(1, 1, 0))):
+        work = asked(up, request())
+        calls = await up.routers.until(len(up.routers.calls) + 1)
+        refuse(calls[-1])
         with pytest.raises(OverloadedError):
             await work
-
-    run(test)
-
-
-def test_a_request_of_a_lost_router_waits_for_room(run: Callable[[Test], None]) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        (await routers.until(1))[0].fail(routers.lost())
-        (await routers.until(2))[1].refuse(FULL)
-        (await routers.until(3))[2].answer()
-        check_rows(await work, request())
-
-    run(test)
+    assert len(up.routers.calls) == 2
+    work = asked(up, request(LARGE_ROWS))
+    while not work.done():  # all of its pieces
+        for call in up.routers.calls[2:]:
+            if not call.reply.done():
+                call.refuse(FULL)
+        await asyncio.sleep(0)
+    with pytest.raises(OverloadedError):
+        await work
 
 
-def test_what_the_routers_cannot_hold_is_refused_without_a_call(
-    run: Callable[[Test], None],
-) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        held = [asked(upstream, request()) for _ in range(MAX_CALLS)]
-        await routers.until(MAX_CALLS)
-        with pytest.raises(OverloadedError, match="hold 8 requests"):
-            await upstream.predict(request())
-        assert len(routers.calls) == MAX_CALLS
-        routers.calls[0].answer()
-        await held[0]
-        more = asked(upstream, request())
-        (await routers.until(MAX_CALLS + 1))[-1].answer()
-        await more
-        for call in routers.calls[1:MAX_CALLS]:
-            call.answer()
-        await asyncio.gather(*held)
+async def test_a_piece_waits_for_room_while_the_routers_have_another(up: Up) -> None:
+    given = request(2 * MAX_PIECE_ROWS)
+    work = asked(up, given)
+    first, second = await up.routers.until(2)
+    second.refuse(FULL)
+    (await up.routers.until(3))[2].refuse(FULL)
+    calls = await up.routers.until(4)
+    first.answer()
+    await asyncio.sleep(0.01)
+    calls[3].refuse(FULL)  # although none of it is under way, one was answered
+    (await up.routers.until(5))[4].answer()
+    check_rows(await work, given)
 
-    run(test)
+
+async def test_a_request_of_a_lost_router_waits_for_room(up: Up) -> None:
+    work = asked(up, request())
+    (await up.routers.until(1))[0].fail(lost(up.routers))
+    (await up.routers.until(2))[1].refuse(FULL)
+    (await up.routers.until(3))[2].answer()
+    check_rows(await work, request())
+
+
+async def test_what_the_routers_cannot_hold_is_refused_without_a_call(up: Up) -> None:
+    held = [asked(up, request()) for _ in range(MAX_CALLS)]
+    calls = await up.routers.until(MAX_CALLS)
+    with pytest.raises(OverloadedError, match="hold 8 requests"):
+        await up.predictions.predict(request())
+    assert len(calls) == MAX_CALLS
+    calls[0].answer()
+    await held[0]
+    held.append(asked(up, request()))
+    for call in (await up.routers.until(MAX_CALLS + 1))[1:]:
+        call.answer()
+    await asyncio.gather(*held)
 
 
 @pytest.mark.parametrize(
@@ -472,108 +349,73 @@ def test_what_the_routers_cannot_hold_is_refused_without_a_call(
         UnavailableError("an expert has no copy"),
     ],
 )
-def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
-    run: Callable[[Test], None], error: ExpertMeshError
+async def test_an_error_of_a_router_is_the_clients_and_ends_the_other_pieces(
+    up: Up, error: ExpertMeshError
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(LARGE_ROWS))
-        calls = await routers.until(MAX_PIECES_AT_ONCE)
-        calls[1].refuse(error)
-        with pytest.raises(type(error)) as caught:
-            await work
-        assert caught.value.to_wire() == error.to_wire()
-        assert [call.was_cancelled for call in routers.calls] == [True, False, True, True]
-
-    run(test)
+    work = asked(up, request(LARGE_ROWS))
+    calls = await up.routers.until(MAX_PIECES_AT_ONCE)
+    calls[1].refuse(error)
+    with pytest.raises(type(error)) as caught:
+        await work
+    assert caught.value.to_wire() == error.to_wire()
+    assert [call.was_cancelled for call in calls] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("failure", ["raises", "other rows", "no output"])
-def test_a_failure_of_a_router_is_internal_without_its_details(
-    run: Callable[[Test], None], failure: str
+async def test_a_failure_of_a_router_is_internal_without_its_details(up: Up, failure: str) -> None:
+    work = asked(up, request())
+    [call] = await up.routers.until(1)
+    if failure == "raises":
+        call.fail(RuntimeError("secret"))
+    else:
+        outputs = {} if failure == "no output" else {"y": np.zeros((2, 1))}
+        call.reply.set_result({"reply": PredictionReply(outputs, True, "now").to_wire()})
+    with pytest.raises(InternalError, match=r"^the router failed$"):
+        await work
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(3, 1), (LARGE_ROWS, MAX_PIECES_AT_ONCE)])
+async def test_a_client_that_leaves_and_a_deletion_end_all_calls(
+    up: Up, num_rows: int, count: int
 ) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request())
-        [call] = await routers.until(1)
-        if failure == "raises":
-            call.fail(RuntimeError("secret"))
-        else:
-            outputs = {} if failure == "no output" else {"y": np.zeros((2, 1))}
-            call.reply.set_result({"reply": PredictionReply(outputs, True, "now").to_wire()})
-        with pytest.raises(InternalError, match=r"^the router failed$"):
-            await work
-
-    run(test)
-
-
-@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
-def test_a_client_that_leaves_ends_all_calls(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(num_rows))
-        count = 1 if num_rows == 3 else MAX_PIECES_AT_ONCE
-        calls = await routers.until(count)
-        work.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await work
-        assert len(calls) == count
-        assert all(call.was_cancelled for call in calls)
-
-    run(test)
+    work = asked(up, request(num_rows))
+    await up.routers.until(count)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert [call.was_cancelled for call in up.routers.calls] == [True] * count
+    work = asked(up, request(num_rows))
+    await up.routers.until(2 * count)
+    up.predictions._deployment.end_requests()
+    with pytest.raises(UnavailableError, match="being deleted") as caught:
+        await work
+    assert caught.value.retry_after_s == 1.0
+    assert [call.was_cancelled for call in up.routers.calls] == [True] * 2 * count
+    assert up.predictions.ready().is_deleted
+    assert up.predictions.model_ready("m").is_deleted
+    with pytest.raises(UnavailableError, match="being deleted"):
+        await up.predictions.predict(request())
 
 
-@pytest.mark.parametrize("num_rows", [3, LARGE_ROWS])
-def test_a_deletion_ends_requests_with_a_hint(run: Callable[[Test], None], num_rows: int) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work = asked(upstream, request(num_rows))
-        calls = await routers.until(1 if num_rows == 3 else MAX_PIECES_AT_ONCE)
-        upstream._deployment.end_requests()
-        with pytest.raises(UnavailableError, match="being deleted") as caught:
-            await work
-        assert caught.value.retry_after_s == 1.0
-        assert all(call.was_cancelled for call in calls)
-        assert upstream.ready().is_deleted
-        assert upstream.model_ready("m").is_deleted
-        with pytest.raises(UnavailableError, match="being deleted"):
-            await upstream.predict(request())
-
-    run(test)
+async def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(up: Up) -> None:
+    work = asked(up, request())
+    [call] = await up.routers.until(1)
+    up.predictions._deployment.refuse_new_requests()
+    with pytest.raises(UnavailableError, match="being deleted"):
+        await up.predictions.predict(request())
+    call.answer()
+    check_rows(await work, request())
 
 
-def test_before_a_shutdown_requests_under_way_go_on_and_new_ones_are_refused(
-    run: Callable[[Test], None],
-) -> None:
-    async def test(upstream: Predictions, routers: Routers) -> None:
-        work: Awaitable[PredictionReply] = asked(upstream, request())
-        [call] = await routers.until(1)
-        upstream._deployment.refuse_new_requests()
-        with pytest.raises(UnavailableError, match="being deleted"):
-            await upstream.predict(request())
-        call.answer()
-        check_rows(await work, request())
-
-    run(test)
-
-
-class CrashedError(ActorDiedError):
-    """Ray's error of a process that ended by itself."""
-
-    def __str__(self) -> str:
-        return "The actor is dead because its worker process has died."
-
-
-def test_a_piece_that_ends_its_routers_is_given_up(run: Callable[[Test], None]) -> None:
+async def test_a_piece_that_ends_its_routers_is_given_up(up: Up) -> None:
     """A broken link says nothing of the router behind it; Serve's call does."""
-
-    async def test(predictions: Predictions, routers: Routers) -> None:
-        asked = asyncio.ensure_future(predictions.predict(request()))
-        lost = 0
-        if routers.way == "links":
-            (await routers.until(1))[0].fail(LinkBrokenError())
-            lost = 1
-        for number in range(6):
-            (await routers.until(lost + number + 1))[lost + number].fail(CrashedError())
-        with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
-            await asked
-        assert len(routers.calls) == lost + 6
-        assert routers.counted == ["links"] * lost + ["serve"] * 6
-
-    run(test)
+    work = asked(up, request())
+    broken = int(up.routers.way == "links")
+    if broken:
+        (await up.routers.until(1))[0].fail(LinkBrokenError())
+    for number in range(6):
+        (await up.routers.called(broken + number + 1)).fail(CrashedError())
+    with pytest.raises(PoisonedRequestError, match="6 routers in a row died"):
+        await work
+    assert len(up.routers.calls) == broken + 6
+    assert up.routers.counted == ["links"] * broken + ["serve"] * 6

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.errors import OverloadedError
-from router.config.deployment import GatewayConfig
 from router.messages.tensor_bytes import array_of
 from router.protos import open_inference_pb2 as messages
 from router.protos.errors import DETAILS_KEY, error_from_grpc
@@ -37,58 +34,43 @@ def upstream() -> FakePredictions:
 
 
 @pytest.fixture
-def channel(upstream: FakePredictions) -> Iterator[grpc.Channel]:
-    limits = GatewayConfig(max_body_bytes=8192)
+def stub(upstream: FakePredictions) -> Iterator[Any]:
     with (
-        grpc_server(TEXT_UPSTREAM, limits=limits, predictions=upstream) as address,
-        grpc.insecure_channel(address) as opened,
+        grpc_server(TEXT_UPSTREAM, predictions=upstream) as address,
+        grpc.insecure_channel(address) as channel,
     ):
-        yield opened
+        yield GRPCInferenceServiceStub(channel)
 
 
-@pytest.fixture
-def stub(channel: grpc.Channel) -> Any:
-    return GRPCInferenceServiceStub(channel)
+def infer(stub: Any, request: Infer) -> Any:
+    return stub.ModelInfer(grpc_message(request), timeout=WAIT_S)
 
 
-def infer(stub: Any, request: Infer) -> tuple[Any, dict[str, str]]:
-    """The reply to a request, and its trailing metadata."""
-    reply, call = stub.ModelInfer.with_call(grpc_message(request), timeout=WAIT_S)
-    return reply, dict(call.trailing_metadata())
-
-
-def refused(work: Any) -> grpc.RpcError:
-    with pytest.raises(grpc.RpcError) as caught:
-        work()
-    return caught.value
-
-
-def test_raw_bytes_are_answered_with_raw_bytes(stub: Any) -> None:
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_raw_bytes_are_answered_with_raw_bytes(
+    stub: Any, upstream: FakePredictions, is_exact: bool
+) -> None:
+    upstream.exact = is_exact
     message = grpc_message(Infer("digits", [tensor("pixels", PIXELS)]))
     message.id = "mine"
-    reply = stub.ModelInfer(message, timeout=WAIT_S)
+    reply, call = stub.ModelInfer.with_call(message, timeout=WAIT_S)
     assert (reply.model_name, reply.model_version, reply.id) == ("digits", "1", "mine")
-    assert reply.parameters["exact"].bool_param is True
+    assert reply.parameters["exact"].bool_param is is_exact
+    assert dict(call.trailing_metadata())["expertmesh-exact"] == str(is_exact).lower()
     assert reply.parameters["identity"].string_param == IDENTITY
-    arrays = {
-        output.name: array_of(output.datatype, output.shape, data)
-        for output, data in zip(reply.outputs, reply.raw_output_contents, strict=True)
-    }
-    assert list(arrays) == ["label", "probabilities", "experts"]
-    assert arrays["label"].tolist() == [[LABELS[0]], [LABELS[1]]]
-    np.testing.assert_array_equal(arrays["probabilities"], PROBABILITIES)
-    np.testing.assert_array_equal(arrays["experts"], [[0, -1]] * 2)
+    assert [output.name for output in reply.outputs] == ["label", "probabilities", "experts"]
+    label, *_ = reply.raw_output_contents
+    assert array_of("BYTES", (2, 1), label).tolist() == [[LABELS[0]], [LABELS[1]]]
     assert not any(output.HasField("contents") for output in reply.outputs)
 
 
 def test_typed_contents_are_answered_with_typed_contents(stub: Any) -> None:
     sent = Infer("digits", [tensor("pixels", PIXELS, binary=False)], ["probabilities", "label"])
-    reply, metadata = infer(stub, sent)
+    reply = infer(stub, sent)
     probabilities, label = reply.outputs
     assert list(probabilities.contents.fp32_contents) == PROBABILITIES.ravel().tolist()
     assert [text.decode() for text in label.contents.bytes_contents] == list(LABELS[:2])
     assert not reply.raw_output_contents
-    assert metadata["expertmesh-exact"] == "true"
 
 
 def test_typed_contents_of_every_datatype(stub: Any, upstream: FakePredictions) -> None:
@@ -100,26 +82,12 @@ def test_typed_contents_of_every_datatype(stub: Any, upstream: FakePredictions) 
         "counts": np.array([[-(2**40)]]),
     }
     tensors = [tensor(name, array, binary=False) for name, array in given.items()]
-    reply, _ = infer(stub, Infer("team/flow", tensors))
+    reply = infer(stub, Infer("team/flow", tensors))
     for name, array in given.items():
         assert upstream.requests[0].inputs[name].dtype == array.dtype
         np.testing.assert_array_equal(upstream.requests[0].inputs[name], array)
     total = 15.0 + 1 + 1 + 255 - 2**40
     assert list(reply.outputs[0].contents.fp64_contents) == [total, -total]
-
-
-def test_parameters_are_those_of_http(stub: Any, upstream: FakePredictions) -> None:
-    pixels = [tensor("pixels", PIXELS)]
-    upstream.exact = False
-    options = {"on_expert_loss": "next_expert", "timeout": 100_000_000}
-    reply, metadata = infer(stub, Infer("digits", pixels, parameters=options))
-    assert metadata["expertmesh-exact"] == "false"
-    assert reply.parameters["exact"].bool_param is False
-    infer(stub, Infer("digits", pixels, parameters={"timeout_s": 50.0}))
-    first, second = upstream.requests
-    assert first.on_expert_loss == "next_expert"
-    assert 60 < first.remaining_s() < 100
-    assert 20 < second.remaining_s() < 50
 
 
 def test_the_server_and_its_models_are_described(stub: Any, upstream: FakePredictions) -> None:
@@ -131,57 +99,25 @@ def test_the_server_and_its_models_are_described(stub: Any, upstream: FakePredic
     for name, is_ready in (("digits", True), ("waves", False), ("tiny", True)):
         ready = messages.ModelReadyRequest(name=name, version="1")
         assert stub.ModelReady(ready, timeout=WAIT_S).ready is is_ready
-    asked = messages.ModelMetadataRequest(name="waves")
-    told = stub.ModelMetadata(asked, timeout=WAIT_S)
-    assert (told.name, list(told.versions)) == ("waves", ["1"])
-    [given], [output] = told.inputs, told.outputs
-    assert (given.name, given.datatype, list(given.shape)) == ("steps", "FP32", [-1, -1, 2])
-    assert (output.name, output.datatype, list(output.shape)) == ("value", "FP32", [-1, -1, 1])
 
 
 def test_errors_have_a_status_and_the_field(stub: Any, upstream: FakePredictions) -> None:
+    def refused(work: Callable[..., Any], *given: Any, **options: Any) -> grpc.RpcError:
+        with pytest.raises(grpc.RpcError) as caught:
+            work(*given, **options)
+        return caught.value
+
     wrong = Infer("digits", [Tensor("pixels", "FP32", (2, 4), b"\0" * 31)])
-    error = refused(lambda: infer(stub, wrong))
+    error = refused(infer, stub, wrong)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.details() == "inputs.pixels: has 31 bytes, must have 32: 8 values of FP32"
     details = dict(error.trailing_metadata())[DETAILS_KEY]
     assert error_from_grpc(error.code(), error.details(), details).field == "inputs.pixels"
     unknown = messages.ModelReadyRequest(name="nobody")
-    assert refused(lambda: stub.ModelReady(unknown, timeout=WAIT_S)).code() is (
-        grpc.StatusCode.NOT_FOUND
-    )
-    language = messages.ModelMetadataRequest(name="tiny")
-    error = refused(lambda: stub.ModelMetadata(language, timeout=WAIT_S))
+    assert refused(stub.ModelReady, unknown).code() is grpc.StatusCode.NOT_FOUND
+    error = refused(stub.ModelMetadata, messages.ModelMetadataRequest(name="tiny"))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "/v1/completions" in error.details()
-    upstream.error = OverloadedError("full", "queue", 1.0)
-    pixels = [tensor("pixels", PIXELS)]
-    error = refused(lambda: infer(stub, Infer("digits", pixels)))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     upstream.error = RuntimeError("secret")
-    error = refused(lambda: infer(stub, Infer("digits", pixels)))
+    error = refused(infer, stub, Infer("digits", [tensor("pixels", PIXELS)]))
     assert (error.code(), "secret" in error.details()) == (grpc.StatusCode.INTERNAL, False)
-
-
-def test_bytes_that_are_no_message_and_messages_that_are_too_large(channel: grpc.Channel) -> None:
-    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-    error = refused(lambda: call(b"\xff\xff", timeout=WAIT_S))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    error = refused(lambda: call(b"\0" * 8193, timeout=WAIT_S))
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details() == "the message is over the limit of 8192 bytes"
-
-
-def test_a_client_that_cancels_ends_its_request(stub: Any, upstream: FakePredictions) -> None:
-    upstream.endless = True
-    call = stub.ModelInfer.future(grpc_message(Infer("digits", [tensor("pixels", PIXELS)])))
-    while not upstream.requests:
-        assert not call.done()
-    call.cancel()
-    assert upstream.cancelled.wait(WAIT_S)
-
-
-def test_health_knows_the_service(channel: grpc.Channel) -> None:
-    asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
-    told = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=WAIT_S)
-    assert told.status == health_pb2.HealthCheckResponse.SERVING

@@ -79,16 +79,15 @@ def http_call(
 
     async def send() -> httpx.Response:
         app = http_app(TEXT_UPSTREAM, limits, upstream)
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test"
-        ) as client:
+        transport = httpx.ASGITransport(app)
+        async with (
+            asyncio.timeout(20),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
             method = "GET" if body is None else "POST"
             return await client.request(method, path, content=body, headers=headers)
 
-    async def bounded() -> httpx.Response:
-        return await asyncio.wait_for(send(), 20)
-
-    return asyncio.run(bounded())
+    return asyncio.run(send())
 
 
 def http_infer(
@@ -109,14 +108,8 @@ def grpc_message(infer: Infer) -> Any:
         outputs=[{"name": name} for name in infer.outputs],
     )
     for name, value in infer.parameters.items():
-        parameter = request.parameters[name]
-        fill: Mapping[type, Callable[[Any], object]] = {
-            bool: lambda v, p=parameter: setattr(p, "bool_param", v),
-            int: lambda v, p=parameter: setattr(p, "int64_param", v),
-            float: lambda v, p=parameter: setattr(p, "double_param", v),
-            str: lambda v, p=parameter: setattr(p, "string_param", v),
-        }
-        fill[type(value)](value)
+        kind = {bool: "bool", int: "int64", float: "double", str: "string"}[type(value)]
+        setattr(request.parameters[name], f"{kind}_param", value)
     for given in infer.tensors:
         sent = request.inputs.add(name=given.name, datatype=given.datatype, shape=given.shape)
         if isinstance(given.data, bytes):

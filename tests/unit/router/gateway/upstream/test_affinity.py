@@ -13,13 +13,10 @@ ROOT = prefix_root("m", "", "")
 
 
 def call(token_ids: range, tenant: str = "", salt: str = "") -> dict[str, object]:
-    request = {
-        "model": "m",
-        "tenant": tenant,
-        "cache_salt": salt,
-        "prompt_token_ids": tuple(token_ids),
+    ids = tuple(token_ids)
+    return {
+        "request": {"model": "m", "tenant": tenant, "cache_salt": salt, "prompt_token_ids": ids}
     }
-    return {"request": request}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from router.model.kv_cache import PagedCache
 from router.model.staged_batch import with_tensors
 from tests import emulated_device as emulation
 from tests.checkpoints import save_mixtral
-from tests.emulated_device import EmulatedDevice, emulated_device
+from tests.emulated_device import EmulatedDevice
 from tests.emulated_flash import varlen_attention
 from tests.family_checkpoints import SAVERS
 from tests.grok_oracle import save_grok
@@ -40,34 +40,9 @@ GATHERING = {
 ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
 
 
-@pytest.fixture
-def device() -> Iterator[EmulatedDevice]:
-    with emulated_device() as device:
-        yield device
-
-
 def slots_of(pages: list[int], length: int) -> np.ndarray:
     slots = np.concatenate([np.arange(page * PAGE, (page + 1) * PAGE) for page in pages])
     return slots[:length]
-
-
-def test_a_steps_tables_are_as_worked_by_hand() -> None:
-    # Two sequences decode their 300th and 2nd token; one prefills tokens 3..5, one a prompt of 2.
-    decodes = [Span(slots_of([4, 1], 300), 299), Span(slots_of([0], 2), 1)]
-    chunks = [Span(slots_of([2], 5), 2), Span(slots_of([3], 2), 0)]
-    first, second = VarlenAttention(None).view([*decodes, *chunks], 2).parts
-    assert (first.begin, first.end, first.max_tokens, first.max_length) == (0, 2, 1, 300)
-    assert first.query_ends.tolist() == [0, 1, 2]
-    assert first.key_ends.tolist() == [0, 300, 302]
-    assert first.lengths.tolist() == [300, 2]
-    assert first.block_table.tolist() == [[4, 1], [0, 0]]
-    assert (second.begin, second.end, second.max_tokens, second.max_length) == (2, 7, 3, 5)
-    assert second.query_ends.tolist() == [0, 3, 5]
-    assert second.key_ends.tolist() == [0, 5, 7]
-    assert second.lengths.tolist() == [5, 2]
-    assert second.block_table.tolist() == [[2], [3]]
-    for alone, num_decode in ((decodes, 2), (chunks, 0)):
-        assert len(VarlenAttention(None).view(alone, num_decode).parts) == 1
 
 
 class Layer:
@@ -154,25 +129,6 @@ def test_each_family_attends_by_what_it_can(
     assert isinstance(views[1], VarlenView) == (family not in GATHERING)
 
 
-def test_a_sequence_longer_than_a_page_generates_the_same_tokens_in_half_precision(
-    tmp_path: Path, device: EmulatedDevice
-) -> None:
-    save_mixtral(tmp_path)
-    request = greedy_request("r", (PROMPT * PAGE)[: PAGE - 2], 6)
-    tokens = []
-    for gathers in (False, True):
-        cluster = LocalCluster(tmp_path, dtype="bfloat16", device=device.device)
-        if gathers:
-            gathered = GatheredAttention(None)
-            cluster.model.attention = cluster.model.decoder._attention = gathered
-        try:
-            [events] = cluster.generate(request)
-        finally:
-            cluster.close()
-        tokens.append(events[0].token_ids)
-    assert tokens[0] == tokens[1]
-
-
 # A device that cannot.
 
 
@@ -190,7 +146,6 @@ def company(*args: Any) -> Any:
 
 
 def without_window(*args: Any) -> Any:
-    """Return zeros from the kernel of layers without a window."""
     output, *others = varlen_attention(*args)
     return output * (args[9][0] >= 0), *others
 
@@ -254,24 +209,25 @@ def test_it_is_tried_on_the_device_before_it_is_trusted(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "error"), [(broken, torch.AcceleratorError), (full, torch.OutOfMemoryError)]
+    ("kernel", "works_after", "error", "words"),
+    [
+        (broken, False, torch.AcceleratorError, "memory"),
+        (full, True, torch.OutOfMemoryError, "memory"),
+        (refusing, False, RuntimeError, "Ampere"),
+    ],
 )
 def test_a_trial_that_a_device_cannot_do_is_no_reason_but_an_error(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, kernel: Any, error: type[Exception]
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: Any,
+    works_after: bool,
+    error: type[Exception],
+    words: str,
 ) -> None:
     monkeypatch.setattr(emulation, "varlen_attention", kernel)
-    if kernel is broken:
+    if not works_after:
         monkeypatch.setattr(torch.accelerator, "synchronize", broken)
-    with pytest.raises(error, match="memory"):
-        why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
-
-
-def test_a_refusal_after_which_the_device_does_not_work_is_no_reason_but_an_error(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(emulation, "varlen_attention", refusing)
-    monkeypatch.setattr(torch.accelerator, "synchronize", broken)
-    with pytest.raises(RuntimeError, match="Ampere"):
+    with pytest.raises(error, match=words):
         why_not_varlen(device.device, torch.bfloat16, (4, 2), 16)
 
 

@@ -41,11 +41,9 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each sequence."""
         return [len(query) for query in self.queries]
 
     def of(self, sequence: int) -> Case:
-        """Return a sequence alone."""
         query, key, value = ([part[sequence]] for part in self._parts())
         return Case(query, key, value, self.window, self.scoring, self.has_latents)
 
@@ -63,12 +61,7 @@ class Case:
         return cache
 
     def run(
-        self,
-        steps: list[Step],
-        kernel: str | None = None,
-        *,
-        threads: int = 1,
-        pages_seed: int = 0,
+        self, steps: list[Step], kernel: str | None = None, *, threads: int = 1, pages_seed: int = 0
     ) -> list[torch.Tensor]:
         """Store and attend step by step; returns the outputs [L, Q, V] of each sequence."""
         counts = [-(-length // NATIVE_PAGE_SIZE) for length in self.lengths]
@@ -142,7 +135,6 @@ class Case:
 
 
 def slots_of(pages: list[int]) -> np.ndarray:
-    """Return all slots of pages."""
     first = np.array(pages, dtype=np.int64)[:, None] * NATIVE_PAGE_SIZE
     slots: np.ndarray = (first + np.arange(NATIVE_PAGE_SIZE)).reshape(-1)
     return slots
@@ -183,7 +175,6 @@ def make(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Draw a case of up to four sequences."""
     size = draw(st.sampled_from([1, 2, 7, 8, 16, 31, 32, 40, 64, 80, 96, 128]))
     has_latents = draw(st.integers(0, 4)) == 0
     return make(
@@ -228,7 +219,6 @@ def crowded(case: Case, source: random.Random) -> list[Step]:
 
 
 def same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    """Return whether all values are numbers and have the same bits."""
     return all(
         not a.isnan().any() and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         for a, b in zip(one, other, strict=True)

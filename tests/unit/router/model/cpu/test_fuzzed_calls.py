@@ -136,7 +136,7 @@ def _kind(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("name", [] if native is None else FUNCTIONS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_changed_argument_is_refused_or_fits(
     calls: dict[str, list[tuple[Any, ...]]], name: str
 ) -> None:

@@ -28,7 +28,6 @@ CLASSES = sorted({of for _, of in KERNELS})
 
 
 def members(name: str) -> list[str]:
-    """Return the kernels of a class."""
     return [kernel for kernel, of in KERNELS if of == name]
 
 

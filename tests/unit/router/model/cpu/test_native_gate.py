@@ -6,22 +6,19 @@ Dimension letters: T tokens, H hidden size, E experts, K experts per token.
 from __future__ import annotations
 
 from functools import partial
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from cluster import native as built
+from cluster.native import native
 from experts.families.base import GateSpec
 from router.model.cpu.native_layer import NativeGate, can_choose
 from router.moe.gate import Gate
 
-BUILT = [] if built.native is None else [built.native]
+assert native is not None
 NUM_EXPERTS, TOP_K, SIZE = 16, 4, 48
 
 SPECS = {
@@ -60,17 +57,15 @@ def gates(name: str, dtype: torch.dtype, seed: int) -> tuple[NativeGate, Gate, t
 
 
 def spread(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weights by expert, [T, E]."""
     return torch.zeros(len(ids), NUM_EXPERTS).scatter_(1, ids, weights.float())
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), masked=st.booleans())
 def test_it_chooses_and_weighs_as_torch_does(
-    native: ModuleType, name: str, dtype: torch.dtype, seed: int, masked: bool
+    name: str, dtype: torch.dtype, seed: int, masked: bool
 ) -> None:
     gate, oracle, rows = gates(name, dtype, seed)
     allowed = None
@@ -92,54 +87,15 @@ def test_it_chooses_and_weighs_as_torch_does(
         assert (spread(ids, weights)[~allowed] == 0).all()
 
 
-@pytest.mark.parametrize("native", BUILT)
-@pytest.mark.parametrize("name", SPECS)
-def test_a_token_alone_has_the_choice_of_the_token_in_a_crowd(
-    native: ModuleType, name: str
-) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        gate, _, rows = gates(name, dtype, 1)
-        ids, weights = gate.choose(rows)
-        for row in range(0, len(rows), 11):
-            alone = gate.choose(rows[row : row + 1])
-            assert torch.equal(alone[0][0], ids[row])
-            assert torch.equal(alone[1][0], weights[row])
-
-
-@pytest.mark.parametrize("is_native", [False, *[True for _ in BUILT]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SPECS)
-def test_the_best_experts_forced_have_the_bits_of_the_free_choice(
-    name: str, dtype: torch.dtype, is_native: bool
-) -> None:
-    native_gate, torch_gate, rows = gates(name, dtype, 4)
-    gate: Gate = native_gate if is_native else torch_gate
-    ids, weights = gate.choose(rows)
-    same_ids, same_weights = gate.choose(rows, forced=ids)
-    assert torch.equal(same_ids, ids)
-    assert torch.equal(same_weights, weights)
-    some = ids.clone()
-    some[::3] = torch.arange(NUM_EXPERTS).flip(0)[:TOP_K]
-    some[1::3] = -1
-    mixed_ids, mixed_weights = gate.choose(rows, forced=some)
-    free = torch.arange(len(rows)) % 3 != 0
-    assert torch.equal(mixed_ids[::3], some[::3])
-    assert torch.equal(mixed_ids[free], ids[free])
-    assert torch.equal(mixed_weights[free], weights[free])
-    assert not torch.equal(mixed_weights[::3], weights[::3])
-
-
-@pytest.mark.parametrize("native", BUILT)
-def test_of_equal_scores_the_lower_id_comes_first(native: ModuleType) -> None:
+def test_of_equal_scores_the_lower_id_comes_first() -> None:
     gate = NativeGate(GateSpec(renormalises=True), 3, torch.zeros(8, 4), None)
     ids, weights = gate.choose(torch.ones(2, 4))
     assert ids.tolist() == [[0, 1, 2]] * 2
     torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("name", SPECS)
-def test_what_is_no_number_shows_in_its_own_weights(native: ModuleType, name: str) -> None:
+def test_what_is_no_number_shows_in_its_own_weights(name: str) -> None:
     gate, _, rows = gates(name, torch.float32, 2)
     clean_ids, clean_weights = gate.choose(rows)
     rows[7, 3] = torch.nan
@@ -153,64 +109,7 @@ def test_what_is_no_number_shows_in_its_own_weights(native: ModuleType, name: st
 
 def test_a_norm_of_another_exponent_and_other_devices_stay_with_torch() -> None:
     weight = torch.ones(4, 4)
-    assert can_choose(GateSpec(norm_exponent=1.0), weight) == bool(BUILT)
+    assert can_choose(GateSpec(norm_exponent=1.0), weight)
     assert not can_choose(GateSpec(norm_exponent=2.0), weight)
     assert not can_choose(GateSpec(), weight.double())
     assert not can_choose(GateSpec(), weight.to("meta"))
-
-
-NUMBERS = (8, 4, 2, 0, 0, 0, 0, 0, 1, 0, 0, 2, 1, 1)
-WRONG: dict[str, dict[str, Any]] = {
-    "half a row": {"rows": bytes(70)},
-    "a token too many": {"rows": bytes(96)},
-    "too little room for ids": {"ids": 24},
-    "too little room for weights": {"weights": 12},
-    "a correction of another length": {"correction": bytes(12)},
-    "a mask of another length": {"allowed": bytes(7)},
-    "weights of another size": {"packed": bytes(8 * 32 * 4 - 4)},
-    "more chosen than there are": {"numbers": (8, 4, 5, *NUMBERS[3:])},
-    "none chosen": {"numbers": (8, 4, 0, *NUMBERS[3:])},
-    "an unknown score": {"numbers": (*NUMBERS[:7], 3, *NUMBERS[8:])},
-    "groups that divide nothing": {"numbers": (*NUMBERS[:11], 3, 1, 1)},
-    "more best groups than groups": {"numbers": (*NUMBERS[:11], 2, 3, 1)},
-    "more of a group than it has": {"numbers": (*NUMBERS[:11], 2, 1, 3)},
-    "no thread": {"threads": 0},
-    "a forced id too few": {"forced": bytes(24)},
-    "a forced id beyond the experts": {"forced": np.array([0, 1, 4, 0], np.int64)},
-    "a negative id beside a forced one": {"forced": np.array([0, -1, 0, 1], np.int64)},
-}
-
-
-@pytest.mark.parametrize("native", BUILT)
-@pytest.mark.parametrize("wrong", [None, *WRONG])
-def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str | None) -> None:
-    call: dict[str, Any] = {
-        "rows": bytes(64),
-        "packed": bytes(8 * 32 * 4),
-        "correction": bytes(16),
-        "allowed": b"\1" * 8,
-        "ids": 32,
-        "weights": 16,
-        "numbers": NUMBERS,
-        "threads": 1,
-        "forced": None,
-        **(WRONG[wrong] if wrong else {}),
-    }
-    arguments = (
-        call["rows"],
-        call["packed"],
-        call["correction"],
-        call["allowed"],
-        bytearray(call["ids"]),
-        bytearray(call["weights"]),
-        call["numbers"],
-        (1.0, -1.0),
-        call["threads"],
-        None,
-        call["forced"],
-    )
-    if wrong is None:
-        native.choose(*arguments)
-        return
-    with pytest.raises(ValueError, match=r"."):
-        native.choose(*arguments)

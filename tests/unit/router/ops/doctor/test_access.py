@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -15,6 +10,7 @@ from benchmarks.shipped import free_ports
 from router.ops.doctor.access import check_encryption, check_token
 from router.ops.doctor.probe import access_checks, is_open
 from router.ops.doctor.running_ray import RunningRay, Target, look_at_dashboard
+from tests.unit.web_server import Answer, web_server
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_streams_and_rays_calls_are_encrypted_together(
     assert bool(check.advice) == (level != "ok")
 
 
-def listening(*listens: dict[str, str]) -> dict[str, Any]:
+def listening(*listens: dict[str, Any]) -> dict[str, Any]:
     """Return a deployment file with an application for each section of ``gateway.listen``."""
     return {
         "applications": [
@@ -112,47 +108,19 @@ def test_a_ray_of_a_starts_own_has_the_token_that_the_start_gives_it(
     assert [check.level for check in checks] == levels
 
 
-def test_a_running_cluster_is_judged_by_what_it_says_and_not_by_the_environment() -> None:
-    target = Target("h:1", "F")
-    for variables in ({}, {"RAY_AUTH_MODE": "token"}):
-        open_to_all = RunningRay(target, "", num_nodes=2, has_token=False)
-        assert access_checks({}, False, open_to_all, variables)[0].level == "problem"
-        guarded = RunningRay(target, "", num_nodes=2, has_token=True)
-        assert access_checks({}, False, guarded, variables)[0].level == "ok"
-        alone = RunningRay(target, "", num_nodes=1, has_token=False)
-        assert access_checks({}, False, alone, variables)[0].level == "ok"
-
-
-Answer = Callable[[str], tuple[int, Any]]
-
-
-@contextmanager
-def dashboard(answer: Answer) -> Iterator[str]:
-    """A dashboard that answers so; yields its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = answer(self.path)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+@pytest.mark.parametrize("variables", [{}, {"RAY_AUTH_MODE": "token"}])
+@pytest.mark.parametrize(
+    ("num_nodes", "has_token", "level"), [(2, False, "problem"), (2, True, "ok"), (1, False, "ok")]
+)
+def test_a_running_cluster_is_judged_by_what_it_says_and_not_by_the_environment(
+    num_nodes: int, has_token: bool, level: str, variables: dict[str, str]
+) -> None:
+    running = RunningRay(Target("h:1", "F"), "", num_nodes=num_nodes, has_token=has_token)
+    assert access_checks({}, False, running, variables)[0].level == level
 
 
 def _of_mode(mode: str, num_nodes: int) -> Answer:
-    def answer(path: str) -> tuple[int, Any]:
+    def answer(path: str, _: bytes) -> tuple[int, Any]:
         if path == "/api/authentication_mode":
             return 200, {"authentication_mode": mode}
         if mode == "token":
@@ -169,17 +137,17 @@ def _of_mode(mode: str, num_nodes: int) -> Answer:
         (_of_mode("disabled", 1), (1, False)),
         (_of_mode("disabled", 3), (3, False)),
         (_of_mode("token", 3), (None, True)),
-        (lambda path: (404, "no such page"), (None, None)),
-        (lambda path: (200, b"<html>"), (None, None)),
-        (lambda path: (200, {"authentication_mode": "disabled"}), (None, None)),
-        (lambda path: (200, []), (None, None)),
+        (lambda *_: (404, "no such page"), (None, None)),
+        (lambda *_: (200, b"<html>"), (None, None)),
+        (lambda *_: (200, {"authentication_mode": "disabled"}), (None, None)),
+        (lambda *_: (200, []), (None, None)),
     ],
 )
 def test_a_dashboard_tells_its_mode_and_its_nodes(
     answer: Answer, found: tuple[int | None, bool | None]
 ) -> None:
-    with dashboard(answer) as url:
-        assert look_at_dashboard(url) == found
+    with web_server(answer) as port:
+        assert look_at_dashboard(f"http://127.0.0.1:{port}/") == found
 
 
 def test_a_dashboard_that_is_not_there_tells_nothing() -> None:

@@ -38,11 +38,6 @@ def installed(**packages: str | None) -> Installed:
     return Installed("3.11.7", ">=3.11", found, requirements)
 
 
-def test_versions_within_their_bounds_are_one_line() -> None:
-    [check] = doctor.check_versions(installed())
-    assert check == Check("versions", "ok", "python 3.11.7, ray 2.60.0, grpcio 1.83.2")
-
-
 @pytest.mark.parametrize("version", ["2.59.9", "3.0.0", None])
 def test_a_package_that_is_too_old_too_new_or_absent_is_a_problem(version: str | None) -> None:
     wrong, rest = doctor.check_versions(installed(ray=version))
@@ -53,24 +48,62 @@ def test_a_package_that_is_too_old_too_new_or_absent_is_a_problem(version: str |
     assert rest.found == "python 3.11.7, grpcio 1.83.2"
 
 
-def test_an_old_python_and_a_package_that_is_not_installed_are_problems() -> None:
+def test_versions_within_their_bounds_are_one_line_and_an_old_python_is_a_problem() -> None:
+    [check] = doctor.check_versions(installed())
+    assert check == Check("versions", "ok", "python 3.11.7, ray 2.60.0, grpcio 1.83.2")
     checks = doctor.check_versions(Installed("3.10.1", ">=3.11", {}, ()))
-    assert [(check.name, check.level) for check in checks] == [
-        ("python", "problem"),
-        ("expertmesh", "problem"),
-        ("versions", "ok"),
-    ]
+    problems = [("python", "problem"), ("expertmesh", "problem")]
+    assert [(check.name, check.level) for check in checks] == [*problems, ("versions", "ok")]
+
+
+def memory_of(available: int, needs: Needs | None = NEEDS) -> Check:
+    return doctor.check_memory(Memory(32 * GB, available), needs)
+
+
+def folder_of(free: int, reason: str = "", folder: Path = FOLDER) -> Check:
+    return doctor.check_temp_folder(Disk(folder, 100 * GB, free, reason))
+
+
+def ray_of(reason: str, address: str = "h:1") -> Check:
+    return doctor.check_ray(RunningRay(Target(address, "F"), reason), [7])
+
+
+NEEDED = "about 6.00 GB needed (experts 3.00 GB"
 
 
 @pytest.mark.parametrize(
-    ("available", "level"),
-    [(20 * GB, "ok"), (7 * GB, "warning"), (6 * GB, "warning"), (6 * GB - 1, "problem")],
+    ("check", "level", "found", "advice"),
+    [
+        (memory_of(20 * GB), "ok", NEEDED, ""),
+        (memory_of(7 * GB), "warning", NEEDED, "add machines to Ray"),
+        (memory_of(6 * GB), "warning", NEEDED, "add machines to Ray"),
+        (memory_of(6 * GB - 1), "problem", NEEDED, "add machines to Ray"),
+        (memory_of(1, None), "ok", "free", ""),
+        (doctor.check_shared_memory(None), "ok", "not on this system", ""),
+        (doctor.check_shared_memory(64 << 20), "warning", "67.1 MB free", "--shm-size"),
+        (doctor.check_shared_memory(2 * GB), "ok", "2.00 GB free", ""),
+        (folder_of(50 * GB), "ok", "/tmp/ray: 50.0 GB free", ""),
+        (folder_of(4 * GB), "warning", "less than 5 % of the disk", "RAY_TMPDIR"),
+        (folder_of(GB // 20), "problem", "50.0 MB free", "RAY_TMPDIR"),
+        (folder_of(0, "is full"), "problem", "/tmp/ray is full", "RAY_TMPDIR"),
+        (folder_of(GB, "", Path("/tmp/" + "x" * 60)), "problem", "ters too long", "RAY_TMPDIR"),
+        (doctor.check_ray(None, []), "ok", "none runs", ""),
+        (doctor.check_ray(None, [7, 9]), "warning", "raylet pid 7, 9", "`ray stop`"),
+        (ray_of(""), "ok", "joins h:1", ""),
+        (ray_of("", "ray://h:1"), "ok", "joins ray://h:1 (named by F)", ""),
+        (ray_of("does not answer"), "problem", "does not answer", "unset RAY_ADDRESS"),
+        (ray_of("is Ray 2.9"), "problem", "is Ray 2.9", "other versions"),
+        (doctor.check_native(True), "ok", "built", ""),
+        (doctor.check_native(False), "warning", "was not built", "C compiler"),
+    ],
 )
-def test_memory_is_compared_with_what_is_needed(available: int, level: str) -> None:
-    check = doctor.check_memory(Memory(32 * GB, available), NEEDS)
+def test_each_finding_has_its_level_and_what_to_do(
+    check: Check, level: str, found: str, advice: str
+) -> None:
     assert check.level == level
-    assert "about 6.00 GB needed (experts 3.00 GB" in check.found
-    assert doctor.check_memory(Memory(32 * GB, available), None).level == "ok"
+    assert found in check.found
+    assert advice in check.advice
+    assert bool(check.advice) == (level != "ok")
 
 
 def test_needs_are_the_sum_of_the_parts() -> None:
@@ -95,44 +128,19 @@ def test_needs_are_the_sum_of_the_parts() -> None:
     )
 
 
-def test_experts_on_gpus_take_no_host_memory() -> None:
-    config = parse_args({"models": [{"id": "a", "path": "x"}], "experts": {"num_gpus": 1}})
-    assert needs_of([(config, {"a": find_model("mesh-tiny")})]).experts_bytes == 0
-
-
-def test_experts_on_gpus_and_cpus_count_by_the_budgets_of_their_pools() -> None:
+def test_experts_on_gpus_take_no_host_memory_and_pools_count_by_their_budgets() -> None:
+    model = find_model("mesh-tiny")
+    alone = {"models": [{"id": "a", "path": "x"}], "experts": {"num_gpus": 1}}
+    assert needs_of([(parse_args(alone), {"a": model})]).experts_bytes == 0
     pools = [
         {"name": "gpu", "actors": 1, "num_gpus": 1, "memory_budget_bytes": 60},
         {"name": "cpu", "actors": 2, "memory_budget_bytes": 10},
     ]
     args = {"models": [{"id": "a", "path": "x"}], "experts": {"pools": pools, "min_copies": 2}}
-    model = find_model("mesh-tiny")
     needs = needs_of([(parse_args(args), {"a": model})])
     assert needs.experts_bytes == 2 * 32 * model.shape.expert_parameters * 4 // 4
     processes = RAY_AND_SERVE_BYTES + 3 * ACTOR_BYTES + ROUTER_BYTES + GATEWAY_BYTES
     assert needs.processes_bytes == processes
-
-
-@pytest.mark.parametrize(("free", "level"), [(None, "ok"), (64 << 20, "warning"), (2 * GB, "ok")])
-def test_little_shared_memory_is_a_warning(free: int | None, level: str) -> None:
-    assert doctor.check_shared_memory(free).level == level
-
-
-@pytest.mark.parametrize(
-    ("disk", "level", "words"),
-    [
-        (Disk(FOLDER, 100 * GB, 50 * GB), "ok", "/tmp/ray: 50.0 GB free"),
-        (Disk(FOLDER, 100 * GB, 4 * GB), "warning", "less than 5 % of the disk"),
-        (Disk(FOLDER, 100 * GB, GB // 20), "problem", "50.0 MB free"),
-        (Disk(FOLDER, 100 * GB, 0, "is full"), "problem", "/tmp/ray is full"),
-        (Disk(Path("/tmp/" + "x" * 60), GB, GB), "problem", "characters too long"),
-    ],
-)
-def test_rays_folder_needs_room_and_a_short_name(disk: Disk, level: str, words: str) -> None:
-    check = doctor.check_temp_folder(disk)
-    assert check.level == level
-    assert words in check.found
-    assert ("RAY_TMPDIR" in check.advice) == (level != "ok")
 
 
 def test_each_taken_port_is_a_problem_and_free_ones_are_one_line() -> None:
@@ -147,33 +155,6 @@ def test_each_taken_port_is_a_problem_and_free_ones_are_one_line() -> None:
     [joined] = doctor.check_ports([8000], [TakenPort(port, "taken by ray (pid 3)")], joins=True)
     assert joined.level == "warning"
     assert doctor.check_ports([8000, 9000], []) == [Check("ports", "ok", "8000, 9000 are free")]
-
-
-@pytest.mark.parametrize(
-    ("running", "raylets", "level", "words"),
-    [
-        (None, [], "ok", "none runs"),
-        (None, [7, 9], "warning", "raylet pid 7, 9"),
-        (RunningRay(Target("h:1", "F"), "", 1), [7], "ok", "joins h:1"),
-        (RunningRay(Target("ray://h:1", "F"), ""), [], "ok", "joins ray://h:1 (named by F)"),
-        (RunningRay(Target("h:1", "F"), "does not answer"), [], "problem", "does not answer"),
-        (RunningRay(Target("h:1", "F"), "is Ray 2.9"), [], "problem", "is Ray 2.9"),
-    ],
-)
-def test_the_ray_that_a_start_would_join_is_judged(
-    running: RunningRay | None, raylets: list[int], level: str, words: str
-) -> None:
-    check = doctor.check_ray(running, raylets)
-    assert check.level == level
-    assert words in check.found
-    assert bool(check.advice) == (level != "ok")
-
-
-@pytest.mark.parametrize(("is_built", "level"), [(True, "ok"), (False, "warning")])
-def test_native_code_that_was_not_built_is_told_with_what_to_do(is_built: bool, level: str) -> None:
-    check = doctor.check_native(is_built)
-    assert check.level == level
-    assert ("compiler" in check.advice) == (not is_built)
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])

@@ -7,8 +7,8 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,18 +21,10 @@ from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Gpu
 from router.ops.doctor.ports import Port, ports_of, taken_ports
 from router.ops.doctor.running_ray import Target, look_at, target_of
+from tests.unit.router.ops.doctor.test_access import listening
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
-
-
-def document_of(*listens: dict[str, Any]) -> dict[str, Any]:
-    """Return a deployment file with an application for each section of ``gateway.listen``."""
-    return {
-        "applications": [
-            {"import_path": "router.app:build", "args": {"gateway": {"listen": listen}}}
-            for listen in listens
-        ]
-    }
+Examine = Callable[..., dict[str, Check]]
 
 
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
@@ -51,25 +43,15 @@ def test_each_application_opens_its_ports_on_its_hosts() -> None:
     assert ports_of({"applications": [{"import_path": "other:app"}]}) == []
     for args in ({}, None, {"gateway": None}, {"gateway": {}}):
         application = {"import_path": "router.app:build", "args": args}
-        assert [one.number for one in ports_of({"applications": [application]})] == [
-            8000,
-            9000,
-            9001,
-        ]
-    ports = ports_of(
-        document_of(
-            {"host": "0.0.0.0", "http_port": 1, "grpc_port": 2, "health_port": 4},
-            {"admin_host": "::1", "admin_port": 77},
-        )
+        found = ports_of({"applications": [application]})
+        assert [one.number for one in found] == [8000, 9000, 9001]
+    several = listening(
+        {"host": "0.0.0.0", "http_port": 1, "grpc_port": 2, "health_port": 4},
+        {"admin_host": "::1", "admin_port": 77},
     )
-    assert [(port.host, port.number) for port in ports] == [
-        ("0.0.0.0", 1),
-        ("0.0.0.0", 2),
-        ("127.0.0.1", 9001),
-        ("127.0.0.1", 4),
-        ("127.0.0.1", 8000),
-        ("127.0.0.1", 9000),
-        ("::1", 77),
+    assert [(port.host, port.number) for port in ports_of(several)] == [
+        *(("0.0.0.0", 1), ("0.0.0.0", 2), ("127.0.0.1", 9001), ("127.0.0.1", 4)),
+        *(("127.0.0.1", 8000), ("127.0.0.1", 9000), ("::1", 77)),
     ]
 
 
@@ -108,11 +90,9 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
     assert "192.0.2.1 is not an address of this machine" in first.reason
     assert second.reason.startswith("nowhere.invalid has no address (")
 
-    def denied(self: socket.socket, address: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
     class Denied(socket.socket):
-        bind = denied  # type: ignore[assignment]
+        def bind(self, address: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("router.gateway.listen.sockets.socket.socket", Denied)
     [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
@@ -271,66 +251,46 @@ def test_torch_is_asked_for_gpus_and_may_fail(
     assert found.num_cpus >= 1
 
 
-def levels(checks: list[Check]) -> dict[str, str]:
-    return {check.name: check.level for check in checks}
-
-
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch is not asked, and no Ray that is here counts."""
+def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Examine:
+    """Examine this machine, with a file of this text; torch is not asked, and no Ray counts."""
     monkeypatch.setattr(probe, "_ASK_TORCH", "print('[\"2.13\", []]')")
     monkeypatch.setattr(probe, "raylets", lambda: [])
     monkeypatch.setattr("router.ops.doctor.doctor.MAX_SOCKET_PATH", 500)
 
+    def examine(text: str | None = None) -> dict[str, Check]:
+        file = None
+        if text is not None:
+            file = tmp_path / "cluster.yaml"
+            file.write_text(text)
+        return {one.name: one for one in probe.examine(file, {"RAY_TMPDIR": str(tmp_path)})}
 
-@pytest.mark.usefixtures("quick")
-def test_everything_is_looked_at(tmp_path: Path) -> None:
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(shipped_document(*free_ports(2))))
-    found = levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))
-    assert {"versions", "devices", "memory", "/dev/shm", "Ray's folder", "ray"} <= found.keys()
-    assert (found["ports"], found["file"]) == ("ok", "ok")
-    alone = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
-    assert alone.keys() == found.keys() - {"ports", "file"}
+    return examine
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_model_that_another_machine_may_have_is_a_warning(tmp_path: Path) -> None:
+def test_everything_is_looked_at(examined: Examine) -> None:
     document = shipped_document(*free_ports(2))
+    found = examined(yaml.safe_dump(document))
+    assert {"versions", "devices", "memory", "/dev/shm", "Ray's folder", "ray"} <= found.keys()
+    assert (found["ports"].level, found["file"].level) == ("ok", "ok")
+    assert examined().keys() == found.keys() - {"ports", "file"}
+    # Another machine may have the model.
     document["applications"][0]["args"]["models"][0]["path"] = "/nowhere"
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(document))
-    assert levels(probe.examine(file, {"RAY_TMPDIR": str(tmp_path)}))["file"] == "warning"
+    assert examined(yaml.safe_dump(document))["file"].level == "warning"
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(tmp_path: Path) -> None:
-    file = tmp_path / "cluster.yaml"
-    file.write_text("applications: 3")
-    found = probe.examine(file, {"RAY_TMPDIR": str(tmp_path)})
-    [problem] = [check for check in found if check.level == "problem"]
-    assert (problem.name, problem.advice) == ("file", f"Mend {file}.")
-    assert "versions" in levels(found)
+def test_a_bad_file_is_one_problem_and_the_rest_is_still_looked_at(examined: Examine) -> None:
+    found = examined("applications: 3")
+    [problem] = [check for check in found.values() if check.level == "problem"]
+    assert problem.name == "file"
+    assert problem.advice.startswith("Mend /")
+    assert "versions" in found
 
 
-@pytest.mark.usefixtures("quick")
 def test_native_code_that_cannot_be_loaded_is_as_if_it_was_not_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examined: Examine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
-    assert (found["native code"] == "ok") == (built.native is not None)
+    assert (examined()["native code"].level == "ok") == (built.native is not None)
     monkeypatch.setitem(sys.modules, "expertmesh_native", None)
     monkeypatch.setattr(probe, "native", runpy.run_path(str(built.__file__))["native"])
-    found = levels(probe.examine(None, {"RAY_TMPDIR": str(tmp_path)}))
-    assert found["native code"] == "warning"
-
-
-def test_no_two_of_the_ports_that_a_test_is_served_on_are_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("random.sample", lambda ports, count: list(ports)[:count])
-    given = free_ports(2)
-    numbers = [port.number for port in ports_of(shipped_document(*given))]
-    assert numbers[:2] == given
-    assert len(set(numbers)) == 3
-    assert free_ports(1, given) != free_ports(1)
+    assert examined()["native code"].level == "warning"

@@ -19,7 +19,7 @@ from experts.checkpoint.checkpoint import open_checkpoint
 from experts.compute.expert_device import ExpertDevice
 from router.model.memory import StepLimits, router_sizes
 from router.ops.plan.deployment import read_tenants
-from router.ops.plan.devices import Device, DevicesOfFile, Tenant, place, shortages
+from router.ops.plan.devices import Device, Tenant, place, shortages
 from router.ops.plan.plan import ACTOR_PROCESS_BYTES, ROUTER_PROCESS_BYTES, actor_batch_bytes
 from router.ops.plan.source import find_model
 from tests.checkpoints import save_mixtral
@@ -37,10 +37,6 @@ FAMILIES = {"mixtral": save_mixtral, **SAVERS}
 def tenant(name: str, num_gpus: float, **sizes: int) -> Tenant:
     zero = {"weight_bytes": 0, "working_bytes": 0, "process_bytes": 0}
     return Tenant(name, f"setting of {name}", num_gpus, **(zero | sizes))  # type: ignore[arg-type]
-
-
-def names(planned: DevicesOfFile) -> list[str]:
-    return [" ".join(one.name for one in device.tenants) for device in planned.devices]
 
 
 def file_of(tmp_path: Path, folder: Path, dtype: str = "auto", **args: Any) -> Path:
@@ -78,28 +74,16 @@ def test_processes_are_placed_as_ray_places_them(
     unplaced: list[str],
 ) -> None:
     planned = place([tenant(*one) for one in wanted], num_devices)
-    assert names(planned) == expected
+    found = [" ".join(one.name for one in device.tenants) for device in planned.devices]
+    assert found == expected
     assert [one.name for one in planned.unplaced] == unplaced
     assert bool(planned.unplaced_line()) == bool(unplaced)
 
 
-def test_what_waits_for_ever_is_told_with_what_is_in_its_place() -> None:
-    planned = place([tenant("r", 0.2), tenant("s", 0.2), tenant("a", 1), tenant("b", 1)], 2)
-    assert planned.unplaced_line() == (
-        "b would wait for ever: it needs 1 of a GPU, and the 2 that there are have r 0.2, s 0.2; "
-        "a 1"
-    )
-    assert place([tenant("a", 0.5)], 0).unplaced_line() == (
-        "a would wait for ever: it needs 0.5 of a GPU, and there is none"
-    )
-
-
 def test_the_shipped_file_has_a_router_and_an_actor_on_one_device() -> None:
     tenants = read_tenants(GPU)
-    assert [(one.name, one.num_gpus) for one in tenants] == [
-        ("router of mesh-tiny", 0.2),
-        ("gpu-0", 0.8),
-    ]
+    shares = [(one.name, one.num_gpus) for one in tenants]
+    assert shares == [("router of mesh-tiny", 0.2), ("gpu-0", 0.8)]
     planned = place(tenants)
     assert len(planned.devices) == 1
     assert shortages(planned, 24 * GB) == []
@@ -113,12 +97,8 @@ def test_the_planned_bytes_are_those_that_are_allocated(
 ) -> None:
     folder, cache_tokens = tmp_path / "m", 1000
     FAMILIES[family](folder)
-    router = {
-        "num_gpus": 0.5,
-        "cache_tokens": cache_tokens,
-        "max_batch_size": 4,
-        "max_batch_tokens": 32,
-    }
+    router: dict[str, Any] = {"cache_tokens": cache_tokens, "num_gpus": 0.5}
+    router |= {"max_batch_size": 4, "max_batch_tokens": 32}
     experts = {"actors": 1, "num_gpus": 0.5}
     file = file_of(tmp_path, folder, dtype, router=router, experts=experts)
     on_router, on_actor = read_tenants(file)
@@ -171,13 +151,8 @@ def test_routers_of_all_models_come_first_and_an_unreserved_one_too(tmp_path: Pa
     args["router"] = {"replicas": 2, "device": "accelerator"}
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    assert [one.name for one in read_tenants(file)] == [
-        "router of mesh-tiny",
-        "router of mesh-tiny",
-        "router of b",
-        "router of b",
-        "gpu-0",
-    ]
+    routers = [*["router of mesh-tiny"] * 2, *["router of b"] * 2]
+    assert [one.name for one in read_tenants(file)] == [*routers, "gpu-0"]
     args["router"] = {"num_gpus": 0}
     args["experts"] = {"actors": 2}
     file.write_text(yaml.safe_dump(document), encoding="utf-8")

@@ -83,16 +83,21 @@ def meta_model(config: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
+def weights_of(model: torch.nn.Module) -> dict[str, int]:
+    """Return the size of each weight, and of each bias that a gate keeps as a buffer."""
+    biases = [named for named in model.named_buffers() if "correction_bias" in named[0]]
+    return {key: one.numel() for key, one in (*model.named_parameters(), *biases)}
+
+
 @pytest.mark.parametrize("name", [name for name in KNOWN if name != "grok-1"])
 def test_parameters_are_those_of_transformers_model(name: str) -> None:
     config = KNOWN[name]["config"]
     of = shape_of(config, name)
     model = meta_model(config)
-    weights = [*model.named_parameters()]
-    weights += [(key, one) for key, one in model.named_buffers() if "correction_bias" in key]
-    experts = sum(one.numel() for key, one in weights if ".experts." in key)
+    weights = weights_of(model)
+    experts = sum(size for key, size in weights.items() if ".experts." in key)
     assert of.num_all_experts * of.expert_parameters == experts
-    assert of.total_parameters == sum(one.numel() for _, one in weights)
+    assert of.total_parameters == sum(weights.values())
     embedding = model.get_input_embeddings().weight.numel()  # type: ignore[operator]
     assert of.lookup_parameters == embedding
 
@@ -149,10 +154,7 @@ def test_dense_layers_and_missing_query_ranks_are_counted_too() -> None:
     deepseek = KNOWN["deepseek-v3"]["config"] | small
     deepseek |= {"num_hidden_layers": 3, "first_k_dense_replace": 0, "q_lora_rank": None}
     for config in (qwen, deepseek):
-        model = meta_model(config)
-        weights = [*model.named_parameters()]
-        weights += [(key, one) for key, one in model.named_buffers() if "correction_bias" in key]
-        total = sum(one.numel() for _, one in weights)
+        total = sum(weights_of(meta_model(config)).values())
         assert shape_of(config, "here").total_parameters == total
 
 
@@ -168,12 +170,11 @@ def test_a_checkpoint_is_planned_from_its_config_and_headers(tmp_path: Path) -> 
         assert plan.all_experts_bytes == of_experts * 4
         assert plan.router_weight_bytes == (sum(values.values()) - of_experts) * 4
         assert model.dtype == "float32"
-
-
-def test_the_bundled_model_is_found_by_its_name_and_dtype_can_be_chosen() -> None:
-    whole, half = find_model("mesh-tiny"), find_model("mesh-tiny", "bfloat16")
-    assert whole.shape == half.shape
-    assert make_plan(whole, Wish()).expert_bytes == 2 * make_plan(half, Wish()).expert_bytes
+    half = find_model("mesh-tiny", "bfloat16")
+    assert half.shape == find_model(str(BUNDLED)).shape
+    assert 2 * make_plan(half, Wish()).expert_bytes == open_checkpoint(BUNDLED).expert_bytes(
+        "float32"
+    )
 
 
 def test_a_configuration_without_weights_is_planned_too(tmp_path: Path) -> None:
@@ -215,12 +216,9 @@ def test_a_wrong_config_is_refused_by_name(
     assert caught.value.field == str(tmp_path / "config.json")
 
 
-def test_a_dbrx_config_without_its_parts_is_refused() -> None:
+def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="lacks the key ffn_hidden_size"):
         shape_of(KNOWN["dbrx"]["config"] | {"ffn_config": None}, "here")
-
-
-def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"neither a folder nor a known model; known: mixtral"):
         find_model("mixtral-9x9b")
     with pytest.raises(ConfigError, match="--dtype: must be one of auto"):
@@ -242,14 +240,11 @@ def test_the_fullest_device_is_the_one_of_the_placement(copies: int, num_devices
 @pytest.mark.parametrize("room", [1, 2, 5, 9, 1000])
 def test_the_fewest_devices_are_really_the_fewest(copies: int, room: int) -> None:
     of = shape(3, 5)
+    assert fewest_devices(of, copies, 0) is None  # no device holds less than an expert
     enough = [n for n in range(copies, 30) if largest_share(of, n, copies) <= room]
     assert fewest_devices(of, copies, room) == (min(enough) if enough else None)
     if room == 1000:
         assert min(enough) == copies  # copies are on devices of their own, however small
-
-
-def test_no_device_holds_less_than_an_expert() -> None:
-    assert fewest_devices(shape(4, 8), 1, 0) is None
 
 
 def test_mixtral_fits_where_arithmetic_says_so() -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from threading import Event
-from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from router.ops.startup import drain as module
-from router.ops.startup.drain import ServedGateways, UnderWay, drain, end_requests
+from router.ops.startup.drain import UnderWay, drain, end_requests
 
 
 class FakeGateways:
@@ -44,17 +41,6 @@ def test_all_requests_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gateways.asked == [False] * 5
 
 
-def test_nothing_is_told_where_nothing_is_under_way() -> None:
-    begun: list[UnderWay] = []
-    assert drain(FakeGateways(0), Event(), begun.append) == 0
-    assert begun == []
-
-
-def test_a_second_signal_cuts_the_wait() -> None:
-    cut = Event()
-    assert drain(FakeGateways(3, 2), cut, lambda _: cut.set()) == 3
-
-
 def test_the_longest_request_bounds_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.0)
     gateways = FakeGateways(2, limit_s=0.2)
@@ -70,71 +56,14 @@ def test_gateways_that_fall_silent_are_not_waited_for(requests: tuple[int | None
     assert left == (requests[0] or 0)
 
 
-def test_ended_requests_are_waited_for_a_moment() -> None:
-    gateways = FakeGateways(2, 1, 0)
+@pytest.mark.parametrize(("requests", "num_asked"), [((2, 1, 0), 3), ((None,), 1)])
+def test_ended_requests_are_waited_for(requests: tuple[int | None, ...], num_asked: int) -> None:
+    gateways = FakeGateways(*requests)
     end_requests(gateways)
-    assert gateways.asked == [True] * 3
+    assert gateways.asked == [True] * num_asked
+
+
+def test_ended_requests_are_waited_for_a_moment_only() -> None:
     stuck = FakeGateways(1)
-    end_requests(stuck)  # returns all the same
+    end_requests(stuck)
     assert len(stuck.asked) > 1
-
-
-class FakeHandle:
-    """An application's gateways: their answers to a broadcast, or why there is none."""
-
-    def __init__(self, outcome: list[object] | Exception) -> None:
-        self.outcome = outcome
-        self.asked: list[tuple[Any, ...]] = []
-
-    def broadcast(self, *asked: Any) -> FakeHandle:
-        self.asked.append(asked)
-        return self
-
-    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
-        assert timeout_s > 0
-        assert return_exceptions
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
-
-
-def answer_of(
-    monkeypatch: pytest.MonkeyPatch, **outcomes: list[object] | Exception
-) -> UnderWay | None:
-    handles = {app: FakeHandle(outcome) for app, outcome in outcomes.items()}
-    monkeypatch.setattr(module, "our_applications", lambda timeout_s: list(handles))
-    monkeypatch.setattr(module.serve, "get_app_handle", handles.__getitem__)
-    answer = ServedGateways().shut_down(ends_requests=True)
-    assert all(handle.asked == [("shut_down", True)] for handle in handles.values())
-    return answer
-
-
-def test_every_gateway_of_every_application_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = answer_of(monkeypatch, a=[(1, 60.0), (2, 60.0)], b=[(4, 9.0)])
-    assert answer == UnderWay(7, 60.0)
-    assert answer_of(monkeypatch) == UnderWay(0, 0.0)
-
-
-@pytest.mark.parametrize(
-    "nobody", [RayServeException("no such application"), DeploymentUnavailableError("a")]
-)
-def test_an_application_without_gateways_has_no_requests(
-    nobody: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert answer_of(monkeypatch, a=nobody, b=[(4, 9.0)]) == UnderWay(4, 9.0)
-
-
-def test_a_dead_gateway_has_no_requests_and_a_silent_one_may_have(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert answer_of(monkeypatch, a=[RayActorError(), (1, 9.0)]) == UnderWay(1, 9.0)
-    assert answer_of(monkeypatch, a=[TimeoutError(), (1, 9.0)]) is None
-    assert answer_of(monkeypatch, a=TimeoutError()) is None
-
-
-def test_a_serve_that_does_not_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(timeout_s: float) -> list[str]:
-        raise TimeoutError
-
-    monkeypatch.setattr(module, "our_applications", silent)
-    assert ServedGateways().shut_down(ends_requests=False) is None

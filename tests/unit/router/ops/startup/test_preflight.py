@@ -22,13 +22,12 @@ import deploy
 from benchmarks.shipped import free_ports, shipped_document
 from cluster.memory import Memory
 from experts.checkpoint.hash_cache import BESIDE
-from router.config.deployment import ExpertsConfig
 from router.ops import startup
 from router.ops.doctor import probe
 from router.ops.doctor.devices import Devices, Gpu
-from router.ops.doctor.running_ray import RunningRay, Target
+from router.ops.doctor.running_ray import RunningRay, Target, look_at
 from router.ops.startup import preflight
-from router.ops.startup.preflight import attend, deployment_file, given_address, tell_other_shells
+from router.ops.startup.preflight import attend, deployment_file, given_address
 from router.security.keys import Role
 from router.security.keys_file import add_key
 from tests.checkpoints import save_mixtral
@@ -36,7 +35,7 @@ from tests.client_tls import Pair
 from tests.unit.certificates import new_authority
 
 DEPLOY = Path(deploy.__file__).parent
-MODEL = {"id": "a", "path": "models/mesh-tiny"}
+JOINING = (["run", "--address", "head:6379"], ["deploy"])
 
 
 def write(file: Path, document: object) -> Path:
@@ -52,10 +51,11 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No Ray but those that a test tells of; returns the folder that Ray would have."""
+    """No Ray of this machine counts; returns the folder that a Ray would have."""
     temp = tmp_path / "t"
     temp.mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (None, None))
     monkeypatch.setattr(preflight, "token_variable", dict)
     monkeypatch.setattr(preflight, "tell_progress", lambda document, starts_ray: None)
@@ -65,15 +65,32 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return temp
 
 
-def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line with which a command line is refused."""
-    with pytest.raises(SystemExit) as caught:
-        attend(argv)
-    assert caught.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    [line] = output.err.splitlines()
-    return line
+class Serve:
+    """Serve's own command, as far as our part of it."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: object) -> tuple[str, str]:
+        """Return what a command prints that is not refused."""
+        attend(["serve", *map(str, words)])
+        out, err = self.capsys.readouterr()
+        return out, err
+
+    def refused(self, *words: object) -> str:
+        """Return the one line with which a command is refused."""
+        with pytest.raises(SystemExit) as caught:
+            self(*words)
+        assert caught.value.code == 2
+        out, err = self.capsys.readouterr()
+        assert out == ""
+        [line] = err.splitlines()
+        return str(line)
+
+
+@pytest.fixture
+def serve(capsys: pytest.CaptureFixture[str]) -> Serve:
+    return Serve(capsys)
 
 
 @pytest.mark.parametrize(
@@ -103,32 +120,6 @@ def test_the_file_of_a_serve_command_is_found_and_no_others(
     assert deployment_file(words) == (file if found else None)
 
 
-@pytest.fixture
-def bad_file(tmp_path: Path) -> Path:
-    app = {"import_path": "router.app:build", "args": {"models": [MODEL], "experts": {"actor": 1}}}
-    return write(tmp_path / "bad.yaml", {"applications": [app]})
-
-
-@pytest.mark.parametrize("command", ["run", "deploy"])
-def test_a_bad_file_ends_the_serve_command_with_one_line(
-    bad_file: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert refusal(["serve", command, str(bad_file)], capsys) == (
-        f"expertmesh: {bad_file}: applications[0].args.experts.actor: unknown key; allowed keys: "
-        + ", ".join(sorted(ExpertsConfig.model_fields))
-    )
-
-
-@pytest.mark.parametrize(
-    "words", [["pytest", "run"], ["serve", "status"], ["python", "-m"], ["expertmesh", "check"]]
-)
-def test_other_programs_are_left_alone(
-    bad_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    attend([*words, str(bad_file)])
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     ("words", "done"),
     [
@@ -140,11 +131,7 @@ def test_other_programs_are_left_alone(
     ],
 )
 def test_a_good_file_lets_the_serve_command_go_on(
-    file: Path,
-    words: list[str],
-    done: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: Path, words: list[str], done: list[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     found: list[str] = []
 
@@ -152,25 +139,17 @@ def test_a_good_file_lets_the_serve_command_go_on(
         assert document == yaml.safe_load(file.read_text(encoding="utf-8"))
         found.append(f"progress of {'our' if starts_ray else 'a'} Ray")
 
-    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     monkeypatch.setattr(preflight, "tell_progress", tell_progress)
-    attend(["serve", *words, str(file)])
-    assert capsys.readouterr() == ("", "")
+    assert serve(*words, file) == ("", "")
     assert found == done
 
 
 @pytest.mark.parametrize(("words", "is_told"), [([], True), (["-a", "head:6379"], False)])
 def test_a_start_of_ray_tells_other_shells_of_its_token(
-    file: Path,
-    words: list[str],
-    is_told: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: Path, words: list[str], is_told: bool, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
     monkeypatch.setattr(preflight, "token_variable", lambda: {"RAY_AUTH_MODE": "token"})
-    attend(["serve", "run", *words, str(file)])
-    line = capsys.readouterr().out
+    line, _ = serve("run", *words, file)
     assert line.endswith(" in another shell: export RAY_AUTH_MODE=token\n") if is_told else not line
 
 
@@ -194,18 +173,6 @@ def test_only_the_start_of_a_ray_of_ones_own_is_explained_when_slow(
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"), [({}, ""), ({"A": "1"}, "export A=1"), ({"A": "1", "B": "2"}, "A=1 B=2")]
-)
-def test_variables_for_other_shells_are_one_line_or_none(
-    variables: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tell_other_shells(variables)
-    output = capsys.readouterr().out
-    assert output.splitlines() == ([output.strip()] if variables else [])
-    assert output.strip().endswith(told)
-
-
-@pytest.mark.parametrize(
     ("words", "address"),
     [
         ([], None),
@@ -221,60 +188,65 @@ def test_the_address_of_a_command_line_is_found(words: list[str], address: str |
     assert given_address(["serve", "run", "f.yaml", *words]) == address
 
 
-def test_a_taken_port_is_named_with_its_key_and_who_has_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_taken_port_is_named_with_its_key_and_who_has_it(tmp_path: Path, serve: Serve) -> None:
     http_port, grpc_port = free_ports(2)
     file = write(tmp_path / "busy.yaml", shipped_document(http_port, grpc_port))
     with socket.create_server(("127.0.0.1", grpc_port)):
-        line = refusal(["serve", "run", str(file)], capsys)
+        line = serve.refused("run", file)
     assert line.startswith(f"expertmesh: port {grpc_port}: for gRPC: it is taken")
     assert f"(pid {os.getpid()}). End that process, or set gateway.listen.grpc_port to an" in line
 
 
 def test_an_address_file_of_a_ray_that_is_gone_ends_the_command_at_once(
-    file: Path, own_ray: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, own_ray: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(preflight, "look_at", look_at)
     (own_ray / "ray").mkdir()
     named = own_ray / "ray" / "ray_current_cluster"
     [nobody] = free_ports(1)
     named.write_text(f"127.0.0.1:{nobody}")
-    line = refusal(["serve", "run", str(file)], capsys)
+    line = serve.refused("run", file)
     assert f"127.0.0.1:{nobody} (named by {named}) does not answer (Connection refused)" in line
     assert "`ray stop`" in line
-    attend(["serve", "run", "-a", "local", str(file)])  # which does as it was told
+    serve("run", "-a", "local", file)  # which does as it was told
 
 
 def test_a_ray_of_another_version_ends_the_command(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     def old(target: Target) -> RunningRay:
         return RunningRay(target, "is Ray 2.9.0 on Python 3.9.1; here is another")
 
     monkeypatch.setattr(preflight, "look_at", old)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    line = refusal(["serve", "run", str(file)], capsys)
+    line = serve.refused("run", file)
     assert "10.0.0.1:6379 (named by RAY_ADDRESS) is Ray 2.9.0 on Python 3.9.1" in line
     assert "start it again from this virtual environment" in line
 
 
-def test_too_little_memory_ends_the_command(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_too_little_memory_or_a_full_disk_ends_the_command(
+    file: Path, own_ray: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "memory", lambda: Memory(2 * 10**9, 10**9))
-    line = refusal(["serve", "run", str(file)], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "memory", lambda: Memory(2 * 10**9, 10**9))
+        line = serve.refused("run", file)
     assert line.startswith("expertmesh: memory: 1.00 GB of 2.00 GB free; about 2.05 GB needed")
 
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-def gpu_file(tmp_path: Path, **router: Any) -> Path:
-    """The shipped file for GPUs, on ports that are free."""
+    monkeypatch.setattr("router.ops.doctor.machine.tempfile.TemporaryFile", full)
+    line = serve.refused("run", file)
+    assert f"{own_ray / 'ray'} is full. Free some space, or set RAY_TMPDIR" in line
+
+
+@pytest.fixture
+def gpu_file(tmp_path: Path) -> str:
+    """The shipped file for GPUs, on loopback and on ports that are free."""
     document = shipped_document(*free_ports(2), file=DEPLOY / "gpu.yaml")
     args = document["applications"][0]["args"]
-    args["router"] |= router
-    del args["security"], args["gateway"]["listen"]["host"]  # it listens on loopback
-    if router.get("num_gpus") == 0:
-        args["experts"] = {}
-    return write(tmp_path / "gpu.yaml", document)
+    del args["security"], args["gateway"]["listen"]["host"]
+    return str(write(tmp_path / "gpu.yaml", document))
 
 
 def on_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
@@ -282,107 +254,47 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
     monkeypatch.setattr(probe, "find_devices", lambda: found)
 
 
-ONE = (Gpu("H100", 80_000_000_000),)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "router", "words"),
-    [
-        ((), {}, "no GPU; torch 2.13.0 finds no GPU: router of mesh-tiny and 1 more would wait"),
-        (ONE, {"replicas": 2}, "gpu-0 would wait for ever: it needs 0.8 of a GPU, and the 1 that"),
-        ((), {"num_gpus": 0, "device": "accelerator"}, "torch 2.13.0 finds no GPU, and router of"),
-    ],
-)
-def test_gpus_that_are_not_there_end_the_command(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    gpus: tuple[Gpu, ...],
-    router: dict[str, Any],
-    words: str,
+def test_no_gpu_or_one_without_room_for_weights_and_caches_ends_the_command(
+    gpu_file: str, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    on_gpus(monkeypatch, *gpus)
-    line = refusal(["serve", "run", str(gpu_file(tmp_path, **router))], capsys)
-    assert line.startswith("expertmesh: devices: 2 CPUs, ")
-    assert words in line
-
-
-def test_a_gpu_without_room_for_weights_and_caches_ends_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    on_gpus(monkeypatch)
+    line = serve.refused("run", gpu_file)
+    assert line.startswith("expertmesh: devices: 2 CPUs, no GPU; torch 2.13.0 finds no GPU: router")
     on_gpus(monkeypatch, Gpu("tiny", 100_000_000))
-    line = refusal(["serve", "run", str(gpu_file(tmp_path))], capsys)
-    assert "GPU 0 (tiny) of 100 MB lacks " in line
+    assert "GPU 0 (tiny) of 100 MB lacks " in serve.refused("run", gpu_file)
     on_gpus(monkeypatch, Gpu("small", 500_000_000))
-    attend(["serve", "run", str(gpu_file(tmp_path))])
-    [warning] = capsys.readouterr().err.splitlines()
+    [warning] = serve("run", gpu_file)[1].splitlines()
     assert warning.startswith("expertmesh: devices: 2 CPUs, 1 GPU (small); GPU 0 (small) of 500 MB")
     on_gpus(monkeypatch, Gpu("enough", 2_000_000_000))
-    attend(["serve", "run", str(gpu_file(tmp_path))])
-    assert capsys.readouterr().err == ""
+    assert serve("run", gpu_file) == ("", "")
 
 
 def test_a_cluster_that_is_joined_may_get_its_gpus_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpu_file: str, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     on_gpus(monkeypatch)
-    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
-    for command in (["run", "--address", "head:6379"], ["deploy"]):
-        attend(["serve", *command, str(gpu_file(tmp_path))])
-    assert capsys.readouterr() == ("", "")
+    for command in JOINING:
+        assert serve(*command, gpu_file) == ("", "")
 
 
-def test_a_full_disk_ends_the_command(
-    file: Path, own_ray: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_model_that_this_machine_lacks_is_the_clusters_to_find_if_one_is_joined(
+    tmp_path: Path, serve: Serve
 ) -> None:
-    def full(**_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("router.ops.doctor.machine.tempfile.TemporaryFile", full)
-    line = refusal(["serve", "run", str(file)], capsys)
-    assert f"{own_ray / 'ray'} is full. Free some space, or set RAY_TMPDIR" in line
-
-
-@pytest.fixture
-def nowhere_file(tmp_path: Path) -> Path:
-    """A file whose model this machine does not have."""
     document = shipped_document(*free_ports(2))
     document["applications"][0]["args"]["models"][0]["path"] = str(tmp_path / "nowhere")
-    return write(tmp_path / "nowhere.yaml", document)
+    file = write(tmp_path / "nowhere.yaml", document)
+    for words in (["run", "--address=auto"], ["deploy"]):
+        [line] = serve(*words, file)[1].splitlines()
+        assert line.startswith("expertmesh: ")
+        assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
+    for options in ([], ["-a", "local"]):
+        line = serve.refused("run", file, *options)
+        assert "nowhere: no such folder" in line
+        assert "serve run --address=auto" in line
 
 
-@pytest.mark.parametrize(
-    "words", [["run", "FILE", "-a", "auto"], ["run", "--address=auto", "FILE"], ["deploy", "FILE"]]
-)
-def test_a_model_that_only_the_cluster_has_is_the_clusters_to_find(
-    nowhere_file: Path,
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
-    file = str(nowhere_file)
-    attend(["serve", *(file if word == "FILE" else word for word in words)])
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("expertmesh: ")
-    assert line.endswith("nowhere: no such folder; the cluster looks for it on its nodes")
-
-
-@pytest.mark.parametrize("words", [[], ["--address=local"], ["-a", "local"]])
-def test_a_model_that_this_machine_needs_and_lacks_ends_the_command(
-    nowhere_file: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refusal(["serve", "run", str(nowhere_file), *words], capsys)
-    assert "nowhere: no such folder" in line
-    assert "serve run --address=auto" in line
-
-
-@pytest.mark.parametrize("words", [["--address=ray://head:10001"], ["-a", "ray://head:10001"]])
 def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
-    file: Path,
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     asked: list[Target] = []
 
@@ -392,64 +304,53 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
 
     monkeypatch.setattr(preflight, "look_at", fine)
     monkeypatch.setattr(probe, "memory", lambda: Memory(1, 1))
-    attend(["serve", "run", str(file), *words])
-    assert capsys.readouterr() == ("", "")
+    assert serve("run", file, "--address=ray://head:10001") == ("", "")
     assert asked == [Target("ray://head:10001", "--address")]
 
 
-def bad_yaml(tmp_path: Path, wrong: Callable[[dict[str, Any]], None]) -> Path:
+@pytest.fixture
+def too_long(tmp_path: Path) -> tuple[Path, str]:
+    """A file that is wrong, and the line that says so."""
     document = yaml.safe_load((DEPLOY / "cluster.yaml").read_text(encoding="utf-8"))
-    wrong(document["applications"][0])
-    return write(tmp_path / "bad.yaml", document)
-
-
-def too_long(app: dict[str, Any]) -> None:
-    app["args"]["models"][0]["max_model_len"] = 1025
-
-
-TOO_LONG = (
-    "applications.expertmesh.args.models[0].max_model_len: "
-    "must be at most the model's own 1024 (given: 1025)"
-)
+    document["applications"][0]["args"]["models"][0]["max_model_len"] = 1025
+    file = write(tmp_path / "bad.yaml", document)
+    where = "applications.expertmesh.args.models[0].max_model_len"
+    return file, f"{file}: {where}: must be at most the model's own 1024 (given: 1025)"
 
 
 def test_the_real_command_refuses_a_bad_file_with_one_line_and_starts_no_ray(
-    tmp_path: Path,
+    too_long: tuple[Path, str], own_ray: Path
 ) -> None:
-    file = bad_yaml(tmp_path, too_long)
-    temp = tmp_path / "ray"
-    temp.mkdir()
+    file, told = too_long
     serve = Path(sys.executable).with_name("serve")
     result = subprocess.run(
-        [str(serve), "run", str(file), "--address", "local"],
+        [str(serve), "run", file, "--address", "local"],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "RAY_TMPDIR": str(temp), "PYTHONFAULTHANDLER": "1"},
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         check=False,
     )
     assert result.returncode == 2
     lines = (result.stdout + result.stderr).splitlines()
-    assert [line for line in lines if line.startswith("expertmesh:")] == [
-        f"expertmesh: {file}: {TOO_LONG}"
-    ]
+    assert [line for line in lines if line.startswith("expertmesh:")] == [f"expertmesh: {told}"]
     assert not any("Traceback" in line or "Started a local Ray" in line for line in lines)
     # Whatever Ray starts puts its session there first.
-    assert list(temp.iterdir()) == []
+    assert list(own_ray.iterdir()) == []
 
 
 def test_serves_own_deploy_refuses_a_bad_file_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    too_long: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command imports the module anew, as in a process of its own, which takes seconds."""
-    file = bad_yaml(tmp_path, too_long)
+    file, told = too_long
     words = ["deploy", str(file), "--address", "http://127.0.0.1:9"]  # nobody answers there
     monkeypatch.setattr(sys, "argv", ["serve", *words])
     monkeypatch.setattr(startup, "preflight", preflight)  # the import sets it
     monkeypatch.delitem(sys.modules, preflight.__name__)
     result = CliRunner().invoke(serve_commands, words)
     lines = [line for line in result.output.splitlines() if "scripts.py" not in line]  # Serve's own
-    assert (result.exit_code, lines) == (2, [f"expertmesh: {file}: {TOO_LONG}"])
+    assert (result.exit_code, lines) == (2, [f"expertmesh: {told}"])
 
 
 @pytest.fixture
@@ -464,18 +365,16 @@ def own_model(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
 def test_a_start_hashes_checkpoints_before_it_starts_anything(
-    own_model: tuple[Path, Path], command: str
+    own_model: tuple[Path, Path], command: str, serve: Serve
 ) -> None:
     file, folder = own_model
-    attend(["serve", command, str(file)])
+    serve(command, file)
     # A deploy does not know whether the cluster builds the application on this machine.
     assert (folder / BESIDE).exists() == (command == "run")
 
 
 def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
-    own_model: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    own_model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     file, folder = own_model
     checks_of_a_start = preflight.checks_of_a_start
@@ -485,7 +384,7 @@ def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
         return checks_of_a_start(*arguments)
 
     monkeypatch.setattr(preflight, "checks_of_a_start", changed)
-    line = refusal(["serve", "run", str(file)], capsys)
+    line = serve.refused("run", file)
     assert line == f"expertmesh: {folder}/model.safetensors: has changed since it was opened"
 
 
@@ -498,35 +397,17 @@ def of_nodes(
     monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (num_nodes, has_token))
 
 
-JOINING = (["run", "--address", "head:6379"], ["deploy"])
-
-
 @pytest.mark.parametrize("command", JOINING)
-def test_several_nodes_without_a_token_end_the_command(
-    file: Path,
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_several_nodes_need_a_token_and_one_node_needs_none(
+    file: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
+    for num_nodes, has_token in ((1, False), (1, True), (None, None)):
+        of_nodes(monkeypatch, num_nodes, has_token)
+        assert serve(*command, file) == ("", "")
     of_nodes(monkeypatch, 2, has_token=False)
-    line = refusal(["serve", *command, str(file)], capsys)
+    line = serve.refused(*command, file)
     assert line.startswith("expertmesh: token: 2 nodes, and Ray asks nobody for a token: ")
     assert "RAY_AUTH_MODE=token" in line
-
-
-@pytest.mark.parametrize("command", JOINING)
-@pytest.mark.parametrize(("num_nodes", "has_token"), [(1, False), (1, True), (None, None)])
-def test_one_node_needs_no_token(
-    file: Path,
-    command: list[str],
-    num_nodes: int | None,
-    has_token: bool | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    of_nodes(monkeypatch, num_nodes, has_token)
-    attend(["serve", *command, str(file)])
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -542,6 +423,7 @@ def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
     words: list[str],
     variable: str | None,
     asked: str,
+    serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     urls: list[str] = []
@@ -551,48 +433,42 @@ def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
     monkeypatch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
     if variable is not None:
         monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", variable)
-    attend(["serve", "deploy", str(file), *words])
+    serve("deploy", file, *words)
     assert urls == [asked]
 
 
 def test_several_nodes_without_encryption_are_warned_of(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     of_nodes(monkeypatch, 2, has_token=True)
-    attend(["serve", *JOINING[0], str(file)])
-    [warning] = capsys.readouterr().err.splitlines()
+    [warning] = serve(*JOINING[0], file)[1].splitlines()
     assert warning.startswith("expertmesh: encryption: 2 nodes send each other prompts")
 
 
 @pytest.mark.parametrize("words", [[], ["--address", "head:6379"]])
 def test_tls_of_streams_without_that_of_ray_ends_the_command(
-    tmp_path: Path,
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     of_nodes(monkeypatch, 1, has_token=True)
     files = new_authority(tmp_path / "tls").files
     document = shipped_document(*free_ports(2))
     document["applications"][0]["args"]["experts"] = {"tls": asdict(files)}
-    command = ["serve", "run", str(write(tmp_path / "tls.yaml", document)), *words]
-    line = refusal(command, capsys)
+    command = ["run", str(write(tmp_path / "tls.yaml", document)), *words]
+    line = serve.refused(*command)
     assert line.startswith("expertmesh: encryption: experts.tls needs RAY_USE_TLS=1 in the ")
     monkeypatch.setenv("RAY_USE_TLS", "1")
-    attend(command)
-    assert capsys.readouterr() == ("", "")
+    assert serve(*command) == ("", "")
 
 
 def test_an_open_host_and_a_ray_without_a_token_end_the_command(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
     secured(file, "open", host="0.0.0.0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    line = refusal(["serve", "run", str(file)], capsys)
+    line = serve.refused("run", file)
     assert line.startswith("expertmesh: token: a gateway listens beyond loopback, and Ray asks")
     monkeypatch.delenv("RAY_AUTH_MODE")  # the start sets it
-    attend(["serve", "run", str(file)])
-    assert capsys.readouterr() == ("", "")
+    assert serve("run", file) == ("", "")
 
 
 def secured(file: Path, security: object, **listen: Any) -> Path:
@@ -606,95 +482,63 @@ def secured(file: Path, security: object, **listen: Any) -> Path:
 
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
-@pytest.mark.parametrize("key", ["host", "admin_host"])
 def test_a_host_that_others_reach_needs_keys_or_an_open_word(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, key: str
+    file: Path, tmp_path: Path, serve: Serve, command: str
 ) -> None:
-    secured(file, None, **{key: "0.0.0.0"})
-    line = refusal(["serve", command, str(file)], capsys)
-    told = f"gateway.listen.{key}: must be an address of this machine if there are no keys; "
+    secured(file, None, admin_host="0.0.0.0")
+    line = serve.refused(command, file)
+    told = "gateway.listen.admin_host: must be an address of this machine if there are no keys; "
     assert f"{told}got '0.0.0.0'" in line
     secured(file, "open")
-    attend(["serve", command, str(file)])
+    serve(command, file)
     keys = tmp_path / "keys.yaml"
     add_key(keys, "alice", [Role.INFERENCE])
     secured(file, {"keys_file": str(keys)})
-    attend(["serve", command, str(file)])
+    serve(command, file)
 
 
-def test_a_file_of_keys_must_be_usable_where_gateways_start(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_keys_and_certificates_must_be_usable_where_gateways_start(
+    file: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    missing = tmp_path / "keys.yaml"
-    secured(file, {"keys_file": str(missing)})
-    assert f"{missing}: cannot be read" in refusal(["serve", "run", str(file)], capsys)
-    attend(["serve", "deploy", str(file)])  # its gateways are elsewhere
-    add_key(missing, "alice", [Role.INFERENCE])
-    missing.chmod(0o644)
-    assert "may be used by everybody" in refusal(["serve", "run", str(file)], capsys)
-
-
-def test_a_certificate_must_be_usable_where_gateways_start(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pair = Pair(tmp_path / "tls")
+    keys, pair = tmp_path / "keys.yaml", Pair(tmp_path / "tls")
+    secured(file, {"keys_file": str(keys)})
+    assert f"{keys}: cannot be read" in serve.refused("run", file)
+    serve("deploy", file)  # its gateways are elsewhere
+    add_key(keys, "alice", [Role.INFERENCE])
     secured(file, None, tls=pair.listen())
-    attend(["serve", "run", str(file)])
+    serve("run", file)
+    keys.chmod(0o644)
+    assert "may be used by everybody" in serve.refused("run", file)
+    keys.chmod(0o600)
     pair.replace(ends_at=datetime.now(UTC) - timedelta(days=1))
-    line = refusal(["serve", "run", str(file)], capsys)
-    key = "gateway.listen.tls.certificate"
-    assert f"{key}: {pair.server} is refused by TLS: certificate has" in line
-    attend(["serve", "deploy", str(file)])  # its gateways are elsewhere
+    told = f"gateway.listen.tls.certificate: {pair.server} is refused by TLS: certificate has"
+    assert told in serve.refused("run", file)
+    serve("deploy", file)
 
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
-@pytest.mark.parametrize(
-    ("part", "line"),
-    [
-        (
-            {"http_options": {"port": 81}},
-            "http_options: is of Serve's proxies, and the gateways listen by themselves; write "
-            "instead, under the application's args.gateway: {listen: {host: 0.0.0.0, http_port: "
-            "81}}",
-        ),
-        (
-            {"proxy_location": "EveryNode"},
-            "proxy_location: must be Disabled, because the gateways listen by themselves; got "
-            "EveryNode. Write `proxy_location: Disabled` at the top of the file.",
-        ),
-        (
-            {"proxy_location": None},
-            "proxy_location: must be Disabled, because the gateways listen by themselves; got "
-            "nothing. Write `proxy_location: Disabled` at the top of the file.",
-        ),
-    ],
-)
 def test_what_serves_proxies_would_need_ends_the_command(
-    file: Path,
-    command: str,
-    part: dict[str, Any],
-    line: str,
-    capsys: pytest.CaptureFixture[str],
+    file: Path, command: str, serve: Serve
 ) -> None:
-    write(file, yaml.safe_load(file.read_text()) | part)
-    assert refusal(["serve", command, str(file)], capsys) == f"expertmesh: {file}: {line}"
+    write(file, yaml.safe_load(file.read_text()) | {"http_options": {"port": 81}})
+    line = serve.refused(command, file)
+    assert line.startswith(f"expertmesh: {file}: http_options: is of Serve's proxies, and the ")
 
 
-@pytest.mark.parametrize("key", ["http_port", "grpc_port", "admin_port"])
-def test_two_applications_need_their_own_ports(
-    file: Path, key: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_applications_need_their_own_ports(file: Path, serve: Serve) -> None:
     document = yaml.safe_load(file.read_text())
     [first] = document["applications"]
     other = yaml.safe_load(yaml.safe_dump(first)) | {"name": "other"}
     listen = other["args"]["gateway"]["listen"]
-    taken = listen[key]
+    shared = dict(listen)
     listen |= dict(zip(listen, free_ports(3, apart_from=listen.values()), strict=True))
     document["applications"].append(other)
-    attend(["serve", "run", str(write(file, document))])
-    listen[key] = taken
-    line = refusal(["serve", "run", str(write(file, document))], capsys)
-    assert line == (
-        f"expertmesh: {file}: gateway.listen.{key}: must be another port for each application; "
-        f"got {taken} for expertmesh and other"
-    )
+    serve("run", write(file, document))
+    own = dict(listen)
+    for key in ("http_port", "grpc_port", "admin_port"):
+        listen |= own | {key: shared[key]}
+        line = serve.refused("run", write(file, document))
+        assert line == (
+            f"expertmesh: {file}: gateway.listen.{key}: must be another port for each application; "
+            f"got {shared[key]} for expertmesh and other"
+        )

@@ -53,20 +53,15 @@ def test_the_users_own_mode_stays(mode: str, token: Path) -> None:
     ],
 )
 def test_only_a_cluster_of_this_machine_gets_the_token_unasked(
-    option: str | None,
-    variable: str | None,
-    is_sent: bool,
-    token: Path,
+    option: str | None, variable: str | None, is_sent: bool, token: Path
 ) -> None:
     if variable is not None:
         ray_token.os.environ["RAY_DASHBOARD_ADDRESS"] = variable
     send_token(option)
     assert ("RAY_AUTH_MODE" in ray_token.os.environ) == is_sent
-
-
-def test_without_a_token_nothing_is_sent(token: Path) -> None:
+    ray_token.os.environ.pop("RAY_AUTH_MODE", None)
     token.unlink()
-    send_token(None)
+    send_token(option)
     assert "RAY_AUTH_MODE" not in ray_token.os.environ
 
 

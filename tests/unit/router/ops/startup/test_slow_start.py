@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,19 +22,19 @@ LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize(
-    ("disk_wait_s", "cpu_wait_s", "others_cpu_s", "resource"),
+    ("disk_wait_s", "cpu_wait_s", "others_cpu_s", "resource", "reason"),
     [
-        (0.5, 9.0, 1.0, ""),  # its own processes want more than the processors have
-        (4.9, 9.0, 1.0, ""),
-        (5.0, 0.0, 0.0, "disk"),
-        (9.0, 9.0, 15.0, "disk"),
-        (0.5, 9.0, 13.0, "cpu"),
-        (0.5, 4.0, 13.0, ""),  # the others are busy, but nobody waits for long
-        (0.5, 9.0, 9.9, ""),
+        (0.5, 9.0, 1.0, "", ""),  # its own processes want more than the processors have
+        (4.9, 9.0, 1.0, "", ""),
+        (5.0, 0.0, 0.0, "disk", "waits for the disk, 0.7 GB read so far;"),
+        (9.0, 9.0, 15.0, "disk", "waits for the disk, 0.7 GB read so far;"),
+        (0.5, 9.0, 13.0, "cpu", "other programs keep 1.3 of 2 processors busy"),
+        (0.5, 4.0, 13.0, "", ""),  # the others are busy, but nobody waits for long
+        (0.5, 9.0, 9.9, "", ""),
     ],
 )
 def test_a_cause_is_named_only_where_it_took_half_of_the_time(
-    disk_wait_s: float, cpu_wait_s: float, others_cpu_s: float, resource: str
+    disk_wait_s: float, cpu_wait_s: float, others_cpu_s: float, resource: str, reason: str
 ) -> None:
     now = replace(
         LATER,
@@ -42,16 +42,9 @@ def test_a_cause_is_named_only_where_it_took_half_of_the_time(
         cpu_wait_s=BEFORE.cpu_wait_s + cpu_wait_s,
         cpu_s=BEFORE.cpu_s + 7.0 + others_cpu_s,
     )
-    found, reason = cause(BEFORE, now, processors=2)
-    assert found == resource
-    assert bool(reason) == bool(resource)
-
-
-def test_the_reasons_have_what_was_measured() -> None:
-    disk = replace(LATER, disk_wait_s=BEFORE.disk_wait_s + 8.0)
-    assert cause(BEFORE, disk, 2)[1].startswith("waits for the disk, 0.7 GB read so far;")
-    busy = replace(LATER, cpu_wait_s=BEFORE.cpu_wait_s + 9.0, cpu_s=BEFORE.cpu_s + 20.0)
-    assert cause(BEFORE, busy, 2)[1] == "other programs keep 1.3 of 2 processors busy"
+    found, told = cause(BEFORE, now, processors=2)
+    assert (found, bool(told)) == (resource, bool(reason))
+    assert told.startswith(reason)
 
 
 def test_usage_is_that_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,80 +63,44 @@ def test_usage_is_that_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert now.read_bytes >= before.read_bytes
 
 
-class Start:
-    """A command that is not ready for a while, and what it prints."""
-
-    def __init__(self) -> None:
-        self.ready = threading.Event()
-        self.lines: list[str] = []
-        self.said = threading.Event()
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-        self.said.set()
-
-    def explain(self) -> set[threading.Thread]:
-        before = set(threading.enumerate())
-        explain_slow_start(self.say, [announce.Start(time.monotonic() - 30.0, self.ready)])
-        return set(threading.enumerate()) - before
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Start:
-    """A start that is slow at once."""
-    monkeypatch.setattr(slow_start, "SLOW_S", 0.0)
+def explained(monkeypatch: pytest.MonkeyPatch, slow_s: float, start: announce.Start) -> list[str]:
+    """Return what is printed of a start, until it is ready."""
+    monkeypatch.setattr(slow_start, "SLOW_S", slow_s)
     monkeypatch.setattr(slow_start, "LOOK_S", -1e9)  # the next look is always due
     monkeypatch.setattr(slow_start, "POLL_S", 0.001)
-    return Start()
+    lines: list[str] = []
+    before = set(threading.enumerate())
+    explain_slow_start(lines.append, [start])
+    for thread in set(threading.enumerate()) - before:  # it may have ended already
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+    return lines
 
 
-def counting(**rates: float) -> Callable[[psutil.Process], Usage]:
-    """Return a usage that grows by so much a second, and a second a look."""
-    begun_s, looks = time.monotonic(), iter(range(1_000_000))
-
-    def usage(command: psutil.Process) -> Usage:
-        after_s = float(next(looks))
-        grown = {name: getattr(BEFORE, name) + rate * after_s for name, rate in rates.items()}
-        return replace(BEFORE, at_s=begun_s + after_s, **grown)
-
-    return usage
-
-
-def test_each_cause_is_told_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow_start, "usage", counting(disk_wait_s=1.0))
-    [thread] = start.explain()
-    assert start.said.wait(LIMIT_S)
-    start.ready.set()
-    thread.join(LIMIT_S)
-    assert not thread.is_alive()
-    [line] = start.lines
-    assert line.startswith("expertmesh: not ready after 3")
-    assert " s: waits for the disk, 0.1 GB read so far;" in line
-
-
-def test_a_quick_start_tells_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow_start, "SLOW_S", 10.0**9)
-    looked = threading.Event()
-    count, looks = counting(disk_wait_s=1.0), iter(range(1_000_000))
+@pytest.mark.parametrize(("slow_s", "num_lines"), [(0.0, 1), (1e9, 0)])
+def test_each_cause_is_told_once_and_of_a_quick_start_none(
+    slow_s: float, num_lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = announce.Start(time.monotonic() - 30.0, threading.Event())
+    looks = itertools.count(start.began_at_s + 30.0)
 
     def usage(command: psutil.Process) -> Usage:
-        if next(looks) > 3 * slow_start.LOOKS:
-            looked.set()
-        return count(command)
+        now_s = next(looks)  # a second a look, in which something waits for the disk
+        if now_s > start.began_at_s + 30.0 + 3 * slow_start.LOOKS:
+            start.is_ready.set()
+        return replace(BEFORE, at_s=now_s, disk_wait_s=now_s)
 
     monkeypatch.setattr(slow_start, "usage", usage)
-    [thread] = start.explain()
-    assert looked.wait(LIMIT_S)
-    start.ready.set()
-    thread.join(LIMIT_S)
-    assert start.lines == []
+    lines = explained(monkeypatch, slow_s, start)
+    assert len(lines) == num_lines
+    for line in lines:
+        assert line.startswith("expertmesh: not ready after 3")
+        assert " s: waits for the disk, 0.1 GB read so far;" in line
 
 
 def test_where_linux_counts_no_waits_nothing_is_told(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slow_start, "PRESSURE", tmp_path / "absent")
-    for thread in start.explain():  # it may have ended already
-        thread.join(LIMIT_S)
-        assert not thread.is_alive()
-    assert start.lines == []
+    start = announce.Start(time.monotonic() - 30.0, threading.Event())
+    assert explained(monkeypatch, 0.0, start) == []

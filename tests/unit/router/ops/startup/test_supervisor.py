@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 import psutil
 import pytest
 
-from tests.cluster_fixture import is_alive, wait_until
+from tests.cluster_fixture import is_alive
 
 LIMIT_S = 60.0
 COMMAND = """
@@ -89,9 +89,3 @@ def test_what_a_killed_child_leaves_is_ended() -> None:
         os.kill(child, signal.SIGKILL)
         assert process.wait(LIMIT_S) == 128 + signal.SIGKILL
         assert not [pid for pid in pids if is_alive(pid)]
-
-
-def test_the_child_of_a_killed_parent_is_interrupted() -> None:
-    with command("handles") as (process, child):
-        process.kill()
-        wait_until(lambda: not is_alive(child), "the child has ended", LIMIT_S)

@@ -90,11 +90,18 @@ def ended(command: Command) -> int:
     return caught.value.code
 
 
-def test_an_idle_command_ends_by_a_sigterm(command: Command) -> None:
-    signal.raise_signal(TERM)
+@pytest.mark.parametrize(
+    ("number", "requests", "done"),
+    [(TERM, 0, ["shutdown"]), (INT, 3, ["end requests", "shutdown"])],
+)
+def test_an_idle_command_ends_by_a_sigterm_and_any_by_ctrl_c(
+    command: Command, number: signal.Signals, requests: int, done: list[str]
+) -> None:
+    command.requests = requests
+    signal.raise_signal(number)
     assert ended(command) == 0
-    assert command.done == ["shutdown"]
-    assert command.lines == ["expertmesh: SIGTERM: ending"]
+    assert command.done == done
+    assert command.lines == [f"expertmesh: {number.name}: ending"]
 
 
 def test_requests_under_way_end_before_a_sigterm_does(command: Command) -> None:
@@ -120,14 +127,6 @@ def test_a_second_signal_ends_the_requests(command: Command, second: signal.Sign
     assert ended(command) == 143
     assert command.done == ["end requests", "shutdown"]
     assert command.lines[1:] == [f"expertmesh: {second.name}: ending the requests now"]
-
-
-def test_ctrl_c_ends_the_requests(command: Command) -> None:
-    command.requests = 3
-    signal.raise_signal(INT)
-    assert ended(command) == 0
-    assert command.done == ["end requests", "shutdown"]
-    assert command.lines == ["expertmesh: SIGINT: ending"]
 
 
 @pytest.mark.parametrize("second", [INT, TERM])

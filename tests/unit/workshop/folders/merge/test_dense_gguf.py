@@ -12,11 +12,7 @@ from transformers import AutoTokenizer
 
 from cluster.errors import CheckpointError
 from tests.foreign_layouts import packed_bf16, packed_q8, q8_values
-from tests.unit.workshop.folders.dense_models import (
-    byte_level,
-    save_dense,
-    write_dense_gguf,
-)
+from tests.unit.workshop.folders.dense_models import byte_level, save_dense, write_dense_gguf
 from tests.unit.workshop.folders.edits import write_letters
 from tests.unit.workshop.folders.upcycle.test_upcycle import assert_is_dense
 from workshop.convert.gguf_file import GgufFile
@@ -63,7 +59,7 @@ def test_a_dense_gguf_becomes_the_same_model(name: str, packing: str, tmp_path: 
     assert (record.source, record.family) == ("model.gguf", dense.config.model_type)
     assert_is_dense(tmp_path / "out", dense)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
-    expected = byte_level(320, "smollm")
+    expected = byte_level(320)
     for line in TEXTS:
         assert loaded(line)["input_ids"] == expected.encode(line).ids
     chat = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
@@ -114,21 +110,12 @@ def test_a_sentence_piece_tokenizer_merges_by_score(tmp_path: Path) -> None:
     [
         ({"tokenizer_model": "t5"}, "tokenizer.ggml.model 't5' is not known; known: gpt2, llama"),
         ({"tokenizer_model": "gpt2", "token_list": ["a", "a"]}, "has a duplicate token"),
-        (
-            {"tokenizer_model": "gpt2", "token_list": ["a"], "tokenizer_pre": "other"},
-            "tokenizer.ggml.pre 'other' is not known; known: gpt-2, smollm",
-        ),
-        (
-            {
-                "tokenizer_model": "gpt2", "token_list": ["a"], "tokenizer_pre": "gpt-2",
-                "token_merges": ["a b"],
-            },
-            "its tokenizer cannot be used",
-        ),
-        (
-            {"tokenizer_model": "llama", "token_list": ["a"], "token_scores": [1.0, 2.0]},
-            "tokenizer.ggml.scores must be as long as the tokens",
-        ),
+        ({"tokenizer_model": "gpt2", "token_list": ["a"], "tokenizer_pre": "other"},
+         "tokenizer.ggml.pre 'other' is not known; known: gpt-2, smollm"),
+        ({"tokenizer_model": "gpt2", "token_list": ["a"], "tokenizer_pre": "gpt-2",
+          "token_merges": ["a b"]}, "its tokenizer cannot be used"),
+        ({"tokenizer_model": "llama", "token_list": ["a"], "token_scores": [1.0, 2.0]},
+         "tokenizer.ggml.scores must be as long as the tokens"),
     ],
 )  # fmt: skip
 def test_a_wrong_tokenizer_is_refused(

@@ -18,16 +18,10 @@ from cluster.errors import CheckpointError
 from experts.checkpoint.checkpoint import open_checkpoint
 from router.cli.app import app
 from tests.quantise import CASES, make
-from tests.unit.workshop.folders.edits import (
-    State,
-    change,
-    copy_permuted,
-    expert_of,
-)
+from tests.unit.workshop.folders.edits import State, change, copy_permuted, expert_of
 from tests.unit.workshop.folders.families import (
     ALL,
     SIZES,
-    TRANSFORMERS,
     check_served,
     logits_of,
     save,
@@ -262,8 +256,3 @@ def test_the_command_prints_what_it_made(letters: Path, tmp_path: Path) -> None:
         "expertmesh merge model out --experts 1 --by output --dense"
         in (tmp_path / "out" / "README.md").read_text()
     )
-
-
-def test_all_families_are_tried() -> None:
-    assert len(TRANSFORMERS) == 8
-    assert {name for name in ALL if name not in TRANSFORMERS} == {"grok-1", "grok"}

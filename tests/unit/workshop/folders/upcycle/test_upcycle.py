@@ -14,12 +14,7 @@ from experts.checkpoint.expert_weights import read_tensor
 from tests.unit.router.engine.test_engine import check_greedy
 from tests.unit.workshop.folders.dense_models import DENSE, save_dense
 from tests.unit.workshop.folders.edits import gate_tensors
-from tests.unit.workshop.folders.families import (
-    PROMPT,
-    check_served,
-    served_tokens,
-    whole_model,
-)
+from tests.unit.workshop.folders.families import PROMPT, check_served, served_tokens, whole_model
 from workshop.folders.card import Record
 from workshop.folders.dense_model import opened_dense
 from workshop.folders.making import make_folder

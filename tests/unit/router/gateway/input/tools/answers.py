@@ -24,20 +24,10 @@ DEEPSEEK = (
 HARMONY = (
     "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
 )  # fmt: skip
-QWEN = ChatFormat("tool_call", thinks=True)
-SMOL = ChatFormat("tool_call")
-CODER = ChatFormat("qwen3_coder")
-MISTRAL = ChatFormat("mistral", special={"[TOOL_CALLS]": 0})
 LATER = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-MISTRAL_V11 = ChatFormat("mistral_v11", special=dict(zip(LATER, range(3), strict=True)))
-MISTRAL_V13 = ChatFormat("mistral_v13", special=dict(zip(LATER[:2], range(2), strict=True)))
-V3 = ChatFormat("deepseek_v3", True, dict(zip(DEEPSEEK, range(5), strict=True)))
-V3_1 = ChatFormat("deepseek_v3_1", True, dict(zip(DEEPSEEK, range(5), strict=True)))
-GPT_OSS = ChatFormat("harmony", special=dict(zip(HARMONY, range(7), strict=True)))
 
 
 def tool(name: str, parameters: dict[str, Any], is_strict: bool = False) -> Tool:
-    """A checked tool."""
     function = {"name": name, "parameters": parameters}
     return Tool(name, parameters, is_strict, {"type": "function", "function": function})
 
@@ -48,15 +38,12 @@ USE = ToolUse(TOOLS, TOOLS)
 
 @dataclass
 class Whole:
-    """All parts of an answer."""
-
     content: str = ""
     reasoning: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
     finish_reason: str | None = None
 
     def take(self, parser: ChoiceParser, text: str, is_last: bool) -> None:
-        """Add what a parser finds in more text."""
         parsed = parser.push(text, is_last)
         self.content += parsed.content
         self.reasoning += parsed.reasoning

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import openai
+from fastapi import FastAPI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
@@ -151,7 +152,6 @@ TEXT = ['{"name": "get_weather", "arguments": {"city": "Paris"}}', "in the begin
 
 
 def save_tokenizer(folder: Path, name: str, response_template: Any = None) -> None:
-    """Save the tokenizer of a model in a folder."""
     template, special, others = SPECIAL[name]
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -201,18 +201,21 @@ def ask(
     upstream: FakeUpstream, asking: Callable[[openai.AsyncOpenAI], Any], *served: GatewayModel
 ) -> Any:
     """What a coroutine makes of the real client, over an app with all models, or with these."""
+    known = served or tuple(model(name) for name in SPECIAL)
+    return ask_app(http_app(upstream, models={each.info.id: each for each in known}), asking)
+
+
+def ask_app(app: FastAPI, asking: Callable[[openai.AsyncOpenAI], Any]) -> Any:
+    """What a coroutine makes of the real client over an app."""
 
     async def run() -> Any:
-        known = served or tuple(model(name) for name in SPECIAL)
-        app = http_app(upstream, models={each.info.id: each for each in known})
-        transport = httpx.ASGITransport(app)
         async with openai.AsyncOpenAI(
             api_key="none",
             base_url="http://test/v1",
             max_retries=0,
-            timeout=10,
-            http_client=httpx.AsyncClient(transport=transport),
+            timeout=60,
+            http_client=httpx.AsyncClient(transport=httpx.ASGITransport(app)),
         ) as client:
             return await asking(client)
 
-    return asyncio.run(asyncio.wait_for(run(), 60))
+    return asyncio.run(asyncio.wait_for(run(), 90))

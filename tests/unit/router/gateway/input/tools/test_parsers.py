@@ -15,244 +15,161 @@ from router.gateway.input.tools.answer import AnswerFormat
 from router.gateway.input.tools.definitions import ToolUse
 from router.gateway.input.tools.formats import ChatFormat
 from tests.unit.router.gateway.input.tools.answers import (
-    CODER,
-    GPT_OSS,
-    MISTRAL,
-    MISTRAL_V11,
-    MISTRAL_V13,
-    QWEN,
-    SMOL,
+    DEEPSEEK,
+    HARMONY,
+    LATER,
     TOOLS,
     USE,
-    V3,
-    V3_1,
     Whole,
     parsed,
     tool,
 )
 
+QWEN = ChatFormat("tool_call", thinks=True)
+SMOL = ChatFormat("tool_call")
+CODER = ChatFormat("qwen3_coder")
+MISTRAL = ChatFormat("mistral", special={"[TOOL_CALLS]": 0})
+MISTRAL_V11 = ChatFormat("mistral_v11", special=dict(zip(LATER, range(3), strict=True)))
+MISTRAL_V13 = ChatFormat("mistral_v13", special=dict(zip(LATER[:2], range(2), strict=True)))
+V3 = ChatFormat("deepseek_v3", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+V3_1 = ChatFormat("deepseek_v3_1", True, dict(zip(DEEPSEEK, range(5), strict=True)))
+GPT_OSS = ChatFormat("harmony", special=dict(zip(HARMONY, range(7), strict=True)))
+
+
+def of_json(name: str, arguments: str) -> str:
+    return f'{{"name": "{name}", "arguments": {arguments}}}'
+
+
+def marked(call: str) -> str:
+    return f"<tool_call>{call}</tool_call>"
+
+
+def called(*calls: tuple[str, str], content: str = "", reasoning: str = "") -> Whole:
+    return Whole(content, reasoning, list(calls))
+
+
 PARIS = '{"city": "Paris"}'
 OSLO = '{"city": "Oslo", "days": 2}'
-CALL = ("get_weather", PARIS)
-QWEN_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+CALL, NOW = ("get_weather", PARIS), ("now", "{}")
+PARIS_CALL, NOW_CALL, RM_CALL = of_json(*CALL), of_json(*NOW), of_json("rm", "{}")
+QWEN_CALL = marked(f"\n{PARIS_CALL}\n")
+QUOTED = '{"city": "</tool_call>\\"}<think>"}'
+NESTED = '{"a": [{"b": {"c": "}]"}}, []]}'
 V3_CALL = (
     "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
     f"```json\n{PARIS}\n```<｜tool▁call▁end｜>"
 )
 V3_1_CALL = f"<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{PARIS}<｜tool▁call▁end｜>"
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 HARMONY_CALL = (
     f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{PARIS}<|call|>"
 )
 THOUGHT = "<|channel|>analysis<|message|>Need weather.<|end|><|start|>assistant"
-PARIS_CALL = f'{{"name": "get_weather", "arguments": {PARIS}}}'
-CODER_CALL = (
-    "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-    "</function>\n</tool_call>"
+CODER_CALL = marked(
+    "\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
 )
-LATER_CALL = f"[TOOL_CALLS]get_weather[ARGS]{PARIS}"
-CASES: dict[str, tuple[ChatFormat, str, Whole]] = {
-    "qwen": (QWEN, QWEN_CALL, Whole("", "", [CALL])),
-    "qwen, text and thought": (
-        QWEN,
-        f"<think>\nLet me see.\n</think>\n\nI look.\n{QWEN_CALL}",
-        Whole("I look.", "Let me see.", [CALL]),
-    ),
-    "qwen, two": (
-        QWEN,
-        f'{QWEN_CALL}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>',
-        Whole("", "", [CALL, ("now", "{}")]),
-    ),
-    "qwen, text behind": (QWEN, f"{QWEN_CALL} and so on", Whole(" and so on", "", [CALL])),
-    "qwen, other order": (
-        QWEN,
-        f'<tool_call>{{"arguments": {PARIS}, "name": "get_weather"}}</tool_call>',
-        Whole("", "", [CALL]),
-    ),
-    "qwen, parameters": (
-        QWEN,
-        f'<tool_call>\n{{"name": "get_weather", "parameters": {PARIS}}}\n</tool_call>',
-        Whole("", "", [CALL]),
-    ),
-    "qwen, arguments as a text": (
-        QWEN,
-        f'<tool_call>{{"name": "get_weather", "arguments": {json.dumps(PARIS)}}}</tool_call>',
-        Whole("", "", [CALL]),
-    ),
-    "qwen, marks in a string": (
-        QWEN,
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "</tool_call>\\"}<think>"}}\n'
-        "</tool_call>",
-        Whole("", "", [("get_weather", '{"city": "</tool_call>\\"}<think>"}')]),
-    ),
-    "qwen, nested": (
-        QWEN,
-        '<tool_call>{"name": "now", "arguments": {"a": [{"b": {"c": "}]"}}, []]}}</tool_call>',
-        Whole("", "", [("now", '{"a": [{"b": {"c": "}]"}}, []]}')]),
-    ),
-    "qwen, no call at all": (QWEN, "It is <b>fine</b>. <tool", Whole("It is <b>fine</b>. <tool")),
-    "qwen, unknown tool": (
-        QWEN,
-        '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call> x',
-        Whole('<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call> x'),
-    ),
-    "qwen, empty marks": (
-        QWEN,
-        f"<tool_call></tool_call>{QWEN_CALL}",
-        Whole("<tool_call></tool_call>", "", [CALL]),
-    ),
-    "qwen, a mark alone": (QWEN, "see <tool_call>\n", Whole("see <tool_call>\n")),
-    "smollm2, a list": (
-        SMOL,
-        f'<tool_call>[{{"name": "get_weather", "arguments": {PARIS}}}, '
-        f'{{"name": "get_weather", "arguments": {OSLO}}}]</tool_call>',
-        Whole("", "", [CALL, ("get_weather", OSLO)]),
-    ),
-    "smollm2, an empty list": (SMOL, "<tool_call>[]</tool_call>", Whole()),
-    "smollm2, no thought": (SMOL, "<think>x</think>y", Whole("<think>x</think>y")),
-    "mixtral": (
-        MISTRAL,
-        f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}, '
-        f'{{"name": "now", "arguments": {{}}}}]',
-        Whole("", "", [CALL, ("now", "{}")]),
-    ),
-    "mixtral, text before": (
-        MISTRAL,
-        f'I look.[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}}}]',
-        Whole("I look.", "", [CALL]),
-    ),
-    "mixtral, not valid": (
-        MISTRAL,
-        '[TOOL_CALLS] [{"name": "rm", "arguments": {}}] sorry',
-        Whole(' [{"name": "rm", "arguments": {}}] sorry'),
-    ),
-    "mixtral, mark twice": (
-        MISTRAL,
-        f"[TOOL_CALLS][TOOL_CALLS] [{PARIS_CALL}]",
-        Whole("", "", [CALL]),
-    ),
-    "mixtral, mark within a list": (
-        MISTRAL,
-        f"[TOOL_CALLS] [{PARIS_CALL}, [TOOL_CALLS] [{PARIS_CALL}]",
-        Whole(",", "", [CALL, CALL]),
-    ),
-    "mixtral, begun list": (MISTRAL, "So [TOOL_CALLS] [", Whole("So  [")),
-    "mistral-v11": (
-        MISTRAL_V11,
-        f"[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
-        f"[TOOL_CALLS]now[CALL_ID]abcDEF124[ARGS]{{}}",
-        Whole("", "", [CALL, ("now", "{}")]),
-    ),
-    "mistral-v13": (
-        MISTRAL_V13,
-        f"{LATER_CALL}[TOOL_CALLS]now[ARGS]{{}}",
-        Whole("", "", [CALL, ("now", "{}")]),
-    ),
-    "mistral-v13, text before": (MISTRAL_V13, f"I look.{LATER_CALL}", Whole("I look.", "", [CALL])),
-    "mistral-v13, unknown tool": (
-        MISTRAL_V13,
-        f"So [TOOL_CALLS]rm[ARGS]{PARIS} sorry",
-        Whole(f"So rm{PARIS} sorry"),
-    ),
-    "mistral-v13, mark twice": (MISTRAL_V13, f"[TOOL_CALLS]{LATER_CALL}", Whole("", "", [CALL])),
-    "mistral-v13, no arguments": (MISTRAL_V13, "[TOOL_CALLS]now[ARGS]", Whole("now")),
-    "coder": (CODER, CODER_CALL, Whole("", "", [CALL])),
-    "coder, text before, and two": (
-        CODER,
-        f"I look.\n\n{CODER_CALL}\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
-        Whole("I look.", "", [CALL, ("now", "{}")]),
-    ),
-    "coder, on one line": (
-        CODER,
-        "<tool_call><function=get_weather><parameter=city>Paris</parameter>"
-        "<parameter=days>2</parameter></function></tool_call>",
-        Whole("", "", [("get_weather", '{"city": "Paris", "days": 2}')]),
-    ),
-    "coder, lines and quotes": (
-        CODER,
-        '<tool_call>\n<function=get_weather>\n<parameter=city>\n\na "b"\n\\ </param> é🙂\n\n'
-        "</parameter>\n</function>\n</tool_call> and so on",
-        Whole(
-            " and so on",
-            "",
-            [("get_weather", '{"city": "\\na \\"b\\"\\n\\\\ </param> é🙂\\n"}')],
-        ),
-    ),
-    "coder, an empty text": (
-        CODER,
-        CODER_CALL.replace("\nParis\n", "\n\n"),
-        Whole("", "", [("get_weather", '{"city": ""}')]),
-    ),
-    "coder, an unknown parameter": (
-        CODER,
-        CODER_CALL.replace("=city", "=town"),
-        Whole("", "", [("get_weather", '{"town": "Paris"}')]),
-    ),
-    "coder, of no type that is allowed": (
-        CODER,
-        CODER_CALL.replace("=city", "=days"),
-        Whole("", "", [("get_weather", '{"days": "Paris"}')]),
-    ),
-    "coder, unknown tool": (
-        CODER,
-        CODER_CALL.replace("get_weather", "rm") + " x",
-        Whole(CODER_CALL.replace("get_weather", "rm") + " x"),
-    ),
-    "coder, JSON between the marks": (CODER, QWEN_CALL, Whole(QWEN_CALL)),
-    "coder, empty marks": (
-        CODER,
-        f"<tool_call></tool_call>{CODER_CALL}",
-        Whole("<tool_call></tool_call>", "", [CALL]),
-    ),
-    "coder, marks alone": (CODER, "<tool_call>\n<function=", Whole("<tool_call>\n<function=")),
-    "deepseek-v3": (
-        V3,
-        f"<｜tool▁calls▁begin｜>{V3_CALL}\n{V3_CALL}<｜tool▁calls▁end｜>",
-        Whole("", "", [CALL, CALL]),
-    ),
-    "deepseek-r1": (
-        V3,
-        f"<think>\nHm.\n</think>\n\nSo:<｜tool▁calls▁begin｜>{V3_CALL}<｜tool▁calls▁end｜>",
-        Whole("So:", "Hm.", [CALL]),
-    ),
-    "deepseek-v3, unknown tool": (
-        V3,
-        V3_CALL.replace("get_weather", "rm"),
-        Whole(f"functionrm\n```json\n{PARIS}\n```"),
-    ),
-    "deepseek-v3.1": (
-        V3_1,
-        f"<｜tool▁calls▁begin｜>{V3_1_CALL}{V3_1_CALL}<｜tool▁calls▁end｜>",
-        Whole("", "", [CALL, CALL]),
-    ),
-    "gpt-oss": (GPT_OSS, f"{THOUGHT}{HARMONY_CALL}", Whole("", "Need weather.", [CALL])),
-    "gpt-oss, recipient first": (
-        GPT_OSS,
-        f"{THOUGHT} to=functions.get_weather<|channel|>commentary json<|message|>{PARIS}<|call|>",
-        Whole("", "Need weather.", [CALL]),
-    ),
-    "gpt-oss, answer": (
-        GPT_OSS,
-        f"{THOUGHT}<|channel|>final<|message|>It is fine.\n<|return|>",
-        Whole("It is fine.\n", "Need weather."),
-    ),
-    "gpt-oss, preamble": (
-        GPT_OSS,
-        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
-        f"{HARMONY_CALL}<|start|>assistant{HARMONY_CALL}",
-        Whole("I look.", "", [CALL, CALL]),
-    ),
-    "gpt-oss, unknown tool": (
-        GPT_OSS,
-        HARMONY_CALL.replace("get_weather", "rm"),
-        Whole(PARIS),
-    ),
-    "gpt-oss, no channels": (GPT_OSS, "It is fine.", Whole("It is fine.")),
-    "gpt-oss, two thoughts": (
-        GPT_OSS,
-        f"{THOUGHT}{THOUGHT}<|channel|>final<|message|>Yes",
-        Whole("Yes", "Need weather.\nNeed weather."),
-    ),
-}
+LATER_CALL, LATER_NOW = f"[TOOL_CALLS]get_weather[ARGS]{PARIS}", "[TOOL_CALLS]now[ARGS]{}"
+OF_FORMAT: list[tuple[ChatFormat, dict[str, tuple[str, Whole]]]] = [
+    (QWEN, {
+        "qwen": (QWEN_CALL, called(CALL)),
+        "qwen, text and thought": (f"<think>\nLet me see.\n</think>\n\nI look.\n{QWEN_CALL}",
+                                   called(CALL, content="I look.", reasoning="Let me see.")),
+        "qwen, two": (f"{QWEN_CALL}\n{marked(NOW_CALL)}", called(CALL, NOW)),
+        "qwen, text behind": (f"{QWEN_CALL} and so on", called(CALL, content=" and so on")),
+        "qwen, other order": (marked(f'{{"arguments": {PARIS}, "name": "get_weather"}}'),
+                              called(CALL)),
+        "qwen, parameters": (QWEN_CALL.replace("arguments", "parameters"), called(CALL)),
+        "qwen, arguments as a text": (marked(of_json("get_weather", json.dumps(PARIS))),
+                                      called(CALL)),
+        "qwen, marks in a string": (marked(of_json("get_weather", QUOTED)),
+                                    called(("get_weather", QUOTED))),
+        "qwen, nested": (marked(of_json("now", NESTED)), called(("now", NESTED))),
+        "qwen, no call at all": ("It is <b>fine</b>. <tool", Whole("It is <b>fine</b>. <tool")),
+        "qwen, unknown tool": (f"{marked(RM_CALL)} x", Whole(f"{marked(RM_CALL)} x")),
+        "qwen, a name that is no JSON": (marked(of_json(r"\q", "{}")),
+                                         Whole(marked(of_json(r"\q", "{}")))),
+        "qwen, empty marks": (marked("") + QWEN_CALL, called(CALL, content=marked(""))),
+        "qwen, a mark alone": ("see <tool_call>\n", Whole("see <tool_call>\n")),
+    }),
+    (SMOL, {
+        "smollm2, a list": (marked(f"[{PARIS_CALL}, {of_json('get_weather', OSLO)}]"),
+                            called(CALL, ("get_weather", OSLO))),
+        "smollm2, an empty list": (marked("[]"), Whole("")),
+        "smollm2, no thought": ("<think>x</think>y", Whole("<think>x</think>y")),
+    }),
+    (MISTRAL, {
+        "mixtral": (f"[TOOL_CALLS] [{PARIS_CALL}, {NOW_CALL}]", called(CALL, NOW)),
+        "mixtral, text before": (f"I look.[TOOL_CALLS] [{PARIS_CALL}]",
+                                 called(CALL, content="I look.")),
+        "mixtral, not valid": (f"[TOOL_CALLS] [{RM_CALL}] sorry", Whole(f" [{RM_CALL}] sorry")),
+        "mixtral, mark twice": (f"[TOOL_CALLS][TOOL_CALLS] [{PARIS_CALL}]", called(CALL)),
+        "mixtral, mark within a list": (f"[TOOL_CALLS] [{PARIS_CALL}, [TOOL_CALLS] [{PARIS_CALL}]",
+                                        called(CALL, CALL, content=",")),
+        "mixtral, begun list": ("So [TOOL_CALLS] [", Whole("So  [")),
+    }),
+    (MISTRAL_V11, {
+        "mistral-v11": (f"[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
+                        "[TOOL_CALLS]now[CALL_ID]abcDEF124[ARGS]{}", called(CALL, NOW)),
+    }),
+    (MISTRAL_V13, {
+        "mistral-v13": (LATER_CALL + LATER_NOW, called(CALL, NOW)),
+        "mistral-v13, text before": (f"I look.{LATER_CALL}", called(CALL, content="I look.")),
+        "mistral-v13, unknown tool": (f"So [TOOL_CALLS]rm[ARGS]{PARIS} sorry",
+                                      Whole(f"So rm{PARIS} sorry")),
+        "mistral-v13, mark twice": (f"[TOOL_CALLS]{LATER_CALL}", called(CALL)),
+        "mistral-v13, no arguments": ("[TOOL_CALLS]now[ARGS]", Whole("now")),
+    }),
+    (CODER, {
+        "coder": (CODER_CALL, called(CALL)),
+        "coder, text before, and two": (
+            f"I look.\n\n{CODER_CALL}\n{marked('<function=now></function>')}",
+            called(CALL, NOW, content="I look.")),
+        "coder, on one line": (
+            marked("<function=get_weather><parameter=city>Paris</parameter>"
+                   "<parameter=days>2</parameter></function>"),
+            called(("get_weather", '{"city": "Paris", "days": 2}'))),
+        "coder, lines and quotes": (
+            CODER_CALL.replace("Paris", '\na "b"\n\\ </param> é🙂\n') + " and so on",
+            called(("get_weather", '{"city": "\\na \\"b\\"\\n\\\\ </param> é🙂\\n"}'),
+                   content=" and so on")),
+        "coder, an empty text": (CODER_CALL.replace("Paris", ""),
+                                 called(("get_weather", '{"city": ""}'))),
+        "coder, an unknown parameter": (CODER_CALL.replace("=city", "=town"),
+                                        called(("get_weather", '{"town": "Paris"}'))),
+        "coder, of no type that is allowed": (CODER_CALL.replace("=city", "=days"),
+                                              called(("get_weather", '{"days": "Paris"}'))),
+        "coder, unknown tool": (CODER_CALL.replace("get_weather", "rm") + " x",
+                                Whole(CODER_CALL.replace("get_weather", "rm") + " x")),
+        "coder, JSON between the marks": (QWEN_CALL, Whole(QWEN_CALL)),
+        "coder, empty marks": (marked("") + CODER_CALL, called(CALL, content=marked(""))),
+        "coder, marks alone": ("<tool_call>\n<function=", Whole("<tool_call>\n<function=")),
+    }),
+    (V3, {
+        "deepseek-v3": (f"{BEGIN}{V3_CALL}\n{V3_CALL}{END}", called(CALL, CALL)),
+        "deepseek-r1": (f"<think>\nHm.\n</think>\n\nSo:{BEGIN}{V3_CALL}{END}",
+                        called(CALL, content="So:", reasoning="Hm.")),
+        "deepseek-v3, unknown tool": (V3_CALL.replace("get_weather", "rm"),
+                                      Whole(f"functionrm\n```json\n{PARIS}\n```")),
+    }),
+    (V3_1, {"deepseek-v3.1": (f"{BEGIN}{V3_1_CALL}{V3_1_CALL}{END}", called(CALL, CALL))}),
+    (GPT_OSS, {
+        "gpt-oss": (THOUGHT + HARMONY_CALL, called(CALL, reasoning="Need weather.")),
+        "gpt-oss, recipient first": (
+            f"{THOUGHT} to=functions.get_weather<|channel|>commentary json"
+            f"<|message|>{PARIS}<|call|>", called(CALL, reasoning="Need weather.")),
+        "gpt-oss, answer": (f"{THOUGHT}<|channel|>final<|message|>It is fine.\n<|return|>",
+                            Whole("It is fine.\n", "Need weather.")),
+        "gpt-oss, preamble": (
+            "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+            f"{HARMONY_CALL}<|start|>assistant{HARMONY_CALL}",
+            called(CALL, CALL, content="I look.")),
+        "gpt-oss, unknown tool": (HARMONY_CALL.replace("get_weather", "rm"), Whole(PARIS)),
+        "gpt-oss, no channels": ("It is fine.", Whole("It is fine.")),
+        "gpt-oss, two thoughts": (f"{THOUGHT}{THOUGHT}<|channel|>final<|message|>Yes",
+                                  Whole("Yes", "Need weather.\nNeed weather.")),
+    }),
+]  # fmt: skip
+CASES = {name: (format_, *case) for format_, cases in OF_FORMAT for name, case in cases.items()}
 
 
 def cuts(text: str) -> Iterator[list[str]]:
@@ -289,39 +206,37 @@ def test_a_text_between_marks_comes_as_it_is_written() -> None:
     assert [part.arguments for part in parts] == ["", "{", '"city": ', '"', *"Paris", '"', "}"]
 
 
-VALUES: list[tuple[dict[str, Any], str, str]] = [
-    ({"type": "string"}, "5", '"5"'),
-    ({"type": "string"}, "null", '"null"'),
-    ({}, "5", '"5"'),
-    ({"type": "integer"}, "5", "5"),
+TEXT_OR_NULL = {"type": ["string", "null"]}
+TEXT_OR_NUMBER = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+AS_IT_STANDS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"type": "integer"}, ["5", "9" * 5000, "5.0"]),
+    ({"type": "number"}, ["5"]),
+    ({"type": "boolean"}, ["true"]),
+    (TEXT_OR_NULL, ["null"]),
+    (TEXT_OR_NUMBER, ["7"]),
+    ({"$ref": "#/$defs/flag"}, ["true"]),
+    ({"enum": [1, "a"]}, ["1"]),
+    ({"type": "array"}, ['[1, "a</parameter>\\"b", {"c": []}]']),
+    ({"type": "object"}, ['{\n  "a": 1,\n  "a": 2\n}']),
+]
+AS_TEXT: list[tuple[dict[str, Any], list[str]]] = [
+    ({"type": "string"}, ["5", "null"]),
+    ({}, ["5"]),
+    ({"type": "integer"}, ["5.5", "five"]),
+    ({"type": "number"}, ["NaN"]),
+    ({"type": "boolean"}, ["no"]),
+    (TEXT_OR_NULL, ["nothing", "[a"]),
+    (TEXT_OR_NUMBER, ['"7"']),
+    ({"enum": [1, "a"]}, ["a"]),
+    ({"type": "array"}, ['["a', "[" * 20_000]),
+    ({"type": "object"}, ["{'a': 1}"]),
+]
+VALUES = [
+    *((schema, value, value) for schema, values in AS_IT_STANDS for value in values),
+    *((schema, value, json.dumps(value)) for schema, values in AS_TEXT for value in values),
     ({"type": "integer"}, " 12 ", "12"),
-    ({"type": "integer"}, "9" * 5000, "9" * 5000),
-    ({"type": "integer"}, "5.0", "5.0"),
-    ({"type": "integer"}, "5.5", '"5.5"'),
-    ({"type": "integer"}, "five", '"five"'),
-    ({"type": "number"}, "5", "5"),
-    ({"type": "number"}, "NaN", '"NaN"'),
-    ({"type": "boolean"}, "true", "true"),
     ({"type": "boolean"}, "False", "false"),
-    ({"type": "boolean"}, "no", '"no"'),
-    ({"type": ["string", "null"]}, "null", "null"),
-    ({"type": ["string", "null"]}, "None", "null"),
-    ({"type": ["string", "null"]}, "nothing", '"nothing"'),
-    ({"type": ["string", "null"]}, "[a", '"[a"'),
-    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "7", "7"),
-    ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, '"7"', '"\\"7\\""'),
-    ({"$ref": "#/$defs/flag"}, "true", "true"),
-    ({"enum": [1, "a"]}, "1", "1"),
-    ({"enum": [1, "a"]}, "a", '"a"'),
-    (
-        {"type": "array"},
-        '[1, "a</parameter>\\"b", {"c": []}]',
-        '[1, "a</parameter>\\"b", {"c": []}]',
-    ),
-    ({"type": "array"}, '["a', '"[\\"a"'),
-    ({"type": "array"}, "[" * 20_000, f'"{"[" * 20_000}"'),
-    ({"type": "object"}, '{\n  "a": 1,\n  "a": 2\n}', '{\n  "a": 1,\n  "a": 2\n}'),
-    ({"type": "object"}, "{'a': 1}", "\"{'a': 1}\""),
+    (TEXT_OR_NULL, "None", "null"),
 ]
 """A parameter's schema, its value as a model writes it, and as JSON."""
 
@@ -329,9 +244,7 @@ VALUES: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("schema", "value", "expected"), VALUES, ids=[f"{v[0]} {v[1][:9]!r}" for v in VALUES]
 )
-def test_values_between_marks_have_the_types_of_the_schema(
-    schema: dict[str, Any], value: str, expected: str
-) -> None:
+def test_values_have_the_schemas_types(schema: dict[str, Any], value: str, expected: str) -> None:
     parameters = {
         "type": "object",
         "properties": {"a": schema},
@@ -386,17 +299,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_json_stays_content_of_a_whole_answer(name: str) -> None:
+def test_what_is_no_json_stays_content_and_is_no_end_of_a_stream(name: str) -> None:
+    first = parsed(QWEN, [BROKEN[name]])
+    assert (first.finish_reason, len(first.calls)) == ("stop", 1)
     for pieces in cuts(BROKEN[name]):
         assert parsed(QWEN, pieces, is_held=True) == Whole(BROKEN[name], finish_reason="stop")
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_streamed_call_that_breaks_off_is_no_end_by_calls(name: str) -> None:
-    wholes = [parsed(QWEN, pieces) for pieces in cuts(BROKEN[name])]
-    assert all(whole == wholes[0] for whole in wholes)
-    assert wholes[0].finish_reason == "stop"
-    assert len(wholes[0].calls) == 1
+        assert parsed(QWEN, pieces) == first
 
 
 @pytest.mark.parametrize(
@@ -431,46 +339,30 @@ def test_without_tools_calls_are_text() -> None:
     assert whole == Whole(QWEN_CALL, "a", finish_reason="stop")
 
 
-@pytest.mark.parametrize("is_held", [False, True])
-def test_a_name_that_is_no_json_stays_content(is_held: bool) -> None:
-    text = r'<tool_call>{"name": "\q", "arguments": {}}</tool_call>'
-    for pieces in cuts(text):
-        assert parsed(QWEN, pieces, is_held) == Whole(text, finish_reason="stop")
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-def test_arguments_are_json_and_unicode_however_they_were_written(is_held: bool) -> None:
-    half = r'{"city": "\ud800"}'
-    as_text = json.dumps(half).replace(r"\\", "\\")  # the escape is one of the text around it
-    for call in (
-        f'{{"name": "get_weather", "arguments": {half}}}',
-        f'{{"arguments": {half}, "name": "get_weather"}}',
-        f'{{"name": "get_weather", "arguments": {as_text}}}',
-    ):
-        for pieces in cuts(f"<tool_call>{call}</tool_call>"):
-            assert parsed(QWEN, pieces, is_held).calls == [("get_weather", half)]
-
-
 TWICE = '{"city": "a", "city": "b", "days": 1, "days": 1e999}'
 HUGE = f'{{"days": {"9" * 5000}}}'
+HALF = r'{"city": "\ud800"}'
 
 
-@pytest.mark.parametrize("arguments", [TWICE, HUGE])
+@pytest.mark.parametrize("arguments", [TWICE, HUGE, HALF])
 def test_arguments_are_the_models_own_text_in_whole_answers_and_streams(arguments: str) -> None:
-    """Keys that come twice, and numbers that Python refuses to read, are JSON."""
-    in_order = f'{{"name": "get_weather", "arguments": {arguments}}}'
+    """Keys that come twice, and numbers and texts that Python refuses to read, are JSON."""
+    in_order = of_json("get_weather", arguments)
+    # An escape may be one of the text around the arguments.
+    as_text = json.dumps(arguments).replace(r"\\", "\\")
     for format_, text in (
-        (QWEN, f"<tool_call>{in_order}</tool_call>"),
-        (QWEN, f'<tool_call>{{"arguments": {arguments}, "name": "get_weather"}}</tool_call>'),
-        (QWEN, f'<tool_call>{in_order[:-1]}, "x": {HUGE}}}</tool_call>'),
+        (QWEN, marked(in_order)),
+        (QWEN, marked(f'{{"arguments": {arguments}, "name": "get_weather"}}')),
+        (QWEN, marked(f'{in_order[:-1]}, "x": {HUGE}}}')),
+        (QWEN, marked(of_json("get_weather", as_text))),
         (MISTRAL, f"[TOOL_CALLS] [{in_order}]"),
         (V3_1, V3_1_CALL.replace(PARIS, arguments)),
         (GPT_OSS, HARMONY_CALL.replace(PARIS, arguments)),
     ):
         whole = parsed(format_, [text], is_held=True)
         assert whole == Whole("", "", [("get_weather", arguments)], "tool_calls")
-        assert parsed(format_, [text], is_held=False) == whole
-        assert parsed(format_, list(text), is_held=False) == whole
+        for pieces in cuts(text) if len(text) < 100 else ([text], list(text)):
+            assert parsed(format_, pieces, is_held=False) == whole
 
 
 @pytest.mark.parametrize(
@@ -486,9 +378,7 @@ def test_arguments_are_the_models_own_text_in_whole_answers_and_streams(argument
         ('"name": "now", "arguments": "' + "[" * 100_000 + '"', None),
     ],
 )
-def test_of_members_that_come_twice_the_first_holds(
-    members: str, expected: tuple[str, str] | None
-) -> None:
+def test_the_first_of_two_members_holds(members: str, expected: tuple[str, str] | None) -> None:
     """A stream has passed it on before the second comes."""
     text = f"<tool_call>{{{members}}}</tool_call>"
     whole = parsed(QWEN, [text], is_held=True)
@@ -518,30 +408,20 @@ def test_at_most_one_call_where_they_are_not_parallel() -> None:
                 assert whole == Whole("", "", [CALL], "tool_calls"), pieces
 
 
-class Noted(list[Any]):
-    """A list that notes how often it is gone through."""
-
-    num_times = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.num_times += 1
-        return super().__iter__()
-
-
-def test_the_schema_of_a_parameter_that_comes_often_is_gone_through_once() -> None:
-    values = Noted([1, 2, "a"])
+def test_values_have_the_types_of_their_own_tools_schema() -> None:
     tools = (
-        tool("do", {"properties": {"a": {"enum": values}, "b": {"type": "integer"}}}),
+        tool("do", {"properties": {"a": {"enum": [1, 2, "a"]}, "b": {"type": "integer"}}}),
         tool("other", {"properties": {"a": {"type": "string"}}}),
     )
-    call = (
-        "<tool_call><function={}>" + "<parameter={}>1</parameter>" * 3 + "</function></tool_call>"
+    calls = "".join(
+        marked(
+            f"<function={name}><parameter=a>1</parameter><parameter={key}>1</parameter></function>"
+        )
+        for name, key in (("do", "b"), ("do", "b"), ("other", "c"))
     )
-    text = call.format("do", "a", "b", "a") * 3 + call.format("other", "a", "b", "c")
-    whole = parsed(CODER, [text], use=ToolUse(tools, tools))
-    numbers, texts = '{"a": 1, "b": 1, "a": 1}', '{"a": "1", "b": "1", "c": "1"}'
-    assert whole.calls == [*[("do", numbers)] * 3, ("other", texts)]
-    assert values.num_times == 1
+    whole = parsed(CODER, [calls], use=ToolUse(tools, tools))
+    numbers, texts = '{"a": 1, "b": 1}', '{"a": "1", "c": "1"}'
+    assert whole.calls == [("do", numbers), ("do", numbers), ("other", texts)]
 
 
 @pytest.mark.parametrize("last", [{"type": "integer"}, {"$ref": "#/$defs/d0"}])

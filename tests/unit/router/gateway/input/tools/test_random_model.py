@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel, Field
@@ -18,9 +15,7 @@ from router.engine.scheduling.scheduler import Limits
 from tests.checkpoints import VOCAB_SIZE, save_mixtral
 from tests.local_cluster import MODEL, LocalCluster
 from tests.local_gateway import LocalGateway, model_of
-from tests.unit.router.gateway.input.tools.chat_models import save_tokenizer
-
-ASKED: Any = [{"role": "user", "content": "How is Paris?"}]
+from tests.unit.router.gateway.input.tools.chat_models import ask_app, save_tokenizer
 
 
 class Weather(BaseModel):
@@ -36,7 +31,7 @@ class Stop(BaseModel):
     now: bool
 
 
-TOOLS = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Stop)]
+TOOLS: dict[str, type[BaseModel]] = {"Weather": Weather, "Stop": Stop}
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen", "qwen3-coder"])
@@ -59,78 +54,48 @@ def cluster(folder: Path) -> Iterator[LocalCluster]:
     cluster.close()
 
 
-def ask(gateway: LocalGateway, asking: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        transport = httpx.ASGITransport(gateway.app)
-        async with openai.AsyncOpenAI(
-            api_key="none",
-            base_url="http://test/v1",
-            max_retries=0,
-            timeout=60,
-            http_client=httpx.AsyncClient(transport=transport),
-        ) as client:
-            return await asking(client)
-
-    return asyncio.run(asyncio.wait_for(run(), 90))
-
-
 @pytest.mark.parametrize("choice", ["required", "Stop"])
-def test_calls_are_valid(folder: Path, cluster: LocalCluster, choice: str) -> None:
-    named: Any = {"type": "function", "function": {"name": choice}}
-
-    async def asking(client: openai.AsyncOpenAI) -> None:
-        for seed in range(3):
-            answer = await client.chat.completions.parse(
-                model=MODEL,
-                messages=ASKED,
-                tools=TOOLS,
-                tool_choice="required" if choice == "required" else named,
-                parallel_tool_calls=False,
-                seed=seed,
-                max_tokens=400,
-                # No thought, whose end a random model rarely finds.
-                extra_body={"bad_words": ["<think>"]},
-            )
-            [picked] = answer.choices
-            assert picked.finish_reason == "tool_calls"
-            [call] = picked.message.tool_calls or []
-            assert isinstance(call.function.parsed_arguments, Weather | Stop)
-            assert choice in ("required", call.function.name)
-            assert picked.message.content is None
-
-    ask(LocalGateway(folder, cluster), asking)
-
-
-def test_a_stream_of_calls_goes_on_with_the_same_tokens(
-    folder: Path, cluster: LocalCluster
+def test_calls_are_valid_and_survive_a_router(
+    folder: Path, cluster: LocalCluster, choice: str
 ) -> None:
-    async def asking(client: openai.AsyncOpenAI) -> list[Any]:
-        stream = await client.chat.completions.create(
-            model=MODEL,
-            messages=ASKED,
-            tools=TOOLS,  # type: ignore[arg-type]
-            tool_choice="required",
-            seed=5,
-            stream=True,
-            max_tokens=400,
-            extra_body={"bad_words": ["<think>"], "return_token_ids": True},
-        )
-        parts: list[Any] = []
-        async for chunk in stream:
-            for choice in chunk.choices:
-                parts += (choice.model_extra or {}).get("token_ids", [])
-                parts += [
-                    (call.index, call.function and call.function.name, call.function.arguments)
-                    for call in choice.delta.tool_calls or []
-                    if call.function is not None
-                ]
-                parts.append(choice.finish_reason)
-        return [part for part in parts if part is not None]
+    named = {"type": "function", "function": {"name": choice}}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "How is Paris?"}],
+        "tools": [openai.pydantic_function_tool(tool) for tool in TOOLS.values()],
+        "tool_choice": choice if choice == "required" else named,
+        "max_tokens": 400,
+        "stream": True,
+        # No thought, whose end a random model rarely finds.
+        "extra_body": {"bad_words": ["<think>"], "return_token_ids": True},
+    }
 
-    whole = ask(LocalGateway(folder, cluster), asking)
-    calls = [part for part in whole if isinstance(part, tuple)]
-    assert len(calls) > 5
-    first = "".join(arguments or "" for index, _, arguments in calls if index == 0)
-    assert isinstance(json.loads(first), dict)
+    def told(seed: int, lost_after: int | None = None, **options: Any) -> list[Any]:
+        """Return the parts of a stream: token ids, pieces of calls, and the reason of the end."""
+
+        async def asking(client: openai.AsyncOpenAI) -> list[Any]:
+            parts: list[Any] = []
+            given = {**asked, **options, "seed": seed}
+            async for chunk in await client.chat.completions.create(**given):
+                for picked in chunk.choices:
+                    parts += picked.model_extra.get("token_ids", [])
+                    for call in picked.delta.tool_calls or []:
+                        parts.append((call.index, call.function.name, call.function.arguments))
+                    parts += [picked.delta.content, picked.finish_reason]
+            return [part for part in parts if part]
+
+        found: list[Any] = ask_app(LocalGateway(folder, cluster, None, lost_after).app, asking)
+        return found
+
+    for seed in range(3):
+        *parts, reason = told(seed, parallel_tool_calls=False)
+        assert reason == "tool_calls"
+        assert not [part for part in parts if isinstance(part, str)]
+        pieces = [part for part in parts if isinstance(part, tuple)]
+        [name] = [name for _, name, _ in pieces if name]
+        assert choice in ("required", name)
+        TOOLS[name].model_validate_json("".join(arguments or "" for _, _, arguments in pieces))
+    whole = told(5)
+    assert len([part for part in whole if isinstance(part, tuple)]) > 5
     for lost_after in (1, 12, 30):
-        assert ask(LocalGateway(folder, cluster, lost_after=lost_after), asking) == whole
+        assert told(5, lost_after) == whole

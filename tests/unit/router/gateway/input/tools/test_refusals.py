@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -31,9 +32,6 @@ CALL: dict[str, Any] = {
 def post(
     name: str = "qwen", upstream: FakeUpstream | None = None, path: str = CHAT, **body: Any
 ) -> httpx.Response:
-    """The answer to one request."""
-    import asyncio
-
     app = http_app(
         upstream or FakeUpstream(says(name, "x")), models={each: model(each) for each in SPECIAL}
     )
@@ -47,120 +45,107 @@ def post(
 
 
 def function(**fields: Any) -> list[dict[str, Any]]:
-    """A list of one tool, with other fields."""
     return [{"type": "function", "function": {**TOOL["function"], **fields}}]
 
 
-def choice(**fields: Any) -> dict[str, Any]:
-    """A body with one tool and a choice."""
-    return {"tools": [TOOL], "tool_choice": fields}
+def messages(*more: Any) -> list[dict[str, Any]]:
+    return [USER, *more]
 
 
-def assistant(**fields: Any) -> dict[str, Any]:
-    """A body with an assistant's message and a tool's."""
-    return {"messages": [USER, {"role": "assistant", **fields}]}
+def of_assistant(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", **fields}
 
 
 def called(**fields: Any) -> dict[str, Any]:
-    """A body with a message of one call, some of it other."""
-    return assistant(tool_calls=[{**CALL, **fields}])
+    return of_assistant(tool_calls=[{**CALL, **fields}])
 
 
 DEEP: dict[str, Any] = {}
 for _ in range(150):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
+BAD_TOOLS: dict[str, list[Any]] = {
+    "": [5, [TOOL] * 129, function(description="x" * 300_000)],
+    "[0]": [["x"]],
+    "[0].type": [[{"type": "custom", "function": TOOL["function"]}], [{**TOOL, "type": None}]],
+    "[0].function": [[{"type": "function"}]],
+    "[0].x": [[{**TOOL, "x": 1}]],
+    "[0].function.name": [
+        [{"type": "function", "function": {}}],
+        *(function(name=bad) for bad in ("a b", "a" * 65, 5, "now\n")),
+    ],
+    "[1].function.name": [[TOOL, *function(name="")], [TOOL, TOOL]],
+    "[0].function.strict": [function(strict="yes")],
+    "[0].function.x": [function(x=1)],
+    "[0].function.parameters": [
+        function(parameters=bad)
+        for bad in ([], {"type": "nothing"}, {"if": {}, "then": {}}, {"$ref": "#"}, DEEP)
+    ],
+    "[0].function.parameters.type": [function(parameters={"type": "string"})],
+}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+BAD_CHOICES: dict[str, list[Any]] = {
+    "": ["any", 5],
+    ".type": [{"type": "tool"}],
+    ".function": [{"type": "function"}],
+    ".function.name": [{"type": "function", "function": {"name": "rm"}}],
+    ".function.x": [{"type": "function", "function": {"name": "get_weather", "x": 1}}],
+    ".x": [{**NAMED, "x": 1}],
+    ".allowed_tools": [{"type": "allowed_tools"}],
+    **{
+        f".allowed_tools.{name}": [{"type": "allowed_tools", "allowed_tools": wrong}]
+        for name, wrong in (
+            ("mode", {"mode": "all", "tools": [TOOL]}),
+            ("tools", {"mode": "auto", "tools": []}),
+        )
+    },
+}
+BAD_OPTIONS: dict[str, list[Any]] = {
+    "": [5, {f"a{i}": 1 for i in range(17)}],
+    **{f".{name}": [{name: True}] for name in ("m", "call", "tojson", "thinking_mode", "tools")},
+    ".enable_thinking": [
+        {"enable_thinking": bad} for bad in ([], "x" * 300, 2**31, -(2**31), 1e10)
+    ],
+}
+BAD_MESSAGES: dict[str, list[Any]] = {
+    ".tool_calls": [
+        of_assistant(tool_calls=[]),
+        of_assistant(tool_calls="x"),
+        {"role": "user", "content": "x", "tool_calls": [CALL]},
+    ],
+    ".tool_calls[0]": [of_assistant(tool_calls=["x"])],
+    ".content": [of_assistant(), {"role": "tool", "tool_call_id": "x", "content": 5}],
+    ".reasoning_content": [of_assistant(content="x", reasoning_content=5)],
+    ".tool_calls[0].id": [called(id=5), called(id="x" * 257)],
+    ".tool_calls[0].x": [called(x=1)],
+    ".tool_calls[0].function.name": [called(function={"arguments": "{}"})],
+    ".tool_calls[0].function.arguments": [called(function={"name": "f", "arguments": {}})],
+    ".tool_call_id": [{"role": "tool", "content": "x"}],
+}
+OF_TOKENIZE: list[tuple[dict[str, Any], str]] = [
+    *(({"tools": bad}, f"tools{place}") for place in BAD_TOOLS for bad in BAD_TOOLS[place]),
+    *(
+        ({"chat_template_kwargs": bad}, f"chat_template_kwargs{place}")
+        for place in BAD_OPTIONS
+        for bad in BAD_OPTIONS[place]
+    ),
+]
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"tools": 5}, "tools"),
-    ({"tools": [TOOL] * 129}, "tools"),
-    ({"tools": function(description="x" * 300_000)}, "tools"),
-    ({"tools": ["x"]}, "tools[0]"),
-    ({"tools": [{"type": "custom", "function": TOOL["function"]}]}, "tools[0].type"),
-    ({"tools": [{"function": TOOL["function"]}]}, "tools[0].type"),
-    ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tools": [{**TOOL, "x": 1}]}, "tools[0].x"),
-    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-    ({"tools": [TOOL, *function(name="")]}, "tools[1].function.name"),
-    ({"tools": function(name="a b")}, "tools[0].function.name"),
-    ({"tools": function(name="a" * 65)}, "tools[0].function.name"),
-    ({"tools": function(name=5)}, "tools[0].function.name"),
-    ({"tools": function(name="now\n")}, "tools[0].function.name"),
-    ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
-    ({"tools": function(description=5)}, "tools[0].function.description"),
-    ({"tools": function(strict="yes")}, "tools[0].function.strict"),
-    ({"tools": function(x=1)}, "tools[0].function.x"),
-    ({"tools": function(parameters=[])}, "tools[0].function.parameters"),
-    ({"tools": function(parameters={"type": "string"})}, "tools[0].function.parameters.type"),
-    ({"tools": function(parameters={"type": "nothing"})}, "tools[0].function.parameters"),
-    ({"tools": function(parameters={"if": {}, "then": {}})}, "tools[0].function.parameters"),
-    ({"tools": function(parameters={"$ref": "#"})}, "tools[0].function.parameters"),
-    ({"tools": function(parameters=DEEP)}, "tools[0].function.parameters"),
+    *OF_TOKENIZE,
+    *(
+        ({"tools": [TOOL], "tool_choice": bad}, f"tool_choice{place}")
+        for place in BAD_CHOICES
+        for bad in BAD_CHOICES[place]
+    ),
+    *(
+        ({"messages": messages(bad)}, f"messages[1]{place}")
+        for place in BAD_MESSAGES
+        for bad in BAD_MESSAGES[place]
+    ),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
-    (choice(type="tool"), "tool_choice.type"),
-    (choice(type="function"), "tool_choice.function"),
-    (choice(type="function", function={"name": "rm"}), "tool_choice.function.name"),
-    (choice(type="function", function={"name": "get_weather", "x": 1}), "tool_choice.function.x"),
-    (choice(type="function", function={"name": "get_weather"}, x=1), "tool_choice.x"),
-    (choice(type="allowed_tools"), "tool_choice.allowed_tools"),
-    (
-        choice(type="allowed_tools", allowed_tools={"mode": "all", "tools": [TOOL]}),
-        "tool_choice.allowed_tools.mode",
-    ),
-    (
-        choice(type="allowed_tools", allowed_tools={"mode": "auto", "tools": []}),
-        "tool_choice.allowed_tools.tools",
-    ),
     ({"tools": [TOOL], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"tools": [TOOL], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
-    ({"functions": [TOOL["function"]]}, "functions"),
-    ({"function_call": {"name": "x"}}, "function_call"),
-    ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
-    ({"chat_template_kwargs": {"thinking_mode": True}}, "chat_template_kwargs.thinking_mode"),
-    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
-    ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages"),
-    *(
-        ({"chat_template_kwargs": {name: 1}}, f"chat_template_kwargs.{name}")
-        for name in ("m", "call", "function", "tojson", "length")
-    ),
-    ({"chat_template_kwargs": {"enable_thinking": []}}, "chat_template_kwargs.enable_thinking"),
-    (
-        {"chat_template_kwargs": {"enable_thinking": "x" * 300}},
-        "chat_template_kwargs.enable_thinking",
-    ),
-    *(
-        (
-            {"chat_template_kwargs": {"enable_thinking": wrong}},
-            "chat_template_kwargs.enable_thinking",
-        )
-        for wrong in (2**31, -(2**31), 1e10)
-    ),
-    ({"chat_template_kwargs": {f"a{i}": 1 for i in range(17)}}, "chat_template_kwargs"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
-    (assistant(tool_calls=[]), "messages[1].tool_calls"),
-    (assistant(tool_calls="x"), "messages[1].tool_calls"),
-    (assistant(tool_calls=["x"]), "messages[1].tool_calls[0]"),
-    (assistant(), "messages[1].content"),
-    (assistant(content="x", reasoning_content=5), "messages[1].reasoning_content"),
-    (called(id=5), "messages[1].tool_calls[0].id"),
-    (called(id="x" * 257), "messages[1].tool_calls[0].id"),
-    (called(type="x"), "messages[1].tool_calls[0].type"),
-    (called(x=1), "messages[1].tool_calls[0].x"),
-    (called(function={"arguments": "{}"}), "messages[1].tool_calls[0].function.name"),
-    (
-        called(function={"name": "f", "arguments": {}}),
-        "messages[1].tool_calls[0].function.arguments",
-    ),
-    (
-        {"messages": [USER, {"role": "user", "content": "x", "tool_calls": [CALL]}]},
-        "messages[1].tool_calls",
-    ),
-    ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
-    (
-        {"messages": [USER, {"role": "tool", "tool_call_id": "x", "content": 5}]},
-        "messages[1].content",
-    ),
 ]
 
 
@@ -171,29 +156,24 @@ def test_the_place_at_fault_is_named(body: dict[str, Any], param: str) -> None:
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize(
-    ("body", "param"), [pair for pair in BAD if {*pair[0]} <= {"tools", "chat_template_kwargs"}]
-)
+@pytest.mark.parametrize(("body", "param"), OF_TOKENIZE)
 def test_tokenize_refuses_the_same_by_the_same_name(body: dict[str, Any], param: str) -> None:
     refusal(post("qwen", path="/tokenize", **body), 400, param)
 
 
 def test_tools_that_a_model_cannot_show_are_refused() -> None:
     for path in (CHAT, "/tokenize"):
-        assert "does not support tools" in refusal(
-            post("plain", path=path, tools=[TOOL]), 400, "tools"
-        )
-    body = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
-    assert "does not support tool calls" in refusal(post("plain", **body), 400, "messages[1]")
+        answer = post("plain", path=path, tools=[TOOL])
+        assert "does not support tools" in refusal(answer, 400, "tools")
+    answer = post("plain", messages=messages(called()))
+    assert "does not support tool calls" in refusal(answer, 400, "messages[1]")
     assert post("plain", tools=[], tool_choice="none").status_code == 200
 
 
 def test_a_schemas_keyword_is_named() -> None:
     parameters = {"type": "object", "properties": {"a": {"if": {"type": "string"}, "then": False}}}
-    message = refusal(
-        post(tools=function(parameters=parameters)), 400, "tools[0].function.parameters"
-    )
-    assert "if" in message
+    answer = post(tools=function(parameters=parameters))
+    assert "if" in refusal(answer, 400, "tools[0].function.parameters")
 
 
 def test_many_large_tools_are_refused_in_bounded_time() -> None:
@@ -212,26 +192,20 @@ def test_many_large_tools_are_refused_in_bounded_time() -> None:
 
 def test_a_call_that_a_template_leaves_out_is_refused() -> None:
     """DeepSeek-V3's template writes calls only where there is no content."""
-    good = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
-    assert post("deepseek-v3", **good).status_code == 200
-    both = {"messages": [USER, {"role": "assistant", "content": "So:", "tool_calls": [CALL]}]}
-    message = refusal(post("deepseek-v3", **both), 400, "messages[1].tool_calls[0]")
-    assert "is dropped by" in message
+    assert post("deepseek-v3", messages=messages(called())).status_code == 200
+    both = messages(of_assistant(content="So:", tool_calls=[CALL]))
+    answer = post("deepseek-v3", messages=both)
+    assert "is dropped by" in refusal(answer, 400, "messages[1].tool_calls[0]")
 
 
 def test_a_conversation_that_calls_very_many_functions_is_refused_at_once() -> None:
-    calls = [
-        {**CALL, "function": {"name": f"f{i}_{j}", "arguments": "{}"}}
+    turns = [
+        [{**CALL, "function": {"name": f"f{i}_{j}", "arguments": "{}"}} for j in range(128)]
         for i in range(80)
-        for j in range(128)
     ]
-    messages: list[Any] = [USER]
-    messages += [
-        {"role": "assistant", "tool_calls": calls[place : place + 128]}
-        for place in range(0, len(calls), 128)
-    ]
+    many = messages(*(of_assistant(tool_calls=calls) for calls in turns))
     begun_s = time.process_time()
-    assert "10240 functions" in refusal(post(messages=messages), 400, "messages")
+    assert "10240 functions" in refusal(post(messages=many), 400, "messages")
     assert time.process_time() - begun_s < 3
 
 
@@ -239,18 +213,17 @@ def test_a_conversation_that_calls_very_many_functions_is_refused_at_once() -> N
 def test_deep_arguments_end_in_an_answer(depth: int) -> None:
     text = '{"a":' * depth + "1" + "}" * depth
     for name in ("qwen", "deepseek-v3"):
-        call = {**CALL, "function": {"name": "get_weather", "arguments": text}}
-        messages = [USER, {"role": "assistant", "tool_calls": [call]}]
-        assert post(name, messages=messages).status_code in (200, 400)
+        deep = called(function={"name": "get_weather", "arguments": text})
+        assert post(name, messages=messages(deep)).status_code in (200, 400)
 
 
 def test_a_templates_own_refusal_is_told() -> None:
-    long_id = {"messages": [USER, {"role": "assistant", "tool_calls": [{**CALL, "id": "call_1"}]}]}
-    assert "ids have length 9" in refusal(post("mixtral", **long_id), 400, "messages")
+    answer = post("mixtral", messages=messages(called(id="call_1")))
+    assert "ids have length 9" in refusal(answer, 400, "messages")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
-def test_conversations_with_calls_are_rendered_beside_the_event_loop(
+def test_calls_are_rendered_beside_the_event_loop(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A body has room for many thousands of calls, which take seconds."""
@@ -262,8 +235,7 @@ def test_conversations_with_calls_are_rendered_beside_the_event_loop(
         return rendered(*given)
 
     monkeypatch.setattr(Tokenizer, "chat_prompt", noted)
-    with_calls = [USER, {"role": "assistant", "tool_calls": [CALL]}, USER]
-    for messages in ([USER], with_calls):
-        assert post(path=path, messages=messages).status_code == 200
+    for given in ([USER], messages(called(), USER)):
+        assert post(path=path, messages=given).status_code == 200
     plain, of_calls = threads
     assert plain == threading.get_ident() != of_calls

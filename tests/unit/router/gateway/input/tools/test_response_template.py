@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,31 +21,26 @@ from tests.unit.router.gateway.input.tools.chat_models import ask, model_in, sav
 from tests.unit.router.gateway.input.tools.test_openai_tools import ASKED, TOOLS
 from tests.unit.router.gateway.input.tools.test_parsers import PARIS, QWEN_CALL, cuts
 
+PREFIX = "<|im_start|>assistant\n"
 TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
+    "start_anchor": PREFIX,
     "fields": {
         "reasoning_content": {"open": "<think>", "close": "</think>"},
         "content": {"close": "<|im_end|>"},
         "tool_calls": {
-            "open": "<tool_call>",
-            "close": "</tool_call>",
-            "repeats": True,
-            "content": "json",
+            "open": "<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
             "transform": {"type": "function", "function": "{content}"},
         },
     },
-}
+}  # fmt: skip
 TEXT = f"<think>\nHm.\n</think>\n\nI look.\n{QWEN_CALL}{QWEN_CALL}"
-PREFIX = "<|im_start|>assistant\n"
 
 
 def whole_of(pieces: list[str], prefix: str = PREFIX, hidden: tuple[str, ...] = ()) -> Whole:
     special = {mark: place for place, mark in enumerate(hidden)}
-    use = ToolUse(CHECKED, CHECKED[:1])
-    whole = parsed(
-        ChatFormat(special=special, response_template=TEMPLATE), pieces, False, use, prefix
-    )
+    chat_format = ChatFormat(special=special, response_template=TEMPLATE)
+    whole = parsed(chat_format, pieces, False, ToolUse(CHECKED, CHECKED[:1]), prefix)
     return replace(whole, finish_reason=None)
 
 
@@ -54,41 +48,39 @@ def test_pieces_are_what_transformers_makes_of_the_whole() -> None:
     expected = parse_response(TEXT, TEMPLATE, prefix=PREFIX)
     for pieces in cuts(TEXT):
         whole = whole_of(pieces)
-        assert whole.content == expected["content"]
-        assert whole.reasoning == expected["reasoning_content"]
-        names = [(call["function"]["name"], PARIS) for call in expected["tool_calls"]]
-        assert whole.calls == names
-
-
-def test_the_prompt_may_open_a_part() -> None:
-    assert whole_of(["Hm.</think>Yes"], f"{PREFIX}<think>") == Whole("Yes", "Hm.")
+        calls = [(call["function"]["name"], PARIS) for call in expected["tool_calls"]]
+        assert whole == Whole(expected["content"], expected["reasoning_content"], calls)
 
 
 BROKEN = "<tool_call>\n{broken\n</tool_call>"
 UNKNOWN = QWEN_CALL.replace("get_weather", "rm")
 CUT_SHORT = QWEN_CALL[:-20]
+INFINITE = QWEN_CALL.replace('"Paris"', "1e999")
+CALL, HALF = ("get_weather", PARIS), ("get_weather", r'{"city": "\ud800"}')
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (f"So \n{BROKEN}", Whole(f"So \n{BROKEN}")),
-        (f"{BROKEN} on\n{QWEN_CALL}\n", Whole(f"{BROKEN} on\n{QWEN_CALL}\n")),
-        (f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n", Whole(f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n")),
-        (f"So {CUT_SHORT}", Whole(f"So {CUT_SHORT}")),
-        ("So <tool_call>", Whole("So <tool_call>")),
-        ("So <tool_call></tool_call> on", Whole("So <tool_call></tool_call> on")),
-        (f"<think>\nHm.\n</think>\n\nSo {BROKEN}", Whole(f"So {BROKEN}", "Hm.")),
-        (f"So:\n{UNKNOWN}\n{QWEN_CALL}\n", Whole(f"So:\n{UNKNOWN}", "", [("get_weather", PARIS)])),
-        (
-            f"<think>Hm. </think>{QWEN_CALL}\n{BROKEN}",
-            Whole(BROKEN, "Hm.", [("get_weather", PARIS)]),
+        *(
+            (text, Whole(text))
+            for text in (
+                f"So \n{BROKEN}",
+                f"{BROKEN} on\n{QWEN_CALL}\n",
+                f"So:\n{UNKNOWN}\n{UNKNOWN} <end\n",
+                f"So {CUT_SHORT}",
+                "So <tool_call>",
+                "So <tool_call></tool_call> on",
+                INFINITE,
+            )
         ),
+        (QWEN_CALL.replace("Paris", r"\ud800"), Whole("", "", [HALF])),
+        (f"<think>\nHm.\n</think>\n\nSo {BROKEN}", Whole(f"So {BROKEN}", "Hm.")),
+        (f"So:\n{UNKNOWN}\n{QWEN_CALL}\n", Whole(f"So:\n{UNKNOWN}", "", [CALL])),
+        (f"<think>Hm. </think>{QWEN_CALL}\n{BROKEN}", Whole(BROKEN, "Hm.", [CALL])),
     ],
 )
-def test_what_is_no_call_stays_content_with_its_marks_at_every_cut(
-    text: str, expected: Whole
-) -> None:
+def test_what_is_no_call_stays_content_with_its_marks(text: str, expected: Whole) -> None:
     for pieces in cuts(text):
         assert whole_of(pieces) == expected, pieces
 
@@ -107,18 +99,10 @@ def test_marks_that_are_hidden_are_shown_at_no_cut(text: str, expected: Whole) -
         assert whole_of(pieces, hidden=("<|x|>",)) == expected, pieces
 
 
-def test_a_mark_in_the_prompt_is_not_shown() -> None:
+def test_the_prompt_may_open_a_part_whose_mark_is_not_shown() -> None:
+    assert whole_of(["Hm.</think>Yes"], f"{PREFIX}<think>") == Whole("Yes", "Hm.")
     for pieces in cuts("{broken</tool_call> on"):
         assert whole_of(pieces, f"{PREFIX}<tool_call>") == Whole("{broken</tool_call> on")
-
-
-def test_arguments_are_json_and_unicode() -> None:
-    half = QWEN_CALL.replace("Paris", r"\ud800")
-    assert whole_of([half]).calls == [("get_weather", r'{"city": "\ud800"}')]
-    infinite = QWEN_CALL.replace('"Paris"', "1e999")
-    whole = whole_of([infinite])
-    assert "1e999" in whole.content
-    assert whole.calls == []
 
 
 def test_the_time_of_long_answers_is_linear() -> None:
@@ -134,10 +118,9 @@ def test_a_template_that_is_wrong_is_refused_at_loading(tmp_path: Path) -> None:
         model_in(str(tmp_path), "qwen")
 
 
-def test_a_checkpoints_own_template_comes_first() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), "qwen", TEMPLATE)
-        served = model_in(folder, "qwen")
+def test_a_checkpoints_own_template_comes_first(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "qwen", TEMPLATE)
+    served = model_in(str(tmp_path), "qwen")
     assert served.tokenizer.chat_format.response_template == TEMPLATE
 
     async def asking(client: openai.AsyncOpenAI) -> Any:

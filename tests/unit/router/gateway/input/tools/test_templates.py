@@ -13,6 +13,12 @@ from tests.unit.gateway_fakes import FakeUpstream
 from tests.unit.router.gateway.input.tools import chat_models
 from tests.unit.router.gateway.input.tools.answers import HARMONY
 from tests.unit.router.gateway.input.tools.chat_models import model, says
+from tests.unit.router.gateway.input.tools.test_parsers import (
+    CODER_CALL,
+    LATER_CALL,
+    V3_1_CALL,
+    V3_CALL,
+)
 from tests.unit.router.gateway.input.tools.test_refusals import CALL, TOOL, USER, post
 
 RESULT = {"role": "tool", "tool_call_id": CALL["id"], "content": "fine"}
@@ -26,52 +32,37 @@ EXPECTED = {
         '"name": "get_weather", "parameters":',
         '<think>\nHm.\n</think>\n\n\n<tool_call>\n{"name": "get_weather", "arguments": '
         '{"city": "Paris"}}\n</tool_call><|im_end|>\n',
-        "<tool_response>\nfine\n</tool_response>",
-    ),
+        "<tool_response>\nfine\n</tool_response>"),
     "mixtral": (
         "[AVAILABLE_TOOLS] [",
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]</s>',
-        "[TOOL_RESULTS] fine[/TOOL_RESULTS]",
-    ),
+        "[TOOL_RESULTS] fine[/TOOL_RESULTS]"),
     "qwen3-coder": (
-        "<name>get_weather</name>",
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-        "</function>\n</tool_call><|im_end|>",
-        "<tool_response>\nfine\n</tool_response>",
-    ),
+        "<name>get_weather</name>", f"{CODER_CALL}<|im_end|>",
+        "<tool_response>\nfine\n</tool_response>"),
     "mistral-v11": (
         "[AVAILABLE_TOOLS][",
         '[TOOL_CALLS]get_weather[CALL_ID]call00001[ARGS]{"city": "Paris"}</s>',
-        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
-    ),
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]"),
     "mistral-v13": (
-        "[AVAILABLE_TOOLS][",
-        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}</s>',
-        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]",
-    ),
+        "[AVAILABLE_TOOLS][", f"{LATER_CALL}</s>",
+        "[TOOL_RESULTS]call00001[TOOL_CONTENT]fine[/TOOL_RESULTS]"),
     "deepseek-v3": (
-        '"name": "get_weather", "parameters":',
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-        '{"city": "Paris"}\n```<｜tool▁call▁end｜>',
-        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>",
-    ),
+        '"name": "get_weather", "parameters":', V3_CALL,
+        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>"),
     "deepseek-v3.1": (
-        '"name": "get_weather", "parameters":',
-        '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>',
-        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>",
-    ),
+        '"name": "get_weather", "parameters":', V3_1_CALL,
+        "<｜tool▁output▁begin｜>fine<｜tool▁output▁end｜>"),
     "gpt-oss": (
         '"name": "get_weather", "parameters":',
         "<|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
         "<|start|>assistant to=functions.get_weather<|channel|>commentary json<|message|>"
         '{"city": "Paris"}<|call|>',
-        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>fine<|end|>",
-    ),
-}
+        "<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>fine<|end|>"),
+}  # fmt: skip
 
 
 def prompt_of(name: str, **body: Any) -> str:
-    """The prompt of one request."""
     upstream = FakeUpstream(says(name, "x"))
     answer = post(name, upstream, **body)
     assert answer.status_code == 200, answer.text
@@ -110,14 +101,11 @@ def test_options_reach_the_template() -> None:
 )
 def test_tokenize_counts_the_tokens_of_the_chat_request(name: str, options: dict[str, Any]) -> None:
     body = {"messages": TURN, "tools": [TOOL], "chat_template_kwargs": options}
-    answer = post(name, path="/tokenize", **body)
-    assert answer.status_code == 200, answer.text
+    told = post(name, path="/tokenize", **body).json()
     upstream = FakeUpstream(says(name, "x"))
-    told = post(name, upstream, **body).json()
-    assert answer.json()["count"] == told["usage"]["prompt_tokens"]
-    assert tuple(answer.json()["tokens"]) == tuple(upstream.requests[-1].prompt_token_ids)
-    plain = post(name, path="/tokenize", messages=TURN).json()
-    assert plain["count"] < answer.json()["count"]
+    assert post(name, upstream, **body).json()["usage"]["prompt_tokens"] == told["count"]
+    assert tuple(told["tokens"]) == tuple(upstream.requests[-1].prompt_token_ids)
+    assert post(name, path="/tokenize", messages=TURN).json()["count"] < told["count"]
 
 
 OVER_LINES = """
@@ -156,20 +144,17 @@ OWN_NAMES = """
 """A template with variables of its own, transformers' marks of an assistant's text, a loop's."""
 
 
-@pytest.mark.parametrize("name", ["style", "date", "lang"])
-def test_what_a_template_reads_of_its_input_is_an_option(name: str) -> None:
-    template = ChatTemplate(OWN_NAMES, lambda *_: "")
-    assert template.check_options({name: "x"}) == {name: "x"}
+OWN = ("part", "mark", "m", "role", "count", "shown", "text", "skipped", "messages", "loop")
 
 
-@pytest.mark.parametrize(
-    "name", ["part", "mark", "m", "role", "count", "shown", "text", "skipped", "messages", "loop"]
-)
-def test_a_templates_own_variables_are_no_options(name: str) -> None:
+def test_what_a_template_reads_of_its_input_is_an_option_and_no_variable_of_its_own() -> None:
     template = ChatTemplate(OWN_NAMES, lambda *_: "")
-    with pytest.raises(InvalidRequestError) as refused:
-        template.check_options({name: "x"})
-    assert refused.value.field == f"chat_template_kwargs.{name}"
+    for name in ("style", "date", "lang"):
+        assert template.check_options({name: "x"}) == {name: "x"}
+    for name in OWN:
+        with pytest.raises(InvalidRequestError) as refused:
+            template.check_options({name: "x"})
+        assert refused.value.field == f"chat_template_kwargs.{name}"
 
 
 def test_reasoning_that_the_prompt_opens_is_told_apart() -> None:

@@ -1,4 +1,4 @@
-"""Linear layers in native code: every kernel against float64, a row alone against a crowd.
+"""Linear layers and norms in native code, against float64, and a row alone against a crowd.
 
 Dimension letters: P rows, K input size, O output size.
 """
@@ -6,7 +6,6 @@ Dimension letters: P rows, K input size, O output size.
 from __future__ import annotations
 
 import weakref
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from cluster import native as built
+from cluster.native import native
 from cluster.wire.tensors import to_array, to_bytes
 from experts.compute.native_ffn import KERNELS
 from experts.compute.panels import pack_matrix
 from router.model.cpu import native_modules
 from router.model.cpu.formats import FORMATS
-from router.model.cpu.native_modules import NativeLinear, NativeMlp, replace_modules
+from router.model.cpu.native_modules import NativeLinear, NativeMlp, NativeNorm, replace_modules
+from router.model.grok import GrokNorm
 
-BUILT = [] if built.native is None else [built.native]
+assert native is not None
 NAMES = [name for name, *_ in KERNELS]
 DTYPES = tuple(FORMATS)
 
@@ -39,7 +41,6 @@ def product(
     threads: int = 1,
 ) -> torch.Tensor:
     """Return rows times a weight by a kernel, from memory at odd addresses."""
-    assert built.native is not None
     out = torch.empty(len(rows), len(weight), dtype=dtype)
     packed = pack_matrix(to_array(weight), None if bias is None else to_array(bias)).data
     given_ = to_bytes(rows.contiguous())
@@ -47,7 +48,7 @@ def product(
     odd_packed[1:], odd_rows[1:] = packed, given_
     formats = FORMATS[weight.dtype], FORMATS[rows.dtype], FORMATS[dtype], int(bias is not None)
     sizes = (1, weight.shape[1], weight.shape[0], *formats)
-    built.native.linear(
+    native.linear(
         memoryview(odd_rows)[1:], memoryview(odd_packed)[1:], to_bytes(out), sizes, threads, kernel
     )
     return out
@@ -134,9 +135,8 @@ def test_what_is_no_number_stays_in_its_row(kernel: str, value: float) -> None:
     assert not got[7].isfinite().any()
 
 
-@pytest.mark.parametrize("native", BUILT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matrices_of_heads_have_rows_of_their_own(native: ModuleType, dtype: torch.dtype) -> None:
+def test_matrices_of_heads_have_rows_of_their_own(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(3, 20, 33, generator=generator).to(dtype)
     rows = torch.randn(1, 3, 7, 33, generator=generator).to(dtype)
@@ -146,15 +146,18 @@ def test_matrices_of_heads_have_rows_of_their_own(native: ModuleType, dtype: tor
     assert together(rows[:, :, :0]).shape == (1, 3, 0, 20)
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
+def mlp_of(size: int, inner: int, bias: bool = False) -> Any:
+    mlp: Any = nn.Module()
+    mlp.gate_proj, mlp.up_proj = (nn.Linear(size, inner, bias=bias) for _ in range(2))
+    mlp.down_proj, mlp.act_fn = nn.Linear(inner, size, bias=bias), nn.SiLU()
+    return mlp
+
+
+def test_a_models_linear_layers_are_replaced() -> None:
     torch.manual_seed(0)
     model = nn.Module()
     model.plain, model.biased = nn.Linear(48, 20, bias=False), nn.Linear(48, 20)
-    mlp = model.mlp = nn.Module()
-    for name, shape in (("gate_proj", (48, 64)), ("up_proj", (48, 64)), ("down_proj", (64, 48))):
-        setattr(mlp, name, nn.Linear(*shape, bias=False))
-    mlp.act_fn = nn.SiLU()
+    mlp = model.mlp = mlp_of(48, 64)
     model.requires_grad_(False)
     rows = torch.randn(1, 5, 48)
     expected = [model.plain(rows), model.biased(rows)]
@@ -169,18 +172,10 @@ def test_a_models_linear_layers_are_replaced(native: ModuleType) -> None:
     assert torch.equal(model.plain(rows[:, ::2]), model.plain(rows)[:, ::2])
 
 
-@pytest.mark.parametrize("native", BUILT)
 def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
-    native: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def mlp() -> nn.Module:
-        parts = nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(parts, name, nn.Linear(8, 8, bias=False))
-        parts.act_fn = nn.SiLU()
-        return parts
-
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), mlp()) for _ in range(3)))
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), mlp_of(8, 8)) for _ in range(3)))
     weights = [weakref.ref(layer.get_parameter("1.up_proj.weight")) for layer in model]
     alive = []
 
@@ -193,56 +188,82 @@ def test_each_weight_is_packed_once_and_freed_before_the_next_layers(
     assert alive == [3, 2, 1]  # each layer's only linear layer outside the MLP
 
 
-@pytest.mark.parametrize("native", BUILT)
-def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers(
-    native: ModuleType,
-) -> None:
+def test_an_mlp_with_biases_or_an_unknown_activation_stays_linear_layers() -> None:
     for bias, activation in ((True, "silu"), (False, "tanh")):
-        mlp = nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(mlp, name, nn.Linear(8, 8, bias=bias))
-        mlp.act_fn = nn.SiLU()
-        model = nn.Sequential(mlp)
+        model = nn.Sequential(mlp_of(8, 8, bias))
         replace_modules(model, activation)
         assert {type(part) for part in model[0].children()} == {NativeLinear, nn.SiLU}
 
 
-RIGHT = SimpleNamespace(rows=bytes(4 * 8 * 3), packed=bytes(8 * 32 * 4), out=4 * 5 * 3)
-WRONG: dict[str, dict[str, Any]] = {
-    "half a row": {"rows": bytes(4 * 8 * 3 + 4)},
-    "fewer rows than room": {"rows": bytes(4 * 8 * 2)},
-    "too little room": {"out": 4 * 5 * 3 - 4},
-    "weights of another size": {"packed": bytes(8 * 32 * 4 + 4)},
-    "no size": {"sizes": (1, 0, 5, 0, 0, 0, 0)},
-    "a size beyond all": {"sizes": (1, 1 << 60, 5, 0, 0, 0, 0)},
-    "an unknown format": {"sizes": (1, 8, 5, 3, 0, 0, 0)},
-    "rows of an unknown format": {"sizes": (1, 8, 5, 0, 9, 0, 0)},
-    "room of an unknown format": {"sizes": (1, 8, 5, 0, 0, -1, 0)},
-    "a bias that is not there": {"sizes": (1, 8, 5, 0, 0, 0, 1)},
-    "matrices that divide nothing": {"sizes": (5, 8, 5, 0, 0, 0, 0)},
-    "no matrix": {"sizes": (0, 8, 5, 0, 0, 0, 0)},
-    "no thread": {"threads": 0},
-    "an unknown kernel": {"kernel": "sse"},
+NORMS = {
+    "rms": lambda size: MixtralRMSNorm(size, 1e-5),
+    "gpt-oss": lambda size: GptOssRMSNorm(size, 1e-5),
+    "grok": lambda size: GrokNorm(size, 1e-5),
+    "layer": lambda size: nn.LayerNorm(size, bias=False),
 }
+NORM_SIZES = (1, 8, 31, 33, 64, 500, 2880, 16384)
+ROUNDING = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
-@pytest.mark.parametrize("native", BUILT)
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_does_not_fit_is_refused(native: ModuleType, wrong: str) -> None:
-    given_: dict[str, Any] = {
-        "rows": RIGHT.rows,
-        "packed": RIGHT.packed,
-        "out": RIGHT.out,
-        "sizes": (1, 8, 5, 0, 0, 0, 0),
-        "threads": 1,
-        "kernel": None,
-    }
-    calls = [given_, {**given_, **WRONG[wrong]}]
-    for call in calls:
-        out = bytearray(call.pop("out"))
-        arguments = (call["rows"], call["packed"], out, call["sizes"])
-        if call is calls[0]:
-            native.linear(*arguments, call["threads"], call["kernel"])
-            continue
-        with pytest.raises(ValueError, match=r"."):
-            native.linear(*arguments, call["threads"], call["kernel"])
+def norm_of(kind: str, size: int, dtype: torch.dtype) -> Any:
+    norm: Any = NORMS[kind](size)
+    generator = torch.Generator().manual_seed(size)
+    next(norm.parameters()).data = torch.randn(size, generator=generator)
+    return norm.to(dtype).requires_grad_(False)
+
+
+def replaced(norm: nn.Module) -> nn.Module:
+    parent = nn.Sequential(norm)
+    replace_modules(parent, "")
+    return parent[0]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("size", NORM_SIZES)
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_are_transformers_and_independent_of_other_rows(
+    kind: str, size: int, dtype: torch.dtype
+) -> None:
+    norm = norm_of(kind, size, dtype)
+    own = replaced(norm)
+    assert isinstance(own, NativeNorm)
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(-3, 3, 9).unsqueeze(1)
+    rows = (torch.randn(9, size, generator=generator) * scales).to(dtype)
+    exact = norm_of(kind, size, torch.float64)
+    next(exact.parameters()).data = next(norm.parameters()).double()
+    if kind != "layer":
+        wide = rows.double()
+        expected = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        expected *= next(norm.parameters()).double()
+    else:
+        expected = exact(rows.double())
+    got = own(rows)
+    assert got.dtype == dtype
+    # A layer norm subtracts the mean, so the error of a value near it is that of the row's largest.
+    scale = expected.abs().amax(1, keepdim=True) if kind == "layer" else expected.abs()
+    assert ((got.double() - expected).abs() <= ROUNDING[dtype] * (scale + 1e-3)).all()
+    assert torch.equal(torch.cat([own(row.unsqueeze(0)) for row in rows]), got)
+    assert torch.equal(own(rows[:, None].transpose(0, 1))[0], got)
+    assert own(rows[:0]).shape == (0, size)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_zeros_stay_and_what_is_no_number_stays_in_its_row(kind: str) -> None:
+    own = replaced(norm_of(kind, 64, torch.float32))
+    rows = torch.zeros(4, 64)
+    rows[1, 3], rows[2, 5] = torch.nan, torch.inf
+    got = own(rows)
+    assert (got[[0, 3]] == 0).all()
+    assert got[1].isnan().all()
+    assert not got[2].isfinite().all()
+
+
+def test_norms_with_a_bias_and_unknown_ones_stay() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-5
+
+    for norm in (nn.LayerNorm(8), Centred(), nn.BatchNorm1d(8)):
+        assert replaced(norm) is norm
