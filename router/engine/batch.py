@@ -27,7 +27,7 @@ from router.observability.tracing import StepTrace
 
 MIN_PIECE_TOKENS = 128
 """The fewest tokens in a microbatch of a step. Smaller products cost more per row."""
-_ROUTED = attrgetter("routed")
+_ROUTED, _SCORED = attrgetter("routed"), attrgetter("sampling.prompt_logprobs")
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 _NO_PARAMS = torch.empty(5, 0, dtype=torch.float64)
 _NO_EDITS = torch.empty(2, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.float32)
@@ -74,7 +74,8 @@ def pack(
     sample_rows = _tensor([end - 1 for end in itertools.compress(ends, is_sampled)])
     # A decode is sampled and scores nothing, so a step of only decodes need not look at requests.
     is_of_decodes = len(sampled) == len(chunks) and not prefills
-    scored = () if is_of_decodes else scored_rows(chunks, ends)
+    is_scored = not is_of_decodes and any(_SCORED(w.sequence.request) is not None for w in chunks)
+    scored = scored_rows(chunks, ends) if is_scored else ()
     pieces: Iterable[Microbatch] = _pieces_of(chunks, len(decodes), attention, most_pieces)
     if not (wants_all or is_of_decodes or any(_ROUTED(w.sequence.request) for w in chunks)):
         pieces = map(partial(_narrowed, wanted=_wanted(sample_rows, scored)), pieces)

@@ -6,7 +6,7 @@ Dimension letters: G rows with a grammar, W words of 32 bits with a bit for each
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from router.config.grammar_limits import FIELD
 from router.engine.constraints import Grammars
 from router.engine.sequence import Sequence as Choice
 from router.engine.token_masks import Mask, words_of
+from router.engine.token_rules import rules_of
 
 MAX_WAIT_S = 0.02
 """How long a step waits for its matchers. A choice whose matcher takes longer is recomputed in the
@@ -40,9 +41,10 @@ def barred() -> InvalidRequestError:
     )
 
 
-def begin_constraint(choice: Choice, grammars: Grammars | None) -> None:
-    """Give a choice its constraint if its request has a grammar."""
+def begin_rules(choice: Choice, ends: Iterable[int], grammars: Grammars | None) -> None:
+    """Give a choice its request's rules and grammar; ``ends`` are the model's ends of text."""
     sampling = choice.request.sampling
+    choice.rules = rules_of(choice.request, ends)
     if not sampling.grammar or choice.wants_no_tokens:
         return
     if grammars is None:

@@ -27,7 +27,7 @@ from cluster.errors import (
 )
 from router.engine.batch import StepInput, context_of, keep_deaths, pack
 from router.engine.commands import Commands
-from router.engine.constrained_rows import barred, begin_constraint, forbidden_of
+from router.engine.constrained_rows import barred, begin_rules, forbidden_of
 from router.engine.constraints import Grammars
 from router.engine.emission import Emission, Emit
 from router.engine.isolation import Announce, Isolation
@@ -37,7 +37,6 @@ from router.engine.sampling import Drawn, SamplingTensors, read, sample
 from router.engine.scheduling.scheduler import Scheduler
 from router.engine.sequence import ScheduledChunk, Sequence
 from router.engine.stats import EngineTally
-from router.engine.token_rules import rules_of
 from router.messages.request import GenerationRequest, TokenEvent, TokenLogprobs
 from router.model.decoder import MAX_PIECES
 from router.model.model import MoEModel
@@ -131,14 +130,15 @@ class Engine:
 
     def submit(self, request: GenerationRequest, trace: RequestTrace | None = None) -> None:
         """Queue a request. ``emit`` receives its tokens or its error, ``trace`` its spans."""
+        sampling = request.sampling
 
         def add() -> None:
             try:
                 for sequence in self._scheduler.add(request):
                     sequence.times.queued_at_s = time.monotonic()
                     sequence.trace = trace
-                    sequence.rules = rules_of(request, self._eos_token_ids)
-                    begin_constraint(sequence, self._grammars)
+                    if sampling.rules is not None or sampling.grammar:
+                        begin_rules(sequence, self._eos_token_ids, self._grammars)
             except ExpertMeshError as error:
                 self._outbox.append(Emission(request.request_id, error))
 

@@ -35,7 +35,9 @@ class DeliveredTokens:
         passed_on = self._token_ids[event.index]
         skip = len(passed_on) - event.start
         num_routed = self._num_routed[event.index]
-        routed = rows_after(event.routed, event.routed_start, num_routed, self._row_bytes)
+        routed: bytes | None = b""
+        if event.routed:
+            routed = rows_after(event.routed, event.routed_start, num_routed, self._row_bytes)
         if self._finished[event.index] or skip < 0 or routed is None:
             return None
         if event.routed:

@@ -63,7 +63,5 @@ def rows_after(rows: bytes, start: int, passed_on: int, row_bytes: int) -> bytes
 
     ``rows`` begin with row ``start``; ``passed_on`` counts those that were passed on.
     """
-    if not rows:
-        return b""
     skip = passed_on - start
     return None if skip < 0 else rows[skip * row_bytes :]

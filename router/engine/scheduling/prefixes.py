@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from cluster.errors import ExpertMeshError, NotFiniteError, PoisonedRequestError
 from router.engine.sequence import Sequence
 from router.messages.prefixes import prefix_keys, prefix_root
-from router.model.prefix_cache import PrefixCache
+from router.model.page_pool import PrefixCache
 
 _UNSOUND = NotFiniteError, PoisonedRequestError
 """The errors of sequences whose keys and values cannot be trusted."""

@@ -26,8 +26,7 @@ from router.engine.scheduling.prefixes import Prefixes
 from router.engine.scheduling.waiting import WaitingSequences
 from router.engine.sequence import ScheduledChunk, Sequence
 from router.messages.request import GenerationRequest
-from router.model.page_pool import pages_needed
-from router.model.prefix_cache import PrefixCache
+from router.model.page_pool import PrefixCache, pages_needed
 
 logger = logging.getLogger("expertmesh.engine")
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 from cluster.errors import InvalidRequestError, TooLargeError, UnknownModelError, shown
 from cluster.reports import ClusterStatus
 from router.gateway.input import tokens
-from router.gateway.input.grammar import checked
+from router.gateway.input.prompts import checked
 from router.gateway.input.request.base import renamed
 from router.gateway.input.request.model import GrpcRequest, TokenizeRequest
 from router.gateway.input.routed import rows_shape

@@ -38,9 +38,7 @@ from router.gateway.http_io import (
     read_json,
     until_disconnect,
 )
-from router.gateway.input.grammar import asks_form, checked
-from router.gateway.input.prompts import has_calls
-from router.gateway.input.routed import asks_forced
+from router.gateway.input.prompts import checked, is_slow
 from router.gateway.input.validate import Validator
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.predict.service import PredictionService
@@ -119,7 +117,7 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     async def tokenize(request: Request) -> JSONResponse:
         body = await _body(request, service)
         check = partial(tokens.tokenize, body, service.validator)
-        return JSONResponse(await checked(asks_form(body) or has_calls(body), check))
+        return JSONResponse(await checked(is_slow(body), check))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
@@ -189,8 +187,7 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     with service.metrics.refusals("http"):
         body = await _body(request, service)
         check = partial(parse, body, service.validator, request.state.request_id)
-        is_slow = asks_form(body) or asks_forced(body) or has_calls(body)
-        call = await checked(is_slow, check)
+        call = await checked(is_slow(body), check)
     caller = request.state.caller
     if not call.is_stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))

@@ -5,12 +5,11 @@ OpenAI's ``response_format`` and vLLM's ``structured_outputs``; llguidance reads
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequestError
 from router.config.grammar_limits import grammar_pool, parser_limits
@@ -33,23 +32,13 @@ WHITESPACE = r" |\n {0,16}"
 """Between JSON's tokens: nothing, a space, or a new line with its indentation. With any whitespace,
 as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
-_SLOW = ("response_format", "structured_outputs", "tools")
-Checked = TypeVar("Checked")
+FORMS = frozenset({"response_format", "structured_outputs"})
+"""The fields of a request that ask for a form."""
 _OF_TREE = re.compile(r"^[ \t]*[?!]+(?=[a-z_]\w*\s*:(?!:))", re.MULTILINE)
 """Lark's marks before a rule's name, which shape its trees and not the text; llguidance takes a
 grammar with one before ``start`` for GBNF."""
 MAX_DEPTH = 100
 """How deep a schema may be nested."""
-
-
-def asks_form(given: Mapping[str, object]) -> bool:
-    """Return whether a body asks for a form, or has schemas, whose check may take long."""
-    return any(given.get(name) is not None for name in _SLOW)
-
-
-async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
-    """Return what a check returns; a slow one runs beside the event loop."""
-    return await asyncio.to_thread(check) if is_slow else check()
 
 
 def check_grammar(asked: Generation, eos_token_ids: Sequence[int]) -> str:

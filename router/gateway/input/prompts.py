@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import countOf
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from router.gateway.input.models import GatewayModel
 from router.gateway.input.request.parts import AssistantMessage, Message, ToolMessage
 from router.gateway.input.tokenizer import Tokenizer
 from router.gateway.input.tools.messages import template_calls
+
+_SLOW = ("response_format", "structured_outputs", "tools", "routed_experts")
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +126,18 @@ def template_messages(given: Sequence[Message], where: str) -> list[dict[str, An
     return messages
 
 
-def has_calls(given: Mapping[str, object]) -> bool:
-    """Return whether a body's messages have tool calls, of which it has room for thousands."""
+def is_slow(given: Mapping[str, object]) -> bool:
+    """Return whether the check of a body may take long: it has schemas, or thousands of parts."""
     messages = given.get("messages")
-    return isinstance(messages, list) and any(
+    has_calls = isinstance(messages, list) and any(
         isinstance(message, dict) and message.get("tool_calls") for message in messages
     )
+    return has_calls or any(given.get(name) is not None for name in _SLOW)
+
+
+async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
+    """Return what a check returns; a slow one runs beside the event loop."""
+    return await asyncio.to_thread(check) if is_slow else check()
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:

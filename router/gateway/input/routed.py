@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,21 +20,14 @@ from router.messages.routed import LITTLE_ENDIAN, RoutedExperts, dtype_of
 from router.served import ServedModel
 
 
-def asks_forced(given: Mapping[str, object]) -> bool:
-    """Return whether a body forces experts, whose check may take long."""
-    return given.get("routed_experts") is not None
-
-
 def check_routed(
     asked: Generation, model: ServedModel, prompt_len: int, max_tokens: int
 ) -> RoutedExperts | None:
-    """Return what a client asks of its tokens' experts, ``None`` where that is nothing.
+    """Return what a client asks of its tokens' experts, ``None`` if that is nothing.
 
     Raises :class:`InvalidRequestError`.
     """
     given, returned = asked.routed_experts, asked.return_routed_experts
-    if given is None and not returned:
-        return None
     shape, num_experts = (model.num_layers, model.num_experts_per_tok), model.num_experts
     forced = b""
     if given is not None:

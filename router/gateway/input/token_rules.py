@@ -12,16 +12,15 @@ from router.gateway.input.prompts import check_ids
 from router.gateway.input.request.model import Generation
 from router.messages.rules import NO_RULES, TokenRules
 
-RULE_FIELDS = frozenset(field.name for field in fields(TokenRules))
+RULES = frozenset(field.name for field in fields(TokenRules))
+"""The fields of a request that are such rules."""
 
 
 def check_rules(asked: Generation, model: GatewayModel, max_tokens: int) -> TokenRules | None:
-    """Return the rules that a client asks for, ``None`` where they change nothing.
+    """Return the rules that a client asks for, ``None`` if they change nothing.
 
     Raises :class:`InvalidRequestError`.
     """
-    if RULE_FIELDS.isdisjoint(asked.model_fields_set):
-        return None
     vocab_size = model.info.vocab_size
     if asked.min_tokens > max_tokens:
         allowed = f"an integer from 0 to {max_tokens}"

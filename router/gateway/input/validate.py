@@ -17,13 +17,13 @@ from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from router.config.deployment import GatewayConfig
 from router.gateway.input import checks
 from router.gateway.input.chat_request import CheckedChat, check_chat
-from router.gateway.input.grammar import check_grammar
+from router.gateway.input.grammar import FORMS, check_grammar
 from router.gateway.input.models import GatewayModel
 from router.gateway.input.prompts import check_ids, check_prompt
 from router.gateway.input.request.base import Kind, read
 from router.gateway.input.request.model import ChatRequest, Generation, OfPrompt, within
 from router.gateway.input.routed import check_routed
-from router.gateway.input.token_rules import check_rules
+from router.gateway.input.token_rules import RULES, check_rules
 from router.gateway.input.tools.answer import AnswerFormat
 from router.messages.request import GenerationRequest, Received, SamplingParams
 from router.messages.routed import RoutedExperts
@@ -160,7 +160,8 @@ class Validator:
             text = input_.text or ""
             answer = chat.answer(model, text, bool(sampling.grammar), not streamed)
             sampling = chat.constrained(sampling, model, text)
-        routed = check_routed(asked, model.info, length, max_tokens)
+        has_experts = asked.return_routed_experts or asked.routed_experts is not None
+        routed = check_routed(asked, model.info, length, max_tokens) if has_experts else None
         contract = asked.on_expert_loss or self._limits.on_expert_loss
         # The gateway must see tokens early where their text may end a choice.
         may_end_early = bool(asked.stop) or (answer is not None and answer.may_end_early)
@@ -214,7 +215,7 @@ def _num_logprobs(asked: OfPrompt | ChatRequest) -> dict[str, int | None]:
 def _check_sampling(
     asked: Generation, model: GatewayModel, numbers: Mapping[str, Any]
 ) -> SamplingParams:
-    vocab_size = model.info.vocab_size
+    vocab_size, given = model.info.vocab_size, asked.model_fields_set
     for name in ("logprobs", "prompt_logprobs"):
         if numbers[name] is not None:
             checks.integer(numbers[name], name, 0, vocab_size)
@@ -223,9 +224,11 @@ def _check_sampling(
         # 0 is off, and so is vLLM's -1; more than the vocabulary is the vocabulary.
         "top_k": min(max(asked.top_k, 0), vocab_size),
         "seed": secrets.randbits(63) if asked.seed is None else asked.seed,
-        "rules": check_rules(asked, model, numbers["max_tokens"]),
-        "grammar": check_grammar(asked, model.info.eos_token_ids),
     }
+    if not RULES.isdisjoint(given):
+        own["rules"] = check_rules(asked, model, numbers["max_tokens"])
+    if not FORMS.isdisjoint(given):
+        own["grammar"] = check_grammar(asked, model.info.eos_token_ids)
     return SamplingParams(**(asked.shared(SamplingParams) | own))
 
 

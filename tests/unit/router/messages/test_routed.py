@@ -88,7 +88,6 @@ def test_rows_after_a_gap_are_not_taken() -> None:
     assert DeliveredTokens(request()).take(part(2, 6)) is None
     assert rows_after(b"ab", 2, 1, 1) is None
     assert rows_after(b"ab", 2, 3, 1) == b"b"
-    assert rows_after(b"", 5, 0, 1) == b""
 
 
 def test_events_of_rows_are_no_first_tokens() -> None:

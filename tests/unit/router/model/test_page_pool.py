@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from router.model.prefix_cache import PrefixCache
+from router.model.page_pool import PrefixCache
 
 PAGE_SIZE = 16
 
