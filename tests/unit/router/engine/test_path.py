@@ -37,9 +37,7 @@ ROUTER, ACTOR = (
         ("**Over in the expert actor's process**", "**An example.**"),
     )
 )
-TORCH = DOCUMENT.partition("On devices, and where the package was installed")[2].partition("\n\n")[
-    0
-]
+TORCH = DOCUMENT.partition("On devices, and without native code")[2].partition("\n\n")[0]
 
 
 def numbered(text: str) -> list[str]:
