@@ -125,7 +125,7 @@ class SlowReaderError(OverloadedError):
     """A client did not read its stream for too long, so the stream was ended."""
 
 
-REPLACED = "the model was replaced while the request was in flight; retry it"
+REPLACED = "the model was replaced while the request was in flight; retry the request"
 
 
 class ExpertUnavailableError(ExpertMeshError):

@@ -15,12 +15,13 @@ from tests.readme import blocks
 ROOT = Path(__file__).parents[2]
 MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
-    ("cluster", "expertmesh", "experts", "router"): 57_700,
+    ("cluster", "expertmesh", "experts", "router"): 57_500,
     ("workshop",): 14_500,
     ("benchmarks",): 9_800,
     ("tests",): 89_700,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
+GENERATED = re.compile(r"(_pb2|_pb2_grpc|/client/sync)\.py$")
 FIRST_SCREEN = 40
 """Lines of a document that a reader sees first."""
 CLOCKS = ("time.monotonic", "time.perf_counter")
@@ -46,7 +47,7 @@ def product_files(suffix: str) -> list[Path]:
             "deploy",
         )
         for file in sorted((ROOT / package).rglob(f"*{suffix}"))
-        if not file.stem.endswith(("_pb2", "_pb2_grpc"))
+        if not GENERATED.search(str(file))
     ]
     assert found, suffix
     return found
@@ -93,7 +94,7 @@ def test_the_lines_of_python_grow_only_by_intent(folders: tuple[str, ...]) -> No
         file
         for folder in folders
         for file in (ROOT / folder).rglob("*.py")
-        if not file.stem.endswith(("_pb2", "_pb2_grpc"))
+        if not GENERATED.search(str(file))
     ]
     count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     most = REACHED[folders]

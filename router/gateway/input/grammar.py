@@ -80,7 +80,7 @@ def _of_structured_outputs(given: StructuredOutputs) -> str:
     forms = {kind: getattr(given, "json_" if kind == "json" else kind) for kind in KINDS}
     kinds = [kind for kind, form in forms.items() if form is not None]
     if len(kinds) != 1:
-        raise InvalidRequestError(f"must have one of {', '.join(KINDS)}", where)
+        raise InvalidRequestError(f"must have exactly one of {', '.join(KINDS)}", where)
     [kind] = kinds
     inner = f"{where}.{kind}"
     options = _whitespace(given, where)

@@ -89,8 +89,8 @@ for _ in range(MAX_DEPTH + 2):
 MANY_PATTERNS = {"patternProperties": {f"a{n}.*": {} for n in range(33)}}
 OF = "structured_outputs"
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({}, OF, "must have one of"),
-    ({"json": SCHEMA, "regex": "a"}, OF, "must have one of"),
+    ({}, OF, "must have exactly one of"),
+    ({"json": SCHEMA, "regex": "a"}, OF, "must have exactly one of"),
     ({"jason": SCHEMA}, f"{OF}.jason", "unknown field"),
     ({"json": 5}, f"{OF}.json", "a JSON schema"),
     ({"json": "{"}, f"{OF}.json", "is not JSON"),

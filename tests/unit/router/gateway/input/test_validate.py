@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from cluster.errors import InvalidRequestError, UnknownModelError
 from cluster.spec import OnExpertLoss
 from router.config.deployment import GatewayConfig
-from router.gateway.input.request.model import ChatRequest, GrpcRequest
+from router.gateway.input.request.model import ChatRequest, Generation, GrpcRequest
 from router.gateway.input.validate import CheckedRequest, Validator
-from router.messages.request import GenerationRequest, Received
+from router.messages.request import GenerationRequest, Received, SamplingParams
+from router.messages.rules import TokenRules
 from tests.unit.gateway_fakes import CONTEXT, EOS, served, tokenizer, vocab_size
 
 LIMITS = GatewayConfig(max_choices=4, max_logprobs=5, default_timeout_s=20, max_timeout_s=60)
@@ -256,3 +258,11 @@ def test_an_echo_has_the_prompts_log_probabilities(
     asked: dict[str, Any], number: int | None
 ) -> None:
     assert request_of(**asked).sampling.prompt_logprobs == number
+
+
+def test_a_field_reaches_the_router_by_its_name_or_the_gateway_uses_it() -> None:
+    records = (GenerationRequest, SamplingParams, TokenRules)
+    by_name = {field.name for record in records for field in fields(record)}
+    used_here = {"stop", "timeout_s", "structured_outputs"}
+    used_here |= {"routed_experts", "return_routed_experts"}  # both are the router's ``routed``
+    assert Generation.model_fields.keys() - by_name == used_here
