@@ -5,18 +5,16 @@ OpenAI's ``response_format`` and vLLM's ``structured_outputs``; llguidance reads
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequestError
 from router.config.grammar_limits import grammar_pool, parser_limits
-from router.gateway.input import checks
-from router.gateway.input.form_costs import MAX_REPEATS, most_repeats, schema_fault
-from router.gateway.input.lark_costs import lark_fault
+from router.gateway.input.form_costs import MAX_REPEATS, lark_fault, most_repeats, schema_fault
+from router.gateway.input.request import base
 from router.gateway.input.request.model import Generation, OpenAiRequest
 from router.gateway.input.request.parts import (
     KINDS,
@@ -33,23 +31,11 @@ WHITESPACE = r" |\n {0,16}"
 """Between JSON's tokens: nothing, a space, or a new line with its indentation. With any whitespace,
 as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
-_SLOW = ("response_format", "structured_outputs", "tools")
-Checked = TypeVar("Checked")
 _OF_TREE = re.compile(r"^[ \t]*[?!]+(?=[a-z_]\w*\s*:(?!:))", re.MULTILINE)
 """Lark's marks before a rule's name, which shape its trees and not the text; llguidance takes a
 grammar with one before ``start`` for GBNF."""
 MAX_DEPTH = 100
 """How deep a schema may be nested."""
-
-
-def asks_form(given: Mapping[str, object]) -> bool:
-    """Return whether a body asks for a form, or has schemas, whose check may take long."""
-    return any(given.get(name) is not None for name in _SLOW)
-
-
-async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
-    """Return what a check returns; a slow one runs beside the event loop."""
-    return await asyncio.to_thread(check) if is_slow else check()
 
 
 def check_grammar(asked: Generation, eos_token_ids: Sequence[int]) -> str:
@@ -128,12 +114,12 @@ def check_schema(schema: object, where: str, options: JsonCompileOptions | None 
     from llguidance import LLMatcher
 
     if not isinstance(schema, dict):
-        raise InvalidRequestError(checks.wrong(schema, "a JSON schema, a mapping"), where)
+        raise InvalidRequestError(base.wrong(schema, "a JSON schema, a mapping"), where)
     if "x-guidance" in schema:
         raise InvalidRequestError("is not supported", f"{where}.x-guidance")
     options = options or {"whitespace_pattern": WHITESPACE}
     try:
-        checks.text(json.dumps(schema, ensure_ascii=False), where)
+        base.text(json.dumps(schema, ensure_ascii=False), where)
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except (ValueError, RecursionError) as error:  # a very large number, a very deep schema
         raise InvalidRequestError(_line(str(error)), where) from None
