@@ -27,6 +27,8 @@ CHANGE_TIMEOUT_S = 900.0
 MEASURE_TIMEOUT_S = 2.0
 
 logger = logging.getLogger("expertmesh.gateway")
+_FIELDS = {"prompt": "prompt_tokens", "generated": "generated_tokens", "rows": "rows"}
+"""The field of :class:`KeyUsage` for each kind of :data:`catalogue.KEY_TOKENS`."""
 
 
 class Admin:
@@ -83,10 +85,6 @@ async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:
             return await call
     except (RayActorError, RayServeException, TimeoutError):
         raise UnavailableError("the controller does not answer", "", 1.0) from None
-
-
-_FIELDS = {"prompt": "prompt_tokens", "generated": "generated_tokens", "rows": "rows"}
-"""The field of :class:`KeyUsage` for each kind of :data:`catalogue.KEY_TOKENS`."""
 
 
 def usage_of(measurements: Measurements) -> UsageReport:

@@ -47,6 +47,9 @@ OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
+JSON = "application/json"
+OF_FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+"""The types of bodies that a browser sends to any site without asking it."""
 
 
 def is_v2(path: str) -> bool:
@@ -251,11 +254,6 @@ class EdgeMiddleware:
         if given or self._access.is_open:
             return await self._access.admit("http", given, None)
         return None
-
-
-JSON = "application/json"
-OF_FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
-"""The types of bodies that a browser sends to any site without asking it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,17 @@ MAX_PATTERNS = 32
 MAX_TOGETHER = 8
 """The most patterns that one text is to fit together: each may double the size of an automaton."""
 _QUANTIFIER = re.compile(r"\s*\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
+_TOKEN = re.compile(
+    r"""(?P<comment>(?:\#|//)[^\n]*)
+    | (?P<text>"(?:\\.|[^"\\])*")
+    | (?P<regex>/(?:\\.|[^/\\])+/[a-z]*)
+    | (?P<repeat>~\s*(?P<least>\d+)(?:\s*\.\.\s*(?P<most>\d+))?
+        | \{\s*(?P<from>\d+)\s*(?:,\s*(?P<to>\d*)\s*)?\})
+    | (?P<name>[A-Za-z_][\w-]*)
+    | (?P<line>\n)
+    | (?P<mark>[():&~\[\]])""",
+    re.VERBOSE | re.DOTALL,
+)
 
 
 def most_repeats(pattern: str) -> int:
@@ -120,19 +131,6 @@ def mappings(schema: object) -> Iterator[dict[str, Any]]:
             left.extend(part.values())
         elif isinstance(part, list):
             left.extend(part)
-
-
-_TOKEN = re.compile(
-    r"""(?P<comment>(?:\#|//)[^\n]*)
-    | (?P<text>"(?:\\.|[^"\\])*")
-    | (?P<regex>/(?:\\.|[^/\\])+/[a-z]*)
-    | (?P<repeat>~\s*(?P<least>\d+)(?:\s*\.\.\s*(?P<most>\d+))?
-        | \{\s*(?P<from>\d+)\s*(?:,\s*(?P<to>\d*)\s*)?\})
-    | (?P<name>[A-Za-z_][\w-]*)
-    | (?P<line>\n)
-    | (?P<mark>[():&~\[\]])""",
-    re.VERBOSE | re.DOTALL,
-)
 
 
 class _Cost(NamedTuple):

@@ -13,6 +13,10 @@ from urllib.parse import unquote
 
 _MAX_DIGITS = 9
 """Of a place in a list; Python refuses to read very many."""
+MAX_APPLIED = 100_000
+"""The most schemas that are looked at, once for each value that they apply to."""
+_ALTERNATIVES = ("anyOf", "oneOf")
+Schema = dict[str, Any]
 
 
 def target(reference: object, root: object) -> Any:
@@ -136,12 +140,6 @@ class _Search:
         if not all(map(ends, ahead)):
             return False
         return len(ahead) >= least or ends(schema.get("items", True))
-
-
-MAX_APPLIED = 100_000
-"""The most schemas that are looked at, once for each value that they apply to."""
-_ALTERNATIVES = ("anyOf", "oneOf")
-Schema = dict[str, Any]
 
 
 def meet_too_many(root: object, num_patterns: int, most: int) -> bool:

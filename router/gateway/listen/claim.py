@@ -23,6 +23,12 @@ import psutil
 from cluster.errors import ConfigError
 
 BACKLOG = 1024
+ANSWER_TIMEOUT_S, RETRY_S, CLAIM_TIMEOUT_S = 2.0, 0.05, 10.0
+_MAX_NAME_BYTES, _MAX_SOCKETS, _BACKLOG = 512, 4, 64
+_OWN, _OTHER = b"+", b"-"
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7)
+MakeSockets = Callable[[], Sequence[socket.socket]]
+"""Opens the listening sockets of an address; raises :class:`ConfigError` where it cannot."""
 
 
 def resolved(host: str, where: str) -> str:
@@ -113,15 +119,6 @@ def _reason(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{host} is not an address of this machine"
     return f"it cannot be opened on {host} ({error.strerror})"
-
-
-ANSWER_TIMEOUT_S, RETRY_S, CLAIM_TIMEOUT_S = 2.0, 0.05, 10.0
-_MAX_NAME_BYTES, _MAX_SOCKETS, _BACKLOG = 512, 4, 64
-_OWN, _OTHER = b"+", b"-"
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7)
-
-MakeSockets = Callable[[], Sequence[socket.socket]]
-"""Opens the listening sockets of an address; raises :class:`ConfigError` where it cannot."""
 
 
 class Claim:

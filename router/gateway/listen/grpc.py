@@ -29,6 +29,24 @@ from router.security.certificates import Certificates
 from router.security.keys import Caller
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]]
+SETTLE_S = 0.3
+"""How long handshakes with clients take at most; clients send a lost SYN again after 1 s."""
+_ATTACH_FILTER = 26  # SO_ATTACH_FILTER of Linux
+# Of a TCP segment, byte 13 has the flags, and 2 is SYN: keep nothing of it. All of any other.
+_NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+_QUEUED_AT = 24  # tcpi_unacked of tcp_info: of a listening socket, how many wait to be accepted
+_POLL_S = 0.02
+MAX_STREAMS = 1024
+"""Calls of one connection at one time."""
+MAX_PENDING = 16 * MAX_STREAMS
+"""Calls that grpcio has not taken yet. Beyond 1,000 of its own it cancels some at random."""
+AGE_S = 30.0
+"""A connection takes no more calls after so long, give or take a tenth: it says GOAWAY, and its
+client opens another one by itself. So clients leave a gateway that ends, and find new ones."""
+QUIET_S, HANDOVER_QUIET_S = 0.02, 0.5
+"""Calls that have come are taken within the first. A stop waits for such a pause, and a handover
+for one in which clients that call now and then are not likely to call."""
+TAKE_S = 5.0
 
 
 class Door(grpc.aio.ServerInterceptor):
@@ -80,15 +98,6 @@ def _refusal(error: ExpertMeshError) -> grpc.RpcMethodHandler:
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-SETTLE_S = 0.3
-"""How long handshakes with clients take at most; clients send a lost SYN again after 1 s."""
-_ATTACH_FILTER = 26  # SO_ATTACH_FILTER of Linux
-# Of a TCP segment, byte 13 has the flags, and 2 is SYN: keep nothing of it. All of any other.
-_NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
-_QUEUED_AT = 24  # tcpi_unacked of tcp_info: of a listening socket, how many wait to be accepted
-_POLL_S = 0.02
-
-
 def listening_on(port: int) -> set[int]:
     """Return the descriptors with which this process listens on a port."""
     opened = psutil.Process().net_connections("tcp")
@@ -133,19 +142,6 @@ def _refuse_syns(listening: socket.socket) -> None:
 def _queued(listening: socket.socket) -> int:
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUED_AT + 4)
     return int(struct.unpack_from("I", info, _QUEUED_AT)[0])
-
-
-MAX_STREAMS = 1024
-"""Calls of one connection at one time."""
-MAX_PENDING = 16 * MAX_STREAMS
-"""Calls that grpcio has not taken yet. Beyond 1,000 of its own it cancels some at random."""
-AGE_S = 30.0
-"""A connection takes no more calls after so long, give or take a tenth: it says GOAWAY, and its
-client opens another one by itself. So clients leave a gateway that ends, and find new ones."""
-QUIET_S, HANDOVER_QUIET_S = 0.02, 0.5
-"""Calls that have come are taken within the first. A stop waits for such a pause, and a handover
-for one in which clients that call now and then are not likely to call."""
-TAKE_S = 5.0
 
 
 class GrpcListener:

@@ -29,6 +29,12 @@ from router.gateway.listen.claim import wait_readable
 MAX_PIPELINED = 8
 UNREAD_S = 5.0
 """A connection that is closed is dropped when its client reads nothing for so long."""
+LOG_PERIOD_S = 10.0
+KEEP_ALIVE_S = 15.0
+"""Longer than clients keep a connection (httpx: 5 s), so that they close it first."""
+_ACCEPT_RETRY_S = 0.5
+_POLL_S = 0.05
+logger = logging.getLogger("expertmesh.gateway")
 
 
 class Connections:
@@ -197,15 +203,6 @@ def _response(status: int, message: str) -> bytes:
         b"connection: close",
     )
     return STATUS_LINE[status] + b"\r\n".join((*lines, b"", body))
-
-
-LOG_PERIOD_S = 10.0
-KEEP_ALIVE_S = 15.0
-"""Longer than clients keep a connection (httpx: 5 s), so that they close it first."""
-_ACCEPT_RETRY_S = 0.5
-_POLL_S = 0.05
-
-logger = logging.getLogger("expertmesh.gateway")
 
 
 class HttpListener:

@@ -47,6 +47,10 @@ MIN_COMPRESSED_BYTES = 1024
 """A smaller reply is not compressed: it would hardly become smaller."""
 _LEVEL = 1
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+LENGTH_HEADER = "Inference-Header-Content-Length"
+_MODEL_PATH = re.compile(
+    r"(?P<model>.+?)(?:/versions/(?P<version>[^/]+))?(?:/(?P<verb>ready|infer))?", re.DOTALL
+)
 
 
 class Inflater:
@@ -103,12 +107,6 @@ async def compressed(body: bytes, encoding: str) -> bytes:
     if encoding == "gzip":
         return await asyncio.to_thread(gzip.compress, body, _LEVEL, mtime=0)
     return await asyncio.to_thread(zlib.compress, body, _LEVEL)
-
-
-LENGTH_HEADER = "Inference-Header-Content-Length"
-_MODEL_PATH = re.compile(
-    r"(?P<model>.+?)(?:/versions/(?P<version>[^/]+))?(?:/(?P<verb>ready|infer))?", re.DOTALL
-)
 
 
 def add_v2_routes(app: FastAPI, service: PredictionService) -> None:

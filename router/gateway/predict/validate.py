@@ -38,6 +38,11 @@ _NUMBERS: Mapping[str, tuple[frozenset[type], str]] = {
     "FP64": (frozenset({int, float}), "a number"),
 }
 """The types of JSON that the values of a datatype have, and their description."""
+VERSION = "1"
+"""The only version of every model."""
+REPLY_ROOM = 3
+"""The limit of a reply, in multiples of ``gateway.max_body_bytes``: clients that take messages of
+four times that size take such a reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +159,6 @@ def _flattened(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
                 )
         level = list(chain.from_iterable(level))
     return level
-
-
-VERSION = "1"
-"""The only version of every model."""
-REPLY_ROOM = 3
-"""The limit of a reply, in multiples of ``gateway.max_body_bytes``: clients that take messages of
-four times that size take such a reply."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,45 +13,6 @@ from cluster.errors import InvalidRequestError
 MAX_NAMES = 128
 """The most functions that a conversation has calls of; a prompt is searched for each."""
 Message = dict[str, Any]
-
-
-def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the names of the functions that messages call, each with the first place of it."""
-    return {
-        call["function"]["name"]: f"messages[{place}].tool_calls[{number}]"
-        for place, message in reversed(list(enumerate(messages)))
-        for number, call in reversed(list(enumerate(message.get("tool_calls", ()))))
-    }
-
-
-def _shaped(
-    messages: Sequence[Message], has_texts: bool, empty: Literal["", "absent"] | None
-) -> list[Message]:
-    """Return messages with calls as a template wants them.
-
-    With ``has_texts`` the calls' arguments are JSON texts. Content that is missing beside calls is
-    ``empty``.
-    """
-    found = []
-    for given in messages:
-        message = given
-        if "tool_calls" in given:
-            calls = [_with_text(call) if has_texts else call for call in message["tool_calls"]]
-            message = {**message, "tool_calls": calls, "content": message["content"] or empty}
-            if empty == "absent" and not given["content"]:
-                del message["content"]
-        found.append(message)
-    return found
-
-
-def _with_text(call: Message) -> Message:
-    function = call["function"]
-    if isinstance(function["arguments"], str):
-        return call
-    text = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
-
-
 _UNREAD = "is allowed only if the model's chat template reads it"
 _RESERVED = frozenset(
     {
@@ -92,6 +53,43 @@ _PROBE: list[Message] = [
 Render = Callable[[list[Message], bool, "list[dict[str, Any]] | None", Mapping[str, Any]], str]
 """Renders messages; whether the assistant's next message is opened, tools, and options."""
 Shape = Callable[[Sequence[Message]], list[Message]]
+
+
+def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the names of the functions that messages call, each with the first place of it."""
+    return {
+        call["function"]["name"]: f"messages[{place}].tool_calls[{number}]"
+        for place, message in reversed(list(enumerate(messages)))
+        for number, call in reversed(list(enumerate(message.get("tool_calls", ()))))
+    }
+
+
+def _shaped(
+    messages: Sequence[Message], has_texts: bool, empty: Literal["", "absent"] | None
+) -> list[Message]:
+    """Return messages with calls as a template wants them.
+
+    With ``has_texts`` the calls' arguments are JSON texts. Content that is missing beside calls is
+    ``empty``.
+    """
+    found = []
+    for given in messages:
+        message = given
+        if "tool_calls" in given:
+            calls = [_with_text(call) if has_texts else call for call in message["tool_calls"]]
+            message = {**message, "tool_calls": calls, "content": message["content"] or empty}
+            if empty == "absent" and not given["content"]:
+                del message["content"]
+        found.append(message)
+    return found
+
+
+def _with_text(call: Message) -> Message:
+    function = call["function"]
+    if isinstance(function["arguments"], str):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 class ChatTemplate:
