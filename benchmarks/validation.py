@@ -63,8 +63,7 @@ def run(folder: Path) -> dict[str, float]:
     """
     from router.config.deployment import GatewayConfig, parse_args
     from router.gateway.http.openai.completions import parse_completion
-    from router.gateway.input.models import GatewayModel
-    from router.gateway.input.tokenizer import Tokenizer
+    from router.gateway.input.tokenizer import GatewayModel, Tokenizer
     from router.gateway.input.validate import Validator
     from router.served import inspect_models, language_models
 

@@ -18,11 +18,9 @@ from cluster.spec import ModelExperts, ModelSource
 from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.engine.constraints import Grammars
-from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.methods import GrpcMethods
 from router.gateway.http.app import create_app
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import GatewayModel, Tokenizer
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
@@ -150,9 +148,7 @@ class LocalGateway:
         controller = admin(self.upstream, metrics)
         self.access = everybody()
         self.app = create_app(service, predictions, controller, self.access)
-        self.methods = GrpcMethods(
-            GrpcHandlers(service, controller), PredictionHandlers(predictions)
-        )
+        self.methods = GrpcMethods(service, controller, PredictionHandlers(predictions))
 
     def post(self, **body: Any) -> httpx.Response:
         """Return the answer of ``/v1/completions`` to a body for the model."""

@@ -22,11 +22,10 @@ import yaml
 from starlette.types import Message, Receive, Scope, Send
 
 from benchmarks.fuzzing.target import Target
-from router.gateway.browsers import BrowserRules
-from router.gateway.grpc.methods import Method
-from router.gateway.http_io import OPEN_PATHS, EdgeMiddleware
+from router.gateway.grpc.call import Method
+from router.gateway.http_io import OPEN_PATHS, BrowserRules, EdgeMiddleware
 from router.gateway.limits.charges import Charges
-from router.gateway.listen.door import Door
+from router.gateway.listen.grpc import Door
 from router.gateway.metrics import Metrics
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, error_from_grpc

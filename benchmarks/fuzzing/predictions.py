@@ -56,8 +56,9 @@ def http() -> Target:
     served = service()
 
     async def answered(body: bytes, length: str | None) -> None:
-        raw, asked = parse_infer(MODEL, "", body, length, served.limits)
-        checked = served.validator.check(raw)
+        inputs, asked = parse_infer(body, length, served.limits)
+        outputs = [output.name for output in asked.outputs]
+        checked = served.validator.check(MODEL, "", inputs, outputs, asked.parameters)
         reply = await served.predict(
             checked, ANYBODY, "http", lambda r: encoded_reply(asked, checked, r)
         )

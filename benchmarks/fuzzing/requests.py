@@ -18,12 +18,11 @@ from benchmarks.fuzzing.target import Target
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
 from router.config.deployment import GatewayConfig, parse_args
 from router.gateway.errors import http_error
-from router.gateway.grpc.handlers import GrpcHandlers, parse_health_check
+from router.gateway.grpc.methods import GrpcMethods, parse_health_check
 from router.gateway.http.openai.chat import parse_chat
 from router.gateway.http.openai.completions import parse_completion
 from router.gateway.http_io import read_json
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import GatewayModel, Tokenizer
 from router.gateway.input.validate import Validator
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Room
@@ -109,13 +108,13 @@ def _check_http(error: ExpertMeshError) -> None:
 
 def protobuf() -> Target:
     """Return the target of the bytes of gRPC requests."""
-    admin: Any = None
+    none: Any = None
     served = service()
-    handlers = GrpcHandlers(served, admin)
+    methods = GrpcMethods(served, none, none)
 
     def request(data: bytes) -> None:
-        with served.room.bodies.share() as share:
-            asyncio.run(handlers._check(data, True, share))
+        with served.room.bodies.share_of("") as share:
+            asyncio.run(methods._check(data, True, share))
 
     def run(data: bytes) -> None:
         for check in (partial(request, data), partial(parse_health_check, data)):

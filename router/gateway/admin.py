@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, Literal
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
@@ -13,29 +14,28 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import UnavailableError, error_from_wire
 from cluster.reports import (
-    ChangeReport,
-    ClusterStatus,
-    LoadStatus,
+    KeyUsage,
     Measurements,
     ProcessSamples,
-    RebalanceReport,
+    Samples,
     UsageReport,
 )
-from router.gateway.limits.usage import usage_of
+from router.observability import catalogue
 
 STATUS_TIMEOUT_S = 5.0
 CHANGE_TIMEOUT_S = 900.0
 MEASURE_TIMEOUT_S = 2.0
 
 logger = logging.getLogger("expertmesh.gateway")
+_FIELDS = {"prompt": "prompt_tokens", "generated": "generated_tokens", "rows": "rows"}
+"""The field of :class:`KeyUsage` for each kind of :data:`catalogue.KEY_TOKENS`."""
 
 
 class Admin:
     """Asks the controller of the deployment, with a deadline for each call.
 
     Every method but :meth:`measurements` raises :class:`UnavailableError` when the controller does
-    not answer in time. A method that changes the cluster returns when the change is done, and
-    raises the controller's own error when it is refused.
+    not answer in time. :meth:`change` returns when the change is done.
     """
 
     def __init__(
@@ -45,37 +45,24 @@ class Admin:
         self._controller = controller
         self._own_samples = own_samples
 
-    async def status(self) -> ClusterStatus:
-        """Return the processes that serve, and the experts of each actor."""
-        return await _answer(self._controller.status.remote(), STATUS_TIMEOUT_S)
-
-    async def load(self) -> LoadStatus:
-        """Return the recent load of experts and devices."""
-        return await _answer(self._controller.load.remote(), STATUS_TIMEOUT_S)
+    async def ask(self, name: Literal["status", "load"]) -> Any:
+        """Return the controller's :class:`ClusterStatus` or :class:`LoadStatus`."""
+        return await _answer(getattr(self._controller, name).remote(), STATUS_TIMEOUT_S)
 
     async def usage(self) -> UsageReport:
         """Return what the keys of each name have used at all gateways that run."""
         call = self._controller.measurements.remote(self._own_samples())
         return usage_of(await _answer(call, STATUS_TIMEOUT_S))
 
-    async def rebalance(self, dry_run: bool) -> RebalanceReport:
-        """Have copies of experts follow the load."""
-        return await _report(self._controller.rebalance.remote(dry_run))
+    async def change(self, name: str, *given: object) -> Any:
+        """Return the report of a change by the controller's method of this name.
 
-    async def scale(self, actors: int, pool: str, dry_run: bool) -> ChangeReport:
-        """Bring a pool to a number of actors."""
-        return await _report(self._controller.scale.remote(actors, pool, dry_run))
-
-    async def drain(self, target: str, dry_run: bool) -> ChangeReport:
-        """Empty and end an actor, or all actors of a node."""
-        return await _report(self._controller.drain.remote(target, dry_run))
-
-    async def set_copies(
-        self, model: str, layer: int, expert: int, copies: int, dry_run: bool, of_all: bool = False
-    ) -> ChangeReport:
-        """Bring one expert, or all of a model, to a number of copies."""
-        call = self._controller.set_copies.remote(model, layer, expert, copies, dry_run, of_all)
-        return await _report(call)
+        Raises the controller's own error when it is refused.
+        """
+        answer = await _answer(getattr(self._controller, name).remote(*given), CHANGE_TIMEOUT_S)
+        if "error" in answer:
+            raise error_from_wire(answer["error"])
+        return answer["report"]
 
     async def measurements(self) -> Measurements:
         """Return the measurements of the whole cluster, with the newest samples of this gateway.
@@ -100,9 +87,26 @@ async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:
         raise UnavailableError("the controller does not answer", "", 1.0) from None
 
 
-async def _report(call: Awaitable[Any]) -> Any:
-    """Return the report of a change; raises the controller's error."""
-    answer = await _answer(call, CHANGE_TIMEOUT_S)
-    if "error" in answer:
-        raise error_from_wire(answer["error"])
-    return answer["report"]
+def usage_of(measurements: Measurements) -> UsageReport:
+    """Return what the keys of each name have used, summed over all gateways that run."""
+    gateways = [process for process in measurements.processes if process.kind == "gateway"]
+    sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for gateway in gateways:
+        for name, field, value in _counts(gateway.samples):
+            sums[name][field] += value
+    fields = list(KeyUsage.__slots__)[1:]
+    keys = (
+        KeyUsage(name, **{field: used[field] for field in fields})
+        for name, used in sorted(sums.items())
+    )
+    return UsageReport(len(gateways), tuple(keys))
+
+
+def _counts(samples: Samples) -> Iterator[tuple[str, str, int]]:
+    """Yield a name, a field of :class:`KeyUsage` and a value for each count of one gateway."""
+    for _, labels, value in samples.families.get(catalogue.KEY_REQUESTS.name, ()):
+        yield labels["key_name"], "requests", int(value)
+    for _, labels, value in samples.families.get(catalogue.KEY_TOKENS.name, ()):
+        yield labels["key_name"], _FIELDS[labels["kind"]], int(value)
+    for _, labels, value in samples.families.get(catalogue.KEY_REFUSALS.name, ()):
+        yield labels["key_name"], "refused", int(value)

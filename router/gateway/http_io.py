@@ -1,4 +1,4 @@
-"""Reading JSON bodies, sending server-sent events, noticing that a client has left."""
+"""The edge of HTTP: who may ask, JSON bodies, server-sent events, clients that have left."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import (
     CancelledRequestError,
     ExpertMeshError,
+    ForbiddenError,
     InvalidRequestError,
+    MediaTypeError,
     TooLargeError,
+    shown,
 )
-from router.gateway.browsers import BrowserRules
 from router.gateway.errors import http_error, public_error, v2_error
-from router.gateway.health import HEALTH_PATH
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Bodies, Share, arrival_timeout
 from router.gateway.metrics import http_request_id
@@ -34,6 +38,8 @@ from router.security.keys import Caller, Role
 
 logger = logging.getLogger(__name__)
 
+HEALTH_PATH = "/-/healthz"
+"""What KubeRay's probes ask, which Ray Serve's proxies answer elsewhere."""
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
@@ -41,6 +47,9 @@ OPEN_PATHS = frozenset({HEALTH_PATH, "/health", "/ready", "/", "/docs"})
 ROLES = {"/metrics": Role.METRICS}
 """The role that a path needs; every other path needs :attr:`Role.INFERENCE`."""
 T = TypeVar("T")
+JSON = "application/json"
+OF_FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
+"""The types of bodies that a browser sends to any site without asking it."""
 
 
 def is_v2(path: str) -> bool:
@@ -78,30 +87,21 @@ async def read_body(
     """
     length = request.headers.get("content-length", "")
     stated_bytes = int(length[:20]) if length.isdecimal() else max_bytes
+    too_large = TooLargeError(f"the body is over the limit of {max_bytes} bytes")
     if stated_bytes > max_bytes:
-        raise _too_large(max_bytes)
-    async with arrival_timeout("body", stated_bytes):
-        return await _read(request, max_bytes, share, consume)
-
-
-async def _read(
-    request: Request, max_bytes: int, share: Share, consume: Callable[[bytes], None] | None
-) -> bytes:
+        raise too_large
     body, num_bytes = bytearray(), 0
-    async for piece in request.stream():
-        num_bytes += len(piece)
-        if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        if consume is None:
-            share.take(len(piece))
-            body += piece
-        else:
-            consume(piece)
+    async with arrival_timeout("body", stated_bytes):
+        async for piece in request.stream():
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                raise too_large
+            if consume is None:
+                share.take(len(piece))
+                body += piece
+            else:
+                consume(piece)
     return bytes(body)
-
-
-def _too_large(max_bytes: int) -> TooLargeError:
-    return TooLargeError(f"the body is over the limit of {max_bytes} bytes")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -254,3 +254,84 @@ class EdgeMiddleware:
         if given or self._access.is_open:
             return await self._access.admit("http", given, None)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class BrowserRules:
+    """Which hosts and origins requests may name.
+
+    They keep pages of other sites from using a gateway through their visitor's browser. A page may
+    send requests to this machine's ports, and one whose name changes to this machine's address (DNS
+    rebinding) may read the answers. Browsers tell the page's origin and the host's name, and ask
+    before they send a type of body that no form has.
+
+    ``is_local`` is whether the gateway serves this machine alone: ``Host`` is then ``localhost``,
+    an address, or one of ``hosts``. ``origins`` are allowed beside the gateway's own.
+    """
+
+    is_local: bool = False
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Raise :class:`ForbiddenError` or :class:`MediaTypeError` for a request that may not be.
+
+        A client that is no browser sends no ``Origin``, and for JSON its type.
+        """
+        host = headers.get("host", "")
+        name = _host_name(host)
+        if self.is_local and host and not (_is_own(name) or name in self.hosts):
+            allowed = ", ".join(["localhost", "an IP address", *self.hosts])
+            raise ForbiddenError(f"must be one of {allowed}; got {shown(host)}", "host")
+        origin = headers.get("origin")
+        if origin is not None and origin not in self.origins and _authority(origin) != host.lower():
+            raise ForbiddenError(
+                f"must be the gateway's own or one of gateway.origins; got {shown(origin)}",
+                "origin",
+            )
+        if method == "POST":
+            _check_type(path, headers.get("content-type", ""))
+
+
+def _check_type(path: str, given: str) -> None:
+    media_type = given.partition(";")[0].strip().lower()
+    if path.startswith("/v1/") and media_type != JSON:
+        raise MediaTypeError(f"must be {JSON}; got {shown(given)}", "content-type")
+    if media_type in OF_FORMS:
+        raise MediaTypeError(f"must not be a form's type; got {shown(given)}", "content-type")
+
+
+def _host_name(host: str) -> str:
+    """Return the name of a ``Host`` header, in lower case, without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        raise InvalidRequestError(f"{shown(host)} is not a host", "host") from None
+
+
+def _authority(origin: str) -> str | None:
+    """Return the host and port of an origin; ``null`` has none."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
+
+
+def _is_own(name: str) -> bool:
+    """Return whether no other site can have a host's name."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+FROM_ANYWHERE = BrowserRules()
+"""The rules of a gateway that serves other machines too, for its own pages alone."""
+
+
+async def healthz(request: Request) -> Response:
+    """Answer that this gateway listens, whether or not there are experts."""
+    return PlainTextResponse("success")

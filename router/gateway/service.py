@@ -13,9 +13,8 @@ from cluster.errors import Code, InternalError, InvalidRequestError
 from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.errors import public_error
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.tools.calls import CallPart, Parsed
-from router.gateway.input.tools.reader import ChoiceParser
+from router.gateway.input.tokenizer import GatewayModel
+from router.gateway.input.tools.reader import CallPart, ChoiceParser, Parsed
 from router.gateway.input.validate import CheckedRequest, Validator
 from router.gateway.limits.charges import Charge, Charges
 from router.gateway.limits.room import Room, SlowReaderWatch
@@ -28,6 +27,7 @@ from router.messages.request import (
     TokenLogprobs,
     Usage,
 )
+from router.observability import catalogue
 from router.security.keys import Caller
 from router.served import ServedModel
 
@@ -202,7 +202,7 @@ class GenerationService:
                 place.take(1)
 
             def cut() -> None:
-                self.metrics.slow_reader(surface)
+                self.metrics.count(catalogue.SLOW_READERS, surface)
                 place.give_back()
 
             async with (
@@ -223,8 +223,9 @@ class GenerationService:
         model_id = checked.request.model
         count_tokens = self.metrics.token_counter(model_id)
         started_at_s = time.monotonic()
-        self.metrics.started(model_id, len(checked.request.prompt_token_ids))
-        charge.use("prompt", len(checked.request.prompt_token_ids))
+        num_tokens = len(checked.request.prompt_token_ids)
+        self.metrics.started(catalogue.PROMPT_TOKENS, model_id, num_tokens)
+        charge.use("prompt", num_tokens)
         code: Code | None = None
         waiting = True
         try:
@@ -236,10 +237,11 @@ class GenerationService:
                     count_tokens(len(delta.token_ids))
                     charge.use("generated", len(delta.token_ids))
                     if delta.finish_reason is not None:
-                        self.metrics.choice_finished(model_id, delta.finish_reason)
+                        self.metrics.count(catalogue.SUCCESS, model_id, delta.finish_reason)
                     if not delta.exact:
                         reason = checked.request.on_expert_loss
-                        self.metrics.inexact_tokens(model_id, reason, len(delta.token_ids))
+                        lost = catalogue.INEXACT_TOKENS, model_id, reason
+                        self.metrics.count(*lost, by=len(delta.token_ids))
                     yield delta
         except (asyncio.CancelledError, GeneratorExit):
             code = Code.CANCELLED

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
-    """Rules for single tokens; ``router/gateway/input/token_rules.py`` has checked them.
+    """Rules for single tokens; ``router/gateway/input/tokens.py`` has checked them.
 
     ``frequency_penalty`` is taken from a token's logit once for each time that the choice has it,
     ``presence_penalty`` once if the choice has it at all (OpenAI's API). ``repetition_penalty``

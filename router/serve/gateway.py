@@ -21,11 +21,10 @@ from cluster.tls import TlsFiles
 from router.config.deployment import GatewayConfig
 from router.config.listen import ListenConfig
 from router.gateway.admin import Admin
-from router.gateway.browsers import BrowserRules
-from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES, GrpcHandlers
-from router.gateway.grpc.methods import HEALTH_SERVICE, GrpcMethods
+from router.gateway.grpc.methods import ADMIN_SERVICE, HEALTH_SERVICE, SERVICES, GrpcMethods
 from router.gateway.http.app import create_app
-from router.gateway.input.models import load_models
+from router.gateway.http_io import BrowserRules
+from router.gateway.input.tokenizer import load_models
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import GRACE_S, Room
 from router.gateway.listen.listeners import Listeners, Surface
@@ -38,6 +37,7 @@ from router.gateway.upstream.affinity import keys_of_call, no_keys
 from router.gateway.upstream.deployment import Deployment
 from router.gateway.upstream.ray_upstream import RayUpstream
 from router.gateway.upstream.router_links import RouterCalls
+from router.observability import catalogue
 from router.security.access import Access
 from router.security.certificates import Certificates
 from router.security.config import SecurityConfig
@@ -157,8 +157,7 @@ class GatewayReplica:
         self, limits: GatewayConfig, predictions: PredictionService, admin: Admin
     ) -> Listeners:
         browsers = BrowserRules(is_loopback(limits.listen.host), limits.hosts, limits.origins)
-        handlers = GrpcHandlers(self._service, admin)
-        methods = GrpcMethods(handlers, PredictionHandlers(predictions))
+        methods = GrpcMethods(self._service, admin, PredictionHandlers(predictions))
         return Listeners(
             limits.listen,
             create_app(self._service, predictions, admin, self._access, browsers),
@@ -224,7 +223,7 @@ def _calls_to(
             node,
             "predict" if is_mixture else "generate",
             context,
-            partial(metrics.router_call, model.id),
+            partial(metrics.count, catalogue.ROUTER_CALLS, model.id),
             keys_of_call if shares_prefixes and not is_mixture else no_keys,
         )
     return calls

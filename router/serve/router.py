@@ -123,7 +123,7 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
 
 def _router_replica() -> Callable[..., RouterReplica]:
     from router.engine.replica import RouterReplica
-    from router.gateway.input.models import load_tokenizer
+    from router.gateway.input.tokenizer import load_tokenizer
 
     return partial(
         RouterReplica,

@@ -21,7 +21,7 @@ import yaml
 from benchmarks.shipped import free_ports
 from cluster.errors import UnavailableError
 from router.client import Client
-from router.gateway.listen.sockets import why_taken
+from router.gateway.listen.claim import why_taken
 from tests.cluster_fixture import TINY, TLS, StreamReader, greedy, is_alive, wait_until
 from tests.fault.signals import named_pids
 from tests.serve_run import (

@@ -32,8 +32,8 @@ from benchmarks.shipped import free_ports
 from cluster.tls import shake_hands
 from router.client import ClientTls
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
-from router.gateway.grpc.handlers import ADMIN_SERVICE, INFERENCE_SERVICE
-from router.gateway.health import HEALTH_PATH
+from router.gateway.grpc.methods import ADMIN_SERVICE, INFERENCE_SERVICE
+from router.gateway.http_io import HEALTH_PATH
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.protos import inference_pb2
 from router.protos.errors import DETAILS_KEY, is_from_server

@@ -42,15 +42,13 @@ from cluster.spec import ActorReport, ExpertKey, ModelExperts, ModelKernel, Mode
 from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
 from router.gateway.admin import Admin
-from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
-from router.gateway.grpc.handlers import GrpcHandlers
 from router.gateway.grpc.methods import GrpcMethods
 from router.gateway.http.app import create_app
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.http_io import FROM_ANYWHERE, BrowserRules
+from router.gateway.input.tokenizer import GatewayModel, Tokenizer
 from router.gateway.limits.charges import Charges
 from router.gateway.limits.room import Room
-from router.gateway.listen.door import Door
+from router.gateway.listen.grpc import Door
 from router.gateway.metrics import Metrics
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_grpc import PredictionHandlers
@@ -379,9 +377,7 @@ class Servicer:
         self.access = access or everybody()
         generation, predicting = services(upstream, limits, predictions, clock)
         operators = admin(upstream, generation.metrics)
-        self.methods = GrpcMethods(
-            GrpcHandlers(generation, operators), PredictionHandlers(predicting)
-        )
+        self.methods = GrpcMethods(generation, operators, PredictionHandlers(predicting))
 
 
 class HasMethods(Protocol):

@@ -23,23 +23,25 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.spec import EXACT_HEADER
 from router.control.readiness import Readiness
-from router.gateway.browsers import FROM_ANYWHERE, BrowserRules
-from router.gateway.health import HEALTH_PATH, healthz
-from router.gateway.http.openai import tokens
 from router.gateway.http.openai.call import OpenAiCall
 from router.gateway.http.openai.chat import parse_chat
 from router.gateway.http.openai.completions import parse_completion
 from router.gateway.http.openapi.document import OPENAPI_PATH, document
 from router.gateway.http_io import (
+    FROM_ANYWHERE,
+    HEALTH_PATH,
+    BrowserRules,
     EdgeMiddleware,
     SseResponse,
     error_response,
+    healthz,
     is_v2,
     read_json,
     until_disconnect,
 )
-from router.gateway.input.prompts import checked, is_slow
-from router.gateway.input.validate import Validator
+from router.gateway.input import tokens
+from router.gateway.input.request.model import DetokenizeRequest, TokenizeRequest
+from router.gateway.input.validate import Validator, checked, is_slow
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.predict.service import PredictionService
 from router.gateway.predict.v2_http import add_v2_routes
@@ -116,12 +118,13 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
         body = await _body(request, service)
-        check = partial(tokens.tokenize, body, service.validator)
-        return JSONResponse(await checked(is_slow(body), check))
+        return JSONResponse(await checked(is_slow(body), partial(_tokenized, body, service)))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
-        return JSONResponse(tokens.detokenize(await _body(request, service), service.validator))
+        asked = service.validator.read(DetokenizeRequest, await _body(request, service))
+        text = tokens.detokenize(service.validator.model(asked.model), asked.tokens)
+        return JSONResponse({"prompt": text})
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> JSONResponse:
@@ -181,6 +184,21 @@ def _add_document(app: FastAPI, service: GenerationService, predictions: Predict
 
 async def _body(request: Request, service: GenerationService) -> dict[str, Any]:
     return await read_json(request, service.limits.max_body_bytes, service.room.bodies)
+
+
+def _tokenized(body: dict[str, Any], service: GenerationService) -> dict[str, Any]:
+    """Answer vLLM's ``/tokenize``."""
+    asked = service.validator.read(TokenizeRequest, body)
+    model = service.validator.model(asked.model)
+    ids = tokens.tokenize(model, asked)
+    return {
+        "count": len(ids),
+        "max_model_len": model.info.max_model_len,
+        "tokens": ids,
+        "token_strs": list(map(model.tokenizer.token_text, ids))
+        if asked.return_token_strs
+        else None,
+    }
 
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:

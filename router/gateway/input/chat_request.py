@@ -9,12 +9,48 @@ from typing import Any
 
 from cluster.errors import InvalidRequestError
 from router.gateway.input.grammar import check_whole
-from router.gateway.input.models import GatewayModel
 from router.gateway.input.request.model import ChatRequest, TokenizeRequest
-from router.gateway.input.tools.answer import AnswerFormat
+from router.gateway.input.tokenizer import GatewayModel
 from router.gateway.input.tools.definitions import ToolUse, check_tool_use
+from router.gateway.input.tools.formats import ChatFormat
 from router.gateway.input.tools.grammars import grammar_of
+from router.gateway.input.tools.parser import FamilyParser, HarmonyParser
+from router.gateway.input.tools.reader import Calls, ChoiceParser
+from router.gateway.input.tools.response_template import TemplateParser
 from router.messages.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """How the choices of a request are parsed after its ``prompt``.
+
+    With ``is_held`` calls come when they are whole.
+    """
+
+    format: ChatFormat
+    prompt: str
+    use: ToolUse | None
+    is_held: bool
+
+    @property
+    def shown(self) -> Mapping[int, str]:
+        """The special tokens that the parser must see, with their text."""
+        return {token_id: mark for mark, token_id in self.format.special.items()}
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a call may end a choice, however the model would go on."""
+        return self.use is not None and not self.use.is_parallel
+
+    def begin(self) -> ChoiceParser:
+        """Return the parser of one choice."""
+        names = () if self.use is None else tuple(tool.name for tool in self.use.callable)
+        calls = Calls(names, self.is_held, 1 if self.may_end_early else None)
+        tools = None if self.use is None else self.use.given
+        if self.format.response_template is not None:
+            return TemplateParser(self.format, self.prompt, calls, tools)
+        kind = HarmonyParser if self.format.calls == "harmony" else FamilyParser
+        return kind(self.format, self.prompt, calls, tools)
 
 
 @dataclass(frozen=True, slots=True)

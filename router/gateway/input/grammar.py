@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidRequestError
 from router.config.grammar_limits import grammar_pool, parser_limits
-from router.gateway.input import checks
-from router.gateway.input.form_costs import MAX_REPEATS, most_repeats, schema_fault
-from router.gateway.input.lark_costs import lark_fault
+from router.gateway.input.form_costs import MAX_REPEATS, lark_fault, most_repeats, schema_fault
+from router.gateway.input.request import base
 from router.gateway.input.request.model import Generation, OpenAiRequest
 from router.gateway.input.request.parts import (
     KINDS,
@@ -32,8 +31,6 @@ WHITESPACE = r" |\n {0,16}"
 """Between JSON's tokens: nothing, a space, or a new line with its indentation. With any whitespace,
 as llguidance has it, some models never come to an end."""
 MAX_GRAMMAR_BYTES = 64 << 10
-FORMS = frozenset({"response_format", "structured_outputs"})
-"""The fields of a request that ask for a form."""
 _OF_TREE = re.compile(r"^[ \t]*[?!]+(?=[a-z_]\w*\s*:(?!:))", re.MULTILINE)
 """Lark's marks before a rule's name, which shape its trees and not the text; llguidance takes a
 grammar with one before ``start`` for GBNF."""
@@ -117,12 +114,12 @@ def check_schema(schema: object, where: str, options: JsonCompileOptions | None 
     from llguidance import LLMatcher
 
     if not isinstance(schema, dict):
-        raise InvalidRequestError(checks.wrong(schema, "a JSON schema, a mapping"), where)
+        raise InvalidRequestError(base.wrong(schema, "a JSON schema, a mapping"), where)
     if "x-guidance" in schema:
         raise InvalidRequestError("is not supported", f"{where}.x-guidance")
     options = options or {"whitespace_pattern": WHITESPACE}
     try:
-        checks.text(json.dumps(schema, ensure_ascii=False), where)
+        base.text(json.dumps(schema, ensure_ascii=False), where)
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except (ValueError, RecursionError) as error:  # a very large number, a very deep schema
         raise InvalidRequestError(_line(str(error)), where) from None

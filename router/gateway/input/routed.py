@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import InvalidRequestError
-from router.gateway.input import checks
+from router.gateway.input.request import base
 from router.gateway.input.request.model import Generation
 from router.gateway.input.request.parts import ExpertRows
 from router.messages.routed import LITTLE_ENDIAN, RoutedExperts, dtype_of
@@ -33,7 +33,7 @@ def check_routed(
     if given is not None:
         # None replaces the experts.
         if asked.on_expert_loss not in (None, "strict"):
-            told = checks.wrong(asked.on_expert_loss, "strict with routed_experts")
+            told = base.wrong(asked.on_expert_loss, "strict with routed_experts")
             raise InvalidRequestError(told, "on_expert_loss")
         # The last token that is generated is never computed.
         lengths = prompt_len, max(prompt_len, prompt_len + max_tokens - 1)
@@ -49,7 +49,7 @@ def _check_rows(given: ExpertRows, shape: tuple[int, int], lengths: tuple[int, i
     if tuple(given.shape[1:]) != shape or not least <= given.shape[0] <= most:
         rows = f"{least}" if least == most else f"{least} to {most}"
         allowed = f"[{rows}, {shape[0]}, {shape[1]}]: tokens, MoE layers, experts per token"
-        raise InvalidRequestError(checks.wrong(given.shape, allowed), "routed_experts.shape")
+        raise InvalidRequestError(base.wrong(given.shape, allowed), "routed_experts.shape")
     packed = np.dtype(LITTLE_ENDIAN[given.dtype])
     num_bytes = math.prod(given.shape) * packed.itemsize
     if len(given.data) != num_bytes:

@@ -1,16 +1,24 @@
-"""A typed wrapper of a Hugging Face tokenizer: text to ids, ids to text, chat template."""
+"""A served model in a gateway, without weights: text to ids, ids to text, chat template."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import CheckpointError, InvalidRequestError
+from experts.checkpoint.folder import language_model
+from experts.checkpoint.identity import text_identity
+from experts.checkpoint.remote.remote_files import open_model
+from experts.checkpoint.remote.remote_reader import RayNeighbours
 from router.gateway.input.tools.formats import ChatFormat, format_of
 from router.gateway.input.tools.template import ChatTemplate
+from router.served import ServedModel
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -151,16 +159,6 @@ class Tokenizer:
         """Return one token as text; a part of a character becomes �."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def chat_prompt(
-        self,
-        messages: list[dict[str, Any]],
-        is_opened: bool = True,
-        tools: list[dict[str, Any]] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Return the prompt of messages; see :meth:`ChatTemplate.prompt`."""
-        return self.template.prompt(messages, is_opened, tools, options)
-
     def _template_source(self) -> str:
         """Return the chat template that is rendered for tools, empty where there is none."""
         if not self._tokenizer.chat_template:
@@ -253,3 +251,38 @@ def _bytes_of_characters() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayModel:
+    """A served model and its loaded tokenizer."""
+
+    info: ServedModel
+    tokenizer: Tokenizer
+
+
+def load_models(models: tuple[ServedModel, ...]) -> dict[str, GatewayModel]:
+    """Load the tokenizer of each model; returns them by id, in the given order."""
+    return {model.id: GatewayModel(model, load_tokenizer(model)) for model in models}
+
+
+def load_tokenizer(model: ServedModel) -> Tokenizer:
+    """Load a model's tokenizer; raises :class:`CheckpointError` where its files are others.
+
+    The identity of the weights does not cover them.
+    """
+    opened = open_model(model.path, model.source.identity, RayNeighbours())
+    checkpoint = language_model(opened)
+    if model.text_identity and text_identity(checkpoint) != model.text_identity:
+        raise CheckpointError(
+            "its tokenizer, chat template or generation_config.json differ from those of the "
+            "served checkpoint; deploy again",
+            str(checkpoint.folder),
+        )
+    if checkpoint.remote is None:
+        return Tokenizer.load(str(checkpoint.folder), model.eos_token_ids)
+    with TemporaryDirectory(prefix="expertmesh-") as folder:
+        for name, data in checkpoint.remote.small_files.items():
+            (Path(folder) / name).write_bytes(data)
+        checkpoint.remote.release()
+        return Tokenizer.load(folder, model.eos_token_ids)

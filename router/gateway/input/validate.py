@@ -6,32 +6,52 @@ accept and refuse the same. An error names the field as the models have it.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import InvalidRequestError, UnknownModelError, shown
 from router.config.deployment import GatewayConfig
-from router.gateway.input import checks
-from router.gateway.input.chat_request import CheckedChat, check_chat
-from router.gateway.input.grammar import FORMS, check_grammar
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.prompts import check_ids, check_prompt
+from router.gateway.input.chat_request import AnswerFormat, CheckedChat, check_chat
+from router.gateway.input.grammar import check_grammar
+from router.gateway.input.request import base
 from router.gateway.input.request.base import Kind, read
 from router.gateway.input.request.model import ChatRequest, Generation, OfPrompt, within
 from router.gateway.input.routed import check_routed
-from router.gateway.input.token_rules import RULES, check_rules
-from router.gateway.input.tools.answer import AnswerFormat
+from router.gateway.input.tokenizer import GatewayModel
+from router.gateway.input.tokens import RULE_FIELDS, check_ids, check_prompt, check_rules
 from router.messages.request import GenerationRequest, Received, SamplingParams
 from router.messages.routed import RoutedExperts
 from router.security.keys import Caller
 
 DEFAULT_MAX_TOKENS = 16
+_FEATURES = RULE_FIELDS | {
+    "response_format", "structured_outputs", "routed_experts", "return_routed_experts",
+}  # fmt: skip
+"""Fields of which a plain request has none; their checks are left out then."""
+_SLOW = ("response_format", "routed_experts", "structured_outputs", "tools")
+Checked = TypeVar("Checked")
 TOKEN_BYTES = 32
 """Rows of experts count towards the memory of a request as so many bytes a token."""
+
+
+def is_slow(body: Mapping[str, object]) -> bool:
+    """Return whether a body's check may take long: of a form, schemas, experts, or many calls."""
+    if any(body.get(name) is not None for name in _SLOW):
+        return True
+    messages = body.get("messages")
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("tool_calls") for message in messages
+    )
+
+
+async def checked(is_slow: bool, check: Callable[[], Checked]) -> Checked:
+    """Return what a check returns; a slow one runs beside the event loop."""
+    return await asyncio.to_thread(check) if is_slow else check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +123,7 @@ class Validator:
         :class:`InvalidRequestError` with the right API for a mixture.
         """
         if not isinstance(model_id, str):
-            raise InvalidRequestError(checks.wrong(model_id, "the id of a model"), "model")
+            raise InvalidRequestError(base.wrong(model_id, "the id of a model"), "model")
         if model_id in self._mixtures:
             raise InvalidRequestError(
                 f"{model_id} is a mixture, which generates no text; get its predictions with "
@@ -154,14 +174,15 @@ class Validator:
         input_ = check_prompt(prompt, where, shown_chat, model, needed)
         length = len(input_.token_ids)
         max_tokens = _check_max_tokens(asked, model, length, is_chat, least_new)
-        sampling = _check_sampling(asked, model, {"max_tokens": max_tokens, **numbers})
+        has_features = not _FEATURES.isdisjoint(asked.model_fields_set)
+        numbers = {"max_tokens": max_tokens, **numbers}
+        sampling = _check_sampling(asked, model, numbers, has_features)
         answer = None
         if chat is not None:
             text = input_.text or ""
             answer = chat.answer(model, text, bool(sampling.grammar), not streamed)
             sampling = chat.constrained(sampling, model, text)
-        has_experts = asked.return_routed_experts or asked.routed_experts is not None
-        routed = check_routed(asked, model.info, length, max_tokens) if has_experts else None
+        routed = check_routed(asked, model.info, length, max_tokens) if has_features else None
         contract = asked.on_expert_loss or self._limits.on_expert_loss
         # The gateway must see tokens early where their text may end a choice.
         may_end_early = bool(asked.stop) or (answer is not None and answer.may_end_early)
@@ -213,21 +234,20 @@ def _num_logprobs(asked: OfPrompt | ChatRequest) -> dict[str, int | None]:
 
 
 def _check_sampling(
-    asked: Generation, model: GatewayModel, numbers: Mapping[str, Any]
+    asked: Generation, model: GatewayModel, numbers: Mapping[str, Any], has_features: bool
 ) -> SamplingParams:
-    vocab_size, given = model.info.vocab_size, asked.model_fields_set
+    vocab_size = model.info.vocab_size
     for name in ("logprobs", "prompt_logprobs"):
         if numbers[name] is not None:
-            checks.integer(numbers[name], name, 0, vocab_size)
-    own = {
+            base.integer(numbers[name], name, 0, vocab_size)
+    own: dict[str, Any] = {
         **numbers,
         # 0 is off, and so is vLLM's -1; more than the vocabulary is the vocabulary.
         "top_k": min(max(asked.top_k, 0), vocab_size),
         "seed": secrets.randbits(63) if asked.seed is None else asked.seed,
     }
-    if not RULES.isdisjoint(given):
+    if has_features:
         own["rules"] = check_rules(asked, model, numbers["max_tokens"])
-    if not FORMS.isdisjoint(given):
         own["grammar"] = check_grammar(asked, model.info.eos_token_ids)
     return SamplingParams(**(asked.shared(SamplingParams) | own))
 
@@ -239,7 +259,7 @@ def _check_max_tokens(
     left = context - prompt_len
     if asked.max_tokens is None:
         return left if is_chat else min(DEFAULT_MAX_TOKENS, left)
-    max_tokens = checks.integer(asked.max_tokens, "max_tokens", least_new, context)
+    max_tokens = base.integer(asked.max_tokens, "max_tokens", least_new, context)
     if max_tokens > left:
         raise InvalidRequestError(
             f"{max_tokens} plus {prompt_len} prompt tokens exceeds the context of {context}; "
@@ -281,10 +301,10 @@ def _check_resume(
             raise InvalidRequestError("has tokens after one that ends the choice", where)
         most = 0 if sampling.prompt_logprobs is None else prompt_len - 1
         where = f"resume[{index}].prompt_logprobs"
-        checks.integer(received.num_prompt_logprobs, where, 0, most)
+        base.integer(received.num_prompt_logprobs, where, 0, most)
         most = prompt_len if routed is not None and routed.returned else 0
         where = f"resume[{index}].routed_experts"
-        checks.integer(received.num_routed, where, 0, most)
+        base.integer(received.num_routed, where, 0, most)
         if received.is_begun and not received.identity:
             raise InvalidRequestError(
                 "is missing; only the model that generated the tokens can resume them. Send the "

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from cluster.reports import KeyUse
 from router.gateway.limits.quotas import Account, Refusal
-from router.gateway.metrics import KeyTokens, Metrics
+from router.gateway.metrics import Metrics
+from router.observability import catalogue
 from router.security.keys import Caller
 
 SILENCE_S = 5.0
@@ -42,7 +44,7 @@ class Charges:
             self._raise_refusal(caller, account.request_refusal(now_s))
             account.take_request(now_s)
         if caller.name:
-            self._metrics.key_request(caller.name)
+            self._metrics.count(catalogue.KEY_REQUESTS, caller.name)
 
     def charge(self, caller: Caller, num_tokens: int) -> Charge:
         """Charge a caller for a request's call that may have so many tokens; see :class:`Charge`.
@@ -79,7 +81,7 @@ class Charges:
 
     def _raise_refusal(self, caller: Caller, refusal: Refusal | None) -> None:
         if refusal is not None:
-            self._metrics.key_refused(caller.name, refusal.limit)
+            self._metrics.count(catalogue.KEY_REFUSALS, caller.name, refusal.limit)
             raise refusal.error
 
     def _is_silent(self, now_s: float) -> bool:
@@ -125,11 +127,12 @@ class Charge:
             unused = max(0, self._num_tokens - self._num_used)
             account.end(self._num_tokens, unused, self._clock())
 
-    def use(self, kind: KeyTokens, num_tokens: int) -> None:
+    def use(self, kind: Literal["prompt", "generated", "rows"], num_tokens: int) -> None:
         """Count what the call has used of its tokens."""
         self._num_used += num_tokens
         if self.caller.name and num_tokens:
-            self._metrics.key_tokens(self.caller.name, kind, num_tokens)
+            name = self.caller.name
+            self._metrics.count(catalogue.KEY_TOKENS, name, kind, by=num_tokens)
 
 
 def _monotonic_s() -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cluster.errors import ExpertMeshError, OverloadedError, TooLargeError
 from cluster.reports import KeyUse
@@ -26,6 +26,7 @@ HELD_RETRY_S = 1.0
 _ROUNDING = 1e-9
 """Part of a bucket that rounding may take: whoever comes back at the announced time is let in."""
 _NOTHING = KeyUse(0, 0, 0, math.inf, math.inf)
+Kind = Literal["requests", "tokens"]
 
 
 RATE_HEADERS = tuple(
@@ -89,20 +90,19 @@ class Account:
         self.limits = limits
         self.used_requests = self.used_tokens = self.held_tokens = 0
         self._share = 1
-        self._requests, self._tokens = _buckets(limits, 1, now_s)
+        self._buckets = _buckets(limits, 1, now_s)
         self._others: Mapping[str, KeyUse] = {}
         self.take_off(others, (), now_s)
 
     def request_refusal(self, now_s: float) -> Refusal | None:
         """Return why one more request is refused now, if it is."""
-        if self._requests is None:
+        if (bucket := self._buckets.get("requests")) is None:
             return None
-        return self._to_come_back([(self._requests.wait_s(1, now_s), "requests_per_s")])
+        return self._to_come_back([(bucket.wait_s(1, now_s), "requests_per_s")])
 
     def take_request(self, now_s: float) -> None:
         """Take one request."""
-        if self._requests is not None:
-            self._requests.take(1, now_s)
+        self._take("requests", 1, now_s)
         self.used_requests += 1
 
     def refusal(self, num_tokens: int, now_s: float) -> Refusal | None:
@@ -111,15 +111,13 @@ class Account:
 
     def take(self, num_tokens: int, now_s: float) -> None:
         """Take a call's tokens, which are then under way."""
-        if self._tokens is not None:
-            self._tokens.take(num_tokens, now_s)
+        self._take("tokens", num_tokens, now_s)
         self.used_tokens += num_tokens
         self.held_tokens += num_tokens
 
     def end(self, num_tokens: int, num_unused: int, now_s: float) -> None:
         """End a call that took ``num_tokens``; ``num_unused`` of them are given back."""
-        if self._tokens is not None:
-            self._tokens.take(-num_unused, now_s)
+        self._take("tokens", -num_unused, now_s)
         self.used_tokens -= num_unused
         self.held_tokens -= num_tokens
 
@@ -132,27 +130,16 @@ class Account:
         """
         for gateway, use in others.items():
             before = self._others.get(gateway)
-            if before is None and gateway not in known:
-                self._lower(use, now_s)
-            else:
-                self._take_difference(use, before or _NOTHING, now_s)
+            for kind, bucket in self._buckets.items():
+                if before is None and gateway not in known:
+                    bucket.lower(getattr(use, f"{kind}_left"), now_s)
+                else:
+                    bucket.take(getattr(use, kind) - getattr(before or _NOTHING, kind), now_s)
         self._others = dict(others)
 
-    def _lower(self, use: KeyUse, now_s: float) -> None:
-        for bucket, left in (
-            (self._requests, use.requests_left),
-            (self._tokens, use.tokens_left),
-        ):
-            if bucket is not None:
-                bucket.lower(left, now_s)
-
-    def _take_difference(self, use: KeyUse, before: KeyUse, now_s: float) -> None:
-        for bucket, amount in (
-            (self._requests, use.requests - before.requests),
-            (self._tokens, use.tokens - before.tokens),
-        ):
-            if bucket is not None:
-                bucket.take(amount, now_s)
+    def _take(self, kind: Kind, amount: float, now_s: float) -> None:
+        if kind in self._buckets:
+            self._buckets[kind].take(amount, now_s)
 
     def forget_others(self) -> None:
         """Take the next uses of all other gateways for the first ones."""
@@ -162,32 +149,32 @@ class Account:
         """Go on with other limits, of which this gateway has one of ``share`` equal parts."""
         if limits == self.limits and share == self._share:
             return
-        self._requests, self._tokens = (
-            _resized(before, after, now_s)
-            for before, after in zip(
-                (self._requests, self._tokens), _buckets(limits, share, now_s), strict=True
-            )
-        )
-        self.limits, self._share = limits, share
+        wanted = _buckets(limits, share, now_s)
+        for kind in wanted.keys() & self._buckets.keys():
+            self._buckets[kind].resize(wanted[kind].rate_per_s, wanted[kind].capacity, now_s)
+            wanted[kind] = self._buckets[kind]
+        self.limits, self._share, self._buckets = limits, share, wanted
 
     def use(self, now_s: float) -> KeyUse:
         """Return what other gateways need to know."""
-        left = [
-            math.inf if bucket is None else bucket.level(now_s)
-            for bucket in (self._requests, self._tokens)
-        ]
-        return KeyUse(self.used_requests, self.used_tokens, self.held_tokens, *left)
+        left = {kind: bucket.level(now_s) for kind, bucket in self._buckets.items()}
+        return KeyUse(
+            self.used_requests,
+            self.used_tokens,
+            self.held_tokens,
+            left.get("requests", math.inf),
+            left.get("tokens", math.inf),
+        )
 
     def headers(self, now_s: float) -> dict[str, str]:
         """Return :data:`RATE_HEADERS` about the rates that are limited."""
         headers = {}
-        for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
-            if bucket is not None:
-                left, reset_s = bucket.level(now_s), bucket.wait_s(bucket.capacity, now_s)
-                left = max(0.0, left + _ROUNDING * bucket.capacity)
-                headers[f"x-ratelimit-limit-{kind}"] = str(math.floor(bucket.capacity))
-                headers[f"x-ratelimit-remaining-{kind}"] = str(math.floor(left))
-                headers[f"x-ratelimit-reset-{kind}"] = duration_text(reset_s)
+        for kind, bucket in self._buckets.items():
+            left, reset_s = bucket.level(now_s), bucket.wait_s(bucket.capacity, now_s)
+            left = max(0.0, left + _ROUNDING * bucket.capacity)
+            headers[f"x-ratelimit-limit-{kind}"] = str(math.floor(bucket.capacity))
+            headers[f"x-ratelimit-remaining-{kind}"] = str(math.floor(left))
+            headers[f"x-ratelimit-reset-{kind}"] = duration_text(reset_s)
         return headers
 
     def _too_large(self, num_tokens: int) -> Refusal | None:
@@ -203,10 +190,10 @@ class Account:
 
     def _too_early(self, num_tokens: int, now_s: float) -> Refusal | None:
         waits = []
-        if self._tokens is not None:
+        if (bucket := self._buckets.get("tokens")) is not None:
             # A call that is larger than a share needs all of it, and owes the rest.
-            amount = min(num_tokens, self._tokens.capacity)
-            waits.append((self._tokens.wait_s(amount, now_s), "tokens_per_min"))
+            amount = min(num_tokens, bucket.capacity)
+            waits.append((bucket.wait_s(amount, now_s), "tokens_per_min"))
         if not self._has_room(num_tokens):
             waits.append((HELD_RETRY_S, "concurrent_tokens"))
         return self._to_come_back(waits)
@@ -230,23 +217,16 @@ class Account:
         return held + num_tokens <= max(num_tokens, bound // self._share)
 
 
-def _buckets(limits: KeyLimits, share: int, now_s: float) -> tuple[Bucket | None, Bucket | None]:
-    """Return the buckets of requests and of tokens, of one of ``share`` equal parts."""
-    requests = tokens = None
+def _buckets(limits: KeyLimits, share: int, now_s: float) -> dict[Kind, Bucket]:
+    """Return the buckets of the rates that are limited, of one of ``share`` equal parts."""
+    found: dict[Kind, Bucket] = {}
     if limits.requests_per_s is not None:
         rate_per_s = limits.requests_per_s / share
-        requests = Bucket(rate_per_s, max(1.0, rate_per_s), now_s)
+        found["requests"] = Bucket(rate_per_s, max(1.0, rate_per_s), now_s)
     if limits.tokens_per_min is not None:
         capacity = limits.tokens_per_min / share
-        tokens = Bucket(capacity / 60.0, capacity, now_s)
-    return requests, tokens
-
-
-def _resized(before: Bucket | None, after: Bucket | None, now_s: float) -> Bucket | None:
-    if before is not None and after is not None:
-        before.resize(after.rate_per_s, after.capacity, now_s)
-        return before
-    return after
+        found["tokens"] = Bucket(capacity / 60.0, capacity, now_s)
+    return found
 
 
 def duration_text(seconds: float) -> str:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import OverloadedError, SlowBodyError, SlowReaderError
+from cluster.errors import OverloadedError, SlowBodyError, SlowReaderError, TooLargeError
 from router.config.deployment import BODIES_AT_ONCE, GatewayConfig
 
 RETRY_AFTER_S = 1.0
@@ -99,114 +99,70 @@ class SlowReaderWatch:
 
 
 class Budget:
-    """An amount that requests share; used on the gateway's event loop alone."""
+    """An amount that requests share, counted by names; used on the gateway's event loop alone."""
 
-    def __init__(self, limit: int, unit: str) -> None:
-        """``unit`` names the unit in the refusal, such as ``requests``."""
-        self._limit, self._unit = limit, unit
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self.taken = 0
+        self.by_name: Counter[str] = Counter()
 
-    def share(self) -> Share:
-        """Return an empty share; the end of its ``with`` gives back everything it took."""
-        return Share(self)
+    def share_of(self, name: str) -> Share:
+        """Return an empty share of a request; the end of its ``with`` gives back all it took."""
+        return Share(self, name)
 
-    def _take(self, amount: int) -> None:
-        if self.taken + amount > self._limit:
-            raise _full(f"at most {self._limit} {self._unit} at one time")
+    def refusal(self, name: str, amount: int) -> str:
+        """Return why a name cannot take so much more, empty where it can."""
+        raise NotImplementedError
+
+    def count(self, name: str, amount: int) -> None:
+        """Count an amount as taken, or a negative one as given back."""
         self.taken += amount
-
-    def _give_back(self, amount: int) -> None:
-        self.taken -= amount
+        self.by_name[name] += amount
+        if not self.by_name[name]:
+            del self.by_name[name]
 
 
 class Places(Budget):
-    """The places of requests, which models share: half of an even share is kept for each model.
+    """The places of requests, by models: half of an even share is kept for each model.
 
     So a model whose requests end late, or come in crowds, leaves places for the others.
     """
 
     def __init__(self, limit: int, models: Collection[str]) -> None:
         """``models`` are the ids of the served models; one alone may take all places."""
-        super().__init__(limit, "requests")
+        super().__init__(limit)
+        self._models = models
         self._kept = limit // (2 * max(1, len(models)))
-        self._models = {model: _ModelPlaces(self, limit, model) for model in models}
 
-    def share_of(self, model: str) -> Share:
-        """Return an empty share of a model's request; see :meth:`Budget.share`."""
-        return self._models[model].share()
-
-    def kept_for_others(self, model: str) -> int:
-        """Return the free places that are kept for other models."""
-        others = (own for own in self._models.values() if own.model != model)
-        return sum(max(0, self._kept - own.taken) for own in others)
-
-
-class _ModelPlaces(Budget):
-    """One model's part of the places."""
-
-    def __init__(self, places: Places, limit: int, model: str) -> None:
-        super().__init__(limit, "requests")
-        self.model = model
-        self._places = places
-
-    def _take(self, amount: int) -> None:
-        kept = self._places.kept_for_others(self.model)
-        if self._places.taken + amount > self._limit - kept:
-            others = f", {kept} of them kept for other models" if kept else ""
-            raise _full(f"at most {self._limit} requests at one time{others}")
-        self._places.taken += amount
-        self.taken += amount
-
-    def _give_back(self, amount: int) -> None:
-        self._places.taken -= amount
-        self.taken -= amount
+    def refusal(self, name: str, amount: int) -> str:
+        """See :meth:`Budget.refusal`."""
+        others = (model for model in self._models if model != name)
+        kept = sum(max(0, self._kept - self.by_name[other]) for other in others)
+        if self.taken + amount <= self._limit - kept:
+            return ""
+        told = f", {kept} of them kept for other models" if kept else ""
+        return f"at most {self._limit} requests at one time{told}"
 
 
 class Bodies(Budget):
-    """The bytes of requests' bodies. One key's may be as many as it leaves free for the others."""
+    """The bytes of requests' bodies, by names of keys, empty where there are no keys.
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit, "bytes of request bodies")
-        self.by_name: Counter[str] = Counter()
+    One key's may be as many as it leaves free for the others.
+    """
 
-    def share_of(self, name: str) -> Share:
-        """Return an empty share of a request of a key's name; see :meth:`Budget.share`.
-
-        The name is empty where there are no keys.
-        """
-        return _BodiesOfName(self, self._limit, name).share()
-
-
-class _BodiesOfName(Budget):
-    """One name's part of the bytes."""
-
-    def __init__(self, bodies: Bodies, limit: int, name: str) -> None:
-        super().__init__(limit, "bytes of request bodies")
-        self._bodies, self._name = bodies, name
-
-    def _take(self, amount: int) -> None:
-        bodies, own = self._bodies, self._bodies.by_name[self._name] + amount
-        if self._name and own > self._limit - bodies.taken - amount:
-            raise _full("this key's request bodies take as many bytes as they leave for others")
-        bodies._take(amount)
-        bodies.by_name[self._name] = own
-
-    def _give_back(self, amount: int) -> None:
-        self._bodies._give_back(amount)
-        self._bodies.by_name[self._name] -= amount
-        if not self._bodies.by_name[self._name]:
-            del self._bodies.by_name[self._name]
-
-
-def _full(reason: str) -> OverloadedError:
-    return OverloadedError(f"the gateway is full: {reason}", retry_after_s=RETRY_AFTER_S)
+    def refusal(self, name: str, amount: int) -> str:
+        """See :meth:`Budget.refusal`."""
+        left = self._limit - self.taken - amount
+        if name and self.by_name[name] + amount > left:
+            return "this key's request bodies take as many bytes as they leave for others"
+        return f"at most {self._limit} bytes of request bodies at one time" if left < 0 else ""
 
 
 class Share:
     """One request's part of a :class:`Budget`."""
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+    def __init__(self, budget: Budget, name: str) -> None:
+        self._budget, self._name = budget, name
         self._amount = 0
 
     def __enter__(self) -> Share:
@@ -217,12 +173,20 @@ class Share:
 
     def take(self, amount: int) -> None:
         """Take more; raises :class:`OverloadedError` with a hint when the budget is used up."""
-        self._budget._take(amount)
+        if reason := self._budget.refusal(self._name, amount):
+            raise OverloadedError(f"the gateway is full: {reason}", retry_after_s=RETRY_AFTER_S)
+        self._budget.count(self._name, amount)
         self._amount += amount
+
+    def take_message(self, data: bytes, most: int) -> None:
+        """Take a gRPC message's bytes; raises :class:`TooLargeError` for more than ``most``."""
+        if len(data) > most:
+            raise TooLargeError(f"the message is over the limit of {most} bytes")
+        self.take(len(data))
 
     def give_back(self) -> None:
         """Give back everything that was taken; a second call does nothing."""
-        self._budget._give_back(self._amount)
+        self._budget.count(self._name, -self._amount)
         self._amount = 0
 
 

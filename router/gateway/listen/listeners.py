@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
+from starlette.applications import Starlette
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from cluster.heap import give_back_freed
 from router.config.listen import ListenConfig
-from router.gateway.grpc.methods import Method
-from router.gateway.health import probe_app
-from router.gateway.listen.claim import Claim, claim
-from router.gateway.listen.door import Door
-from router.gateway.listen.grpc import GrpcListener
+from router.gateway.grpc.call import Method
+from router.gateway.http_io import HEALTH_PATH, healthz
+from router.gateway.listen.claim import Claim, claim, open_socket, resolved
+from router.gateway.listen.grpc import Door, GrpcListener
 from router.gateway.listen.http import HttpListener
-from router.gateway.listen.sockets import open_socket, resolved
 from router.security.access import Access
 from router.security.certificates import Certificates
 
@@ -75,7 +75,8 @@ class Listeners:
         try:
             await self._open_http(application, "http_port", self._app, self._certificates)
             if self._listen.health_port is not None:
-                await self._open_http(application, "health_port", probe_app(), None)
+                probe = Starlette(routes=[Route(HEALTH_PATH, healthz)])
+                await self._open_http(application, "health_port", probe, None)
             await self._open_grpc(application, "grpc_port", self._clients)
             await self._open_grpc(application, "admin_port", self._operators)
             self._giving_back = asyncio.create_task(_give_back(), name="freed memory")

@@ -25,8 +25,15 @@ class Detokenizer:
     kept back until the character is whole, or until :meth:`flush`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context_ids: Sequence[int] = (),
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        """``shown`` are the special tokens that are in the text, with what they are there."""
         self._tokenizer = tokenizer
+        self._shown = shown or {}
         # Tokens whose text has gone out, followed by tokens whose text has not.
         kept = [i for i in context_ids[-_CONTEXT_TOKENS:] if i not in tokenizer.skipped_ids]
         text = tokenizer.decode_kept(kept)
@@ -36,6 +43,19 @@ class Detokenizer:
 
     def push(self, *token_ids: int) -> str:
         """Take more tokens and return the new text, which may be empty."""
+        if self._shown.keys().isdisjoint(token_ids):
+            return self._push(token_ids)
+        pieces: list[str] = []
+        for token_id in token_ids:
+            if token_id in self._shown:
+                pieces += [self.flush(), self._shown[token_id]]
+                if len(self._window) > self._window_ids_emitted:  # else there would be no context
+                    self._advance()
+            else:
+                pieces.append(self._push((token_id,)))
+        return "".join(pieces)
+
+    def _push(self, token_ids: Sequence[int]) -> str:
         kept = [i for i in token_ids if i not in self._tokenizer.skipped_ids]
         if not kept:
             return ""
@@ -60,30 +80,6 @@ class Detokenizer:
         self._window = self._window[self._window_ids_emitted :]
         self._window_ids_emitted = len(self._window)
         self._emitted_chars = len(self._tokenizer.decode_kept(self._window))
-
-
-class MarkedDetokenizer(Detokenizer):
-    """A detokenizer whose text has some of the special tokens, by the text in ``shown``."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, context_ids: Sequence[int], shown: Mapping[int, str]
-    ) -> None:
-        super().__init__(tokenizer, context_ids)
-        self._shown = shown
-
-    def push(self, *token_ids: int) -> str:
-        """Take more tokens and return the new text, which may be empty."""
-        if self._shown.keys().isdisjoint(token_ids):
-            return super().push(*token_ids)
-        pieces: list[str] = []
-        for token_id in token_ids:
-            if token_id in self._shown:
-                pieces += [self.flush(), self._shown[token_id]]
-                if len(self._window) > self._window_ids_emitted:  # else there would be no context
-                    self._advance()
-            else:
-                pieces.append(super().push(token_id))
-        return "".join(pieces)
 
 
 class StopMatcher:
@@ -135,15 +131,8 @@ class ChoiceText:
         min_tokens: int = 0,
         shown: Mapping[int, str] | None = None,
     ) -> None:
-        """No stop string is looked for in the text of the first ``min_tokens`` tokens.
-
-        ``shown`` are the special tokens that are in the text, with what they are there.
-        """
-        self._detokenizer = (
-            MarkedDetokenizer(tokenizer, context_ids, shown)
-            if shown
-            else Detokenizer(tokenizer, context_ids)
-        )
+        """No stop string is looked for in the text of the first ``min_tokens`` tokens."""
+        self._detokenizer = Detokenizer(tokenizer, context_ids, shown)
         self._matcher = StopMatcher(stops)
         self._num_free = min_tokens
 

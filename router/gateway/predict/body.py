@@ -12,9 +12,9 @@ from router.config.deployment import GatewayConfig
 from router.gateway.input.request import base
 from router.gateway.input.request.base import Nullable, Text
 from router.gateway.input.request.model import Key, within
-from router.gateway.predict.tensors import MAX_AXIS
 from router.messages.tensor_bytes import NUMPY_DTYPES
 
+MAX_AXIS = 2**31 - 1
 _AXIS = {"type": "integer", "minimum": 1, "maximum": MAX_AXIS}
 
 

@@ -28,6 +28,7 @@ from router.gateway.predict.validate import (
 from router.gateway.service import Surface
 from router.messages.prediction import MIXTURE_PLATFORM, PredictionReply
 from router.messages.tensor_bytes import NUMPY_DTYPES
+from router.observability import catalogue
 from router.security.keys import Caller
 from router.served import ServedMixture
 
@@ -94,7 +95,7 @@ class PredictionService:
                 taken.enter_context(self.room.places.share_of(model_id)).take(1)
             charge.use("rows", num_rows)
             started_at_s = time.monotonic()
-            self.metrics.prediction_started(model_id, num_rows)
+            self.metrics.started(catalogue.PREDICTION_ROWS, model_id, num_rows)
             code: Code | None = None
             try:
                 reply = await self._reply(checked.of(caller))
@@ -108,7 +109,8 @@ class PredictionService:
             finally:
                 self.metrics.ended(checked.request, surface, code, time.monotonic() - started_at_s)
             if not reply.exact:
-                self.metrics.inexact_rows(model_id, checked.request.on_expert_loss, num_rows)
+                reason = checked.request.on_expert_loss
+                self.metrics.count(catalogue.INEXACT_ROWS, model_id, reason, by=num_rows)
             return encoded
 
     async def _reply(self, checked: CheckedPrediction) -> PredictionReply:

@@ -1,21 +1,20 @@
 """The Open Inference Protocol over gRPC: from request bytes to reply messages, without gRPC.
 
-Each method raises :class:`cluster.errors.ExpertMeshError`; ``router/gateway/grpc/service.py`` turns
+Each method raises :class:`cluster.errors.ExpertMeshError`; ``router/gateway/grpc/call.py`` turns
 that into a status.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from google.protobuf.message_factory import GetMessageClass
 
-from cluster.errors import InvalidRequestError, TooLargeError
+from cluster.errors import InvalidRequestError
 from experts.mixture.parts import Output
-from router.config.deployment import GatewayConfig
 from router.gateway.input.request.base import Kind, read, renamed
 from router.gateway.input.request.model import within
 from router.gateway.predict.body import InferParameters, Parameters
@@ -26,11 +25,10 @@ from router.gateway.predict.service import (
     PredictionService,
     metadata_of,
 )
-from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.validate import (
     VERSION,
     CheckedPrediction,
-    RawPrediction,
+    RawTensor,
 )
 from router.messages.prediction import PredictionReply
 from router.messages.tensor_bytes import TEXT, bytes_of
@@ -60,39 +58,19 @@ class PredictionHandlers:
     async def answer(self, method: str, data: bytes, caller: Caller) -> Any:
         """Answer a method of the service by its name, from a caller's request to its reply."""
         rpc = PREDICTION_SERVICE.methods_by_name[method]
-        limit = self._service.limits.max_body_bytes
         is_infer = method == "ModelInfer"
         # The arrays of a request are views of its message, so the share lasts as long.
         with self._service.room.bodies.share_of(caller.name) as share:
             with self._service.metrics.refusals("grpc") if is_infer else nullcontext():
-                if len(data) > limit:
-                    raise TooLargeError(f"the message is over the limit of {limit} bytes")
-                share.take(len(data))
+                share.take_message(data, self._service.limits.max_body_bytes)
                 request = parsed(GetMessageClass(rpc.input_type), data)
-            return await _METHODS[method](self, request, caller)
+            if is_infer:
+                return await self._infer(request, caller)
+            return _DESCRIPTIONS[method](self._service, request)
 
-    async def _server_live(self, request: Any, caller: Caller) -> Any:
-        return messages.ServerLiveResponse(live=True)
-
-    async def _server_ready(self, request: Any, caller: Caller) -> Any:
-        return messages.ServerReadyResponse(ready=self._service.ready().is_ready)
-
-    async def _model_ready(self, request: Any, caller: Caller) -> Any:
-        is_ready = self._service.model_ready(request.name, request.version)
-        return messages.ModelReadyResponse(ready=is_ready)
-
-    async def _server_metadata(self, request: Any, caller: Caller) -> Any:
-        return messages.ServerMetadataResponse(
-            name=SERVER_NAME, version=SERVER_VERSION, extensions=EXTENSIONS
-        )
-
-    async def _model_metadata(self, request: Any, caller: Caller) -> Any:
-        mixture = self._service.validator.mixture(request.name, request.version)
-        return messages.ModelMetadataResponse(**metadata_of(mixture))
-
-    async def _model_infer(self, request: Any, caller: Caller) -> Any:
+    async def _infer(self, request: Any, caller: Caller) -> Any:
         with self._service.metrics.refusals("grpc"):
-            checked = self._service.validator.check(_raw_request(request, self._service.limits))
+            checked = _checked(request, self._service)
         is_raw = bool(request.raw_input_contents)
 
         def encode(reply: PredictionReply) -> Any:
@@ -101,17 +79,25 @@ class PredictionHandlers:
         return await self._service.predict(checked, caller, "grpc", encode)
 
 
-_METHODS: Mapping[str, Callable[[PredictionHandlers, Any, Caller], Awaitable[Any]]] = {
-    "ServerLive": PredictionHandlers._server_live,
-    "ServerReady": PredictionHandlers._server_ready,
-    "ModelReady": PredictionHandlers._model_ready,
-    "ServerMetadata": PredictionHandlers._server_metadata,
-    "ModelMetadata": PredictionHandlers._model_metadata,
-    "ModelInfer": PredictionHandlers._model_infer,
+_DESCRIPTIONS: Mapping[str, Callable[[PredictionService, Any], Any]] = {
+    "ServerLive": lambda service, request: messages.ServerLiveResponse(live=True),
+    "ServerReady": lambda service, request: messages.ServerReadyResponse(
+        ready=service.ready().is_ready
+    ),
+    "ModelReady": lambda service, request: messages.ModelReadyResponse(
+        ready=service.model_ready(request.name, request.version)
+    ),
+    "ServerMetadata": lambda service, request: messages.ServerMetadataResponse(
+        name=SERVER_NAME, version=SERVER_VERSION, extensions=EXTENSIONS
+    ),
+    "ModelMetadata": lambda service, request: messages.ModelMetadataResponse(
+        **metadata_of(service.validator.mixture(request.name, request.version))
+    ),
 }
+"""The methods beside ``ModelInfer``."""
 
 
-def _raw_request(request: Any, limits: GatewayConfig) -> RawPrediction:
+def _checked(request: Any, service: PredictionService) -> CheckedPrediction:
     raws = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise InvalidRequestError(
@@ -130,12 +116,12 @@ def _raw_request(request: Any, limits: GatewayConfig) -> RawPrediction:
         inputs.append(RawTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     for place, output in enumerate(request.outputs):
         _parameters(Parameters, output, f"outputs[{place}].parameters")
-    return RawPrediction(
+    return service.validator.check(
         request.model_name,
         request.model_version,
         inputs,
         [output.name for output in request.outputs],
-        _parameters(within(InferParameters, limits), request, "parameters"),
+        _parameters(within(InferParameters, service.limits), request, "parameters"),
     )
 
 

@@ -6,8 +6,11 @@ it (the binary tensor extension), and the header has the length of the JSON.
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, TooLargeError, shown
 from cluster.spec import EXACT_HEADER
 from router.config.deployment import GatewayConfig
 from router.gateway.http_io import parse_json, read_body, until_disconnect
-from router.gateway.input import checks
 from router.gateway.input.request import base
 from router.gateway.limits.room import Share
 from router.gateway.predict.body import InferInput, InferRequest, body_within
-from router.gateway.predict.compression import (
-    MIN_COMPRESSED_BYTES,
-    Inflater,
-    accepted_encoding,
-    compressed,
-)
 from router.gateway.predict.service import (
     EXTENSIONS,
     SERVER_NAME,
@@ -37,19 +33,80 @@ from router.gateway.predict.service import (
     PredictionService,
     metadata_of,
 )
-from router.gateway.predict.tensors import RawTensor, json_list
 from router.gateway.predict.validate import (
     VERSION,
     CheckedPrediction,
-    RawPrediction,
+    RawTensor,
+    json_list,
 )
 from router.messages.prediction import PredictionReply
 from router.messages.tensor_bytes import bytes_of
 
+FIELD = "Content-Encoding"
+MIN_COMPRESSED_BYTES = 1024
+"""A smaller reply is not compressed: it would hardly become smaller."""
+_LEVEL = 1
+_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 LENGTH_HEADER = "Inference-Header-Content-Length"
 _MODEL_PATH = re.compile(
     r"(?P<model>.+?)(?:/versions/(?P<version>[^/]+))?(?:/(?P<verb>ready|infer))?", re.DOTALL
 )
+
+
+class Inflater:
+    """Undoes the compression of one body, piece by piece, up to a limit."""
+
+    def __init__(self, encoding: str, limit_bytes: int) -> None:
+        """Raises :class:`InvalidRequestError` for an encoding that is not known."""
+        if encoding not in _WINDOWS:
+            raise InvalidRequestError(
+                f"must be {', '.join(_WINDOWS)} or identity; got {shown(encoding)}", FIELD
+            )
+        self._encoding = encoding
+        self._limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._stream = zlib.decompressobj(_WINDOWS[encoding])
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return the bytes of a piece.
+
+        Raises :class:`TooLargeError` beyond the limit, before memory is taken for more, and
+        :class:`InvalidRequestError` for damaged bytes.
+        """
+        room = self._limit_bytes - self._num_bytes
+        try:
+            data = self._stream.decompress(piece, room + 1)
+        except zlib.error:
+            raise InvalidRequestError(f"the body is not {self._encoding}", FIELD) from None
+        if len(data) > room:
+            raise TooLargeError(f"the body is over the limit of {self._limit_bytes} bytes")
+        self._num_bytes += len(data)
+        return data
+
+    def finish(self) -> None:
+        """Raise :class:`InvalidRequestError` unless the compressed body has ended, with nothing
+        after it."""
+        if not self._stream.eof or self._stream.unused_data:
+            raise InvalidRequestError(
+                f"the body is not one complete {self._encoding} stream", FIELD
+            )
+
+
+def accepted_encoding(accept: str) -> str | None:
+    """Return the first encoding of an ``Accept-Encoding`` that a reply may have, or ``None``."""
+    for part in accept.lower().split(","):
+        encoding, _, quality = part.partition(";")
+        name, is_accepted = encoding.strip(), quality.replace(" ", "") not in ("q=0", "q=0.0")
+        if name in _WINDOWS and is_accepted:
+            return name
+    return None
+
+
+async def compressed(body: bytes, encoding: str) -> bytes:
+    """Return a body in an encoding; other requests go on meanwhile."""
+    if encoding == "gzip":
+        return await asyncio.to_thread(gzip.compress, body, _LEVEL, mtime=0)
+    return await asyncio.to_thread(zlib.compress, body, _LEVEL)
 
 
 def add_v2_routes(app: FastAPI, service: PredictionService) -> None:
@@ -102,8 +159,9 @@ async def _infer(
             service.validator.mixture(model_id, version)
             body = await _read(request, service.limits.max_body_bytes, share)
             length = request.headers.get(LENGTH_HEADER)
-            raw, asked = parse_infer(model_id, version, body, length, service.limits)
-            checked = service.validator.check(raw)
+            inputs, asked = parse_infer(body, length, service.limits)
+            outputs = [output.name for output in asked.outputs]
+            checked = service.validator.check(model_id, version, inputs, outputs, asked.parameters)
 
         def encode(reply: PredictionReply) -> EncodedReply:
             return encoded_reply(asked, checked, reply)
@@ -129,9 +187,9 @@ async def _read(request: Request, max_bytes: int, share: Share) -> bytes:
 
 
 def parse_infer(
-    model_id: str, version: str, body: bytes, header_length: str | None, limits: GatewayConfig
-) -> tuple[RawPrediction, InferRequest]:
-    """Return a request as both surfaces have it, and its body.
+    body: bytes, header_length: str | None, limits: GatewayConfig
+) -> tuple[list[RawTensor], InferRequest]:
+    """Return the unchecked inputs of a body, and its other fields.
 
     ``header_length`` is the value of the header, if it is there. Raises
     :class:`InvalidRequestError` with the place of what is wrong.
@@ -149,8 +207,7 @@ def parse_infer(
             f"{taken}",
             "inputs",
         )
-    outputs = [output.name for output in asked.outputs]
-    return RawPrediction(model_id, version, inputs, outputs, asked.parameters), asked
+    return inputs, asked
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
@@ -160,7 +217,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, memoryview]:
     is_number = header_length.isascii() and header_length.isdecimal() and len(header_length) < 20
     if not is_number or not 0 < int(header_length) <= len(body):
         raise InvalidRequestError(
-            checks.wrong(header_length, f"from 1 to the body's {len(body)} bytes"), LENGTH_HEADER
+            base.wrong(header_length, f"from 1 to the body's {len(body)} bytes"), LENGTH_HEADER
         )
     length = int(header_length)
     return body[:length], memoryview(body)[length:]

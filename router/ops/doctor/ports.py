@@ -8,7 +8,7 @@ from typing import Any
 
 from router.config.deployment import IMPORT_PATH, GatewayConfig
 from router.config.listen import ListenConfig
-from router.gateway.listen.sockets import why_taken
+from router.gateway.listen.claim import why_taken
 
 _PURPOSES = {
     "http_port": "HTTP",

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.fuzzing import callers
 from benchmarks.fuzzing.target import Target
 from cluster.errors import UnauthenticatedError
-from router.gateway.browsers import BrowserRules
+from router.gateway.http_io import BrowserRules
 from router.security.access import FIELD, Access
 from router.security.keys import ANYBODY, Caller
 

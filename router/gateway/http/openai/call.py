@@ -62,9 +62,9 @@ class OpenAiCall(ABC):
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """Return an answer, or a chunk of a stream, with these choices and without usage."""
 
-    @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
         """Return the chunks before the first text."""
+        return []
 
     @abstractmethod
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:

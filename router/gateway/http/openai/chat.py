@@ -9,7 +9,7 @@ from router.gateway.http.openai.call import OpenAiCall, stream_options
 from router.gateway.input.chat_request import call_id
 from router.gateway.input.request.base import renamed
 from router.gateway.input.request.model import ChatRequest
-from router.gateway.input.tools.calls import CallPart
+from router.gateway.input.tools.reader import CallPart
 from router.gateway.input.validate import Validator
 from router.gateway.service import Collected, Delta
 

@@ -61,10 +61,6 @@ class CompletionCall(OpenAiCall):
         """Return a ``text_completion``; chunks have the same shape."""
         return self.answer_object("cmpl", "text_completion", choices)
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Return no chunks: completions have none before the first text."""
-        return []
-
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice; a choice's first chunk may have the prompt's ids."""
         return self._choice(index, delta, index not in self._offsets)

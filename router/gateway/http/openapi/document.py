@@ -11,13 +11,22 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
+
 from cluster.spec import EXACT_HEADER
 from router.config.deployment import GatewayConfig
 from router.gateway.errors import BY_CLASS, HTTP_STATUS
-from router.gateway.http.openapi.answers import ANSWERS
-from router.gateway.http.openapi.bodies import bodies
-from router.gateway.http.openapi.schema import Schema, one_of, ref, text
+from router.gateway.http.openapi.answers import ANSWERS, Schema, one_of, ref, text
+from router.gateway.input.request.model import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+    within,
+)
 from router.gateway.limits.quotas import RATE_HEADERS
+from router.gateway.predict.body import body_within
 from router.gateway.predict.validate import VERSION
 
 OPENAPI_PATH = "/openapi.json"
@@ -165,3 +174,25 @@ def _response(description: str, content: Mapping[str, Schema]) -> dict[str, Any]
     rate, request_id = ({"$ref": f"#/components/headers/{name}"} for name in ("Rate", "RequestId"))
     headers = {**dict.fromkeys(RATE_HEADERS, rate), "x-request-id": request_id}
     return {"description": description, "headers": headers, "content": _content(content)}
+
+
+BODIES: tuple[type[Request], ...] = (
+    CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
+
+
+def bodies(models: Sequence[str], limits: GatewayConfig) -> dict[str, Schema]:
+    """Return the schemas of bodies and of their parts by their names in the document.
+
+    The bodies are of the served language ``models``.
+    """
+    kinds = [*(within(kind, limits) for kind in BODIES), body_within(limits)]
+    _, found = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template=ref("{model}")["$ref"]
+    )
+    schemas: dict[str, Schema] = found["$defs"]
+    for kind in BODIES:
+        body = schemas[kind.__name__]
+        body["properties"]["model"] = one_of(*models)
+        body["required"] = ["model", *body.get("required", ())]
+    return schemas

@@ -19,7 +19,6 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cluster.errors import InvalidRequestError, shown, shown_name
-from router.gateway.input import checks
 
 Schema = dict[str, Any]
 NULL: Schema = {"type": "null"}
@@ -37,6 +36,31 @@ _NO_TEXT = {
 """By pydantic's types of errors. A text that is given instead may be a prompt's: it is not told."""
 _SHOULD = re.compile(r"^\w+ should (.*?)( after validation.*)?$")
 _KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "a mapping"}
+
+
+def wrong(value: object, allowed: str) -> str:
+    """Return the message for a value that is not allowed."""
+    return f"must be {allowed}; got {shown(value)}"
+
+
+def integer(value: object, field: str, low: int, high: int) -> int:
+    """Return ``value`` if it is an integer from ``low`` to ``high``, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequestError(wrong(value, f"an integer from {low} to {high}"), field)
+    return value
+
+
+def text(value: object, field: str) -> str:
+    """Return ``value`` if it is a text that UTF-8 can encode."""
+    if not isinstance(value, str):
+        raise InvalidRequestError(wrong(value, "a string"), field)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"character {error.start} is half of a surrogate pair, not Unicode text", field
+        ) from None
+    return value
 
 
 def either(*kinds: str) -> Discriminator:
@@ -137,7 +161,7 @@ def _refusal(error: ErrorDetails, body: Mapping[str, Any]) -> InvalidRequestErro
     if kind in ("missing", "union_tag_not_found"):
         return InvalidRequestError("is missing", where)
     if kind == "string_unicode":
-        checks.text(given, where)
+        text(given, where)
     seen = "a string" if kind in _NO_TEXT and isinstance(given, str) else shown(given)
     return InvalidRequestError(f"{told}; got {seen}", where)
 

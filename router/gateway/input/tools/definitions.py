@@ -7,27 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequestError
-from router.gateway.input import checks
 from router.gateway.input.grammar import check_schema
-from router.gateway.input.request import parts
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A checked tool; ``given`` is what the chat template shows."""
-
-    name: str
-    parameters: dict[str, Any]
-    is_strict: bool
-    given: dict[str, Any]
+from router.gateway.input.request import base, parts
+from router.gateway.input.request.parts import Function
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """The tools of a request, those that may be called, and whether one must be."""
 
-    tools: tuple[Tool, ...]
-    callable: tuple[Tool, ...]
+    tools: tuple[Function, ...]
+    callable: tuple[Function, ...]
     is_required: bool = False
     is_parallel: bool = True
 
@@ -35,12 +25,17 @@ class ToolUse:
     def is_constrained(self) -> bool:
         """Whether a grammar makes sure of the calls."""
         is_limited = len(self.callable) < len(self.tools)
-        return self.is_required or is_limited or any(tool.is_strict for tool in self.callable)
+        return self.is_required or is_limited or any(tool.strict for tool in self.callable)
 
     @property
     def given(self) -> list[dict[str, Any]]:
         """The tools as a chat template shows them."""
-        return [tool.given for tool in self.tools]
+        return [{"type": "function", "function": _shown(tool)} for tool in self.tools]
+
+
+def _shown(tool: Function) -> dict[str, Any]:
+    fields = ((name, getattr(tool, name)) for name in ("name", "description", "parameters"))
+    return {name: value for name, value in fields if value is not None}
 
 
 def check_tool_use(
@@ -68,16 +63,16 @@ def check_tool_use(
     return ToolUse(tools, callable_, allowed.mode == "required", is_parallel)
 
 
-def _named(choice: parts.NamedTool, by_name: Mapping[str, Tool], where: str) -> Tool:
+def _named(choice: parts.NamedTool, by_name: Mapping[str, Function], where: str) -> Function:
     name = choice.function.name
     if name not in by_name:
-        told = checks.wrong(name, "the name of a tool")
+        told = base.wrong(name, "the name of a tool")
         raise InvalidRequestError(told, f"{where}.function.name")
     return by_name[name]
 
 
-def _tools(given: Sequence[parts.Tool]) -> tuple[Tool, ...]:
-    found: dict[str, Tool] = {}
+def _tools(given: Sequence[parts.Tool]) -> tuple[Function, ...]:
+    found: dict[str, Function] = {}
     for place, entry in enumerate(given):
         spec, where = entry.function, f"tools[{place}].function"
         if spec.name in found:
@@ -86,10 +81,6 @@ def _tools(given: Sequence[parts.Tool]) -> tuple[Tool, ...]:
         check_schema(spec.parameters, f"{where}.parameters")
         kind = spec.parameters.get("type", "object")
         if kind != "object":
-            raise InvalidRequestError(checks.wrong(kind, "object"), f"{where}.parameters.type")
-        shown: dict[str, Any] = {"name": spec.name}
-        if spec.description is not None:
-            shown["description"] = spec.description
-        function = {"type": "function", "function": {**shown, "parameters": spec.parameters}}
-        found[spec.name] = Tool(spec.name, spec.parameters, spec.strict, function)
+            raise InvalidRequestError(base.wrong(kind, "object"), f"{where}.parameters.type")
+        found[spec.name] = spec
     return tuple(found.values())

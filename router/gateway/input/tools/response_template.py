@@ -6,9 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from router.gateway.input.tools.calls import Calls, without_halves
 from router.gateway.input.tools.formats import ChatFormat
-from router.gateway.input.tools.reader import Blanks, ChoiceParser, Steps, any_of
+from router.gateway.input.tools.reader import (
+    Blanks,
+    Calls,
+    ChoiceParser,
+    Steps,
+    any_of,
+    without_halves,
+)
 
 CALLS_FIELD = "tool_calls"
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")

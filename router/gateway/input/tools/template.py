@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import InvalidRequestError
-from router.gateway.input.tools.messages import MAX_NAMES, Message, names_of_calls, shaped
 
+MAX_NAMES = 128
+"""The most functions that a conversation has calls of; a prompt is searched for each."""
+Message = dict[str, Any]
 _UNREAD = "is allowed only if the model's chat template reads it"
 _RESERVED = frozenset(
     {
@@ -50,6 +53,43 @@ _PROBE: list[Message] = [
 Render = Callable[[list[Message], bool, "list[dict[str, Any]] | None", Mapping[str, Any]], str]
 """Renders messages; whether the assistant's next message is opened, tools, and options."""
 Shape = Callable[[Sequence[Message]], list[Message]]
+
+
+def _names_of_calls(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the names of the functions that messages call, each with the first place of it."""
+    return {
+        call["function"]["name"]: f"messages[{place}].tool_calls[{number}]"
+        for place, message in reversed(list(enumerate(messages)))
+        for number, call in reversed(list(enumerate(message.get("tool_calls", ()))))
+    }
+
+
+def _shaped(
+    messages: Sequence[Message], has_texts: bool, empty: Literal["", "absent"] | None
+) -> list[Message]:
+    """Return messages with calls as a template wants them.
+
+    With ``has_texts`` the calls' arguments are JSON texts. Content that is missing beside calls is
+    ``empty``.
+    """
+    found = []
+    for given in messages:
+        message = given
+        if "tool_calls" in given:
+            calls = [_with_text(call) if has_texts else call for call in message["tool_calls"]]
+            message = {**message, "tool_calls": calls, "content": message["content"] or empty}
+            if empty == "absent" and not given["content"]:
+                del message["content"]
+        found.append(message)
+    return found
+
+
+def _with_text(call: Message) -> Message:
+    function = call["function"]
+    if isinstance(function["arguments"], str):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 class ChatTemplate:
@@ -98,7 +138,7 @@ class ChatTemplate:
         if self._shape is None:
             reason = "this model's chat template does not support tool calls and results"
             raise InvalidRequestError(reason, f"messages[{places[0]}]")
-        names = names_of_calls(ready)
+        names = _names_of_calls(ready)
         if len(names) > MAX_NAMES:
             reason = f"call {len(names)} functions; at most {MAX_NAMES}"
             raise InvalidRequestError(reason, "messages")
@@ -129,7 +169,7 @@ class ChatTemplate:
 
 
 _SHAPES: tuple[Shape, ...] = tuple(
-    functools.partial(shaped, has_texts=has_texts, empty=empty)
+    functools.partial(_shaped, has_texts=has_texts, empty=empty)
     for has_texts in (False, True)
     for empty in ("", "absent", None)
 )

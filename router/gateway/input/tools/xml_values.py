@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from router.gateway.input.schemas import target
-from router.gateway.input.tools.calls import DECODER
+from router.gateway.input.tools.reader import DECODER
 
 TEXT = frozenset({"string"})
 CONSTANTS = {"true": "boolean", "false": "boolean", "null": "null", "none": "null"}

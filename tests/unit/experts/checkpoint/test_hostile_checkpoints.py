@@ -158,6 +158,6 @@ def test_a_tokenizers_code_is_never_run(folder: Path) -> None:
 )
 def test_a_template_that_fails_or_reaches_out_is_a_refusal_of_the_messages(template: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        tokenizer(template).chat_prompt([{"role": "user", "content": "hi"}])
+        tokenizer(template).template.prompt([{"role": "user", "content": "hi"}])
     assert caught.value.field == "messages"
     assert "root:" not in caught.value.message

@@ -10,8 +10,8 @@ import pytest
 from cluster.errors import OverloadedError, UnavailableError
 from cluster.reports import KeyUsage, Measurements, ProcessSamples, ProcessStatus, UsageReport
 from router.client import AsyncClient, Client
+from router.gateway.admin import usage_of
 from router.gateway.limits.charges import Charges
-from router.gateway.limits.usage import usage_of
 from router.gateway.metrics import Metrics
 from router.security.keys import Caller, Role
 from router.security.limits import KeyLimits
@@ -55,7 +55,7 @@ def test_counts_are_summed_over_gateways_and_names() -> None:
 def test_both_clients_and_the_command_show_what_keys_have_used() -> None:
     upstream = FakeUpstream(says(""))
     servicer = Servicer(upstream)
-    charges = servicer.methods._inference.service.charges
+    charges = servicer.methods.service.charges
     used(charges)
     charges.begin(BOB)
     with charges.charge(BOB, 7) as charge:

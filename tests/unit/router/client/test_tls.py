@@ -16,8 +16,7 @@ from router.cli.app import app
 from router.client import AsyncClient, Client, ClientTls, UnreachableError
 from router.client.tls import AUTHORITY_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE
 from router.config.listen import ListenConfig
-from router.gateway.listen.door import Door
-from router.gateway.listen.grpc import GrpcListener
+from router.gateway.listen.grpc import Door, GrpcListener
 from router.security.certificates import Certificates
 from tests.client_tls import Pair
 from tests.unit.gateway_fakes import FakeUpstream, Servicer, says

@@ -13,18 +13,22 @@ from cluster.errors import InvalidRequestError, UnavailableError
 from cluster.reports import Samples
 from router.gateway import admin as admin_module
 from router.gateway.admin import Admin
-from router.gateway.grpc.handlers import ADMIN_CALLS, ADMIN_SERVICE
+from router.gateway.grpc.methods import ADMIN_CALLS, ADMIN_SERVICE
 from router.gateway.metrics import Metrics
 from tests.unit import gateway_fakes as fakes
 from tests.unit.gateway_fakes import FakeController, FakeUpstream, admin, says
 
 CHANGES: dict[str, Callable[[Admin], Coroutine[Any, Any, Any]]] = {
-    "rebalance": lambda admin: admin.rebalance(True),
-    "scale": lambda admin: admin.scale(3, "gpu", False),
-    "drain": lambda admin: admin.drain("a0", True),
-    "set_copies": lambda admin: admin.set_copies("tiny", 1, 5, 2, False),
+    "rebalance": lambda admin: admin.change("rebalance", True),
+    "scale": lambda admin: admin.change("scale", 3, "gpu", False),
+    "drain": lambda admin: admin.change("drain", "a0", True),
+    "set_copies": lambda admin: admin.change("set_copies", "tiny", 1, 5, 2, False, False),
 }
-CALLS = {"status": Admin.status, "load": Admin.load, **CHANGES}
+CALLS: dict[str, Callable[[Admin], Coroutine[Any, Any, Any]]] = {
+    "status": lambda admin: admin.ask("status"),
+    "load": lambda admin: admin.ask("load"),
+    **CHANGES,
+}
 REPORTS = {"status": fakes.STATUS, "load": fakes.LOAD, "rebalance": fakes.REBALANCED}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from router.config.deployment import parse_args
-from router.gateway.browsers import BrowserRules
+from router.gateway.http_io import BrowserRules
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import COMPLETIONS
 from tests.unit.http_calls import OF_JSON as JSON

@@ -20,8 +20,8 @@ from starlette.responses import PlainTextResponse
 from cluster.errors import ConfigError
 from router.client import ClientTls
 from router.config.listen import ListenConfig
+from router.gateway.listen.claim import open_socket
 from router.gateway.listen.http import HttpListener
-from router.gateway.listen.sockets import open_socket
 from router.security.certificates import Certificates
 from tests.client_tls import Pair, shown_number
 

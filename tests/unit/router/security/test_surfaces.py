@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from cluster.errors import ForbiddenError, UnauthenticatedError
 from router.client import Client, Sampling
-from router.gateway.grpc.handlers import ADMIN_SERVICE, INFERENCE_SERVICE
+from router.gateway.grpc.methods import ADMIN_SERVICE, INFERENCE_SERVICE
 from router.gateway.metrics import Metrics
 from router.gateway.predict.v2_grpc import PREDICTION_SERVICE
 from router.protos.errors import DETAILS_KEY, is_from_server

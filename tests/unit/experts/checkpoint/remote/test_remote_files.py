@@ -28,8 +28,7 @@ from experts.checkpoint.remote import remote_reader as reader_module
 from experts.checkpoint.remote.remote_files import Neighbours, open_model
 from experts.checkpoint.remote.remote_reader import CheckpointReader, SmallFile
 from experts.checkpoint.stored import read_range
-from router.gateway.input.models import load_models
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import Tokenizer, load_models
 from router.model.model import load_dense
 from router.served import ServedModel, inspect_models
 from tests.arrays import loaded
@@ -178,12 +177,12 @@ def test_a_gateway_gets_the_tokenizer(folder: Path) -> None:
     model = ServedModel(source, "mixtral", 320, 256, 2, (0,))
     with pytest.MonkeyPatch.context() as patch:
         neighbours = FakeNeighbours({"a": folder})
-        patch.setattr("router.gateway.input.models.RayNeighbours", lambda: neighbours)
+        patch.setattr("router.gateway.input.tokenizer.RayNeighbours", lambda: neighbours)
         tokenizer = load_models((model,))["m"].tokenizer
     right = Tokenizer.load(str(folder), (0,))
     text = "the quick brown fox, at last: ü"
     assert tokenizer.encode(text) == right.encode(text)
-    assert tokenizer.chat_prompt([{"role": "user", "content": "x"}]) == "user: x\nassistant:"
+    assert tokenizer.template.prompt([{"role": "user", "content": "x"}]) == "user: x\nassistant:"
     assert neighbours.reads == {"a": []}
 
 

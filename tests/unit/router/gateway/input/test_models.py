@@ -11,8 +11,7 @@ import pytest
 
 from cluster.errors import CheckpointError
 from router.config.deployment import parse_args
-from router.gateway.input.models import load_models
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import Tokenizer, load_models
 from router.served import inspect_models
 from tests.checkpoints import save_mixtral, save_tokenizer
 from tests.family_checkpoints import SAVERS

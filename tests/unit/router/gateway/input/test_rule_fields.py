@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import InvalidRequestError
 from router.client import Client, Sampling
 from router.gateway.input.request.model import Generation
-from router.gateway.input.token_rules import check_rules
+from router.gateway.input.tokens import check_rules
 from router.messages.request import TokenEvent
 from router.messages.rules import TokenRules
 from tests.unit.gateway_fakes import (

@@ -60,7 +60,7 @@ def test_a_text_is_tokenised_and_back(address: str) -> None:
 def test_messages_are_rendered_by_the_template() -> None:
     plain = tokenizer()
     for opened in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": False}):
-        text = plain.chat_prompt(HELLO, opened.get("add_generation_prompt", True))
+        text = plain.template.prompt(HELLO, opened.get("add_generation_prompt", True))
         ids = plain.encode(text, add_special_tokens=False)
         assert tokenized(messages=HELLO, **opened)["tokens"] == ids
 
@@ -110,7 +110,9 @@ def test_an_unknown_model_is_refused(path: str, body: dict[str, Any]) -> None:
 def test_both_clients_tokenise(address: str) -> None:
     plain, messages = tokenizer(), [Message("user", "hi")]
     ids = tuple(plain.encode(TEXT))
-    of_messages = tuple(plain.encode(plain.chat_prompt([{"role": "user", "content": "hi"}]), False))
+    of_messages = tuple(
+        plain.encode(plain.template.prompt([{"role": "user", "content": "hi"}]), False)
+    )
     with Client(address) as client:
         assert (client.tokenize(TEXT), client.detokenize(ids)) == (ids, TEXT)
         assert client.tokenize(messages=messages, model="tiny") == of_messages

@@ -15,9 +15,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from router.config.listen import ListenConfig
-from router.gateway.listen import http, http_protocol
-from router.gateway.listen.http import HttpListener
-from router.gateway.listen.http_protocol import MAX_PIPELINED
+from router.gateway.listen import http
+from router.gateway.listen.http import MAX_PIPELINED, HttpListener
 from tests.unit.router.gateway.listen.loops import in_loop, until
 
 LIMITS = ListenConfig(
@@ -234,7 +233,7 @@ async def test_what_does_not_end_in_time_is_cut_off() -> None:
 
 @in_loop
 async def test_an_answer_that_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "UNREAD_S", 0.1)
+    monkeypatch.setattr(http, "UNREAD_S", 0.1)
     async with served() as (listener, _, address):
         _, writer = await asyncio.open_connection(*address, limit=1024)
         assert isinstance(writer.transport, asyncio.Transport)

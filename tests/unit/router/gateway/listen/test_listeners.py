@@ -33,12 +33,11 @@ from cluster.errors import ConfigError, ExpertMeshError
 from router.client import ClientTls, Sampling, UnreachableError, session
 from router.client.aio import AsyncClient
 from router.config.listen import ListenConfig
-from router.gateway.grpc.handlers import ADMIN_SERVICE, SERVICES
-from router.gateway.grpc.methods import Method
+from router.gateway.grpc.call import Method
+from router.gateway.grpc.methods import ADMIN_SERVICE, SERVICES
 from router.gateway.limits import room as limits
 from router.gateway.listen import listeners
-from router.gateway.listen.door import Door
-from router.gateway.listen.grpc import MAX_STREAMS, GrpcListener
+from router.gateway.listen.grpc import MAX_STREAMS, Door, GrpcListener
 from router.gateway.listen.listeners import Listeners, Surface
 from router.gateway.metrics import Metrics
 from router.messages.request import GenerationRequest, TokenEvent

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from cluster.errors import Code, ExpertMeshError, TooLargeError
 from router.config.deployment import GatewayConfig
 from router.gateway.predict import validate
-from router.gateway.predict.tensors import MAX_ROWS
 from router.gateway.predict.v2_http import LENGTH_HEADER, parse_infer
+from router.gateway.predict.validate import MAX_ROWS
 from tests.unit.prediction_fakes import FakePredictions
 from tests.unit.router.gateway.predict.v2_calls import (
     Infer,
@@ -341,7 +341,7 @@ def mutated(data: st.DataObject, whole: bytes) -> bytes:
 def test_a_mutated_body_is_parsed_or_refused(data: st.DataObject) -> None:
     body = mutated(data, WHOLE)
     length = data.draw(st.sampled_from([HEADERS[LENGTH_HEADER], str(len(body)), None, "7"]))
-    parsed = outcome(lambda: parse_infer("digits", "", body, length, GatewayConfig()))
+    parsed = outcome(lambda: parse_infer(body, length, GatewayConfig()))
     if isinstance(parsed, ExpertMeshError):
         assert parsed.code is Code.INVALID_ARGUMENT
 

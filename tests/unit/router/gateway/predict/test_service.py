@@ -13,9 +13,8 @@ from router.gateway.limits.room import Room
 from router.gateway.metrics import Metrics
 from router.gateway.predict.body import InferParameters
 from router.gateway.predict.service import PredictionService
-from router.gateway.predict.tensors import RawTensor
 from router.gateway.predict.v2_grpc import PredictionHandlers
-from router.gateway.predict.validate import RawPrediction
+from router.gateway.predict.validate import RawTensor
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.security.keys import ANYBODY, Caller, Role
 from tests.unit.prediction_fakes import MIXTURES, FakePredictions, prediction_service
@@ -111,7 +110,7 @@ async def test_a_reply_that_cannot_be_written_is_a_failure(service: PredictionSe
         raise NotFiniteError("has inf", "outputs.x")
 
     pixels = RawTensor("pixels", "FP32", (1, 4), [1, 2, 3, 4])
-    checked = service.validator.check(RawPrediction("digits", "", [pixels], (), InferParameters()))
+    checked = service.validator.check("digits", "", [pixels], (), InferParameters())
     with pytest.raises(NotFiniteError):
         await service.predict(checked, ANYBODY, "http", encode)
     assert counted(service, "requests_total", surface="http", code="internal") == 1

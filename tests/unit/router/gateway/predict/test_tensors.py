@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from cluster.errors import InvalidRequestError, NotFiniteError
 from experts.mixture.parts import Input
-from router.gateway.predict.tensors import RawTensor, checked_array, json_list
+from router.gateway.predict.validate import RawTensor, checked_array, json_list
 from router.messages.tensor_bytes import (
     NUMPY_DTYPES,
     TEXT,

@@ -94,7 +94,7 @@ def test_what_cannot_be_opened_for_other_reasons_says_which(
         def bind(self, address: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("router.gateway.listen.sockets.socket.socket", Denied)
+    monkeypatch.setattr("router.gateway.listen.claim.socket.socket", Denied)
     [taken] = taken_ports([Port(80, "127.0.0.1", "HTTP", "key")])
     assert taken.reason == "this user may not open it"
 

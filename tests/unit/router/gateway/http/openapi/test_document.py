@@ -11,7 +11,7 @@ import pytest
 from starlette.routing import Route
 
 from router.config.deployment import GatewayConfig
-from router.gateway.http.openapi.bodies import BODIES
+from router.gateway.http.openapi.document import BODIES
 from router.gateway.input.request.model import Request
 from tests.unit.gateway_fakes import FakeUpstream, http_app, says
 from tests.unit.http_calls import CHAT, COMPLETIONS, HELLO, call, events, refusal

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from router.gateway.input.tools.answer import AnswerFormat
-from router.gateway.input.tools.definitions import Tool, ToolUse
+from router.gateway.input.chat_request import AnswerFormat
+from router.gateway.input.request.parts import Function
+from router.gateway.input.tools.definitions import ToolUse
 from router.gateway.input.tools.formats import ChatFormat
 from router.gateway.input.tools.reader import ChoiceParser
 
@@ -27,9 +28,8 @@ HARMONY = (
 LATER = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
 
 
-def tool(name: str, parameters: dict[str, Any], is_strict: bool = False) -> Tool:
-    function = {"name": name, "parameters": parameters}
-    return Tool(name, parameters, is_strict, {"type": "function", "function": function})
+def tool(name: str, parameters: dict[str, Any], is_strict: bool = False) -> Function:
+    return Function(name=name, parameters=parameters, strict=is_strict)
 
 
 TOOLS = (tool("get_weather", WEATHER), tool("now", NOW))

@@ -21,8 +21,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cluster.spec import ModelExperts, ModelSource
-from router.gateway.input.models import GatewayModel
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tokenizer import GatewayModel, Tokenizer
 from router.messages.request import GenerationRequest, TokenEvent
 from router.served import ServedModel
 from tests.unit.gateway_fakes import FakeUpstream, Script, http_app

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.gateway.input.tools.answer import AnswerFormat
+from router.gateway.input.chat_request import AnswerFormat
 from router.gateway.input.tools.definitions import ToolUse
 from router.gateway.input.tools.formats import ChatFormat
 from tests.unit.router.gateway.input.tools.answers import (

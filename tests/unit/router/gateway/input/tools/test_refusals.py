@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router.gateway.input.tokenizer import Tokenizer
+from router.gateway.input.tools.template import ChatTemplate
 from tests.unit.gateway_fakes import FakeUpstream, http_app
 from tests.unit.http_calls import CHAT, refusal
 from tests.unit.router.gateway.input.tools.answers import WEATHER
@@ -228,13 +228,13 @@ def test_calls_are_rendered_beside_the_event_loop(
 ) -> None:
     """A body has room for many thousands of calls, which take seconds."""
     threads: list[int] = []
-    rendered = Tokenizer.chat_prompt
+    rendered = ChatTemplate.prompt
 
     def noted(*given: Any) -> str:
         threads.append(threading.get_ident())
         return rendered(*given)
 
-    monkeypatch.setattr(Tokenizer, "chat_prompt", noted)
+    monkeypatch.setattr(ChatTemplate, "prompt", noted)
     for given in ([USER], messages(called(), USER)):
         assert post(path=path, messages=given).status_code == 200
     plain, of_calls = threads
