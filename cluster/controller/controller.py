@@ -190,7 +190,7 @@ class Controller:
         Copies can be put on different nodes only when the actors' nodes are known. An actor that
         does not come up in time counts as if it had a node of its own.
         """
-        created = {a: await self._keeper.create(a) for a in self._state.fleet.specs}
+        created = {a: await self._keeper.processes.create(a) for a in self._state.fleet.specs}
 
         async def learn_node(actor_id: str, handle: ActorHandle) -> None:
             try:

@@ -42,68 +42,50 @@ def cheapest_to_drain(
 
 
 def change_of_copies(
-    key: ExpertKey,
-    number: int,
-    devices: Sequence[Device],
-    shares: Mapping[str, Collection[ExpertKey]],
-    free_bytes: Mapping[str, float],
-    expert_bytes: int,
-    tokens_per_s: Mapping[str, float],
-) -> Change:
-    """Return the change that brings an expert to ``number`` copies.
-
-    A copy is added on a node without one first, then where there is the least load. A copy is
-    dropped from a node with another first, then where there is the most load. Raises
-    :class:`InvalidRequestError` where too few devices have room.
-    """
-    holders = [device for device in devices if key in shares[device.actor_id]]
-    come, go = [], []
-
-    def crowd(device: Device) -> int:
-        return sum(other.node == device.node for other in holders)
-
-    def load(device: Device) -> float:
-        return tokens_per_s.get(device.actor_id, 0.0) / device.speed
-
-    while len(holders) < number:
-        fit = [d for d in devices if d not in holders and free_bytes[d.actor_id] >= expert_bytes]
-        if not fit:
-            raise InvalidRequestError(
-                f"only {len(holders)} of {len(devices)} actors have room for it (given: {number})",
-                "copies",
-            )
-        best = min(fit, key=lambda d: (crowd(d), load(d), d.actor_id))
-        holders.append(best)
-        come.append(best.actor_id)
-    while len(holders) > number:
-        worst = max(holders, key=lambda d: (crowd(d) > 1, load(d), d.actor_id))
-        holders.remove(worst)
-        go.append(worst.actor_id)
-    return Change({actor: [key] for actor in come}, {actor: [key] for actor in go})
-
-
-def change_of_all_copies(
     keys: Sequence[ExpertKey],
     number: int,
     devices: Sequence[Device],
     shares: Mapping[str, Collection[ExpertKey]],
     free_bytes: Mapping[str, float],
     expert_bytes: int,
+    tokens_per_s: Mapping[str, float] | None = None,
 ) -> Change:
-    """Return the change that brings each of a model's experts to ``number`` copies.
+    """Return the change that brings each of a model's experts ``keys`` to ``number`` copies.
 
-    As :func:`change_of_copies`, but the load of a device is the number of experts that it holds.
+    A copy is added on a node without one first, then where there is the least load. A copy is
+    dropped from a node with another first, then where there is the most load. Without
+    ``tokens_per_s`` the load of a device is the number of experts that it holds. Raises
+    :class:`InvalidRequestError` where too few devices have room.
     """
     held = {device.actor_id: set(shares[device.actor_id]) for device in devices}
     free, added, dropped = dict(free_bytes), defaultdict(list), defaultdict(list)
+
+    def load(device: Device) -> float:
+        if tokens_per_s is None:
+            return len(held[device.actor_id]) / device.speed
+        return tokens_per_s.get(device.actor_id, 0.0) / device.speed
+
     for key in keys:
-        loads = {actor_id: float(len(experts)) for actor_id, experts in held.items()}
-        change = change_of_copies(key, number, devices, held, free, expert_bytes, loads)
-        for actor_id in change.added:
-            held[actor_id].add(key)
-            free[actor_id] -= expert_bytes
-            added[actor_id].append(key)
-        for actor_id in change.dropped:
-            held[actor_id].discard(key)
-            dropped[actor_id].append(key)
+        holders = [device for device in devices if key in held[device.actor_id]]
+        crowds = Counter(device.node for device in holders)
+        while len(holders) < number:
+            fit = [d for d in devices if d not in holders and free[d.actor_id] >= expert_bytes]
+            if not fit:
+                raise InvalidRequestError(
+                    f"only {len(holders)} of {len(devices)} actors have room for it "
+                    f"(given: {number})",
+                    "copies",
+                )
+            best = min(fit, key=lambda d: (crowds[d.node], load(d), d.actor_id))
+            holders.append(best)
+            crowds[best.node] += 1
+            free[best.actor_id] -= expert_bytes
+            held[best.actor_id].add(key)
+            added[best.actor_id].append(key)
+        while len(holders) > number:
+            worst = max(holders, key=lambda d: (crowds[d.node] > 1, load(d), d.actor_id))
+            holders.remove(worst)
+            crowds[worst.node] -= 1
+            held[worst.actor_id].remove(key)
+            dropped[worst.actor_id].append(key)
     return Change(added, dropped)

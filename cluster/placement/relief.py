@@ -24,14 +24,6 @@ class FreeMemory:
     budget_bytes: float
 
 
-@dataclass(frozen=True, slots=True)
-class Relief:
-    """A change that takes ``freed_bytes`` of experts from an actor."""
-
-    change: Change
-    freed_bytes: int
-
-
 def plan_relief(
     actor_id: str,
     missing_bytes: int,
@@ -40,8 +32,8 @@ def plan_relief(
     rooms: Sequence[FreeMemory],
     free_bytes: Mapping[str, float],
     min_copies: int,
-) -> Relief:
-    """Return what takes up to ``missing_bytes`` from an actor's share, as far as others have room.
+) -> tuple[Change, int]:
+    """Return the change that frees ``missing_bytes`` or what others have room for, and how much.
 
     Copies beyond ``min_copies`` are dropped first. Each other expert goes to an actor without a
     copy, on a node without one where there is any, and there to the one with the most room.
@@ -78,4 +70,4 @@ def plan_relief(
             free[room_of[taker].memory] -= size
         dropped.append(key)
         freed_bytes += size
-    return Relief(Change(added, {actor_id: dropped} if dropped else {}), freed_bytes)
+    return Change(added, {actor_id: dropped} if dropped else {}), freed_bytes

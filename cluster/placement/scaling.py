@@ -90,34 +90,28 @@ class WantedMax:
     def __init__(self, window_s: float) -> None:
         """Begin without a number."""
         self._window_s = window_s
-        self._since_s = self._last_at_s = -math.inf
-        # With the time until which each was wanted. Falling: a number smaller than a later one is
-        # never the maximum again.
-        self._falling: deque[tuple[float, Wanted]] = deque()
+        self._since_s = -math.inf
+        self._wanted: deque[tuple[float, Wanted]] = deque()
 
     def add(self, wanted: Wanted, now_s: float) -> None:
         """Take the number wanted now; a pause of a whole window forgets the earlier ones."""
-        if now_s - self._last_at_s > self._window_s:
+        if not self._wanted or now_s - self._wanted[-1][0] > self._window_s:
             self.clear()
             self._since_s = now_s
-        self._last_at_s = now_s
-        if self._falling:  # the last number was wanted until now
-            self._falling.append((now_s, self._falling.pop()[1]))
-        while self._falling and self._falling[-1][1].actors <= wanted.actors:
-            self._falling.pop()
-        self._falling.append((now_s, wanted))
+        self._wanted.append((now_s, wanted))
 
     def most(self, now_s: float) -> Wanted | None:
         """Return the largest number; ``None`` while less than a window has passed."""
-        while len(self._falling) > 1 and self._falling[0][0] <= now_s - self._window_s:
-            self._falling.popleft()
-        is_whole = self._falling and self._last_at_s - self._since_s >= self._window_s
-        return self._falling[0][1] if is_whole else None
+        wanted = self._wanted
+        while len(wanted) > 1 and wanted[1][0] <= now_s - self._window_s:
+            wanted.popleft()  # each is wanted until the next one comes
+        if not wanted or wanted[-1][0] - self._since_s < self._window_s:
+            return None
+        return max(reversed(wanted), key=lambda entry: entry[1].actors)[1]
 
     def clear(self) -> None:
         """Forget everything."""
-        self._falling.clear()
-        self._since_s = self._last_at_s = -math.inf
+        self._wanted.clear()
 
 
 class ScalingPolicy:

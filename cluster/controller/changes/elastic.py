@@ -21,7 +21,7 @@ from cluster.controller.records.pool import ExpertPool
 from cluster.controller.records.state import ClusterState
 from cluster.errors import ExpertMeshError, InvalidRequestError
 from cluster.placement.board import Device
-from cluster.placement.drain import change_of_all_copies, change_of_copies, cheapest_to_drain
+from cluster.placement.drain import change_of_copies, cheapest_to_drain
 from cluster.placement.scaling import BusyMeter, wanted_standby
 from cluster.reports import ChangeReport
 from cluster.spec import ExpertKey, model_id_of
@@ -126,11 +126,15 @@ class Elastic:
                     f"must be from {least} to {len(devices)} (given: {number})", "copies"
                 )
             free_bytes = self._rebalancer.free_bytes(devices)
-            room = devices, self._state.shares, free_bytes, self._expert_bytes[key.model]
-            if of_all:
-                change = change_of_all_copies(keys, number, *room)
-            else:
-                change = change_of_copies(key, number, *room, self._tokens_per_s())
+            change = change_of_copies(
+                keys,
+                number,
+                devices,
+                self._state.shares,
+                free_bytes,
+                self._expert_bytes[key.model],
+                None if of_all else self._tokens_per_s(),
+            )
             moved = Moved("unchanged")
             if change.touched():
                 moved = await self._rebalancer.carry_out(

@@ -97,7 +97,7 @@ class Reliever:
         """Move this many bytes of the ``movable`` experts to other actors, or none at all."""
         state, began_at_s = self._state, time.monotonic()
         rooms, free_bytes = self._rooms(actor_id)
-        relief = plan_relief(
+        change, freed_bytes = plan_relief(
             actor_id,
             size_bytes,
             {**state.shares, actor_id: movable},
@@ -106,15 +106,14 @@ class Reliever:
             free_bytes,
             state.min_copies,
         )
-        if relief.freed_bytes < size_bytes:
+        if freed_bytes < size_bytes:
             logger.error(
                 "%s: other actors have room for %s of the %s bytes that are missing",
                 actor_id,
-                f"{relief.freed_bytes:,}",
+                f"{freed_bytes:,}",
                 f"{size_bytes:,}",
             )
             return False
-        change = relief.change
         free = dict.fromkeys((actor_id, *change.added), math.inf)  # the plan has looked
         moved = await self._rebalancer.carry_out(change.added, change.dropped, free)
         self._report(what, reason, moved, began_at_s)

@@ -148,10 +148,6 @@ class Keeper:
             if task is not asyncio.current_task():  # which ends by itself
                 task.cancel()
 
-    async def create(self, actor_id: str) -> ActorHandle:
-        """Ask Ray for an actor; see :meth:`ActorProcesses.create`."""
-        return await self.processes.create(actor_id)
-
     # The life of one actor.
 
     async def _keep(self, actor_id: str, handle: ActorHandle | None, is_silent: bool) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+
+from pydantic import TypeAdapter
 
 from cluster.controller.records.fleet import PoolMembers
 from cluster.errors import StaleEpochError
@@ -37,23 +39,15 @@ class Ledger:
 
     def to_json(self) -> str:
         """Return the ledger as text."""
-        return json.dumps(asdict(self))
+        return _LEDGER.dump_json(self).decode()
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Ledger:
+    @staticmethod
+    def from_json(text: str | bytes) -> Ledger:
         """Rebuild a ledger from :meth:`to_json`."""
-        fields = json.loads(text)
-        pools = {
-            name: PoolMembers(
-                pool["configured"], tuple(pool["actors"]), tuple(pool.get("standby", ()))
-            )
-            for name, pool in fields.pop("pools", {}).items()
-        }
-        models = tuple(
-            ModelExperts(**{**model, "layers": tuple(model["layers"])})
-            for model in fields.pop("models", ())
-        )
-        return cls(**fields, pools=pools, models=models)
+        return _LEDGER.validate_json(text)
+
+
+_LEDGER = TypeAdapter(Ledger)
 
 
 class LedgerStore:

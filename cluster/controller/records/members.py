@@ -61,8 +61,8 @@ class Members:
         Samples older than the last ones are dropped: calls may overtake each other, and a counter
         must not go back.
         """
-        key = f"{kind}:{process.node}:{process.pid}"
-        member = self._members.setdefault(key, _Member(kind, process, (-1, -1), 0.0, None))
+        new = _Member(kind, process, (-1, -1), 0.0, None)
+        member = self._members.setdefault(_name(kind, process), new)
         member.known = known or member.known
         member.model = model or member.model
         member.kernel_class = kernel_class or member.kernel_class
@@ -72,59 +72,43 @@ class Members:
             member.samples is None or samples.taken_s > member.samples.taken_s
         ):
             member.samples = samples
-        self._forget()
 
     def of(self, kind: str) -> tuple[ProcessStatus, ...]:
         """Return the replicas of a kind; a router's kernel class is by its model's key."""
-        self._forget()
-        members = [m for m in self._members.values() if m.kind == kind]
+        members = self._living(kind)
         return tuple(replace(m.process, kernels=m.kernels, problem=m.problem) for m in members)
 
     def all_know(self, kind: str, order: tuple[int, int]) -> bool:
         """Return whether all replicas of a kind know this placement or a newer one."""
-        self._forget()
-        return all(m.known >= order for m in self._members.values() if m.kind == kind)
+        return all(m.known >= order for m in self._living(kind))
 
     def models(self) -> set[str]:
         """Return the keys of the models that routers serve."""
-        self._forget()
-        return {m.model for m in self._members.values() if m.model}
+        return {m.model for m in self._living() if m.model}
 
     def have_called_since(self, kind: str, at_s: float) -> bool:
         """Return whether all replicas of a kind have called since a time."""
-        self._forget()
-        return all(m.seen_at_s > at_s for m in self._members.values() if m.kind == kind)
+        return all(m.seen_at_s > at_s for m in self._living(kind))
 
     def last_at_s(self) -> float | None:
         """Return when any replica last called; ``None`` without replicas."""
-        self._forget()
-        return max((m.seen_at_s for m in self._members.values()), default=None)
+        return max((m.seen_at_s for m in self._living()), default=None)
 
     def heard_at_s(self, actor_id: str, generation: int) -> float:
         """Return when any router last heard a generation of an actor; long ago if none did."""
-        self._forget()
-        return max(
-            (
-                member.seen_at_s - age_s
-                for member in self._members.values()
-                for heard, age_s in [member.heard.get(actor_id, (-1, 0.0))]
-                if heard == generation
-            ),
-            default=-math.inf,
-        )
+        told = [(m.seen_at_s, m.heard.get(actor_id, (-1, 0.0))) for m in self._living()]
+        heard = [at_s - age_s for at_s, (heard, age_s) in told if heard == generation]
+        return max(heard, default=-math.inf)
 
     def slowness(self) -> list[Mapping[tuple[str, int], float]]:
         """Return the times of actors' answers that each router measures."""
-        self._forget()
-        return [m.samples.slowness for m in self._members.values() if m.samples is not None]
+        return [m.samples.slowness for m in self._living() if m.samples is not None]
 
     def samples(self) -> tuple[ProcessSamples, ...]:
         """Return the newest samples of all replicas that brought some."""
-        self._forget()
+        living = self._living()
         return tuple(
-            ProcessSamples(m.kind, m.process, m.samples)
-            for m in self._members.values()
-            if m.samples is not None
+            ProcessSamples(m.kind, m.process, m.samples) for m in living if m.samples is not None
         )
 
     def gateway_deployments(self) -> dict[str, int]:
@@ -132,19 +116,23 @@ class Members:
 
         Gateways of a former deployment are among them while they finish their requests.
         """
-        self._forget()
-        gateways = [m.samples for m in self._members.values() if m.kind == "gateway"]
-        return Counter(samples.deployment for samples in gateways if samples is not None)
+        gateways = self._living("gateway")
+        return Counter(m.samples.deployment for m in gateways if m.samples is not None)
 
     def uses(self, beside: ProcessStatus) -> dict[str, Mapping[str, KeyUse]]:
         """Return what each gateway but one has used of the quotas of keys, by names."""
-        self._forget()
         return {
-            key: {} if m.samples is None else m.samples.uses
-            for key, m in self._members.items()
-            if m.kind == "gateway" and m.process != beside
+            _name(m.kind, m.process): {} if m.samples is None else m.samples.uses
+            for m in self._living("gateway")
+            if m.process != beside
         }
 
-    def _forget(self) -> None:
+    def _living(self, kind: str = "") -> list[_Member]:
+        """Return the replicas, or those of a kind, after forgetting silent ones."""
         oldest_at_s = time.monotonic() - MEMBER_TTL_S
         self._members = {key: m for key, m in self._members.items() if m.seen_at_s > oldest_at_s}
+        return [m for m in self._members.values() if kind in ("", m.kind)]
+
+
+def _name(kind: str, process: ProcessStatus) -> str:
+    return f"{kind}:{process.node}:{process.pid}"

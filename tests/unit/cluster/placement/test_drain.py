@@ -40,7 +40,7 @@ FREE = {"a": 50.0, "b": 50.0, "c": 50.0}
 def change(number: int, shares: dict[str, list[ExpertKey]], **others: object) -> Change:
     free_bytes = {**FREE, **others}
     rates = {"a": 1.0, "b": 2.0, "c": 9.0}
-    return change_of_copies(A, number, DEVICES, shares, free_bytes, 10, rates)  # type: ignore[arg-type]
+    return change_of_copies([A], number, DEVICES, shares, free_bytes, 10, rates)  # type: ignore[arg-type]
 
 
 def test_a_copy_comes_to_another_node_first_and_then_to_who_has_least_to_do() -> None:
