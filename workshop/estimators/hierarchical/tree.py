@@ -16,6 +16,7 @@ import numpy as np
 
 from workshop.estimators.em import (
     Array,
+    Rows,
     ascend_all,
     least_squares,
     log_softmax,
@@ -26,24 +27,6 @@ from workshop.estimators.iterative import Ascent, Limits
 
 _ROUNDING = 1e-9
 """The most that rounding may lower the objective, relative to the sum of its terms."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a fit: design [N, D], targets [N, O] and weights [N], all above 0."""
-
-    design: Array
-    targets: Array
-    weight: Array
-
-    @property
-    def mass(self) -> float:
-        """The sum of the weights."""
-        return float(self.weight.sum())
-
-    def of(self, part: Array) -> Rows:
-        """Return some of the rows."""
-        return Rows(self.design[part], self.targets[part], self.weight[part])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import norm
 
-from workshop.estimators.em import design_of, penalty_of
+from workshop.estimators.em import Rows, design_of, penalty_of
 from workshop.estimators.hierarchical.starts import grouped, random_start
 from workshop.estimators.hierarchical.tree import (
     VARIANCE_ROWS,
     GaussianLeaves,
-    Rows,
     SoftmaxLeaves,
     Tree,
     empty_gates,
