@@ -37,12 +37,12 @@ bytes than so many blocks of a pass, but at least a token's."""
 _CORRECTION = "e_score_correction_bias"
 
 
-class LikenessObserver:
-    """Counts use as :class:`UseObserver` does, and compares all experts of a layer."""
+class LikenessObserver(UseObserver):
+    """Counts use, and compares all experts of a layer."""
 
     def __init__(self, checkpoint: Checkpoint, layer_id: int, by: Alike) -> None:
         shape = checkpoint.shape
-        self._use = UseObserver(shape.num_experts)
+        super().__init__(shape.num_experts)
         self._logits = _GateLogits(checkpoint, layer_id) if by == "routing" else None
         self._products = torch.zeros(shape.num_experts, shape.num_experts, dtype=torch.float64)
         sample_bytes = SAMPLE_BLOCKS * block_bytes(checkpoint)
@@ -51,18 +51,14 @@ class LikenessObserver:
         self._sample: list[torch.Tensor] = []
 
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
-        self._use.chosen(normed, ids, weights)
+        """Take what is compared too: the gate's logits, or a sample of the inputs."""
+        super().chosen(normed, ids, weights)
         if self._logits is not None:
             logits = self._logits(normed).double()
             self._products += logits.T @ logits
         elif self._num_wanted > 0:
             self._sample.append(normed[: self._num_wanted].clone())
             self._num_wanted -= len(self._sample[-1])
-
-    def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
-        self._use.computed(expert_id, weights, outputs)
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
         """Return what :class:`UseObserver` does, and ``likeness`` [E, E], at most 1.
@@ -73,7 +69,7 @@ class LikenessObserver:
         products = self._products if self._logits is not None else self._of_outputs(experts)
         lengths = products.diagonal().sqrt().clamp(min=1e-12)
         likeness = products / lengths / lengths.unsqueeze(1)
-        return self._use.result(experts) | {"likeness": likeness.numpy()}
+        return super().result(experts) | {"likeness": likeness.numpy()}
 
     def _of_outputs(self, experts: LayerExperts) -> torch.Tensor:
         rows = torch.cat(self._sample)
