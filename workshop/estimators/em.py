@@ -58,12 +58,8 @@ def sum_of_choices(values: Array) -> Array:
 
 
 def centred(values: Array) -> Array:
-    """Return ``values`` less their mean over the last axis. numpy's own mean is slow there."""
-    num_choices = values.shape[-1]
-    if num_choices == 2:
-        return values - (values[..., :1] + values[..., 1:]) / num_choices
-    result: Array = values - np.add.reduce(values, axis=-1, keepdims=True) / num_choices
-    return result
+    """Return ``values`` less their mean over the last axis."""
+    return values - sum_of_choices(values) / values.shape[-1]
 
 
 def _over_choices(function: np.ufunc, values: Array) -> Array:
