@@ -83,8 +83,10 @@ class TextTally:
             layers[layer_id] = np.stack(
                 [np.bincount(ids.ravel(), of, self.num_experts) for of in (None, nats)]
             )
-        nats = -float(scored.logprobs.sum())
-        self.merge(TextTally(self.num_experts, 1, len(scored.logprobs), nats, scored.exact, layers))
+        total = -float(scored.logprobs.sum())
+        self.merge(
+            TextTally(self.num_experts, 1, len(scored.logprobs), total, scored.exact, layers)
+        )
 
     def merge(self, other: TextTally) -> None:
         """Add all that another tally has."""

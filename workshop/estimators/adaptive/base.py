@@ -185,7 +185,7 @@ class AdaptiveMixture(IterativeMixture):
                 f"{rows.lengths.min()} to {rows.lengths.max()} steps); 'mean' and 'last' take any"
             )
         flattened = int(np.prod(rows.shape[1:]))
-        deviation = getattr(self, "deviation", "none")  # a classifier has none
+        deviation: Any = getattr(self, "deviation", "none")  # a classifier has none
         if self.loss == "cooperative" or not isinstance(deviation, str):
             deviation = "none"
         return Architecture(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from sklearn.cluster import KMeans
 
-from workshop.estimators.em import Rows, design_of
+from workshop.estimators.em import Array, Rows, design_of
 from workshop.estimators.general.fits import Data
 from workshop.estimators.iterative import MAX_SEED
-from workshop.estimators.parts import Array
 from workshop.estimators.scale import Scale
 from workshop.estimators.starts import distinct, regions
 

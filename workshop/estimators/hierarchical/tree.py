@@ -152,18 +152,6 @@ class GaussianLeaves:
     penalty: Array  # [D]
     min_variance: float
 
-    @classmethod
-    def empty(
-        cls, num_experts: int, num_outputs: int, penalty: Array, min_variance: float
-    ) -> GaussianLeaves:
-        """Return experts without rows."""
-        return cls(
-            np.zeros((num_experts, len(penalty), num_outputs)),
-            np.ones((num_experts, num_outputs)),
-            penalty,
-            min_variance,
-        )
-
     def log_density(self, design: Array, targets: Array) -> Array:
         """Return log N(target; coefficientsᵀ row, variance), [N, E]."""
         density = np.zeros((len(design), len(self.coefficients)))
@@ -206,13 +194,6 @@ class SoftmaxLeaves:
     coefficients: Array  # [D, E, C]
     penalty: Array  # [D]
     newton_steps: int
-
-    @classmethod
-    def empty(
-        cls, num_experts: int, num_classes: int, penalty: Array, newton_steps: int
-    ) -> SoftmaxLeaves:
-        """Return experts without rows."""
-        return cls(np.zeros((len(penalty), num_experts, num_classes)), penalty, newton_steps)
 
     def log_density(self, design: Array, targets: Array) -> Array:
         """Return Σ_c target_c · log probability_c, [N, E]; targets are 0 or 1."""

@@ -54,7 +54,7 @@ def drawn(
 def empty_tree() -> Tree:
     """Return a tree of four experts for two features and one output, without coefficients."""
     penalty = np.full(3, 1e-2)
-    leaves = GaussianLeaves.empty(4, 1, penalty, 1e-6)
+    leaves = GaussianLeaves(np.zeros((4, 3, 1)), np.ones((4, 1)), penalty, 1e-6)
     return Tree(empty_gates((2, 2), 3), leaves, penalty, 2)
 
 
