@@ -70,33 +70,42 @@ def fit(
     experts alone, each fitted to the same rows. The folder has a card, and is served by `expertmesh
     serve FOLDER`.
     """
+    import numpy as np
+
     from workshop.estimators.saved.fit_config import build, load_fit_config
 
     settings = load_fit_config(config)
     estimator = build(settings, config)
-    _check_out(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        fail(f"--out: {out}: holds other files; name a new or empty folder", BAD_USAGE)
     check_picture("--plot", plot)
     columns = _read(data, settings)
     train, held_out = _split(columns, settings, data)
     with _warnings_as_lines():
         fits = _fit_all(estimator, columns, train, held_out, config, data)
     if settings.values_per_step is None:
-        estimator.feature_names_in_ = _names(columns.features)
+        estimator.feature_names_in_ = np.array(columns.features, object)
     estimator.save(out)
     if plot is not None:
         _draw(estimator, columns, train, plot)
     shares = dict(zip(estimator.mixture_.experts, estimator.expert_usage_.tolist(), strict=True))
     commands = _next_commands(out, data, columns, settings)
     if as_json:
-        write_json(_document(estimator, out, fits, len(held_out), shares, commands))
+        document = {
+            "folder": str(out),
+            "class": type(estimator).__name__,
+            "rows": estimator.n_samples_fit_,
+            "held_out_rows": len(held_out),
+            "iterations": estimator.n_iter_,
+            "log_likelihood": estimator.log_likelihood_,
+            "fits": [{"name": one.name, "fit_s": one.fit_s, **one.scores} for one in fits],
+            "usage": shares,
+            "next": list(commands),
+        }
+        write_json(document)
         return
     _print(estimator, fits, len(held_out), shares)
     write(f"saved in {out}; next: {commands[0]}, and in another shell: {commands[1]}\n")
-
-
-def _check_out(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        fail(f"--out: {out}: holds other files; name a new or empty folder", BAD_USAGE)
 
 
 def _read(data: Path, settings: FitConfig) -> Columns:
@@ -203,12 +212,6 @@ def _warnings_as_lines() -> Iterator[None]:
         console.print(f"warning: {printable(text)}", markup=False, highlight=False)
 
 
-def _names(features: list[str]) -> np.ndarray:
-    import numpy as np
-
-    return np.array(features, object)
-
-
 def _draw(estimator: Any, columns: Columns, train: np.ndarray, plot: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -233,28 +236,6 @@ def _next_commands(out: Path, data: Path, columns: Columns, settings: FitConfig)
         shlex.join(["expertmesh", "serve", str(out)]),
         shlex.join(["expertmesh", "predict", model, str(data), *ignored]),
     )
-
-
-def _document(
-    estimator: Any,
-    out: Path,
-    fits: list[Fitted],
-    num_held_out: int,
-    shares: dict[str, float],
-    commands: tuple[str, str],
-) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
-    return {
-        "folder": str(out),
-        "class": type(estimator).__name__,
-        "rows": estimator.n_samples_fit_,
-        "held_out_rows": num_held_out,
-        "iterations": estimator.n_iter_,
-        "log_likelihood": estimator.log_likelihood_,
-        "fits": [{"name": fitted.name, "fit_s": fitted.fit_s, **fitted.scores} for fitted in fits],
-        "usage": shares,
-        "next": list(commands),
-    }
 
 
 def _print(estimator: Any, fits: list[Fitted], num_held_out: int, shares: dict[str, float]) -> None:

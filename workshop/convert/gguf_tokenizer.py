@@ -29,14 +29,11 @@ _SPACE = "▁"
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """The vocabulary in a file's metadata."""
+    """The vocabulary in a file's metadata; ``ids`` has the place of each text."""
 
     texts: list[str]
     kinds: list[int]
-
-    @property
-    def ids(self) -> dict[str, int]:
-        return {text: token_id for token_id, text in enumerate(self.texts)}
+    ids: dict[str, int]
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
@@ -60,9 +57,15 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
         raise CheckpointError(
             f"its tokenizer cannot be used: {shown(str(error))}", str(file.path)
         ) from None
-    _add_tokens(tokenizer, tokens)
+    added = [
+        AddedToken(text, special=kind == _CONTROL, normalized=False)
+        for text, kind in zip(tokens.texts, tokens.kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
     named = _named(file, tokens)
-    if file.field("tokenizer.ggml.add_bos_token", _adds_bos(file, model)) and "bos_token" in named:
+    adds_bos = model == "llama" or file.field("tokenizer.ggml.pre", "") == "llama-bpe"
+    if file.field("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in named:
         bos = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
@@ -92,7 +95,7 @@ def _tokens(file: GgufFile) -> _Tokens:
         raise CheckpointError(
             "tokenizer.ggml.token_type must be as long as the tokens", str(file.path)
         )
-    return _Tokens(texts, kinds)
+    return _Tokens(texts, kinds, {text: token_id for token_id, text in enumerate(texts)})
 
 
 def _list(file: GgufFile, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
@@ -187,15 +190,6 @@ _MODELS: Mapping[str, Callable[[GgufFile, _Tokens], Tokenizer]] = {
 }
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: _Tokens) -> None:
-    added = [
-        AddedToken(text, special=kind == _CONTROL, normalized=False)
-        for text, kind in zip(tokens.texts, tokens.kinds, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    tokenizer.add_tokens(added)
-
-
 def _named(file: GgufFile, tokens: _Tokens) -> dict[str, str]:
     """Return the tokens with a name in ``tokenizer_config.json``."""
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -213,7 +207,3 @@ def _token_id(file: GgufFile, name: str, tokens: _Tokens) -> int | None:
     if not 0 <= token_id < len(tokens.texts):
         raise CheckpointError(f"{key} {token_id} is not a token", str(file.path))
     return token_id
-
-
-def _adds_bos(file: GgufFile, model: str) -> bool:
-    return model == "llama" or file.field("tokenizer.ggml.pre", "") == "llama-bpe"

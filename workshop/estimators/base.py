@@ -340,16 +340,6 @@ class MixtureClassifier(ClassifierMixin, MixtureEstimator):
         return labels
 
 
-def distinct(X: Array, targets: Targets) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Return the places of the different pairs of a row and its target, in ascending order.
-
-    The second result [N] is the number of each row's pair in that order.
-    """
-    columns = np.column_stack([X, targets])
-    _, first, numbers = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    return first, numbers.reshape(-1)
-
-
 @contextmanager
 def progress(verbose: int, total: int, text: str) -> Iterator[Callable[[str], None]]:
     """Show a progress bar on stderr; nothing at ``verbose`` 0.

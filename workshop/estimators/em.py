@@ -24,6 +24,24 @@ Array = np.ndarray
 _FEW_CHOICES = 16
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a fit: design [N, D], targets [N, O] and weights [N], all above 0."""
+
+    design: Array
+    targets: Array
+    weight: Array
+
+    @property
+    def mass(self) -> float:
+        """The sum of the weights."""
+        return float(self.weight.sum())
+
+    def of(self, part: Array) -> Rows:
+        """Return some of the rows."""
+        return Rows(self.design[part], self.targets[part], self.weight[part])
+
+
 def log_sum_exp(scores: Array) -> Array:
     """Return log Σ exp over the last axis, kept with length 1; -inf where all scores are -inf."""
     top = _over_choices(np.maximum, scores)
@@ -40,12 +58,8 @@ def sum_of_choices(values: Array) -> Array:
 
 
 def centred(values: Array) -> Array:
-    """Return ``values`` less their mean over the last axis. numpy's own mean is slow there."""
-    num_choices = values.shape[-1]
-    if num_choices == 2:
-        return values - (values[..., :1] + values[..., 1:]) / num_choices
-    result: Array = values - np.add.reduce(values, axis=-1, keepdims=True) / num_choices
-    return result
+    """Return ``values`` less their mean over the last axis."""
+    return values - sum_of_choices(values) / values.shape[-1]
 
 
 def _over_choices(function: np.ufunc, values: Array) -> Array:

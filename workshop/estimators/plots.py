@@ -52,21 +52,18 @@ def plot_experts(
         _, ax = plt.subplots(layout="constrained")
     colours = _colours(len(mixture.experts))
     flat = _flat(X)
+    labels = [_name(feature, names) for feature in chosen or (0, 1)[: flat.shape[1]]]
     if X.ndim == 2 and X.shape[1] == 1:
         _draw_curves(ax, mixture, flat[:, 0], colours)
-        ax.set_xlabel(_name(0, names))
     elif X.ndim == 2 and X.shape[1] == 2:
         _draw_plane(ax, mixture, flat, colours)
-        ax.set_xlabel(_name(0, names))
-        ax.set_ylabel(_name(1, names))
     else:
+        if chosen is None:
+            labels = ["first principal component", "second principal component"]
         places = _components(flat) if chosen is None else flat[:, chosen]
         ax.scatter(*places.T, s=14, c=_mixed(mixture, X, colours), linewidths=0)
-        labels = ("first principal component", "second principal component")
-        if chosen is not None:
-            labels = (_name(chosen[0], names), _name(chosen[1], names))
-        ax.set_xlabel(labels[0])
-        ax.set_ylabel(labels[1])
+    for set_label, label in zip((ax.set_xlabel, ax.set_ylabel), labels, strict=False):
+        set_label(label)
     _name_experts(ax, mixture, colours)
     return ax
 

@@ -83,17 +83,18 @@ class TextTally:
             layers[layer_id] = np.stack(
                 [np.bincount(ids.ravel(), of, self.num_experts) for of in (None, nats)]
             )
-        nats_of_all = -float(scored.logprobs.sum())
-        self._add(1, len(scored.logprobs), nats_of_all, scored.exact, layers)
+        total = -float(scored.logprobs.sum())
+        self.merge(
+            TextTally(self.num_experts, 1, len(scored.logprobs), total, scored.exact, layers)
+        )
 
-    def _add(
-        self, sequences: int, tokens: int, nats: float, exact: bool, layers: dict[int, np.ndarray]
-    ) -> None:
-        self._sequences += sequences
-        self._tokens += tokens
-        self._nats += nats
-        self._exact = self._exact and exact
-        for layer_id, found in layers.items():
+    def merge(self, other: TextTally) -> None:
+        """Add all that another tally has."""
+        self._sequences += other._sequences
+        self._tokens += other._tokens
+        self._nats += other._nats
+        self._exact = self._exact and other._exact
+        for layer_id, found in other._layers.items():
             self._layers[layer_id] = self._layers.get(layer_id, 0.0) + found
 
     def figures(self) -> TextFigures:
@@ -118,5 +119,5 @@ def together(tallies: Sequence[TextTally]) -> TextFigures:
     """Return the figures of all texts together."""
     whole = TextTally(tallies[0].num_experts)
     for one in tallies:
-        whole._add(one._sequences, one._tokens, one._nats, one._exact, one._layers)
+        whole.merge(one)
     return whole.figures()

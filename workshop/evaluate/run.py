@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,17 +114,6 @@ class Evaluation:
     texts: dict[str, TextFigures]
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A model before it is loaded; ``load`` takes the length of the longest prompt in tokens."""
-
-    name: str
-    vocab_size: int
-    context: int
-    num_experts: int
-    load: Callable[[int], Scorer]
-
-
 def evaluate(
     folder: Path, texts: Sequence[Path], length: int | None, served: Served | None, on: OnProgress
 ) -> Evaluation:
@@ -141,40 +129,40 @@ def evaluate(
         if not folder.is_dir():
             raise CheckpointError("is no folder", str(folder))
         checkpoint = language_model(open_folder(folder))
-        target = _Target(
-            str(checkpoint.folder),
-            checkpoint.vocab_size,
-            checkpoint.max_position_embeddings,
-            checkpoint.shape.num_experts,
-            partial(FolderModel, checkpoint),
-        )
-        return _evaluate(texts, length, Tokenizer.load(str(folder)), target, on)
+        tokenizer, context = Tokenizer.load(str(folder)), checkpoint.max_position_embeddings
+        length = _length(length, context, tokenizer)
+        scorer: Scorer = FolderModel(checkpoint, length)
+        sizes = checkpoint.vocab_size, checkpoint.shape.num_experts
+        return _evaluate(str(checkpoint.folder), texts, length, tokenizer, scorer, sizes, on)
     tokenizer = Tokenizer.load(str(folder))
     with Client(served.address, api_key=served.api_key) as client:
         model = ServedModel(client, served.model, served.timeout_s)
+        info = model.info
         model.check_tokenizer(tokenizer, next(_blocks(texts[0]), ""), str(folder))
-        sizes = model.info.vocab_size, model.info.max_model_len, model.info.num_experts
-        target = _Target(model.info.id, *sizes, lambda longest: model)
-        return _evaluate(texts, length, tokenizer, target, on)
+        length = _length(length, info.max_model_len, tokenizer)
+        sizes = info.vocab_size, info.num_experts
+        return _evaluate(info.id, texts, length, tokenizer, model, sizes, on)
 
 
 def _evaluate(
+    name: str,
     texts: Sequence[Path],
-    wanted_length: int | None,
+    length: int,
     tokenizer: Tokenizer,
-    target: _Target,
+    scorer: Scorer,
+    sizes: tuple[int, int],
     on: OnProgress,
 ) -> Evaluation:
-    length = _length(wanted_length, target, tokenizer)
-    scorer = target.load(length)
-    sequences = Sequences(tokenizer, target.vocab_size, length)
+    """Score texts with a model of ``sizes``: its token ids, and the experts of a layer."""
+    vocab_size, num_experts = sizes
+    sequences = Sequences(tokenizer, vocab_size, length)
     tallies = {}
     for path in texts:
-        tally = tallies[path.name] = TextTally(target.num_experts)
+        tally = tallies[path.name] = TextTally(num_experts)
         for scored in scorer.score(sequences.cut(_ids(path, tokenizer, on), str(path))):
             tally.add(scored)
     return Evaluation(
-        target.name,
+        name,
         length,
         together([*tallies.values()]),
         {name: tally.figures() for name, tally in tallies.items()},
@@ -189,8 +177,8 @@ def _check_names(paths: Sequence[Path]) -> None:
             raise ConfigError("figures go by file name, and another file has it too", str(path))
 
 
-def _length(wanted: int | None, target: _Target, tokenizer: Tokenizer) -> int:
-    least, most = max(2, len(beginning(tokenizer)) + 1), target.context
+def _length(wanted: int | None, most: int, tokenizer: Tokenizer) -> int:
+    least = max(2, len(beginning(tokenizer)) + 1)
     length = min(DEFAULT_LENGTH, most) if wanted is None else wanted
     if not least <= length <= most:
         raise ConfigError(f"must be from {least} to {most}; got {length}", "--sequence-length")

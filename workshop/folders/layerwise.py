@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +47,21 @@ Made = Callable[[torch.Tensor], torch.Tensor]
 """Maps a layer's inputs [T, H] to the sums [T, H] of new experts."""
 
 
-class Observer(Protocol):
-    """Sees what passes one layer with experts."""
+class Observer:
+    """Sees what passes one layer with experts; this one keeps nothing."""
 
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
         """Take the layer's input [T, H] and the gate's choice and weights [T, K]."""
-        ...
 
     def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
         """Take the outputs [R, H] of an expert for all tokens that chose it, and weights [R]."""
-        ...
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
         """Return what was seen; the layer's experts may be computed for more.
 
         The layers behind are passed by what :meth:`LayerExperts.replace` was given.
         """
-        ...
+        return {}
 
 
 class LayerExperts:

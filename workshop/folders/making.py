@@ -149,27 +149,22 @@ def nats_of(
     return heldout.nats(rows.targets)
 
 
-def score_served(folder: Path, rows: Rows, work: Path, on_progress: OnProgress) -> float:
-    """Return the nats of a served folder; see :class:`NewModel`."""
-    return nats_of(open_checkpoint(folder), rows, work, "scoring the new model", on_progress)
-
-
 @dataclass(frozen=True, slots=True)
 class NewModel:
     """A model to write.
 
     ``before`` is the source as a checkpoint, which is scored. ``line`` and ``facts`` are for the
-    card and the record. ``score`` returns the nats of held-out rows of the written folder; it may
-    use the folder of its third argument. ``check`` raises for a folder that is not whole. ``curve``
-    are further numbers of experts of a token with which the written folder is scored; with
-    ``with_speed`` it is timed with each.
+    card and the record. ``score`` returns the nats of held-out rows of the written folder, by
+    default as it is served; it may use the folder of its third argument. ``check`` raises for a
+    folder that is not whole. ``curve`` are further numbers of experts of a token with which the
+    written folder is scored; with ``with_speed`` it is timed with each.
     """
 
     before: Checkpoint
     plan: Plan
     line: str
     facts: Mapping[str, Any] = field(default_factory=dict)
-    score: Callable[[Path, Rows, Path, OnProgress], float] = score_served
+    score: Callable[[Path, Rows, Path, OnProgress], float] | None = None
     check: Callable[[Path], object] = open_checkpoint
     curve: tuple[int, ...] = ()
     with_speed: bool = False
@@ -275,21 +270,36 @@ def _figures(
     num_tokens = rows.targets.numel()
     before = nats_of(made.before, rows, work / "before", "scoring the source", on_progress)
     shutil.rmtree(work / "after", ignore_errors=True)  # it may be of a shard written again
-    after = made.score(folder, rows, work / "after", on_progress)
-    curve = {}
+    if made.score is not None:
+        after = made.score(folder, rows, work / "after", on_progress)
+    else:
+        served = open_checkpoint(folder)
+        after = nats_of(served, rows, work / "after", "scoring the new model", on_progress)
+    speeds, curve = None, {}
     for active in made.curve:
         place, phase = work / f"active-{active}", f"scoring it with {active} experts"
         shutil.rmtree(place, ignore_errors=True)
         checkpoint = with_active(open_checkpoint(folder), active)
         nats = nats_of(checkpoint, rows, place, phase, on_progress)
         curve[active] = math.exp(nats / num_tokens)
+    if made.with_speed:
+        on_progress("timing", 0, 0)
+        checkpoint = open_checkpoint(folder)
+        speeds = Speeds(
+            processor=processor_name(),
+            threads=torch.get_num_threads(),
+            tokens_per_s=tokens_per_s(checkpoint),
+            tokens_per_s_by_active={
+                active: tokens_per_s(with_active(checkpoint, active)) for active in made.curve
+            },
+        )
     return Figures(
         heldout_tokens=num_tokens,
         sequence_length=rows.targets.shape[1],
         perplexity_before=math.exp(before / num_tokens),
         perplexity_after=math.exp(after / num_tokens),
         perplexity_by_active=curve,
-        speeds=speeds_of(folder, made.curve, on_progress) if made.with_speed else None,
+        speeds=speeds,
     )
 
 
@@ -302,20 +312,6 @@ def with_active(checkpoint: Checkpoint, active: int) -> Checkpoint:
     shape = replace(checkpoint.shape, num_experts_per_tok=active)
     config = with_counts(checkpoint.family, checkpoint.config, shape.num_experts, active)
     return replace(checkpoint, config=config, shape=shape)
-
-
-def speeds_of(
-    folder: Path, counts: Iterable[int], on_progress: Callable[[str, int, int], None]
-) -> Speeds:
-    """Time a served folder's model as it is, and with other numbers of experts of a token."""
-    checkpoint = open_checkpoint(folder)
-    on_progress("timing", 0, 0)
-    return Speeds(
-        processor=processor_name(),
-        threads=torch.get_num_threads(),
-        tokens_per_s=tokens_per_s(checkpoint),
-        tokens_per_s_by_active={n: tokens_per_s(with_active(checkpoint, n)) for n in counts},
-    )
 
 
 def tokens_per_s(checkpoint: Checkpoint) -> float:

@@ -103,12 +103,7 @@ def rewritten_source(checkpoint: Checkpoint, config: Config, new: NewTensors) ->
     Raises ``CheckpointError`` for numbers of experts that the family does not have.
     """
     file, *_ = files = files_of(checkpoint)
-    return _source(config, file, files, lambda name: stored_dtype(checkpoint, name), new)
-
-
-def sized_source(origin: Source, config: Config, dtype: str) -> Source:
-    """Return the source of a model of ``origin`` with only the sizes of its tensors."""
-    return _source(config, origin.config_file, origin.files, lambda name: dtype, None)
+    return source_of(config, file, files, lambda name: stored_dtype(checkpoint, name), new)
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
@@ -124,13 +119,17 @@ def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
     return DTYPES[checkpoint.tensors[name].dtype]
 
 
-def _source(
+def source_of(
     config: Config,
     file: Path,
     files: tuple[Path, ...],
     dtype_of: Callable[[str], str],
     new: NewTensors | None,
 ) -> Source:
+    """Return the source of a model of ``config``; without ``new`` it has only its tensors' sizes.
+
+    ``file`` and ``files`` are the configuration and all files that it is made of.
+    """
     family = family_of(config, file)
     usual = usual_config(family, config, file)
     places: dict[str, list[_Place]] = {}

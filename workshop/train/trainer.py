@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from workshop.train.corpus import windows
@@ -28,6 +27,9 @@ from workshop.train.settings import (
 )
 
 ADAM_BETAS = (0.9, 0.95)
+STATE_FILE = "training_state.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_COUNTERS = ("steps_done", "elapsed_s")
 
 
 @dataclass(frozen=True)
@@ -129,21 +131,55 @@ class Trainer:
         return StepReport(self.steps_done, loss.item(), targets.numel() / step_s, overflow_share)
 
     def save(self, out: Path) -> None:
-        """Write the training state atomically into `out`; raises TrainingFailedError."""
-        save_state(
-            out,
-            self.model,
-            self.optimizer,
-            steps_done=self.steps_done,
-            elapsed_s=self.elapsed_s,
-            fingerprint=self.fingerprint,
-        )
+        """Write parameters, AdamW moments and counters into `out`, atomically.
+
+        Raises TrainingFailedError when the write fails; the file of the last save stays then.
+        """
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            for moment in _MOMENTS:
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        counters = {name: getattr(self, name) for name in ("fingerprint", *_COUNTERS)}
+        temporary = out / f".{STATE_FILE}.tmp"
+        try:
+            save_file(tensors, temporary, metadata={"training": json.dumps(counters)})
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(out / STATE_FILE)
+        except (OSError, SafetensorError) as error:
+            raise TrainingFailedError(
+                f"{out / STATE_FILE}: the state of step {self.steps_done} cannot be written: "
+                f"{error}; the state saved before it is kept: make room, then give --resume"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def load(self, out: Path) -> None:
-        """Load the state in `out`; raises TrainingError when it is of another run."""
-        self.steps_done, self.elapsed_s = load_state(
-            out, self.model, self.optimizer, self.fingerprint
-        )
+        """Load the state in `out`, which must exist, bit by bit.
+
+        Raises TrainingError for a file that is no state, and for a state of another configuration
+        or text.
+        """
+        path = out / STATE_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                counters = json.loads((file.metadata() or {})["training"])
+                if counters["fingerprint"] != self.fingerprint:
+                    raise TrainingError(
+                        f"{path}: was written with another configuration or text; "
+                        "resume with those, or delete this file to begin anew"
+                    )
+                for name, parameter in self.model.named_parameters():
+                    with torch.no_grad():
+                        parameter.copy_(file.get_tensor(f"parameter.{name}"))
+                    self.optimizer.state[parameter] = {
+                        moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS
+                    }
+                for name in _COUNTERS:
+                    setattr(self, name, counters[name])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise TrainingError(f"{path}: is not a training state: {error}") from error
 
     def _build_optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.model.parameters())
@@ -157,69 +193,3 @@ class Trainer:
         return torch.optim.AdamW(
             groups, lr=self.config.optimization.learning_rate, betas=ADAM_BETAS, fused=True
         )
-
-
-STATE_FILE = "training_state.safetensors"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def save_state(
-    out: Path,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    *,
-    steps_done: int,
-    elapsed_s: float,
-    fingerprint: str,
-) -> None:
-    """Write parameters, AdamW moments and counters atomically.
-
-    Raises TrainingFailedError when the write fails; the file of the last save stays then.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"parameter.{name}"] = parameter.detach()
-        for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    counters = {"steps_done": steps_done, "elapsed_s": elapsed_s, "fingerprint": fingerprint}
-    temporary = out / f".{STATE_FILE}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"training": json.dumps(counters)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(out / STATE_FILE)
-    except (OSError, SafetensorError) as error:
-        raise TrainingFailedError(
-            f"{out / STATE_FILE}: the state of step {steps_done} cannot be written: {error}; "
-            "the state saved before it is kept: make room, then give --resume"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_state(
-    out: Path, model: nn.Module, optimizer: torch.optim.AdamW, fingerprint: str
-) -> tuple[int, float]:
-    """Restore model and optimizer in place, bit by bit; return (steps_done, elapsed_s).
-
-    The file must exist. Raises TrainingError for a file that is no state, and for a state of
-    another configuration or text.
-    """
-    path = out / STATE_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            counters = json.loads((file.metadata() or {})["training"])
-            if counters["fingerprint"] != fingerprint:
-                raise TrainingError(
-                    f"{path}: was written with another configuration or text; "
-                    "resume with those, or delete this file to begin anew"
-                )
-            for name, parameter in model.named_parameters():
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                optimizer.state[parameter] = {
-                    moment: file.get_tensor(f"{moment}.{name}") for moment in _MOMENTS
-                }
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise TrainingError(f"{path}: is not a training state: {error}") from error
-    return counters["steps_done"], counters["elapsed_s"]

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from sklearn.base import is_classifier
 from sklearn.utils._param_validation import StrOptions
 
 from workshop.estimators.adaptive.fit import Fit, FitSettings, Rows, fit_network
@@ -117,9 +118,10 @@ class AdaptiveMixture(IterativeMixture):
         steps = (rows.shape[1] if self.pool == "flatten" else -1,) if rows.ndim == 3 else ()
         deviations = None if fit.deviations is None else fit.deviations.numpy()
         row_shape = (*steps, rows.shape[-1])
-        mixture = fitted_mixture(
-            fit.network, scales, self._kind(), row_shape, self.top_k, deviations
-        )
+        kind: Literal["mean", "density", "probabilities"] = "probabilities"
+        if not is_classifier(self):
+            kind = "density" if self.loss == "competitive" else "mean"
+        mixture = fitted_mixture(fit.network, scales, kind, row_shape, self.top_k, deviations)
         if mixture.kind == "mean":
             self._set_mixture(mixture, rows, weights)
             self.log_likelihood_ = fit.log_likelihood - scales.log_units
@@ -183,6 +185,9 @@ class AdaptiveMixture(IterativeMixture):
                 f"{rows.lengths.min()} to {rows.lengths.max()} steps); 'mean' and 'last' take any"
             )
         flattened = int(np.prod(rows.shape[1:]))
+        deviation: Any = getattr(self, "deviation", "none")  # a classifier has none
+        if self.loss == "cooperative" or not isinstance(deviation, str):
+            deviation = "none"
         return Architecture(
             num_experts=int(self.n_experts),
             gate_inputs=flattened if self.pool == "flatten" else rows.shape[-1],
@@ -194,7 +199,7 @@ class AdaptiveMixture(IterativeMixture):
             activation=self.activation,
             cells=self._cells(),
             pool=self.pool if is_sequence else "flatten",
-            deviation=self._fitted_deviation(),
+            deviation=deviation,
             top_k=int(self.top_k or self.n_experts),
             is_noisy=bool(self.noisy_gate),
         )
@@ -205,23 +210,17 @@ class AdaptiveMixture(IterativeMixture):
             solver = "adam" if self.noisy_gate else "lbfgs"
         batch_size = min(BATCH_ROWS, num_rows) if self.batch_size == "auto" else self.batch_size
         own = {name: getattr(self, name) for name in SAME_SETTINGS}
+        deviations, given = None, getattr(self, "deviation", "none")
+        if not isinstance(given, str):
+            deviations = np.tile(float(given) / scales.targets.deviation, (self.n_experts, 1))
         return FitSettings(
             **own,
             solver=solver,
             batch_size=int(batch_size),
             limits=self._limits,
-            deviations=self._given_deviations(scales),
+            deviations=None if deviations is None else torch.from_numpy(deviations),
             first=(lambda network: take_over(network, self.mixture_, scales)) if is_warm else None,
         )
-
-    def _kind(self) -> Literal["mean", "density", "probabilities"]:
-        raise NotImplementedError
-
-    def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
-        return "none"
-
-    def _given_deviations(self, scales: Scales) -> torch.Tensor | None:
-        return None
 
 
 def _sizes(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
 from sklearn.utils._param_validation import StrOptions
 
 from workshop.estimators.adaptive.base import AdaptiveMixture
 from workshop.estimators.base import MixtureClassifier, MixtureRegressor
 from workshop.estimators.iterative import ABOVE_0, parameter
-from workshop.estimators.scale import Scales
 
 
 @dataclass(eq=False, repr=False)
@@ -79,20 +76,6 @@ class AdaptiveMixtureRegressor(MixtureRegressor, AdaptiveMixture):
         "shared", StrOptions({"shared", "expert"}), ABOVE_0
     )
 
-    def _kind(self) -> Literal["mean", "density", "probabilities"]:
-        return "density" if self.loss == "competitive" else "mean"
-
-    def _fitted_deviation(self) -> Literal["shared", "expert", "none"]:
-        if self.loss == "cooperative" or not isinstance(self.deviation, str):
-            return "none"
-        return "expert" if self.deviation == "expert" else "shared"
-
-    def _given_deviations(self, scales: Scales) -> torch.Tensor | None:
-        if isinstance(self.deviation, str):
-            return None
-        deviations = float(self.deviation) / scales.targets.deviation
-        return torch.from_numpy(np.tile(deviations, (self.n_experts, 1)))
-
 
 class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
     """A mixture of local experts for classification, fitted by gradient descent.
@@ -105,6 +88,3 @@ class AdaptiveMixtureClassifier(MixtureClassifier, AdaptiveMixture):
 
     The parameters are those of :class:`AdaptiveMixtureRegressor`, without ``deviation``.
     """
-
-    def _kind(self) -> Literal["mean", "density", "probabilities"]:
-        return "probabilities"

@@ -33,7 +33,7 @@ from workshop.estimators.adaptive.network import (
     Architecture,
     RowsTensor,
 )
-from workshop.estimators.adaptive.noisy_gate import importance_loss, load_loss
+from workshop.estimators.adaptive.noisy_gate import balancing_loss
 from workshop.estimators.adaptive.starts import place_experts
 from workshop.estimators.iterative import Ascent, Limits
 
@@ -164,11 +164,11 @@ class _Objective:
             log_gates = self.network.log_gates(rows.x, None)
         total, log_likelihood = self._mean_loss(rows, log_gates)
         if settings.importance_weight:
-            importance = importance_loss(log_gates.exp(), rows.sample_weight)
+            importance = balancing_loss(log_gates.exp(), rows.sample_weight)
             total = total + settings.importance_weight * importance
         if settings.load_weight:
             assert probabilities is not None
-            load = load_loss(probabilities, rows.sample_weight)
+            load = balancing_loss(probabilities, rows.sample_weight)
             total = total + settings.load_weight * load
         return total, log_likelihood
 

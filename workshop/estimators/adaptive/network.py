@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from workshop.estimators.adaptive.noisy_gate import (
     chosen_probabilities,
@@ -48,16 +48,9 @@ class PackedRows:
     @cached_property
     def packed(self) -> PackedSequence:
         """The steps [S, F] by their place in the row, in each place the longest rows first."""
-        lengths = self.sequences.lengths
-        order = np.argsort(-lengths, kind="stable")
-        ordered = self.sequences[order]
-        steps = np.arange(lengths.sum()) - np.repeat(ordered.starts, ordered.lengths)
-        return PackedSequence(
-            torch.from_numpy(ordered.values[np.argsort(steps, kind="stable")]),
-            torch.from_numpy(np.bincount(steps)),
-            torch.from_numpy(order),
-            torch.from_numpy(np.argsort(order, kind="stable")),
-        )
+        values, starts = torch.from_numpy(self.sequences.values), self.sequences.starts
+        rows = values.tensor_split(torch.from_numpy(starts[1:]))
+        return pack_sequence(list(rows), enforce_sorted=False)
 
     @cached_property
     def means(self) -> Tensor:

@@ -60,11 +60,10 @@ def squared_variation(amounts: Tensor) -> Tensor:
     return amounts.var(unbiased=False) / mean.square()
 
 
-def importance_loss(weights: Tensor, sample_weight: Tensor) -> Tensor:
-    """Return CV² of the importance, the sum of the gate's ``weights`` [N, E] (equations 6, 7)."""
-    return squared_variation(sample_weight @ weights)
+def balancing_loss(amounts: Tensor, sample_weight: Tensor) -> Tensor:
+    """Return CV² of the sums of ``amounts`` [N, E] over the rows.
 
-
-def load_loss(probabilities: Tensor, sample_weight: Tensor) -> Tensor:
-    """Return CV² of the load, the sum of :func:`chosen_probabilities` [N, E] (eqs. 10 and 11)."""
-    return squared_variation(sample_weight @ probabilities)
+    That of the gate's weights is the importance loss (equations 6 and 7), that of
+    :func:`chosen_probabilities` the load loss (equations 10 and 11).
+    """
+    return squared_variation(sample_weight @ amounts)

@@ -98,11 +98,6 @@ class EnsembleEM:
         self._log_gates = np.full((len(data.X), count), -np.log(count))
 
     @property
-    def num_experts(self) -> int:
-        """The number of experts E."""
-        return len(self._experts)
-
-    @property
     def names(self) -> list[str]:
         """The names of the experts."""
         return [expert.name for expert in self._experts]
@@ -118,22 +113,15 @@ class EnsembleEM:
             other._deviations = self._deviations.copy()
         return other
 
-    def start(self, shares: Array) -> None:
+    def start(self, shares: Array | None) -> None:
         """Begin with the ``shares`` [N, E] of a first division of the rows.
 
-        An expert without a share is fitted to all rows. Raises :class:`FitFailedError`.
+        An expert without a share is fitted to all rows; so are all of them without ``shares``, and
+        the gate then to the posteriors. Raises :class:`FitFailedError`.
         """
-        weights = self._data.weights
-        given = shares * weights[:, None]
-        given[:, given.max(axis=0) <= self._data.least_share] = weights[:, None]
-        self._begin(given, shares)
-
-    def start_whole(self) -> None:
-        """Begin with experts that are fitted to all rows; raises :class:`FitFailedError`."""
-        self._begin(np.tile(self._data.weights[:, None], len(self._experts)), None)
-
-    def _begin(self, given: Array, shares: Array | None) -> None:
-        """Fit all experts to ``given``, then the gate to ``shares``, by default the posteriors."""
+        weights = self._data.weights[:, None]
+        given = np.tile(weights, len(self._experts)) if shares is None else shares * weights
+        given[:, given.max(axis=0) <= self._data.least_share] = weights
         numbers = range(len(self._experts))
         for number, result in zip(numbers, self._fits(given, numbers), strict=True):
             if isinstance(result, FitFailedError):
@@ -148,7 +136,7 @@ class EnsembleEM:
         learner = copy.deepcopy(self._learner)
         return EnsembleEM(self._experts, learner, data, self._n_jobs, folds)
 
-    def started(self, shares: Array) -> EnsembleEM:
+    def started(self, shares: Array | None) -> EnsembleEM:
         """Return a state that begins with ``shares``; raises as :meth:`start` does."""
         other = self.copied()
         other.start(shares)

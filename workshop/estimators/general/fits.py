@@ -22,8 +22,8 @@ from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import has_fit_parameter
 
 from experts.backends.errors import described
-from workshop.estimators.base import distinct
 from workshop.estimators.parts import Array, EstimatorPart
+from workshop.estimators.starts import distinct
 
 MAX_VALUE = 1e100
 """The largest feature, target or prediction, because deviations are sums of squares."""

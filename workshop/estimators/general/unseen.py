@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from workshop.estimators.general.ensemble import EnsembleEM
 from workshop.estimators.general.fits import Data, FitFailedError, Fold, merged
 from workshop.estimators.iterative import Ascent, Limits
 from workshop.estimators.parts import Array, FittedMixture, posterior
+from workshop.estimators.starts import distinct
 
 TRIAL_ITERATIONS = 5
 """The iterations of EM after which the best of several starts goes on alone."""
@@ -149,29 +150,15 @@ def unseen_losses(
     return losses_of(outputs, data)
 
 
-@dataclass(frozen=True)
-class Gain:
-    """The mean by which some losses are less than others, by weight, and its standard error."""
+def gain_of(losses: Array, than: Array, data: Data) -> tuple[float, float]:
+    """Return the mean by which losses [N] are less than others, by weight, and its standard error.
 
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, losses: Array, than: Array, data: Data) -> Gain:
-        """Compare losses [N] of the rows of ``data``.
-
-        Equal rows of equal targets count once in the error, so that a weight is worth as many
-        copies.
-        """
-        differences = than - losses
-        mean = float(np.average(differences, weights=data.weights))
-        variance = float(np.average((differences - mean) ** 2, weights=data.weights))
-        num_distinct = len(np.unique(np.column_stack([data.X, data.targets]), axis=0))
-        return cls(mean, (variance / num_distinct) ** 0.5)
-
-    def exceeds(self, num_errors: float) -> bool:
-        """Return whether the gain is more than some standard errors, beyond rounding."""
-        return self.mean > num_errors * self.error + _ROUNDING
+    Equal rows of equal targets count once in the error, so that a weight is worth as many copies.
+    """
+    differences = than - losses
+    mean = float(np.average(differences, weights=data.weights))
+    variance = float(np.average((differences - mean) ** 2, weights=data.weights))
+    return mean, (variance / len(distinct(data.X, data.targets)[0])) ** 0.5
 
 
 MEAN, STACKED, EM = "mean", "stacked", "EM"
@@ -226,14 +213,14 @@ class UnseenSearch:
 
         Raises :class:`FitFailedError` where an expert cannot be fitted to all rows of some folds.
         """
-        whole = self._begun.copied()
-        whole.start_whole()
+        whole = self._begun.started(None)
+        names = whole.names
         candidates: dict[str, _Start] = {
             f"{name} alone": partial(EnsembleEM.with_expert, number=number)
-            for number, name in enumerate(whole.names)
+            for number, name in enumerate(names)
         }
         alone = list(candidates)
-        if whole.num_experts > 1:
+        if len(names) > 1:
             candidates |= {MEAN: EnsembleEM.with_mean, STACKED: EnsembleEM.with_gate}
         losses = {
             name: unseen_losses(start, whole, self._data, self._folds, self._limits)
@@ -244,14 +231,16 @@ class UnseenSearch:
         self.chosen = min(alone, key=lambda name: self.losses[name])
         for name, num_errors in ((MEAN, 0.0), (STACKED, _GAIN_ERRORS)):
             if name in losses:
-                gain = Gain.of(losses[name], losses[self.chosen], self._data)
-                self.chosen = name if gain.exceeds(num_errors) else self.chosen
-        if whole.num_experts > 1:
+                gain, error = gain_of(losses[name], losses[self.chosen], self._data)
+                self.chosen = name if gain > num_errors * error + _ROUNDING else self.chosen
+        if len(names) > 1:
             try:
                 winner = self._winner(losses[self.chosen])
                 if winner is not None:
                     mixture, num_iter = winner
-                    em = self._begun.started(_posterior(mixture, self._data))
+                    X, targets = self._data.X, self._data.targets
+                    likelihoods = mixture.log_likelihoods(X, targets)
+                    em = self._begun.started(posterior(mixture.log_gates(X), likelihoods))
                     self.chosen = EM
                     return self._run_em(em, self._limited(max(num_iter, 1)))
             except FitFailedError as error:
@@ -275,8 +264,9 @@ class UnseenSearch:
                 mixture = run(em, EnsembleEM.step, self._limited(num_iter + 1)).last.mixture()
             of_em[fold[1]] = self._judged(mixture, fold)
             judged = np.concatenate([judged, fold[1]])
-            gain = Gain.of(of_em[judged], losses[judged], data.of(judged))
-            is_promising = gain.exceeds(_GAIN_ERRORS * (len(judged) / len(data.X)) ** 0.5)
+            gain, error = gain_of(of_em[judged], losses[judged], data.of(judged))
+            num_errors = _GAIN_ERRORS * (len(judged) / len(data.X)) ** 0.5
+            is_promising = gain > num_errors * error + _ROUNDING
             if not is_promising:
                 break
         self.losses[EM] = float(np.average(of_em[judged], weights=data.weights[judged]))
@@ -310,10 +300,7 @@ class UnseenSearch:
         """Return EM of a fold's other rows, from a division or, at 0, from experts of all rows."""
         train = fold[0]
         em = self._begun.on(self._data.of(train), self._halves(fold))
-        if number:
-            return em.started(self._divisions[number - 1][train])
-        em.start_whole()
-        return em
+        return em.started(self._divisions[number - 1][train] if number else None)
 
     def _judged(self, mixture: FittedMixture, fold: Fold) -> Array:
         test = self._data.of(fold[1])
@@ -339,9 +326,3 @@ class UnseenSearch:
             return []
         one, other = (np.sort(np.concatenate(part)) for part in (others[:middle], others[middle:]))
         return [(other, one), (one, other)]
-
-
-def _posterior(mixture: FittedMixture, data: Data) -> Array:
-    """Return the probability [N, E] of each expert, given a row and its target."""
-    likelihoods = mixture.log_likelihoods(data.X, data.targets)
-    return posterior(mixture.log_gates(data.X), likelihoods)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from experts.mixture.spec import MAX_LEVELS
-from workshop.estimators.base import Targets, distinct
-from workshop.estimators.em import design_of, penalty_of
+from workshop.estimators.base import Targets
+from workshop.estimators.em import Rows, design_of, penalty_of
 from workshop.estimators.hierarchical.parts import mixture_of, tree_of
 from workshop.estimators.hierarchical.starts import random_start
-from workshop.estimators.hierarchical.tree import Leaves, Rows, Tree, empty_gates, fit_tree
+from workshop.estimators.hierarchical.tree import Leaves, Tree, empty_gates, fit_tree
 from workshop.estimators.iterative import (
     ABOVE_0,
     AT_LEAST_1,
@@ -31,6 +31,7 @@ from workshop.estimators.iterative import (
 )
 from workshop.estimators.parts import Array
 from workshop.estimators.scale import Scale, Scales
+from workshop.estimators.starts import distinct
 
 NEWTON_STEPS = 1
 """The Newton steps of an M step, from the coefficients of the M step before."""

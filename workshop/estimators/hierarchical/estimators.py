@@ -73,8 +73,9 @@ class HierarchicalMixtureRegressor(MixtureRegressor, HierarchicalMixture):
         return scale(targets)
 
     def _empty_leaves(self, num_experts: int, penalty: Array) -> GaussianLeaves:
-        least = float(self.min_variance)
-        return GaussianLeaves.empty(num_experts, self._width, penalty, least)
+        coefficients = np.zeros((num_experts, len(penalty), self._width))
+        variances = np.ones((num_experts, self._width))
+        return GaussianLeaves(coefficients, variances, penalty, float(self.min_variance))
 
 
 @dataclass(eq=False, repr=False)
@@ -94,4 +95,5 @@ class HierarchicalMixtureClassifier(MixtureClassifier, HierarchicalMixture):
         return np.eye(self._width)[targets]
 
     def _empty_leaves(self, num_experts: int, penalty: Array) -> SoftmaxLeaves:
-        return SoftmaxLeaves.empty(num_experts, self._width, penalty, NEWTON_STEPS)
+        coefficients = np.zeros((len(penalty), num_experts, self._width))
+        return SoftmaxLeaves(coefficients, penalty, NEWTON_STEPS)

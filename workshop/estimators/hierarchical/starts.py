@@ -19,16 +19,16 @@ from itertools import combinations
 
 import numpy as np
 
-from workshop.estimators.em import Array, least_squares
-from workshop.estimators.hierarchical.tree import Rows, Tree, empty_gates, fit_tree
+from workshop.estimators.em import Array, Rows, least_squares
+from workshop.estimators.hierarchical.tree import Tree, empty_gates, fit_tree
 from workshop.estimators.iterative import Limits
+from workshop.estimators.starts import regions
 
 REGIONS_PER_EXPERT = 4
 NUM_CUTS = 16
 """The random cuts among which the best is taken."""
 RIDGE = 0.01
 """The ridge of the regressions that find the pieces."""
-_TIE = 1e-9
 _FLAT = Limits(max_iter=30, tol=1e-4, n_iter_no_change=2)
 _SOFTNESS = 0.05
 
@@ -87,8 +87,8 @@ def _pieces(tree: Tree, rows: Rows, branching: Sequence[int], rng: np.random.Gen
     centred = Rows(rows.design, rows.targets - rows.weight @ rows.targets / rows.mass, rows.weight)
     # A region has on average at least twice the weight that the design has columns.
     enough = min(REGIONS_PER_EXPERT * num_experts, int(rows.mass / (2 * len(penalty))))
-    regions = _regions(centred, max(enough, num_experts), penalty, rng)
-    pieces = _softened(_merged(centred, regions, num_experts, penalty))
+    found = regions(centred, max(enough, num_experts), penalty, NUM_CUTS, rng)
+    pieces = _softened(_merged(centred, found, num_experts, penalty))
     flat = Tree(empty_gates((num_experts,), num_columns), tree.leaves, tree.penalty, 1)
     posteriors = fit_tree(flat, rows, _FLAT, pieces).last.expectation(rows)[0]
     return posteriors[:, grouped(rows, posteriors, branching, penalty, rng)]
@@ -99,108 +99,22 @@ def _softened(posteriors: Array) -> Array:
     return (1 - _SOFTNESS) * posteriors + _SOFTNESS / posteriors.shape[1]
 
 
-def _regions(rows: Rows, count: int, penalty: Array, rng: np.random.Generator) -> list[Array]:
-    """Return regions, row numbers each: the costliest is cut in two until there are ``count``.
-
-    ``penalty`` [D] is the ridge of a region's regression. There are fewer regions where too few
-    rows differ.
-    """
-    regions, costs = [np.arange(len(rows.weight))], [1.0]
-    while len(regions) < count and max(costs) > -np.inf:
-        place = int(np.argmax(costs))
-        sides = _cut(rows.of(regions[place]), penalty, rng)
-        if sides is None:
-            costs[place] = -np.inf
-            continue
-        parts = [regions[place][side] for side in sides]
-        regions[place : place + 1] = parts
-        costs[place : place + 1] = [_cost(rows.of(part), penalty) for part in parts]
-    return regions
-
-
-def _squares(rows: Rows, row_weight: Array, penalty: Array) -> tuple[Array, Array]:
-    """Return the residuals [G, N, O] of G regressions and their sums of squares [G]."""
-    coefficients = least_squares(rows.design, rows.targets, row_weight, penalty)
-    residuals = rows.targets - rows.design @ coefficients
-    return residuals, np.einsum("ng,gno->g", row_weight, residuals**2)
-
-
-def _cost(rows: Rows, penalty: Array) -> float:
-    """Return the sum of squared residuals of a region: what a cut can lower."""
-    return float(_squares(rows, rows.weight[:, None], penalty)[1][0])
-
-
-def _cut(rows: Rows, penalty: Array, rng: np.random.Generator) -> tuple[Array, Array] | None:
-    """Return the rows of the two sides of the best of some random cuts.
-
-    ``None`` where no cut has rows on both sides, as where all rows are the same.
-    """
-    places = rows.design[:, :-1] @ _directions(rows, penalty, rng)
-    levels = rng.uniform(0.2, 0.8, NUM_CUTS)
-    sides = places <= _quantiles(places, rows.weight, levels)
-    both = np.hstack([sides, ~sides])
-    _, squares = _squares(rows, rows.weight[:, None] * both, penalty)
-    costs = squares.reshape(2, NUM_CUTS).sum(axis=0)
-    costs[sides.all(axis=0)] = np.inf
-    best = int(costs.argmin())
-    if costs[best] == np.inf:
-        return None
-    return np.flatnonzero(sides[:, best]), np.flatnonzero(~sides[:, best])
-
-
-def _quantiles(places: Array, weight: Array, levels: Array) -> Array:
-    """Return the weighted quantile of each column of ``places`` [N, K] at its own level."""
-    found = np.empty(len(levels))
-    for cut, level in enumerate(levels):
-        order = np.argsort(places[:, cut], kind="stable")
-        total = np.cumsum(weight[order])
-        row = order[np.searchsorted(total, level * total[-1])]
-        found[cut] = places[row, cut] + _TIE
-    return found
-
-
-def _directions(rows: Rows, penalty: Array, rng: np.random.Generator) -> Array:
-    """Return unit directions [F, K] to cut along: axes, random ones, principal Hessian directions.
-
-    Along principal Hessian directions (Li 1992) the regression surface bends: they are eigenvectors
-    of Σ residual · x xᵀ, drawn by the size of their eigenvalues.
-    """
-    features = rows.design[:, :-1]
-    num_features = features.shape[1]
-    directions = rng.standard_normal((num_features, NUM_CUTS))
-    num_axes = NUM_CUTS // 4
-    directions[:, :num_axes] = np.eye(num_features)[:, rng.integers(num_features, size=num_axes)]
-    residuals = _squares(rows, rows.weight[:, None], penalty)[0][0]
-    centred = features - rows.weight @ features / rows.mass
-    for cut in range(num_axes, num_axes + NUM_CUTS // 2):
-        mixed = rows.weight * (residuals @ rng.standard_normal(residuals.shape[1]))
-        values, vectors = np.linalg.eigh((centred.T * mixed) @ centred)
-        size = np.abs(values)
-        uniform = rng.random()
-        if size.sum() > 0:
-            chosen = int(np.searchsorted(np.cumsum(size), uniform * size.sum()))
-            vector = vectors[:, chosen]
-            # The sign of an eigenvector is arbitrary.
-            directions[:, cut] = vector * np.sign(vector[np.abs(vector).argmax()])
-    return directions / np.linalg.norm(directions, axis=0)
-
-
-def _merged(rows: Rows, regions: list[Array], num_pieces: int, penalty: Array) -> Array:
+def _merged(rows: Rows, parts: list[Array], num_pieces: int, penalty: Array) -> Array:
     """Return membership [N, P] of pieces: pairs of regions are merged where it costs least.
 
     The cost of a pair is the growth of the sum of squared residuals of a regression for both
     instead of one for each.
     """
-    moments = np.stack([_moments(rows.of(region)) for region in regions])
+    moments = np.stack([_moments(rows.of(region)) for region in parts])
     squares = _squares_of(moments, penalty)
-    growth = np.full((len(regions), len(regions)), np.inf)
-    for region in range(len(regions) - 1):
+    growth = np.full((len(parts), len(parts)), np.inf)
+    for region in range(len(parts) - 1):
         others = slice(region + 1, None)
         joint = _squares_of(moments[region] + moments[others], penalty)
         growth[region, others] = joint - squares[region] - squares[others]
-    owner = np.arange(len(regions))
-    for _ in range(len(regions) - num_pieces):
-        kept, gone = divmod(int(growth.argmin()), len(regions))
+    owner = np.arange(len(parts))
+    for _ in range(len(parts) - num_pieces):
+        kept, gone = divmod(int(growth.argmin()), len(parts))
         owner[owner == gone] = kept
         moments[kept] += moments[gone]
         growth[gone], growth[:, gone] = np.inf, np.inf
@@ -211,7 +125,7 @@ def _merged(rows: Rows, regions: list[Array], num_pieces: int, penalty: Array) -
         growth[np.minimum(kept, left), np.maximum(kept, left)] = joint
     numbers = np.searchsorted(np.unique(owner), owner)
     pieces = np.zeros((len(rows.weight), num_pieces), dtype=bool)
-    for members, number in zip(regions, numbers, strict=True):
+    for members, number in zip(parts, numbers, strict=True):
         pieces[members, number] = True
     return pieces
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from workshop.estimators.em import (
     Array,
+    Rows,
     ascend_all,
     least_squares,
     log_softmax,
@@ -26,24 +27,6 @@ from workshop.estimators.iterative import Ascent, Limits
 
 _ROUNDING = 1e-9
 """The most that rounding may lower the objective, relative to the sum of its terms."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a fit: design [N, D], targets [N, O] and weights [N], all above 0."""
-
-    design: Array
-    targets: Array
-    weight: Array
-
-    @property
-    def mass(self) -> float:
-        """The sum of the weights."""
-        return float(self.weight.sum())
-
-    def of(self, part: Array) -> Rows:
-        """Return some of the rows."""
-        return Rows(self.design[part], self.targets[part], self.weight[part])
 
 
 @dataclass(frozen=True)
@@ -169,18 +152,6 @@ class GaussianLeaves:
     penalty: Array  # [D]
     min_variance: float
 
-    @classmethod
-    def empty(
-        cls, num_experts: int, num_outputs: int, penalty: Array, min_variance: float
-    ) -> GaussianLeaves:
-        """Return experts without rows."""
-        return cls(
-            np.zeros((num_experts, len(penalty), num_outputs)),
-            np.ones((num_experts, num_outputs)),
-            penalty,
-            min_variance,
-        )
-
     def log_density(self, design: Array, targets: Array) -> Array:
         """Return log N(target; coefficientsᵀ row, variance), [N, E]."""
         density = np.zeros((len(design), len(self.coefficients)))
@@ -223,13 +194,6 @@ class SoftmaxLeaves:
     coefficients: Array  # [D, E, C]
     penalty: Array  # [D]
     newton_steps: int
-
-    @classmethod
-    def empty(
-        cls, num_experts: int, num_classes: int, penalty: Array, newton_steps: int
-    ) -> SoftmaxLeaves:
-        """Return experts without rows."""
-        return cls(np.zeros((len(penalty), num_experts, num_classes)), penalty, newton_steps)
 
     def log_density(self, design: Array, targets: Array) -> Array:
         """Return Σ_c target_c · log probability_c, [N, E]; targets are 0 or 1."""

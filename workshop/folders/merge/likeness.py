@@ -37,13 +37,13 @@ bytes than so many blocks of a pass, but at least a token's."""
 _CORRECTION = "e_score_correction_bias"
 
 
-class LikenessObserver:
-    """Counts use as :class:`UseObserver` does, and compares all experts of a layer."""
+class LikenessObserver(UseObserver):
+    """Counts use, and compares all experts of a layer."""
 
     def __init__(self, checkpoint: Checkpoint, layer_id: int, by: Alike) -> None:
         shape = checkpoint.shape
-        self._use = UseObserver(shape.num_experts)
-        self._logits = _GateLogits(checkpoint, layer_id) if by == "routing" else None
+        super().__init__(shape.num_experts)
+        self._gate = _gate_of(checkpoint, layer_id) if by == "routing" else None
         self._products = torch.zeros(shape.num_experts, shape.num_experts, dtype=torch.float64)
         sample_bytes = SAMPLE_BLOCKS * block_bytes(checkpoint)
         token_bytes = shape.num_experts * shape.hidden_size * 4
@@ -51,18 +51,14 @@ class LikenessObserver:
         self._sample: list[torch.Tensor] = []
 
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
-        self._use.chosen(normed, ids, weights)
-        if self._logits is not None:
-            logits = self._logits(normed).double()
+        """Take what is compared too: the gate's logits, or a sample of the inputs."""
+        super().chosen(normed, ids, weights)
+        if self._gate is not None:
+            logits = functional.linear(normed, *self._gate).double()
             self._products += logits.T @ logits
         elif self._num_wanted > 0:
             self._sample.append(normed[: self._num_wanted].clone())
             self._num_wanted -= len(self._sample[-1])
-
-    def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
-        self._use.computed(expert_id, weights, outputs)
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
         """Return what :class:`UseObserver` does, and ``likeness`` [E, E], at most 1.
@@ -70,10 +66,10 @@ class LikenessObserver:
         By routing it is the cosine of two experts' logits over all tokens (M-SMoE, arXiv
         2310.01334). By output it is the mean cosine of their outputs for the same tokens.
         """
-        products = self._products if self._logits is not None else self._of_outputs(experts)
+        products = self._products if self._gate is not None else self._of_outputs(experts)
         lengths = products.diagonal().sqrt().clamp(min=1e-12)
         likeness = products / lengths / lengths.unsqueeze(1)
-        return self._use.result(experts) | {"likeness": likeness.numpy()}
+        return super().result(experts) | {"likeness": likeness.numpy()}
 
     def _of_outputs(self, experts: LayerExperts) -> torch.Tensor:
         rows = torch.cat(self._sample)
@@ -84,17 +80,11 @@ class LikenessObserver:
         return (flat @ flat.T).double()
 
 
-class _GateLogits:
-    """The logits of a layer's gate, without its correction of the choice."""
-
-    def __init__(self, checkpoint: Checkpoint, layer_id: int) -> None:
-        names = [name for name in gate_tensors(checkpoint, layer_id) if _CORRECTION not in name]
-        tensors = [from_array(read_tensor(checkpoint, name, "float32")).float() for name in names]
-        [self._weight] = [tensor for tensor in tensors if tensor.dim() == 2]
-        self._bias = next((tensor for tensor in tensors if tensor.dim() == 1), None)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return functional.linear(rows, self._weight, self._bias)
+def _gate_of(checkpoint: Checkpoint, layer_id: int) -> list[torch.Tensor]:
+    """Return the matrix of a layer's gate, and its bias if it has one that is in the logits."""
+    names = [name for name in gate_tensors(checkpoint, layer_id) if _CORRECTION not in name]
+    tensors = [from_array(read_tensor(checkpoint, name, "float32")).float() for name in names]
+    return sorted(tensors, key=lambda tensor: -tensor.dim())
 
 
 def grouped(likeness: np.ndarray, count: int, num_gate_groups: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, ConfigError
 from experts.checkpoint.checkpoint import Checkpoint
 from router.observability.progress import OnProgress
 from workshop.convert.plan import STORED, Plan, make_plan
-from workshop.folders.layerwise import LayerExperts
+from workshop.folders.layerwise import LayerExperts, Observer
 from workshop.folders.making import Command, NewModel, Text, seen_on
 from workshop.folders.options import Importance, PruneOptions
 from workshop.folders.rewritten import (
@@ -100,7 +100,7 @@ class Prune(Command):
         return make_plan(source, STORED, self.options.max_shard_size)
 
 
-class UseObserver:
+class UseObserver(Observer):
     """Counts how an expert is used: tokens, their weights, and the norms of weighted outputs."""
 
     def __init__(self, num_experts: int) -> None:
@@ -110,11 +110,11 @@ class UseObserver:
         self._num_tokens = 0
 
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
+        """Count the tokens."""
         self._num_tokens += len(ids)
 
     def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
-        """See :class:`workshop.folders.layerwise.Observer`."""
+        """Add up an expert's use."""
         self._hits[expert_id] += len(outputs)
         self._weights[expert_id] += weights.double().sum().item()
         norms = torch.linalg.vector_norm(outputs, dim=1)

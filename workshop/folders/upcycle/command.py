@@ -28,7 +28,7 @@ from workshop.folders.layerwise import LayeredModel
 from workshop.folders.making import Command, NewModel, Rows, Text, seen_on
 from workshop.folders.options import UpcycleOptions
 from workshop.folders.passes import Missed, twin_run
-from workshop.folders.rewritten import NewTensors, rewritten_source, sized_source
+from workshop.folders.rewritten import NewTensors, rewritten_source, source_of
 from workshop.folders.upcycle.split_fit import SplitObserver, layer_split
 from workshop.folders.upcycle.upcycled import Copies, Split
 
@@ -55,7 +55,8 @@ class Upcycle(Command):
             raise ConfigError("--by split needs a calibration text", "--text")
         if self.options.speed and not has_text:
             raise ConfigError("--speed is beside perplexities, which need a text", "--text")
-        source = sized_source(self.model.source, self._config, self._dense.dtype)
+        origin, dtype = self.model.source, self._dense.dtype
+        source = source_of(self._config, origin.config_file, origin.files, lambda name: dtype, None)
         return make_plan(source, STORED, self.options.max_shard_size)
 
     def decide(self, text: Text | None, work: Path, on_progress: OnProgress) -> NewModel:

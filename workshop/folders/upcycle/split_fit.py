@@ -23,7 +23,7 @@ from experts.checkpoint.checkpoint import Checkpoint
 from experts.checkpoint.expert_weights import load_expert
 from experts.compute.ffn import ACTIVATIONS
 from workshop.folders.as_mixture import Sizes
-from workshop.folders.layerwise import LayerExperts
+from workshop.folders.layerwise import LayerExperts, Observer
 from workshop.folders.passes import Missed
 from workshop.folders.upcycle.upcycled import LayerSplit
 
@@ -48,8 +48,8 @@ _LARGEST_OF_FEWER = -4
 """The same where a token has fewer experts than all, so that no weight need be exact."""
 
 
-class SplitObserver:
-    """Keeps a dense layer's inputs; see :class:`workshop.folders.layerwise.Observer`."""
+class SplitObserver(Observer):
+    """Keeps a dense layer's inputs."""
 
     def __init__(
         self, checkpoint: Checkpoint, layer_id: int, sizes: Sizes, missed: Missed | None = None
@@ -67,9 +67,6 @@ class SplitObserver:
     def chosen(self, normed: torch.Tensor, ids: np.ndarray, weights: torch.Tensor) -> None:
         """Keep the layer's inputs."""
         self._rows.append(normed.clone())
-
-    def computed(self, expert_id: int, weights: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Take nothing of the outputs."""
 
     def result(self, experts: LayerExperts) -> dict[str, np.ndarray]:
         """Return the part of each neuron [I], and the gate's rows [N, H].

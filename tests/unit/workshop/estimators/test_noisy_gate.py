@@ -11,10 +11,9 @@ import torch
 from torch.nn.functional import softplus
 
 from workshop.estimators.adaptive.noisy_gate import (
+    balancing_loss,
     chosen_probabilities,
-    importance_loss,
     keep_top_k,
-    load_loss,
     noisy_scores,
     squared_variation,
 )
@@ -77,7 +76,7 @@ def test_the_load_loss_moves_the_score_of_an_expert_that_is_never_chosen() -> No
     noisy = noisy_scores(scores, raw, generator)
     weights = keep_top_k(noisy, 1).softmax(dim=1)
     assert (weights[:, 2] == 0).all()
-    load_loss(
+    balancing_loss(
         chosen_probabilities(scores, softplus(raw), noisy, 1), torch.ones(4).double()
     ).backward()
     assert (scores.grad[:, 2] < 0).all(), "descent raises the score"
@@ -88,8 +87,7 @@ def test_the_balancing_losses_by_hand_and_0_where_experts_are_used_alike() -> No
     """Sums 3, 1, 0: mean 4/3, variance (25 + 1 + 16) / 27, and so CV² 42/27 * 9/16 = 0.875."""
     weights = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0]]).double()
     rows, ones = torch.tensor([1.0, 1, 2]).double(), torch.ones(E).double()
-    for loss in (importance_loss, load_loss):
-        assert loss(weights, rows).item() == pytest.approx(0.875)
-        assert loss(torch.full((E, E), 1 / E).double(), ones) == pytest.approx(0, abs=1e-30)
-        assert loss(torch.eye(E).double(), ones) == 0, "sparse, and yet balanced"
+    assert balancing_loss(weights, rows).item() == pytest.approx(0.875)
+    assert balancing_loss(torch.full((E, E), 1 / E).double(), ones) == pytest.approx(0, abs=1e-30)
+    assert balancing_loss(torch.eye(E).double(), ones) == 0, "sparse, and yet balanced"
     assert squared_variation(torch.zeros(E)) == 0

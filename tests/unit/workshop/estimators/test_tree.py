@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import norm
 
-from workshop.estimators.em import design_of, penalty_of
+from workshop.estimators.em import Rows, design_of, penalty_of
 from workshop.estimators.hierarchical.starts import grouped, random_start
 from workshop.estimators.hierarchical.tree import (
     VARIANCE_ROWS,
     GaussianLeaves,
-    Rows,
     SoftmaxLeaves,
     Tree,
     empty_gates,
@@ -55,7 +54,7 @@ def drawn(
 def empty_tree() -> Tree:
     """Return a tree of four experts for two features and one output, without coefficients."""
     penalty = np.full(3, 1e-2)
-    leaves = GaussianLeaves.empty(4, 1, penalty, 1e-6)
+    leaves = GaussianLeaves(np.zeros((4, 3, 1)), np.ones((4, 1)), penalty, 1e-6)
     return Tree(empty_gates((2, 2), 3), leaves, penalty, 2)
 
 

@@ -55,7 +55,7 @@ def test_the_out_of_fold_objective_never_falls(seed: int, is_tree: bool) -> None
     data = Data(X, y[:, None], np.ones(60), None)
     folds = folds_of(X, y[:, None], 4, False, seed)
     em = EnsembleEM(experts, learner_of("linear", 2, lambda gate: gate), data, None, folds)
-    em.start_whole()
+    em.start(None)
     objectives = [em.step() for _ in range(6)]
     assert (np.diff(objectives) >= -1e-9).all()
 
