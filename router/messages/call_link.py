@@ -13,7 +13,7 @@ import itertools
 import logging
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,12 @@ import ray
 from cluster.errors import InternalError
 from cluster.tls import TlsFiles, ray_is_encrypted
 from router.messages.link import (
-    MALFORMED,
+    Connection,
     LinkAddress,
     LinkListener,
     open_link,
     pack_frame,
-    read_frame,
+    read_until_end,
 )
 
 MAX_FRAME_BYTES = 1 << 30
@@ -37,6 +37,8 @@ SILENT_S = 2.0
 logger = logging.getLogger("expertmesh.link")
 
 Wire = Mapping[str, Any]
+LinkCall = asyncio.Future[Wire]
+"""A call under way: await it for the reply, or cancel it."""
 
 
 class LinkBrokenError(Exception):
@@ -84,23 +86,21 @@ class CallServer:
             if not writer.is_closing():
                 writer.write(pack_frame([number, None]) if call.cancelled() else call.result())
 
+        def take(body: list[Any]) -> None:
+            number, wire = body
+            if wire is not None:
+                if number in calls:
+                    raise ConnectionError("the number of a call came twice")
+                calls[number] = asyncio.create_task(self._answer(number, wire))
+                calls[number].add_done_callback(partial(answer, number))
+            elif number in calls:
+                calls[number].cancel()
+
         self._writers[writer] = None
         try:
-            while True:
-                number, wire = await read_frame(reader, MAX_FRAME_BYTES)
-                if wire is not None:
-                    if number in calls:
-                        raise ConnectionError("the number of a call came twice")
-                    calls[number] = asyncio.create_task(self._answer(number, wire))
-                    calls[number].add_done_callback(partial(answer, number))
-                elif number in calls:
-                    calls[number].cancel()
-        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
-            if not isinstance(error, asyncio.IncompleteReadError):
-                logger.warning("a gateway's link is closed: %s", error)
+            await read_until_end((reader, writer), MAX_FRAME_BYTES, take, "a gateway's link")
         finally:
             self._writers.pop(writer, None)
-            writer.close()
             for call in calls.values():
                 call.cancel()
 
@@ -126,21 +126,21 @@ def call_server(serve: Callable[[Wire], Awaitable[Wire]], tls: TlsFiles | None) 
 class CallLink:
     """A gateway's connection to one router; used on its event loop alone."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, connection: Connection) -> None:
         """Take over a connection that :func:`router.messages.link.open_link` made."""
-        self._writer = writer
+        self._writer = connection[1]
         self._numbers = itertools.count()
-        self._answers: dict[int, asyncio.Future[Wire]] = {}
+        self._answers: dict[int, LinkCall] = {}
         self._is_leaving = False
         self._waits_since_s = 0.0
         self.called_at_s = 0.0
         """When the latest call was made (monotonic)."""
-        self._reading = asyncio.create_task(self._read(reader))
+        self._reading = asyncio.create_task(self._read(connection))
 
     @classmethod
     async def open(cls, address: LinkAddress, tls: ssl.SSLContext | None) -> CallLink:
         """Connect to a router; raises ``OSError``."""
-        return cls(*await open_link(address, tls))
+        return cls(await open_link(address, tls))
 
     @property
     def is_open(self) -> bool:
@@ -157,22 +157,22 @@ class CallLink:
         return bool(self._answers) and time.monotonic() - self._waits_since_s >= SILENT_S
 
     def call(self, wire: Wire) -> LinkCall:
-        """Send a request to the router; the link must be open."""
+        """Send a request to the router, and return its reply to come; the link must be open.
+
+        The router ends a call that is cancelled. A call fails by :class:`LinkBrokenError`.
+        """
         number = next(self._numbers)
         self.called_at_s = time.monotonic()
         if not self._answers:
             self._waits_since_s = self.called_at_s
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(partial(self._end_cancelled, number))
         self._writer.write(pack_frame([number, wire]))
-        return LinkCall(self, number, answer)
+        return answer
 
-    def cancel(self, number: int) -> None:
-        """End a call at the router; does nothing for one that is answered."""
-        answer = self._answers.get(number)
-        if answer is not None and not answer.cancelled():
-            answer.cancel()
-            if not self._writer.is_closing():
-                self._writer.write(pack_frame([number, None]))
+    def _end_cancelled(self, number: int, answer: LinkCall) -> None:
+        if answer.cancelled() and not self._writer.is_closing():
+            self._writer.write(pack_frame([number, None]))
 
     def leave(self) -> None:
         """Take no more calls, and close the connection after the last answer."""
@@ -184,40 +184,21 @@ class CallLink:
         """Close the connection at once; calls without an answer fail."""
         self._writer.close()
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    def _take(self, body: list[Any]) -> None:
+        number, reply = body
+        answer = self._answers.pop(number)
+        self._waits_since_s = time.monotonic()
+        if not answer.done():
+            answer.set_result(reply)
+        if self._is_leaving and not self._answers:
+            self._writer.close()
+
+    async def _read(self, connection: Connection) -> None:
         reason: Exception | None = None
         try:
-            while True:
-                number, reply = await read_frame(reader, MAX_FRAME_BYTES)
-                answer = self._answers.pop(number)
-                self._waits_since_s = time.monotonic()
-                if not answer.done():
-                    answer.set_result(reply)
-                if self._is_leaving and not self._answers:
-                    return
-        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
-            reason = error
+            reason = await read_until_end(connection, MAX_FRAME_BYTES, self._take)
         finally:
-            self._writer.close()
             for answer in self._answers.values():
                 if not answer.done():
                     answer.set_exception(LinkBrokenError(f"a router's link broke ({reason!r})"))
             self._answers.clear()
-
-
-class LinkCall:
-    """A call under way: await it for the reply; raises :class:`LinkBrokenError`."""
-
-    def __init__(self, link: CallLink, number: int, answer: asyncio.Future[Wire]) -> None:
-        """See :meth:`CallLink.call`, which makes it."""
-        self._link = link
-        self._number = number
-        self._answer = answer
-
-    def __await__(self) -> Generator[Any, None, Wire]:
-        """Return the router's reply."""
-        return self._answer.__await__()
-
-    def cancel(self) -> None:
-        """End the call at the router."""
-        self._link.cancel(self._number)

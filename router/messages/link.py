@@ -42,6 +42,7 @@ ACCEPT_RETRY_S = 1.0
 READ_BUFFER_BYTES = 256 << 10
 _HEADER = struct.Struct(">III")
 _CHECKED = struct.Struct(">II")
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
 """The errors of a frame whose body is not what the reader expects."""
 
@@ -116,6 +117,25 @@ async def read_frame(reader: asyncio.StreamReader, max_bytes: int) -> list[Any]:
     return frame
 
 
+async def read_until_end(
+    connection: Connection, max_bytes: int, take: Callable[[list[Any]], None], name: str = ""
+) -> Exception:
+    """Hand the body of each frame to ``take``; closes the connection at its end, and returns why.
+
+    A malformed frame ends it too. With a ``name``, any end but the other side's close is logged.
+    """
+    reader, writer = connection
+    try:
+        while True:
+            take(await read_frame(reader, max_bytes))
+    except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
+        if name and not isinstance(error, asyncio.IncompleteReadError):
+            logger.warning("%s is closed: %s", name, error)
+        return error
+    finally:
+        writer.close()
+
+
 def pack_frame(body: list[Any]) -> bytes:
     """Return a frame."""
     return framed(msgpack.packb(body))
@@ -127,7 +147,6 @@ def framed(packed: bytes) -> bytes:
     return checked + crc32c.crc32c(checked).to_bytes(4, "big") + packed
 
 
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 

@@ -15,14 +15,14 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
+from typing import Any
 
 from router.messages.link import (
-    MALFORMED,
     LinkAddress,
     LinkListener,
     open_link,
     pack_frame,
-    read_frame,
+    read_until_end,
 )
 from router.messages.request import TokenEvent
 
@@ -94,20 +94,17 @@ class LinkServer:
         self._routes.pop(request_id, None)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def take(events: list[Any]) -> None:
+            for request_id, wire in events:
+                if isinstance(wire, bool):
+                    self._on_alone(request_id, wire)
+                elif self._on_tokens(request_id, TokenEvent.from_wire(wire)):
+                    self._routes[request_id] = writer
+
         try:
-            while True:
-                for request_id, wire in await read_frame(reader, MAX_FRAME_BYTES):
-                    if isinstance(wire, bool):
-                        self._on_alone(request_id, wire)
-                    elif self._on_tokens(request_id, TokenEvent.from_wire(wire)):
-                        self._routes[request_id] = writer
-        except (OSError, asyncio.IncompleteReadError, *MALFORMED) as error:
-            if not isinstance(error, asyncio.IncompleteReadError):
-                logger.warning("a router's link is closed: %s", error)
+            await read_until_end((reader, writer), MAX_FRAME_BYTES, take, "a router's link")
         finally:
-            for request_id in [r for r, w in self._routes.items() if w is writer]:
-                self._routes.pop(request_id)
-            writer.close()
+            self._routes = {r: w for r, w in self._routes.items() if w is not writer}
 
 
 class LinkClient:
@@ -137,7 +134,7 @@ class LinkClient:
     async def _open(self, address: LinkAddress) -> None:
         """Connect, send what has been waiting for the connection, and read until its end."""
         try:
-            reader, writer = await open_link(address, self._tls)
+            connection = await open_link(address, self._tls)
         except OSError as error:
             text = "no link to a gateway (%s, %r); its tokens come with the reply"
             logger.warning(text, address, error)
@@ -148,9 +145,18 @@ class LinkClient:
             return
         finally:
             unsent = self._unsent.pop(address)
-        self._links[address] = writer
+        writer = self._links[address] = connection[1]
         writer.write(unsent)
-        await self._read_stops(address, reader, writer)
+        try:
+            await read_until_end(connection, MAX_FRAME_BYTES, self._take)
+        finally:
+            if self._links.get(address) is writer:
+                del self._links[address]
+
+    def _take(self, body: list[Any]) -> None:
+        kind, request_id, index = body
+        if kind == "stop":
+            self._on_stop(request_id, index)
 
     async def send_alone(self, address: LinkAddress, request_id: str, is_alone: bool) -> bool:
         """Tell a gateway that a step of its request alone begins, or has ended.
@@ -210,20 +216,6 @@ class LinkClient:
             task.cancel()
         for writer in self._links.values():
             writer.close()
-
-    async def _read_stops(
-        self, address: LinkAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        try:
-            while True:
-                kind, request_id, index = await read_frame(reader, MAX_FRAME_BYTES)
-                if kind == "stop":
-                    self._on_stop(request_id, index)
-        except (OSError, asyncio.IncompleteReadError, *MALFORMED):
-            writer.close()
-        finally:
-            if self._links.get(address) is writer:
-                del self._links[address]
 
 
 def _frames_of(events: list[tuple[str, TokenEvent]]) -> list[bytes]:

@@ -278,7 +278,7 @@ def _unanswered(upstream: RayUpstream) -> int:
     return sum(
         link.num_unanswered
         for calls in upstream._routers.values()
-        for link in calls._links._links.values()
+        for link in calls._links.values()
     )
 
 

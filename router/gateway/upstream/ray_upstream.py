@@ -110,7 +110,7 @@ class RayUpstream:
         host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
         self._link = LinkServer(node, host, self._on_tokens, self._on_alone, tls)
         for calls in routers.values():
-            calls.on_node(self._link.expect)
+            calls.on_node = self._link.expect
         self._looking = asyncio.create_task(self._look_for_nodes())
 
     async def _look_for_nodes(self) -> None:

@@ -43,8 +43,8 @@ def _load_of(link: CallLink) -> tuple[bool, int, float]:
     return link.is_silent(), link.num_unanswered, link.called_at_s
 
 
-class RouterLinks:
-    """The links to the routers of one model, for the replicas that Serve knows.
+class RouterCalls:
+    """Calls of the routers of one model: over links, and by Serve where there is none.
 
     They are used on one event loop.
 
@@ -59,18 +59,24 @@ class RouterLinks:
         routers: DeploymentHandle,
         model: str,
         node: str,
+        method: str,
         tls: ssl.SSLContext | None,
+        on_call: Callable[[str], None],
         keys_of: KeysOf = no_keys,
     ) -> None:
-        """``routers`` is the handle of the model's deployment, ``model`` the model's key.
+        """``routers`` is the handle of the deployment of the model whose key is ``model``.
 
-        ``node`` is the id of this gateway's node.
+        ``node`` is the id of this gateway's node. ``method`` is called; ``on_call`` is told each
+        call's transport, ``link`` or ``serve``. By ``keys_of`` a request goes to a router that has
+        the beginning of its prompt.
         """
         self._keys_of = keys_of
         self._routers = routers
         self._model = model
         self._node = node
+        self._method = getattr(routers, method)
         self._tls = tls
+        self._on_call = on_call
         self.on_node: Callable[[str], None] = lambda node: None
         """Called with the node of each router that answers, before there is a link to it."""
         self._links: dict[LinkAddress, CallLink] = {}
@@ -85,14 +91,28 @@ class RouterLinks:
         self._num_failures = 0
         """How often in a row the routers could not be asked."""
 
-    def call(self, wire: Wire) -> LinkCall | None:
+    def call(self, wire: Wire, span: Span, by_serve: bool = False) -> Any:
+        """Send a request to a router; returns its call, to be awaited or cancelled.
+
+        Serve brings the trace of a sampled request to the router, so Serve carries it. Serve is to
+        carry a request again whose link broke: it tells a dead router from a lost connection.
+        """
+        self._wanted_at_s = time.monotonic()
+        self._ask()  # also for a call of Serve's: the gateway needs to know of the routers' nodes
+        call = None if by_serve or span.is_recording() else self._call_over_link(wire)
+        self._on_call("serve" if call is None else "link")
+        if call is not None:
+            return call
+        with as_current(span):  # Serve sends its context with the call
+            return self._method.remote(wire)
+
+    def _call_over_link(self, wire: Wire) -> LinkCall | None:
         """Send a request to a router that had its prefix, or to the one that owes the least.
 
         That is the fewest answers to this gateway. A silent one comes last. Returns ``None`` where
         there is no link, and where it is not known whether Serve still sends requests to the links'
         routers.
         """
-        self.keep_fresh()
         if time.monotonic() - self._known_at_s > STALE_S:
             return None
         links = [(address, link) for address, link in self._links.items() if link.is_open]
@@ -113,11 +133,6 @@ class RouterLinks:
         )
         sent[place].add(keys)
         return ready[place][1]
-
-    def keep_fresh(self) -> None:
-        """Have the routers asked from now on; a request has come."""
-        self._wanted_at_s = time.monotonic()
-        self._ask()
 
     def _ask(self) -> None:
         """Begin to ask the routers, unless they are asked or were just asked."""
@@ -174,48 +189,3 @@ class RouterLinks:
         for address in self._links.keys() - addresses:
             self._links.pop(address).leave()
         self._unreached = dict.fromkeys(a for a in self._unreached if a in addresses)
-
-
-class RouterCalls:
-    """Calls of the routers of one model, over their links, and by Serve where there is none."""
-
-    def __init__(
-        self,
-        routers: DeploymentHandle,
-        model: str,
-        node: str,
-        method: str,
-        tls: ssl.SSLContext | None,
-        on_call: Callable[[str], None],
-        keys_of: KeysOf = no_keys,
-    ) -> None:
-        """``routers`` is the handle of the deployment of the model whose key is ``model``.
-
-        ``node`` is the id of this gateway's node. ``method`` is called; ``on_call`` is told each
-        call's transport, ``link`` or ``serve``. By ``keys_of`` a request goes to a router that has
-        the beginning of its prompt.
-        """
-        self._method = getattr(routers, method)
-        self._links = RouterLinks(routers, model, node, tls, keys_of)
-        self._on_call = on_call
-
-    def on_node(self, hear: Callable[[str], None]) -> None:
-        """Have ``hear`` called with the node of each router, before a request goes over a link."""
-        self._links.on_node = hear
-
-    def call(self, wire: Wire, span: Span, by_serve: bool = False) -> Any:
-        """Send a request to a router; returns its call, to be awaited or cancelled.
-
-        Serve brings the trace of a sampled request to the router, so Serve carries it. Serve is to
-        carry a request again whose link broke: it tells a dead router from a lost connection.
-        """
-        if by_serve or span.is_recording():
-            self._links.keep_fresh()  # the gateway needs to know of the routers' nodes all the same
-            call = None
-        else:
-            call = self._links.call(wire)
-        self._on_call("serve" if call is None else "link")
-        if call is not None:
-            return call
-        with as_current(span):  # Serve sends its context with the call
-            return self._method.remote(wire)

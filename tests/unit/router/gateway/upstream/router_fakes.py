@@ -44,9 +44,7 @@ class Routers(Generic[AnyCall]):
         self.calls: list[AnyCall] = []
         self.spans: list[Span] = []
         self.counted: list[str] = []
-
-    def on_node(self, hear: Callable[[str], None]) -> None:
-        self.tell_node = hear
+        self.on_node: Callable[[str], None] = lambda node: None
 
     def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> AnyCall:
         self.counted.append("serve" if by_serve else self.way)

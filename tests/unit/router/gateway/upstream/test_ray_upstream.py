@@ -309,9 +309,9 @@ async def test_routers_of_other_nodes_can_connect_once_there_is_one(
 
     alone = await told(up.gateway)
     assert (alone.node, bool(alone.name), alone.port) == ("here", True, 0)
-    up.router.tell_node("here")
+    up.router.on_node("here")
     assert await told(up.gateway) == alone
-    up.router.tell_node("there")
+    up.router.on_node("there")
     both = await told(up.gateway)
     assert (both.name, both.host, both.port > 0) == (alone.name, "127.0.0.1", True)
 
@@ -329,7 +329,7 @@ async def test_routers_of_other_nodes_can_connect_once_there_is_one(
     learns = made()
     await learns._looking
     assert (await told(learns)).port == 0
-    up.router.tell_node("there")
+    up.router.on_node("there")
     assert (await told(learns)).port
     learns._link.close()
 

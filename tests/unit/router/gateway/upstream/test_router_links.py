@@ -16,7 +16,7 @@ from opentelemetry.trace import Span
 from router.engine.replica import RouterReplica
 from router.gateway.upstream import router_links as links_module
 from router.gateway.upstream.affinity import no_keys
-from router.gateway.upstream.router_links import KeysOf, RouterCalls, RouterLinks
+from router.gateway.upstream.router_links import KeysOf, RouterCalls
 from router.messages import call_link
 from router.messages.call_link import SILENT_S, CallServer, LinkBrokenError, LinkCall, Wire
 from router.messages.link import LinkAddress
@@ -27,6 +27,7 @@ from tests.unit.router.messages.test_token_link import happens
 
 MODEL = "m@1"
 NODE, OTHER = "node", "other node"
+BY_SERVE = "by Serve"
 
 
 class Router:
@@ -54,6 +55,13 @@ class Serve:
         """What else is answered: an error, or a router without links."""
         self.error: Exception | None = None
         self.num_asked = 0
+        self.generate = self
+        self.spans: list[Span] = []
+
+    def remote(self, wire: Wire) -> str:
+        """Keep the span that Serve would send with a call of ``generate``."""
+        self.spans.append(trace.get_current_span())
+        return BY_SERVE
 
     def broadcast(self, method: str, model: str, node: str) -> Serve:
         assert (method, model, node) == ("link", MODEL, NODE)
@@ -71,10 +79,10 @@ class Serve:
 @asynccontextmanager
 async def linked(
     serve: Serve, count: int | None = None, keys_of: KeysOf = no_keys
-) -> AsyncIterator[RouterLinks]:
+) -> AsyncIterator[RouterCalls]:
     """Links that have found their routers."""
-    links = RouterLinks(serve, MODEL, NODE, None, keys_of)  # type: ignore[arg-type]
-    assert links.call({}) is None
+    links = RouterCalls(serve, MODEL, NODE, "generate", None, lambda kind: None, keys_of)  # type: ignore[arg-type]
+    assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
     await happens(lambda: links._asking is None)
     assert len(links._links) == (len(serve.routers) if count is None else count)
     try:
@@ -88,14 +96,14 @@ async def linked(
             router.server.close()
 
 
-def begun(links: RouterLinks, wire: Wire | None = None) -> LinkCall:
+def begun(links: RouterCalls, wire: Wire | None = None) -> LinkCall:
     """Call a router over a link."""
-    call = links.call(wire or {})
-    assert call is not None
-    return call
+    call = links.call(wire or {}, trace.INVALID_SPAN)
+    assert call != BY_SERVE
+    return call  # type: ignore[no-any-return]
 
 
-async def called(links: RouterLinks, wire: Wire | None = None) -> Any:
+async def called(links: RouterCalls, wire: Wire | None = None) -> Any:
     return (await begun(links, wire))["reply"]
 
 
@@ -105,8 +113,8 @@ def asks_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links_module, "KEPT_S", 0.0)
 
 
-async def refreshed(links: RouterLinks) -> None:
-    links.keep_fresh()
+async def refreshed(links: RouterCalls) -> None:
+    links.call({}, trace.INVALID_SPAN, by_serve=True)
     await happens(lambda: links._asking is None)
 
 
@@ -226,14 +234,14 @@ async def test_after_a_pause_serve_carries_requests_until_the_routers_are_known_
     async with linked(serve) as links:
         serve.routers = [new]  # a redeploy while nobody asks
         links._known_at_s -= 2 * links_module.STALE_S
-        assert links.call({}) is None
+        assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
         await happens(lambda: links._asking is None)
         assert await called(links) == "b"
         serve.answers = [TimeoutError()]
         await refreshed(links)
         assert await called(links) == "b"
         monkeypatch.setattr(links_module, "STALE_S", 0.0)  # it has not told for so long
-        assert links.call({}) is None
+        assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
         await happens(lambda: not ended.server._writers)
         ended.server.close()
 
@@ -248,46 +256,33 @@ async def test_a_broken_link_is_made_again() -> None:
             writer.transport.abort()
         with pytest.raises(LinkBrokenError):
             await lost
-        assert links.call({}) is None  # Serve's call carries it
+        assert links.call({}, trace.INVALID_SPAN) == BY_SERVE  # Serve's call carries it
         serve.routers[0].may_answer.set()
         await happens(lambda: links._asking is None)
         assert await called(links) == "a"
 
 
-class Handle(Serve):
-    """A deployment's handle whose ``generate.remote`` keeps the span that Serve would send."""
-
-    def __init__(self, *routers: Router) -> None:
-        super().__init__(*routers)
-        self.generate = self
-        self.spans: list[Span] = []
-
-    def remote(self, wire: Wire) -> str:
-        self.spans.append(trace.get_current_span())
-        return "by Serve"
-
-
 async def test_calls_go_over_links_but_for_sampled_requests_and_those_whose_link_broke() -> None:
     counted, told, linked_then = list[str](), list[str](), list[int]()
-    handle = Handle(Router("a"), Router("b", OTHER))
+    handle = Serve(Router("a"), Router("b", OTHER))
     calls = RouterCalls(handle, MODEL, NODE, "generate", None, counted.append)  # type: ignore[arg-type]
 
     def hear(node: str) -> None:
         told.append(node)
-        linked_then.append(len(calls._links._links))
+        linked_then.append(len(calls._links))
 
-    calls.on_node(hear)
+    calls.on_node = hear
     sampled = SpanKeeper().tracer.start_span("sampled")
-    assert calls.call({}, sampled) == "by Serve"
+    assert calls.call({}, sampled) == BY_SERVE
     assert handle.spans[0] is sampled  # Serve takes it along
-    await happens(lambda: calls._links._asking is None)
+    await happens(lambda: calls._asking is None)
     # The nodes are told for a sampled request, too, and before there is a link.
     assert (told[:2], linked_then[:2]) == ([NODE, OTHER], [0, 0])
-    links = calls._links._links.values()
+    links = calls._links.values()
     kinds = [link._writer.get_extra_info("socket").family for link in links]
     assert sorted(kinds) == sorted([socket.AF_UNIX, socket.AF_INET])
     assert await calls.call({}, trace.INVALID_SPAN) == {"reply": "a"}
-    assert calls.call({}, trace.INVALID_SPAN, by_serve=True) == "by Serve"
+    assert calls.call({}, trace.INVALID_SPAN, by_serve=True) == BY_SERVE
     assert counted == ["serve", "link", "serve"]
     for link in links:
         link.close()
@@ -308,7 +303,7 @@ async def test_a_router_that_is_not_found_is_logged_once_and_serve_carries_its_r
     async with linked(serve, 0) as links:
         for _ in range(3):
             await refreshed(links)
-            assert links.call({}) is None
+            assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
     _, line = sorted(record.getMessage() for record in caplog.records)
     assert line.startswith("no link to a router (unix, ")
 
@@ -326,7 +321,7 @@ async def test_routers_that_cannot_be_asked_for_long_are_logged_once(
             assert not caplog.records
             for _ in range(links_module.PATIENCE):
                 await refreshed(links)
-            assert links.call({}) is None
+            assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
             [record] = caplog.records
             assert record.getMessage().startswith("could not ask the routers")
             caplog.clear()
@@ -342,7 +337,7 @@ async def test_a_router_without_a_way_for_this_node_is_no_fault(
     async with linked(serve, 0) as links:
         links.on_node = told.append
         await refreshed(links)
-        assert links.call({}) is None
+        assert links.call({}, trace.INVALID_SPAN) == BY_SERVE
         assert told == [OTHER]
     assert not caplog.records
 
