@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.controller.application import app_is_wanted, is_replaced_later
 from cluster.reports import ProcessSamples, ProcessStatus, Samples
 from cluster.tls import TlsFiles
+from experts.checkpoint.remote.remote_reader import RayNeighbours
 from router.config.deployment import GatewayConfig
 from router.config.listen import ListenConfig
 from router.gateway.admin import Admin
@@ -115,7 +116,7 @@ class GatewayReplica:
         process = ProcessStatus(os.getpid(), node)
         admin = Admin(controller, lambda: ProcessSamples("gateway", process, samples()))
         with collector_paused(), torch_hidden():  # transformers is imported for its tokenizers
-            loaded = load_models(language_models)
+            loaded = load_models(language_models, RayNeighbours())
         calls = _calls_to(models, routers, node, tls, metrics, shares_prefixes)
         self._service = GenerationService(
             loaded,

@@ -122,12 +122,13 @@ class MixtureDeployment(_Deployment["MixtureReplica"]):
 
 
 def _router_replica() -> Callable[..., RouterReplica]:
+    from experts.checkpoint.remote.remote_reader import RayNeighbours
     from router.engine.replica import RouterReplica
     from router.gateway.input.tokenizer import load_tokenizer
 
     return partial(
         RouterReplica,
-        vocabulary_of=lambda model: load_tokenizer(model).vocabulary(
+        vocabulary_of=lambda model: load_tokenizer(model, RayNeighbours()).vocabulary(
             model.vocab_size, model.eos_token_ids
         ),
     )

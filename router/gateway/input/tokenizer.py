@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import CheckpointError, InvalidRequestError
 from experts.checkpoint.folder import language_model
 from experts.checkpoint.identity import text_identity
+from experts.checkpoint.remote.peers import Neighbours
 from experts.checkpoint.remote.remote_files import open_model
-from experts.checkpoint.remote.remote_reader import RayNeighbours
 from router.gateway.input.tools.formats import ChatFormat, format_of
 from router.gateway.input.tools.template import ChatTemplate
 from router.served import ServedModel
@@ -261,17 +261,19 @@ class GatewayModel:
     tokenizer: Tokenizer
 
 
-def load_models(models: tuple[ServedModel, ...]) -> dict[str, GatewayModel]:
+def load_models(
+    models: tuple[ServedModel, ...], neighbours: Neighbours | None
+) -> dict[str, GatewayModel]:
     """Load the tokenizer of each model; returns them by id, in the given order."""
-    return {model.id: GatewayModel(model, load_tokenizer(model)) for model in models}
+    return {model.id: GatewayModel(model, load_tokenizer(model, neighbours)) for model in models}
 
 
-def load_tokenizer(model: ServedModel) -> Tokenizer:
+def load_tokenizer(model: ServedModel, neighbours: Neighbours | None) -> Tokenizer:
     """Load a model's tokenizer; raises :class:`CheckpointError` where its files are others.
 
-    The identity of the weights does not cover them.
+    The identity of the weights does not cover them. A node without the files asks ``neighbours``.
     """
-    opened = open_model(model.path, model.source.identity, RayNeighbours())
+    opened = open_model(model.path, model.source.identity, neighbours)
     checkpoint = language_model(opened)
     if model.text_identity and text_identity(checkpoint) != model.text_identity:
         raise CheckpointError(

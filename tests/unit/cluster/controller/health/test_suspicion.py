@@ -66,5 +66,5 @@ async def test_a_router_that_does_not_call_has_its_time_from_the_first_suspicion
         await asyncio.sleep(LOOK_S)
         assert not first.killed
     await suspect("expert-0", 1, True)
-    await asyncio.sleep(2 * LOOK_S)
+    await asyncio.sleep(3 * LOOK_S)
     assert first.killed

@@ -175,10 +175,8 @@ def test_a_gateway_gets_the_tokenizer(folder: Path) -> None:
     identity = identity_of(open_checkpoint(folder))
     source = ModelSource(HERE, "float32", ModelExperts("m", (0, 1, 2), 8, 0), identity)
     model = ServedModel(source, "mixtral", 320, 256, 2, (0,))
-    with pytest.MonkeyPatch.context() as patch:
-        neighbours = FakeNeighbours({"a": folder})
-        patch.setattr("router.gateway.input.tokenizer.RayNeighbours", lambda: neighbours)
-        tokenizer = load_models((model,))["m"].tokenizer
+    neighbours = FakeNeighbours({"a": folder})
+    tokenizer = load_models((model,), neighbours)["m"].tokenizer
     right = Tokenizer.load(str(folder), (0,))
     text = "the quick brown fox, at last: ü"
     assert tokenizer.encode(text) == right.encode(text)

@@ -22,16 +22,16 @@ def test_a_tokenizer_that_changed_since_the_check_is_refused(tmp_path: Path) -> 
     save_mixtral(tmp_path)
     config = parse_args({"models": [{"id": "m", "path": str(tmp_path)}]})
     [model] = inspect_models(config)
-    assert load_models((model,))["m"].tokenizer.encode("in")
+    assert load_models((model,), None)["m"].tokenizer.encode("in")
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(CheckpointError, match="its tokenizer, chat template or") as caught:
-        load_models((model,))
+        load_models((model,), None)
     assert caught.value.field == str(tmp_path)
     # Another deployment serves it, under the same weights' key.
     [again] = inspect_models(config)
     assert again.key == model.key
     assert again.identity != model.identity
-    assert load_models((again,))["m"].info == replace(again)
+    assert load_models((again,), None)["m"].info == replace(again)
 
 
 ALL: dict[str, Callable[[Path], Any]] = {"mixtral": save_mixtral, "grok": save_grok, **SAVERS}
