@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from codecs import IncrementalDecoder, getincrementaldecoder
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from cluster.errors import InvalidRequestError
@@ -45,6 +45,23 @@ def _prompts(prompt: Any) -> list[tuple[Any, str]]:
     return [(each, f"prompt[{place}]") for place, each in enumerate(prompt)]
 
 
+class _TextLength:
+    """The number of characters in a text that comes token by token.
+
+    A character of several tokens counts with the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._num_chars = 0
+        self._decoder: IncrementalDecoder = getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: bytes) -> int:
+        """Take a token's bytes; returns the number of characters before it."""
+        before = self._num_chars
+        self._num_chars += len(self._decoder.decode(token))
+        return before
+
+
 @dataclass(eq=False)
 class CompletionCall(OpenAiCall):
     """One call of ``/v1/completions``.
@@ -54,8 +71,8 @@ class CompletionCall(OpenAiCall):
 
     has_echo: bool = False
     prompt_logprobs: int | None = None
-    _offsets: dict[int, int] = field(default_factory=dict)
-    """The length of each choice's text so far, for the text_offset of logprobs."""
+    _texts: dict[int, _TextLength] = field(default_factory=dict)
+    """What each choice has so far, for the text_offset of logprobs."""
 
     def envelope(self, choices: list[dict[str, Any]], streamed: bool) -> dict[str, Any]:
         """Return a ``text_completion``; chunks have the same shape."""
@@ -63,7 +80,7 @@ class CompletionCall(OpenAiCall):
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return one chunk's choice; a choice's first chunk may have the prompt's ids."""
-        return self._choice(index, delta, index not in self._offsets)
+        return self._choice(index, delta, index not in self._texts)
 
     def choice(self, index: int, whole: Collected) -> dict[str, Any]:
         """Return one whole choice."""
@@ -76,7 +93,7 @@ class CompletionCall(OpenAiCall):
         if self.prompt_logprobs is not None:
             rows = prompt_rows(self.request_of(index), part)
             choice["prompt_logprobs"] = [self._of_prompt(*row) for row in rows]
-        self._offsets.setdefault(index, 0)
+        self._texts.setdefault(index, _TextLength())
         return choice
 
     def logprobs(self, index: int, part: Delta | Collected) -> dict[str, Any]:
@@ -88,19 +105,18 @@ class CompletionCall(OpenAiCall):
         if self.has_echo:
             rows += prompt_rows(self.request_of(index), part)
         rows += zip(part.token_ids, part.logprobs, strict=True)
-        lengths = (len(self._text_of(token_id)) for token_id, _ in rows)
-        offset = self._offsets.get(index, 0)
-        *offsets, self._offsets[index] = accumulate(lengths, initial=offset)
+        text = self._texts.setdefault(index, _TextLength())
         return {
             "tokens": [self.tokenizer.token_text(token_id) for token_id, _ in rows],
             "token_logprobs": [None if row is None else row.logprob for _, row in rows],
             "top_logprobs": [self._top(*row) for row in rows],
-            "text_offset": offsets,
+            "text_offset": [text.add(self._bytes_of(token_id)) for token_id, _ in rows],
         }
 
-    def _text_of(self, token_id: int) -> str:
+    def _bytes_of(self, token_id: int) -> bytes:
         """Return what a token adds to the text; special tokens add nothing."""
-        return "" if token_id in self.tokenizer.skipped_ids else self.tokenizer.token_text(token_id)
+        is_special = token_id in self.tokenizer.skipped_ids
+        return b"" if is_special else self.tokenizer.token_bytes(token_id)
 
     def _top(self, token_id: int, row: TokenLogprobs | None) -> dict[str, float] | None:
         """Return the likeliest tokens, and the token itself, by their text.

@@ -109,6 +109,17 @@ def test_prompts_and_choices_are_numbered(stream: bool) -> None:
 
 
 @WHOLE_AND_STREAM
+def test_a_character_of_several_tokens_counts_once_in_text_offset(stream: bool) -> None:
+    text = " in ü in"
+    ids = tokenizer().encode(text, add_special_tokens=False)
+    response = completion(FakeUpstream(says(text)), logprobs=0, stream=stream)
+    offsets = choices_of(response)[0]["logprobs"]["text_offset"]
+    before = [b"".join(map(tokenizer().token_bytes, ids[:n])) for n in range(len(ids))]
+    assert any(piece != piece.decode(errors="ignore").encode() for piece in before)
+    assert offsets == [len(piece.decode(errors="ignore")) for piece in before]
+
+
+@WHOLE_AND_STREAM
 def test_completion_logprobs(stream: bool) -> None:
     texts = [tokenizer().token_text(one) for one in tokenizer().encode(" was the")]
     response = completion(FakeUpstream(says(" was the")), logprobs=2, stream=stream)
