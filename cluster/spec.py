@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, NamedTuple, get_args
+from urllib.parse import quote
 
 from cluster.tls import TlsFiles
 
@@ -216,14 +217,22 @@ class ActorReport:
         return f", {self.fetched_bytes / 1e6:.1f} MB in {self.fetched_s:.1f} s from another node"
 
 
+def app_part(app: str) -> str:
+    """Return an application's name as a part of longer names: without ":" and "/", and unique.
+
+    So no name of one application begins as those of another.
+    """
+    return quote(app, safe="")
+
+
 def actor_name(app: str, actor_id: str, generation: int) -> str:
     """Return the Ray name of one generation of an expert actor."""
-    return f"expertmesh:{app}:{actor_id}:g{generation}"
+    return f"expertmesh:{app_part(app)}:{actor_id}:g{generation}"
 
 
 def parse_actor_name(name: str, app: str) -> tuple[str, int] | None:
     """Return (actor_id, generation) of an actor of ``app``, or ``None`` for any other name."""
-    prefix = f"expertmesh:{app}:"
+    prefix = f"expertmesh:{app_part(app)}:"
     actor_id, separator, generation = name.removeprefix(prefix).rpartition(":g")
     if not name.startswith(prefix) or not separator or not generation.isdecimal():
         return None

@@ -10,6 +10,7 @@ import logging
 import threading
 
 from cluster.ray_private import KeyValueStore
+from cluster.spec import app_part
 
 LEAVE_TIMEOUT_S = 0.5
 """How long an actor waits for the store before it ends without saving a reason."""
@@ -24,7 +25,7 @@ class LastWords:
 
     def __init__(self, app: str, store: KeyValueStore) -> None:
         """``store`` is shared by the application's actors and its controllers."""
-        self._app = app
+        self._prefix = f"{app_part(app)}/last words"
         self._store = store
 
     def leave(self, actor_id: str, generation: int, words: str) -> None:
@@ -56,4 +57,4 @@ class LastWords:
         return "" if words is None else words.decode()
 
     def _key(self, actor_id: str, generation: int | str = "") -> str:
-        return f"{self._app}/last words/{actor_id}/{generation}"
+        return f"{self._prefix}/{actor_id}/{generation}"

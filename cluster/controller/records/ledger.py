@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from cluster.controller.records.fleet import PoolMembers
 from cluster.errors import StaleEpochError
 from cluster.ray_private import KeyValueStore
-from cluster.spec import ModelExperts
+from cluster.spec import ModelExperts, app_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class LedgerStore:
 
     def __init__(self, app: str, store: KeyValueStore) -> None:
         """``store`` is shared by all controllers of the application."""
-        self._prefix = f"{app}/ledger/"
+        self._prefix = f"{app_part(app)}/ledger/"
         self._store = store
         self._writer = uuid.uuid4().hex
         self._number = 0
@@ -136,9 +136,8 @@ class LedgerStore:
         return max(self._numbers(), default=0)
 
     def _numbers(self) -> list[int]:
-        """Return the numbers of all records; another application's name may have this prefix."""
-        rests = [key.removeprefix(self._prefix) for key in self._store.keys(self._prefix)]
-        return [int(rest) for rest in rests if rest.isdecimal()]
+        """Return the numbers of all records."""
+        return [int(key.removeprefix(self._prefix)) for key in self._store.keys(self._prefix)]
 
     def _key(self, number: int) -> str:
         return f"{self._prefix}{number}"

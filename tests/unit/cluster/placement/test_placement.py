@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster import spec
@@ -256,11 +256,17 @@ def test_a_placement_survives_a_call_of_ray(
     assert read.missing() == placement.missing()
 
 
-@given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 10**9))
-def test_an_actors_name_is_parsed_to_what_it_was_made_of(
-    app: str, actor_id: str, generation: int
+@given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 10**9), st.text(max_size=20))
+@example("mesh:b", "expert-0", 1, "mesh")
+@example("a%3Ab", "c", 1, "a:b")
+def test_an_actors_name_is_parsed_to_what_it_was_made_of_and_by_no_other_application(
+    app: str, actor_id: str, generation: int, other: str
 ) -> None:
-    assert parse_actor_name(actor_name(app, actor_id, generation), app) == (actor_id, generation)
+    name = actor_name(app, actor_id, generation)
+    assert parse_actor_name(name, app) == (actor_id, generation)
+    for longer in {other, f"{other}:{app}", f"{app}:{other}", f"{app}/{other}"} - {app}:
+        assert parse_actor_name(name, longer) is None
+        assert parse_actor_name(actor_name(longer, actor_id, generation), app) is None
     assert actor_name("app", "expert-0", 3) == "expertmesh:app:expert-0:g3"
     # What looks like a generation may be a part of the names.
     assert parse_actor_name("expertmesh:app:a:g1:g2", "app") == ("a:g1", 2)

@@ -23,6 +23,9 @@ def test_words_are_told_once_and_to_no_other_life_actor_or_application() -> None
     assert words.take("expert-1", 3) == "its device failed"
     assert words.take("expert-1", 3) == ""
     assert not store.values
+    LastWords("app/last words/expert-1", store).leave("expert-1", 1, "of an application so named")
+    assert words.take("expert-1", 4) == ""
+    assert store.values
 
 
 def test_words_that_nobody_asked_for_go_with_those_of_the_next_life() -> None:
