@@ -10,6 +10,7 @@ whose speed drifts favours neither.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -39,6 +40,7 @@ from benchmarks.common import (
 from benchmarks.processor_time import per_token
 from benchmarks.serve_clients import WAYS, Ports, Timed
 from benchmarks.shipped import free_ports, serve_options, with_ports
+from router.security.token_file import make_token
 
 TRANSFORMERS = f"transformers, {baseline.FORMAT}"
 FILLING_WAY, FILLING_REQUESTS = "gRPC unary", 32
@@ -81,6 +83,7 @@ def served(
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ports = ports or Ports(*free_ports(2))
+    make_token(os.environ)
     ray.init(
         address="local",
         num_gpus=num_gpus,

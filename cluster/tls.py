@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cluster.errors import ConfigError
+from cluster.private_file import exposure
 
 LOOK_S = 1.0
 """The files are looked at when a connection is made, at most once in this time."""
@@ -97,6 +98,8 @@ class TlsFiles:
             path = getattr(self, name)
             if not Path(path).is_file():
                 raise ConfigError(f"no such file: {path}", f"{where}.{name}")
+        if reason := exposure(Path(self.key)):
+            raise ConfigError(f"{self.key} {reason}", f"{where}.key")
         try:
             context.load_verify_locations(self.authority)
         except OSError as error:

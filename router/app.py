@@ -6,6 +6,7 @@ expert actors. Everything is checked before anything is deployed.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from cluster.tls import require_ray_tls
 from experts.checkpoint.remote.remote_reader import RayNeighbours
 from router.config.deployment import AppConfig, RouterConfig, parse_args
 from router.security.reach import check_listen
+from router.security.token_file import require_private_token
 from router.serve.autoscaling import gateway_options, replica_options
 from router.serve.controller import ControllerDeployment
 from router.serve.gateway import GatewayReplica
@@ -62,6 +64,7 @@ def application(
 ) -> Application:
     """Build the application as :func:`build` does, with the given class of controller."""
     try:
+        require_private_token(os.environ)
         config = parse_args(args)
         if config.experts.tls is not None:
             require_ray_tls("args.experts.tls")

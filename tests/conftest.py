@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
+import os
+import secrets
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pytest
 from hypothesis import settings
@@ -17,6 +22,13 @@ from tests.cluster_fixture import ServedCluster, Shape, served_cluster
 
 # A shell starts its background jobs deaf to Ctrl-C, and what tests start would be deaf too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Keys that tests write are private, and so is the token of their Rays, whatever this user's is.
+os.umask(0o077)
+if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    token = Path(tempfile.mkdtemp(prefix="expertmesh-token-")) / "auth_token"
+    token.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    atexit.register(shutil.rmtree, token.parent)
 # A busy machine takes longer for an example than hypothesis allows.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")

@@ -178,6 +178,7 @@ def _serve(
 ) -> None:
     from router.ops.doctor.running_ray import is_stale, target_of
     from router.ops.startup.ray_token import dashboard_variable, token_variable
+    from router.security.token_file import LOOPBACK, make_token
 
     target = target_of(ray_address, os.environ)
     if target is not None and is_stale(target):
@@ -185,7 +186,9 @@ def _serve(
         target, ray_address = None, "local"
     starts_ray = target is None
     variables = token_variable() if starts_ray else {}
-    os.environ.update(variables)
+    if starts_ray:
+        os.environ.update({**LOOPBACK, **os.environ, **variables})
+        make_token(os.environ)
     import ray
 
     from router.config.deployment import load_deployment, read_file

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from cluster.errors import ConfigError
+from cluster.private_file import exposure
 from cluster.tls import Followed, Stamp, shake_hands, stamp_of
 
 CERTIFICATE, KEY, AUTHORITY = "certificate", "key", "client_authority"
@@ -54,6 +55,8 @@ class CertificateFiles:
         """
         stamp = self.stamp()
         texts = {name: _read(path, name) for name, path in self._paths().items()}
+        if reason := exposure(Path(self.key)):
+            raise ConfigError(f"{self.key} {reason}", _at(KEY))
         context = self._context()
         if stamp != self.stamp():
             raise ConfigError("files of TLS change while they are read", SECTION)

@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.errors import ConfigError
+from cluster.private_file import exposure
 from router.section import Section
 from router.security.limits import NO_LIMITS, KeyLimits
 
@@ -149,9 +150,8 @@ def _read(file: Path) -> tuple[str, Stamp]:
 def _check_status(file: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _wrong(file, "is no file")
-    if status.st_mode & stat.S_IRWXO:
-        mode = stat.S_IMODE(status.st_mode)
-        raise _wrong(file, f"may be used by everybody (mode {mode:04o}); chmod 600 closes it")
+    if reason := exposure(file):
+        raise _wrong(file, reason)
     if status.st_size > MAX_FILE_BYTES:
         raise _wrong(file, f"has {status.st_size} bytes, at most {MAX_FILE_BYTES} are allowed")
 

@@ -32,12 +32,18 @@ from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Devices, Gpu, check_devices
 from router.ops.doctor.doctor import Installed
 from router.ops.doctor.needs import Needs, Size, needs_of
-from router.ops.doctor.ports import listens_of, ports_of, taken_ports
+from router.ops.doctor.ports import ports_of, taken_ports
 from router.ops.doctor.running_ray import RunningRay, look_at, raylets, target_of, temp_folder
 from router.ops.plan.deployment import read_tenants
 from router.ops.plan.devices import Tenant
 from router.ops.plan.source import find_model
-from router.security.reach import is_loopback
+from router.security.token_file import (
+    LOOPBACK,
+    MODE_VARIABLE,
+    TOKEN,
+    is_on_loopback,
+    token_exposure,
+)
 from router.serve.options import completed
 from router.served import check_file
 
@@ -102,7 +108,7 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
     ports = ports_of(deployment.document)
     tenants = deployment.tenants
     return [
-        *access_checks(deployment.document, deployment.has_tls, None, variables),
+        *access_checks(deployment.has_tls, None, variables),
         *([check_devices(find_devices(), tenants)] if tenants else []),
         *doctor.check_ports([port.number for port in ports], taken_ports(ports)),
         _temp_folder(variables),
@@ -111,31 +117,23 @@ def checks_of_a_start(deployment: Deployment, variables: Mapping[str, str]) -> l
 
 
 def access_checks(
-    document: Mapping[str, Any],
-    has_tls: bool,
-    running: RunningRay | None,
-    variables: Mapping[str, str],
+    has_tls: bool, running: RunningRay | None, variables: Mapping[str, str]
 ) -> list[Check]:
     """Check who reaches a start; without a ``running`` cluster it makes a Ray of its own.
 
-    Such a Ray asks for a token unless the user has set its mode
-    (:mod:`router.ops.startup.ray_token`). ``has_tls`` says whether any application has
+    Such a Ray has a token unless ``variables`` turn it off, and is on loopback if they say so
+    (:mod:`router.security.token_file`). ``has_tls`` says whether any application has
     ``experts.tls``.
     """
-    num_nodes = 1 if running is None else running.num_nodes
-    has_token: bool | None = variables.get("RAY_AUTH_MODE", "token").lower() == "token"
     if running is not None:
-        has_token = running.has_token
+        addresses, has_token = running.addresses, running.has_token
+    else:
+        addresses = ["127.0.0.1"] if is_on_loopback(variables) else None
+        has_token = variables.get(MODE_VARIABLE, TOKEN).lower() == TOKEN
     return [
-        check_token(num_nodes, is_open(document), has_token),
-        check_encryption(num_nodes, ray_is_encrypted(variables), has_tls),
+        check_token(addresses, has_token, token_exposure(variables)),
+        check_encryption(len(addresses or ()), ray_is_encrypted(variables), has_tls),
     ]
-
-
-def is_open(document: Mapping[str, Any]) -> bool:
-    """Return whether a gateway of a file listens on another host than loopback."""
-    listens = listens_of(document)
-    return not all(is_loopback(host) for one in listens for host in (one.host, one.admin_host))
 
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
@@ -155,7 +153,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     ]
     document = {} if deployment is None else deployment.document
     has_tls = deployment is not None and deployment.has_tls
-    found += access_checks(document, has_tls, running, variables)
+    found += access_checks(has_tls, running, {**LOOPBACK, **variables})
     if deployment is not None:
         ports = ports_of(document)
         numbers = [port.number for port in ports]

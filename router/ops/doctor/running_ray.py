@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -21,12 +21,12 @@ from urllib.request import urlopen
 import psutil
 
 from router.ops.doctor.machine import OutputError, run_python
+from router.security.token_file import MODE_VARIABLE, TOKEN, user_has_token
 
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 16 << 20
 ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
-MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"
 _CLIENT = "ray://"
 _ALL_NODES = "/api/v0/nodes?limit=1000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
 _ASK = """
@@ -35,10 +35,10 @@ import ray
 try:
     context = ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 except RuntimeError as error:  # another version, and it says which
-    print(json.dumps([str(error), 0, ""]))
+    print(json.dumps([str(error), [], ""]))
 else:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    print(json.dumps(["", len(nodes), context.dashboard_url or ""]))
+    addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    print(json.dumps(["", addresses, context.dashboard_url or ""]))
 """
 _NO_TOKEN = "Unauthenticated"
 """What Ray's log says while a client without the token tries to connect."""
@@ -59,13 +59,13 @@ class Target:
 class RunningRay:
     """The state of a cluster; ``reason`` says why a command cannot join it, and is empty otherwise.
 
-    The number of its living nodes, and whether it refuses clients without its token, are ``None``
-    where they are not known.
+    The addresses of its living nodes, and whether it refuses clients without its token, are
+    ``None`` where they are not known.
     """
 
     target: Target
     reason: str
-    num_nodes: int | None = None
+    addresses: Sequence[str] | None = None
     has_token: bool | None = None
 
 
@@ -126,7 +126,7 @@ def look_at(target: Target) -> RunningRay:
 def _ask(target: Target) -> RunningRay:
     variables = _variables(target)
     try:
-        error, num_nodes, dashboard = run_python(
+        error, addresses, dashboard = run_python(
             _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=variables
         )
     except (subprocess.TimeoutExpired, OutputError) as failed:
@@ -138,12 +138,12 @@ def _ask(target: Target) -> RunningRay:
     if error:
         return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
     if variables.get(MODE_VARIABLE, "").lower() != TOKEN:
-        return RunningRay(target, "", num_nodes, has_token=False)
+        return RunningRay(target, "", addresses, has_token=False)
     if dashboard:
         _, asks = look_at_dashboard(f"http://{dashboard}")
     else:
         asks = _refuses_strangers(target, variables)
-    return RunningRay(target, "", num_nodes, asks)
+    return RunningRay(target, "", addresses, asks)
 
 
 def _refuses_strangers(target: Target, variables: Mapping[str, str]) -> bool | None:
@@ -165,16 +165,8 @@ def _variables(target: Target) -> dict[str, str]:
     return variables
 
 
-def user_has_token(variables: Mapping[str, str]) -> bool:
-    """Return whether this user has a token of Ray, in the places that Ray documents."""
-    if variables.get("RAY_AUTH_TOKEN"):
-        return True
-    given = variables.get("RAY_AUTH_TOKEN_PATH")
-    return (Path(given) if given else Path.home() / ".ray" / "auth_token").is_file()
-
-
-def look_at_dashboard(url: str) -> tuple[int | None, bool | None]:
-    """Return the number of a cluster's nodes, and whether it asks for a token.
+def look_at_dashboard(url: str) -> tuple[Sequence[str] | None, bool | None]:
+    """Return the addresses of a cluster's nodes, and whether it asks for a token.
 
     ``url`` is that of its dashboard. Each is ``None`` where it is not known: a command that cannot
     reach the dashboard says so itself. A cluster with a token tells its nodes to nobody.
@@ -183,7 +175,8 @@ def look_at_dashboard(url: str) -> tuple[int | None, bool | None]:
         mode = _json_of(f"{url.rstrip('/')}/api/authentication_mode")["authentication_mode"]
         if mode != "disabled":
             return None, True
-        return int(_json_of(url.rstrip("/") + _ALL_NODES)["data"]["result"]["total"]), False
+        nodes = _json_of(url.rstrip("/") + _ALL_NODES)["data"]["result"]["result"]
+        return [str(node["node_ip"]) for node in nodes], False
     except (OSError, ValueError, LookupError, TypeError, HTTPException):
         return None, None
 

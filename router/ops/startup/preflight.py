@@ -24,14 +24,13 @@ from cluster.errors import CheckpointMissingError, ExpertMeshError
 from experts.checkpoint.stored import Stored
 from router.config.deployment import parse_deployment, read_document
 from router.config.local_paths import bundled, folder_beside, models_in
-from router.ops.doctor.access import ENCRYPTION, check_token
+from router.ops.doctor.access import ENCRYPTION, TOKEN, check_token
 from router.ops.doctor.check import Check
 from router.ops.doctor.devices import DEVICES
 from router.ops.doctor.doctor import check_ray
 from router.ops.doctor.probe import (
     access_checks,
     checks_of_a_start,
-    is_open,
     read_deployment,
 )
 from router.ops.doctor.running_ray import Target, look_at, look_at_dashboard, target_of
@@ -40,6 +39,7 @@ from router.ops.startup.announce import announce
 from router.ops.startup.ray_token import dashboard_of, token_variable
 from router.ops.startup.reach import check_document
 from router.ops.startup.slow_start import command_began_at_s, explain_slow_start
+from router.security.token_file import make_token, token_exposure
 from router.serve.any_replica import AnyReplica as AnyReplica  # the class that a file names
 
 COMMANDS = ("run", "deploy")
@@ -85,6 +85,8 @@ def attend(argv: Sequence[str]) -> None:
         check_deploy(file, read_document(file), address)
         return
     starts_ray = target_of(address, os.environ) is None
+    if starts_ray:
+        make_token(os.environ)
     document = read_document(file)
     check_start(file, document, address)
     if starts_ray:
@@ -142,8 +144,8 @@ def check_deploy(file: Path, document: Mapping[str, Any], address: str | None) -
     """Exit as :func:`check_start` does, for a file that is sent to a cluster's dashboard."""
     _checkpoints(file, is_needed=False)
     _check_document(file, document, reads_files=False)
-    num_nodes, has_token = look_at_dashboard(dashboard_of(address))
-    _enforce([check_token(num_nodes, is_open(document), has_token)])
+    addresses, has_token = look_at_dashboard(dashboard_of(address))
+    _enforce([check_token(addresses, has_token, token_exposure(os.environ))])
 
 
 def _checkpoints(file: Path, is_needed: bool) -> Sequence[Stored]:
@@ -179,7 +181,7 @@ def _checks_of_a_join(file: Path, document: Mapping[str, Any], target: Target) -
     running = look_at(target)
     configs = [config for _, config in parse_deployment(document, file)]
     has_tls = any(config.experts.tls is not None for config in configs)
-    return [check_ray(running, ()), *access_checks(document, has_tls, running, os.environ)]
+    return [check_ray(running, ()), *access_checks(has_tls, running, os.environ)]
 
 
 def _enforce(checks: Sequence[Check]) -> None:
@@ -191,7 +193,7 @@ def _enforce(checks: Sequence[Check]) -> None:
     if problem is not None:
         _end(f"{problem.name}: {problem.found}. {problem.advice}")
     for check in checks:
-        if check.name in (DEVICES, ENCRYPTION) and check.level == "warning":
+        if check.name in (DEVICES, TOKEN, ENCRYPTION) and check.level == "warning":
             _warn(f"{check.name}: {check.found}. {check.advice}")
 
 

@@ -12,7 +12,7 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from router.ops.doctor.running_ray import MODE_VARIABLE, TOKEN, user_has_token
+from router.security.token_file import MODE_VARIABLE, TOKEN, user_has_token
 
 DASHBOARD_VARIABLE = "RAY_DASHBOARD_ADDRESS"
 DEFAULT_DASHBOARD = "http://localhost:8265"

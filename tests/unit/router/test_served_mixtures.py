@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.exceptions import RayServeException
 
 from cluster.errors import CheckpointError, ConfigError
 from cluster.spec import model_id_of
@@ -91,6 +92,19 @@ def test_mixtures_and_language_models_have_routers_of_their_kind(tmp_path: Path)
         names[deployment.name] = deployment.func_or_class
     assert issubclass(names["Router-mesh-tiny"], RouterDeployment)
     assert issubclass(names["Router-m-x"], MixtureDeployment)
+
+
+def test_nothing_is_built_while_others_may_read_rays_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "auth_token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    with pytest.raises(RayServeException, match=f"may be used .* run: chmod 600 {token}"):
+        application({"models": [TINY]})
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # then nobody uses it
+    application({"models": [TINY]})
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_used_is_refused(file: Path, tmp_path: Path) -> No
     for words in (["list"], ["new", "bob"], ["revoke", "alice"]):
         code, _, told = keys(file, *words)
         assert code == 2
-        assert "may be used by everybody (mode 0644)" in told
+        assert "may be used by other users (mode 0644)" in told
     code, _, told = keys(tmp_path / "nowhere" / "keys.yaml", "new", "alice")
     assert code == 2
     assert "cannot be written: No such file or directory" in told

@@ -109,7 +109,7 @@ def test_a_file_that_is_wrong_is_refused_without_its_content(
 
 @pytest.mark.parametrize("mode", [0o604, 0o644, 0o602, 0o601])
 def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
-    with pytest.raises(ConfigError, match=rf"may be used by everybody \(mode {mode:04o}\); chmod"):
+    with pytest.raises(ConfigError, match=rf"by other users \(mode {mode:04o}\); run: chmod"):
         read_callers(written(tmp_path, GOOD, mode))
 
 

@@ -8,41 +8,44 @@ import pytest
 
 from benchmarks.shipped import free_ports
 from router.ops.doctor.access import check_encryption, check_token
-from router.ops.doctor.probe import access_checks, is_open
+from router.ops.doctor.probe import access_checks
 from router.ops.doctor.running_ray import RunningRay, Target, look_at_dashboard
+from router.security.token_file import LOOPBACK
 from tests.unit.web_server import Answer, web_server
+
+LOCAL, LAN = ["127.0.0.1"], ["127.0.0.1", "10.1.2.3"]
 
 
 @pytest.mark.parametrize(
-    ("num_nodes", "is_open", "has_token", "level", "words"),
+    ("addresses", "has_token", "exposed", "level", "words"),
     [
-        (1, False, False, "ok", "one machine"),
-        (1, False, True, "ok", "one machine"),
-        (None, False, None, "ok", "one machine"),
-        (2, False, True, "ok", "asks for it"),
-        (2, False, False, "problem", "2 nodes, and Ray asks nobody for a token"),
-        (2, True, False, "problem", "2 nodes, and"),
-        (1, True, False, "problem", "a gateway listens beyond loopback, and Ray asks nobody"),
-        (None, True, False, "problem", "a gateway listens beyond loopback"),
-        (1, True, True, "ok", "asks for it"),
-        (None, True, None, "ok", "not known"),
-        (2, False, None, "ok", "not known"),
+        (LOCAL, True, "", "ok", "asks for it"),
+        (LAN, True, "", "ok", "asks for it"),
+        (None, True, "", "ok", "asks for it"),
+        (LAN, True, "T may be used by other users; run: chmod 600 T", "problem", "T may be used"),
+        (LOCAL, False, "", "warning", "every user of this machine may run code as you"),
+        (LAN, False, "", "problem", "listens on 10.1.2.3 and asks nobody for a token"),
+        (LAN, False, "T may be used", "problem", "asks nobody"),
+        (None, False, "", "problem", "Ray listens and asks nobody"),
+        ([], False, "", "problem", "Ray listens and asks nobody"),
+        (None, None, "", "warning", "not known"),
     ],
 )
-def test_a_ray_without_a_token_serves_no_other_machine(
-    num_nodes: int | None, is_open: bool, has_token: bool | None, level: str, words: str
+def test_a_ray_without_a_token_is_never_ok_and_refused_beyond_loopback(
+    addresses: list[str] | None, has_token: bool | None, exposed: str, level: str, words: str
 ) -> None:
-    check = check_token(num_nodes, is_open, has_token)
+    check = check_token(addresses, has_token, exposed)
     assert (check.name, check.level) == ("token", level)
     assert words in check.found
-    assert ("RAY_AUTH_MODE=token" in check.advice) == (level == "problem")
+    assert ("RAY_AUTH_MODE=token" in check.advice) == (has_token is False)
+    assert ("chmod" in check.advice) == (has_token is True and bool(exposed))
 
 
 @pytest.mark.parametrize(
     ("num_nodes", "has_ray_tls", "has_tls", "level", "words"),
     [
         (1, False, False, "ok", "not asked for"),
-        (None, False, False, "ok", "not asked for"),
+        (0, False, False, "ok", "not asked for"),
         (1, True, True, "ok", "Ray's calls, streams"),
         (3, True, True, "ok", "Ray's calls, streams"),
         (1, False, True, "problem", "experts.tls needs RAY_USE_TLS=1"),
@@ -53,7 +56,7 @@ def test_a_ray_without_a_token_serves_no_other_machine(
     ],
 )
 def test_streams_and_rays_calls_are_encrypted_together(
-    num_nodes: int | None, has_ray_tls: bool, has_tls: bool, level: str, words: str
+    num_nodes: int, has_ray_tls: bool, has_tls: bool, level: str, words: str
 ) -> None:
     check = check_encryption(num_nodes, has_ray_tls, has_tls)
     assert (check.name, check.level) == ("encryption", level)
@@ -61,72 +64,44 @@ def test_streams_and_rays_calls_are_encrypted_together(
     assert bool(check.advice) == (level != "ok")
 
 
-def listening(*listens: dict[str, Any]) -> dict[str, Any]:
-    """Return a deployment file with an application for each section of ``gateway.listen``."""
-    return {
-        "applications": [
-            {"import_path": "router.app:build", "args": {"gateway": {"listen": listen}}}
-            for listen in listens
-        ]
-    }
-
-
 @pytest.mark.parametrize(
-    ("document", "is_found_open"),
+    ("variables", "level"),
     [
-        ({}, False),
-        (listening({}), False),
-        (listening({"host": "0.0.0.0"}), True),
-        (listening({"admin_host": "10.1.2.3"}), True),
-        (listening({}, {"host": "::1", "admin_host": "localhost"}), False),
-        (listening({}, {"host": "gateway.lan"}), True),
-        ({"applications": [{"import_path": "other:app"}]}, False),
+        ({}, "ok"),  # a start turns the token on
+        ({"RAY_AUTH_MODE": "token"}, "ok"),
+        ({"RAY_AUTH_MODE": "disabled"}, "problem"),
+        ({"RAY_AUTH_MODE": "disabled", **LOOPBACK}, "warning"),
     ],
 )
-def test_a_file_is_open_where_any_gateway_is_reached_from_elsewhere(
-    document: dict[str, Any], is_found_open: bool
+def test_a_ray_of_a_starts_own_is_judged_by_its_variables(
+    variables: dict[str, str], level: str
 ) -> None:
-    assert is_open(document) == is_found_open
-
-
-@pytest.mark.parametrize(
-    ("host", "variables", "levels"),
-    [
-        ("127.0.0.1", {}, ["ok", "ok"]),
-        ("localhost", {"RAY_AUTH_MODE": "disabled"}, ["ok", "ok"]),
-        ("0.0.0.0", {}, ["ok", "ok"]),  # a start turns the token on
-        ("::", {"RAY_AUTH_MODE": "token"}, ["ok", "ok"]),
-        ("0.0.0.0", {"RAY_AUTH_MODE": "disabled"}, ["problem", "ok"]),
-        (None, {"RAY_AUTH_MODE": "disabled"}, ["ok", "ok"]),
-    ],
-)
-def test_a_ray_of_a_starts_own_has_the_token_that_the_start_gives_it(
-    host: str | None, variables: dict[str, str], levels: list[str]
-) -> None:
-    document = {} if host is None else listening({"host": host})
-    checks = access_checks(document, False, None, variables)
-    assert [check.level for check in checks] == levels
+    token, encryption = access_checks(False, None, {"RAY_AUTH_TOKEN": "x", **variables})
+    assert (token.level, encryption.level) == (level, "ok")
 
 
 @pytest.mark.parametrize("variables", [{}, {"RAY_AUTH_MODE": "token"}])
 @pytest.mark.parametrize(
-    ("num_nodes", "has_token", "level"), [(2, False, "problem"), (2, True, "ok"), (1, False, "ok")]
+    ("addresses", "has_token", "level"),
+    [(LAN, False, "problem"), (LAN, True, "ok"), (LOCAL, False, "warning")],
 )
 def test_a_running_cluster_is_judged_by_what_it_says_and_not_by_the_environment(
-    num_nodes: int, has_token: bool, level: str, variables: dict[str, str]
+    addresses: list[str], has_token: bool, level: str, variables: dict[str, str]
 ) -> None:
-    running = RunningRay(Target("h:1", "F"), "", num_nodes=num_nodes, has_token=has_token)
-    assert access_checks({}, False, running, variables)[0].level == level
+    running = RunningRay(Target("h:1", "F"), "", addresses=addresses, has_token=has_token)
+    variables = {"RAY_AUTH_TOKEN": "x", **variables}
+    assert access_checks(False, running, variables)[0].level == level
 
 
-def _of_mode(mode: str, num_nodes: int) -> Answer:
+def _of_mode(mode: str, addresses: list[str]) -> Answer:
     def answer(path: str, _: bytes) -> tuple[int, Any]:
         if path == "/api/authentication_mode":
             return 200, {"authentication_mode": mode}
         if mode == "token":
             return 401, "Unauthorized"
         assert path.startswith("/api/v0/nodes?")
-        return 200, {"result": True, "data": {"result": {"total": num_nodes, "result": []}}}
+        nodes = [{"node_ip": address, "state": "ALIVE"} for address in addresses]
+        return 200, {"result": True, "data": {"result": {"total": len(nodes), "result": nodes}}}
 
     return answer
 
@@ -134,9 +109,9 @@ def _of_mode(mode: str, num_nodes: int) -> Answer:
 @pytest.mark.parametrize(
     ("answer", "found"),
     [
-        (_of_mode("disabled", 1), (1, False)),
-        (_of_mode("disabled", 3), (3, False)),
-        (_of_mode("token", 3), (None, True)),
+        (_of_mode("disabled", LOCAL), (LOCAL, False)),
+        (_of_mode("disabled", LAN), (LAN, False)),
+        (_of_mode("token", LAN), (None, True)),
         (lambda *_: (404, "no such page"), (None, None)),
         (lambda *_: (200, b"<html>"), (None, None)),
         (lambda *_: (200, {"authentication_mode": "disabled"}), (None, None)),
@@ -144,7 +119,7 @@ def _of_mode(mode: str, num_nodes: int) -> Answer:
     ],
 )
 def test_a_dashboard_tells_its_mode_and_its_nodes(
-    answer: Answer, found: tuple[int | None, bool | None]
+    answer: Answer, found: tuple[list[str] | None, bool | None]
 ) -> None:
     with web_server(answer) as port:
         assert look_at_dashboard(f"http://127.0.0.1:{port}/") == found

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,10 +22,20 @@ from router.ops.doctor.check import Check
 from router.ops.doctor.devices import Gpu
 from router.ops.doctor.ports import Port, ports_of, taken_ports
 from router.ops.doctor.running_ray import Target, look_at, target_of
-from tests.unit.router.ops.doctor.test_access import listening
+from router.security.token_file import user_has_token
 
 HERE = {"RAY_TMPDIR": "/nowhere"}
 Examine = Callable[..., dict[str, Check]]
+
+
+def listening(*listens: dict[str, Any]) -> dict[str, Any]:
+    """Return a deployment file with an application for each section of ``gateway.listen``."""
+    return {
+        "applications": [
+            {"import_path": "router.app:build", "args": {"gateway": {"listen": listen}}}
+            for listen in listens
+        ]
+    }
 
 
 def test_the_shipped_file_opens_the_ports_that_the_readme_tells() -> None:
@@ -220,7 +231,7 @@ def test_a_token_is_found_where_ray_has_it(
     token.write_text("0123")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", given.get("HOME", str(tmp_path)))
-    assert running_ray.user_has_token(given) == is_there
+    assert user_has_token(given) == is_there
 
 
 def test_what_is_installed_here_is_read_from_our_own_requirements() -> None:

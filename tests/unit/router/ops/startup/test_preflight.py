@@ -30,11 +30,13 @@ from router.ops.startup import preflight
 from router.ops.startup.preflight import attend, deployment_file, given_address
 from router.security.keys import Role
 from router.security.keys_file import add_key
+from router.security.token_file import LOOPBACK
 from tests.checkpoints import save_mixtral
 from tests.client_tls import Pair
 from tests.unit.certificates import new_authority
 
 DEPLOY = Path(deploy.__file__).parent
+LOCAL, LAN = ["127.0.0.1"], ["10.0.0.1", "10.0.0.2"]
 JOINING = (["run", "--address", "head:6379"], ["deploy"])
 
 
@@ -55,8 +57,7 @@ def own_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     temp = tmp_path / "t"
     temp.mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(preflight, "look_at", lambda target: RunningRay(target, ""))
-    monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (None, None))
+    of_nodes(monkeypatch, LOCAL, has_token=True)
     monkeypatch.setattr(preflight, "token_variable", dict)
     monkeypatch.setattr(preflight, "tell_progress", lambda document, starts_ray: None)
     monkeypatch.setenv("RAY_TMPDIR", str(temp))
@@ -300,7 +301,7 @@ def test_of_a_cluster_that_is_there_only_whether_it_answers_is_asked(
 
     def fine(target: Target) -> RunningRay:
         asked.append(target)
-        return RunningRay(target, "")
+        return RunningRay(target, "", has_token=True)
 
     monkeypatch.setattr(preflight, "look_at", fine)
     monkeypatch.setattr(probe, "memory", lambda: Memory(1, 1))
@@ -389,24 +390,27 @@ def test_a_checkpoint_that_changes_while_a_start_hashes_it_ends_the_start(
 
 
 def of_nodes(
-    monkeypatch: pytest.MonkeyPatch, num_nodes: int | None, has_token: bool | None
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str] | None, has_token: bool | None
 ) -> None:
     """A cluster of so many nodes, for ``serve run`` and for ``serve deploy``."""
-    found = partial(RunningRay, reason="", num_nodes=num_nodes, has_token=has_token)
+    found = partial(RunningRay, reason="", addresses=addresses, has_token=has_token)
     monkeypatch.setattr(preflight, "look_at", found)
-    monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (num_nodes, has_token))
+    monkeypatch.setattr(preflight, "look_at_dashboard", lambda url: (addresses, has_token))
 
 
 @pytest.mark.parametrize("command", JOINING)
-def test_several_nodes_need_a_token_and_one_node_needs_none(
+def test_a_ray_beyond_loopback_needs_a_token_and_on_loopback_is_warned_of(
     file: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    for num_nodes, has_token in ((1, False), (1, True), (None, None)):
-        of_nodes(monkeypatch, num_nodes, has_token)
-        assert serve(*command, file) == ("", "")
-    of_nodes(monkeypatch, 2, has_token=False)
+    of_nodes(monkeypatch, LOCAL, has_token=True)
+    assert serve(*command, file) == ("", "")
+    for has_token, words in ((False, "Ray asks nobody"), (None, "it is not known")):
+        of_nodes(monkeypatch, LOCAL, has_token)
+        [warning] = serve(*command, file)[1].splitlines()
+        assert warning.startswith(f"expertmesh: token: {words}")
+    of_nodes(monkeypatch, LAN, has_token=False)
     line = serve.refused(*command, file)
-    assert line.startswith("expertmesh: token: 2 nodes, and Ray asks nobody for a token: ")
+    assert line.startswith("expertmesh: token: Ray listens on 10.0.0.1, 10.0.0.2 and asks nobody")
     assert "RAY_AUTH_MODE=token" in line
 
 
@@ -428,7 +432,7 @@ def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
 ) -> None:
     urls: list[str] = []
     monkeypatch.setattr(
-        preflight, "look_at_dashboard", lambda url: (urls.append(url), (1, False))[1]
+        preflight, "look_at_dashboard", lambda url: (urls.append(url), (LOCAL, True))[1]
     )
     monkeypatch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
     if variable is not None:
@@ -440,7 +444,7 @@ def test_a_deploy_asks_the_dashboard_that_it_sends_its_file_to(
 def test_several_nodes_without_encryption_are_warned_of(
     file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    of_nodes(monkeypatch, 2, has_token=True)
+    of_nodes(monkeypatch, LAN, has_token=True)
     [warning] = serve(*JOINING[0], file)[1].splitlines()
     assert warning.startswith("expertmesh: encryption: 2 nodes send each other prompts")
 
@@ -449,7 +453,7 @@ def test_several_nodes_without_encryption_are_warned_of(
 def test_tls_of_streams_without_that_of_ray_ends_the_command(
     tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    of_nodes(monkeypatch, 1, has_token=True)
+    of_nodes(monkeypatch, LOCAL, has_token=True)
     files = new_authority(tmp_path / "tls").files
     document = shipped_document(*free_ports(2))
     document["applications"][0]["args"]["experts"] = {"tls": asdict(files)}
@@ -460,15 +464,37 @@ def test_tls_of_streams_without_that_of_ray_ends_the_command(
     assert serve(*command) == ("", "")
 
 
-def test_an_open_host_and_a_ray_without_a_token_end_the_command(
+def test_a_ray_of_its_own_without_a_token_keeps_to_loopback_or_ends_the_command(
     file: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    secured(file, "open", host="0.0.0.0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    line = serve.refused("run", file)
-    assert line.startswith("expertmesh: token: a gateway listens beyond loopback, and Ray asks")
+    assert serve.refused("run", file).startswith("expertmesh: token: Ray listens and asks nobody")
+    monkeypatch.setenv(*next(iter(LOOPBACK.items())))
+    assert "every user of this machine" in serve("run", file)[1]
     monkeypatch.delenv("RAY_AUTH_MODE")  # the start sets it
     assert serve("run", file) == ("", "")
+
+
+def test_a_token_that_others_may_read_ends_the_command_and_one_is_made_private(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    before = os.umask(0)
+    try:
+        assert serve("run", file) == ("", "")
+    finally:
+        os.umask(before)
+    assert (token.parent.stat().st_mode & 0o777, token.stat().st_mode & 0o777) == (0o700, 0o600)
+    made = token.read_text()
+    assert serve("run", file) == ("", "")
+    assert token.read_text() == made
+    for mode in (0o640, 0o644):
+        token.chmod(mode)
+        line = serve.refused("run", file)
+        assert line.startswith(f"expertmesh: token: the file of Ray's token, {token}, may be used")
+        assert f"chmod 600 {token}" in line
 
 
 def secured(file: Path, security: object, **listen: Any) -> Path:
@@ -508,7 +534,7 @@ def test_keys_and_certificates_must_be_usable_where_gateways_start(
     secured(file, None, tls=pair.listen())
     serve("run", file)
     keys.chmod(0o644)
-    assert "may be used by everybody" in serve.refused("run", file)
+    assert "may be used by other users" in serve.refused("run", file)
     keys.chmod(0o600)
     pair.replace(ends_at=datetime.now(UTC) - timedelta(days=1))
     told = f"gateway.listen.tls.certificate: {pair.server} is refused by TLS: certificate has"
