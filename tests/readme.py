@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tests.environment import without_ray
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK_TIMEOUT_S, END_S = 300.0, 20.0
@@ -176,7 +178,7 @@ class Place:
         return output.replace(f":{self.grpc_port}", f":{GRPC_PORT}")
 
     def _environment(self) -> Mapping[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        kept = without_ray()
         path = f"{sysconfig.get_path('scripts')}{os.pathsep}{kept.get('PATH', '')}"
         address = f"127.0.0.1:{self.grpc_port}"
         own = {"PATH": path, "EXPERTMESH_ADDRESS": address, "COLUMNS": "100"}

@@ -18,6 +18,7 @@ import yaml
 from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document, with_ports
 from router.client import Client
 from tests.cluster_fixture import TINY, TLS, greedy, wait_until
+from tests.environment import without_ray
 
 READY_S = 400.0
 ASK_S = 60.0
@@ -91,7 +92,7 @@ def run_command(
     command: list[str], folder: Path, log: Path, variables: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command that serves, in a folder; ends what is left of it, and nothing else."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {**variables}
+    environment = without_ray() | {**variables}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -126,7 +127,7 @@ def serve_cli(*words: str, **variables: str) -> str:
 
     Returns what it prints; fails when it fails.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = without_ray()
     done = subprocess.run(
         [str(Path(sysconfig.get_path("scripts")) / "serve"), *words],
         env={**kept, **variables},

@@ -21,7 +21,7 @@ from router.gateway.errors import http_error
 from router.gateway.grpc.methods import GrpcMethods, parse_health_check
 from router.gateway.http.openai.chat import parse_chat
 from router.gateway.http.openai.completions import parse_completion
-from router.gateway.http_io import read_json
+from router.gateway.http_io import parse_json, read_body
 from router.gateway.input.tokenizer import GatewayModel, Tokenizer
 from router.gateway.input.validate import Validator
 from router.gateway.limits.charges import Charges
@@ -87,7 +87,8 @@ def http() -> Target:
         async def parsed(parse: Parse) -> None:
             scope = {"type": "http", "headers": [], "state": {"caller": ANYBODY}}
             request = Request(scope, receive)
-            body = await read_json(request, served.limits.max_body_bytes, served.room.bodies)
+            with served.room.bodies.share_of("") as share:
+                body = parse_json(await read_body(request, served.limits.max_body_bytes, share))
             parse(body, served.validator, "id")
 
         for parse in (parse_completion, parse_chat):
@@ -114,7 +115,7 @@ def protobuf() -> Target:
 
     def request(data: bytes) -> None:
         with served.room.bodies.share_of("") as share:
-            asyncio.run(methods._check(data, True, share))
+            asyncio.run(methods._check(data, True, ANYBODY, share))
 
     def run(data: bytes) -> None:
         for check in (partial(request, data), partial(parse_health_check, data)):

@@ -30,7 +30,7 @@ from cluster.errors import (
 )
 from router.gateway.errors import http_error, public_error, v2_error
 from router.gateway.limits.charges import Charges
-from router.gateway.limits.room import Bodies, Share, arrival_timeout
+from router.gateway.limits.room import Share, arrival_timeout
 from router.gateway.metrics import http_request_id
 from router.observability.tracing import continue_trace
 from router.security.access import FIELD, Access
@@ -61,15 +61,6 @@ def error_response(error: ExpertMeshError, path: str) -> JSONResponse:
     """Return the response for an error, in the shape of the API that ``path`` belongs to."""
     status, body, headers = v2_error(error) if is_v2(path) else http_error(error)
     return JSONResponse(body, status, headers)
-
-
-async def read_json(request: Request, max_bytes: int, bodies: Bodies) -> dict[str, Any]:
-    """Return the body, a JSON object; ``bodies`` bounds all bodies that are read at one time.
-
-    Raises :class:`InvalidRequestError`, and as :func:`read_body` does.
-    """
-    with bodies.share_of(request.state.caller.name) as share:
-        return parse_json(await read_body(request, max_bytes, share))
 
 
 async def read_body(

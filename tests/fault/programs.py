@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.environment import without_ray
 
 
 def run(name: str, *arguments: str, limit_s: float, **variables: str) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def run(name: str, *arguments: str, limit_s: float, **variables: str) -> dict[st
     process = subprocess.Popen(
         [sys.executable, "-m", f"tests.fault.{name}", *arguments],
         cwd=Path(__file__).parents[2],
-        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables,
+        env=without_ray() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sysconfig
@@ -23,6 +22,7 @@ from cluster.errors import UnavailableError
 from router.client import Client
 from router.gateway.listen.claim import why_taken
 from tests.cluster_fixture import TINY, TLS, StreamReader, greedy, is_alive, wait_until
+from tests.environment import without_ray
 from tests.fault.signals import named_pids
 from tests.serve_run import (
     READY_S,
@@ -141,7 +141,7 @@ def deployed_in_vain(
     """Deploy a file that fails: it is told everywhere, and the former deployment serves on."""
     bad = file.with_name("bad.yaml")
     bad.write_text(file.read_text().replace("path: models/", "path: no/such/folder/"))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = without_ray()
     done = subprocess.run(
         [str(Path(sysconfig.get_path("scripts")) / "expertmesh"), "deploy", str(bad), "--wait"],
         env={**kept, **variables},

@@ -16,6 +16,7 @@ import pytest
 from benchmarks.shipped import free_ports
 from router.client import Client
 from tests.cluster_fixture import TINY, StreamReader, greedy, wait_until
+from tests.environment import without_ray
 from tests.readme import ROOT, blocks
 from tests.serve_run import copy_with_ports
 
@@ -52,7 +53,7 @@ def test_the_guides_commands_serve_and_survive_a_killed_machine(tmp_path: Path) 
     [worker] = [text.strip() for text in texts if text.startswith("ray start --address")]
     [asks] = [text for text in texts if text.startswith("expertmesh deploy deploy/cluster.yaml")]
     gcs, dashboard, client_port, http_port, grpc_port = free_ports(5)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = without_ray()
     path = os.pathsep.join([sysconfig.get_path("scripts"), kept["PATH"]])
     own = {
         "PATH": path,

@@ -69,6 +69,8 @@ ADMIN_CALLS: Mapping[str, Callable[[Admin, Any], Awaitable[Any]]] = {
 }
 """The methods of the Admin service; each returns a report that has the fields of its reply."""
 
+SLOW_FIELDS = ("structured_outputs", "routed_experts")
+"""The fields of ``sampling`` whose check takes long."""
 EPOCH_KEY = "expertmesh-epoch"
 VERSION_KEY = "expertmesh-placement-version"
 LOOP_AGE_KEY = "expertmesh-controller-loop-age-s"
@@ -121,7 +123,7 @@ class GrpcMethods:
     async def _generate(self, data: bytes, caller: Caller, context: Context) -> Any:
         """Run a ``GenerateRequest`` to its end and return one ``GenerateReply``."""
         with self.service.room.bodies.share_of(caller.name) as share:
-            checked = await self._check(data, False, share)
+            checked = await self._check(data, False, caller, share)
             wholes = [Collected() for _ in range(checked.request.sampling.n)]
             usage: Usage | None = None
             async with aclosing(self._deltas(checked, caller)) as deltas:
@@ -142,7 +144,7 @@ class GrpcMethods:
         """Run a ``GenerateRequest`` and yield a ``GenerateReply`` per delta."""
         is_exact = True
         with self.service.room.bodies.share_of(caller.name) as share:
-            checked = await self._check(data, True, share)
+            checked = await self._check(data, True, caller, share)
             async with aclosing(self._deltas(checked, caller)) as deltas:
                 async for delta in deltas:
                     is_exact = is_exact and delta.exact
@@ -155,14 +157,20 @@ class GrpcMethods:
                 async for delta in deltas:
                     yield delta
 
-    async def _check(self, data: bytes, streamed: bool, share: Share) -> CheckedRequest:
+    async def _check(
+        self, data: bytes, streamed: bool, caller: Caller, share: Share
+    ) -> CheckedRequest:
         """Return the checked request; gRPC keeps its bytes to the end, so ``share`` does too."""
         with self.service.metrics.refusals("grpc"):
             share.take_message(data, self.service.limits.max_body_bytes)
-            request = parsed(inference_pb2.GenerateRequest, data)
-            check = partial(checked_message, self.service.validator, request, streamed)
-            slow = map(request.sampling.HasField, ("structured_outputs", "routed_experts"))
-            return await checked(any(slow), check)
+            with self.service.preparing(caller, len(data)) as preparation:
+                request = parsed(inference_pb2.GenerateRequest, data)
+                check = partial(checked_message, self.service.validator, request, streamed)
+                slow = any(map(request.sampling.HasField, SLOW_FIELDS))
+                found = await checked(slow, check)
+                if not slow:
+                    preparation.cost_tokens = 0
+                return found
 
     async def _get_model_info(self, data: bytes, caller: Caller, context: Context) -> Any:
         """Return the description of one model, or of all models where the request names none."""
@@ -178,20 +186,24 @@ class GrpcMethods:
         return inference_pb2.GetModelInfoReply(models=infos)
 
     async def _tokenize(self, data: bytes, caller: Caller, context: Context) -> Any:
-        given = plain(parsed(inference_pb2.TokenizeRequest, data))
-        asked = self.service.validator.read(TokenizeRequest, given)
-        model = self.service.validator.model(asked.model)
-        ids = tokens.tokenize(model, asked)
+        with self.service.preparing(caller, len(data)) as preparation:
+            given = plain(parsed(inference_pb2.TokenizeRequest, data))
+            asked = self.service.validator.read(TokenizeRequest, given)
+            model = self.service.validator.model(asked.model)
+            ids = tokens.tokenize(model, asked)
+            preparation.cost_tokens = len(ids)
         texts = map(model.tokenizer.token_text, ids)
         return inference_pb2.TokenizeReply(
             token_ids=ids, tokens=texts, max_model_len=model.info.max_model_len
         )
 
     async def _detokenize(self, data: bytes, caller: Caller, context: Context) -> Any:
-        request = parsed(inference_pb2.DetokenizeRequest, data)
-        ids = list(request.token_ids)
-        model = self.service.validator.model(request.model)
-        text, tokenizer = tokens.detokenize(model, ids, "token_ids"), model.tokenizer
+        with self.service.preparing(caller, len(data)) as preparation:
+            request = parsed(inference_pb2.DetokenizeRequest, data)
+            ids = list(request.token_ids)
+            model = self.service.validator.model(request.model)
+            text, tokenizer = tokens.detokenize(model, ids, "token_ids"), model.tokenizer
+            preparation.cost_tokens = len(ids)
         return inference_pb2.DetokenizeReply(
             text=text,
             tokens=map(tokenizer.token_text, ids),

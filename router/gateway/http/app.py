@@ -36,7 +36,8 @@ from router.gateway.http_io import (
     error_response,
     healthz,
     is_v2,
-    read_json,
+    parse_json,
+    read_body,
     until_disconnect,
 )
 from router.gateway.input import tokens
@@ -117,13 +118,20 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
-        body = await _body(request, service)
-        return JSONResponse(await checked(is_slow(body), partial(_tokenized, body, service)))
+        data, caller = await _data(request, service), request.state.caller
+        with service.preparing(caller, len(data)) as preparation:
+            body = parse_json(data)
+            found = await checked(is_slow(body), partial(_tokenized, body, service))
+            preparation.cost_tokens = found["count"]
+        return JSONResponse(found)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
-        asked = service.validator.read(DetokenizeRequest, await _body(request, service))
-        text = tokens.detokenize(service.validator.model(asked.model), asked.tokens)
+        data = await _data(request, service)
+        with service.preparing(request.state.caller, len(data)) as preparation:
+            asked = service.validator.read(DetokenizeRequest, parse_json(data))
+            text = tokens.detokenize(service.validator.model(asked.model), asked.tokens)
+            preparation.cost_tokens = len(asked.tokens)
         return JSONResponse({"prompt": text})
 
     @app.post("/v1/embeddings")
@@ -182,8 +190,10 @@ def _add_document(app: FastAPI, service: GenerationService, predictions: Predict
         return JSONResponse(described())
 
 
-async def _body(request: Request, service: GenerationService) -> dict[str, Any]:
-    return await read_json(request, service.limits.max_body_bytes, service.room.bodies)
+async def _data(request: Request, service: GenerationService) -> bytes:
+    """Return the body; the budget of bodies bounds all that are read at one time."""
+    with service.room.bodies.share_of(request.state.caller.name) as share:
+        return await read_body(request, service.limits.max_body_bytes, share)
 
 
 def _tokenized(body: dict[str, Any], service: GenerationService) -> dict[str, Any]:
@@ -202,11 +212,15 @@ def _tokenized(body: dict[str, Any], service: GenerationService) -> dict[str, An
 
 
 async def _answer(request: Request, service: GenerationService, parse: Parse) -> Response:
-    with service.metrics.refusals("http"):
-        body = await _body(request, service)
-        check = partial(parse, body, service.validator, request.state.request_id)
-        call = await checked(is_slow(body), check)
     caller = request.state.caller
+    with service.metrics.refusals("http"):
+        data = await _data(request, service)
+        with service.preparing(caller, len(data)) as preparation:
+            body = parse_json(data)
+            check = partial(parse, body, service.validator, request.state.request_id)
+            call = await checked(has_forms := is_slow(body), check)
+            if not has_forms:
+                preparation.cost_tokens = 0
     if not call.is_stream:
         body, is_exact = await until_disconnect(request.receive, call.answer(service, caller))
         return JSONResponse(body, headers={EXACT_HEADER: str(is_exact).lower()})

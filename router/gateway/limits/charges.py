@@ -15,6 +15,9 @@ from router.gateway.metrics import Metrics
 from router.observability import catalogue
 from router.security.keys import Caller
 
+BODY_BYTES_PER_TOKEN = 16
+"""A body costs a token for so many bytes, before it is read as JSON, tokenised or compiled. What an
+accepted call is charged takes its place, unless it has forms, whose compiling it pays for."""
 SILENCE_S = 5.0
 """A gateway that hears of no other for so long has an equal share of each limit."""
 
@@ -37,7 +40,7 @@ class Charges:
         """Charge a caller for one request, at its head.
 
         Raises :class:`OverloadedError`, with the time to come back, where the caller's name has had
-        its requests.
+        its requests, or owes tokens.
         """
         account, now_s = self._account(caller), self._clock()
         if account is not None:
@@ -46,15 +49,26 @@ class Charges:
         if caller.name:
             self._metrics.count(catalogue.KEY_REQUESTS, caller.name)
 
-    def charge(self, caller: Caller, num_tokens: int) -> Charge:
+    def spend(self, caller: Caller, num_tokens: int) -> None:
+        """Charge a caller for work that is about to be done; fewer than 0 tokens are given back.
+
+        Refuses nothing: a name may owe tokens, and its next requests are refused at their heads.
+        """
+        if (account := self._account(caller)) is not None:
+            account.spend(num_tokens, self._clock())
+
+    def charge(self, caller: Caller, num_tokens: int, num_prepared: int = 0) -> Charge:
         """Charge a caller for a request's call that may have so many tokens; see :class:`Charge`.
 
-        Raises :class:`TooLargeError` where that is more than a limit of the caller's name ever
-        allows, and :class:`OverloadedError`, with the time to come back, where it is now.
+        A call that is refused is charged the ``num_prepared`` that have been tokenised. Raises
+        :class:`TooLargeError` where that is more than a limit of the caller's name ever allows, and
+        :class:`OverloadedError`, with the time to come back, where it is now.
         """
         account, now_s = self._account(caller), self._clock()
         if account is not None:
-            self._raise_refusal(caller, account.refusal(num_tokens, now_s))
+            if account.refusal(num_tokens, now_s) is not None:
+                account.spend(num_prepared, now_s)
+                self._raise_refusal(caller, account.refusal(num_tokens, now_s))
             account.take(num_tokens, now_s)
         return Charge(caller, num_tokens, account, self._metrics, self._clock)
 

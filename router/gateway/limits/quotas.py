@@ -1,9 +1,10 @@
 """The quotas of keys: what each name may use, what it has used, and when it may come back.
 
 A rate is a bucket that fills steadily and that requests empty: of requests it holds a second's
-worth, of tokens a minute's. A request is charged at its head, before its body is read. Its call is
-charged the most tokens that it can have when it is accepted, and gets back what it has not used at
-its end. Nothing waits here.
+worth, of tokens a minute's. A request is charged at its head, before its body is read, and refused
+there while its name owes tokens. Its body costs tokens before anything is made of it. Its call
+is charged the most tokens that it can have when it is accepted, and gets back what it has not used
+at its end. Nothing waits here.
 
 All gateways of a deployment share a name's quotas. Each has the whole bucket, and takes off what
 the others report that they have used (:class:`cluster.reports.KeyUse`). While no report comes, each
@@ -95,10 +96,13 @@ class Account:
         self.take_off(others, (), now_s)
 
     def request_refusal(self, now_s: float) -> Refusal | None:
-        """Return why one more request is refused now, if it is."""
-        if (bucket := self._buckets.get("requests")) is None:
-            return None
-        return self._to_come_back([(bucket.wait_s(1, now_s), "requests_per_s")])
+        """Return why one more request is refused now, if it is: also while tokens are owed."""
+        waits = []
+        if (bucket := self._buckets.get("requests")) is not None:
+            waits.append((bucket.wait_s(1, now_s), "requests_per_s"))
+        if (bucket := self._buckets.get("tokens")) is not None and bucket.wait_s(0, now_s):
+            waits.append((bucket.wait_s(1, now_s), "tokens_per_min"))
+        return self._to_come_back(waits)
 
     def take_request(self, now_s: float) -> None:
         """Take one request."""
@@ -114,6 +118,11 @@ class Account:
         self._take("tokens", num_tokens, now_s)
         self.used_tokens += num_tokens
         self.held_tokens += num_tokens
+
+    def spend(self, num_tokens: int, now_s: float) -> None:
+        """Take tokens, which are then owed if they are not there; fewer than 0 are given back."""
+        self._take("tokens", num_tokens, now_s)
+        self.used_tokens += num_tokens
 
     def end(self, num_tokens: int, num_unused: int, now_s: float) -> None:
         """End a call that took ``num_tokens``; ``num_unused`` of them are given back."""

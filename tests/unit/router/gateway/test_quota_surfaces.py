@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from cluster.errors import OverloadedError
 from router.client import Client, Sampling
-from router.gateway.limits.charges import Charges
+from router.gateway.limits.charges import BODY_BYTES_PER_TOKEN, Charges
 from router.gateway.limits.quotas import RATE_HEADERS
 from router.gateway.metrics import Metrics
 from router.security.access import FIELD, Access
@@ -83,22 +83,51 @@ def test_answers_and_refusals_tell_what_is_left(tmp_path: Path) -> None:
     assert gateway.post(COMPLETIONS, BODY).status_code == 200
 
 
-def test_a_refusal_costs_nothing_and_a_stream_begins_with_all_that_it_may_use(
+def test_a_wrong_body_costs_its_bytes_and_a_stream_begins_with_all_that_it_may_use(
     tmp_path: Path,
 ) -> None:
     gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=6000))
+    left = 6000
     for wrong in ({"model": "none"}, {"max_tokens": -1}, {"top_p": 2}):
-        assert gateway.post(COMPLETIONS, BODY | wrong).status_code in (400, 404)
+        answer = gateway.post(COMPLETIONS, BODY | wrong)
+        assert answer.status_code in (400, 404)
+        left -= 1 + len(answer.request.content) // BODY_BYTES_PER_TOKEN
+        assert answer.headers["x-ratelimit-remaining-tokens"] == str(left)
     assert gateway.post(COMPLETIONS, BODY, "em-wrong").status_code == 401
     answer = gateway.post(COMPLETIONS, {**BODY, "stream": True})
-    assert answer.headers["x-ratelimit-remaining-tokens"] == str(6000 - TOKENS)
+    assert answer.headers["x-ratelimit-remaining-tokens"] == str(left - TOKENS)
     assert "x-ratelimit-limit-requests" not in answer.headers
-    after = gateway.post(COMPLETIONS, {**BODY, "max_tokens": -1})
-    assert after.status_code == 400
-    left = str(6000 - PROMPT_TOKENS - WAS_TOKENS)
-    assert after.headers["x-ratelimit-remaining-tokens"] == left
+    after = gateway.post("/tokenize", {"model": "tiny", "prompt": PROMPT})
+    left -= PROMPT_TOKENS + WAS_TOKENS + after.json()["count"]
+    assert after.headers["x-ratelimit-remaining-tokens"] == str(left)
     refused = gateway.post(COMPLETIONS, {**BODY, "stream": True, "n": 2}, gateway.free)
     assert not set(RATE_HEADERS) & set(refused.headers)
+
+
+def test_a_name_that_owes_tokens_is_refused_before_its_body_is_read(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=60))
+    long = {"model": "tiny", "prompt": PROMPT * 60}
+    num_tokens = gateway.post("/tokenize", long).json()["count"]
+    assert num_tokens > 60
+    refused = gateway.post(COMPLETIONS, b"no JSON", **{"content-type": "application/json"})
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) == num_tokens - 60 + 1
+    gateway.clock.now_s += num_tokens - 60 + 1
+    read = gateway.post(COMPLETIONS, b"no JSON", **{"content-type": "application/json"})
+    assert read.status_code == 400
+
+
+def test_a_form_is_paid_for_and_so_are_prompts_of_refused_calls(tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path, KeyLimits(tokens_per_min=600))
+    body = {**BODY, "structured_outputs": {"choice": [" was"] * 20}}
+    answer = gateway.post(COMPLETIONS, body)
+    assert answer.status_code == 200
+    left = 600 - PROMPT_TOKENS - WAS_TOKENS
+    left -= 1 + len(answer.request.content) // BODY_BYTES_PER_TOKEN
+    assert answer.headers["x-ratelimit-remaining-tokens"] == str(left)
+    refused = gateway.post(COMPLETIONS, {**BODY, "max_tokens": 60, "n": 10})
+    assert refused.status_code == 413
+    assert refused.headers["x-ratelimit-remaining-tokens"] == str(left - PROMPT_TOKENS)
 
 
 def test_a_call_with_several_prompts_is_one_request_of_all_its_tokens(tmp_path: Path) -> None:
@@ -173,9 +202,11 @@ def test_grpc_has_the_same_quotas_and_the_time_to_come_back(tmp_path: Path) -> N
         for ask in (client.generate, lambda *given: list(client.stream(*given))):
             with pytest.raises(OverloadedError, match="this key's tokens_per_min, 60") as refused:
                 ask(PROMPT, sampling)
-            assert refused.value.retry_after_s == pytest.approx(1.0)
+            gateway.clock.now_s += PROMPT_TOKENS  # which were tokenised
+            assert refused.value.retry_after_s == pytest.approx(1.0 + PROMPT_TOKENS)
         with pytest.raises(OverloadedError, match="this key's tokens_per_min is 60"):
             client.generate(PROMPT, Sampling(max_tokens=60 - PROMPT_TOKENS + 1))
+        gateway.clock.now_s += PROMPT_TOKENS
         assert other.generate(PROMPT, sampling)[0].text == " was"
         gateway.clock.now_s += 1.0
         pieces = client.stream(PROMPT, sampling)
