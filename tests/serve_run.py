@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.shipped import DEPLOYED, interruptible, serve_command, shipped_document, with_ports
 from router.client import Client
+from router.ops.doctor.running_ray import loopback_of
 from tests.cluster_fixture import TINY, TLS, greedy, wait_until
 from tests.environment import without_ray
 
@@ -173,7 +174,7 @@ def serve_environments(process: subprocess.Popen[bytes]) -> dict[str, dict[str, 
     [address] = [w.partition("=")[2] for w in words if w.startswith("--gcs-address=")]
     done = subprocess.run(
         [sys.executable, "-c", _ENVIRONMENTS, address],
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        env={**os.environ, "RAY_AUTH_MODE": "token", **loopback_of(address)},
         capture_output=True,
         text=True,
         timeout=ASK_S,

@@ -52,17 +52,18 @@ def _join() -> Path:
 
     Returns the folder of the logs of this node.
     """
-    from router.ops.doctor.running_ray import raylets
+    from router.ops.doctor.running_ray import loopback_of, raylets
     from router.ops.startup.ray_token import send_token
 
     named = os.environ.get("RAY_ADDRESS", "auto")
     if not raylets():
         fail("nothing runs here: no Ray runs on this machine", UNREACHABLE)
     send_token(None)
+    address = "auto" if named == "local" else named
+    os.environ.update(loopback_of(address))
     import ray
 
     try:
-        address = "auto" if named == "local" else named
         context = ray.init(address, namespace="serve", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError) as error:
         fail(f"the Ray on this machine cannot be joined: {error}", UNREACHABLE)

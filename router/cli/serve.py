@@ -176,18 +176,22 @@ def _wait_served(file: Path, options: list[str]) -> None:
 def _serve(
     path: Path, ray_address: str | None, folder: Path, handles_signals: Callable[[], None]
 ) -> None:
-    from router.ops.doctor.running_ray import is_stale, target_of
-    from router.ops.startup.ray_token import dashboard_variable, token_variable
-    from router.security.token_file import LOOPBACK, make_token
+    from router.ops.doctor.running_ray import is_stale, loopback_of, target_of
+    from router.ops.startup.ray_token import (
+        dashboard_variable,
+        loopback_variable,
+        token_variable,
+    )
+    from router.security.token_file import make_token
 
     target = target_of(ray_address, os.environ)
     if target is not None and is_stale(target):
         write_line(f"expertmesh: the Ray that {target.named_by} names has ended: starting another")
         target, ray_address = None, "local"
     starts_ray = target is None
-    variables = token_variable() if starts_ray else {}
+    variables = {**token_variable(), **loopback_variable()} if target is None else {}
+    os.environ.update(variables if target is None else loopback_of(target.address))
     if starts_ray:
-        os.environ.update({**LOOPBACK, **os.environ, **variables})
         make_token(os.environ)
     import ray
 

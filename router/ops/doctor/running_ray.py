@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -21,7 +22,8 @@ from urllib.request import urlopen
 import psutil
 
 from router.ops.doctor.machine import OutputError, run_python
-from router.security.token_file import MODE_VARIABLE, TOKEN, user_has_token
+from router.security.reach import is_loopback
+from router.security.token_file import LOOPBACK, MODE_VARIABLE, TOKEN, user_has_token
 
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 30.0
@@ -158,7 +160,7 @@ def _refuses_strangers(target: Target, variables: Mapping[str, str]) -> bool | N
 
 def _variables(target: Target) -> dict[str, str]:
     """Return the environment of a client: a cluster that was found, not named, gets the token."""
-    variables = dict(os.environ)
+    variables = {**os.environ, **loopback_of(target.address)}
     is_named = target.named_by in (ADDRESS_OPTION, ADDRESS_VARIABLE)
     if not is_named and user_has_token(variables):
         variables.setdefault(MODE_VARIABLE, TOKEN)
@@ -184,6 +186,23 @@ def look_at_dashboard(url: str) -> tuple[Sequence[str] | None, bool | None]:
 def _json_of(url: str) -> Any:
     with urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer:
         return json.loads(answer.read(MAX_ANSWER_BYTES))
+
+
+def loopback_of(address: str) -> Mapping[str, str]:
+    """Return the variable that a process needs to join a Ray that keeps to loopback, if it does.
+
+    ``address`` names one of this machine's, ``auto`` any.
+    """
+    port = "" if address == "auto" else address.rpartition(":")[2]
+    hosts = []
+    for pid in raylets():
+        with suppress(psutil.Error):
+            flags = dict(
+                word.split("=", 1) for word in psutil.Process(pid).cmdline() if "=" in word
+            )
+            if flags.get("--gcs-address", "").endswith(port):
+                hosts.append(flags.get("--node_ip_address", ""))
+    return LOOPBACK if hosts and all(map(is_loopback, hosts)) else {}
 
 
 def raylets() -> list[int]:

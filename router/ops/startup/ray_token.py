@@ -12,7 +12,7 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
-from router.security.token_file import MODE_VARIABLE, TOKEN, user_has_token
+from router.security.token_file import LOOPBACK, MODE_VARIABLE, TOKEN, user_has_token
 
 DASHBOARD_VARIABLE = "RAY_DASHBOARD_ADDRESS"
 DEFAULT_DASHBOARD = "http://localhost:8265"
@@ -25,6 +25,11 @@ def token_variable() -> dict[str, str]:
     Where the user set it, another shell has it, too.
     """
     return {} if MODE_VARIABLE in os.environ else {MODE_VARIABLE: TOKEN}
+
+
+def loopback_variable() -> dict[str, str]:
+    """Return the variable that keeps a Ray of this process to loopback; another shell needs it."""
+    return {name: value for name, value in LOOPBACK.items() if name not in os.environ}
 
 
 def send_token(address: str | None) -> None:

@@ -106,7 +106,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     monkeypatch.setattr(f"{startup}.termination.Termination", lambda say: handlers)
     monkeypatch.setattr(f"{startup}.supervisor.supervised", fake.supervised)
     monkeypatch.setattr("ray.init", fake.init)
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", *LOOPBACK):
         monkeypatch.setenv(name, "")  # so that it is as before in the end
         monkeypatch.delenv(name)
     monkeypatch.setattr(f"{startup}.ray_token.user_has_token", lambda variables: True)
@@ -129,7 +129,8 @@ def test_a_file_or_the_bundled_one_is_served_completed_on_a_ray_of_ones_own(
     result = serve(*([short] if is_short else []))
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.endswith(
-        "export RAY_AUTH_MODE=token RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266 "
+        "export RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
+        "RAY_DASHBOARD_ADDRESS=http://127.0.0.1:8266 "
         "RAY_ADDRESS=127.0.0.1:6380\n"
     )
     whole = completed(read_document(file))
