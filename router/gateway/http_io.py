@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -215,9 +215,9 @@ class EdgeMiddleware:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                added = MutableHeaders(scope=message)
-                added.update(self._charges.headers(state.get("caller")))
-                added[REQUEST_ID_HEADER] = request_id
+                rates = self._charges.headers(state.get("caller"))
+                own = (REQUEST_ID_HEADER.encode(), request_id.encode())
+                message["headers"] = [*message["headers"], *rates, own]
             await send(message)
 
         try:

@@ -72,10 +72,10 @@ class Charges:
             account.take(num_tokens, now_s)
         return Charge(caller, num_tokens, account, self._metrics, self._clock)
 
-    def headers(self, caller: Caller | None) -> dict[str, str]:
+    def headers(self, caller: Caller | None) -> list[tuple[bytes, bytes]]:
         """Return the headers of a reply to a caller; none without a rate that is limited."""
         account = None if caller is None else self._account(caller)
-        return {} if account is None else account.headers(self._clock())
+        return [] if account is None else account.headers(self._clock())
 
     def uses(self) -> dict[str, KeyUse]:
         """Return what this gateway has used of each name's quotas, for the other gateways."""

@@ -36,6 +36,10 @@ RATE_HEADERS = tuple(
     for what in ("limit", "remaining", "reset")
 )
 """OpenAI's headers about a rate: the limit, what is left of it, the time until all of it is."""
+_HEADER_NAMES = {
+    "requests": [name.encode() for name in RATE_HEADERS[:3]],
+    "tokens": [name.encode() for name in RATE_HEADERS[3:]],
+}
 
 
 class Bucket:
@@ -156,7 +160,7 @@ class Account:
 
     def change(self, limits: KeyLimits, share: int, now_s: float) -> None:
         """Go on with other limits, of which this gateway has one of ``share`` equal parts."""
-        if limits == self.limits and share == self._share:
+        if share == self._share and (limits is self.limits or limits == self.limits):
             return
         wanted = _buckets(limits, share, now_s)
         for kind in wanted.keys() & self._buckets.keys():
@@ -175,15 +179,16 @@ class Account:
             left.get("tokens", math.inf),
         )
 
-    def headers(self, now_s: float) -> dict[str, str]:
+    def headers(self, now_s: float) -> list[tuple[bytes, bytes]]:
         """Return :data:`RATE_HEADERS` about the rates that are limited."""
-        headers = {}
+        headers: list[tuple[bytes, bytes]] = []
         for kind, bucket in self._buckets.items():
-            left, reset_s = bucket.level(now_s), bucket.wait_s(bucket.capacity, now_s)
-            left = max(0.0, left + _ROUNDING * bucket.capacity)
-            headers[f"x-ratelimit-limit-{kind}"] = str(math.floor(bucket.capacity))
-            headers[f"x-ratelimit-remaining-{kind}"] = str(math.floor(left))
-            headers[f"x-ratelimit-reset-{kind}"] = duration_text(reset_s)
+            level, whole = bucket.level(now_s), bucket.capacity
+            lack = whole - level
+            reset_s = 0.0 if lack <= _ROUNDING * whole else lack / bucket.rate_per_s
+            left = max(0, math.floor(level + _ROUNDING * whole))
+            values = (b"%d" % math.floor(whole), b"%d" % left, duration_text(reset_s).encode())
+            headers += zip(_HEADER_NAMES[kind], values, strict=True)
         return headers
 
     def _too_large(self, num_tokens: int) -> Refusal | None:

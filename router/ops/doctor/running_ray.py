@@ -197,9 +197,8 @@ def loopback_of(address: str) -> Mapping[str, str]:
     hosts = []
     for pid in raylets():
         with suppress(psutil.Error):
-            flags = dict(
-                word.split("=", 1) for word in psutil.Process(pid).cmdline() if "=" in word
-            )
+            words = psutil.Process(pid).cmdline()
+            flags = dict(word.split("=", 1) for word in words if "=" in word)
             if flags.get("--gcs-address", "").endswith(port):
                 hosts.append(flags.get("--node_ip_address", ""))
     return LOOPBACK if hosts and all(map(is_loopback, hosts)) else {}

@@ -21,6 +21,7 @@ import deploy
 from router.cli import serve as module
 from router.cli.app import app
 from router.config.deployment import read_document
+from router.security.token_file import LOOPBACK
 from router.serve.options import completed
 
 SHIPPED = Path(deploy.__file__).parent / "cluster.yaml"
