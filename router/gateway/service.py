@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from router.gateway.errors import public_error
 from router.gateway.input.tokenizer import GatewayModel
 from router.gateway.input.tools.reader import CallPart, ChoiceParser, Parsed
 from router.gateway.input.validate import CheckedRequest, Validator
-from router.gateway.limits.charges import BODY_BYTES_PER_TOKEN, Charge, Charges
+from router.gateway.limits.charges import Charge, Charges
 from router.gateway.limits.room import Room, SlowReaderWatch
 from router.gateway.metrics import Metrics
 from router.gateway.output.detokenize import ChoiceText
@@ -148,13 +148,6 @@ class Upstream(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Preparation:
-    """What a call costs its caller before it is charged, in tokens; by default its body's."""
-
-    cost_tokens: int
-
-
 class GenerationService:
     """Sends checked requests upstream and turns tokens into text.
 
@@ -188,18 +181,6 @@ class GenerationService:
     def ready(self) -> Readiness:
         """Return whether requests can be served, and if not, why."""
         return self._upstream.ready()
-
-    @contextmanager
-    def preparing(self, caller: Caller, num_bytes: int) -> Iterator[Preparation]:
-        """Charge a caller for what is made of a body of so many bytes before its call is charged.
-
-        The body's tokens stay charged if that fails; else what it has cost takes their place.
-        """
-        charged = 1 + num_bytes // BODY_BYTES_PER_TOKEN
-        self.charges.spend(caller, charged)
-        preparation = Preparation(charged)
-        yield preparation
-        self.charges.spend(caller, preparation.cost_tokens - charged)
 
     def charge(self, checked: Sequence[CheckedRequest], caller: Caller, surface: Surface) -> Charge:
         """Charge a caller for one call of these requests; see :meth:`Charges.charge`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from cluster.errors import ForbiddenError, UnauthenticatedError
+from cluster.log_limit import LogLimit
 from router.security.keyring import Keyring
 from router.security.keys import ANYBODY, Caller, Role
 
@@ -19,7 +19,6 @@ SLOW_S = 1.0
 MAX_SLOW = 256
 """Refusals that wait at one time; what is beyond is refused at once, since a crowd of strangers
 must not fill the memory."""
-LOG_PERIOD_S = 10.0
 _WANTED = "a key of this deployment is needed, as `authorization: Bearer KEY`"
 
 logger = logging.getLogger("expertmesh.security")
@@ -39,8 +38,7 @@ class Access:
         self._count = count
         self._slow_s = slow_s
         self._num_slow = 0
-        self._unlogged = 0
-        self._logged_at_s = -LOG_PERIOD_S
+        self._log_limit = LogLimit()
 
     @property
     def is_open(self) -> bool:
@@ -77,16 +75,13 @@ class Access:
 
     def _refused(self, surface: str, reason: str) -> None:
         self._count(surface, reason)
-        self._unlogged += 1
-        now_s = time.monotonic()
-        if now_s - self._logged_at_s >= LOG_PERIOD_S:
+        if num_refused := self._log_limit.count():
             logger.warning(
                 "%d requests were refused for want of a key or a role (the last: %s, %s)",
-                self._unlogged,
+                num_refused,
                 surface,
                 reason,
             )
-            self._unlogged, self._logged_at_s = 0, now_s
 
     async def _slow_down(self) -> None:
         if self._num_slow >= MAX_SLOW:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.log_limit import LogLimit
 from cluster.transport.stream.channel import MAX_MESSAGE_BYTES, Channel, Message, channel_over
 from cluster.transport.stream.handshake import (
     HELLO_BYTES,
@@ -135,6 +136,7 @@ class StreamServer:
             self._selector.register(self._alone, selectors.EVENT_READ, self._alone)
         self._listeners: dict[Network, socket.socket] = {}
         self._peers: dict[_Peer, None] = {}
+        self._log_limit = LogLimit()
         """In the order of their arrival, by which they are read."""
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -242,7 +244,9 @@ class StreamServer:
         except OSError:  # the router has closed it again
             return
         if len(self._peers) >= MAX_CONNECTIONS:
-            logger.warning("%d streams are open already; refusing a new one", len(self._peers))
+            if num_refused := self._log_limit.count():
+                text = "%d streams are open already; refused %d"
+                logger.warning(text, len(self._peers), num_refused)
             sock.close()
             return
         try:

@@ -163,7 +163,7 @@ class GrpcMethods:
         """Return the checked request; gRPC keeps its bytes to the end, so ``share`` does too."""
         with self.service.metrics.refusals("grpc"):
             share.take_message(data, self.service.limits.max_body_bytes)
-            with self.service.preparing(caller, len(data)) as preparation:
+            with self.service.charges.preparing(caller, len(data)) as preparation:
                 request = parsed(inference_pb2.GenerateRequest, data)
                 check = partial(checked_message, self.service.validator, request, streamed)
                 slow = any(map(request.sampling.HasField, SLOW_FIELDS))
@@ -186,7 +186,7 @@ class GrpcMethods:
         return inference_pb2.GetModelInfoReply(models=infos)
 
     async def _tokenize(self, data: bytes, caller: Caller, context: Context) -> Any:
-        with self.service.preparing(caller, len(data)) as preparation:
+        with self.service.charges.preparing(caller, len(data)) as preparation:
             given = plain(parsed(inference_pb2.TokenizeRequest, data))
             asked = self.service.validator.read(TokenizeRequest, given)
             model = self.service.validator.model(asked.model)
@@ -198,7 +198,7 @@ class GrpcMethods:
         )
 
     async def _detokenize(self, data: bytes, caller: Caller, context: Context) -> Any:
-        with self.service.preparing(caller, len(data)) as preparation:
+        with self.service.charges.preparing(caller, len(data)) as preparation:
             request = parsed(inference_pb2.DetokenizeRequest, data)
             ids = list(request.token_ids)
             model = self.service.validator.model(request.model)

@@ -119,7 +119,7 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
         data, caller = await _data(request, service), request.state.caller
-        with service.preparing(caller, len(data)) as preparation:
+        with service.charges.preparing(caller, len(data)) as preparation:
             body = parse_json(data)
             found = await checked(is_slow(body), partial(_tokenized, body, service))
             preparation.cost_tokens = found["count"]
@@ -128,7 +128,7 @@ def _add_openai_routes(app: FastAPI, service: GenerationService) -> None:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
         data = await _data(request, service)
-        with service.preparing(request.state.caller, len(data)) as preparation:
+        with service.charges.preparing(request.state.caller, len(data)) as preparation:
             asked = service.validator.read(DetokenizeRequest, parse_json(data))
             text = tokens.detokenize(service.validator.model(asked.model), asked.tokens)
             preparation.cost_tokens = len(asked.tokens)
@@ -215,7 +215,7 @@ async def _answer(request: Request, service: GenerationService, parse: Parse) ->
     caller = request.state.caller
     with service.metrics.refusals("http"):
         data = await _data(request, service)
-        with service.preparing(caller, len(data)) as preparation:
+        with service.charges.preparing(caller, len(data)) as preparation:
             body = parse_json(data)
             check = partial(parse, body, service.validator, request.state.request_id)
             call = await checked(has_forms := is_slow(body), check)

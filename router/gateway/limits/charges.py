@@ -6,7 +6,9 @@ The quotas themselves are :mod:`router.gateway.limits.quotas`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.reports import KeyUse
@@ -20,6 +22,14 @@ BODY_BYTES_PER_TOKEN = 16
 accepted call is charged takes its place, unless it has forms, whose compiling it pays for."""
 SILENCE_S = 5.0
 """A gateway that hears of no other for so long has an equal share of each limit."""
+
+
+@dataclass(slots=True)
+class Preparation:
+    """What a call costs its caller before it is charged, in tokens; by default its body's."""
+
+    cost_tokens: int
+
 
 Uses = Mapping[str, Mapping[str, KeyUse]]
 """The uses of each other gateway, by the names of keys."""
@@ -49,11 +59,20 @@ class Charges:
         if caller.name:
             self._metrics.count(catalogue.KEY_REQUESTS, caller.name)
 
-    def spend(self, caller: Caller, num_tokens: int) -> None:
-        """Charge a caller for work that is about to be done; fewer than 0 tokens are given back.
+    @contextmanager
+    def preparing(self, caller: Caller, num_bytes: int) -> Iterator[Preparation]:
+        """Charge a caller for what is made of a body of so many bytes before its call is charged.
 
+        The body's tokens stay charged if that fails; else what it has cost takes their place.
         Refuses nothing: a name may owe tokens, and its next requests are refused at their heads.
         """
+        preparation = Preparation(1 + num_bytes // BODY_BYTES_PER_TOKEN)
+        charged = preparation.cost_tokens
+        self._spend(caller, charged)
+        yield preparation
+        self._spend(caller, preparation.cost_tokens - charged)
+
+    def _spend(self, caller: Caller, num_tokens: int) -> None:
         if (account := self._account(caller)) is not None:
             account.spend(num_tokens, self._clock())
 

@@ -23,13 +23,13 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from cluster.log_limit import LogLimit
 from router.config.listen import ListenConfig
 from router.gateway.listen.claim import wait_readable
 
 MAX_PIPELINED = 8
 UNREAD_S = 5.0
 """A connection that is closed is dropped when its client reads nothing for so long."""
-LOG_PERIOD_S = 10.0
 KEEP_ALIVE_S = 15.0
 """Longer than clients keep a connection (httpx: 5 s), so that they close it first."""
 _ACCEPT_RETRY_S = 0.5
@@ -233,7 +233,7 @@ class HttpListener:
         self._connections = Connections(limits)
         self._tasks: list[asyncio.Task[None]] = []
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._logged_at_s = -LOG_PERIOD_S
+        self._log_limit = LogLimit()
 
     def start(self) -> None:
         """Accept connections from now on; needs a running event loop."""
@@ -291,11 +291,10 @@ class HttpListener:
             task.add_done_callback(self._handshakes.discard)
 
     def _log_refusal(self, address: str) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._logged_at_s >= LOG_PERIOD_S:
-            self._logged_at_s = now_s
+        if num_refused := self._log_limit.count():
             most = self._limits.max_connections_per_address
-            logger.warning("HTTP: %s already has %d connections; refused one more", address, most)
+            text = "HTTP: %d connections refused; the last came from %s, which may have %d"
+            logger.warning(text, num_refused, address, most)
 
     async def _connect(self, accepted: socket.socket, address: str) -> None:
         leave = partial(self._connections.leave, address)

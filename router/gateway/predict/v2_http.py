@@ -66,30 +66,32 @@ class Inflater:
         self._limit_bytes = limit_bytes
         self._num_bytes = 0
         self._stream = zlib.decompressobj(_WINDOWS[encoding])
+        self._incomplete = InvalidRequestError(
+            f"the body is not one complete {encoding} stream", FIELD
+        )
 
     def feed(self, piece: bytes) -> bytes:
         """Return the bytes of a piece.
 
         Raises :class:`TooLargeError` beyond the limit, before memory is taken for more, and
-        :class:`InvalidRequestError` for damaged bytes.
+        :class:`InvalidRequestError` for damaged bytes, and for bytes after the body's end.
         """
         room = self._limit_bytes - self._num_bytes
         try:
             data = self._stream.decompress(piece, room + 1)
         except zlib.error:
             raise InvalidRequestError(f"the body is not {self._encoding}", FIELD) from None
+        if self._stream.unused_data:  # zlib would keep all that comes
+            raise self._incomplete
         if len(data) > room:
             raise TooLargeError(f"the body is over the limit of {self._limit_bytes} bytes")
         self._num_bytes += len(data)
         return data
 
     def finish(self) -> None:
-        """Raise :class:`InvalidRequestError` unless the compressed body has ended, with nothing
-        after it."""
-        if not self._stream.eof or self._stream.unused_data:
-            raise InvalidRequestError(
-                f"the body is not one complete {self._encoding} stream", FIELD
-            )
+        """Raise :class:`InvalidRequestError` unless the compressed body has ended."""
+        if not self._stream.eof:
+            raise self._incomplete
 
 
 def accepted_encoding(accept: str) -> str | None:

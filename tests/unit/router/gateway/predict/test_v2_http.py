@@ -15,9 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
-from cluster.errors import UnavailableError
+from cluster.errors import InvalidRequestError, UnavailableError
 from router.config.deployment import GatewayConfig
 from router.control.readiness import Readiness
+from router.gateway.predict.v2_http import Inflater
 from tests.unit.gateway_fakes import http_app
 from tests.unit.http_calls import OF_JSON, http_server
 from tests.unit.prediction_fakes import IDENTITY, LABELS, FakePredictions
@@ -214,6 +215,14 @@ def test_a_damaged_compressed_body_or_one_that_grows_beyond_the_limit_is_refused
     if damage != "bomb":
         told = "Content-Encoding: the body is not"
     assert response.json()["error"].startswith(told)
+
+
+@pytest.mark.parametrize("encoding", PACK)
+def test_bytes_after_a_compressed_body_are_refused_at_once_and_not_kept(encoding: str) -> None:
+    inflater = Inflater(encoding, 100)
+    assert inflater.feed(PACK[encoding][0](b"x")) == b"x"
+    with pytest.raises(InvalidRequestError, match="not one complete"):
+        inflater.feed(b"y")
 
 
 def test_an_unknown_encoding_is_refused() -> None:
