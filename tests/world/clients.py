@@ -48,7 +48,10 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     identity: str = ""
     is_exact: bool = True
+    """As the latest event said."""
     finish_reason: str | None = None
+    forgot_exact: bool = False
+    """Whether an event said exact after one that did not."""
 
 
 @dataclass
@@ -186,7 +189,8 @@ class Client:
                 answer.first_at_s = self._world.kernel.now_s
             choice.token_ids += event.token_ids
             choice.identity = event.identity or choice.identity
-            choice.is_exact &= event.exact
+            choice.forgot_exact |= event.exact and not choice.is_exact
+            choice.is_exact = event.exact
             choice.finish_reason = event.finish_reason
             if all(c.finish_reason for c in answer.choices):
                 return

@@ -147,6 +147,8 @@ class Law:
             if choice.identity not in identities:
                 self.broken("an answer names its model", f"{choice.identity!r} at {plan.at_s:.3f}")
                 continue
+            if choice.forgot_exact:
+                self.broken("inexact stays inexact", f"the request at {plan.at_s:.3f}")
             if not choice.is_exact:
                 if plan.on_expert_loss == "strict":
                     self.broken("strict is exact", f"the request at {plan.at_s:.3f}")

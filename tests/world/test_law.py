@@ -57,7 +57,7 @@ def answer(**changes: Any) -> Answer:
     return replace(Answer(PLAN, [choice], 4.0, 5.0), **changes)
 
 
-CHOICE = {"token_ids", "identity", "is_exact", "finish_reason"}
+CHOICE = {"token_ids", "identity", "is_exact", "forgot_exact", "finish_reason"}
 
 
 def failure(error: str) -> Answer:
@@ -103,6 +103,7 @@ SERVED = "what can be served is served"
         ("an answer names its model", answer(identity="z")),
         ("an answer names its model", answer(identity="")),
         ("strict is exact", answer(is_exact=False)),
+        ("inexact stays inexact", answer(forgot_exact=True)),
         ("answers are whole", answer(token_ids=[*RIGHT[:-1]])),
         ("every request is answered", answer(ended_at_s=None)),
         ("answers come in time", LATE),

@@ -73,6 +73,16 @@ def test_the_rest_is_what_would_have_come(cluster: LocalCluster, count: int, kin
     assert cluster.scheduler.num_free_pages == 512
 
 
+@pytest.mark.parametrize("was_exact", [True, False])
+@pytest.mark.parametrize("count", [1, LENGTH - 1])
+def test_what_was_not_exact_stays_so(cluster: LocalCluster, count: int, was_exact: bool) -> None:
+    request = asked(f"e{count}{was_exact}", n=2)
+    wholes = cluster.generate(request)[0]
+    given = [Received(whole.token_ids[:count], exact=was_exact) for whole in wholes]
+    rests = cluster.generate(resumed(request, given[0], replace(given[1], exact=True)))[0]
+    assert [rest.exact for rest in rests] == [was_exact, True]
+
+
 @pytest.mark.skipif(native is None, reason="bits are promised in native code alone")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ALL)
