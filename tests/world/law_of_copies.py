@@ -1,4 +1,4 @@
-"""The law of copies: they become fewer than the least number by deaths alone.
+"""The law of copies: they become fewer than the least number by deaths alone, and lie apart.
 
 A controller learns from routers what actors hold that it cannot reach. Its predecessor may reach
 them, and have them give an expert back; the map is then of the past, and its correction no change.
@@ -6,6 +6,7 @@ them, and have them give an expert back; the map is then of the past, and its co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +65,29 @@ class LawOfCopies:
                         "copies are kept", f"{key[1:]} has {len(holders)} copies: not on {actor_id}"
                     )
                     break
+
+    def crowded(self) -> str:
+        """Say which copies could be on more nodes than they are; nothing where none could."""
+        controller = self._world.controller()
+        if controller is None:
+            return ""
+        state, now_s = controller._state, self._world.kernel.now_s
+        avoided = controller._keeper.deaths.avoided_nodes(now_s)
+        free = {
+            node.name
+            for node in self._world.cluster.nodes.values()
+            if node.is_alive and not node.is_draining and node.free_slots() > 0
+        } - avoided.keys()
+        pairs = Counter(
+            (actor_id, state.nodes.get(other, ""))
+            for holders in state.placement.holders.values()
+            for actor_id in holders
+            for other in holders
+            if other != actor_id
+        )
+        for actor_id in state.placement.generations:
+            here = pairs[actor_id, state.nodes.get(actor_id, "")]
+            for node in free:
+                if pairs[actor_id, node] < here:
+                    return f"{actor_id} has {here} copies beside it, and would have fewer on {node}"
+        return ""

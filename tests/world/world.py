@@ -71,6 +71,8 @@ PRODUCT_S = 0.02
 ROW_S = 0.0005
 HEAL_S = 40.0
 """How long after the weather has calmed the deployment may need to be whole."""
+APART_S = 60.0
+"""How long after that copies may share a node."""
 DELETE_S = 30.0
 """How long the processes of a deleted application may live."""
 LOOK_S = 0.5
@@ -565,6 +567,9 @@ def run(scenario: Scenario) -> Outcome:
         world.note("the weather calms")
         world.run(CALM_S + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
         world.law.healed(CALM_S)
+        world.run(world.kernel.now_s + APART_S, lambda: not world.copies.crowded())
+        if crowded := world.copies.crowded():
+            world.law.broken("copies lie apart", crowded)
         _probe(world)
         # A router that has lost a request's gateway computes it until its deadline.
         until_s = max(plan.at_s + plan.timeout_s for plan in scenario.plans) + 1.0

@@ -1,7 +1,8 @@
-"""Anti-affinity: moves actors to a node that joins, away from other copies of their experts.
+"""Anti-affinity: moves actors to other nodes, away from other copies of their experts.
 
 The actors of a lost machine start beside the others, so copies of an expert may share a node. They
-move back one at a time, while all others serve, and to no node on which actors have ended badly.
+move apart one at a time, while all others serve: at once when a node joins, else when there is room
+for them and no actor has ended badly there lately.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from cluster.controller.lifecycle.keeper import Keeper
 from cluster.controller.records.members import Members
 from cluster.controller.records.pool import ExpertPool, kind_of
 from cluster.controller.records.state import ClusterState
-from cluster.placement.placement import less_crowded_node
+from cluster.placement.placement import crowding, less_crowded_node
 
-NODES_CHECK_S = 5.0
+NODES_CHECK_S, COPIES_CHECK_S = 5.0, 30.0
 ALL_COPIES_TIMEOUT_S = 60.0
 KNOWN_TIMEOUT_S, LOOK_S = 10.0, 0.02
 """How long an actor waits for routers to know that it leaves, and how often it checks."""
@@ -40,12 +41,14 @@ class AntiAffinity:
         self._members = members
 
     async def run_forever(self, known: set[str]) -> None:
-        """Look for nodes beyond the ``known`` ones again and again, and move actors to them."""
+        """Look again and again for nodes beyond the ``known`` ones, and for crowded copies."""
+        looked_at_s = time.monotonic()
         while True:
             await asyncio.sleep(NODES_CHECK_S)
             try:
                 nodes = set(await asyncio.to_thread(self._expert_pool.nodes))
-                if nodes - known:
+                if nodes - known or time.monotonic() - looked_at_s >= COPIES_CHECK_S:
+                    looked_at_s = time.monotonic()
                     for actor_id in tuple(self._state.shares):
                         await self._move(actor_id)
             except TimeoutError:
@@ -62,6 +65,9 @@ class AntiAffinity:
         successor there. Raises ``TimeoutError`` while copies are missing.
         """
         state = self._state
+        here = state.nodes.get(actor_id)
+        if here is None or not crowding(actor_id, here, state.shares, state.nodes):
+            return
         async with asyncio.timeout(ALL_COPIES_TIMEOUT_S):
             await state.wait_for(lambda: state.placement.fewest_copies() >= state.min_copies)
         if actor_id not in state.shares:

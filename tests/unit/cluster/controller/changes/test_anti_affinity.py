@@ -92,6 +92,24 @@ async def test_copies_move_apart_when_a_node_joins_unless_actors_end_badly_there
     await nothing_moves()
 
 
+async def test_copies_move_apart_once_their_node_is_avoided_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(anti_affinity, "NODES_CHECK_S", 0.01)
+    monkeypatch.setattr(anti_affinity, "COPIES_CHECK_S", 0.1)
+    avoided = {"bad": 1e9}
+    monkeypatch.setattr(Deaths, "avoided_nodes", lambda deaths, now_s: avoided)
+    cluster = await started(2, min_copies=2)
+    cluster.pool.node_ids.append("bad")
+    looks = cluster.pool.looks
+    await happens(lambda: cluster.pool.looks >= looks + 30)
+    assert len(cluster.pool.actors) == 2
+    avoided.clear()
+    await happens(lambda: len(cluster.pool.actors) == 3)
+    await cluster.complete()
+    assert {a.node for a in cluster.pool.actors if a.alive} == {"bad", "node"}
+
+
 async def test_an_actor_that_moves_lives_until_every_router_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
