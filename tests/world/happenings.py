@@ -248,8 +248,10 @@ class Happenings:
                 async with asyncio.timeout(ASK_S):
                     outcome = await getattr(handle, method).remote(*args)
                 world.note(f"{method}{args}: {str(outcome)[:160]}")
+                world.ends.changed(outcome)
             except Exception as error:
                 world.note(f"{method}{args}: {type(error).__name__}")
+                world.ends.not_changed(method, error)
 
         with world.kernel.within(world.operator):
             world.kernel.create_task(ask())

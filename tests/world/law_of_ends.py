@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.errors import ExpertMeshError
+from cluster.reports import ChangeReport
 from tests.world.kernel import Process
 
 if TYPE_CHECKING:
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_ENDS = {"router": 6, "actor": 20}
 """The processes that a bad request may end: some with others, some alone, and their copies."""
+OUTCOMES = {"balanced", "committed", "planned", "unchanged", "pending", "failed"}
 MAX_LIVES = 6
 """The lives in six seconds of an actor that dies as soon as it serves."""
 ORPHANS_S = 95.0
@@ -37,6 +42,27 @@ class LawOfEnds:
                 world.law.broken(
                     "a bad request ends few processes", f"{self._ends[role]} of {role}"
                 )
+
+    def changed(self, answer: dict[str, Any]) -> None:
+        """Look at the answer to an operator's order: who went has left, or it says why not."""
+        if "error" in answer:
+            return
+        world, report, controller = self._world, answer["report"], self._world.controller()
+        kind, _, reason = report.outcome.partition(": ")
+        if kind not in OUTCOMES or (kind in ("failed", "pending") and not reason):
+            world.law.broken("orders say what came of them", report.outcome)
+        if controller is None or kind != "committed" or not isinstance(report, ChangeReport):
+            return
+        placement = controller._state.placement
+        left = placement.generations.keys() & set(report.removed)
+        if left and placement.order == (report.epoch, report.version):
+            world.law.broken("who is drained goes", ", ".join(sorted(left)))
+
+    def not_changed(self, method: str, error: Exception) -> None:
+        """Look at the error of an operator's order."""
+        if not isinstance(error, ExpertMeshError | RayActorError | RayTaskError | TimeoutError):
+            text = f"{method}: {type(error).__name__}: {error}"
+            self._world.law.broken("orders say what came of them", text[:200])
 
     def looped(self, actor_id: str, lives: int) -> None:
         """Look at an actor that died as soon as it served, so many times.
