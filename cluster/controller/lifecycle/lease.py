@@ -66,8 +66,9 @@ def app_has_replicas(app: str) -> bool:
     """Return whether Ray has a Serve replica of the application; takes about a millisecond.
 
     Serve itself is not asked, since that would load 50 MB of its modules into an expert actor. The
-    names of the replicas say the same.
+    names of the replicas say the same. Of application, deployment and id only the first may have a
+    "#" in it.
     """
-    prefix = f"SERVE_REPLICA::{app}#"
+    prefix = f"SERVE_REPLICA::{app}"
     actors = list_named_actors(all_namespaces=True)
-    return any(entry["name"].startswith(prefix) for entry in actors)
+    return any(entry["name"].rsplit("#", 2)[0] == prefix for entry in actors)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from dataclasses import replace
+from itertools import chain, product
+from unittest.mock import patch
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import DeploymentID, ReplicaID
 
 from cluster import spec
+from cluster.controller.lifecycle import lease
+from cluster.controller.records.ledger import LedgerStore
 from cluster.errors import ConfigError
 from cluster.placement.change import Change, with_change
 from cluster.placement.placement import Placement, assign_experts, empty_placement, surplus
+from cluster.ray_private import MemoryStore
 from cluster.spec import (
     ActorSpec,
     ExpertKey,
@@ -25,6 +31,13 @@ from cluster.spec import (
     parse_actor_name,
 )
 
+RELATED_NAMES = st.lists(
+    st.one_of(st.sampled_from(":/#%@"), st.sampled_from(["a", "b", "g1", "ledger", "%3A", "\n"]))
+    | st.text(min_size=1, max_size=9),
+    min_size=1,
+    max_size=6,
+).map(lambda parts: {"".join(parts[:end]) for end in range(1, len(parts) + 1)})
+"""Names that begin as each other."""
 ACTORS = st.integers(1, 9).map(lambda count: [f"expert-{i}" for i in range(count)])
 MODELS = st.lists(
     st.tuples(
@@ -256,21 +269,38 @@ def test_a_placement_survives_a_call_of_ray(
     assert read.missing() == placement.missing()
 
 
-@given(st.text(max_size=20), st.text(max_size=20), st.integers(0, 10**9), st.text(max_size=20))
-@example("mesh:b", "expert-0", 1, "mesh")
-@example("a%3Ab", "c", 1, "a:b")
-def test_an_actors_name_is_parsed_to_what_it_was_made_of_and_by_no_other_application(
-    app: str, actor_id: str, generation: int, other: str
+@given(st.data())
+def test_an_application_finds_its_own_actors_and_ledger_and_no_others(data: st.DataObject) -> None:
+    apps, actor_ids = data.draw(RELATED_NAMES), data.draw(RELATED_NAMES)
+    actors = {*product(apps, actor_ids, data.draw(st.sets(st.integers(0, 10**9), max_size=3)))}
+    listed, store = [actor_name(*actor) for actor in actors], MemoryStore()
+    assert len({*listed}) == len(actors)
+    for app in apps:
+        found = [(app, *parsed) for name in listed if (parsed := parse_actor_name(name, app))]
+        assert Counter(found) == Counter(actor for actor in actors if actor[0] == app)
+        ledger = LedgerStore(app, store)
+        assert ledger.claim().epoch == 1
+        ledger.check()
+    assert len(store.values) == len(apps)
+
+
+@given(RELATED_NAMES, RELATED_NAMES.map(sorted))
+def test_only_replicas_of_its_own_application_keep_an_actor(
+    apps: set[str], deployments: list[str]
 ) -> None:
-    name = actor_name(app, actor_id, generation)
-    assert parse_actor_name(name, app) == (actor_id, generation)
-    for longer in {other, f"{other}:{app}", f"{app}:{other}", f"{app}/{other}"} - {app}:
-        assert parse_actor_name(name, longer) is None
-        assert parse_actor_name(actor_name(longer, actor_id, generation), app) is None
+    ids = [
+        [ReplicaID("k3x9", DeploymentID(name.replace("#", "-"), app)) for name in deployments]
+        for app in sorted(apps)
+    ]
+    living = [{"name": one.to_full_id_str(), "namespace": "serve"} for one in chain(*ids[1:])]
+    with patch.object(lease, "list_named_actors", lambda all_namespaces: living):
+        assert [app for app in sorted(apps) if lease.app_has_replicas(app)] == sorted(apps)[1:]
+
+
+def test_an_actors_name_shows_what_it_was_made_of() -> None:
     assert actor_name("app", "expert-0", 3) == "expertmesh:app:expert-0:g3"
-    # What looks like a generation may be a part of the names.
+    # What looks like a generation may be a part of the actor's name.
     assert parse_actor_name("expertmesh:app:a:g1:g2", "app") == ("a:g1", 2)
-    assert parse_actor_name(actor_name("a:b", "c", 1), "a:b") == ("c", 1)
 
 
 @pytest.mark.parametrize(
