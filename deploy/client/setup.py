@@ -15,7 +15,8 @@ from setuptools import setup
 ROOT = Path("..", "..")
 PACKAGES = ["expertmesh", "router.client", "router.protos"]
 MODULES = [
-    *("cluster.__init__", "cluster.errors", "cluster.reports", "cluster.spec", "cluster.tls"),
+    *("cluster.__init__", "cluster.errors", "cluster.private_file", "cluster.reports"),
+    *("cluster.spec", "cluster.tls"),
     *("router.__init__", "router.retry", "router.messages.__init__", "router.messages.request"),
     *("router.messages.routed", "router.messages.rules"),
 ]

@@ -51,6 +51,7 @@ the word in the file ``phase``, and says so when the phase changes."""
 KINDS = {"Gateway-": "gateway", "Router-": "router", "RemoteExpertActor": "actor"}
 IDLE_S, REQUESTS, LIMIT_S = 5.0, 5, 60.0
 LATE = {
+    "cluster/wire/arrays.py",
     "cluster/transport/stream/late.py",
     "cluster/transport/stream/link.py",
     "cluster/transport/stream/writer.py",
@@ -59,7 +60,8 @@ LATE = {
     "router/moe/failures.py",
     "router/moe/pending.py",
 }
-"""What also runs where an answer of an actor is late, as on a busy machine."""
+"""What also runs where an answer of an actor is late, as on a busy machine, or is looked at by the
+actor's self-test, on a thread of its own."""
 NATIVE = pytest.mark.parametrize("has_native", [] if native is None else [True])
 """Without native code other files run (``tests/unit/router/engine/test_path.py``)."""
 

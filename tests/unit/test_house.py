@@ -19,7 +19,7 @@ REACHED = {
     ("cluster", "expertmesh", "experts", "router"): 57_400,
     ("workshop",): 14_200,
     ("benchmarks",): 9_810,
-    ("tests",): 89_650,
+    ("tests",): 89_800,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
 GENERATED = re.compile(r"(_pb2|_pb2_grpc|/client/sync)\.py$")
