@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.world.kernel import Process
 from tests.world.ray_api import HEAD, Handle
-from tests.world.weather import CALM_S, IDENTITIES, Event, Setting
+from tests.world.weather import IDENTITIES, Event, Setting
 
 if TYPE_CHECKING:
     from tests.world.world import World
@@ -96,7 +96,7 @@ class Happenings:
         self._world.kernel.call_at(at_s, call, context=self._world.network.nobody.copy())
 
     def _later(self, event: Event, call: Callable[[], object]) -> None:
-        self._at(min(event.at_s + event.for_s, CALM_S), call)
+        self._at(min(event.at_s + event.for_s, self._world.setting.calm_s), call)
 
     # Targets.
 
@@ -288,7 +288,8 @@ class Happenings:
         actors = self.actors()
         if not actors:
             return False
-        world, until_s = self._world, min(event.at_s + event.for_s, CALM_S)
+        world = self._world
+        until_s = min(event.at_s + event.for_s, world.setting.calm_s)
         actor_id = actors[event.what % len(actors)].name.rpartition(":g")[0]
         self._target = actor_id
         ends: list[str] = []

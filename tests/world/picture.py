@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from tests.world.drawing import document, line, rect, text
 from tests.world.rows import Piece, packed
 from tests.world.timeline import PREFIX, name_of, outcome_of, short
-from tests.world.weather import CALM_S
 
 if TYPE_CHECKING:
     from tests.world.world import Outcome
@@ -34,8 +33,8 @@ class _Picture:
     """Collects the shapes from top to bottom."""
 
     def __init__(self, outcome: Outcome) -> None:
-        self._outcome = outcome
-        self.end_s = max(float(entry[:9]) for entry in outcome.trace) if outcome.trace else CALM_S
+        self._outcome, self._calm_s = outcome, outcome.scenario.setting.calm_s
+        self.end_s = max([self._calm_s, *(float(entry[:9]) for entry in outcome.trace)])
         self.end_s = 0.2 + max(
             [self.end_s, *(answer.ended_at_s or 0.0 for answer in outcome.answers)]
         )
@@ -129,7 +128,7 @@ class _Picture:
         pieces = []
         self._targets: list[tuple[Piece, str]] = []
         for event, target in zip(self._outcome.hit, self._outcome.targets, strict=True):
-            until_s = min(event.at_s + event.for_s, max(CALM_S, event.at_s))
+            until_s = min(event.at_s + event.for_s, max(self._calm_s, event.at_s))
             until_s = event.at_s if event.kind in ENDLESS else until_s
             name = short(target)
             label = event.kind + (f" {name}" if name else "")
@@ -187,8 +186,8 @@ class _Picture:
             self.shapes.append(line(x, self.at, x, self.at + 4, "black"))
             self.shapes.append(text(x, self.at + 16, f"{count * step_s}", "middle", 11))
         self.shapes.append(text(LEFT - 8, self.at + 16, "s", "end", 11))
-        calm = line(self.x(CALM_S), 30, self.x(CALM_S), self.at, "#59a14f", "6 4")
-        self.shapes += [calm, text(self.x(CALM_S) + 3, 28, "the weather calms", "end", 10)]
+        calm = line(self.x(self._calm_s), 30, self.x(self._calm_s), self.at, "#59a14f", "6 4")
+        self.shapes += [calm, text(self.x(self._calm_s) + 3, 28, "the weather calms", "end", 10)]
         self.at += 24
 
     def legend(self) -> None:

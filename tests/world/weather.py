@@ -17,6 +17,8 @@ BEGIN_S = 3.0
 """The deployment has had this long to start."""
 CALM_S = 13.0
 """No fault lasts longer."""
+FIRST_LONG, LONG_S = 1_000_000, 120.0
+"""Seeds from here on have few events in a longer time, for what comes late: back-off, leases."""
 ROLES = ("actor", "router", "gateway", "controller")
 IDENTITIES = ("a", "b", "c")
 
@@ -39,6 +41,8 @@ class Setting:
     """Whether streams between hosts are encrypted."""
     is_deleted: bool = False
     """Whether the application is deleted at the end."""
+    calm_s: float = CALM_S
+    """When the weather calms."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +114,23 @@ def draw(seed: int) -> Scenario:
         autoscales=source.random() < 0.15,
         is_deleted=seed % 4 == 0,
     )
-    num_faults = source.choice((0, 1, 2, 3, 4, 6))
+    if is_long := seed >= FIRST_LONG:
+        setting = replace(setting, calm_s=LONG_S, num_clients=3)
+    num_faults = source.choice((1, 2, 3) if is_long else (0, 1, 2, 3, 4, 6))
     num_operations = source.choice((0, 0, 1, 1, 2))
     events = [_fault(source, setting) for _ in range(num_faults)]
-    events += [_operation(source) for _ in range(num_operations)]
-    requests = plans(source, BEGIN_S, CALM_S - 2.0, setting.num_clients)
+    events += [_operation(source, setting) for _ in range(num_operations)]
+    requests = plans(source, BEGIN_S, setting.calm_s - 2.0, setting.num_clients)
     for event in events:
         if event.kind == "burst":
             requests += _burst(source, requests, event.at_s)
     events.sort(key=lambda event: event.at_s)
     requests.sort(key=lambda plan: plan.at_s)
-    copies = _redeploy_of_copies(seed)
+    copies = _redeploy_of_copies(seed, setting)
     if copies is not None:
         events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
-    rarity = draw_rarity(seed, Event, BEGIN_S, CALM_S) or draw_flood(seed, Event, BEGIN_S)
+    rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
     return scenario if rarity is None else with_rarity(scenario, rarity)
 
 
@@ -134,11 +140,12 @@ def _pick(source: random.Random, weights: dict[str, int]) -> str:
 
 def _fault(source: random.Random, setting: Setting) -> Event:
     kind = _pick(source, FAULTS)
-    at_s = source.uniform(BEGIN_S, CALM_S - 4.0)
-    longest_s = CALM_S - at_s
+    at_s = source.uniform(BEGIN_S, setting.calm_s - 4.0)
+    longest_s = setting.calm_s - at_s
     event = Event(at_s, kind, source.randrange(100))
     role = source.choices(ROLES, (5, 3, 2, 2))[0]
-    for_s = min(longest_s, source.choice((0.3, 1.0, 2.0, 4.0, 6.0)))
+    times_s = (0.3, 1.0, 2.0, 4.0, 6.0) if setting.calm_s == CALM_S else (0.3, 2.0, 6.0, 20.0, 40.0)
+    for_s = min(longest_s, source.choice(times_s))
     hosts = setting.num_nodes + 1  # the head is number 0
     if kind == "dies":
         return replace(event, role=role)
@@ -162,13 +169,13 @@ def _fault(source: random.Random, setting: Setting) -> Event:
     return replace(event, for_s=for_s)
 
 
-def _operation(source: random.Random) -> Event:
+def _operation(source: random.Random, setting: Setting) -> Event:
     kind = _pick(source, OPERATIONS)
-    at_s = source.uniform(BEGIN_S, CALM_S - 5.0)
+    at_s = source.uniform(BEGIN_S, setting.calm_s - 5.0)
     return Event(at_s, kind, source.randrange(100))
 
 
-def _redeploy_of_copies(seed: int) -> Event | None:
+def _redeploy_of_copies(seed: int, setting: Setting) -> Event | None:
     """Draw a redeploy with another number of copies, which few seeds have.
 
     It is drawn apart, so that the rest of a seed stays as it is.
@@ -177,7 +184,7 @@ def _redeploy_of_copies(seed: int) -> Event | None:
     if source.random() >= COPIES_SHARE:
         return None
     kind = source.choice(OF_COPIES)
-    return Event(source.uniform(BEGIN_S, CALM_S - 5.0), kind)
+    return Event(source.uniform(BEGIN_S, setting.calm_s - 5.0), kind)
 
 
 def _burst(source: random.Random, requests: list[Plan], at_s: float) -> list[Plan]:

@@ -58,7 +58,7 @@ from tests.world.patches import replaced
 from tests.world.ray_api import HEAD, Handle, RayCluster
 from tests.world.serve_api import Serve, Version
 from tests.world.streams import StreamLoop
-from tests.world.weather import CALM_S, Event, Scenario, Setting
+from tests.world.weather import Event, Scenario, Setting
 
 APP = "world"
 MODEL = "exact"
@@ -551,22 +551,22 @@ def _served(identity: str) -> ServedModel:
 
 
 def run(scenario: Scenario) -> Outcome:
-    world = World(scenario.seed, scenario.setting)
+    world, calm_s = World(scenario.seed, scenario.setting), scenario.setting.calm_s
     try:
         world.deploy("a")
         client = Client(world)
         for plan in scenario.plans:
             client.send(plan)
         world.happenings.plan(scenario.events)
-        for number in range(int(CALM_S / LOOK_S)):
+        for number in range(int(calm_s / LOOK_S)):
             world.run(number * LOOK_S)
             world.law.look()
-        world.run(CALM_S)
+        world.run(calm_s)
         world.devices.calmed()
         world.calm()
         world.note("the weather calms")
-        world.run(CALM_S + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
-        world.law.healed(CALM_S)
+        world.run(calm_s + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
+        world.law.healed(calm_s)
         world.run(world.kernel.now_s + APART_S, lambda: not world.copies.crowded())
         if crowded := world.copies.crowded():
             world.law.broken("copies lie apart", crowded)
