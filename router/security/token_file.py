@@ -17,7 +17,10 @@ from cluster.private_file import exposure
 
 MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""The variable with which all processes of Ray listen on loopback only, as they do on macOS."""
+"""The variable with which all processes of Ray listen on loopback only, as they do on macOS.
+
+Serve's replicas do not: each listens on all interfaces for other replicas.
+"""
 _PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 
 
@@ -44,7 +47,7 @@ def make_token(variables: Mapping[str, str]) -> None:
     For a start of a Ray of its own, before Ray would make it.
     """
     file = token_file(variables)
-    if file is None or file.exists() or not _is_used(variables) or _PATH_VARIABLE in variables:
+    if file is None or file.exists() or not token_is_used(variables) or _PATH_VARIABLE in variables:
         return
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):  # another start was faster
@@ -56,7 +59,7 @@ def make_token(variables: Mapping[str, str]) -> None:
 def token_exposure(variables: Mapping[str, str]) -> str:
     """Return why other users may use the token, and what to run; empty if they may not."""
     file = token_file(variables)
-    if file is None or not file.exists() or not _is_used(variables):
+    if file is None or not file.exists() or not token_is_used(variables):
         return ""
     reason = exposure(file, stat.S_IRWXG | stat.S_IRWXO)
     return reason and f"the file of Ray's token, {file}, {reason}"
@@ -68,10 +71,6 @@ def require_private_token(variables: Mapping[str, str]) -> None:
         raise ConfigError(reason)
 
 
-def is_on_loopback(variables: Mapping[str, str]) -> bool:
-    """Return whether a Ray that starts with these variables listens on loopback only."""
-    return variables.items() >= LOOPBACK.items()
-
-
-def _is_used(variables: Mapping[str, str]) -> bool:
+def token_is_used(variables: Mapping[str, str]) -> bool:
+    """Return whether a Ray that a start makes with these variables asks for the token."""
     return variables.get(MODE_VARIABLE, TOKEN).lower() == TOKEN

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
 
 from benchmarks.shipped import shipped_document
@@ -31,7 +30,7 @@ def target(served: ServedCluster, monkeypatch: pytest.MonkeyPatch) -> Target:
 def test_the_ray_that_runs_can_be_joined(target: Target) -> None:
     found = look_at(target)
     assert found.reason == ""
-    assert found.addresses == [ray.util.get_node_ip_address()]
+    assert found.num_nodes == 1
     assert found.has_token == (os.environ.get("RAY_AUTH_MODE") == "token")
     assert check_ray(found, []).level == "ok"
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from cluster.tls import NEEDS_RAY_TLS, RAY_TLS_VARIABLE
 from router.ops.doctor.check import Check
-from router.security.reach import is_loopback
 
 TOKEN, ENCRYPTION = "token", "encryption"
 """The names of the checks."""
@@ -16,30 +13,27 @@ _RAY_TLS = (
 )
 
 
-def check_token(addresses: Sequence[str] | None, has_token: bool | None, exposed: str) -> Check:
-    """Refuse a Ray without a token that other machines reach, and a token that other users read.
+def check_token(has_token: bool | None, exposed: str) -> Check:
+    """Refuse a Ray without a token, also on loopback, and a token that other users may read.
 
-    ``addresses`` are those that the nodes of the joined cluster listen on, or the one of a Ray that
-    a start makes. ``has_token`` says that Ray refuses who has no token; ``None`` is not known.
-    ``exposed`` says why other users may read this user's token, empty if they may not.
+    Serve's replicas listen on all interfaces wherever Ray itself listens, and without a token they
+    unpickle what anybody sends. ``has_token`` says that Ray refuses who has no token; ``None`` is
+    not known. ``exposed`` says why other users may use this user's token, empty if they may not.
     """
+    if has_token is False:
+        return Check(
+            TOKEN,
+            "problem",
+            "Ray asks nobody for one: whoever reaches this machine may run any code as you",
+            "Start Ray again with RAY_AUTH_MODE=token and one token (`umask 077; ray "
+            "get-auth-token --generate`) on every node, and set both here.",
+        )
+    if exposed:
+        found, _, advice = exposed.partition("; ")
+        return Check(TOKEN, "problem", found, advice[:1].upper() + advice[1:])
     if has_token is None:
         return Check(TOKEN, "warning", "it is not known whether Ray asks for one")
-    if has_token:
-        found, _, advice = (exposed or "Ray asks for it").partition("; ")
-        return Check(TOKEN, "problem" if exposed else "ok", found, advice.capitalize())
-    beyond = [one for one in addresses or () if not is_loopback(one)]
-    if addresses and not beyond:
-        found = "Ray asks nobody for one: every user of this machine may run code as you"
-        return Check(TOKEN, "warning", found, "Start it with RAY_AUTH_MODE=token.")
-    where = f" on {', '.join(beyond)}" if beyond else ""
-    return Check(
-        TOKEN,
-        "problem",
-        f"Ray listens{where} and asks nobody for a token: whoever reaches its ports runs any code",
-        "Start Ray again with RAY_AUTH_MODE=token and one token (`ray get-auth-token --generate`) "
-        "on every node, and set both here.",
-    )
+    return Check(TOKEN, "ok", "Ray asks for it")
 
 
 def check_encryption(num_nodes: int, has_ray_tls: bool, has_tls: bool) -> Check:

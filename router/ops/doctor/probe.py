@@ -37,13 +37,7 @@ from router.ops.doctor.running_ray import RunningRay, look_at, raylets, target_o
 from router.ops.plan.deployment import read_tenants
 from router.ops.plan.devices import Tenant
 from router.ops.plan.source import find_model
-from router.security.token_file import (
-    LOOPBACK,
-    MODE_VARIABLE,
-    TOKEN,
-    is_on_loopback,
-    token_exposure,
-)
+from router.security.token_file import token_exposure, token_is_used
 from router.serve.options import completed
 from router.served import check_file
 
@@ -121,18 +115,16 @@ def access_checks(
 ) -> list[Check]:
     """Check who reaches a start; without a ``running`` cluster it makes a Ray of its own.
 
-    Such a Ray has a token unless ``variables`` turn it off, and is on loopback if they say so
-    (:mod:`router.security.token_file`). ``has_tls`` says whether any application has
-    ``experts.tls``.
+    Such a Ray has a token unless ``variables`` turn it off. ``has_tls`` says whether any
+    application has ``experts.tls``.
     """
     if running is not None:
-        addresses, has_token = running.addresses, running.has_token
+        num_nodes, has_token = running.num_nodes or 0, running.has_token
     else:
-        addresses = ["127.0.0.1"] if is_on_loopback(variables) else None
-        has_token = variables.get(MODE_VARIABLE, TOKEN).lower() == TOKEN
+        num_nodes, has_token = 1, token_is_used(variables)
     return [
-        check_token(addresses, has_token, token_exposure(variables)),
-        check_encryption(len(addresses or ()), ray_is_encrypted(variables), has_tls),
+        check_token(has_token, token_exposure(variables)),
+        check_encryption(num_nodes, ray_is_encrypted(variables), has_tls),
     ]
 
 
@@ -153,7 +145,7 @@ def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> lis
     ]
     document = {} if deployment is None else deployment.document
     has_tls = deployment is not None and deployment.has_tls
-    found += access_checks(has_tls, running, {**LOOPBACK, **variables})
+    found += access_checks(has_tls, running, variables)
     if deployment is not None:
         ports = ports_of(document)
         numbers = [port.number for port in ports]

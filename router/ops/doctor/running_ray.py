@@ -11,12 +11,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.request import urlopen
 
 import psutil
@@ -27,20 +26,19 @@ from router.security.token_file import LOOPBACK, MODE_VARIABLE, TOKEN, user_has_
 
 CONNECT_TIMEOUT_S = 3.0
 ASK_TIMEOUT_S = 30.0
-MAX_ANSWER_BYTES = 16 << 20
+MAX_ANSWER_BYTES = 1 << 16
 ADDRESS_VARIABLE, ADDRESS_OPTION = "RAY_ADDRESS", "--address"
 _CLIENT = "ray://"
-_ALL_NODES = "/api/v0/nodes?limit=1000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
 _ASK = """
 import json, sys
 import ray
 try:
     context = ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 except RuntimeError as error:  # another version, and it says which
-    print(json.dumps([str(error), [], ""]))
+    print(json.dumps([str(error), 0, ""]))
 else:
-    addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-    print(json.dumps(["", addresses, context.dashboard_url or ""]))
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    print(json.dumps(["", num_nodes, context.dashboard_url or ""]))
 """
 _NO_TOKEN = "Unauthenticated"
 """What Ray's log says while a client without the token tries to connect."""
@@ -61,13 +59,13 @@ class Target:
 class RunningRay:
     """The state of a cluster; ``reason`` says why a command cannot join it, and is empty otherwise.
 
-    The addresses of its living nodes, and whether it refuses clients without its token, are
-    ``None`` where they are not known.
+    The number of its living nodes, and whether it refuses clients without its token, are ``None``
+    where they are not known.
     """
 
     target: Target
     reason: str
-    addresses: Sequence[str] | None = None
+    num_nodes: int | None = None
     has_token: bool | None = None
 
 
@@ -128,7 +126,7 @@ def look_at(target: Target) -> RunningRay:
 def _ask(target: Target) -> RunningRay:
     variables = _variables(target)
     try:
-        error, addresses, dashboard = run_python(
+        error, num_nodes, dashboard = run_python(
             _ASK, target.address, timeout_s=ASK_TIMEOUT_S, variables=variables
         )
     except (subprocess.TimeoutExpired, OutputError) as failed:
@@ -140,12 +138,12 @@ def _ask(target: Target) -> RunningRay:
     if error:
         return RunningRay(target, f"cannot be joined: {' '.join(error.split())}")
     if variables.get(MODE_VARIABLE, "").lower() != TOKEN:
-        return RunningRay(target, "", addresses, has_token=False)
+        return RunningRay(target, "", num_nodes, has_token=False)
     if dashboard:
-        _, asks = look_at_dashboard(f"http://{dashboard}")
+        asks = dashboard_has_token(f"http://{dashboard}")
     else:
         asks = _refuses_strangers(target, variables)
-    return RunningRay(target, "", addresses, asks)
+    return RunningRay(target, "", num_nodes, asks)
 
 
 def _refuses_strangers(target: Target, variables: Mapping[str, str]) -> bool | None:
@@ -167,25 +165,19 @@ def _variables(target: Target) -> dict[str, str]:
     return variables
 
 
-def look_at_dashboard(url: str) -> tuple[Sequence[str] | None, bool | None]:
-    """Return the addresses of a cluster's nodes, and whether it asks for a token.
+def dashboard_has_token(url: str) -> bool | None:
+    """Return whether a cluster asks for a token; ``url`` is that of its dashboard.
 
-    ``url`` is that of its dashboard. Each is ``None`` where it is not known: a command that cannot
-    reach the dashboard says so itself. A cluster with a token tells its nodes to nobody.
+    ``None`` if it is not known: a command that cannot reach the dashboard says so itself.
     """
     try:
-        mode = _json_of(f"{url.rstrip('/')}/api/authentication_mode")["authentication_mode"]
-        if mode != "disabled":
-            return None, True
-        nodes = _json_of(url.rstrip("/") + _ALL_NODES)["data"]["result"]["result"]
-        return [str(node["node_ip"]) for node in nodes], False
+        with urlopen(
+            f"{url.rstrip('/')}/api/authentication_mode", timeout=CONNECT_TIMEOUT_S
+        ) as answer:
+            told = json.loads(answer.read(MAX_ANSWER_BYTES))
+        return bool(told["authentication_mode"] != "disabled")
     except (OSError, ValueError, LookupError, TypeError, HTTPException):
-        return None, None
-
-
-def _json_of(url: str) -> Any:
-    with urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer:
-        return json.loads(answer.read(MAX_ANSWER_BYTES))
+        return None
 
 
 def loopback_of(address: str) -> Mapping[str, str]:

@@ -33,7 +33,7 @@ from router.ops.doctor.probe import (
     checks_of_a_start,
     read_deployment,
 )
-from router.ops.doctor.running_ray import Target, look_at, look_at_dashboard, target_of
+from router.ops.doctor.running_ray import Target, dashboard_has_token, look_at, target_of
 from router.ops.hashing import checkpoints_of, keep_hashes
 from router.ops.startup.announce import announce
 from router.ops.startup.ray_token import dashboard_of, token_variable
@@ -144,8 +144,8 @@ def check_deploy(file: Path, document: Mapping[str, Any], address: str | None) -
     """Exit as :func:`check_start` does, for a file that is sent to a cluster's dashboard."""
     _checkpoints(file, is_needed=False)
     _check_document(file, document, reads_files=False)
-    addresses, has_token = look_at_dashboard(dashboard_of(address))
-    _enforce([check_token(addresses, has_token, token_exposure(os.environ))])
+    has_token = dashboard_has_token(dashboard_of(address))
+    _enforce([check_token(has_token, token_exposure(os.environ))])
 
 
 def _checkpoints(file: Path, is_needed: bool) -> Sequence[Stored]:
