@@ -1,12 +1,12 @@
 """The self-test of an expert actor: tells a failing device from a frame that no device can compute.
 
-A batch that raises, and rows that are not finite, may be the device's doing or the frame's own: one
-bad request must not cost a healthy actor. So after either the actor computes rows of its own by the
-same experts: zeros, which a gated expert maps to finite numbers where its weights are finite. It
+A batch that raises, and rows that are not finite, may be caused by the device or by the frame: one
+bad request must not cost a healthy actor. After either, the actor runs the same experts on rows of
+its own: zeros, which a gated expert maps to finite numbers where its weights are finite. It
 repeats the test until one succeeds. The report tells how many tests in a row have failed, and the
 controller replaces the actor after a few (:mod:`cluster.controller.health.deaths`).
 
-Rows are looked at by samples on this module's thread, after their answer, so that no answer waits.
+A thread of this module checks samples of rows after they are sent, so that no answer waits.
 """
 
 from __future__ import annotations

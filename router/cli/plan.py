@@ -69,7 +69,9 @@ def plan(
         given = [name for name, value in of_models.items() if value is not None]
         given += ["dtype"] if dtype != "auto" else []
         if given:
-            raise ConfigError("is for a model; a deployment file says it itself", f"--{given[0]}")
+            raise ConfigError(
+                "applies only to a model; a deployment file sets this itself", f"--{given[0]}"
+            )
         _plan_file(Path(model), memory, devices, as_json)
         return
     wish = Wish(copies or 1, memory, devices, context, concurrency)

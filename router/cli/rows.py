@@ -49,7 +49,7 @@ class Row:
 def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
     """Read a CSV file; without ``has_header`` a first line with a cell that is no number is one.
 
-    Raises :class:`InvalidRequestError` with the line where the file is no CSV, has no rows, or has
+    Raises :class:`InvalidRequestError` with the line where the file is not valid CSV, has no rows, or has
     a row longer than the header.
     """
     reader = csv.reader(lines, strict=True)
@@ -57,7 +57,9 @@ def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
     try:
         rows.extend((reader.line_num, cells) for cells in reader if any(map(str.strip, cells)))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"is no CSV: {error}", f"line {reader.line_num + 1}") from None
+        raise InvalidRequestError(
+            f"is not valid CSV: {error}", f"line {reader.line_num + 1}"
+        ) from None
     if rows and has_header is None:
         has_header = not all(_is_number(cell) for cell in rows[0][1])
     header = [cell.strip() for cell in rows.pop(0)[1]] if rows and has_header else None
@@ -96,7 +98,7 @@ def _columns(
 ) -> dict[str, tuple[TensorInfo, list[int]]]:
     """Return the columns of each input, in the order of the input's values."""
     if header is None and ignored:
-        raise InvalidRequestError("there is no header, so no column can be ignored by its name")
+        raise InvalidRequestError("the file has no header, so --ignore cannot name a column")
     named: dict[str, dict[int, int]] = {}
     others: list[int] = []
     for column, name in enumerate(header or [""] * width):
@@ -106,7 +108,7 @@ def _columns(
         if tensor is None:
             others.append(column)
         elif place in named.setdefault(tensor.name, {}):
-            raise InvalidRequestError("is there twice", f"column {shown_name(name)}")
+            raise InvalidRequestError("appears twice", f"column {shown_name(name)}")
         else:
             named[tensor.name][place] = column
     rows = info.inputs[0]

@@ -247,7 +247,7 @@ class GatewayConfig(Section):
     def _hosts_are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in hosts:
             if not _HOST_NAME.fullmatch(host):
-                raise ValueError(f"{host!r} is no name in lower case without a port")
+                raise ValueError(f"{host!r} must be a lower-case host name without a port")
         return hosts
 
     @field_validator("origins")
@@ -255,7 +255,9 @@ class GatewayConfig(Section):
     def _origins_are_whole(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin, as https://chat.example.com:8443")
+                raise ValueError(
+                    f"{origin!r} must be an origin, such as https://chat.example.com:8443"
+                )
         return origins
 
 

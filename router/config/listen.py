@@ -93,7 +93,7 @@ class ListenConfig(Section):
     @classmethod
     def _is_one_address(cls, host: str) -> str:
         if any(sign in host for sign in "[]/ "):
-            raise ValueError(f"{host!r} is no address and no name of this machine")
+            raise ValueError(f"{host!r} is neither an address nor a name of this machine")
         return host
 
     @model_validator(mode="after")

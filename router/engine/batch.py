@@ -122,7 +122,7 @@ def context_of(packed: StepInput, trace: StepTrace | None = None) -> StepContext
 def keep_deaths(packed: StepInput, context: StepContext) -> None:
     """Store the deaths seen by a step's chunks in their sequences until the chunks are computed."""
     if context.deaths is not None:
-        for chunk, deaths in zip(packed.chunks, context.deaths.of_works, strict=True):
+        for chunk, deaths in zip(packed.chunks, context.deaths.of_chunks, strict=True):
             chunk.sequence.deaths = deaths
 
 

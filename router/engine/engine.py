@@ -182,9 +182,9 @@ class Engine:
                 self._isolation.compute(chunks)
                 self._flush()
 
-    def _take_commands(self, has_works: bool) -> None:
+    def _take_commands(self, has_chunks: bool) -> None:
         if self._scheduler.sequences():
-            self._commands.run(0.0 if has_works else PARKED_S)
+            self._commands.run(0.0 if has_chunks else PARKED_S)
         else:
             self._commands.run_burst(IDLE_S, lambda: len(self._scheduler.sequences()))
 

@@ -71,7 +71,7 @@ class Isolation:
         """
         self._is_on_device = is_on_device
         self._step = step
-        self._control = control
+        self._probe = control
         self._fail = fail
         self._announce = announce
         self._was_alone = False
@@ -180,7 +180,7 @@ class Isolation:
         slots = sequence.own_slots
         control = Sequence(request, 0, [CONTROL_TOKEN], pages=sequence.pages, slots=slots)
         try:
-            self._control([ScheduledChunk(control, 0, 1)])
+            self._probe([ScheduledChunk(control, 0, 1)])
         except (ExpertMeshError, ActorsDiedError) as error:
             logger.warning("probe step could not reach its experts (%r)", error)
         except Exception as error:

@@ -45,10 +45,10 @@ def scored_rows(chunks: Sequence[ScheduledChunk], ends: Sequence[int]) -> tuple[
 
     Prompt log probabilities that a resumed request has received are not scored again.
     """
-    return tuple(_rows_of_works(chunks, ends))
+    return tuple(_rows_of_chunks(chunks, ends))
 
 
-def _rows_of_works(chunks: Sequence[ScheduledChunk], ends: Sequence[int]) -> Iterator[ScoredRows]:
+def _rows_of_chunks(chunks: Sequence[ScheduledChunk], ends: Sequence[int]) -> Iterator[ScoredRows]:
     for chunk, work_end in zip(chunks, ends, strict=True):
         sequence = chunk.sequence
         request = sequence.request

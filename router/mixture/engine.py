@@ -234,7 +234,7 @@ class MixtureEngine:
             gathered = layers.finish(layers.begin(context, LAYER, rows, choice, reselect))
         finally:
             if context.deaths is not None:
-                for work, deaths in zip(works, context.deaths.of_works, strict=True):
+                for work, deaths in zip(works, context.deaths.of_chunks, strict=True):
                     work.deaths = deaths
         with self._changed:
             self.tally.stepped(context.layer_times_s, len(rows))

@@ -67,7 +67,7 @@ class CapacityLimit:
     ) -> Choice:
         """Return the experts of the T tokens; ``record`` notes the changed choices.
 
-        It also notes the works that wait: a ``strict`` one whose token's next expert is missing.
+        It also notes the chunks that wait: a ``strict`` one whose token's next expert is missing.
         """
         passed_over = self._none_missing if missing is None else record.passed_over(missing)
         num_pairs = choice.ids.size if choice.pairs is None else len(choice.pairs)

@@ -9,7 +9,7 @@ their trials at random times, so two of them hardly ever meet twice.
 Actors that die in one round count once: a machine that is lost takes several with it. A generation
 counts once, however often a frame is sent to it. The next layer counts anew.
 
-Dimension letters: S tokens of the step, K experts per token, W works.
+Dimension letters: S tokens of the step, K experts per token, W chunks.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Actor = tuple[str, int]
 
 
 class ActorsDiedError(Exception):
-    """Works of the step have seen :data:`MAX_DEATHS` rounds of deaths, or another one alone."""
+    """Chunks of the step have seen :data:`MAX_DEATHS` rounds of deaths, or another one alone."""
 
 
 class Deaths(NamedTuple):
-    """The rounds in which actors died with rows of one work in one layer, and these actors."""
+    """The rounds in which actors died with rows of one chunk in one layer, and these actors."""
 
     layer_id: int
     times: int
@@ -47,7 +47,7 @@ class Deaths(NamedTuple):
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the work is to be computed alone."""
+        """Whether the chunk is to be computed alone."""
         return self.times >= MAX_DEATHS
 
     @property
@@ -65,27 +65,27 @@ def died_at(deaths: Deaths) -> PoisonedRequestError:
 
 
 class StepDeaths:
-    """The deaths of one step, by work; ``of_works`` [W] begins with those of earlier steps."""
+    """The deaths of one step, by chunk; ``of_chunks`` [W] begins with those of earlier steps."""
 
-    def __init__(self, sizes: Sequence[int], of_works: Iterable[Deaths | None]) -> None:
-        """``sizes`` [W] are the works' numbers of tokens, in the order of the step's tokens."""
+    def __init__(self, sizes: Sequence[int], of_chunks: Iterable[Deaths | None]) -> None:
+        """``sizes`` [W] are the chunks' numbers of tokens, in the order of the step's tokens."""
         self._sizes = sizes
-        self.of_works = list(of_works)
+        self.of_chunks = list(of_chunks)
 
     def note(self, layer_id: int, actors_of: dict[int, set[Actor]]) -> None:
         """Count one round, by the token of the step; raises :class:`ActorsDiedError`."""
         owners = np.repeat(np.arange(len(self._sizes)), self._sizes)  # [S]
-        of_works: defaultdict[int, set[Actor]] = defaultdict(set)
+        of_chunks: defaultdict[int, set[Actor]] = defaultdict(set)
         for token, actors in actors_of.items():
-            of_works[int(owners[token])] |= actors
+            of_chunks[int(owners[token])] |= actors
         has_suspect = False
-        for index, actors in of_works.items():
-            before = self.of_works[index]
+        for index, actors in of_chunks.items():
+            before = self.of_chunks[index]
             if before is None or before.layer_id != layer_id:
                 before = Deaths(layer_id, 0, frozenset())
             if actors - before.actors:
                 after = Deaths(layer_id, before.times + 1, before.actors | actors)
-                self.of_works[index] = after
+                self.of_chunks[index] = after
                 has_suspect |= after.is_suspect
         if has_suspect:
             raise ActorsDiedError
@@ -103,7 +103,7 @@ class LayerDeaths:
     def note(self, parts: Iterable[Part]) -> None:
         """Count a round in which the actors of ``parts`` died.
 
-        Raises :class:`ActorsDiedError` where that makes a suspect of a work, or convicts one.
+        Raises :class:`ActorsDiedError` where that makes a suspect of a chunk, or convicts one.
         """
         actors_of: defaultdict[int, set[Actor]] = defaultdict(set)
         for part in parts:

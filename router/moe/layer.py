@@ -67,7 +67,7 @@ class StepContext:
     has no result. ``known_deaths`` [W] are the deaths of expert actors that had rows of the chunks
     in earlier steps; without it deaths are not counted. ``is_isolated`` is set if they are why a
     chunk is computed alone. ``routed`` is set if requests ask for the experts of tokens or force
-    them. ``meanwhile`` is called each time before the layers wait for experts.
+    them. ``on_wait`` is called each time before the layers wait for experts.
 
     The layers set four results. ``missing`` is set once an expert was missing or had no room.
     ``deaths`` is set once an actor died.
@@ -195,7 +195,7 @@ class MoELayers(Generic[Result]):
     ) -> InFlightLayer:
         """Send hidden states [T, H], or other rows, to the experts of the gate's choice [T, K].
 
-        ``tokens`` are their indices in the step of ``context``. ``among`` is the layer's gate,
+        ``tokens`` are their indices in the step of ``context``. ``reselect`` is the layer's gate,
         asked again if an expert has no live copy. The caller must finish or abandon the layer, and
         leave ``rows`` and ``gate_choice`` unchanged until then.
 

@@ -65,7 +65,7 @@ class Access:
             self._refused(surface, reason)
             await self._slow_down()
             raise UnauthenticatedError(
-                f"{_WANTED}; {'this is none' if given else 'none was given'}", FIELD
+                f"{_WANTED}; {'this key is unknown' if given else 'no key was sent'}", FIELD
             )
         if role is not None and role not in caller.roles:
             self._refused(surface, "wrong_role")

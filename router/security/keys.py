@@ -96,7 +96,7 @@ class Stamp:
 def read_callers(file: Path) -> tuple[Callers, Stamp]:
     """Return the keys of a file, and its stamp from before it was read; see :func:`read_document`.
 
-    Raises :class:`ConfigError`, also for a key that is there twice, and for two keys of one name
+    Raises :class:`ConfigError`, also for a key that appears twice, and for two keys of one name
     with different limits.
     """
     document, stamp = read_document(file)
@@ -105,7 +105,7 @@ def read_callers(file: Path) -> tuple[Callers, Stamp]:
     for index, entry in enumerate(document.keys):
         digest = bytes.fromhex(entry.sha256)
         if digest in callers:
-            raise _wrong(file, f"keys[{index}].sha256 is there twice")
+            raise _wrong(file, f"keys[{index}].sha256 appears twice")
         first = first_of.setdefault(entry.name, index)
         limits = document.keys[first].limits
         if entry.limits != limits:

@@ -1,4 +1,4 @@
-"""Where a deployment may listen without keys: on loopback, or where its file says so in words."""
+"""Where a deployment may listen without keys: on loopback, or if its file says `security: open`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from router.security.config import SecurityConfig
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody reaches a host of a listener but this machine."""
+    """Return whether only this machine can reach a listener's host."""
     try:
         return ip_address(host).is_loopback
     except ValueError:  # a name

@@ -93,7 +93,7 @@ def _chosen(
                 "has no name; name the features in the configuration", f"column {place + 1}"
             )
         if name and name in header[:place]:
-            raise InvalidRequestError("is there twice", f"column {shown_name(name)}")
+            raise InvalidRequestError("appears twice", f"column {shown_name(name)}")
     if not chosen:
         raise InvalidRequestError("has no column besides the target's")
     _check_inputs(chosen)

@@ -2,7 +2,7 @@
 
 The folder is ``.NAME.converting``. ``job.json`` has the source and the options; ``model/`` becomes
 the destination by one rename. Every shard in ``model/`` is complete, because it is written under
-another name first. So a broken-off command can be resumed.
+another name first. So an interrupted command can be resumed.
 """
 
 from __future__ import annotations

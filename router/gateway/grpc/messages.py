@@ -78,7 +78,7 @@ def _input(request: Any) -> str:
             raise InvalidRequestError(f"cannot be given together with {given}", "messages")
         return "messages"
     if given is None:
-        raise InvalidRequestError("is missing; give it, prompt_token_ids or messages", "prompt")
+        raise InvalidRequestError("is missing; send prompt, prompt_token_ids or messages", "prompt")
     return str(given)
 
 

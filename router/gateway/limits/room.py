@@ -140,8 +140,8 @@ class Places(Budget):
         kept = sum(max(0, self._kept - self.by_name[other]) for other in others)
         if self.taken + amount <= self._limit - kept:
             return ""
-        told = f", {kept} of them kept for other models" if kept else ""
-        return f"at most {self._limit} requests at one time{told}"
+        told = f", {kept} reserved for other models" if kept else ""
+        return f"at most {self._limit} concurrent requests{told}"
 
 
 class Bodies(Budget):
@@ -154,7 +154,7 @@ class Bodies(Budget):
         """See :meth:`Budget.refusal`."""
         left = self._limit - self.taken - amount
         if name and self.by_name[name] + amount > left:
-            return "this key's request bodies take as many bytes as they leave for others"
+            return "this key's request bodies would take more bytes than they leave for others"
         return f"at most {self._limit} bytes of request bodies at one time" if left < 0 else ""
 
 

@@ -1,6 +1,6 @@
 """The routers of mixtures behind a gateway: a call for each piece of a request's rows.
 
-A prediction has no side effects, and a row's result depends on the row and the weights alone. So a
+A prediction has no side effects, and a row's result depends only on the row and the weights. So a
 piece whose router dies is sent to another one, and the pieces of a large request are computed at
 one time by several routers.
 """

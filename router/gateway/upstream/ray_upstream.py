@@ -265,7 +265,7 @@ class RayUpstream:
 
 
 class _TokenizerMismatchError(ModelReplacedError):
-    """The router's tokenizer is not that by which this gateway has made ids of text."""
+    """The router's tokenizer differs from this gateway's."""
 
 
 def _not_resumed(request: GenerationRequest, error: ModelReplacedError) -> ExpertMeshError:

@@ -1,7 +1,7 @@
 """Attention on an accelerator that reads the cache's pages in place.
 
 torch's variable-length attention (FlashAttention, Dao 2023) takes a table of each sequence's pages.
-It takes half precision alone, and head sizes that are multiples of 8 up to 256. It neither caps
+It takes only half precision, and head sizes that are multiples of 8 up to 256. It neither caps
 scores nor knows sinks, and needs values of the keys' size.
 
 Dimension letters: T packed tokens, B sequences of a call, M pages of the longest of them, Q query

@@ -1,6 +1,6 @@
 """Judges the findings about a machine and says what to do: pure functions.
 
-:mod:`router.ops.doctor.probe` collects the findings; this module asks nothing of the machine.
+:mod:`router.ops.doctor.probe` collects the findings; this module does not inspect the machine.
 ``expertmesh doctor`` shows all checks. A ``serve run`` (:mod:`router.ops.startup.preflight`) stops
 before it starts anything when a check that can stop a start is a problem.
 """

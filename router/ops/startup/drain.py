@@ -1,4 +1,4 @@
-"""Lets the requests under way end before a command shuts its Serve down."""
+"""Lets the requests under way end before a command shuts down Serve."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def parse_chat(body: dict[str, Any], validator: Validator, request_id: str) -> C
     if asked.max_completion_tokens is not None:
         if asked.max_tokens is not None:
             raise InvalidRequestError(
-                "is the same as max_tokens; give only one of them", "max_completion_tokens"
+                "is another name for max_tokens; send only one of them", "max_completion_tokens"
             )
         asked.max_tokens = asked.max_completion_tokens
         names["max_tokens"] = "max_completion_tokens"

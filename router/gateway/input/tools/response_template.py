@@ -44,7 +44,7 @@ class TemplateParser(ChoiceParser):
         super().__init__(calls)
         if missing := [name for name in _USED if not hasattr(ResponseParser, name)]:
             raise ImportError(
-                f"transformers {transformers.__version__} parses answers in another way: its"
+                f"transformers {transformers.__version__} parses answers differently: its"
                 f" ResponseParser has no {', '.join(missing)}; response templates need another"
                 " version"
             )

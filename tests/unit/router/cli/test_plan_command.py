@@ -54,8 +54,8 @@ def test_what_does_not_fit_is_said_and_fails() -> None:
         (("mesh-tiny", "--copies", "3", "--devices", "2"), "--copies: must be at most"),
         (("mesh-tiny", "--devices", "1001"), "--devices: must be at most 1000"),
         (("nope.yaml",), "nope.yaml: cannot be read"),
-        (("some.yaml", "--copies", "2"), "--copies: is for a model"),
-        (("some.yaml", "--dtype", "float16"), "--dtype: is for a model"),
+        (("some.yaml", "--copies", "2"), "--copies: applies only to a model"),
+        (("some.yaml", "--dtype", "float16"), "--dtype: applies only to a model"),
         (("mesh-tiny", "--context", "1025"), "--context: must be at most the model's own, 1024"),
     ],
 )

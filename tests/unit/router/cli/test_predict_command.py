@@ -170,9 +170,9 @@ def test_rows_that_are_not_exact_are_told(file: Path, upstream: FakePredictions)
         ("a,b,c,d\n1,2,3\n", "line 2, column d: must be a value of FP32; got ''"),
         ("a,b,c,d\n1,2,3,4,5\n", "line 2: has 5 cells, but the header has 4"),
         ("pixels[0],pixels[2]\n1,2\n", "column pixels[1]: is missing"),
-        ("pixels[0],pixels[0]\n1,2\n", "column pixels[0]: is there twice"),
+        ("pixels[0],pixels[0]\n1,2\n", "column pixels[0]: appears twice"),
         (f"{PIXELS},id\n1,2,3,4,5\n", "columns id: belong to no input; inputs: pixels"),
-        ('a,b,c,d\n"1,2,3,4\n', "line 3: is no CSV: unexpected end of data"),
+        ('a,b,c,d\n"1,2,3,4\n', "line 3: is not valid CSV: unexpected end of data"),
     ],
 )
 def test_a_wrong_file_is_exit_code_2(
@@ -190,10 +190,10 @@ def test_what_else_fails(file: Path, tmp_path: Path, upstream: FakePredictions) 
     latin.write_bytes(b"a,b,c,d\xe9\n1,2,3,4\n")
     for args, code, message in (
         (("digits", str(tmp_path / "none.csv")), 2, "No such file"),
-        (("digits", str(latin)), 2, "is no CSV: 'utf-8' codec"),
+        (("digits", str(latin)), 2, "is not valid CSV: 'utf-8' codec"),
         (("digits", str(file), "--output", "votes"), 2, "must be one of label, probabilities"),
         (("digits", str(file), "--out", str(tmp_path)), 2, "Is a directory"),
-        (("digits", str(file), "--ignore", "id"), 2, "there is no header"),
+        (("digits", str(file), "--ignore", "id"), 2, "the file has no header"),
         (("nobody", str(file)), 1, "is not served here"),
         (("tiny", str(file)), 1, "is a language model"),
     ):

@@ -60,7 +60,9 @@ def test_addresses_and_names_are_hosts(host: str) -> None:
 @pytest.mark.parametrize("key", ["host", "admin_host"])
 @pytest.mark.parametrize("host", ["[::1]", "http://gateway.lan", "10.0.0.0/8", "a b"])
 def test_what_is_no_host_is_refused_by_its_key(key: str, host: str) -> None:
-    with pytest.raises(ConfigError, match=rf"args\.gateway\.listen\.{key}: .*is no address"):
+    with pytest.raises(
+        ConfigError, match=rf"args\.gateway\.listen\.{key}: .*is neither an address"
+    ):
         listen(**{key: host})
 
 

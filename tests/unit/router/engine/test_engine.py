@@ -173,7 +173,7 @@ def test_an_idle_engine_computes_the_prompts_of_a_burst_in_one_step(
     engine, scheduler = cluster.engine, cluster.scheduler
     for name in ("a", "b"):
         engine.submit(greedy_request(name, prompt_of(4, ord(name)), 2))
-    engine._take_commands(has_works=False)
+    engine._take_commands(has_chunks=False)
     assert len(scheduler.sequences()) == 2
     while chunks := scheduler.schedule():
         engine._traced_step(chunks)
@@ -182,6 +182,6 @@ def test_an_idle_engine_computes_the_prompts_of_a_burst_in_one_step(
     engine.submit(greedy_request("c", prompt_of(4, 3), 2))
     late = threading.Timer(0.05, engine.submit, [greedy_request("d", prompt_of(4, 4), 2)])
     late.start()
-    engine._take_commands(has_works=False)
+    engine._take_commands(has_chunks=False)
     assert [work.sequence.request.request_id for work in scheduler.schedule()] == ["c", "d"]
     late.join(30.0)

@@ -119,7 +119,7 @@ def test_what_happens_to_some_rows_is_their_works_own() -> None:
     assert context.missing.awaited == {1: {(LAST, 7)}}
     deaths = context.layer_deaths(LAST, wanted, 2)
     deaths.note([Part("a0", 1, (6,), (2,), np.array([0, 4]))])
-    seen = [None if d is None else d.times for d in context.deaths.of_works]
+    seen = [None if d is None else d.times for d in context.deaths.of_chunks]
     assert seen == [1, None, 1]
 
 

@@ -108,9 +108,9 @@ def refusal_of(values: list[str]) -> str:
 
 
 def test_nothing_and_two_values_are_refused(gate: Gate) -> None:
-    with pytest.raises(UnauthenticatedError, match="none was given"):
+    with pytest.raises(UnauthenticatedError, match="no key was sent"):
         gate.admit([])
-    with pytest.raises(UnauthenticatedError, match="this is none"):
+    with pytest.raises(UnauthenticatedError, match="this key is unknown"):
         gate.admit([f"Bearer {gate.key}", f"Bearer {gate.key}"])
     assert gate.counts == {("http", "no_key"): 1, ("http", "unknown_key"): 1}
 

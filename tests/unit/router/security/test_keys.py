@@ -88,7 +88,7 @@ def test_limits_that_are_wrong_are_refused_without_their_content(
         (GOOD.replace("[inference, metrics]", "[]"), r"keys\[0\]\.roles: .*at least 1"),
         (GOOD.replace("metrics", PLAIN), r"keys\[0\]\.roles\[1\]: Input should be 'inference'"),
         (GOOD.replace("roles:", f"{PLAIN}: 1, roles:"), r"keys\[0\] has an unknown key; allowed"),
-        (GOOD + GOOD.removeprefix("keys:\n"), r"keys\[1\]\.sha256 is there twice"),
+        (GOOD + GOOD.removeprefix("keys:\n"), r"keys\[1\]\.sha256 appears twice"),
         (f"keys: [{PLAIN}\n", "is not YAML at line 2, column 1"),
         (f"keys: !!python/object:os.system {PLAIN}\n", "is not YAML at line 1, column 7"),
         (GOOD.encode() + b"\xff", "is not UTF-8"),

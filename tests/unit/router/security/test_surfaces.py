@@ -184,7 +184,7 @@ def test_the_client_shows_its_key_and_that_of_the_environment(
 
         with client() as bare:
             for ask in (bare.generate, lambda *given: list(bare.stream(*given))):
-                with pytest.raises(UnauthenticatedError, match="none was given"):
+                with pytest.raises(UnauthenticatedError, match="no key was sent"):
                     ask("in", sampling)
         with client(api_key=keys.of[Role.INFERENCE]) as owner:
             assert owner.generate("in", sampling)[0].text == " was"

@@ -164,21 +164,21 @@ def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
         assert full.value.retry_after_s == 1.0
         with places.share_of("b") as other, places.share_of("c") as third:
             other.take(2)
-            with pytest.raises(OverloadedError, match="2 of them kept for other models"):
+            with pytest.raises(OverloadedError, match="2 reserved for other models"):
                 other.take(1)
             third.take(1)
             with pytest.raises(OverloadedError):
                 crowd.take(1)
             third.take(1)
             assert places.taken == 12
-            with pytest.raises(OverloadedError, match=r"at most 12 requests at one time$"):
+            with pytest.raises(OverloadedError, match=r"at most 12 concurrent requests$"):
                 third.take(1)
         assert places.taken == 8
     assert places.taken == 0
     alone = Places(3, ["a"])
     with alone.share_of("a") as crowd:
         crowd.take(3)
-        with pytest.raises(OverloadedError, match=r"at most 3 requests at one time$"):
+        with pytest.raises(OverloadedError, match=r"at most 3 concurrent requests$"):
             crowd.take(1)
     assert alone.taken == 0
 

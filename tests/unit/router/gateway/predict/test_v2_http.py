@@ -268,7 +268,7 @@ async def test_a_gateway_is_full_over_both_apis() -> None:
         task = await held(upstream, client.post(DIGITS, content=body()))
         again = await client.post(DIGITS, content=body())
         assert (again.status_code, await text()) == (429, 429)
-        assert again.json()["error"] == "the gateway is full: at most 1 requests at one time"
+        assert again.json()["error"] == "the gateway is full: at most 1 concurrent requests"
         task.cancel()
         await asyncio.wait({task})
         assert upstream.cancelled.is_set()
