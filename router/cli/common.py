@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cluster.errors import CheckpointError, ConfigError, ExpertMeshError
+from cluster.private_file import exposure
 from router.client import DEFAULT_ADDRESS, Client, UnreachableError
 
 MAX_KEY_FILE_CHARS = 1024
@@ -46,6 +47,8 @@ def _read_key(file: str | None) -> str | None:
     if file is None:
         return None
     try:
+        if Path(file).is_file() and (reason := exposure(Path(file))):  # it may be a pipe
+            fail(f"--api-key-file: {file} {reason}", BAD_USAGE)
         with open(file, encoding="utf-8") as opened:
             key = opened.read(MAX_KEY_FILE_CHARS + 1).strip()
     except OSError as error:

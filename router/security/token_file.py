@@ -11,9 +11,11 @@ import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from cluster.errors import ConfigError
 from cluster.private_file import exposure
+from cluster.tls import ray_is_encrypted
 
 MODE_VARIABLE, TOKEN = "RAY_AUTH_MODE", "token"
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -50,23 +52,29 @@ def make_token(variables: Mapping[str, str]) -> None:
     if file is None or file.exists() or not token_is_used(variables) or _PATH_VARIABLE in variables:
         return
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # another start was faster
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as made:
-            made.write(secrets.token_hex(32))
+    # Whole from its first moment: Ray would write another token into an empty file.
+    with NamedTemporaryFile("w", dir=file.parent) as made, suppress(FileExistsError):
+        made.write(secrets.token_hex(32))
+        made.flush()
+        os.link(made.name, file)
 
 
 def token_exposure(variables: Mapping[str, str]) -> str:
-    """Return why other users may use the token, and what to run; empty if they may not."""
-    file = token_file(variables)
-    if file is None or not file.exists() or not token_is_used(variables):
-        return ""
-    reason = exposure(file, stat.S_IRWXG | stat.S_IRWXO)
-    return reason and f"the file of Ray's token, {file}, {reason}"
+    """Return why other users may use the token or Ray's TLS key; empty if they may not.
+
+    The reason ends with what to run.
+    """
+    file, key = token_file(variables), Path(variables.get("RAY_TLS_SERVER_KEY", ""))
+    if file is not None and file.exists() and token_is_used(variables):
+        if reason := exposure(file, stat.S_IRWXG | stat.S_IRWXO):
+            return f"the file of Ray's token, {file}, {reason}"
+    if ray_is_encrypted(variables) and key.is_file() and (reason := exposure(key)):
+        return f"Ray's TLS key, {key}, {reason}"
+    return ""
 
 
 def require_private_token(variables: Mapping[str, str]) -> None:
-    """Raise :class:`ConfigError` if other users may use the token."""
+    """Raise :class:`ConfigError` if other users may use the token or Ray's TLS key."""
     if reason := token_exposure(variables):
         raise ConfigError(reason)
 

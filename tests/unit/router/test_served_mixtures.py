@@ -105,6 +105,10 @@ def test_nothing_is_built_while_others_may_read_rays_token(
         application({"models": [TINY]})
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # then nobody uses it
     application({"models": [TINY]})
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", str(token))
+    with pytest.raises(RayServeException, match=f"Ray's TLS key, {token}, may be used"):
+        application({"models": [TINY]})
 
 
 @pytest.mark.parametrize(

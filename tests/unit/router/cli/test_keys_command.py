@@ -125,15 +125,21 @@ def test_a_file_that_cannot_be_used_is_refused(file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
-    [(None, "cannot be read"), ("", "must have one key"), ("a b", "must have one key")],
+    ("content", "mode", "reason"),
+    [
+        (None, 0o600, "cannot be read"),
+        ("", 0o600, "must have one key"),
+        ("a b", 0o600, "must have one key"),
+        ("a", 0o644, "may be used by other users (mode 0644); run: chmod 600"),
+    ],
 )
 def test_a_key_file_of_a_client_is_checked(
-    tmp_path: Path, content: str | None, reason: str
+    tmp_path: Path, content: str | None, mode: int, reason: str
 ) -> None:
     file = tmp_path / "alice.key"
     if content is not None:
         file.write_text(content)
+        file.chmod(mode)
     result = CliRunner().invoke(app, ["status", "--api-key-file", str(file)])
     assert result.exit_code == 2
     assert f"--api-key-file: {file} {reason}" in result.stderr
