@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ import deploy
 from benchmarks.common import show
 from benchmarks.soak import swapped_experts
 from tests.blackbox import asks, events
-from tests.blackbox.answers import Answer
 from tests.blackbox.clients import Clients
-from tests.blackbox.judge import Names, judge
+from tests.blackbox.judge import Judge
 from tests.blackbox.machines import MACHINES, MODEL, Machines
 from tests.blackbox.oracle import Oracle
 from tests.fault.network import enter, why_not_permitted
@@ -45,160 +44,123 @@ class History:
     """Writes what happens as lines of JSON, counts it, and tells of it; safe for threads."""
 
     def __init__(self, file: Path) -> None:
-        self._output = file.open("w", encoding="utf-8")
-        self._lock = threading.Lock()
-        self._began_s = self._told_s = time.monotonic()
+        self._output, self._lock = file.open("w", encoding="utf-8"), threading.Lock()
+        self._began_s, self._told_s = time.monotonic(), 0.0
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def note(self, what: str, **details: Any) -> None:
-        """Write one line."""
+    def note(self, what: str, kind: str, **details: Any) -> None:
+        """Write one line; requests are told now and then, and all else at once."""
         with self._lock:
-            now_s = time.monotonic()
-            line = {"at_s": round(now_s - self._began_s, 3), "what": what, **details}
-            self._output.write(json.dumps(line) + "\n")
+            at_s = round(time.monotonic() - self._began_s, 3)
+            line = json.dumps({"at_s": at_s, "what": what, "kind": kind, **details})
+            self._output.write(f"{line}\n")
             self._output.flush()
-            if what == "request":
-                self.counts["request", details["ask"]["kind"]] += 1
-                self.counts["end", details["end"]] += 1
-            elif what == "event":
-                self.counts["event", details["kind"]] += 1
-            elif what == "violation":
-                self.counts["violation", details["of"]] += 1
-            if what != "request" or now_s > self._told_s + TOLD_S:
-                self._told_s = now_s
-                self._tell(line)
+            self.counts[what, kind] += 1
+            if what != "request" or at_s > self._told_s + TOLD_S:
+                self._told_s = at_s
+                print(f"{self.total('request')} answers, {self.total('violation')} violations: ")
+                print(line[:300], flush=True)
 
-    def total(self, of: str) -> int:
-        """Return how many there were of a sort."""
-        return sum(count for (sort, _), count in self.counts.items() if sort == of)
-
-    def _tell(self, line: dict[str, Any]) -> None:
-        told = f"{self.total('request')} answers, {self.total('violation')} violations"
-        rest = {name: value for name, value in line.items() if name not in ("at_s", "ask", "came")}
-        print(f"{line['at_s']:7.1f} s  {told}  {json.dumps(rest)[:300]}", flush=True)
+    def total(self, what: str) -> int:
+        """Return how many there were."""
+        return sum(count for (one, _), count in self.counts.items() if one == what)
 
 
-class Load:
-    """Clients that ask on until :meth:`end`; every answer is judged at once."""
+class Check:
+    """A cluster, the clients that ask it, and the faults that befall it."""
 
-    def __init__(
-        self,
-        seed: int,
-        clients: Clients,
-        oracles: dict[str, Oracle],
-        faults: events.Faults,
-        history: History,
-    ) -> None:
-        self._seed, self._clients, self._oracles = seed, clients, oracles
-        self._faults, self._history = faults, history
-        self._names, self._judging = Names(), threading.Lock()
-        self._numbers, self._ended = itertools.count(), threading.Event()
-        self._threads = [threading.Thread(target=self._ask_on) for _ in range(THREADS)]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, seed: int, folder: Path, history: History, stack: ExitStack) -> None:
+        """Start the cluster; ``stack`` ends it."""
+        self._seed, self._history = seed, history
+        own, other = Path(deploy.__file__).parent / "models" / MODEL, folder / "other"
+        other.mkdir()
+        weights, prompts = {"own": own, "swapped": swapped_experts(other)}, asks.prompts_of(seed)
+        oracles = {name: Oracle(one, prompts) for name, one in weights.items()}
+        machines = Machines(folder)
+        stack.callback(machines.stop)
+        for machine in MACHINES:
+            machines.start(machine)
+        machines.deploy(own).check_returncode()
+        self._clients, self._numbers = Clients(machines), itertools.count()
+        self._faults = events.Faults(machines, weights, history.note)
+        self._judge = Judge(lambda name, answer: oracles[name].expected(answer.ask))
+        self._judging, self._ended = threading.Lock(), threading.Event()
 
-    def end(self) -> None:
-        """Wait for the last answers."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
+    def run(self, until_s: float) -> None:
+        """Do one episode after another while clients ask."""
+        self._faults.become_calm()
+        clients = [threading.Thread(target=self._ask_on) for _ in range(THREADS)]
+        for client in clients:
+            client.start()
+        try:
+            self._befall(until_s)
+        finally:
+            self._ended.set()
+            for client in clients:
+                client.join()
+
+    def _befall(self, until_s: float) -> None:
+        bag: list[str] = []
+        for number in itertools.count():
+            quiet_s = random.Random(f"{self._seed}: quiet {number}").uniform(*QUIET_S)
+            threading.Event().wait(quiet_s)
+            if time.monotonic() > until_s:
+                return
+            episode = events.draw(self._seed, number, bag)
+            self._history.note("episode", "", number=number, events=[asdict(e) for e in episode])
+            self._faults.episode(episode)
+            self._faults.become_calm()
 
     def _ask_on(self) -> None:
         while not self._ended.is_set():
             ask = asks.draw(self._seed, next(self._numbers))
             try:
-                self._judge(self._clients.send(ask))
-            except Exception as error:  # of the checker, or an answer that cannot be read
-                self._history.note("violation", of="checker", found=[repr(error)], ask=asdict(ask))
+                self._check(ask)
+            except Exception as error:  # an answer that cannot be read
+                self._history.note("violation", "answer", found=[repr(error)], ask=asdict(ask))
             self._ended.wait(random.Random(ask.number).uniform(*THINK_S))
 
-    def _judge(self, answer: Answer) -> None:
+    def _check(self, ask: asks.Ask) -> None:
+        answer = self._clients.send(ask)
         served, faults = self._faults.around(answer.began_s, answer.ended_s)
         with self._judging:
-            found = judge(
-                answer,
-                lambda name: self._oracles[name].expected(answer.ask),
-                served,
-                self._names,
-                faults,
-            )
-        end = answer.failures[-1].code if answer.has_failed else "answered"
-        details = {
-            "ask": asdict(answer.ask),
-            "end": end,
-            "took_s": round(answer.ended_s - answer.began_s, 3),
-            "tokens": answer.num_tokens,
-            "failures": [list(failure) for failure in answer.failures],
-            "faults": [fault.what for fault in faults],
-        }
-        self._history.note("request", **details)
+            found = self._judge.violations(answer, served, faults)
+        told = asdict(answer) | {"faults": [fault.what for fault in faults]}
+        del told["choices"]
+        self._history.note("request", ask.kind, tokens=answer.num_tokens, **told)
         if found:
-            came = [asdict(choice) | {"identities": sorted(choice.identities)} for choice in answer.choices]
-            self._history.note("violation", of="request", found=found, **details, came=came)
+            self._history.note("violation", "request", found=found, answer=asdict(answer))
 
 
-def run(minutes: float, seed: int, folder: Path, history: History) -> None:
-    """Start the cluster, and do episodes until the time is over."""
-    until_s = time.monotonic() + 60 * minutes
-    with ExitStack() as stack:
-        machines = Machines(folder)
-        stack.callback(machines.stop)
-        other = folder / "other"
-        other.mkdir()
-        own = Path(deploy.__file__).parent / "models" / MODEL
-        weights = {"bundled": own, "swapped": swapped_experts(other)}
-        oracles = {name: stack.enter_context(closing(Oracle(one))) for name, one in weights.items()}
-        for oracle in oracles.values():
-            oracle.agree(asks.prompts_of(seed))
-        for machine in MACHINES:
-            machines.start(machine)
-        done = machines.deploy(own)
-        if done.exit_code:
-            raise RuntimeError(f"the deployment failed: {done.errors}")
-        faults = events.Faults(machines, weights, history.note)
-        faults.become_calm()
-        load = Load(seed, Clients(machines), oracles, faults, history)
-        stack.callback(load.end)
-        bag: list[events.Kind] = []
-        for number in itertools.count():
-            quiet_s = random.Random(f"{seed}: quiet {number}").uniform(*QUIET_S)
-            threading.Event().wait(quiet_s)
-            if time.monotonic() > until_s:
-                break
-            episode = events.draw(seed, number, bag)
-            history.note("episode", number=number, events=[asdict(event) for event in episode])
-            faults.episode(episode)
-            faults.become_calm()
-
-
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Parse the command line and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.blackbox", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 31))
     parser.add_argument("--history", type=Path, default=Path("blackbox.jsonl"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if not options.inside:
         if why := why_not_permitted():
             print(f"blackbox: this computer permits no namespaces: {why}", file=sys.stderr)
             return 2
         print(f"blackbox: seed {options.seed}, history in {options.history}", flush=True)
-        given = ["--minutes", str(options.minutes), "--seed", str(options.seed)]
-        enter("tests.blackbox", *given, "--history", str(options.history), "--inside")
-    history = History(options.history)
+        enter("tests.blackbox", *sys.argv[1:], "--seed", str(options.seed), "--inside")
+    history, until_s = History(options.history), time.monotonic() + 60 * options.minutes
     folder = Path(tempfile.mkdtemp(prefix="bb-"))  # short, for Ray's sockets
     try:
-        run(options.minutes, options.seed, folder, history)
-    except Exception as error:
-        history.note("violation", of="run", found=[f"{type(error).__name__}: {error}"])
+        with ExitStack() as stack:
+            Check(options.seed, folder, history, stack).run(until_s)
+    except Exception as error:  # the table comes all the same
+        history.note("violation", "run", found=[f"{type(error).__name__}: {error}"])
+    if has_failed := history.total("violation") > 0:
         print(f"blackbox: the machines' logs are in {folder}")
     else:
         shutil.rmtree(folder)
     rows = [(*name, count) for name, count in sorted(history.counts.items())]
     show(f"blackbox, {options.minutes:g} minutes, seed {options.seed}", rows, ["", "", "count|.0f"])
-    return int(history.total("violation") > 0)
+    return int(has_failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,9 +1,10 @@
-"""What clients ask: each request is a function of the seed and its number."""
+"""What clients ask, each request a function of the seed and its number, and what comes of it."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -11,105 +12,158 @@ from tests.blackbox.machines import MACHINES, MODEL
 
 PROMPTS, SHARED_TOKENS, VOCAB = 16, 40, range(3, 2000)
 TIMEOUT_S, HASTY_S = 60.0, (0.02, 0.4)
+REFUSED, BROKEN = "connection refused", "connection broken"
+"""What a client sees where no server answers: from the first on, or no longer."""
+MISTAKES: dict[str, Any] = {
+    "temperature": -1.0,
+    "max_tokens": 100_000,
+    "on_expert_loss": "maybe",
+    "model": "nobody",
+    "key": "em-nobody",
+}
+"""Wrong values by their field."""
 
 
 class Kind(StrEnum):
-    """How a client behaves."""
+    """How a client behaves: the resuming ones leave their stream, and resume at another machine."""
 
     UNARY = "unary"
     STREAM = "stream"
     RESUME = "resume"
-    """Leaves its stream and resumes it at another machine."""
-    DOUBT = "resume as inexact"
-    """The same, but says that what it has was not exact."""
+    DOUBT = "resume, said to be inexact"
     HASTY = "short deadline"
     WRONG = "invalid"
 
 
 @dataclass(frozen=True, slots=True)
-class Mistake:
-    """A wrong field, and the error that it must get: one of these codes, which names the field."""
-
-    field: str
-    value: Any
-    codes: tuple[str, ...] = ("invalid_argument",)
-
-
-MISTAKES = (
-    Mistake("temperature", -1.0),
-    Mistake("max_tokens", 100_000),
-    Mistake("on_expert_loss", "maybe"),
-    Mistake("model", "nobody", ("not_found", "model_not_found")),
-    Mistake("key", "em-nobody", ("unauthenticated",)),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. ``machines`` are asked in this order, the next one only to resume."""
+    """One request. ``machines`` are asked in this order, the next one only to resume.
+
+    A client that leaves does so after ``leaves_after`` tokens of all choices. ``mistake`` is the
+    field that is wrong, if one is. An empty ``key`` is the right one.
+    """
 
     number: int
     kind: Kind
     machines: tuple[int, ...]
     is_http: bool
+    is_streamed: bool
     prompt: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    seed: int
-    n: int
-    logprobs: int | None
-    ignore_eos: bool
-    on_expert_loss: str
+    sampling: Mapping[str, Any]
     timeout_s: float
-    leaves_after: int = 0
-    """How many tokens of all choices it waits for before it leaves; 0 where it stays."""
-    mistake: Mistake | None = None
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the answer comes in pieces."""
-        is_stream = self.kind in (Kind.STREAM, Kind.RESUME, Kind.DOUBT)
-        return is_stream or (self.kind is Kind.HASTY and self.seed % 2 == 0)
-
-    def value(self, name: str) -> Any:
-        """Return a field as it is sent, wrong where this request is."""
-        if self.mistake is not None and self.mistake.field == name:
-            return self.mistake.value
-        return MODEL if name == "model" else getattr(self, name)
+    leaves_after: int
+    mistake: str
+    on_expert_loss: str
+    model: str = MODEL
+    key: str = ""
 
 
 def prompts_of(seed: int) -> list[tuple[int, ...]]:
     """Return the prompts of a run, some of which begin alike, as chats do."""
     source = random.Random(f"{seed}: prompts")
     shared = source.choices(VOCAB, k=SHARED_TOKENS)
-    return [
-        (*(shared if number % 2 else ()), *source.choices(VOCAB, k=source.randint(2, 40)))
-        for number in range(PROMPTS)
-    ]
+    sizes = [source.randint(2, 40) for _ in range(PROMPTS)]
+    return [(*(shared if size % 2 else ()), *source.choices(VOCAB, k=size)) for size in sizes]
 
 
 def draw(seed: int, number: int) -> Ask:
     """Return request ``number`` of a run."""
     source = random.Random(f"{seed}: request {number}")
     kind = source.choices(list(Kind), (5, 5, 3, 1, 2, 2))[0]
-    resumes = kind in (Kind.RESUME, Kind.DOUBT)
-    n = source.choice((1, 1, 1, 2, 3))
-    max_tokens = source.randint(8, 96)
+    resumes, is_hasty = kind in (Kind.RESUME, Kind.DOUBT), kind is Kind.HASTY
+    n, max_tokens = source.choice((1, 1, 1, 2, 3)), source.randint(8, 96)
+    mistake = source.choice(list(MISTAKES)) if kind is Kind.WRONG else ""
+    wrong = {mistake: MISTAKES[mistake]} if mistake else {}
     losses = ("strict", "strict", "next_expert", "drop")
+    sampling = {
+        "max_tokens": max_tokens * (4 if is_hasty else 1),
+        "temperature": source.choice((0.0, 0.0, 0.7, 1.2)),
+        "seed": source.randrange(1000),
+        "n": n,
+        "logprobs": source.choice((None, 0, 3)),
+        "ignore_eos": source.random() < 0.5,
+    }
+    others = {"on_expert_loss": "strict" if kind is Kind.DOUBT else source.choice(losses)}
     return Ask(
         number=number,
         kind=kind,
         machines=tuple(source.sample(MACHINES, len(MACHINES))),
         is_http=not resumes and source.random() < 0.5,
+        is_streamed=resumes or kind is Kind.STREAM or (is_hasty and source.random() < 0.5),
         prompt=source.choice(prompts_of(seed)),
-        max_tokens=max_tokens * (4 if kind is Kind.HASTY else 1),
-        temperature=source.choice((0.0, 0.0, 0.7, 1.2)),
-        seed=source.randrange(1000),
-        n=n,
-        logprobs=source.choice((None, 0, 3)),
-        ignore_eos=source.random() < 0.5,
-        on_expert_loss="strict" if kind is Kind.DOUBT else source.choice(losses),
-        timeout_s=source.uniform(*HASTY_S) if kind is Kind.HASTY else TIMEOUT_S,
+        sampling=sampling | (wrong if mistake in sampling else {}),
+        timeout_s=source.uniform(*HASTY_S) if is_hasty else TIMEOUT_S,
         leaves_after=source.randint(1, n * max_tokens // 2) if resumes else 0,
-        mistake=source.choice(MISTAKES) if kind is Kind.WRONG else None,
+        mistake=mistake,
+        **(others | ({} if mistake in sampling else wrong)),
     )
+
+
+@dataclass(slots=True)
+class Choice:
+    """What has come of one choice.
+
+    ``told`` are what it said of being exact, each after so many tokens. The client said of the
+    first ``doubted`` tokens that they were not.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    text: str = ""
+    told: list[tuple[int, bool]] = field(default_factory=list)
+    finish_reason: str | None = None
+    identity: str = ""
+    doubted: int | None = None
+
+    def add(
+        self,
+        token_ids: Any,
+        logprobs: Any,
+        text: str,
+        exact: bool | None,
+        finish_reason: str | None,
+    ) -> None:
+        """Take a piece; an ``exact`` of ``None`` says nothing."""
+        self.told += [] if exact is None else [(len(self.token_ids), exact)]
+        self.token_ids += tuple(token_ids)
+        self.logprobs += tuple(logprobs)
+        self.text += text
+        self.finish_reason = finish_reason or self.finish_reason
+
+    @property
+    def num_exact(self) -> int:
+        """The tokens before the first that was said to be inexact."""
+        return next((count for count, exact in self.told if not exact), len(self.token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error that a machine gave, or the lack of a connection, to one attempt."""
+
+    machine: int
+    began_s: float
+    at_s: float
+    code: str
+    param: str
+    message: str
+
+
+@dataclass(slots=True)
+class Answer:
+    """All that came; ``usage`` has the tokens of the prompt, of all choices, and of both.
+
+    ``failures`` are those of all attempts; the last one ended the answer if ``has_failed``.
+    """
+
+    ask: Ask
+    began_s: float
+    choices: list[Choice]
+    ended_s: float = 0.0
+    usage: tuple[int, ...] = ()
+    failures: list[Failure] = field(default_factory=list)
+    has_failed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)

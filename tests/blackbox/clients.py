@@ -1,10 +1,8 @@
-"""Sends requests over HTTP and gRPC, each on a connection of its own, and gathers what comes.
-
-A gRPC stream that breaks is resumed at the next machine, as our own clients do.
-"""
+"""Sends requests over HTTP and gRPC, each on a connection of its own, and gathers what comes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -18,14 +16,13 @@ from cluster.errors import ExpertMeshError, UnavailableError
 from router.client.types import UnreachableError
 from router.client.wire import typed_error, was_connected
 from router.protos import inference_pb2, inference_pb2_grpc
-from tests.blackbox.answers import BROKEN, REFUSED, Answer, Choice, Failure, Piece
-from tests.blackbox.asks import Ask, Kind
+from tests.blackbox.asks import BROKEN, REFUSED, Answer, Ask, Choice, Failure, Kind
 from tests.blackbox.machines import GRPC_PORT, HTTP_PORT, Machines
 
 GRACE_S, PATIENCE_S, AGAIN_S = 5.0, 20.0, 1.0
 """How long after a deadline a client gives up; how long a stream may take at one machine; how long
 a client waits before it resumes."""
-COMMON = ("temperature", "max_tokens", "seed", "n", "logprobs", "ignore_eos")
+USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class Clients:
@@ -35,27 +32,31 @@ class Clients:
         self._address, self._key = machines.network.address, machines.key
 
     def send(self, ask: Ask) -> Answer:
-        """Return all that comes of a request, to its end."""
-        answer = Answer(ask, time.monotonic(), choices=[Choice() for _ in range(ask.n)])
+        """Return all that comes of a request, to its end.
+
+        A gRPC stream that breaks is resumed at the next machine, as our own clients do.
+        """
+        choices = [Choice() for _ in range(ask.sampling["n"])]
+        answer = Answer(ask, time.monotonic(), choices)
         if ask.is_http:
             self._send_http(answer)
-        elif ask.is_streamed:
-            self._stream(answer)
         else:
-            self._attempt(answer, 0)
+            self._send_grpc(answer)
         answer.ended_s = time.monotonic()
         return answer
 
     def _headers(self, ask: Ask) -> dict[str, str]:
-        has_wrong_key = ask.mistake is not None and ask.mistake.field == "key"
-        return {"authorization": f"Bearer {ask.value('key') if has_wrong_key else self._key}"}
+        return {"authorization": f"Bearer {ask.key or self._key}"}
 
     def _send_http(self, answer: Answer) -> None:
-        ask, began_s = answer.ask, time.monotonic()
-        machine = ask.machines[0]
+        ask, machine = answer.ask, answer.ask.machines[0]
         url = f"http://{self._address(machine)}:{HTTP_PORT}/v1/completions"
-        body = {name: ask.value(name) for name in (*COMMON, "model", "on_expert_loss")}
-        body |= {"prompt": ask.prompt, "timeout_s": ask.timeout_s, "return_token_ids": True}
+        body: dict[str, Any] = {
+            "model": ask.model,
+            "prompt": ask.prompt,
+            "on_expert_loss": ask.on_expert_loss,
+        }
+        body |= {**ask.sampling, "timeout_s": ask.timeout_s, "return_token_ids": True}
         if ask.is_streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
@@ -63,158 +64,120 @@ class Clients:
                 httpx.Client(timeout=ask.timeout_s + GRACE_S, trust_env=False) as client,
                 client.stream("POST", url, json=body, headers=self._headers(ask)) as reply,
             ):
-                if "event-stream" in reply.headers.get("content-type", ""):
-                    error = _read_events(reply, answer)
-                else:
-                    reply.read()
-                    error = _read_body(reply.json(), answer)
-        except httpx.ConnectError as lost:
-            error = {"code": REFUSED, "message": repr(lost)}
+                error = _read(reply, answer)
         except httpx.TransportError as lost:
-            error = {"code": BROKEN, "message": repr(lost)}
+            is_refused = isinstance(lost, httpx.ConnectError)
+            error = {"code": REFUSED if is_refused else BROKEN, "message": repr(lost)}
         if error:
-            _fail(answer, machine, began_s, error)
+            _fail(answer, machine, answer.began_s, error)
 
-    def _stream(self, answer: Answer) -> None:
-        deadline_s, attempt = answer.began_s + answer.ask.timeout_s, 0
-        while True:
+    def _send_grpc(self, answer: Answer) -> None:
+        ask = answer.ask
+        resumes = ask.kind in (Kind.STREAM, Kind.RESUME, Kind.DOUBT)
+        for attempt, machine in enumerate(itertools.cycle(ask.machines)):
             answer.has_failed = False
-            error = self._attempt(answer, attempt)
-            all_ended = all(choice.finish_reason for choice in answer.choices)
+            error = self._attempt(answer, machine, 0 if attempt else ask.leaves_after)
+            is_whole = all(choice.finish_reason for choice in answer.choices)
             is_temporary = error is None or isinstance(error, UnavailableError)
-            remaining_s = deadline_s - time.monotonic()
-            if all_ended or not is_temporary or remaining_s < AGAIN_S or _is_hasty(answer):
+            is_late = time.monotonic() + AGAIN_S > answer.began_s + ask.timeout_s
+            if is_whole or is_late or not (is_temporary and resumes):
                 return
-            attempt += 1
             threading.Event().wait(AGAIN_S)
-            if answer.ask.kind is Kind.DOUBT:
-                _doubt(answer)
+            for choice in answer.choices if ask.kind is Kind.DOUBT else []:
+                if choice.token_ids and not choice.finish_reason and choice.doubted is None:
+                    choice.doubted = len(choice.token_ids)
 
-    def _attempt(self, answer: Answer, attempt: int) -> ExpertMeshError | None:
-        """Ask one machine over gRPC; returns the error, which is a failure of the answer too."""
+    def _attempt(self, answer: Answer, machine: int, leaves_after: int) -> ExpertMeshError | None:
+        """Ask one machine; returns the error, which is a failure of the answer too."""
         ask, began_s = answer.ask, time.monotonic()
-        machine = ask.machines[attempt % len(ask.machines)]
-        address = f"{self._address(machine)}:{GRPC_PORT}"
-        remaining_s = answer.began_s + ask.timeout_s - began_s
-        left = threading.Event()
+        address, left_s = f"{self._address(machine)}:{GRPC_PORT}", _left_s(answer)
         with grpc.insecure_channel(address) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
-            method = stub.GenerateStream if ask.is_streamed else stub.Generate
-            call = _call(method, _message(answer, remaining_s), remaining_s, self._headers(ask))
-
-            def leave() -> None:
-                left.set()
-                call.cancel()
-
-            timer = threading.Timer(PATIENCE_S, leave)
+            method = stub.GenerateStream if ask.is_streamed else stub.Generate.future
+            given = {"timeout": left_s + GRACE_S, "metadata": [*self._headers(ask).items()]}
+            call = method(_message(answer), **given)
+            patience = threading.Timer(PATIENCE_S, call.cancel if ask.is_streamed else int)
+            patience.start()
             try:
-                if ask.is_streamed:
-                    timer.start()
-                    for message in call:
-                        _take(message, answer)
-                        if attempt == 0 and 0 < ask.leaves_after <= answer.num_tokens:
-                            leave()
-                else:
-                    message = call.result()
+                for message in call if ask.is_streamed else [call.result()]:
                     for choice in (message, *message.other_choices):
                         _take(choice, answer)
+                    if 0 < leaves_after <= answer.num_tokens:
+                        return None
             except grpc.RpcError as error:
-                if left.is_set():
+                if call.cancelled():  # by this client's patience
                     return None
                 typed = typed_error(error, address)
-                code: str = typed.code.value
+                told = {"code": typed.code.value, "param": typed.field, "message": typed.message}
                 if isinstance(typed, UnreachableError):
-                    code = BROKEN if was_connected(error) else REFUSED
-                told = {"code": code, "param": typed.field, "message": str(typed)}
+                    told["code"] = BROKEN if was_connected(error) else REFUSED
                 _fail(answer, machine, began_s, told)
                 return typed
             finally:
-                timer.cancel()
+                patience.cancel()
+                call.cancel()
         return None
 
 
-def _call(method: Any, message: Any, timeout_s: float, headers: Mapping[str, str]) -> Any:
-    start = method.future if hasattr(method, "future") else method
-    return start(message, timeout=timeout_s + GRACE_S, metadata=tuple(headers.items()))
-
-
-def _is_hasty(answer: Answer) -> bool:
-    return answer.ask.kind in (Kind.HASTY, Kind.WRONG)
-
-
-def _doubt(answer: Answer) -> None:
-    """Say of every choice that has begun that it is not exact."""
-    for choice in answer.choices:
-        if choice.token_ids and choice.finish_reason is None and choice.doubted is None:
-            choice.doubted = len(choice.pieces)
+def _left_s(answer: Answer) -> float:
+    return max(answer.began_s + answer.ask.timeout_s - time.monotonic(), 1e-3)
 
 
 def _fail(answer: Answer, machine: int, began_s: float, error: Mapping[str, Any]) -> None:
     answer.has_failed = True
-    param, now_s = error.get("param") or "", time.monotonic()
-    answer.failures.append(
-        Failure(machine, began_s, now_s, error["code"], param, error["message"])
-    )
+    told = error["code"], error.get("param") or "", error["message"]
+    answer.failures.append(Failure(machine, began_s, time.monotonic(), *told))
 
 
-def _message(answer: Answer, timeout_s: float) -> Any:
+def _message(answer: Answer) -> Any:
     """Return the message of the next attempt, with what has come so far."""
     ask = answer.ask
-    given = {name: ask.value(name) for name in COMMON if ask.value(name) is not None}
     message = inference_pb2.GenerateRequest(
-        model=ask.value("model"),
-        sampling=given,
-        timeout_s=max(timeout_s, 1e-3),
-        on_expert_loss=ask.value("on_expert_loss"),
+        model=ask.model,
+        sampling={name: value for name, value in ask.sampling.items() if value is not None},
+        timeout_s=_left_s(answer),
+        on_expert_loss=ask.on_expert_loss,
     )
     message.prompt_token_ids.ids.extend(ask.prompt)
-    if answer.num_tokens:
-        message.resume.extend(
-            inference_pb2.ResumedChoice(
-                token_ids=choice.token_ids,
-                finished=choice.finish_reason is not None,
-                inexact=choice.is_inexact or choice.doubted is not None,
-                identity=next(iter(choice.identities), ""),
-            )
-            for choice in answer.choices
-        )
+    for choice in answer.choices if answer.num_tokens else []:
+        resumed = message.resume.add(token_ids=choice.token_ids, identity=choice.identity)
+        resumed.finished = choice.finish_reason is not None
+        resumed.inexact = choice.doubted is not None or not all(exact for _, exact in choice.told)
     return message
 
 
 def _take(message: Any, answer: Answer) -> None:
-    """Add a message of gRPC."""
-    choice = answer.choices[message.index]
-    logprobs = tuple(row.logprob for row in message.logprobs)
-    choice.pieces.append(Piece(tuple(message.token_ids), logprobs, message.text, message.exact))
-    choice.finish_reason = message.finish_reason or choice.finish_reason
-    choice.identities |= {message.identity} - {""}
+    """Add a message of gRPC; raises ``ValueError`` for a second identity."""
+    choice, identity = answer.choices[message.index], message.identity
+    logprobs = [row.logprob for row in message.logprobs]
+    choice.add(
+        message.token_ids, logprobs, message.text, message.exact, message.finish_reason or None
+    )
+    if identity and choice.identity not in ("", identity):
+        raise ValueError(f"a choice is of {choice.identity} and of {identity}")
+    choice.identity = identity or choice.identity
     if message.HasField("usage"):
-        usage = message.usage
-        answer.usage = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+        answer.usage = tuple(getattr(message.usage, name) for name in USAGE)
 
 
-def _read_body(body: Mapping[str, Any], answer: Answer) -> Mapping[str, Any] | None:
-    """Add an answer or an event of HTTP; returns its error."""
-    if "error" in body:
-        return dict(body["error"])
-    for told in body["choices"]:
-        choice = answer.choices[told["index"]]
-        logprobs = tuple((told.get("logprobs") or {}).get("token_logprobs", ()))
-        piece = Piece(tuple(told.get("token_ids", ())), logprobs, told["text"], told.get("exact"))
-        choice.pieces.append(piece)
-        choice.finish_reason = told["finish_reason"] or choice.finish_reason
-    if usage := body.get("usage"):
-        names = ("prompt_tokens", "completion_tokens", "total_tokens")
-        answer.usage = tuple(usage[name] for name in names)
-    return None
-
-
-def _read_events(reply: httpx.Response, answer: Answer) -> Mapping[str, Any] | None:
-    """Add all events of a stream; returns the error that ended it."""
+def _read(reply: httpx.Response, answer: Answer) -> Mapping[str, Any] | None:
+    """Add an answer of HTTP, or all events of a stream; returns the error that ended it."""
+    if "event-stream" not in reply.headers.get("content-type", ""):
+        return _add(json.loads(reply.read()), answer)
     error: Mapping[str, Any] | None = None
-    for line in reply.iter_lines():
+    for line in filter(None, reply.iter_lines()):
         if line == "data: [DONE]":
             return error
-        if line:
-            error = _read_body(json.loads(line.removeprefix("data: ")), answer) or error
+        error = _add(json.loads(line.removeprefix("data: ")), answer) or error
     return {"code": BROKEN, "message": "the stream ended before [DONE]"}
+
+
+def _add(body: dict[str, Any], answer: Answer) -> Mapping[str, Any] | None:
+    for told in body.get("choices", ()):
+        logprobs = (told["logprobs"] or {}).get("token_logprobs", ())
+        more = logprobs, told["text"], told.get("exact"), told["finish_reason"]
+        answer.choices[told["index"]].add(told.get("token_ids", ()), *more)
+    if usage := body.get("usage"):
+        answer.usage = tuple(usage[name] for name in USAGE)
+    error: Mapping[str, Any] | None = body.get("error")
+    return error

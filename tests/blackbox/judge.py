@@ -1,37 +1,40 @@
-"""Judges an answer: pure functions of the answer, of one process's tokens and of the faults.
+"""Judges an answer by one process's tokens and by the faults that overlap it.
 
-A failure is excused by a fault only if the documents say that this fault touches this request.
+A failure is excused only by a fault of which the documents say that it touches this request.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.blackbox.answers import BROKEN, REFUSED, Answer, Choice, Failure
-from tests.blackbox.asks import Kind
+from tests.blackbox.asks import BROKEN, REFUSED, Answer, Choice, Failure, Kind
 from tests.blackbox.oracle import Expected
 
 LATE_S = 10.0
 """How long after its deadline a request may end."""
-SILENT_CODES = (REFUSED, BROKEN, "unavailable", "deadline_exceeded")
+SILENT = (REFUSED, BROKEN, "unavailable", "deadline_exceeded")
 """How a request fails whose gateway is gone, hangs, or is cut off from everything."""
+
+INVALID = ("invalid_argument",)
+REFUSALS = {"model": ("not_found", "model_not_found"), "key": ("unauthenticated",)}
+"""The codes of the errors that wrong fields get, where they are others."""
 
 
 @dataclass(slots=True)
 class Fault:
     """A fault or a change, from before it began until the cluster was calm again.
 
-    ``lost`` are the machines whose gateways may break, ``left`` those whose gateways end after
-    their last request, ``replaces`` whether other weights are deployed.
+    ``lost`` is the machine whose gateway may break, ``left`` the one whose gateway ends after its
+    last request. ``replaces`` says that other weights are deployed. ``costs`` are the machines
+    whose actors may fail: an expert has copies on two, so that one of them loses none.
     """
 
     what: str
     began_s: float
     ended_s: float = float("inf")
-    lost: frozenset[int] = frozenset()
-    left: frozenset[int] = frozenset()
+    lost: int = 0
+    left: int = 0
     replaces: bool = False
     costs: int = 0
 
@@ -40,158 +43,101 @@ class Fault:
         return self.began_s <= ended_s and began_s <= self.ended_s
 
 
-class Names:
-    """What identities name. They are opaque: each names the same weights for ever. Not for threads.
+class Judge:
+    """``expected`` has one process's choices by the name of the weights. Not safe for threads."""
 
-    A new one names the only weights of those that may be served which have no name yet.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, expected: Callable[[str, Answer], Sequence[Expected]]) -> None:
+        self._expected = expected
         self._weights: dict[str, str] = {}
+        """What each identity names: for ever the same weights."""
 
-    def weights(self, identity: str, served: Collection[str]) -> str | None:
-        """Return the weights that an identity names, or ``None`` if it cannot be one of these."""
-        unnamed = [one for one in served if one not in self._weights.values()]
-        if identity not in self._weights and len(unnamed) == 1:
-            self._weights[identity] = unnamed[0]
-        found = self._weights.get(identity)
-        return found if found in served else None
+    def violations(
+        self, answer: Answer, served: Collection[str], faults: Collection[Fault]
+    ) -> list[str]:
+        """Return what is wrong with an answer.
 
+        ``served`` are the weights that may have answered it, ``faults`` those that overlap it.
+        """
+        found = [
+            f"machine {failure.machine} fails: {failure.code} {failure.param}: {failure.message}"
+            for failure in answer.failures
+            if not _is_excused(answer, failure, faults)
+        ]
+        if answer.ended_s > answer.began_s + answer.ask.timeout_s + LATE_S:
+            found.append(f"ended {answer.ended_s - answer.began_s:.1f} s after it began")
+        if answer.ask.mistake:
+            return found if answer.has_failed else [f"a wrong {answer.ask.mistake} is accepted"]
+        num_tokens, prompt = answer.num_tokens, len(answer.ask.prompt)
+        if not answer.has_failed and answer.usage != (prompt, num_tokens, prompt + num_tokens):
+            found.append(f"usage is {answer.usage}: {prompt} of the prompt, {num_tokens} came")
+        return [*found, *self._of_weights(answer, served), *_of_exactness(answer, faults)]
 
-def judge(
-    answer: Answer,
-    expected: Callable[[str], Sequence[Expected]],
-    served: Collection[str],
-    names: Names,
-    faults: Iterable[Fault],
-) -> list[str]:
-    """Return what is wrong with an answer; nothing where it is right.
-
-    ``served`` are the weights that may have been served while it ran, and ``expected`` has one
-    process's choices for each. ``faults`` are those that overlap it.
-    """
-    ask, found = answer.ask, []
-    if ask.mistake is not None:
-        return _judge_refusal(answer, list(faults))
-    around = list(faults)
-    for failure in answer.failures:
-        if not _is_excused(answer, failure, around):
-            found.append(f"failed at machine {failure.machine}: {failure.code}: {failure.message}")
-    named = set().union(*(choice.identities for choice in answer.choices))
-    if len(named) > 1:
-        found.append(f"several identities in one answer: {sorted(named)}")
-    weights = {name: names.weights(name, served) for name in named}
-    if strange := [name for name, one in weights.items() if one is None]:
-        found.append(f"an identity that was not deployed: {strange}")
-    found += _judge_tokens(answer, expected, [*filter(None, weights.values())] or served)
-    found += _judge_exact(answer, around)
-    if answer.ended_s > answer.began_s + ask.timeout_s + LATE_S:
-        found.append(f"ended {answer.ended_s - answer.began_s:.1f} s after it began")
-    if not answer.has_failed:
-        found += _judge_usage(answer)
-    return found
-
-
-def _judge_refusal(answer: Answer, faults: Sequence[Fault]) -> list[str]:
-    mistake = answer.ask.mistake
-    assert mistake is not None
-    if not answer.has_failed:
-        return [f"accepted with a wrong {mistake.field}"]
-    [failure] = answer.failures
-    is_named = failure.param.endswith(mistake.field) or mistake.field in failure.message
-    if (failure.code in mistake.codes and is_named) or _is_excused(answer, failure, faults):
-        return []
-    return [f"a wrong {mistake.field} gets {failure.code} of {failure.param!r}: {failure.message}"]
+    def _of_weights(self, answer: Answer, served: Collection[str]) -> list[str]:
+        """Compare with all weights that the answer may be of; all its choices are of one."""
+        named = {choice.identity for choice in answer.choices} - {""}
+        for identity in named:
+            unnamed = [one for one in served if one not in self._weights.values()]
+            if identity not in self._weights and len(unnamed) == 1:
+                self._weights[identity] = unnamed[0]
+        weights = {self._weights.get(identity) for identity in named} or set(served)
+        if (len(weights) > 1 and named) or not weights <= set(served):
+            return [f"is of {weights} ({named}), served are {served}"]
+        by_weights = [
+            [
+                f"choice {number}: {wrong}"
+                for number, choice in enumerate(answer.choices)
+                for wrong in _differences(answer, choice, self._expected(str(one), answer)[number])
+            ]
+            for one in weights
+        ]
+        return min(by_weights, key=len)
 
 
-def _is_excused(answer: Answer, failure: Failure, faults: Sequence[Fault]) -> bool:
-    """Return whether the deadline or a fault explains a failure."""
+def _is_excused(answer: Answer, failure: Failure, faults: Iterable[Fault]) -> bool:
+    """Return whether the deadline, the request's own mistake or a fault explains a failure."""
     if answer.ask.kind is Kind.HASTY and failure.code == "deadline_exceeded":
         return True
+    if mistake := answer.ask.mistake:
+        is_named = failure.param.endswith(mistake) or mistake in failure.message
+        if failure.code in REFUSALS.get(mistake, INVALID) and is_named:
+            return True
     near = [fault for fault in faults if fault.overlaps(failure.began_s, failure.at_s)]
-    if failure.code in SILENT_CODES and any(failure.machine in fault.lost for fault in near):
+    if failure.code in SILENT and any(fault.lost == failure.machine for fault in near):
         return True
-    if failure.code == REFUSED and any(failure.machine in fault.left for fault in near):
+    if failure.code == REFUSED and any(fault.left == failure.machine for fault in near):
         return True
-    # A stream that resumes after other weights were deployed.
     is_other_model = failure.code == "invalid_argument" and failure.param.endswith(".identity")
     return is_other_model and any(fault.replaces for fault in faults)
 
 
-def _may_miss_experts(faults: Iterable[Fault]) -> bool:
-    return sum(fault.costs for fault in faults) >= 2
-
-
-def _judge_tokens(
-    answer: Answer, expected: Callable[[str], Sequence[Expected]], served: Iterable[str]
-) -> list[str]:
-    """Compare with all weights that the answer may be of; all its choices are of one."""
-    best: list[str] | None = None
-    for weights in served:
-        pairs = zip(answer.choices, expected(weights), strict=True)
-        found = [
-            f"choice {number}: {wrong}"
-            for number, (choice, right) in enumerate(pairs)
-            for wrong in _differences(choice, right, answer)
-        ]
-        if best is None or len(found) < len(best):
-            best = found
-    return ["nothing was deployed"] if best is None else best
-
-
-def _differences(choice: Choice, right: Expected, answer: Answer) -> list[str]:
-    came = choice.token_ids
-    exact = sum(
-        len(piece.token_ids)
-        for piece in itertools.takewhile(lambda piece: piece.exact is not False, choice.pieces)
-    )
-    if answer.ask.kind is Kind.DOUBT:  # says inexact of tokens that are exact
-        exact = len(came)
-    if came[:exact] != right.token_ids[:exact]:
-        first = next(i for i in range(exact) if came[i : i + 1] != right.token_ids[i : i + 1])
-        return [f"token {first} of {len(came)} is wrong"]
-    found = []
-    logprobs = tuple(row for piece in choice.pieces for row in piece.logprobs)
-    wanted = 0 if answer.ask.logprobs is None else len(came)
+def _differences(answer: Answer, choice: Choice, right: Expected) -> Iterator[str]:
+    """Yield what is not as one process has it; after an inexact token all may be."""
+    came, logprobs = choice.token_ids, choice.logprobs
+    wanted = 0 if answer.ask.sampling["logprobs"] is None else len(came)
     if len(logprobs) != wanted:
-        found.append(f"{len(logprobs)} log probabilities for {len(came)} tokens")
-    if logprobs[:exact] != right.logprobs[: min(exact, wanted)]:
-        found.append("the log probabilities are wrong")
-    if not answer.has_failed and exact == len(came):
-        found += _differences_at_end(choice, right)
-    return found
+        yield f"{len(logprobs)} log probabilities instead of {wanted}"
+    exact = choice.num_exact if choice.doubted is None else len(came)
+    if came[:exact] != right.token_ids[:exact]:
+        yield f"the first {exact} tokens of {came} are not of {right.token_ids}"
+    elif logprobs[:exact] != right.logprobs[: min(exact, wanted)]:
+        yield f"log probabilities {logprobs} instead of {right.logprobs}"
+    end = len(came), choice.finish_reason, choice.text
+    right_end = len(right.token_ids), right.finish_reason, right.text
+    if not answer.has_failed and exact == len(came) and end != right_end:
+        yield f"ends by {end} instead of {right_end}"
 
 
-def _differences_at_end(choice: Choice, right: Expected) -> list[str]:
-    found = []
-    if len(choice.token_ids) != len(right.token_ids):
-        found.append(f"{len(choice.token_ids)} tokens instead of {len(right.token_ids)}")
-    if choice.finish_reason != right.finish_reason:
-        found.append(f"ends by {choice.finish_reason!r} instead of {right.finish_reason!r}")
-    text = "".join(piece.text for piece in choice.pieces)
-    if text != right.text:
-        found.append(f"the text is {text!r} instead of {right.text!r}")
-    return found
-
-
-def _judge_exact(answer: Answer, faults: Sequence[Fault]) -> list[str]:
-    """Exact is said at the end, never again once it is false, and false only for a reason."""
-    ask, found = answer.ask, []
+def _of_exactness(answer: Answer, faults: Iterable[Fault]) -> Iterator[str]:
+    """Yield what is wrong with ``exact``: said at the end, and false for a reason and for ever."""
+    may_lose = answer.ask.on_expert_loss != "strict" and sum(one.costs for one in faults) >= 2
     for number, choice in enumerate(answer.choices):
-        told = [piece.exact for piece in choice.pieces if piece.exact is not None]
+        told = [exact for _, exact in choice.told]
         if choice.finish_reason is not None and not told:
-            found.append(f"choice {number} does not say whether it is exact")
+            yield f"choice {number} does not say whether it is exact"
         if told != sorted(told, reverse=True):
-            found.append(f"choice {number} is exact again after it was not")
-        may_lose = ask.on_expert_loss != "strict" and _may_miss_experts(faults)
-        if choice.is_inexact and not may_lose and choice.doubted is None:
-            found.append(f"choice {number} is not exact, and no expert was lost")
-        later = [] if choice.doubted is None else choice.pieces[choice.doubted :]
-        if any(piece.exact for piece in later):
-            found.append(f"choice {number} is exact though the client has said that it is not")
-    return found
-
-
-def _judge_usage(answer: Answer) -> list[str]:
-    right = len(answer.ask.prompt), answer.num_tokens, len(answer.ask.prompt) + answer.num_tokens
-    return [] if answer.usage == right else [f"usage is {answer.usage} instead of {right}"]
+            yield f"choice {number} is exact again after it was not"
+        if not all(told) and not may_lose and choice.doubted is None:
+            yield f"choice {number} is not exact, and no expert was lost"
+        later = [] if choice.doubted is None else choice.told
+        if any(exact and count >= (choice.doubted or 0) for count, exact in later):
+            yield f"choice {number} is exact though the client has said that it is not"

@@ -1,12 +1,7 @@
-"""What one process computes of a request: no Ray, no network, nobody that dies.
-
-The process is the router's own engine over its experts (:class:`tests.local_cluster.LocalCluster`),
-and transformers agrees with it on greedy tokens.
-"""
+"""What one process computes of a request: the router's engine over its experts, without Ray."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +18,7 @@ AGREED_PROMPTS, AGREED_TOKENS = 4, 24
 
 
 class Expected(NamedTuple):
-    """One choice as it must come: log probabilities of its tokens where they were asked for."""
+    """One choice as it must come."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -32,54 +27,34 @@ class Expected(NamedTuple):
 
 
 class Oracle:
-    """The answers of one checkpoint; remembers them. Safe for threads."""
+    """The answers of one checkpoint; remembers them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises ``RuntimeError`` unless transformers has the same greedy tokens for prompts."""
         self._process = LocalCluster(folder, num_actors=1)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._folder = folder
         self._known: dict[tuple[object, ...], list[Expected]] = {}
-        self._lock = threading.Lock()
-
-    def agree(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise unless transformers has the same greedy tokens."""
-        model = AutoModelForCausalLM.from_pretrained(self._folder).eval()
-        for number, prompt in enumerate(prompts[:AGREED_PROMPTS]):
-            request = greedy_request(f"agree {number}", prompt, AGREED_TOKENS)
-            [[event]] = self._process.generate(request)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        for prompt in prompts[:AGREED_PROMPTS]:
+            [[event]] = self._process.generate(greedy_request("agreed", prompt, AGREED_TOKENS))
             if event.token_ids != transformers_tokens(model, prompt, AGREED_TOKENS):
-                raise RuntimeError(f"transformers has other tokens for prompt {number}")
+                raise RuntimeError(f"transformers has other tokens for {prompt}")
 
     def expected(self, ask: Ask) -> list[Expected]:
         """Return the choices of a request."""
-        key = (ask.prompt, ask.max_tokens, ask.temperature, ask.seed, ask.n, ask.ignore_eos)
-        with self._lock:
-            if key not in self._known:
-                self._known[key] = self._compute(ask, f"{len(self._known)}")
-            return self._known[key]
-
-    def _compute(self, ask: Ask, request_id: str) -> list[Expected]:
-        sampling = SamplingParams(
-            max_tokens=ask.max_tokens,
-            temperature=ask.temperature,
-            seed=ask.seed,
-            n=ask.n,
-            ignore_eos=ask.ignore_eos,
-            logprobs=0,
-        )
-        deadline_s = time.monotonic() + TIMEOUT_S
-        request = GenerationRequest(request_id, MODEL, ask.prompt, sampling, deadline_s)
-        [events] = self._process.generate(request)
-        return [
-            Expected(
-                event.token_ids,
-                tuple(row.logprob for row in event.logprobs),
-                event.finish_reason,
-                self._tokenizer.decode(event.token_ids, skip_special_tokens=True),
-            )
-            for event in events
-        ]
-
-    def close(self) -> None:
-        """End the process's threads."""
-        self._process.close()
+        key = (ask.prompt, *ask.sampling.values())
+        if key not in self._known:
+            params = SamplingParams(**{**ask.sampling, "logprobs": 0})
+            deadline_s = time.monotonic() + TIMEOUT_S
+            request = GenerationRequest(str(ask.number), MODEL, ask.prompt, params, deadline_s)
+            [events] = self._process.generate(request)
+            self._known[key] = [
+                Expected(
+                    event.token_ids,
+                    tuple(row.logprob for row in event.logprobs),
+                    event.finish_reason,
+                    self._tokenizer.decode(event.token_ids, skip_special_tokens=True),
+                )
+                for event in events
+            ]
+        return self._known[key]
