@@ -37,7 +37,7 @@ from tests.blackbox.machines import MACHINES, MODEL, Machines
 from tests.blackbox.oracle import Oracle
 from tests.fault.network import enter, why_not_permitted
 
-THREADS, THINK_S, QUIET_S, TOLD_S = 6, (0.0, 0.8), (3.0, 8.0), 15.0
+THREADS, THINK_S, QUIET_S, TOLD_S = 6, (0.0, 0.8), 5.0, 15.0
 
 
 class History:
@@ -46,7 +46,7 @@ class History:
     def __init__(self, file: Path) -> None:
         self._output, self._lock = file.open("w", encoding="utf-8"), threading.Lock()
         self._began_s, self._told_s = time.monotonic(), 0.0
-        self.counts: Counter[tuple[str, str]] = Counter()
+        self.counts, self.violations = Counter[tuple[str, str]](), 0
 
     def note(self, what: str, kind: str, **details: Any) -> None:
         """Write one line; requests are told now and then, and all else at once."""
@@ -56,14 +56,11 @@ class History:
             self._output.write(f"{line}\n")
             self._output.flush()
             self.counts[what, kind] += 1
+            self.violations += what == "violation"
             if what != "request" or at_s > self._told_s + TOLD_S:
                 self._told_s = at_s
-                print(f"{self.total('request')} answers, {self.total('violation')} violations: ")
-                print(line[:300], flush=True)
-
-    def total(self, what: str) -> int:
-        """Return how many there were."""
-        return sum(count for (one, _), count in self.counts.items() if one == what)
+                answers = sum(count for (one, _), count in self.counts.items() if one == "request")
+                print(f"{answers} answers, {self.violations} violations: {line[:300]}", flush=True)
 
 
 class Check:
@@ -77,7 +74,7 @@ class Check:
         weights, prompts = {"own": own, "swapped": swapped_experts(other)}, asks.prompts_of(seed)
         oracles = {name: Oracle(one, prompts) for name, one in weights.items()}
         machines = Machines(folder)
-        stack.callback(machines.stop)
+        stack.callback(machines.rays.stop)
         for machine in MACHINES:
             machines.start(machine)
         machines.deploy(own).check_returncode()
@@ -92,24 +89,19 @@ class Check:
         clients = [threading.Thread(target=self._ask_on) for _ in range(THREADS)]
         for client in clients:
             client.start()
+        bag, number = list[str](), 0
         try:
-            self._befall(until_s)
+            while time.monotonic() < until_s:
+                episode = events.draw(self._seed, number, bag)
+                number += 1
+                self._history.note("episode", "", events=[asdict(event) for event in episode])
+                self._faults.episode(episode)
+                self._faults.become_calm()
+                threading.Event().wait(QUIET_S)
         finally:
             self._ended.set()
             for client in clients:
                 client.join()
-
-    def _befall(self, until_s: float) -> None:
-        bag: list[str] = []
-        for number in itertools.count():
-            quiet_s = random.Random(f"{self._seed}: quiet {number}").uniform(*QUIET_S)
-            threading.Event().wait(quiet_s)
-            if time.monotonic() > until_s:
-                return
-            episode = events.draw(self._seed, number, bag)
-            self._history.note("episode", "", number=number, events=[asdict(e) for e in episode])
-            self._faults.episode(episode)
-            self._faults.become_calm()
 
     def _ask_on(self) -> None:
         while not self._ended.is_set():
@@ -153,13 +145,13 @@ def main() -> int:
             Check(options.seed, folder, history, stack).run(until_s)
     except Exception as error:  # the table comes all the same
         history.note("violation", "run", found=[f"{type(error).__name__}: {error}"])
-    if has_failed := history.total("violation") > 0:
+    if history.violations:
         print(f"blackbox: the machines' logs are in {folder}")
     else:
         shutil.rmtree(folder)
     rows = [(*name, count) for name, count in sorted(history.counts.items())]
     show(f"blackbox, {options.minutes:g} minutes, seed {options.seed}", rows, ["", "", "count|.0f"])
-    return int(has_failed)
+    return int(history.violations > 0)
 
 
 if __name__ == "__main__":

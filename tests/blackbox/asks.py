@@ -12,6 +12,7 @@ from tests.blackbox.machines import MACHINES, MODEL
 
 PROMPTS, SHARED_TOKENS, VOCAB = 16, 40, range(3, 2000)
 TIMEOUT_S, HASTY_S = 60.0, (0.02, 0.4)
+SAMPLING = ("max_tokens", "temperature", "seed", "n", "logprobs", "ignore_eos")
 REFUSED, BROKEN = "connection refused", "connection broken"
 """What a client sees where no server answers: from the first on, or no longer."""
 MISTAKES: dict[str, Any] = {
@@ -39,8 +40,9 @@ class Kind(StrEnum):
 class Ask:
     """One request. ``machines`` are asked in this order, the next one only to resume.
 
-    A client that leaves does so after ``leaves_after`` tokens of all choices. ``mistake`` is the
-    field that is wrong, if one is. An empty ``key`` is the right one.
+    A client that leaves does so after ``leaves_after`` tokens of all choices. ``body`` are the
+    fields that HTTP's body and gRPC's messages have alike, and the key where it is wrong.
+    ``mistake`` is the field that is wrong, if one is.
     """
 
     number: int
@@ -49,13 +51,10 @@ class Ask:
     is_http: bool
     is_streamed: bool
     prompt: tuple[int, ...]
-    sampling: Mapping[str, Any]
+    body: Mapping[str, Any]
     timeout_s: float
     leaves_after: int
     mistake: str
-    on_expert_loss: str
-    model: str = MODEL
-    key: str = ""
 
 
 def prompts_of(seed: int) -> list[tuple[int, ...]]:
@@ -73,9 +72,10 @@ def draw(seed: int, number: int) -> Ask:
     resumes, is_hasty = kind in (Kind.RESUME, Kind.DOUBT), kind is Kind.HASTY
     n, max_tokens = source.choice((1, 1, 1, 2, 3)), source.randint(8, 96)
     mistake = source.choice(list(MISTAKES)) if kind is Kind.WRONG else ""
-    wrong = {mistake: MISTAKES[mistake]} if mistake else {}
     losses = ("strict", "strict", "next_expert", "drop")
-    sampling = {
+    body = {
+        "model": MODEL,
+        "on_expert_loss": "strict" if kind is Kind.DOUBT else source.choice(losses),
         "max_tokens": max_tokens * (4 if is_hasty else 1),
         "temperature": source.choice((0.0, 0.0, 0.7, 1.2)),
         "seed": source.randrange(1000),
@@ -83,7 +83,6 @@ def draw(seed: int, number: int) -> Ask:
         "logprobs": source.choice((None, 0, 3)),
         "ignore_eos": source.random() < 0.5,
     }
-    others = {"on_expert_loss": "strict" if kind is Kind.DOUBT else source.choice(losses)}
     return Ask(
         number=number,
         kind=kind,
@@ -91,11 +90,10 @@ def draw(seed: int, number: int) -> Ask:
         is_http=not resumes and source.random() < 0.5,
         is_streamed=resumes or kind is Kind.STREAM or (is_hasty and source.random() < 0.5),
         prompt=source.choice(prompts_of(seed)),
-        sampling=sampling | (wrong if mistake in sampling else {}),
+        body=body | ({mistake: MISTAKES[mistake]} if mistake else {}),
         timeout_s=source.uniform(*HASTY_S) if is_hasty else TIMEOUT_S,
         leaves_after=source.randint(1, n * max_tokens // 2) if resumes else 0,
         mistake=mistake,
-        **(others | ({} if mistake in sampling else wrong)),
     )
 
 

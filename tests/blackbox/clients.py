@@ -16,7 +16,7 @@ from cluster.errors import ExpertMeshError, UnavailableError
 from router.client.types import UnreachableError
 from router.client.wire import typed_error, was_connected
 from router.protos import inference_pb2, inference_pb2_grpc
-from tests.blackbox.asks import BROKEN, REFUSED, Answer, Ask, Choice, Failure, Kind
+from tests.blackbox.asks import BROKEN, REFUSED, SAMPLING, Answer, Ask, Choice, Failure, Kind
 from tests.blackbox.machines import GRPC_PORT, HTTP_PORT, Machines
 
 GRACE_S, PATIENCE_S, AGAIN_S = 5.0, 20.0, 1.0
@@ -36,7 +36,7 @@ class Clients:
 
         A gRPC stream that breaks is resumed at the next machine, as our own clients do.
         """
-        choices = [Choice() for _ in range(ask.sampling["n"])]
+        choices = [Choice() for _ in range(ask.body["n"])]
         answer = Answer(ask, time.monotonic(), choices)
         if ask.is_http:
             self._send_http(answer)
@@ -46,17 +46,13 @@ class Clients:
         return answer
 
     def _headers(self, ask: Ask) -> dict[str, str]:
-        return {"authorization": f"Bearer {ask.key or self._key}"}
+        return {"authorization": f"Bearer {ask.body.get('key', self._key)}"}
 
     def _send_http(self, answer: Answer) -> None:
         ask, machine = answer.ask, answer.ask.machines[0]
         url = f"http://{self._address(machine)}:{HTTP_PORT}/v1/completions"
-        body: dict[str, Any] = {
-            "model": ask.model,
-            "prompt": ask.prompt,
-            "on_expert_loss": ask.on_expert_loss,
-        }
-        body |= {**ask.sampling, "timeout_s": ask.timeout_s, "return_token_ids": True}
+        body = {name: value for name, value in ask.body.items() if name != "key"}
+        body |= {"prompt": ask.prompt, "timeout_s": ask.timeout_s, "return_token_ids": True}
         if ask.is_streamed:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
@@ -133,10 +129,10 @@ def _message(answer: Answer) -> Any:
     """Return the message of the next attempt, with what has come so far."""
     ask = answer.ask
     message = inference_pb2.GenerateRequest(
-        model=ask.model,
-        sampling={name: value for name, value in ask.sampling.items() if value is not None},
+        model=ask.body["model"],
+        sampling={name: ask.body[name] for name in SAMPLING if ask.body[name] is not None},
         timeout_s=_left_s(answer),
-        on_expert_loss=ask.on_expert_loss,
+        on_expert_loss=ask.body["on_expert_loss"],
     )
     message.prompt_token_ids.ids.extend(ask.prompt)
     for choice in answer.choices if answer.num_tokens else []:

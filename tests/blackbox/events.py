@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.blackbox.judge import Fault
-from tests.blackbox.machines import ACTORS, MODEL, WORKERS, Done, Machines
-from tests.fault.partition import wait_for
+from tests.blackbox.machines import ACTORS, MODEL, WORKERS, Machines
+from tests.fault.ray_nodes import wait_for
 from tests.fault.signals import is_running, is_stopped, kill, let_go, stop
 
 ATTEMPTS, AGAIN_S = 5, 3.0
@@ -68,7 +68,7 @@ class Faults:
         self._machines, self._weights, self._note = machines, weights, note
         self._faults: list[Fault] = []
         self._served = [Fault(next(iter(weights)), 0.0)]
-        self._actors = ACTORS
+        self._actors, self._missing = ACTORS, ""
         self._told: Any = None
 
     def around(self, began_s: float, ended_s: float) -> tuple[list[str], list[Fault]]:
@@ -78,20 +78,19 @@ class Faults:
 
     def become_calm(self) -> None:
         """Wait until every part is there; the faults so far end then. Raises ``TimeoutError``."""
-        began_s, missing = time.monotonic(), ""
+        began_s = time.monotonic()
 
         def is_calm() -> bool:
-            nonlocal missing
             for machine in WORKERS:
-                if not self._machines.is_up(machine):  # an operator starts it again
+                if not self._machines.rays.is_up(machine):  # an operator starts it again
                     self._machines.start(machine)
-            self._told, missing = self._machines.whole(self._actors)
-            return not missing
+            self._told, self._missing = self._machines.whole(self._actors)
+            return not self._missing
 
         try:
             wait_for(is_calm, "calm")
         except TimeoutError as error:
-            raise TimeoutError(f"{error}: {missing}") from None
+            raise TimeoutError(f"{error}: {self._missing}") from None
         now_s = time.monotonic()
         for fault in [*self._faults, *self._served[:-1]]:
             fault.ended_s = min(fault.ended_s, now_s)
@@ -149,13 +148,13 @@ class Faults:
         machine = event.worker
         self._begin(event, lost=machine, costs=2 if event.kind == CUT else 1)
         if event.kind == LOSE:
-            self._machines.end_raylet(machine)
+            self._machines.rays.end_raylet(machine)
             threading.Event().wait(event.lasts_s)
         else:
-            self._machines.set_link(machine, is_cut=True)
+            self._machines.network.cut_off(machine)
             has_hit = not self._machines.is_ready(machine)
             threading.Event().wait(event.lasts_s)
-            self._machines.set_link(machine, is_cut=False)
+            self._machines.network.reconnect(machine)
             if not has_hit:
                 raise RuntimeError(f"the cut of machine {machine} did not hit")
         return f"machine {machine} for {event.lasts_s:.1f} s"
@@ -168,7 +167,10 @@ class Faults:
         if event.kind == REDEPLOY:
             self._served.append(Fault(command[1], time.monotonic()))
         for attempt in range(1, ATTEMPTS + 1):
-            done = self._run(command)
+            if event.kind == REDEPLOY:
+                done = self._machines.deploy(self._weights[command[1]])
+            else:
+                done = self._machines.run("expertmesh", *command)
             if done.returncode == 0:
                 break
             self._note("failed command", "", words=command, errors=done.stderr[-500:])
@@ -176,7 +178,7 @@ class Faults:
                 raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-500:]}")
             threading.Event().wait(AGAIN_S)
         if drains:
-            wait_for(lambda: not self._machines.is_up(event.worker), "the drained Ray ends")
+            wait_for(lambda: not self._machines.rays.is_up(event.worker), "the drained Ray ends")
         return " ".join(command)
 
     def _command(self, event: Event) -> list[str]:
@@ -196,8 +198,3 @@ class Faults:
             return ["drain", self._told.actors[choice % len(self._told.actors)].actor_id]
         self._actors = MOST if self._actors == FEWEST else self._actors - 1
         return ["scale", str(self._actors)]
-
-    def _run(self, command: list[str]) -> Done:
-        if command[0] == REDEPLOY:
-            return self._machines.deploy(self._weights[command[1]])
-        return self._machines.run("expertmesh", *command)

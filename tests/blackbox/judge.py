@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tests.blackbox.asks import BROKEN, REFUSED, Answer, Choice, Failure, Kind
-from tests.blackbox.oracle import Expected
 
 LATE_S = 10.0
 """How long after its deadline a request may end."""
@@ -46,7 +45,7 @@ class Fault:
 class Judge:
     """``expected`` has one process's choices by the name of the weights. Not safe for threads."""
 
-    def __init__(self, expected: Callable[[str, Answer], Sequence[Expected]]) -> None:
+    def __init__(self, expected: Callable[[str, Answer], Sequence[Choice]]) -> None:
         self._expected = expected
         self._weights: dict[str, str] = {}
         """What each identity names: for ever the same weights."""
@@ -110,10 +109,10 @@ def _is_excused(answer: Answer, failure: Failure, faults: Iterable[Fault]) -> bo
     return is_other_model and any(fault.replaces for fault in faults)
 
 
-def _differences(answer: Answer, choice: Choice, right: Expected) -> Iterator[str]:
+def _differences(answer: Answer, choice: Choice, right: Choice) -> Iterator[str]:
     """Yield what is not as one process has it; after an inexact token all may be."""
     came, logprobs = choice.token_ids, choice.logprobs
-    wanted = 0 if answer.ask.sampling["logprobs"] is None else len(came)
+    wanted = 0 if answer.ask.body["logprobs"] is None else len(came)
     if len(logprobs) != wanted:
         yield f"{len(logprobs)} log probabilities instead of {wanted}"
     exact = choice.num_exact if choice.doubted is None else len(came)
@@ -129,7 +128,9 @@ def _differences(answer: Answer, choice: Choice, right: Expected) -> Iterator[st
 
 def _of_exactness(answer: Answer, faults: Iterable[Fault]) -> Iterator[str]:
     """Yield what is wrong with ``exact``: said at the end, and false for a reason and for ever."""
-    may_lose = answer.ask.on_expert_loss != "strict" and sum(one.costs for one in faults) >= 2
+    may_lose = (
+        answer.ask.body["on_expert_loss"] != "strict" and sum(one.costs for one in faults) >= 2
+    )
     for number, choice in enumerate(answer.choices):
         told = [exact for _, exact in choice.told]
         if choice.finish_reason is not None and not told:

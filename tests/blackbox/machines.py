@@ -15,12 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 
 from tests.environment import without_ray
 from tests.fault.network import Network, namespace_of
-from tests.fault.partition import wait_for
+from tests.fault.ray_nodes import RayNodes
 from tests.fault.signals import is_running, is_stopped, named_pids
 from tests.readme import ROOT
 
@@ -28,7 +27,6 @@ HEAD, WORKERS = 1, (2, 3)
 MACHINES = (HEAD, *WORKERS)
 MODEL, ROUTERS, ACTORS = "mesh-tiny", 2, 3
 HTTP_PORT, GRPC_PORT, GCS_PORT, COMMAND_S = 8000, 9000, 6379, 240.0
-Done = subprocess.CompletedProcess[str]
 
 
 class Machines:
@@ -40,7 +38,7 @@ class Machines:
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         own = {"PATH": path, "HOME": str(folder), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
         self._environment, self._keys = without_ray() | own, str(folder / "keys.yaml")
-        self._rays: dict[int, subprocess.Popen[bytes]] = {}
+        self.rays = RayNodes(self.network, folder, self._environment)
         self.run("ray", "get-auth-token", "--generate").check_returncode()
         roles = ("--role", "inference", "--role", "admin")
         made = self.run("expertmesh", "keys", "new", "checker", *roles, "--file", self._keys)
@@ -48,63 +46,24 @@ class Machines:
 
     def start(self, machine: int) -> None:
         """Run ``ray start`` on a machine until it has joined."""
-        own, head = self.network.address(machine), self.network.address(HEAD)
-        options = ["--block", "--num-cpus=4", "--object-store-memory=100000000"]
-        options.append(f"--node-ip-address={own}")
         first = ["--head", f"--port={GCS_PORT}", f"--temp-dir={self._folder / 'ray'}"]
-        options += first if machine == HEAD else [f"--address={head}:{GCS_PORT}"]
-        command = self.network.inside(machine, "ray", "start", *options)
-        log = self._folder / f"machine-{machine}.log"
+        later = [f"--address={self.network.address(HEAD)}:{GCS_PORT}"]
+        size = ("--num-cpus=4", "--object-store-memory=100000000")
+        self.rays.start(machine, *size, *(first if machine == HEAD else later))
 
-        def has_joined() -> bool:
-            """Ray gives itself 30 s, which is little on a busy machine: a failed start repeats."""
-            if not self.is_up(machine):
-                with log.open("wb") as output:
-                    self._rays[machine] = subprocess.Popen(
-                        command, env=self._environment, stdout=output, stderr=output
-                    )
-            return b"--block" in log.read_bytes()
-
-        wait_for(has_joined, f"machine {machine} has joined")
-
-    def is_up(self, machine: int) -> bool:
-        """Return whether the machine's Ray runs."""
-        return machine in self._rays and self._rays[machine].poll() is None
-
-    def end_raylet(self, machine: int) -> None:
-        """Kill the machine's raylet, with which its Ray ends."""
-        children = psutil.Process(self._rays[machine].pid).children()
-        next(child for child in children if child.name() == "raylet").kill()
-        wait_for(lambda: not self.is_up(machine), "its Ray ends")
-
-    def stop(self) -> None:
-        """End every machine; what is left ends with the namespaces."""
-        for ray in self._rays.values():
-            ray.terminate()
-        for ray in self._rays.values():
-            with suppress(subprocess.TimeoutExpired):
-                ray.wait(10)
-        self.network.close()
-
-    def run(self, *command: str) -> Done:
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the first machine; one that takes too long counts as failed."""
-        words = self.network.inside(HEAD, *command)
-        try:
-            return subprocess.run(
-                words,
-                env=self._environment,
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=COMMAND_S,
-                umask=0o077,  # the files of its secrets are nobody else's
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Done(words, -1, "", f"no end within {COMMAND_S:g} s")
+        limited = ("timeout", f"{COMMAND_S:g}", *command)
+        return subprocess.run(
+            self.network.inside(HEAD, *limited),
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            umask=0o077,  # the files of its secrets are nobody else's
+            check=False,
+        )
 
-    def deploy(self, weights: Path) -> Done:
+    def deploy(self, weights: Path) -> subprocess.CompletedProcess[str]:
         """Deploy these weights under the same id, as an operator does; returns when they serve."""
         args: dict[str, Any] = {
             "models": [{"id": MODEL, "path": str(weights)}],
@@ -131,12 +90,6 @@ class Machines:
             own = namespace_of(pid)
             return next(machine for machine in MACHINES if self.network.namespace(machine) == own)
         return 0
-
-    def set_link(self, machine: int, is_cut: bool) -> None:
-        """Lose all packets between a machine and everything else, or no more."""
-        change = self.network.cut if is_cut else self.network.heal
-        for other in {0, *MACHINES} - {machine}:
-            change(*sorted((machine, other)))
 
     def whole(self, actors: int) -> tuple[Any, str]:
         """Return the status, and what is missing; nothing is when the cluster is calm."""

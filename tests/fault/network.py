@@ -89,6 +89,16 @@ class Network:
             neighbour = f"{self.address(there)} dev {_name(here, there)}"
             self._ip(here, f"neighbour del {neighbour}")
 
+    def cut_off(self, node: int) -> None:
+        """Lose all packets between a node and every other."""
+        for other in {0, *self._holders} - {node}:
+            self.cut(node, other)
+
+    def reconnect(self, node: int) -> None:
+        """Undo :meth:`cut_off`."""
+        for other in {0, *self._holders} - {node}:
+            self.heal(node, other)
+
     def close(self) -> None:
         """End the namespaces, once no process is in them."""
         for holder in self._holders.values():

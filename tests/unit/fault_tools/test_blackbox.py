@@ -11,14 +11,13 @@ import pytest
 from tests.blackbox import asks, events
 from tests.blackbox.asks import BROKEN, REFUSED, Answer, Choice, Failure, Kind
 from tests.blackbox.judge import Fault, Judge
-from tests.blackbox.oracle import Expected
 
 RIGHT = {
-    "own": [Expected((5, 6, 7), (-1.0, -2.0, -3.0), "length", "abc")],
-    "swapped": [Expected((5, 8, 9), (-1.0, -4.0, -5.0), "stop", "ade")],
+    "own": [Choice((5, 6, 7), (-1.0, -2.0, -3.0), "abc", finish_reason="length")],
+    "swapped": [Choice((5, 8, 9), (-1.0, -4.0, -5.0), "ade", finish_reason="stop")],
 }
 ASK = next(
-    replace(ask, on_expert_loss="drop", sampling={**ask.sampling, "n": 1, "logprobs": 0})
+    replace(ask, body={**ask.body, "on_expert_loss": "drop", "n": 1, "logprobs": 0})
     for ask in (asks.draw(7, number) for number in range(100))
     if ask.kind is Kind.STREAM
 )
@@ -108,7 +107,7 @@ def test_exact_may_end_only_if_both_copies_may_be_lost() -> None:
     one, two = Fault("kill", 9.0, costs=1), Fault("cut", 9.0, costs=2)
     assert violations(answer, two) == []
     assert violations(answer, one) != []
-    answer.ask = replace(ASK, on_expert_loss="strict")
+    answer.ask = replace(ASK, body={**ASK.body, "on_expert_loss": "strict"})
     assert violations(answer, two) != []
 
 
