@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.blackbox.machines import MACHINES, MODEL
 
@@ -101,8 +101,8 @@ def draw(seed: int, number: int) -> Ask:
 class Choice:
     """What has come of one choice.
 
-    ``told`` are what it said of being exact, each after so many tokens. The client said of the
-    first ``doubted`` tokens that they were not.
+    ``told`` is whether it is exact, as it was said after so many tokens: by the servers, and by a
+    client that has ``doubted``.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -111,16 +111,9 @@ class Choice:
     told: list[tuple[int, bool]] = field(default_factory=list)
     finish_reason: str | None = None
     identity: str = ""
-    doubted: int | None = None
+    doubted: bool = False
 
-    def add(
-        self,
-        token_ids: Any,
-        logprobs: Any,
-        text: str,
-        exact: bool | None,
-        finish_reason: str | None,
-    ) -> None:
+    def add(self, token_ids: Any, logprobs: Any, text: str, exact: Any, finish_reason: Any) -> None:
         """Take a piece; an ``exact`` of ``None`` says nothing."""
         self.told += [] if exact is None else [(len(self.token_ids), exact)]
         self.token_ids += tuple(token_ids)
@@ -134,8 +127,7 @@ class Choice:
         return next((count for count, exact in self.told if not exact), len(self.token_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """An error that a machine gave, or the lack of a connection, to one attempt."""
 
     machine: int

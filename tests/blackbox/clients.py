@@ -80,8 +80,9 @@ class Clients:
                 return
             threading.Event().wait(AGAIN_S)
             for choice in answer.choices if ask.kind is Kind.DOUBT else []:
-                if choice.token_ids and not choice.finish_reason and choice.doubted is None:
-                    choice.doubted = len(choice.token_ids)
+                if choice.token_ids and not choice.finish_reason:
+                    choice.doubted = True
+                    choice.told.append((len(choice.token_ids), False))
 
     def _attempt(self, answer: Answer, machine: int, leaves_after: int) -> ExpertMeshError | None:
         """Ask one machine; returns the error, which is a failure of the answer too."""
@@ -138,7 +139,7 @@ def _message(answer: Answer) -> Any:
     for choice in answer.choices if answer.num_tokens else []:
         resumed = message.resume.add(token_ids=choice.token_ids, identity=choice.identity)
         resumed.finished = choice.finish_reason is not None
-        resumed.inexact = choice.doubted is not None or not all(exact for _, exact in choice.told)
+        resumed.inexact = not all(exact for _, exact in choice.told)
     return message
 
 
@@ -146,9 +147,7 @@ def _take(message: Any, answer: Answer) -> None:
     """Add a message of gRPC; raises ``ValueError`` for a second identity."""
     choice, identity = answer.choices[message.index], message.identity
     logprobs = [row.logprob for row in message.logprobs]
-    choice.add(
-        message.token_ids, logprobs, message.text, message.exact, message.finish_reason or None
-    )
+    choice.add(message.token_ids, logprobs, message.text, message.exact, message.finish_reason)
     if identity and choice.identity not in ("", identity):
         raise ValueError(f"a choice is of {choice.identity} and of {identity}")
     choice.identity = identity or choice.identity

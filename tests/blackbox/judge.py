@@ -115,7 +115,7 @@ def _differences(answer: Answer, choice: Choice, right: Choice) -> Iterator[str]
     wanted = 0 if answer.ask.body["logprobs"] is None else len(came)
     if len(logprobs) != wanted:
         yield f"{len(logprobs)} log probabilities instead of {wanted}"
-    exact = choice.num_exact if choice.doubted is None else len(came)
+    exact = len(came) if choice.doubted else choice.num_exact
     if came[:exact] != right.token_ids[:exact]:
         yield f"the first {exact} tokens of {came} are not of {right.token_ids}"
     elif logprobs[:exact] != right.logprobs[: min(exact, wanted)]:
@@ -128,17 +128,13 @@ def _differences(answer: Answer, choice: Choice, right: Choice) -> Iterator[str]
 
 def _of_exactness(answer: Answer, faults: Iterable[Fault]) -> Iterator[str]:
     """Yield what is wrong with ``exact``: said at the end, and false for a reason and for ever."""
-    may_lose = (
-        answer.ask.body["on_expert_loss"] != "strict" and sum(one.costs for one in faults) >= 2
-    )
+    is_strict = answer.ask.body["on_expert_loss"] == "strict"
+    may_lose = not is_strict and sum(fault.costs for fault in faults) >= 2
     for number, choice in enumerate(answer.choices):
         told = [exact for _, exact in choice.told]
         if choice.finish_reason is not None and not told:
             yield f"choice {number} does not say whether it is exact"
         if told != sorted(told, reverse=True):
             yield f"choice {number} is exact again after it was not"
-        if not all(told) and not may_lose and choice.doubted is None:
+        if not all(told) and not may_lose and not choice.doubted:
             yield f"choice {number} is not exact, and no expert was lost"
-        later = [] if choice.doubted is None else choice.told
-        if any(exact and count >= (choice.doubted or 0) for count, exact in later):
-            yield f"choice {number} is exact though the client has said that it is not"

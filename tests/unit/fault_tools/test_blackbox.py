@@ -69,7 +69,7 @@ def test_right_answers_are_right() -> None:
         lambda choice: setattr(choice, "told", []),
         lambda choice: setattr(choice, "told", [(0, True), (2, False)]),
         lambda choice: setattr(choice, "told", [(0, False), (2, True)]),
-        lambda choice: setattr(choice, "doubted", 1),
+        lambda choice: choice.told.insert(1, (1, False)),
     ],
 )
 def test_each_wrong_part_of_an_answer_is_seen(spoil: Callable[[Choice], Any]) -> None:
