@@ -15,14 +15,14 @@ TIMEOUT_S, HASTY_S = 60.0, (0.02, 0.4)
 SAMPLING = ("max_tokens", "temperature", "seed", "n", "logprobs", "ignore_eos")
 REFUSED, BROKEN = "connection refused", "connection broken"
 """What a client sees where no server answers: from the first on, or no longer."""
-MISTAKES: dict[str, Any] = {
-    "temperature": -1.0,
-    "max_tokens": 100_000,
-    "on_expert_loss": "maybe",
-    "model": "nobody",
-    "key": "em-nobody",
+MISTAKES: dict[str, tuple[Any, str]] = {
+    "temperature": (-1.0, "invalid_argument"),
+    "max_tokens": (100_000, "invalid_argument"),
+    "on_expert_loss": ("maybe", "invalid_argument"),
+    "model": ("nobody", "not_found"),
+    "key": ("em-nobody", "unauthenticated"),
 }
-"""Wrong values by their field."""
+"""Wrong values by their field, with the end of the code that each gets."""
 
 
 class Kind(StrEnum):
@@ -90,7 +90,7 @@ def draw(seed: int, number: int) -> Ask:
         is_http=not resumes and source.random() < 0.5,
         is_streamed=resumes or kind is Kind.STREAM or (is_hasty and source.random() < 0.5),
         prompt=source.choice(prompts_of(seed)),
-        body=body | ({mistake: MISTAKES[mistake]} if mistake else {}),
+        body=body | ({mistake: MISTAKES[mistake][0]} if mistake else {}),
         timeout_s=source.uniform(*HASTY_S) if is_hasty else TIMEOUT_S,
         leaves_after=source.randint(1, n * max_tokens // 2) if resumes else 0,
         mistake=mistake,

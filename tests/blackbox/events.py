@@ -32,17 +32,13 @@ of two changes of the number of actors the order decides the end."""
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: ``at_s`` after its episode began, to the ``choice``-th of its victims."""
+    """One event: ``at_s`` after its episode began, to a machine or the ``choice``-th of a part."""
 
     kind: str
     at_s: float
-    choice: int
     lasts_s: float
-
-    @property
-    def worker(self) -> int:
-        """The machine that it happens to."""
-        return WORKERS[self.choice % len(WORKERS)]
+    worker: int
+    choice: int
 
 
 def draw(seed: int, number: int, bag: list[str]) -> list[Event]:
@@ -56,7 +52,8 @@ def draw(seed: int, number: int, bag: list[str]) -> list[Event]:
             break
         lasts_s = source.choice((source.uniform(0.3, 3), source.uniform(3, 12), 35.0))
         at_s = source.uniform(0, 5) if events else 0.0
-        events.append(Event(bag.pop(), at_s, source.randrange(1 << 16), lasts_s))
+        victim = source.choice(WORKERS), source.randrange(1 << 16)
+        events.append(Event(bag.pop(), at_s, lasts_s, *victim))
     return events
 
 

@@ -5,19 +5,15 @@ A failure is excused only by a fault of which the documents say that it touches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.blackbox.asks import BROKEN, REFUSED, Answer, Choice, Failure, Kind
+from tests.blackbox.asks import BROKEN, MISTAKES, REFUSED, Answer, Choice, Failure, Kind
 
 LATE_S = 10.0
 """How long after its deadline a request may end."""
 SILENT = (REFUSED, BROKEN, "unavailable", "deadline_exceeded")
 """How a request fails whose gateway is gone, hangs, or is cut off from everything."""
-
-INVALID = ("invalid_argument",)
-REFUSALS = {"model": ("not_found", "model_not_found"), "key": ("unauthenticated",)}
-"""The codes of the errors that wrong fields get, where they are others."""
 
 
 @dataclass(slots=True)
@@ -50,13 +46,8 @@ class Judge:
         self._weights: dict[str, str] = {}
         """What each identity names: for ever the same weights."""
 
-    def violations(
-        self, answer: Answer, served: Collection[str], faults: Collection[Fault]
-    ) -> list[str]:
-        """Return what is wrong with an answer.
-
-        ``served`` are the weights that may have answered it, ``faults`` those that overlap it.
-        """
+    def violations(self, answer: Answer, served: list[str], faults: list[Fault]) -> list[str]:
+        """Return what is wrong; ``served`` are the weights that may have answered meanwhile."""
         found = [
             f"machine {failure.machine} fails: {failure.code} {failure.param}: {failure.message}"
             for failure in answer.failures
@@ -71,7 +62,7 @@ class Judge:
             found.append(f"usage is {answer.usage}: {prompt} of the prompt, {num_tokens} came")
         return [*found, *self._of_weights(answer, served), *_of_exactness(answer, faults)]
 
-    def _of_weights(self, answer: Answer, served: Collection[str]) -> list[str]:
+    def _of_weights(self, answer: Answer, served: list[str]) -> list[str]:
         """Compare with all weights that the answer may be of; all its choices are of one."""
         named = {choice.identity for choice in answer.choices} - {""}
         for identity in named:
@@ -98,7 +89,7 @@ def _is_excused(answer: Answer, failure: Failure, faults: Iterable[Fault]) -> bo
         return True
     if mistake := answer.ask.mistake:
         is_named = failure.param.endswith(mistake) or mistake in failure.message
-        if failure.code in REFUSALS.get(mistake, INVALID) and is_named:
+        if failure.code.endswith(MISTAKES[mistake][1]) and is_named:
             return True
     near = [fault for fault in faults if fault.overlaps(failure.began_s, failure.at_s)]
     if failure.code in SILENT and any(fault.lost == failure.machine for fault in near):

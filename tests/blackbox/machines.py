@@ -11,11 +11,11 @@ import subprocess
 import sysconfig
 from contextlib import suppress
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import yaml
 
 from tests.environment import without_ray
 from tests.fault.network import Network, namespace_of
@@ -27,6 +27,17 @@ HEAD, WORKERS = 1, (2, 3)
 MACHINES = (HEAD, *WORKERS)
 MODEL, ROUTERS, ACTORS = "mesh-tiny", 2, 3
 HTTP_PORT, GRPC_PORT, GCS_PORT, COMMAND_S = 8000, 9000, 6379, 240.0
+FILE = Template("""\
+applications:
+- name: expertmesh
+  import_path: router.app:build
+  args:
+    models: [{id: mesh-tiny, path: $weights}]
+    experts: {actors: 3, min_copies: 2, num_cpus: 0.5}
+    router: {replicas: 2, cache_tokens: 8192}
+    gateway: {replicas: each_node, listen: {host: 0.0.0.0}}
+    security: {keys_file: $keys}
+""")
 
 
 class Machines:
@@ -65,16 +76,8 @@ class Machines:
 
     def deploy(self, weights: Path) -> subprocess.CompletedProcess[str]:
         """Deploy these weights under the same id, as an operator does; returns when they serve."""
-        args: dict[str, Any] = {
-            "models": [{"id": MODEL, "path": str(weights)}],
-            "experts": {"actors": ACTORS, "min_copies": 2, "num_cpus": 0.5},
-            "router": {"replicas": ROUTERS, "cache_tokens": 8192},
-            "gateway": {"replicas": "each_node", "listen": {"host": "0.0.0.0"}},
-            "security": {"keys_file": self._keys},
-        }
-        application = {"name": "expertmesh", "import_path": "router.app:build", "args": args}
         file = self._folder / "deployed.yaml"
-        file.write_text(yaml.safe_dump({"applications": [application]}))
+        file.write_text(FILE.substitute(weights=weights, keys=self._keys))
         return self.run("expertmesh", "deploy", str(file), "--wait")
 
     def is_ready(self, machine: int) -> bool:

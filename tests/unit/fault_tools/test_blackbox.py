@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +35,9 @@ def answer_of(name: str = "own", identity: str = "i", kind: Kind = Kind.STREAM) 
     return Answer(replace(ASK, kind=kind), 10.0, [choice], ended_s=12.0, usage=usage)
 
 
-def violations(answer: Answer, *faults: Fault, served: tuple[str, ...] = ("own",)) -> list[str]:
+def violations(answer: Answer, *faults: Fault, served: Sequence[str] = ("own",)) -> list[str]:
     """Return what a judge says that has seen no other answer."""
-    return Judge(lambda name, _: RIGHT[name]).violations(answer, served, faults)
+    return Judge(lambda name, _: RIGHT[name]).violations(answer, [*served], [*faults])
 
 
 def broken(code: str, machine: int = 2, param: str = "", kind: Kind = Kind.STREAM) -> Answer:
@@ -89,11 +89,11 @@ def test_usage_and_deadlines_are_judged() -> None:
 
 def test_an_identity_names_one_set_of_weights_for_ever() -> None:
     judge = Judge(lambda name, _: RIGHT[name])
-    both = ("own", "swapped")
-    assert judge.violations(answer_of(), ("own",), []) == []
+    both = ["own", "swapped"]
+    assert judge.violations(answer_of(), ["own"], []) == []
     assert judge.violations(answer_of("swapped", "j"), both, []) == []
     assert judge.violations(answer_of("swapped", "i"), both, []) != []  # the other one's tokens
-    assert judge.violations(answer_of("own", "i"), ("swapped",), []) != []  # served no more
+    assert judge.violations(answer_of("own", "i"), ["swapped"], []) != []  # served no more
     assert judge.violations(answer_of("own", "k"), both, []) != []  # never deployed
     mixed = answer_of()
     mixed.choices.append(answer_of("swapped", "j").choices[0])
