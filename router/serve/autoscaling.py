@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.serve.config import AutoscalingContext
 
+from cluster.ray_private import draining_nodes
 from router.config.deployment import MAX_GATEWAYS, GatewayConfig, ReplicaScalingConfig
 
 BARE_S = 10.0
@@ -63,22 +64,30 @@ def gateway_options(gateway: GatewayConfig, nodes: Iterable[Mapping[str, Any]]) 
 
 
 class EachNode:
-    """Serve's autoscaling policy: as many replicas as there are nodes that can hold one."""
+    """Serve's autoscaling policy: as many replicas as there are nodes that can hold one.
+
+    A node that Ray drains counts no more. Otherwise Serve would look for another place for its
+    gateway, which no node has, and would keep the gateway until then.
+    """
 
     def __init__(self, num_cpus: float) -> None:
         self._num_cpus = num_cpus
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """Return the number of replicas, and no state of its own."""
-        return max(1, len(able_nodes(ray.nodes(), self._num_cpus))), {}
+        return max(1, len(able_nodes(ray.nodes(), self._num_cpus, draining_nodes()))), {}
 
 
-def able_nodes(nodes: Iterable[Mapping[str, Any]], num_cpus: float) -> list[str]:
-    """Return the ids of those of ``ray.nodes()`` that live and have CPUs for a gateway."""
+def able_nodes(
+    nodes: Iterable[Mapping[str, Any]], num_cpus: float, draining: Collection[str] = ()
+) -> list[str]:
+    """Return the ids of those of ``ray.nodes()`` that live, stay and have CPUs for a gateway."""
     return [
         node["NodeID"]
         for node in nodes
-        if node["Alive"] and node["Resources"].get("CPU", 0.0) >= max(num_cpus, 1e-4)
+        if node["Alive"]
+        and node["NodeID"] not in draining
+        and node["Resources"].get("CPU", 0.0) >= max(num_cpus, 1e-4)
     ]
 
 

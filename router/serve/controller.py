@@ -19,7 +19,7 @@ from ray.serve.schema import TracingConfig
 from cluster.controller.controller import Controller
 from cluster.controller.records.ledger import LedgerStore
 from cluster.controller.records.pool import ExpertPool
-from cluster.ray_private import ray_store, tracing_config
+from cluster.ray_private import draining_nodes, ray_store, tracing_config
 from cluster.reports import ClusterStatus
 from cluster.spec import PoolSpec
 from experts.remote import RemoteExpertActor
@@ -74,11 +74,13 @@ class ControllerDeployment(Controller):
             try:
                 async with asyncio.timeout(ASK_TIMEOUT_S):
                     nodes = await asyncio.to_thread(ray.nodes)
+                    draining = await asyncio.to_thread(draining_nodes)
             except (RayError, RuntimeError, TimeoutError) as error:
                 logger.warning("Ray did not list its nodes (%s)", type(error).__name__)
             else:
                 gateways = {gateway.node for gateway in self._members.of("gateway")}
-                self._bare.look(able_nodes(nodes, num_cpus), gateways, time.monotonic())
+                able = able_nodes(nodes, num_cpus, draining)
+                self._bare.look(able, gateways, time.monotonic())
             await asyncio.sleep(NODES_PERIOD_S)
 
     def _note_failed_deploy(self, reason: str) -> None:

@@ -15,11 +15,26 @@ NOBODY = "02:00:00:00:00:01"
 """An address that no interface has."""
 
 
+_UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+
+
 def enter(module: str, *arguments: str) -> NoReturn:
-    """Run a module anew, as root of namespaces of its own; needs no rights of this process."""
-    unshare = ["unshare", "--user", "--map-root-user", "--net"]
-    command = [*unshare, sys.executable, "-m", module, *arguments]
+    """Run a module anew, as root of namespaces of its own; needs no rights of this process.
+
+    They end with the module, however it ends, and with them every process in them. A shell is their
+    first process: it collects what Ray's processes leave behind.
+    """
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    command = [*_UNSHARE, "--mount-proc", *shell, sys.executable, "-m", module, *arguments]
     os.execvp(command[0], command)
+
+
+def why_not_permitted() -> str:
+    """Return why this process may make no namespaces, or nothing if it may."""
+    done = subprocess.run(
+        [*_UNSHARE, "--mount-proc", "ip", "link"], capture_output=True, text=True, check=False
+    )
+    return done.stderr.strip()
 
 
 class Network:
@@ -73,6 +88,16 @@ class Network:
         for here, there in ((a, b), (b, a)):
             neighbour = f"{self.address(there)} dev {_name(here, there)}"
             self._ip(here, f"neighbour del {neighbour}")
+
+    def cut_off(self, node: int) -> None:
+        """Lose all packets between a node and every other."""
+        for other in {0, *self._holders} - {node}:
+            self.cut(node, other)
+
+    def reconnect(self, node: int) -> None:
+        """Undo :meth:`cut_off`."""
+        for other in {0, *self._holders} - {node}:
+            self.heal(node, other)
 
     def close(self) -> None:
         """End the namespaces, once no process is in them."""

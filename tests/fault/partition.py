@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ray
 from ray import serve
@@ -27,6 +26,7 @@ from router.app import build
 from router.client import Client, Sampling
 from tests.fault.load import Case, Load
 from tests.fault.network import Network, enter
+from tests.fault.ray_nodes import RayNodes, wait_for
 
 HEAD, ROUTER, EXPERTS = range(3)
 PLACE = "place_of_an_expert"
@@ -34,7 +34,7 @@ MODEL, ACTORS, LENGTH, STREAMS, UNARY = "mesh-tiny", 3, 40, 3, 1
 CUT_S = 8.0
 """Longer than an actor may be silent; Ray declares a node dead after about twice as long."""
 SETTLED_S = 5.0
-DEADLINE_S, LIMIT_S, POLL_S = 60.0, 150.0, 0.2
+DEADLINE_S = 60.0
 PROMPTS = tuple(tuple(range(first, first + 6)) for first in (10, 30, 50, 70))
 """Token ids."""
 ARGS = {
@@ -55,7 +55,9 @@ def main() -> int:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "node_ip_address": network.address(HEAD)},
     )
-    workers: list[subprocess.Popen[bytes]] = []
+    logs = TemporaryDirectory()
+    nodes = RayNodes(network, Path(logs.name), os.environ)
+    join = f"--address={cluster.address}"
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
         serve.start(**serve_options())
@@ -67,53 +69,21 @@ def main() -> int:
         deployed.start()
         # One after the other, so that each part has one node with room for it.
         wait_for(lambda: running("Controller") and running("Gateway"), "controller and gateway run")
-        workers.append(start_node(network, cluster.address, ROUTER, 1, {}))
+        nodes.start(ROUTER, join, "--num-cpus=1")
         wait_for(lambda: running(f"Router-{MODEL}"), "the router runs")
-        workers.append(start_node(network, cluster.address, EXPERTS, ACTORS, {PLACE: ACTORS}))
+        places = json.dumps({PLACE: ACTORS})
+        nodes.start(EXPERTS, join, f"--num-cpus={ACTORS}", f"--resources={places}")
         deployed.join()
         with Client(f"127.0.0.1:{grpc_port}", retry=None) as client:
             print(json.dumps(cut_twice(network, client)))
     finally:
         serve.shutdown()
         ray.shutdown()
-        for worker in workers:
-            worker.terminate()
-            worker.wait()
+        nodes.stop()
         cluster.shutdown()
+        logs.cleanup()
         network.close()
     return 0
-
-
-def start_node(
-    network: Network, address: str, node: int, num_cpus: int, resources: dict[str, int]
-) -> subprocess.Popen[bytes]:
-    """Start Ray on another node, and wait until it has joined.
-
-    Ray gives a node 30 s to start, which is little where many start on few cores: a start that
-    failed is repeated.
-    """
-    options = [
-        f"--address={address}",
-        f"--node-ip-address={network.address(node)}",
-        f"--num-cpus={num_cpus}",
-        f"--resources={json.dumps(resources)}",
-    ]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(network.inside(node, *command), stdout=subprocess.DEVNULL)
-
-    process = start()
-
-    def has_joined() -> bool:
-        nonlocal process
-        if process.poll() is not None:
-            process = start()
-        addresses = {n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
-        return network.address(node) in addresses
-
-    wait_for(has_joined, f"node {node} has joined")
-    return process
 
 
 def running(kind: str) -> bool:
@@ -123,15 +93,6 @@ def running(kind: str) -> bool:
         for application in serve.status().applications.values()
         for name, deployment in application.deployments.items()
     )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds."""
-    pause, deadline_s = threading.Event(), time.monotonic() + LIMIT_S
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{what}: not within {LIMIT_S} s")
-        pause.wait(POLL_S)
 
 
 def status_of(client: Client) -> ClusterStatus | None:

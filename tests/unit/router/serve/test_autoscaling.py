@@ -103,9 +103,13 @@ def test_each_node_that_comes_gets_a_gateway(
     told = AutoscalingConfig(**options["autoscaling_config"])
     assert (told.min_replicas, told.initial_replicas, told.upscale_delay_s) == (1, number, 0)
     policy = _resolve_policy_callable(told.policy)
+    draining: set[str] = set()
+    monkeypatch.setattr("ray._private.state.state.get_draining_nodes", lambda: draining)
     for now in (cpus, (*cpus, 2.0)):
         monkeypatch.setattr("ray.nodes", lambda now=now: nodes(*now))
         assert policy(context({}, number, config=told))[0] == max(1, len(now))
+    draining.add("0")  # whose gateway has no other place to go to
+    assert policy(context({}, number, config=told))[0] == max(1, len(cpus))
 
 
 def test_a_gateway_on_each_node_does_not_follow_its_use() -> None:
