@@ -49,8 +49,8 @@ class Row:
 def read_table(lines: Iterable[str], has_header: bool | None) -> Table:
     """Read a CSV file; without ``has_header`` a first line with a cell that is no number is one.
 
-    Raises :class:`InvalidRequestError` with the line where the file is not valid CSV, has no rows, or
-    has a row longer than the header.
+    Raises :class:`InvalidRequestError` with the line where the file is not valid CSV, has no rows,
+    or has a row longer than the header.
     """
     reader = csv.reader(lines, strict=True)
     rows: list[tuple[int, Cells]] = []

@@ -65,9 +65,9 @@ def token_exposure(variables: Mapping[str, str]) -> str:
     The reason ends with what to run.
     """
     file, key = token_file(variables), Path(variables.get("RAY_TLS_SERVER_KEY", ""))
-    if file is not None and file.exists() and token_is_used(variables):
-        if reason := exposure(file, stat.S_IRWXG | stat.S_IRWXO):
-            return f"the file of Ray's token, {file}, {reason}"
+    is_used = file is not None and file.exists() and token_is_used(variables)
+    if file and is_used and (reason := exposure(file, stat.S_IRWXG | stat.S_IRWXO)):
+        return f"the file of Ray's token, {file}, {reason}"
     if ray_is_encrypted(variables) and key.is_file() and (reason := exposure(key)):
         return f"Ray's TLS key, {key}, {reason}"
     return ""
