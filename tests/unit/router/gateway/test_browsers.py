@@ -134,6 +134,6 @@ WRONG = {
 def test_a_wrong_name_in_the_file_is_refused(key: str, given: str) -> None:
     args = {"models": [{"id": "m", "path": "p"}], "gateway": {key: [given]}}
     with pytest.raises(
-        ConfigError, match=re.escape(f"args.gateway.{key}: Value error, '{given}' is no ")
+        ConfigError, match=re.escape(f"args.gateway.{key}: Value error, '{given}' must be ")
     ):
         parse_args(args)

@@ -158,7 +158,7 @@ def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
     with places.share_of("a") as crowd:
         crowd.take(8)
         with pytest.raises(
-            OverloadedError, match=r"at most 12 .*, 4 of them kept for other"
+            OverloadedError, match=r"at most 12 .*, 4 reserved for other"
         ) as full:
             crowd.take(1)
         assert full.value.retry_after_s == 1.0
@@ -191,7 +191,7 @@ def test_one_key_leaves_as_many_bytes_free_as_it_takes() -> None:
     alice, more, bob, last = (bodies.share_of(name) for name in ("alice", "alice", "bob", "bob"))
     alice.take(40)
     more.take(10)
-    with pytest.raises(OverloadedError, match="this key's request bodies take as many"):
+    with pytest.raises(OverloadedError, match="this key's request bodies would take more"):
         more.take(1)
     bob.take(25)
     with pytest.raises(OverloadedError, match="this key"):
