@@ -48,7 +48,7 @@ def test_requests_beyond_the_bound_are_refused_with_a_hint() -> None:
         body = {"model": "tiny", "prompt": ["in"] * 3}
         response = call(FakeUpstream(says("beginning")), COMPLETIONS, body, limits=limits)
         assert response.status_code == status
-    assert "at most 2 requests" in refusal(response, 429, None)
+    assert "at most 2 concurrent requests" in refusal(response, 429, None)
     assert response.headers["retry-after"] == "1"
 
 
