@@ -157,9 +157,7 @@ def test_a_model_leaves_half_of_an_even_share_to_each_other_one() -> None:
     places = Places(12, ["a", "b", "c"])  # two are kept for each
     with places.share_of("a") as crowd:
         crowd.take(8)
-        with pytest.raises(
-            OverloadedError, match=r"at most 12 .*, 4 reserved for other"
-        ) as full:
+        with pytest.raises(OverloadedError, match=r"at most 12 .*, 4 reserved for other") as full:
             crowd.take(1)
         assert full.value.retry_after_s == 1.0
         with places.share_of("b") as other, places.share_of("c") as third:
