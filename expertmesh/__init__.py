@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "router.client": "AsyncClient Client ClientTls Message MixtureInfo ModelInfo Prediction "
-    "PromptLogprobs Reply Sampling TensorInfo Token UnreachableError Usage",
+    "PromptLogprobs Reply RequestOptions Sampling TensorInfo Token UnreachableError Usage",
     "cluster.errors": "CancelledRequestError CheckpointError ConfigError DeadlineExceededError "
     "ExpertMeshError ExpertUnavailableError ForbiddenError InternalError InvalidRequestError "
     "ModelReplacedError OverloadedError PoisonedRequestError SlowReaderError TooLargeError "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from cluster.errors import ExpertMeshError
 from cluster.reports import ChangeReport, ClusterStatus, LoadStatus, RebalanceReport, UsageReport
@@ -21,7 +21,16 @@ from router.client.session import (
     AsyncSession,
 )
 from router.client.tls import ClientTls
-from router.client.types import Message, MixtureInfo, ModelInfo, Prediction, Reply, Sampling, Token
+from router.client.types import (
+    Message,
+    MixtureInfo,
+    ModelInfo,
+    Prediction,
+    Reply,
+    RequestOptions,
+    Sampling,
+    Token,
+)
 from router.client.wire import (
     conversation,
     first_model,
@@ -89,23 +98,18 @@ class AsyncClient:
         messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        on_expert_loss: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
+        **options: Unpack[RequestOptions],
     ) -> list[Reply]:
         """Return all choices of a prompt (text or token ids) or of ``messages``, by index.
 
         Exactly one of the two is given. The model's chat template renders ``messages``, and the
-        reply is the assistant's next message. An empty ``model`` is the first served model.
-        ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the
-        deployment's. A request of a lower ``priority`` is handled earlier. Only requests with the
-        same ``cache_salt`` share the key/value cache of a prompt. Raises
-        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
+        reply is the assistant's next message. An empty ``model`` is the first served model. The
+        ``options`` are those of :class:`RequestOptions`: ``on_expert_loss``, ``priority`` and
+        ``cache_salt``. Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no
+        server answers.
         """
         model = model or await self._first_model()
-        request = generate_request(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
-        )
+        request = generate_request(prompt, messages, sampling, model, timeout_s, options)
         attempts = Attempts(request, timeout_s, self._session.retries())
         with self._session.unknown_model_forgotten():
             return attempts.whole(await self._retried(attempts, self._session.inference.Generate))
@@ -118,9 +122,7 @@ class AsyncClient:
         messages: Sequence[Message] = (),
         model: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        on_expert_loss: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[Reply, None]:
         """Yield pieces of all choices as they come; see :meth:`generate` for the arguments.
 
@@ -129,9 +131,7 @@ class AsyncClient:
         Python finalises the generator. Raises as :meth:`generate` does, at any piece.
         """
         model = model or await self._first_model()
-        request = generate_request(
-            prompt, messages, sampling, model, timeout_s, on_expert_loss, priority, cache_salt
-        )
+        request = generate_request(prompt, messages, sampling, model, timeout_s, options)
         attempts = Attempts(request, timeout_s, self._session.retries())
         with self._session.unknown_model_forgotten():
             while not attempts.all_finished():
@@ -158,8 +158,8 @@ class AsyncClient:
         """Return a mixture's outputs for the rows of ``inputs``, arrays [P, *shape] by name.
 
         The dtypes are the inputs' own; :meth:`mixture_info` returns them. ``outputs`` are the names
-        of the wanted outputs; by default all. ``on_expert_loss`` is as in :meth:`generate`. Raises
-        :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
+        of the wanted outputs; by default all. ``on_expert_loss`` is as in :class:`RequestOptions`.
+        Raises :class:`ExpertMeshError`, and :class:`UnreachableError` when no server answers.
         """
         from router.client.prediction import PredictionAttempts, request_of
 

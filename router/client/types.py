@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from cluster.errors import UnavailableError
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
@@ -145,3 +145,16 @@ class Sampling:
     structured_outputs: Mapping[str, Any] | None = None
     return_routed_experts: bool | None = None
     routed_experts: ArrayLike | None = field(default=None, compare=False)
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may say beside its prompt and sampling; the names are the message's fields.
+
+    ``on_expert_loss`` is ``strict``, ``next_expert`` or ``drop``; the default is the deployment's.
+    A request of a lower ``priority`` is handled earlier. Only requests with the same ``cache_salt``
+    share the key/value cache of a prompt.
+    """
+
+    on_expert_loss: str | None
+    priority: int
+    cache_salt: str

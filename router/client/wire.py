@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from cluster.errors import ExpertMeshError, InvalidRequestError, UnknownModelError
-from router.client.types import Message, ModelInfo, Reply, Sampling, Token, UnreachableError
+from router.client.types import (
+    Message,
+    ModelInfo,
+    Reply,
+    RequestOptions,
+    Sampling,
+    Token,
+    UnreachableError,
+)
 from router.messages.request import PromptLogprobs, TokenLogprobs, Usage
 from router.messages.routed import LITTLE_ENDIAN
 from router.protos import inference_pb2
@@ -57,11 +65,14 @@ def generate_request(
     sampling: Sampling | None,
     model: str,
     timeout_s: float,
-    on_expert_loss: str | None,
-    priority: int,
-    cache_salt: str,
+    options: RequestOptions,
 ) -> Any:
-    """Return a ``GenerateRequest``; raises as :func:`sendable`. The server checks all else."""
+    """Return a ``GenerateRequest``; the server checks the values.
+
+    Raises ``TypeError`` for an unknown option, and else as :func:`sendable`.
+    """
+    if unknown := options.keys() - RequestOptions.__annotations__.keys():
+        raise TypeError(f"a request has no option {', '.join(sorted(unknown))}")
     with sendable():
         request = inference_pb2.GenerateRequest(
             model=model,
@@ -69,9 +80,7 @@ def generate_request(
             messages=conversation(messages),
             sampling=sampling_message(sampling or Sampling()),
             timeout_s=timeout_s,
-            on_expert_loss=on_expert_loss,
-            priority=priority or None,
-            cache_salt=cache_salt or None,
+            **{name: value or None for name, value in options.items()},
         )
         if prompt is not None and not isinstance(prompt, str):
             request.prompt_token_ids.SetInParent()

@@ -99,6 +99,8 @@ async def test_what_no_message_can_carry_is_refused_before_it_is_sent() -> None:
         for sampling in (Sampling(seed=2**63), Sampling(temperature="hot")):  # type: ignore
             with pytest.raises(InvalidRequestError, match="cannot be sent"):
                 await client.generate("in", sampling, model="tiny")
+        with pytest.raises(TypeError, match="a request has no option salt"):
+            await client.generate("in", model="tiny", salt="a")  # type: ignore[call-arg]
 
 
 def test_the_synchronous_client_is_made_of_the_asynchronous_one() -> None:
