@@ -25,8 +25,9 @@ class Oracle:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._known: dict[tuple[object, ...], list[Choice]] = {}
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        for prompt in prompts[:AGREED_PROMPTS]:
-            [[event]] = self._process.generate(greedy_request("agreed", prompt, AGREED_TOKENS))
+        for number, prompt in enumerate(prompts[:AGREED_PROMPTS]):
+            request = greedy_request(f"agreed-{number}", prompt, AGREED_TOKENS)
+            [[event]] = self._process.generate(request)
             if event.token_ids != transformers_tokens(model, prompt, AGREED_TOKENS):
                 raise RuntimeError(f"transformers has other tokens for {prompt}")
 
