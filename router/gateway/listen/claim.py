@@ -134,6 +134,8 @@ class Claim:
 
     def close(self) -> None:
         """Answer nobody any more, and close the sockets; other gateways keep theirs."""
+        if self._lock.fileno() < 0:
+            return
         # While another gateway has the socket, a closed one would still wake this event loop.
         asyncio.get_running_loop().remove_reader(self._lock)
         self._answering.cancel()

@@ -50,6 +50,10 @@ class Connections:
         self._has_room = asyncio.Event()
         self._has_room.set()
 
+    def has_room(self) -> bool:
+        """Return whether there may be one more."""
+        return self._has_room.is_set()
+
     async def wait_for_room(self) -> None:
         """Return once there may be one more; the one that has been idle for longest gives way."""
         if not self._has_room.is_set() and self._idle:
@@ -212,10 +216,14 @@ class HttpListener:
         self,
         app: ASGIApp,
         sockets: Sequence[socket.socket],
+        close: Callable[[], None],
         limits: ListenConfig,
         tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
-        """Accept nothing yet; ``tls`` returns the context of a new connection."""
+        """Accept nothing yet; ``tls`` returns the context of a new connection.
+
+        ``close`` closes the sockets.
+        """
         config = uvicorn.Config(
             app,
             ws="none",
@@ -229,7 +237,8 @@ class HttpListener:
         )
         config.load()
         self._server = uvicorn.Server(config)
-        self._sockets, self._limits, self._tls = sockets, limits, tls
+        self._sockets, self._close = sockets, close
+        self._limits, self._tls = limits, tls
         self._connections = Connections(limits)
         self._tasks: list[asyncio.Task[None]] = []
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -246,10 +255,11 @@ class HttpListener:
         return self._connections.total
 
     async def stop(self, grace_s: float) -> None:
-        """Accept nothing more, and return once all connections are closed.
+        """Close the sockets, and return once all connections are closed.
 
+        Connections that wait to be accepted are accepted first, since closing would reset them.
         Requests under way go on, and so do those that come on kept connections. What is left after
-        ``grace_s`` is cut off. The sockets stay open: they are of the claim.
+        ``grace_s`` is cut off.
         """
         self._connections.drain = True
         state = self._server.server_state
@@ -258,6 +268,11 @@ class HttpListener:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks[1:], return_exceptions=True)
+        for one in self._sockets:
+            with suppress(OSError):  # nothing waits any more
+                while self._connections.has_room():
+                    self._accept_one(one)
+        self._close()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 while self._connections.total:
@@ -273,22 +288,25 @@ class HttpListener:
             await self._connections.wait_for_room()
             await wait_readable(listening)
             try:
-                accepted, address = listening.accept()
+                self._accept_one(listening)
             except BlockingIOError:  # another gateway was quicker
                 continue
             except OSError as error:  # no descriptors are left, or the client has gone
                 logger.warning("HTTP: could not accept a connection: %s", error)
                 await asyncio.sleep(_ACCEPT_RETRY_S)
-                continue
-            if not self._connections.enter(str(address[0])):
-                accepted.close()
-                self._log_refusal(str(address[0]))
-                continue
-            accepted.setblocking(False)
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task = asyncio.create_task(self._connect(accepted, str(address[0])))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+
+    def _accept_one(self, listening: socket.socket) -> None:
+        """Serve a connection that waits; raises ``OSError`` where none can be accepted."""
+        accepted, (address, *_) = listening.accept()
+        if not self._connections.enter(str(address)):
+            accepted.close()
+            self._log_refusal(str(address))
+            return
+        accepted.setblocking(False)
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        task = asyncio.create_task(self._connect(accepted, str(address)))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
 
     def _log_refusal(self, address: str) -> None:
         if num_refused := self._log_limit.count():

@@ -54,6 +54,7 @@ class Listeners:
         """Open nothing yet. gRPC describes its services where everybody may use them."""
         self._listen, self._app, self._certificates = listen, app, certificates
         self._claims: list[Claim] = []
+        """Of the gRPC ports."""
         self._http: list[HttpListener] = []
         self._giving_back: asyncio.Task[None] | None = None
         self._clients, self._operators = (
@@ -105,6 +106,7 @@ class Listeners:
         listener = HttpListener(
             app,
             claimed.sockets,
+            claimed.close,
             self._listen,
             None if certificates is None else lambda: certificates.current().context,
         )
@@ -113,6 +115,7 @@ class Listeners:
 
     async def _open_grpc(self, application: str, key: str, listener: GrpcListener) -> None:
         claimed = await self._claim(application, key, listens=False)
+        self._claims.append(claimed)
         address, port = claimed.sockets[0].getsockname()[:2]
         await listener.start(address, port, f"{SECTION}.{key}")
 
@@ -124,9 +127,7 @@ class Listeners:
         def make() -> list[socket.socket]:
             return [open_socket(address, port, where, listens=listens)]
 
-        claimed = await claim(address, port, application, make, where)
-        self._claims.append(claimed)
-        return claimed
+        return await claim(address, port, application, make, where)
 
 
 async def _give_back() -> None:

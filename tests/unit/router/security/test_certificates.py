@@ -146,6 +146,7 @@ async def test_an_http_port_shows_each_new_certificate_and_keeps_its_connections
     listener = HttpListener(
         PlainTextResponse("here"),
         [listening],
+        listening.close,
         ListenConfig(),
         lambda: certificates.current().context,
     )

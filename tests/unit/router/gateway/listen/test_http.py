@@ -63,7 +63,7 @@ async def served(
     app = Echo()
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.setblocking(False)
-        listener = HttpListener(app, [listening], limits)
+        listener = HttpListener(app, [listening], listening.close, limits)
         listener.start()
         try:
             yield listener, app, listening.getsockname()
@@ -231,6 +231,23 @@ async def test_what_does_not_end_in_time_is_cut_off() -> None:
         await listener.stop(0.05)
         [left] = await asyncio.gather(waiting, return_exceptions=True)
         assert left == b"" or isinstance(left, ConnectionError)
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+@in_loop
+async def test_connections_that_wait_at_its_end_are_answered_and_later_ones_refused(
+    count: int,
+) -> None:
+    async with served() as (listener, _, address):
+        waiting = [socket.create_connection(address) for _ in range(count)]
+        for one in waiting:
+            one.sendall(HEAD + b"\r\n")
+        await listener.stop(20)  # the first time that the loop runs
+        for one in waiting:
+            with one, one.makefile("rb") as answer:
+                assert answer.read().endswith(b"/path ")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
 
 
 @in_loop
