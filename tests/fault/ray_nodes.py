@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.fault.network import Network
+from tests.fault.signals import is_running
 
 LIMIT_S, POLL_S, END_S = 150.0, 0.2, 10.0
 
@@ -41,10 +42,11 @@ class RayNodes:
         """
         address = f"--node-ip-address={self._network.address(node)}"
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", address, *options]
-        log = self._folder / f"node-{node}.log"
+        log = self._log(node)
 
         def has_joined() -> bool:
             if not self.is_up(node):
+                self._end(node)
                 with log.open("wb") as output:
                     self._running[node] = subprocess.Popen(
                         self._network.inside(node, *ray),
@@ -57,14 +59,32 @@ class RayNodes:
         wait_for(has_joined, f"node {node} has joined")
 
     def is_up(self, node: int) -> bool:
-        """Return whether Ray runs on a node."""
-        return node in self._running and self._running[node].poll() is None
+        """Return whether Ray runs on a node, or is about to.
+
+        ``ray start --block`` goes on where its raylet has ended well, as that of a drained node.
+        """
+        if node not in self._running or self._running[node].poll() is not None:
+            return False
+        return b"--block" not in self._log(node).read_bytes() or bool(self._raylets(node))
 
     def end_raylet(self, node: int) -> None:
         """Kill the raylet of a node, with which its Ray ends."""
-        children = psutil.Process(self._running[node].pid).children()
-        next(child for child in children if child.name() == "raylet").kill()
+        self._raylets(node)[0].kill()
         wait_for(lambda: not self.is_up(node), f"Ray ends on node {node}")
+
+    def _raylets(self, node: int) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self._running[node].pid).children()
+            return [one for one in children if one.name() == "raylet" and is_running(one.pid)]
+        return []
+
+    def _log(self, node: int) -> Path:
+        return self._folder / f"node-{node}.log"
+
+    def _end(self, node: int) -> None:
+        if process := self._running.pop(node, None):
+            process.terminate()
+            process.wait(LIMIT_S)
 
     def stop(self) -> None:
         """End all nodes; what is left ends with the namespaces."""
