@@ -25,9 +25,9 @@ LOSE, CUT, DRAIN = "kill a raylet", "cut a link", "drain a machine"
 DRAIN_ACTOR, SCALE, COPIES, REBALANCE = "drain an actor", "scale", "copies", "rebalance"
 REDEPLOY = "redeploy"
 KINDS = (*SIGNALS, LOSE, CUT, DRAIN, DRAIN_ACTOR, SCALE, COPIES, REBALANCE, REDEPLOY)
-ONCE = ({LOSE, CUT, DRAIN}, {SCALE, DRAIN_ACTOR})
+ONCE = ({LOSE, CUT, DRAIN}, {SCALE, DRAIN_ACTOR, COPIES})
 """An episode has one of each at most: with both workers lost at once some experts have no copy, and
-of two changes of the number of actors the order decides the end."""
+of two changes of the number of actors, which bounds the copies, the order decides the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class Faults:
             return ["drain", machines[event.worker].node]
         if kind == COPIES:
             which = [str(choice % LAYERS), str(choice % EXPERTS)] if choice % 3 else ["all"]
-            return [kind, MODEL, *which, str(2 + choice % 2)]
+            return [kind, MODEL, *which, str(min(2 + choice % 2, self._actors))]
         if kind == REBALANCE:
             return [kind]
         if kind == DRAIN_ACTOR and self._actors > FEWEST:

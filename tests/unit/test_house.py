@@ -18,7 +18,7 @@ MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
     ("cluster", "expertmesh", "experts", "router"): 57_200,
     ("workshop",): 14_200,
-    ("benchmarks",): 9_810,
+    ("benchmarks",): 9_890,
     ("tests",): 91_200,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
