@@ -17,6 +17,9 @@ from tests.fault.signals import is_running, is_stopped, kill, let_go, stop
 
 ATTEMPTS, AGAIN_S = 5, 3.0
 """How often an operator gives a command that fails beside a fault, and the time between."""
+LATE_S, LATE_AFTER_CUT_S = 10.0, 30.0
+"""How long after a fault the cluster may still change. Serve notices up to 30 s after a cut that a
+call of its own was lost, and replaces the gateway."""
 LAYERS, EXPERTS, FEWEST, MOST = 4, 8, 2, 4
 """Of the model; and how few and how many actors there may be."""
 SIGNALS = [f"{what} {part}" for what in ("kill", "freeze") for part in (
@@ -74,8 +77,12 @@ class Faults:
         return [one.what for one in self._served if one.overlaps(began_s, ended_s)], found
 
     def become_calm(self) -> None:
-        """Wait until every part is there; the faults so far end then. Raises ``TimeoutError``."""
+        """Wait until every part is there, and still is; the faults so far end then.
+
+        Raises ``TimeoutError``.
+        """
         began_s = time.monotonic()
+        is_cut = any(one.what == CUT and one.ended_s > began_s for one in self._faults)
 
         def is_calm() -> bool:
             for machine in WORKERS:
@@ -86,6 +93,11 @@ class Faults:
 
         try:
             wait_for(is_calm, "calm")
+            while self._faults:
+                threading.Event().wait(LATE_AFTER_CUT_S if is_cut else LATE_S)
+                if is_calm():
+                    break
+                wait_for(is_calm, "calm again")
         except TimeoutError as error:
             raise TimeoutError(f"{error}: {self._missing}") from None
         now_s = time.monotonic()
