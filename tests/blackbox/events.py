@@ -70,6 +70,8 @@ class Faults:
         self._served = [Fault(next(iter(weights)), 0.0)]
         self._actors, self._missing = ACTORS, ""
         self._told: Any = None
+        self._nodes: dict[int, str] = {}
+        """Ray's node of each machine, when the cluster was calm last."""
 
     def around(self, began_s: float, ended_s: float) -> tuple[list[str], list[Fault]]:
         """Return the weights that may have been served, and the faults, of this time."""
@@ -100,6 +102,8 @@ class Faults:
                 wait_for(is_calm, "calm again")
         except TimeoutError as error:
             raise TimeoutError(f"{error}: {self._missing}") from None
+        gateways = self._told.gateways
+        self._nodes = {self._machines.machine_of(one.pid): one.node for one in gateways}
         now_s = time.monotonic()
         for fault in [*self._faults, *self._served[:-1]]:
             fault.ended_s = min(fault.ended_s, now_s)
@@ -195,8 +199,7 @@ class Faults:
         if kind == REDEPLOY:
             return [kind, next(name for name in self._weights if name != self._served[-1].what)]
         if kind == DRAIN:
-            machines = {self._machines.machine_of(one.pid): one for one in self._told.gateways}
-            return ["drain", machines[event.worker].node]
+            return ["drain", self._nodes[event.worker]]
         if kind == COPIES:
             which = [str(choice % LAYERS), str(choice % EXPERTS)] if choice % 3 else ["all"]
             return [kind, MODEL, *which, str(min(2 + choice % 2, self._actors))]
