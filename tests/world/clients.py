@@ -179,26 +179,29 @@ class Client:
     async def _read(
         self, request: GenerationRequest, events: AsyncGenerator[TokenEvent, None], answer: Answer
     ) -> None:
-        plan = answer.plan
         async for event in events:
-            choice = answer.choices[event.index]
-            if event.start != len(choice.token_ids):
-                answer.error = f"tokens from {event.start} after {len(choice.token_ids)}"
-                return
-            if answer.first_at_s is None:
-                answer.first_at_s = self._world.kernel.now_s
-            choice.token_ids += event.token_ids
-            choice.identity = event.identity or choice.identity
-            choice.forgot_exact |= event.exact and not choice.is_exact
-            choice.is_exact = event.exact
-            choice.finish_reason = event.finish_reason
-            if all(c.finish_reason for c in answer.choices):
-                return
-            got = sum(len(c.token_ids) for c in answer.choices)
-            if plan.cancel_after is not None and got >= plan.cancel_after:
-                answer.is_cancelled = True
+            if self._take(event, answer):
                 return
         answer.error = "the stream ended early"
+
+    def _take(self, event: TokenEvent, answer: Answer) -> bool:
+        """Take new tokens; returns whether the client wants no more."""
+        plan, choice = answer.plan, answer.choices[event.index]
+        if event.start != len(choice.token_ids):
+            answer.error = f"tokens from {event.start} after {len(choice.token_ids)}"
+            return True
+        if answer.first_at_s is None:
+            answer.first_at_s = self._world.kernel.now_s
+        choice.token_ids += event.token_ids
+        choice.identity = event.identity or choice.identity
+        choice.forgot_exact |= event.exact and not choice.is_exact
+        choice.is_exact = event.exact
+        choice.finish_reason = event.finish_reason
+        if all(c.finish_reason for c in answer.choices):
+            return True
+        got = sum(len(c.token_ids) for c in answer.choices)
+        answer.is_cancelled = plan.cancel_after is not None and got >= plan.cancel_after
+        return answer.is_cancelled
 
 
 def plans(source: random.Random, begin_s: float, end_s: float, num_clients: int) -> list[Plan]:

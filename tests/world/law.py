@@ -173,6 +173,8 @@ class Law:
             self.broken(
                 "answers come in time", f"{took_s:.2f} s of {plan.timeout_s:g} at {plan.at_s:.3f}"
             )
+        if self._world.keys.judges(answer):
+            return
         if answer.error in ("InternalError", "PoisonedRequestError") and is_poison(answer):
             return
         if answer.error == "InternalError" and self._world.may_be_internal(answer):
@@ -222,6 +224,7 @@ class Law:
                 "streams": upstream._num_streams,
                 "routes": len(upstream._link._routes),
                 "calls": _unanswered(upstream),
+                **replica.handle.instance.kept(),
                 **self._tasks(replica.process),
             }
         for handle in world.cluster.actors.values():

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tests.world.clients import Plan, plans
+from tests.world.gateways import with_keys
 from tests.world.rarities import draw_flood, draw_rarity, with_rarity
 
 BEGIN_S = 3.0
@@ -39,6 +40,8 @@ class Setting:
     autoscales: bool = False
     tls: bool = False
     """Whether streams between hosts are encrypted."""
+    keys: bool = False
+    """Whether gateways ask for keys."""
     is_deleted: bool = False
     """Whether the application is deleted at the end."""
     calm_s: float = CALM_S
@@ -131,7 +134,7 @@ def draw(seed: int) -> Scenario:
         events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
-    return scenario if rarity is None else with_rarity(scenario, rarity)
+    return with_keys(scenario, BEGIN_S) if rarity is None else with_rarity(scenario, rarity)
 
 
 def _pick(source: random.Random, weights: dict[str, int]) -> str:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 import torch
 
 from cluster.controller.controller import Controller
@@ -26,12 +25,9 @@ from router.config.deployment import RouterConfig
 from router.config.experts import ExpertsConfig, TlsConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
-from router.gateway.upstream.affinity import keys_of_call
-from router.gateway.upstream.deployment import Deployment
-from router.gateway.upstream.ray_upstream import RayUpstream
-from router.gateway.upstream.router_links import RouterCalls
 from router.served import ServedModel
-from tests.world.clients import Answer, Client, Plan
+from tests.world.clients import MODEL, Answer, Client, Plan
+from tests.world.gateways import Gateway, client_of
 from tests.world.happenings import Happenings
 from tests.world.kernel import Process, current_process, running
 from tests.world.law import Breach, Law
@@ -39,7 +35,8 @@ from tests.world.law_of_copies import LawOfCopies
 from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
-from tests.world.law_of_queues import MAX_HELD, MAX_WAITING
+from tests.world.law_of_keys import LawOfKeys
+from tests.world.law_of_queues import MAX_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
 from tests.world.model import (
     DTYPE,
@@ -61,7 +58,6 @@ from tests.world.streams import StreamLoop
 from tests.world.weather import Event, Scenario, Setting
 
 APP = "world"
-MODEL = "exact"
 TLS = TlsConfig(certificate="certificate", key="key", authority="authority")
 SLOTS = 6
 """The actors that fit on a node."""
@@ -125,23 +121,6 @@ class Outcome:
     """All processes that there ever were."""
 
 
-class Gateway:
-    """A gateway's part of its process: upstream of its HTTP and gRPC."""
-
-    def __init__(self, world: World, model: str) -> None:
-        serve = world.serve
-        self.deployment = Deployment(
-            serve.handle("controller"), [MODEL], "strict", lambda: serve.app_is_wanted(APP),
-            lambda: False, lambda: None, lambda uses: None,
-        )  # fmt: skip
-        node = ray.get_runtime_context().get_node_id()
-        calls = RouterCalls(
-            serve.handle("router"), model, node, "generate", None, lambda transport: None,
-            keys_of_call,
-        )  # fmt: skip
-        self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MAX_HELD)
-
-
 class World:
     """A deployment and its faults; :meth:`run` lets time pass."""
 
@@ -155,6 +134,7 @@ class World:
         self.serve = Serve(self.cluster)
         self.operator = self.kernel.process("operator", HEAD)
         self.law = Law(self)
+        self.keys = LawOfKeys(self)
         self.cluster.on_record = self.law.ledger_written
         self.cluster.on_kill = self.law.killed
         self.ends = LawOfEnds(self)
@@ -330,7 +310,7 @@ class World:
             "router",
             Version(router, setting.num_routers, lambda made: made.is_its_turn(), self._end_router),
         )
-        gateways = Version(lambda: Gateway(self, model.key), setting.num_gateways)
+        gateways = Version(lambda: Gateway(self, model), setting.num_gateways)
         self.serve.deploy("gateway", gateways)
 
     async def _end_router(self, made: RouterReplica) -> None:
@@ -554,7 +534,7 @@ def run(scenario: Scenario) -> Outcome:
     world, calm_s = World(scenario.seed, scenario.setting), scenario.setting.calm_s
     try:
         world.deploy("a")
-        client = Client(world)
+        client = client_of(world)
         for plan in scenario.plans:
             client.send(plan)
         world.happenings.plan(scenario.events)
@@ -578,6 +558,7 @@ def run(scenario: Scenario) -> Outcome:
         world.law.answers(client.answers, world.identities)
         look_at_times(world, client.answers)
         look_at_frames(world)
+        world.keys.look()
         world.law.nothing_left()
         if any(event.kind == "orphaned" for event in scenario.events):
             world.ends.orphaned()
@@ -590,7 +571,7 @@ def run(scenario: Scenario) -> Outcome:
 
 def _probe(world: World) -> None:
     """Ask a healed deployment, and judge the answers strictly."""
-    probes = Client(world)
+    probes = client_of(world)
     source = random.Random(world.seed)
     for _ in range(PROBES):
         prompt = tuple(source.randrange(VOCAB) for _ in range(4))
