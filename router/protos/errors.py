@@ -7,6 +7,7 @@ names the field, and a ``RetryInfo`` where trying again can help.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ _BY_GRPC = {grpc_code: code for code, grpc_code in GRPC_CODES.items()}
 # every byte that is not ASCII written as three.
 MAX_MESSAGE_BYTES = 800
 MAX_FIELD_BYTES = 200
+_ROUNDING_MS = 1e-6
 
 
 def grpc_error(error: ExpertMeshError) -> tuple[grpc.StatusCode, str, bytes]:
@@ -41,7 +43,8 @@ def grpc_error(error: ExpertMeshError) -> tuple[grpc.StatusCode, str, bytes]:
         _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_s is not None:
         delay = Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        # Rounded up: whoever comes back a part of a millisecond early is refused again.
+        delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000 - _ROUNDING_MS))
         _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return code, details, status.SerializeToString()
 

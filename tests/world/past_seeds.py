@@ -13,6 +13,8 @@ from tests.world.weather import Scenario
 
 FOLDER = Path(__file__).parent / "past"
 STORIES = {
+    "seed-15": "A quota said over gRPC when to come back, rounded to the nearest millisecond; who "
+    "came back then was a part of a millisecond early, and was refused again.",
     "seed-86": "At a redeploy with fewer actors a node's memory is full, and its actors are ended "
     "with all experts that they serve, since they cannot load the rest of their new share. Then "
     "an actor waited for its own relief for ever.",

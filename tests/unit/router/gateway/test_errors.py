@@ -46,6 +46,13 @@ def test_a_typed_error_survives_grpc(code: Code, retry_after_s: float | None) ->
     assert is_from_server(grpc_error(error)[2])
 
 
+def test_who_comes_back_at_the_time_that_grpc_says_is_not_early() -> None:
+    error = error_from_wire(
+        {"code": Code.RESOURCE_EXHAUSTED, "message": "", "field": "", "retry_after_s": 0.4712}
+    )
+    assert error_from_grpc(*grpc_error(error)).retry_after_s == 0.472
+
+
 def test_a_bad_field_is_a_field_violation() -> None:
     code, details, packed = grpc_error(InvalidRequestError("must be odd", "sampling.n"))
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.n: must be odd")
