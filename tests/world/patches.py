@@ -36,10 +36,10 @@ import router.engine.replica
 from cluster.controller.changes.anti_affinity import AntiAffinity
 from cluster.controller.records.state import ClusterState
 from cluster.tls import TlsFiles
-from cluster.transport.stream.channel import Channel
 from tests.world import locks, sockets
 from tests.world.kernel import PROCESS, ProcessExit, Thread, current_process
 from tests.world.model import ExactCheckpoint
+from tests.world.natives import native_table
 from tests.world.ray_api import HEAD, NodeAffinity
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _of_the_product(world: World) -> Table:
         (TlsFiles, "server_context", lambda files, where="": sockets.Tls()),
         (TlsFiles, "client_context", lambda files: sockets.Tls()),
         (cluster.transport.stream.connect, "wait", sockets.wait),
-        (Channel, "_native", None),
+        *native_table(world),
         (cluster.controller.controller, "app_is_wanted", world.serve.app_is_wanted),
         (router.engine.replica, "app_is_wanted", world.serve.app_is_wanted),
         (ClusterState, "publish", published),

@@ -7,11 +7,14 @@ import selectors
 import socket as real
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from tests.world.kernel import Waiter, kernel
 from tests.world.network import Address, End, Listener, Network
 
 _numbers = itertools.count(100)
+by_number: WeakValueDictionary[int, Socket] = WeakValueDictionary()
+"""The sockets by their descriptors."""
 RECORD_BYTES = 200
 """The most bytes of a TLS record."""
 
@@ -28,6 +31,7 @@ class Socket:
     ) -> None:
         self.family = family
         self._number = next(_numbers)
+        by_number[self._number] = self
         self._timeout_s: float | None = None
         self._bound: Address | None = None
         self._end: End | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.world.clients import Plan, plans
 from tests.world.gateways import with_keys
+from tests.world.natives import with_native
 from tests.world.rarities import draw_flood, draw_rarity, with_rarity
 
 BEGIN_S = 3.0
@@ -40,6 +41,8 @@ class Setting:
     autoscales: bool = False
     tls: bool = False
     """Whether streams between hosts are encrypted."""
+    native: bool = False
+    """Whether streams and layers are those of native code."""
     keys: bool = False
     """Whether gateways ask for keys."""
     is_deleted: bool = False
@@ -134,7 +137,9 @@ def draw(seed: int) -> Scenario:
         events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
-    return with_keys(scenario, BEGIN_S) if rarity is None else with_rarity(scenario, rarity)
+    if rarity is not None:
+        return with_rarity(scenario, rarity)
+    return with_native(with_keys(scenario, BEGIN_S))
 
 
 def _pick(source: random.Random, weights: dict[str, int]) -> str:
