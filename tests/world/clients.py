@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.world.serve_api import Replica
     from tests.world.world import World
 
-MODEL = "exact"
+MODEL, MIXTURE = "exact", "mixture"
 BEGINNINGS = (tuple(range(100, 109)), (*range(100, 105), *range(200, 208)))
 """What many prompts begin with: pages of the cache that the first has are shared with the second,
 since their first page is the same."""
@@ -41,6 +41,7 @@ class Plan:
     priority: int = 0
     tenant: str = ""
     """The name of the client's key; empty where there are no keys."""
+    model: str = MODEL
 
 
 @dataclass

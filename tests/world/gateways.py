@@ -41,6 +41,7 @@ from router.security.keyring import Keyring
 from router.served import ServedModel
 from tests.world.clients import MODEL, Answer, Client, Plan
 from tests.world.law_of_queues import MAX_HELD
+from tests.world.mixtures import PredictingClient, predictions_of
 from tests.world.model import VOCAB
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Gateway:
             keys_of_call,
         )  # fmt: skip
         self.upstream = RayUpstream(self.deployment, {MODEL: calls}, MAX_HELD)
+        self.predictions = predictions_of(world, model.identity, self.deployment)
         if metrics is not None and charges is not None:
             limits = GatewayConfig()
             self.room = Room(limits, [MODEL])
@@ -105,9 +107,10 @@ class Gateway:
 
     def kept(self) -> dict[str, int]:
         """Return what is kept for callers under way."""
+        found = {} if self.predictions is None else {"answers": len(self.predictions._answers)}
         if self.charges is None:
-            return {}
-        return {
+            return found
+        return found | {
             "held tokens": sum(one.held_tokens for one in self.charges._accounts.values()),
             "places": self.room.places.taken,
             "bytes of bodies": self.room.bodies.taken,
@@ -258,7 +261,9 @@ class KeyedClient(Client):
 
 def client_of(world: World) -> Client:
     """Return a new client of a world's gateways."""
-    return KeyedClient(world) if world.setting.keys else Client(world)
+    if world.setting.keys:
+        return KeyedClient(world)
+    return PredictingClient(world) if world.setting.mixture else Client(world)
 
 
 def key_of(name: str) -> str:

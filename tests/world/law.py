@@ -18,6 +18,7 @@ from tests.world.clients import Answer
 from tests.world.kernel import Process
 from tests.world.law_of_queues import look_at_queues, unsent_bytes
 from tests.world.law_of_time import is_poison, is_too_short
+from tests.world.mixtures import kept_by_mixtures
 from tests.world.model import tokens_of
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class Law:
     def kept(self) -> dict[str, dict[str, int]]:
         """Return what each process keeps for requests, without the processes that keep nothing."""
         world = self._world
-        found = {}
+        found = dict(kept_by_mixtures(world))
         for replica in world.serve.deployments["router"].running():
             found[replica.process.name] = self._router(replica.handle.instance, replica.process)
         for replica in world.serve.deployments["gateway"].running():

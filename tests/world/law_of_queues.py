@@ -19,6 +19,8 @@ MAX_HELD = 64
 """The choices that a gateway holds of one model."""
 MAX_FRAME_BYTES = 64 << 10
 """The tokens of a step, by which a link may pass its bound."""
+MIXTURE_LANES = 2
+"""The lanes of a mixture's router, each of which connects to actors as a router does."""
 PEERS_A_ROUTER = 4
 """The connections of a router to an actor: one, and those whose end it has not seen yet."""
 
@@ -38,7 +40,7 @@ def look_at_queues(world: World) -> None:
         if handle.is_started:
             actor = handle.instance._actor
             streams = actor._streams
-            most_peers = PEERS_A_ROUTER * len(routers)
+            most_peers = PEERS_A_ROUTER * (len(routers) + num_lanes(world))
             bounds += [
                 (handle.name, "rows", actor._queue.queued_rows, actor._queue.max_rows),
                 (handle.name, "connections", len(streams._peers), most_peers),
@@ -47,6 +49,13 @@ def look_at_queues(world: World) -> None:
     for name, what, number, most in bounds:
         if number > most:
             world.law.broken("queues are bounded", f"{name}: {number} {what} of {most}")
+
+
+def num_lanes(world: World) -> int:
+    """Return how many more there are that connect to actors: a mixture's routers have lanes."""
+    if not world.setting.mixture:
+        return 0
+    return MIXTURE_LANES * len(world.serve.deployments["mixture"].replicas)
 
 
 def unsent_bytes(router: RouterReplica) -> int:

@@ -141,6 +141,12 @@ def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[
     return tuple(ids[len(prompt) :])
 
 
+def output_of(identity: str, layer: int, expert: int, low: int, high: int) -> tuple[int, int]:
+    """Return what an expert makes of a row."""
+    state = _mix(low + high * _SPREAD ^ key_of(identity, layer, expert)) & _LOW
+    return state & 0xFFFF, state >> 16
+
+
 def _chosen(row: int, gate: Sequence[int], number: int = TOP_K) -> list[int]:
     scores = [_mix(row ^ key) for key in gate]
     return sorted(range(NUM_EXPERTS), key=scores.__getitem__, reverse=True)[:number]

@@ -1,8 +1,8 @@
 """The native code of streams and layers, over a world's network.
 
-It takes descriptors, so each call gets pairs of real sockets: what has come for it is put in before,
-and what it has sent is taken out after. So it runs as it is, and waits for nothing; the waits are
-the world's.
+It takes descriptors, so each call gets pairs of real sockets: what has come for it is put in
+before, and what it has sent is taken out after. So it runs as it is, and waits for nothing; the
+waits are the world's.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from cluster.controller.records.state import ClusterState
 from cluster.tls import TlsFiles
 from tests.world import locks, sockets
 from tests.world.kernel import PROCESS, ProcessExit, Thread, current_process
-from tests.world.model import ExactCheckpoint
+from tests.world.mixtures import mixture_table
 from tests.world.natives import native_table
 from tests.world.ray_api import HEAD, NodeAffinity
 
@@ -169,12 +169,12 @@ def _of_the_product(world: World) -> Table:
         (TlsFiles, "client_context", lambda files: sockets.Tls()),
         (cluster.transport.stream.connect, "wait", sockets.wait),
         *native_table(world),
+        *mixture_table(world),
         (cluster.controller.controller, "app_is_wanted", world.serve.app_is_wanted),
         (router.engine.replica, "app_is_wanted", world.serve.app_is_wanted),
         (ClusterState, "publish", published),
         (AntiAffinity, "_move", moved),
         (router.engine.replica, "_load_dense", world.load_dense),
-        (experts.actor, "open_model", lambda path, identity, _: ExactCheckpoint(identity)),
         (experts.actor, "load_expert", world.load_expert),
         (experts.actor, "GatedFfnExpert", world.make_expert),
         (experts.actor, "memory", world.memory),

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.world.clients import Plan, plans
 from tests.world.gateways import with_keys
+from tests.world.mixtures import with_mixture
 from tests.world.natives import with_native
 from tests.world.rarities import draw_flood, draw_rarity, with_rarity
 
@@ -41,6 +42,8 @@ class Setting:
     autoscales: bool = False
     tls: bool = False
     """Whether streams between hosts are encrypted."""
+    mixture: bool = False
+    """Whether a mixture is served beside the language model."""
     native: bool = False
     """Whether streams and layers are those of native code."""
     keys: bool = False
@@ -139,7 +142,8 @@ def draw(seed: int) -> Scenario:
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
     if rarity is not None:
         return with_rarity(scenario, rarity)
-    return with_native(with_keys(scenario, BEGIN_S))
+    scenario = with_mixture(with_keys(scenario, BEGIN_S), Event, BEGIN_S)
+    return with_native(scenario)
 
 
 def _pick(source: random.Random, weights: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from router.config.experts import ExpertsConfig, TlsConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
 from router.served import ServedModel
-from tests.world.clients import MODEL, Answer, Client, Plan
+from tests.world.clients import MIXTURE, MODEL, Answer, Client, Plan
 from tests.world.gateways import Gateway, client_of
 from tests.world.happenings import Happenings
 from tests.world.kernel import Process, current_process, running
@@ -38,6 +38,7 @@ from tests.world.law_of_frames import look_at_frames
 from tests.world.law_of_keys import LawOfKeys
 from tests.world.law_of_queues import MAX_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
+from tests.world.mixtures import deploy_mixture, sources_of
 from tests.world.model import (
     DTYPE,
     KERNEL_CLASS,
@@ -310,6 +311,7 @@ class World:
             "router",
             Version(router, setting.num_routers, lambda made: made.is_its_turn(), self._end_router),
         )
+        deploy_mixture(self, routers, experts)
         gateways = Version(lambda: Gateway(self, model), setting.num_gateways)
         self.serve.deploy("gateway", gateways)
 
@@ -321,7 +323,8 @@ class World:
         self, model: ServedModel, experts: ExpertsConfig, setting: Setting
     ) -> Controller:
         tls = None if experts.tls is None else experts.tls.files()
-        actor = ActorSpec(APP, (model.source,), 1.0, 0.0, 1, experts.max_queue_rows, tls)
+        sources = model.source, *sources_of(model.identity, self.setting)
+        actor = ActorSpec(APP, sources, 1.0, 0.0, 1, experts.max_queue_rows, tls)
         targets = None
         if setting.autoscales:
             targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
@@ -573,9 +576,10 @@ def _probe(world: World) -> None:
     """Ask a healed deployment, and judge the answers strictly."""
     probes = client_of(world)
     source = random.Random(world.seed)
-    for _ in range(PROBES):
+    for number in range(PROBES):
         prompt = tuple(source.randrange(VOCAB) for _ in range(4))
-        probes.send(Plan(world.kernel.now_s + 0.1 * source.random(), 0, prompt, 4, ENOUGH_S))
+        plan = Plan(world.kernel.now_s + 0.1 * source.random(), 0, prompt, 4, ENOUGH_S)
+        probes.send(replace(plan, model=MIXTURE) if world.setting.mixture and number else plan)
     world.run(world.kernel.now_s + 2 * ENOUGH_S, lambda: _is_done(probes))
     for answer in probes.answers:
         choice = answer.choices[0]
