@@ -43,6 +43,7 @@ from router.gateway.upstream.resend import (
     resend_delay_s,
 )
 from router.gateway.upstream.router_links import RouterCalls
+from router.messages.link import LinkAddress
 from router.messages.receipts import DeliveredTokens, merge_events
 from router.messages.request import GenerationRequest, TokenEvent
 from router.messages.token_link import LinkServer
@@ -129,18 +130,22 @@ class RayUpstream:
                 self._link.expect(node["NodeID"])
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """See :class:`Upstream`; resends the request when its router dies."""
+        """See :class:`Upstream`; resends the request when its router dies.
+
+        A router that is full is no end of it either, while there is a link to another.
+        """
         self._deployment.check_open()
         receipts = DeliveredTokens(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        deaths, is_lost = RouterDeaths(), False
+        deaths, is_lost, is_resent = RouterDeaths(), False, False
+        calls, asked = self._routers[request.model], set[LinkAddress]()
         other_text_s = self._loop_s() + OTHER_TEXT_S
         with gateway_span(request, receipts) as span:
             for number in itertools.count():
                 attempt = _Attempt(f"{request.request_id}#{number}", stopped, deaths)
                 self._attempts[request.request_id] = attempt
-                deaths.is_alone = False
+                deaths.is_alone, num_asked = False, len(asked)
                 # After a death all tokens travel early, so that progress is seen.
                 resent = replace(
                     request,
@@ -150,7 +155,7 @@ class RayUpstream:
                     alone=deaths.ask_alone,
                 )
                 try:
-                    called = self._attempt(resent, receipts, stopped, span, is_lost)
+                    called = self._attempt(resent, receipts, stopped, span, is_lost, asked)
                     async with aclosing(called) as events:
                         async for event in events:
                             yield event
@@ -164,11 +169,18 @@ class RayUpstream:
                     delay_s = retries.next_delay_s(request.remaining_s())
                     if delay_s is None:
                         raise
+                    is_resent = True
                     await asyncio.sleep(delay_s)
                 except (*ROUTER_LOST, OverloadedError) as error:
-                    delay_s = resend_delay_s(error, retries, number > 0, request.remaining_s())
+                    is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
+                    if is_full and len(asked) > num_asked and calls.has_other(asked):
+                        await asyncio.sleep(0)  # the call that was refused is no longer held
+                        continue
+                    delay_s = resend_delay_s(error, retries, is_resent, request.remaining_s())
                     logger.warning("a router was lost (%s); retrying", type(error).__name__)
                     is_lost |= not isinstance(error, OverloadedError)
+                    is_resent = True
+                    asked.clear()
                     await asyncio.sleep(max(delay_s, TOLD_S) if deaths.ask_alone else delay_s)
                     deaths.note(error, receipts.progress())
                 finally:
@@ -181,6 +193,7 @@ class RayUpstream:
         stopped: set[int],
         span: Span,
         by_serve: bool,
+        asked: set[LinkAddress],
     ) -> AsyncGenerator[TokenEvent, None]:
         address = await self._link.start()
         if self._deployment.is_deleted:
@@ -188,7 +201,7 @@ class RayUpstream:
         num_choices = sum(not request.received_of(i).finished for i in range(request.sampling.n))
         self._check_room(request.model, num_choices)
         wire = {"request": request.to_wire(), "address": address.to_wire()}
-        call = self._routers[request.model].call(wire, span, by_serve)
+        call = self._routers[request.model].call(wire, span, by_serve, asked)
         inbox = Inbox()
         self._inboxes[request.request_id] = inbox
         self._num_streams += request.streamed

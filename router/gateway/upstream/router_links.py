@@ -91,22 +91,35 @@ class RouterCalls:
         self._num_failures = 0
         """How often in a row the routers could not be asked."""
 
-    def call(self, wire: Wire, span: Span, by_serve: bool = False) -> Any:
+    def call(
+        self,
+        wire: Wire,
+        span: Span,
+        by_serve: bool = False,
+        asked: set[LinkAddress] | None = None,
+    ) -> Any:
         """Send a request to a router; returns its call, to be awaited or cancelled.
 
+        It goes over no link to a router in ``asked``; the router of its own link is added to them.
         Serve brings the trace of a sampled request to the router, so Serve carries it. Serve is to
         carry a request again whose link broke: it tells a dead router from a lost connection.
         """
         self._wanted_at_s = time.monotonic()
         self._ask()  # also for a call of Serve's: the gateway needs to know of the routers' nodes
-        call = None if by_serve or span.is_recording() else self._call_over_link(wire)
+        call = None
+        if not by_serve and not span.is_recording():
+            call = self._call_over_link(wire, set() if asked is None else asked)
         self._on_call("serve" if call is None else "link")
         if call is not None:
             return call
         with as_current(span):  # Serve sends its context with the call
             return self._method.remote(wire)
 
-    def _call_over_link(self, wire: Wire) -> LinkCall | None:
+    def has_other(self, asked: set[LinkAddress]) -> bool:
+        """Return whether there is a link to a router that is not in ``asked``."""
+        return any(link.is_open for address, link in self._links.items() if address not in asked)
+
+    def _call_over_link(self, wire: Wire, asked: set[LinkAddress]) -> LinkCall | None:
         """Send a request to a router that had its prefix, or to the one that owes the least.
 
         That is the fewest answers to this gateway. A silent one comes last. Returns ``None`` where
@@ -115,24 +128,28 @@ class RouterCalls:
         """
         if time.monotonic() - self._known_at_s > STALE_S:
             return None
-        links = [(address, link) for address, link in self._links.items() if link.is_open]
+        links = [(a, link) for a, link in self._links.items() if link.is_open and a not in asked]
         if not links:
             return None
-        return self._chosen(links, wire).call(wire)
+        address, link = self._chosen(links, wire)
+        asked.add(address)
+        return link.call(wire)
 
-    def _chosen(self, links: list[tuple[LinkAddress, CallLink]], wire: Wire) -> CallLink:
+    def _chosen(
+        self, links: list[tuple[LinkAddress, CallLink]], wire: Wire
+    ) -> tuple[LinkAddress, CallLink]:
         """Return the link for a request; remembers its prompt where there are several."""
         links.sort(key=lambda each: _load_of(each[1]))
         keys = self._keys_of(wire) if len(links) > 1 else []
         if not keys:
-            return links[0][1]
+            return links[0]
         ready = [each for each in links if not each[1].is_silent()] or links
         sent = [self._sent.setdefault(address, SentPrefixes()) for address, _ in ready]
         place = choose(
             [link.num_unanswered for _, link in ready], [prefixes.match(keys) for prefixes in sent]
         )
         sent[place].add(keys)
-        return ready[place][1]
+        return ready[place]
 
     def _ask(self) -> None:
         """Begin to ask the routers, unless they are asked or were just asked."""

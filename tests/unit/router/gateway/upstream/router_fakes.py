@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Generic, TypeVar
 
 import pytest
@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError
 from cluster.reports import Samples
 from router.gateway.upstream import deployment as deployment_module
 from router.gateway.upstream.deployment import Deployment
+from router.messages.link import LinkAddress
 
 
 class Call:
@@ -45,8 +46,21 @@ class Routers(Generic[AnyCall]):
         self.spans: list[Span] = []
         self.counted: list[str] = []
         self.on_node: Callable[[str], None] = lambda node: None
+        self.addresses: list[LinkAddress] = []
+        """The routers that there are links to."""
 
-    def call(self, wire: dict[str, Any], span: Span, by_serve: bool) -> AnyCall:
+    def has_other(self, asked: set[LinkAddress]) -> bool:
+        return not asked.issuperset(self.addresses)
+
+    def call(
+        self,
+        wire: dict[str, Any],
+        span: Span,
+        by_serve: bool,
+        asked: Collection[LinkAddress] = (),
+    ) -> AnyCall:
+        if isinstance(asked, set):
+            asked.update([address for address in self.addresses if address not in asked][:1])
         self.counted.append("serve" if by_serve else self.way)
         self.spans.append(span)
         self.calls.append(self.kind(wire))

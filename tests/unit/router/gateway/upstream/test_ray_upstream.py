@@ -485,6 +485,30 @@ async def test_a_full_queue_refuses_a_new_request_but_not_one_that_was_accepted(
     assert got == [WHOLE]
 
 
+async def test_a_full_router_s_request_goes_to_each_other_once(up: Up) -> None:
+    up.router.addresses = [LinkAddress(name, "secret", b"name") for name in "abc"]
+    got: list[TokenEvent] = []
+    served = reading(up, request(), got)
+    for number in (1, 2):
+        (await up.router.called(number)).reply.set_result(FULL)
+    (await up.router.called(3)).answer()
+    await served
+    assert got == [WHOLE]
+
+    refused = reading(up, request())
+    for number in (4, 5, 6):
+        (await up.router.called(number)).reply.set_result(FULL)
+    with pytest.raises(OverloadedError):
+        await refused
+
+    too_large = reading(up, request())
+    error = OverloadedError("needs more than a router has").to_wire()
+    (await up.router.called(7)).reply.set_result({"error": error})
+    with pytest.raises(OverloadedError, match="more than a router has"):
+        await too_large
+    assert len(up.router.calls) == 7
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "budget"), [(-0.1, RetryBudget()), (30.0, RetryBudget(max_tokens=1))]
 )

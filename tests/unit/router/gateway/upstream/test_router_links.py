@@ -135,6 +135,17 @@ async def test_the_router_that_owes_the_fewest_answers_is_called() -> None:
         assert await called(links) == "a"
 
 
+async def test_a_request_is_sent_over_no_link_to_a_router_that_was_asked() -> None:
+    async with linked(Serve(*map(Router, "ab"))) as links:
+        asked: set[LinkAddress] = set()
+        replies = []
+        while links.has_other(asked):
+            replies.append(await links.call({}, trace.INVALID_SPAN, asked=asked))
+        assert replies == [{"reply": "a"}, {"reply": "b"}]
+        assert asked == set(links._links)
+        assert links.call({}, trace.INVALID_SPAN, asked=asked) == BY_SERVE
+
+
 async def test_a_silent_router_is_called_last() -> None:
     serve = Serve(*map(Router, "ab"))
     async with linked(serve) as links:
