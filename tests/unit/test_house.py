@@ -16,10 +16,10 @@ from tests.readme import blocks
 ROOT = Path(__file__).parents[2]
 MAX_LINES, MAX_ENTRIES = 400, 20
 REACHED = {
-    ("cluster", "expertmesh", "experts", "router"): 57_200,
+    ("cluster", "expertmesh", "experts", "router"): 57_400,
     ("workshop",): 14_200,
     ("benchmarks",): 9_890,
-    ("tests",): 91_200,
+    ("tests",): 93_700,
 }
 """The lines of Python that each may have. Raised by a stated number, when something asks for it."""
 GENERATED = re.compile(r"(_pb2|_pb2_grpc|/client/sync)\.py$")
