@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.errors import ExpertMeshError
-from router.messages.request import GenerationRequest, Received, SamplingParams, TokenEvent
+from router.messages.request import GenerationRequest, Received, TokenEvent
+from tests.world.forms import sampling_of
 from tests.world.kernel import Process
-from tests.world.model import VOCAB
+from tests.world.model import VOCAB, tokens_of
 
 if TYPE_CHECKING:
     from tests.world.serve_api import Replica
@@ -42,6 +43,12 @@ class Plan:
     tenant: str = ""
     """The name of the client's key; empty where there are no keys."""
     model: str = MODEL
+    form: str = ""
+    """What an answer fits (:mod:`tests.world.forms`)."""
+    received: tuple[int, ...] = ()
+    """How many tokens of each choice the client has from before; empty where it has none."""
+    is_inexact: bool = False
+    """Whether some of these were not exact."""
 
 
 @dataclass
@@ -93,7 +100,7 @@ class Client:
 
     async def _serve(self, plan: Plan) -> None:
         kernel = self._world.kernel
-        answer = Answer(plan, [Choice() for _ in range(plan.n)], kernel.now_s)
+        answer = Answer(plan, _begun(plan, self._world.identity), kernel.now_s)
         self.answers.append(answer)
         until_s = kernel.now_s + plan.timeout_s
         try:
@@ -169,7 +176,7 @@ class Client:
                 Received(tuple(c.token_ids), c.finish_reason is not None, c.is_exact, c.identity)
                 for c in answer.choices
             )
-        sampling = SamplingParams(plan.max_tokens, temperature=0.0, n=plan.n)
+        sampling = sampling_of(plan.form, plan.max_tokens, plan.n, plan.prompt)
         return GenerationRequest(
             f"r{self._world.kernel.random.getrandbits(64):016x}", MODEL, plan.prompt, sampling,
             time.monotonic() + left_s, on_expert_loss=plan.on_expert_loss,
@@ -203,6 +210,20 @@ class Client:
         got = sum(len(c.token_ids) for c in answer.choices)
         answer.is_cancelled = plan.cancel_after is not None and got >= plan.cancel_after
         return answer.is_cancelled
+
+
+def _begun(plan: Plan, identity: str) -> list[Choice]:
+    """Return the choices of a request with the tokens that its client has already."""
+    right = tokens_of(identity, plan.prompt, plan.max_tokens, plan.form) if plan.received else ()
+    return [
+        Choice(
+            list(right[:number]),
+            identity if number else "",
+            not (number and plan.is_inexact),
+            "length" if number == plan.max_tokens else None,
+        )
+        for number in plan.received or (0,) * plan.n
+    ]
 
 
 def plans(source: random.Random, begin_s: float, end_s: float, num_clients: int) -> list[Plan]:

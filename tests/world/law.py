@@ -154,7 +154,7 @@ class Law:
                 if plan.on_expert_loss == "strict":
                     self.broken("strict is exact", f"the request at {plan.at_s:.3f}")
                 continue
-            right = tokens_of(choice.identity, plan.prompt, plan.max_tokens)
+            right = tokens_of(choice.identity, plan.prompt, plan.max_tokens, plan.form)
             if got != right[: len(got)]:
                 place = next(i for i, (a, b) in enumerate(zip(got, right, strict=False)) if a != b)
                 self.broken(

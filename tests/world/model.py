@@ -28,6 +28,7 @@ from router.model.attention.paged import PagedContext
 from router.model.decoder import Decoder, DecoderLayer, MixtureFeedForward
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers
+from tests.world.forms import FALLING, logit_of, picked
 
 NUM_LAYERS = 2
 NUM_EXPERTS = 6
@@ -35,7 +36,7 @@ TOP_K = 2
 VOCAB = 512
 LAYERS = tuple(range(NUM_LAYERS))
 DTYPE = "float32"
-KERNEL_CLASS = "fused"
+KERNEL_CLASS, OTHER_CLASS = "fused", "plain"
 POISONS = {
     "poison raises": VOCAB,
     "poison ends routers": VOCAB + 1,
@@ -47,6 +48,8 @@ _MASK = (1 << 64) - 1
 _LOW = (1 << 32) - 1
 _NAN = 99.0
 """Stands for what is no number in a hash."""
+_STEPS = np.arange(FALLING)
+_FALLING = np.array([logit_of(0, token_id, VOCAB) for token_id in range(FALLING)], np.float32)
 _SPREAD = 1 << 20
 """Above any sum of K low halves, so that two sums make one number."""
 
@@ -123,7 +126,10 @@ def _keys_of(identity: str) -> tuple[int, int, list[tuple[int, list[int], list[i
 
 
 @lru_cache(maxsize=4096)
-def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+def tokens_of(
+    identity: str, prompt: tuple[int, ...], num_tokens: int, form: str = ""
+) -> tuple[int, ...]:
+    """Return the tokens of an answer of a form (:mod:`tests.world.forms`)."""
     embedding, head, layers = _keys_of(identity)
     before = [0] * NUM_LAYERS
     ids = list(prompt)
@@ -137,7 +143,7 @@ def tokens_of(identity: str, prompt: tuple[int, ...], num_tokens: int) -> tuple[
             x = _sum_of(_mix(row ^ experts[e]) & _LOW for e in _chosen(row, gate))
         last = _mix(x ^ head) % VOCAB
         if position >= len(prompt) - 1:
-            ids.append(last)
+            ids.append(picked(form, last, prompt, ids[len(prompt) :], VOCAB))
     return tuple(ids[len(prompt) :])
 
 
@@ -245,7 +251,7 @@ class ExactModel:
             tokens = [_mix(n ^ head_key) % VOCAB for n in _numbers(hidden_states.numpy())]
             logits = np.zeros((len(tokens), VOCAB), np.float32)
             for row, token_id in zip(logits, tokens, strict=True):
-                row[token_id] = 1.0
+                row[(token_id + _STEPS) % VOCAB] = _FALLING
             return torch.from_numpy(logits)
 
         self.decoder = Decoder(
@@ -305,15 +311,20 @@ class ExactExpert:
     dtype = DTYPE
     grouped = None
     num_bytes = 1000
-    kernel_class = KERNEL_CLASS
 
-    def __init__(self, weights: ExactWeights, compute: Callable[[int], Any]):
+    def __init__(
+        self,
+        weights: ExactWeights,
+        compute: Callable[[int], Any],
+        kernel_class: str = KERNEL_CLASS,
+    ):
         """``compute`` returns the seconds that so many rows take, what they raise, or a fault.
 
         The faults are ``nan``, rows that are not numbers, and ``rows``, one row too few.
         """
         self._key = key_of(weights.identity, weights.layer, weights.expert)
         self._compute = compute
+        self.kernel_class = kernel_class
 
     def takes(self, row_shape: tuple[int, ...]) -> bool:
         return row_shape == self.row_shape

@@ -32,6 +32,7 @@ import cluster.transport.stream.connect
 import experts.actor
 import experts.host_room
 import router.engine.batch
+import router.engine.constraints
 import router.engine.replica
 from cluster.controller.changes.anti_affinity import AntiAffinity
 from cluster.controller.records.state import ClusterState
@@ -109,6 +110,7 @@ def _of_the_system(world: World) -> Table:
         (threading, "Event", locks.Event),
         (threading, "current_thread", locks.current_thread),
         (queue, "SimpleQueue", locks.SimpleQueue),
+        (router.engine.constraints, "SimpleQueue", locks.SimpleQueue),
         # A thread and its queue refer to each other, so the process's own would keep both.
         (concurrent.futures.thread, "_threads_queues", {}),
         (socket, "socket", sockets.Socket),

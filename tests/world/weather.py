@@ -10,6 +10,7 @@ import random
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tests.world.choices import with_choices
 from tests.world.clients import Plan, plans
 from tests.world.gateways import with_keys
 from tests.world.mixtures import with_mixture
@@ -48,6 +49,8 @@ class Setting:
     """Whether streams and layers are those of native code."""
     keys: bool = False
     """Whether gateways ask for keys."""
+    mixed: bool = False
+    """Whether some actors compute with another kernel class."""
     is_deleted: bool = False
     """Whether the application is deleted at the end."""
     calm_s: float = CALM_S
@@ -92,7 +95,10 @@ class Scenario:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scenario:
         events = [Event(**{**e, "where": tuple(e["where"])}) for e in data["events"]]
-        found = [Plan(**{**p, "prompt": tuple(p["prompt"])}) for p in data["plans"]]
+        found = [
+            Plan(**{**p, "prompt": tuple(p["prompt"]), "received": tuple(p.get("received", ()))})
+            for p in data["plans"]
+        ]
         return cls(data["seed"], Setting(**data["setting"]), tuple(found), tuple(events))
 
 
@@ -142,6 +148,8 @@ def draw(seed: int) -> Scenario:
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
     if rarity is not None:
         return with_rarity(scenario, rarity)
+    if (begun := with_choices(scenario, Event, BEGIN_S)) is not None:
+        return begun
     scenario = with_mixture(with_keys(scenario, BEGIN_S), Event, BEGIN_S)
     return with_native(scenario)
 

@@ -26,7 +26,9 @@ from router.config.experts import ExpertsConfig, TlsConfig
 from router.control.client import ControllerClient
 from router.engine.replica import RouterReplica
 from router.served import ServedModel
+from tests.world.choices import look_at_pages
 from tests.world.clients import MIXTURE, MODEL, Answer, Client, Plan
+from tests.world.forms import vocabulary
 from tests.world.gateways import Gateway, client_of
 from tests.world.happenings import Happenings
 from tests.world.kernel import Process, current_process, running
@@ -44,6 +46,7 @@ from tests.world.model import (
     KERNEL_CLASS,
     LAYERS,
     NUM_EXPERTS,
+    OTHER_CLASS,
     TOP_K,
     VOCAB,
     ExactCheckpoint,
@@ -213,7 +216,8 @@ class World:
                     slow *= device.slow
             return slow * (PRODUCT_S + ROW_S * num_rows)
 
-        return ExactExpert(weights, compute)
+        is_other = self.setting.mixed and ":expert-0:" in process.name
+        return ExactExpert(weights, compute, OTHER_CLASS if is_other else KERNEL_CLASS)
 
     def memory(self) -> Memory:
         process = current_process()
@@ -298,7 +302,9 @@ class World:
 
         def router() -> RouterReplica:
             client = ControllerClient(self.serve.handle("controller"))
-            return RouterReplica(APP, model, routers, experts, client)
+            return RouterReplica(
+                APP, model, routers, experts, client, lambda model: vocabulary(model.vocab_size)
+            )
 
         self._controller_version = Version(
             lambda: self._start_controller(model, experts, setting),
@@ -562,6 +568,7 @@ def run(scenario: Scenario) -> Outcome:
         look_at_times(world, client.answers)
         look_at_frames(world)
         world.keys.look()
+        look_at_pages(world)
         world.law.nothing_left()
         if any(event.kind == "orphaned" for event in scenario.events):
             world.ends.orphaned()
