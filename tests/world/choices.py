@@ -42,7 +42,7 @@ def with_choices(scenario: Scenario, make: type[Event], begin_s: float) -> Scena
     ]
     return replace(
         scenario,
-        setting=replace(scenario.setting, min_copies=2, num_actors=6, mixed=is_mixed),
+        setting=replace(scenario.setting, min_copies=2, num_actors=6, forms=True, mixed=is_mixed),
         plans=tuple(sorted(plans, key=lambda plan: plan.at_s)),
         events=tuple(sorted(events, key=lambda event: event.at_s)),
     )

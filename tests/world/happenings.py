@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tests.world.kernel import Process
+from tests.world.law_of_places import EMPTY_S, NOTICE_S
 from tests.world.ray_api import HEAD, Handle
 from tests.world.weather import IDENTITIES, Event, Setting
 
@@ -97,6 +98,10 @@ class Happenings:
 
     def _later(self, event: Event, call: Callable[[], object]) -> None:
         self._at(min(event.at_s + event.for_s, self._world.setting.calm_s), call)
+
+    def faults(self) -> list[Event]:
+        """Return the events that hit, without those that are requests or come at the end."""
+        return [event for event in self.hit if event.kind not in ELSEWHERE]
 
     # Targets.
 
@@ -260,10 +265,12 @@ class Happenings:
     def _node_drains(self, event: Event) -> bool:
         if (node := self._node_that_may_go(event)) is None:
             return False
-        self._world.cluster.nodes[node].is_draining = True
-        self._world.kernel.call_later(
-            8.0, self._world.lose_node, node, context=self._world.network.nobody.copy()
-        )
+        world, at_s = self._world, self._world.kernel.now_s
+        world.cluster.nodes[node].is_draining = True
+        controller = world.controller()
+        num_left = len(world.places.actors_on(controller, node)) if controller else 0
+        self._at(at_s + EMPTY_S, lambda: world.places.emptied(node, num_left))
+        self._at(at_s + NOTICE_S, lambda: world.lose_node(node))
         return True
 
     def _node_added(self, event: Event) -> bool:

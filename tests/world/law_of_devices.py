@@ -79,6 +79,7 @@ class LawOfDevices:
             others = [n for n in world.cluster.nodes.values() if n.is_alive and n.name not in bad]
             if any(n.free_slots() for n in others):
                 world.law.broken("a successor leaves a bad node", handle.name)
+        world.places.placed(handle, self._node_of.get(before))
         self._node_of[handle.name] = node
 
     def calmed(self) -> None:

@@ -21,6 +21,9 @@ MAX_LIVES = 6
 """The lives in six seconds of an actor that dies as soon as it serves."""
 ORPHANS_S = 95.0
 """How long an actor may outlive its application."""
+ORPHANS_WAIT_S = 75.0
+"""How long it does at least, where nothing else happens: its lease and then some, less a few
+heartbeats."""
 
 
 class LawOfEnds:
@@ -29,6 +32,7 @@ class LawOfEnds:
     def __init__(self, world: World) -> None:
         self._world = world
         self._ends: Counter[str] = Counter()
+        self._orphaned_at_s = 0.0
 
     def exits(self, process: Process, code: int) -> None:
         """Look at a process that ends itself; ``code`` is 0 for an orphan."""
@@ -36,6 +40,11 @@ class LawOfEnds:
         role = "actor" if process.name.startswith("expertmesh:") else "router"
         if not code and world.serve.is_wanted:
             world.law.broken("only orphans end themselves", process.name)
+        elif not code and not world.happenings.faults():
+            waited_s = world.kernel.now_s - self._orphaned_at_s
+            if waited_s < ORPHANS_WAIT_S:
+                text = f"{process.name} ends after {waited_s:.1f} s"
+                world.law.broken("orphans wait", text)
         if code:
             self._ends[role] += 1
             if self._ends[role] == MAX_ENDS[role] + 1:
@@ -78,6 +87,7 @@ class LawOfEnds:
         """End an application without a word to its actors, and look whether they follow."""
         world = self._world
         world.serve.is_wanted = False
+        self._orphaned_at_s = world.kernel.now_s
         for deployment in world.serve.deployments.values():
             for replica in deployment.replicas:
                 world.kernel.end(replica.process)

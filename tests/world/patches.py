@@ -35,6 +35,7 @@ import router.engine.batch
 import router.engine.constraints
 import router.engine.replica
 from cluster.controller.changes.anti_affinity import AntiAffinity
+from cluster.controller.records.fleet import Fleet
 from cluster.controller.records.state import ClusterState
 from cluster.tls import TlsFiles
 from tests.world import locks, sockets
@@ -152,14 +153,19 @@ def _of_ray(world: World) -> Table:
 
 def _of_the_product(world: World) -> Table:
     """Replace what reads a model's files, and let the law look on."""
-    move, publish = AntiAffinity._move, ClusterState.publish
+    move, publish, take = AntiAffinity._move, ClusterState.publish, Fleet.take_into_use
 
     async def moved(anti_affinity: AntiAffinity, actor_id: str) -> None:
         world.moving.add(actor_id)
+        world.places.moved.add(actor_id)
         try:
             await move(anti_affinity, actor_id)
         finally:
             world.moving.discard(actor_id)
+
+    def taken(fleet: Fleet, actor_id: str) -> None:
+        world.places.taken(actor_id)
+        take(fleet, actor_id)
 
     async def published(state: ClusterState, change: Any) -> None:
         before = state.placement
@@ -176,6 +182,7 @@ def _of_the_product(world: World) -> Table:
         (router.engine.replica, "app_is_wanted", world.serve.app_is_wanted),
         (ClusterState, "publish", published),
         (AntiAffinity, "_move", moved),
+        (Fleet, "take_into_use", taken),
         (router.engine.replica, "_load_dense", world.load_dense),
         (experts.actor, "load_expert", world.load_expert),
         (experts.actor, "GatedFfnExpert", world.make_expert),

@@ -62,6 +62,10 @@ class Node:
     is_draining: bool = False
     actors: list[Handle] = field(default_factory=list)
 
+    def may_start(self) -> bool:
+        """Return whether Ray starts actors there; soft affinity to any other node is ignored."""
+        return self.is_alive and not self.is_draining
+
     def free_slots(self) -> int:
         return self.num_slots - sum(actor.process.is_alive for actor in self.actors)
 
@@ -340,9 +344,9 @@ class RayCluster:
 
     def _choose(self, wanted: str | None) -> Node | None:
         """Choose the node of an actor; one that wants a living node waits for it."""
-        if wanted is not None and (node := self.nodes.get(wanted)) is not None and node.is_alive:
+        if wanted is not None and (node := self.nodes.get(wanted)) is not None and node.may_start():
             return node if node.free_slots() > 0 else None
-        free = [n for n in self.nodes.values() if n.is_alive and n.free_slots() > 0]
+        free = [n for n in self.nodes.values() if n.may_start() and n.free_slots() > 0]
         return max(free, key=lambda n: (n.free_slots(), n.name), default=None)
 
     def kill(self, handle: Handle, no_restart: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.world.choices import with_choices
 from tests.world.clients import Plan, plans
+from tests.world.fleets import with_fleet
 from tests.world.gateways import with_keys
 from tests.world.mixtures import with_mixture
 from tests.world.natives import with_native
@@ -49,6 +50,10 @@ class Setting:
     """Whether streams and layers are those of native code."""
     keys: bool = False
     """Whether gateways ask for keys."""
+    standby: int = 0
+    """The actors on standby, where it autoscales."""
+    forms: bool = False
+    """Whether routers have a vocabulary, which grammars need."""
     mixed: bool = False
     """Whether some actors compute with another kernel class."""
     is_deleted: bool = False
@@ -148,6 +153,8 @@ def draw(seed: int) -> Scenario:
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
     if rarity is not None:
         return with_rarity(scenario, rarity)
+    if (fleet := with_fleet(scenario, Event, BEGIN_S)) is not None:
+        return fleet
     if (begun := with_choices(scenario, Event, BEGIN_S)) is not None:
         return begun
     scenario = with_mixture(with_keys(scenario, BEGIN_S), Event, BEGIN_S)

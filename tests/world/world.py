@@ -38,6 +38,7 @@ from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
 from tests.world.law_of_keys import LawOfKeys
+from tests.world.law_of_places import LawOfPlaces
 from tests.world.law_of_queues import MAX_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
 from tests.world.mixtures import deploy_mixture, sources_of
@@ -143,6 +144,7 @@ class World:
         self.cluster.on_kill = self.law.killed
         self.ends = LawOfEnds(self)
         self.devices = LawOfDevices(self)
+        self.places = LawOfPlaces(self)
         self.cluster.on_place = self.devices.placed
         self.copies = LawOfCopies(self)
         self.cluster.on_call = self.copies.called
@@ -302,9 +304,8 @@ class World:
 
         def router() -> RouterReplica:
             client = ControllerClient(self.serve.handle("controller"))
-            return RouterReplica(
-                APP, model, routers, experts, client, lambda model: vocabulary(model.vocab_size)
-            )
+            letters = (lambda model: vocabulary(model.vocab_size)) if setting.forms else None
+            return RouterReplica(APP, model, routers, experts, client, letters)
 
         self._controller_version = Version(
             lambda: self._start_controller(model, experts, setting),
@@ -333,7 +334,8 @@ class World:
         actor = ActorSpec(APP, sources, 1.0, 0.0, 1, experts.max_queue_rows, tls)
         targets = None
         if setting.autoscales:
-            targets = ScalingTargets(setting.num_actors - 1, setting.num_actors + 1, 0.6, 1.0, 2, 4)
+            low, high = setting.num_actors - 1, setting.num_actors + 1 + setting.standby
+            targets = ScalingTargets(low, high, 0.6, 1.0, 2, 4, setting.standby)
         pools = (PoolSpec("expert", setting.num_actors, None, actor, targets),)
         made = Controller(
             APP, pools, ExpertPool(APP, RemoteExpertActor), LedgerStore(APP, ray_store()),
