@@ -1,4 +1,4 @@
-"""Weather of fleets, in worlds of its own: nodes that drain, or are lost and replaced, under load.
+"""Weather of fleets, in worlds of its own: nodes that drain or join under load.
 
 A drain may fail where no other node has memory, may find an actor on standby, or a copy may end
 while it lasts. It is drawn apart, so that the rest of a seed stays as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class LawOfEnds:
     def __init__(self, world: World) -> None:
         self._world = world
         self._ends: Counter[str] = Counter()
-        self._orphaned_at_s = 0.0
+        self._orphaned_at_s = -math.inf
 
     def exits(self, process: Process, code: int) -> None:
         """Look at a process that ends itself; ``code`` is 0 for an orphan."""

@@ -63,7 +63,7 @@ class Node:
     actors: list[Handle] = field(default_factory=list)
 
     def may_start(self) -> bool:
-        """Return whether Ray starts actors there; soft affinity to any other node is ignored."""
+        """Return whether Ray starts actors there; it ignores an affinity to a node that drains."""
         return self.is_alive and not self.is_draining
 
     def free_slots(self) -> int:
