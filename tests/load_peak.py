@@ -9,6 +9,7 @@ beyond what the process had before.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ def loaded(actor: ExpertActor, keys: list[ExpertKey]) -> dict[str, int]:
     # What the first expert brings along besides itself: code, pools of threads.
     actor._load(1, keys[:1])
     actor._bank.release(keys[0])
+    # A collection during the load would bring in code of every library, which no expert needs.
+    gc.collect()
     # What it let go may lie in the heap yet, to be used or given back in the course of the load.
     ctypes.CDLL(None).malloc_trim(0)
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
