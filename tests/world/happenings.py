@@ -81,7 +81,7 @@ class Happenings:
             return ELSEWHERE[event.kind]
         if event.kind in DEVICES:
             return self._device(event, fault=DEVICES[event.kind])
-        if event.kind in ("device slow", "copy stays slow"):
+        if event.kind in ("device slow", "copy stays slow", "slow once"):
             return self._device(event, slow=event.amount)
         if event.kind in NODES:
             return self._of_node(event)

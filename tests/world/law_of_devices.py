@@ -80,6 +80,7 @@ class LawOfDevices:
             if any(n.free_slots() for n in others):
                 world.law.broken("a successor leaves a bad node", handle.name)
         world.places.placed(handle, self._node_of.get(before))
+        world.late.placed(handle, self._node_of.get(before))
         self._node_of[handle.name] = node
 
     def calmed(self) -> None:

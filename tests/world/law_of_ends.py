@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MAX_ENDS = {"router": 6, "actor": 20}
 """The processes that a bad request may end: some with others, some alone, and their copies."""
 OUTCOMES = {"balanced", "committed", "planned", "unchanged", "pending", "failed"}
-MAX_LIVES = 6
-"""The lives in six seconds of an actor that dies as soon as it serves."""
+FIRST_LIVES = 4
+"""The lives in a second of an actor that dies as soon as it serves; waits then double."""
 ORPHANS_S = 95.0
 """How long an actor may outlive its application."""
 ORPHANS_WAIT_S = 75.0
@@ -81,7 +81,8 @@ class LawOfEnds:
         """
         world = self._world
         world.note(f"{actor_id} died {lives} times")
-        if len(world.happenings.hit) == 1 and lives > MAX_LIVES:
+        hit = world.happenings.hit
+        if len(hit) == 1 and lives > FIRST_LIVES + math.log2(max(hit[0].for_s, 1.0)):
             world.law.broken("a loop of deaths backs off", f"{lives} lives of {actor_id}")
 
     def orphaned(self) -> None:

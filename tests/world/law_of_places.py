@@ -16,7 +16,9 @@ NOTICE_S = 8.0
 """How long a node that drains is still there."""
 EMPTY_S = 7.5
 """How soon it is to be empty."""
-RETURN_AFTER = {"dies", "crashes soon", "node added", "node's device raises"}
+OF_REQUESTS = "poison ends actors"
+"""An event for which no node is to blame, and none avoided."""
+RETURN_AFTER = {"dies", "crashes soon", "node added", "node's device raises", OF_REQUESTS}
 """The events after which a successor returns to a node that is not avoided."""
 
 
@@ -77,7 +79,8 @@ class LawOfPlaces:
         actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
         if self._kinds() - RETURN_AFTER or actor_id in self.moved:
             return
-        if before in controller._keeper.deaths.avoided_nodes(world.kernel.now_s):
+        avoided = controller._keeper.deaths.avoided_nodes(world.kernel.now_s)
+        if before in avoided and self._kinds() != {OF_REQUESTS}:
             return
         own = world.cluster.nodes[before]
         if handle.node is not own and own.is_alive and own.free_slots() > 0:

@@ -14,7 +14,7 @@ from router.gateway.limits.room import GRACE_S
 from tests.world import law_of_queues
 from tests.world.clients import Answer, Choice, Client, Plan
 from tests.world.law import ALLOWED, LATE_S, UNTRUE_S, USED_S, WELL_S
-from tests.world.law_of_ends import MAX_LIVES
+from tests.world.law_of_ends import FIRST_LIVES
 from tests.world.law_of_time import FIRST_S, look_at_times
 from tests.world.model import tokens_of
 from tests.world.ray_api import Handle
@@ -298,10 +298,10 @@ def test_rows_and_bytes_above_their_bounds_break_the_law(
 
 
 def test_an_actor_that_lives_too_often_breaks_the_law(world: World) -> None:
-    world.happenings.hit.append(Event(4.0, "actor dies again and again"))
-    world.ends.looped("expert-1", MAX_LIVES)
+    world.happenings.hit.append(Event(4.0, "actor dies again and again", for_s=8.0))
+    world.ends.looped("expert-1", FIRST_LIVES + 3)
     assert broken(world) == []
-    world.ends.looped("expert-1", MAX_LIVES + 1)
+    world.ends.looped("expert-1", FIRST_LIVES + 4)
     assert broken(world) == ["a loop of deaths backs off"]
 
 

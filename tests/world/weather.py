@@ -14,6 +14,7 @@ from tests.world.choices import with_choices
 from tests.world.clients import Plan, plans
 from tests.world.fleets import with_fleet
 from tests.world.gateways import with_keys
+from tests.world.late import with_late
 from tests.world.mixtures import with_mixture
 from tests.world.natives import with_native
 from tests.world.rarities import draw_flood, draw_rarity, with_rarity
@@ -150,6 +151,8 @@ def draw(seed: int) -> Scenario:
     if copies is not None:
         events = sorted([*events, copies], key=lambda event: event.at_s)
     scenario = Scenario(seed, setting, tuple(requests), tuple(events))
+    if is_long and (late := with_late(scenario, Event, BEGIN_S)) is not None:
+        return late
     rarity = draw_rarity(seed, Event, BEGIN_S, setting.calm_s) or draw_flood(seed, Event, BEGIN_S)
     if rarity is not None:
         return with_rarity(scenario, rarity)

@@ -38,6 +38,7 @@ from tests.world.law_of_devices import LawOfDevices
 from tests.world.law_of_ends import LawOfEnds
 from tests.world.law_of_frames import look_at_frames
 from tests.world.law_of_keys import LawOfKeys
+from tests.world.law_of_late import LawOfLate
 from tests.world.law_of_places import LawOfPlaces
 from tests.world.law_of_queues import MAX_WAITING
 from tests.world.law_of_time import is_poison, look_at_times
@@ -145,14 +146,13 @@ class World:
         self.ends = LawOfEnds(self)
         self.devices = LawOfDevices(self)
         self.places = LawOfPlaces(self)
+        self.late = LawOfLate(self)
         self.cluster.on_place = self.devices.placed
         self.copies = LawOfCopies(self)
         self.cluster.on_call = self.copies.called
         self.happenings = Happenings(self)
         self.trace: list[str] = []
-        self.kernel.on_life = lambda process, what: self.note(
-            f"{process.name} {what}" + (f" on {process.node}" if process.node else "")
-        )
+        self.kernel.on_life = self._lives
         self.identity = ""
         self.identities: set[str] = set()
         self.least_copies = self.setting.min_copies
@@ -180,6 +180,10 @@ class World:
 
     def note(self, text: str) -> None:
         self.trace.append(f"{self.kernel.now_s:9.4f} {text}")
+
+    def _lives(self, process: Process, what: str) -> None:
+        self.note(f"{process.name} {what}" + (f" on {process.node}" if process.node else ""))
+        self.late.lives(process, what)
 
     # What processes load.
 
@@ -209,6 +213,7 @@ class World:
             found = [self._devices.get(name) for name in (process.node, process.name)]
             fault = next((device.fault for device in found if device and device.fault), "")
             self.devices.computed(process, fault)
+            self.late.computed(process)
             for device in found:
                 if device is not None:
                     if device.fault == "raises":
@@ -552,8 +557,10 @@ def run(scenario: Scenario) -> Outcome:
         for number in range(int(calm_s / LOOK_S)):
             world.run(number * LOOK_S)
             world.law.look()
+            world.late.look()
         world.run(calm_s)
         world.devices.calmed()
+        world.late.calmed()
         world.calm()
         world.note("the weather calms")
         world.run(calm_s + HEAL_S, lambda: not client.is_waiting() and not world.unhealed())
