@@ -22,8 +22,10 @@ NUM_REQUESTS, LOAD_S = 60, 10.0
 TIMEOUT_S = 10.0
 FULL_S = 6.0
 """How long other nodes have no memory: less than a drained node stays."""
+HANGS_S = 2.0
+"""When and how long a router hangs, so that it does not learn which actors are about to move."""
 RETURNS_S = 2.0
-"""How long the devices of a node fail; an actor ends so much later."""
+"""How long the devices of a node fail; an actor ends before and after that."""
 
 
 def with_fleet(scenario: Scenario, make: type[Event], begin_s: float) -> Scenario | None:
@@ -35,10 +37,12 @@ def with_fleet(scenario: Scenario, make: type[Event], begin_s: float) -> Scenari
     at_s = begin_s + source.uniform(0.5, 1.5)
     if kind == "moves apart":  # at first all copies share the only node
         events = [make(at_s, "node added")]
-    elif kind == "returns":  # new nodes have the most room; another is avoided
-        bad = make(at_s, "node's device raises", node, for_s=RETURNS_S)
-        dies = make(at_s + 2 * RETURNS_S, "dies", source.randrange(100), role="actor")
-        events = [make(at_s, "node added"), make(at_s, "node added", 1), bad, dies]
+        events.append(make(begin_s + HANGS_S, "hangs", node, HANGS_S, role="router"))
+    elif kind == "returns":  # a new node has the most room; later another is avoided
+        dies_s = at_s + RETURNS_S / 2, at_s + 3 * RETURNS_S
+        events = [make(s, "dies", source.randrange(100), role="actor") for s in dies_s]
+        events.append(make(at_s + RETURNS_S, "node's device raises", node, for_s=RETURNS_S))
+        events.append(make(at_s, "node added"))
     else:
         events = [make(at_s, "node drains", node)]
     if kind == "failed drain":

@@ -107,8 +107,8 @@ def test_successor_may_be_elsewhere_for_a_reason(world: World, reason: str) -> N
     [
         ["node drains"],
         ["memory full", "memory full", "node drains"],
-        ["node added"],
-        ["node added", "node added", "node's device raises", "dies"],
+        ["node added", "hangs"],
+        ["node added", "dies", "node's device raises", "dies"],
     ],
     ids=" ".join,
 )

@@ -39,13 +39,11 @@ class ActorProcesses:
     async def create(self, actor_id: str, node: str | None = None) -> ActorHandle:
         """Ask Ray for the next generation of an actor, without a wait for its start.
 
-        It is to start on ``node`` if given; else a successor of one of several copies returns to
-        its predecessor's node. Raises :class:`StaleEpochError` if a newer controller runs.
+        It is to start on ``node`` if given, else on one that Ray chooses. Raises
+        :class:`StaleEpochError` if a newer controller runs.
         """
         generation = await self._state.next_generation(actor_id)
         await self._last_words(actor_id)  # an earlier deployment's would be taken for its own
-        if node is None and self._state.min_copies > 1:
-            node = self._state.nodes.get(actor_id)
         self._pinned.discard(actor_id)
         if node is not None:
             self._pinned.add(actor_id)
@@ -84,10 +82,8 @@ class ActorProcesses:
     async def create_away(self, actor_id: str) -> ActorHandle:
         """Create an actor, away from nodes on which actors have ended badly lately."""
         avoided = self._deaths.avoided_nodes(time.monotonic())
-        if not avoided:
-            return await self.create(actor_id)
         state, spec = self._state, self._state.fleet.specs[actor_id]
-        candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec)
+        candidates = await asyncio.to_thread(self._expert_pool.nodes_for, spec) if avoided else ()
         node = node_for_successor(
             actor_id,
             candidates,
