@@ -24,6 +24,7 @@ LOOK_AGAIN_S, LOOKS = 0.05, 20
 ELSEWHERE = {
     "burst": True, "poison raises": True, "poison ends routers": True, "poison ends actors": True,
     "long prompts": True, "flood of a name": True, "streams over TLS": False, "orphaned": False,
+    "router full": True,
 }  # fmt: skip
 """Events that are requests, or a setting, or come at the end; and whether they count as hits."""
 DEVICES = {"device raises": "raises", "device yields NaN": "nan", "rows lost": "rows"}

@@ -23,6 +23,8 @@ NODE_FORGIVEN_S = 62.0
 """How long a node is avoided after one bad end, and a bit."""
 ASKED_AGAIN_S = 15.0
 """How long after it was slow a copy may be avoided."""
+NEW_S = 3.5, 9.0
+"""From when a successor has its part until when its predecessor would be avoided."""
 MIN_PRODUCTS = 300
 LEAST = 0.5
 """The share of its even part of all products that a copy computes at least."""
@@ -84,11 +86,17 @@ class LawOfLate:
             self._broken("a node is used again", f"{handle.name} is on {handle.node.name}: {free}")
 
     def computed(self, process: Process) -> None:
-        """Note a product, once a copy that was slow is to be asked again."""
-        hit = self._world.happenings.hit
-        if [event.kind for event in hit] != ["slow once"]:
+        """Note a product, once a copy that was slow, or is new, is to be asked."""
+        hit, setting, now_s = (
+            self._world.happenings.hit,
+            self._world.setting,
+            self._world.kernel.now_s,
+        )
+        if len(hit) != 1 or setting.min_copies < 2 or setting.autoscales:
             return
-        if self._world.kernel.now_s > hit[0].at_s + hit[0].for_s + ASKED_AGAIN_S:
+        after_s = now_s - hit[0].at_s - hit[0].for_s
+        is_of_new = hit[0].kind == "dies" and NEW_S[0] < after_s < NEW_S[1]
+        if is_of_new or (hit[0].kind == "slow once" and after_s > ASKED_AGAIN_S):
             self._products[process.name] += 1
 
     def calmed(self) -> None:

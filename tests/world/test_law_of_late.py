@@ -14,9 +14,11 @@ from tests.world.law_of_late import (
     FORGIVEN_S,
     LONGEST_S,
     MIN_PRODUCTS,
+    NEW_S,
     NODE_FORGIVEN_S,
     SOON_S,
 )
+from tests.world.loads import with_load
 from tests.world.weather import BEGIN_S, FIRST_LONG, LONG_S, Event, Scenario, Setting, draw
 from tests.world.world import World, run
 
@@ -111,13 +113,17 @@ def test_empty_node_that_is_left_out_for_long_breaks_the_law(
     assert _laws(world) == laws
 
 
-def test_copy_that_is_not_asked_again_breaks_the_law(world: World) -> None:
+@pytest.mark.parametrize(
+    ("kind", "from_s"), [("slow once", ASKED_AGAIN_S), ("dies", NEW_S[0])], ids=["slow", "new"]
+)
+def test_copy_that_is_not_asked_breaks_the_law(world: World, kind: str, from_s: float) -> None:
+    world.setting = Setting()
     processes: list[Any] = [SimpleNamespace(name=f"{NAME}{i}", is_alive=True) for i in range(2)]
     for process in processes:
         made: Any = SimpleNamespace(name=process.name, process=process)
         world.cluster.actors[process.name] = made
-    _happened(world, "slow once")
-    world.kernel.now_s = 100.0 + ASKED_AGAIN_S  # not yet
+    _happened(world, kind)
+    world.kernel.now_s = 100.0 + from_s  # not yet
     for _ in range(MIN_PRODUCTS):
         world.late.computed(processes[0])
     world.late.calmed()
@@ -131,6 +137,19 @@ def test_copy_that_is_not_asked_again_breaks_the_law(world: World) -> None:
         world.late.computed(processes[0])
     world.late.calmed()
     assert _laws(world) == ["who is well is asked"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_choices"), [("router full", True), ("dies", False)], ids=["full", "new copy"]
+)
+def test_load_breaks_no_law(kind: str, has_choices: bool) -> None:
+    found = (with_load(Scenario(s, draw(0).setting, ()), Event, BEGIN_S) for s in range(2000))
+    one = next(f for f in found if f is not None and f.events[0].kind == kind)
+    outcome = run(one)
+    assert outcome.breaches == []
+    assert [event.kind for event in outcome.hit] == [kind]
+    assert {len(answer.choices) > 1 for answer in outcome.answers} == {has_choices}
+    assert not any(answer.error for answer in outcome.answers)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.world.clients import Plan, plans
 from tests.world.fleets import with_fleet
 from tests.world.gateways import with_keys
 from tests.world.late import with_late
+from tests.world.loads import with_load
 from tests.world.mixtures import with_mixture
 from tests.world.natives import with_native
 from tests.world.rarities import draw_flood, draw_rarity, with_rarity
@@ -158,6 +159,8 @@ def draw(seed: int) -> Scenario:
         return with_rarity(scenario, rarity)
     if (fleet := with_fleet(scenario, Event, BEGIN_S)) is not None:
         return fleet
+    if (load := with_load(scenario, Event, BEGIN_S)) is not None:
+        return load
     if (begun := with_choices(scenario, Event, BEGIN_S)) is not None:
         return begun
     scenario = with_mixture(with_keys(scenario, BEGIN_S), Event, BEGIN_S)

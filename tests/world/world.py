@@ -86,6 +86,7 @@ GENTLE = {
     "calls doubled", "clock jumps", "links slow", "disk fails", "redeploy the same",
     "redeploy other weights", "redeploy more actors", "scale up", "change copies", "rebalance",
     "node added", "second controller", "burst", "poison raises", "gateway unreachable",
+    "router full",
 }  # fmt: skip
 """Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
 OF_COPIES = {

@@ -138,7 +138,7 @@ class RayUpstream:
         receipts = DeliveredTokens(request)
         retries = Retries(RESEND, self._budget)
         stopped: set[int] = set()
-        deaths, is_lost, is_resent = RouterDeaths(), False, False
+        deaths, is_lost, is_resent, has_serve_refused = RouterDeaths(), False, False, False
         calls, asked = self._routers[request.model], set[LinkAddress]()
         other_text_s = self._loop_s() + OTHER_TEXT_S
         with gateway_span(request, receipts) as span:
@@ -173,7 +173,13 @@ class RayUpstream:
                     await asyncio.sleep(delay_s)
                 except (*ROUTER_LOST, OverloadedError) as error:
                     is_full = isinstance(error, OverloadedError) and error.retry_after_s is not None
-                    if is_full and len(asked) > num_asked and calls.has_other(asked):
+                    is_by_serve = len(asked) == num_asked  # links may have come since
+                    if (
+                        is_full
+                        and not (is_by_serve and has_serve_refused)
+                        and calls.has_other(asked)
+                    ):
+                        has_serve_refused |= is_by_serve
                         await asyncio.sleep(0)  # the call that was refused is no longer held
                         continue
                     delay_s = resend_delay_s(error, retries, is_resent, request.remaining_s())

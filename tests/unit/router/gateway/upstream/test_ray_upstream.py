@@ -509,6 +509,32 @@ async def test_a_full_router_s_request_goes_to_each_other_once(up: Up) -> None:
     assert len(up.router.calls) == 7
 
 
+async def test_what_a_full_router_refused_through_serve_goes_to_links_that_came_since(
+    up: Up,
+) -> None:
+    got: list[TokenEvent] = []
+    served = reading(up, request(), got)
+    first = await up.router.called(1)
+    up.router.addresses = [LinkAddress(name, "secret", b"name") for name in "ab"]
+    first.reply.set_result(FULL)
+    (await up.router.called(2)).reply.set_result(FULL)
+    (await up.router.called(3)).answer()
+    await served
+    assert got == [WHOLE]
+
+
+async def test_a_request_is_refused_when_serve_chooses_full_routers_twice(
+    up: Up, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up.router, "has_other", lambda asked: True)
+    refused = reading(up, request())
+    for number in (1, 2):
+        (await up.router.called(number)).reply.set_result(FULL)
+    with pytest.raises(OverloadedError):
+        await refused
+    assert len(up.router.calls) == 2
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "budget"), [(-0.1, RetryBudget()), (30.0, RetryBudget(max_tokens=1))]
 )
