@@ -35,13 +35,19 @@ class RayTransport:
 
     def send(self, calls: Sequence[Call]) -> PendingCalls:
         """See :class:`Transport`."""
-        refs: list[ray.ObjectRef | None] = []
-        for call in calls:
-            handle = self._actors.handle(call.actor_id, call.generation)
-            frame = joined(sealed(call.frame))
-            refs.append(None if handle is None else handle.compute.remote(frame))
         self.calls["ray"] += len(calls)
-        return _RayCalls(self._actors, calls, refs)
+        return _RayCalls(self._actors, calls, [self._sent(call) for call in calls])
+
+    def _sent(self, call: Call) -> ray.ObjectRef | CallFailure:
+        try:
+            handle = self._actors.handle(call.actor_id, call.generation)
+        except RayError:  # Ray's control store is away
+            return CallFailure.UNREACHABLE
+        return (
+            CallFailure.DIED
+            if handle is None
+            else handle.compute.remote(joined(sealed(call.frame)))
+        )
 
     def renew(self, actor_id: str) -> None:
         """See :class:`Transport`; Ray keeps the connections."""
@@ -59,7 +65,7 @@ class _RayCalls:
         self,
         actors: RayActors,
         calls: Sequence[Call],
-        refs: Sequence[ray.ObjectRef | None],
+        refs: Sequence[ray.ObjectRef | CallFailure],
     ) -> None:
         self._actors = actors
         self._calls = calls
@@ -70,7 +76,8 @@ class _RayCalls:
 
     def wait(self, is_gone: IsGone = never_gone) -> list[Outcome]:
         """See :class:`PendingCalls`."""
-        sent = [(c, ref) for c, ref in zip(self._calls, self._refs, strict=True) if ref is not None]
+        both = zip(self._calls, self._refs, strict=True)
+        sent = [(call, ref) for call, ref in both if not isinstance(ref, CallFailure)]
         try:
             left_s = min((self._remaining_s(call) for call, _ in sent), default=0.0)
             refs = [ref for _, ref in sent]
@@ -79,7 +86,7 @@ class _RayCalls:
             answers = [self._outcome(call, ref, is_gone) for call, ref in sent]
         self.took_s = time.monotonic() - self._sent_at_s
         remaining = map(_unsealed, answers)
-        outcomes = [CallFailure.DIED if ref is None else next(remaining) for ref in self._refs]
+        outcomes = [r if isinstance(r, CallFailure) else next(remaining) for r in self._refs]
         for call, outcome in zip(self._calls, outcomes, strict=True):
             if outcome is CallFailure.DIED:
                 # A new controller that does not know this actor may give the same generation to a
@@ -128,7 +135,10 @@ class RayActors:
         self._handles: dict[str, tuple[int, ActorHandle]] = {}
 
     def handle(self, actor_id: str, generation: int) -> ActorHandle | None:
-        """Return the handle of one generation of an actor, or ``None`` without a living actor."""
+        """Return the handle of one generation of an actor, or ``None`` without a living actor.
+
+        Raises ``RayError`` while Ray's control store is away.
+        """
         known_generation, handle = self._handles.get(actor_id, (0, None))
         if handle is not None and known_generation == generation:
             return handle
@@ -148,10 +158,10 @@ class RayActors:
         self, actor_id: str, generation: int, network: Network, timeout_s: float
     ) -> StreamOffer | None:
         """Ask an actor for a stream; ``None`` without an answer in time."""
-        handle = self.handle(actor_id, generation)
-        if handle is None:
-            return None
         try:
+            handle = self.handle(actor_id, generation)
+            if handle is None:
+                return None
             offer: StreamOffer = ray.get(handle.offer_stream.remote(network), timeout=timeout_s)
             return offer
         except RayError:

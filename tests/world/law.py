@@ -178,7 +178,7 @@ class Law:
             return
         if answer.error in ("InternalError", "PoisonedRequestError") and is_poison(answer):
             return
-        if answer.error == "InternalError" and self._world.may_be_internal(answer):
+        if answer.error == "InternalError" and self._world.excuses.may_be_internal(answer):
             return
         if answer.error and answer.error not in ALLOWED:
             self.broken(
@@ -189,11 +189,12 @@ class Law:
             answer, answers, self._world.happenings.hit
         ):
             return
-        elif answer.error and not self._world.is_excused(answer):
-            self.broken(
-                "what can be served is served",
-                f"{answer.error} at {plan.at_s:.3f}: {answer.message[:200]}",
-            )
+        elif answer.error:
+            told = f"{answer.error} at {plan.at_s:.3f}: {answer.message[:200]}"
+            if excuse := self._world.excuses.of(answer):
+                self._world.note(f"excused: {told}: {excuse}")
+            else:
+                self.broken("what can be served is served", told)
 
     def healed(self, since_s: float) -> None:
         """Look at the deployment once the weather has calmed."""

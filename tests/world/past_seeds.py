@@ -20,6 +20,8 @@ STORIES = {
     "an actor waited for its own relief for ever.",
     "seed-99": "A device yields NaN just after the actor's look at its answers; routers ask its "
     "twins from then on, so nobody tests it, and it stays.",
+    "seed-1198": "The network is cut, and a router looks up an actor; Ray's head did not answer, "
+    "and the request ended as if the router had a bug.",
     "seed-1400": "A broken actor is to be replaced while its controller is cut off from the "
     "ledger; its keeper ended with an error that nobody saw.",
     "seed-1693": "Other weights are deployed, and nobody asks for two seconds; then a new gateway "
@@ -28,6 +30,8 @@ STORIES = {
     "experts meanwhile; the newest learned so late, and its map had one copy for a moment.",
     "seed-2127": "A controller is cut off from all actors, and a router waits in vain for one lost "
     "answer; the healthy actor, heard a second ago, was replaced.",
+    "seed-2127-forms": "The same, and no router hears the actor either: it is as good as dead, and "
+    "the law was too strict.",
     "seed-2497": "Two of three nodes are drained and go. Two actors wait for a place, and nobody "
     "held their experts, though the others had room.",
     "seed-2498": "A controller and the routers are cut off; when the network is back, a router's "

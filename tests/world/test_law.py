@@ -200,6 +200,11 @@ def cut(world: World, actor: Handle) -> None:
     world.network.cut([(actor.node.name, host) for host in hosts])
 
 
+def unheard(world: World, actor: Handle) -> None:
+    world.cluster.cut_off.add(world.serve.deployments["controller"].running()[0].process.pid)
+    world.cluster.lost = 0.1
+
+
 REASONS: dict[str, Callable[[World, Handle], object] | None] = {
     "none": None,
     "not used": lambda world, actor: world.used_at_s.update(
@@ -216,6 +221,7 @@ REASONS: dict[str, Callable[[World, Handle], object] | None] = {
         actor.name.split(":")[2]
     ),
     "cut off": cut,
+    "unheard": unheard,
 }
 
 

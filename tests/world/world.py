@@ -28,6 +28,7 @@ from router.engine.replica import RouterReplica
 from router.served import ServedModel
 from tests.world.choices import look_at_pages
 from tests.world.clients import MIXTURE, MODEL, Answer, Client, Plan
+from tests.world.excuses import ENOUGH_S, Excuses
 from tests.world.forms import vocabulary
 from tests.world.gateways import Gateway, client_of
 from tests.world.happenings import Happenings
@@ -41,7 +42,7 @@ from tests.world.law_of_keys import LawOfKeys
 from tests.world.law_of_late import LawOfLate
 from tests.world.law_of_places import LawOfPlaces
 from tests.world.law_of_queues import MAX_WAITING
-from tests.world.law_of_time import is_poison, look_at_times
+from tests.world.law_of_time import look_at_times
 from tests.world.mixtures import deploy_mixture, sources_of
 from tests.world.model import (
     DTYPE,
@@ -80,28 +81,10 @@ DELETE_S = 30.0
 LOOK_S = 0.5
 """How often queues and readiness are looked at."""
 PROBES = 4
-RECOVERY_S = 10.0
-"""How long after an event a request may suffer from it."""
-GENTLE = {
-    "calls doubled", "clock jumps", "links slow", "disk fails", "redeploy the same",
-    "redeploy other weights", "redeploy more actors", "scale up", "change copies", "rebalance",
-    "node added", "second controller", "burst", "poison raises", "gateway unreachable",
-    "router full",
-}  # fmt: skip
-"""Events under which a request with :data:`ENOUGH_S` is served, where experts have two copies."""
-OF_COPIES = {
-    "dies", "crashes soon", "device slow", "device raises", "device yields NaN", "rows lost",
-    "drain an actor", "scale down", "redeploy fewer actors",
-}  # fmt: skip
-"""Events that may take one copy of an expert; a request is served under one of them at a time."""
-OF_OTHER_WEIGHTS = {"redeploy other weights", "routers die in a redeploy"}
-ENOUGH_S = 5.0
 UNHEARD_S = 5.0
 """How long a cut link may still matter."""
-BROKEN_TEXTS = ("output for this request is not finite", "cannot compute this request")
-"""What a client is told where all copies of an expert are on broken devices."""
-OTHER_MODEL_TEXT = "is not the model that is served now"
-"""What a client is told that lost its gateway, and resumes after a redeploy."""
+LATELY_S = 0.5
+"""An actor that a router asks is heard within this time."""
 
 
 @dataclass
@@ -148,6 +131,7 @@ class World:
         self.devices = LawOfDevices(self)
         self.places = LawOfPlaces(self)
         self.late = LawOfLate(self)
+        self.excuses = Excuses(self)
         self.cluster.on_place = self.devices.placed
         self.copies = LawOfCopies(self)
         self.cluster.on_call = self.copies.called
@@ -169,9 +153,12 @@ class World:
         """The controller of each process that has, or had, one."""
         self.used_at_s: dict[str, float] = {}
         """When each actor's process has computed rows last."""
+        self.answers: list[Answer] = []
+        """What has come of all requests so far."""
         self.touched_at_s: dict[str, float] = {}
         """When a fault touched a process last."""
-        self._devices: dict[str, Device] = {}
+        self.bad: dict[str, Device] = {}
+        """How a process or a node computes that has a bad device."""
         self._stack = ExitStack()
         # Engines of one real thread enter and leave this mode in any order; the last exit puts it
         # back as it was.
@@ -211,7 +198,7 @@ class World:
         def compute(num_rows: int) -> Exception | float | str:
             self.used_at_s[process.name] = self.kernel.now_s
             slow = 1.0
-            found = [self._devices.get(name) for name in (process.node, process.name)]
+            found = [self.bad.get(name) for name in (process.node, process.name)]
             fault = next((device.fault for device in found if device and device.fault), "")
             self.devices.computed(process, fault)
             self.late.computed(process)
@@ -248,19 +235,22 @@ class World:
                 self.touched_at_s[process.name] = self.kernel.now_s
 
     def break_device(self, name: str, **changes: Any) -> None:
-        self._devices[name] = Device(**changes)
+        self.bad[name] = Device(**changes)
         if "slow" in changes:
             self.devices.slowed(name, changes["slow"])
 
     def is_broken(self, process: Process) -> bool:
-        return process.name in self._devices or process.node in self._devices
+        return process.name in self.bad or process.node in self.bad
+
+    def is_alive(self, name: str) -> bool:
+        return any(process.name == name for process in self.processes())
 
     def has_bad_devices(self, name: str) -> bool:
         """Return whether the device of a process, or those of a node, fail now."""
-        return name in self._devices and self._devices[name].fault in ("raises", "nan")
+        return name in self.bad and self.bad[name].fault in ("raises", "nan")
 
     def mend_device(self, name: str) -> None:
-        self._devices.pop(name, None)
+        self.bad.pop(name, None)
         self.devices.mended(name)
         self.touch(name)
 
@@ -283,7 +273,7 @@ class World:
 
     def calm(self) -> None:
         self.network.heal()
-        for name in list(self._devices):
+        for name in list(self.bad):
             self.mend_device(name)
         for process in self.processes():
             self.kernel.go_on(process)
@@ -395,39 +385,6 @@ class World:
 
     # What the law asks.
 
-    def is_excused(self, answer: Answer) -> bool:
-        """Return whether a request may have failed of what happened."""
-        plan = answer.plan
-        if is_poison(answer):
-            return True
-        if plan.timeout_s < 1.0 and answer.error in ("DeadlineExceededError", "NoGateway"):
-            return True
-        if self.setting.tls and answer.error == "DeadlineExceededError":
-            return True  # a step of many short pieces is slow
-        ended_at_s = answer.ended_at_s or self.kernel.now_s
-        since_s = answer.begun_at_s - RECOVERY_S
-        near = [
-            e for e in self.happenings.hit if since_s <= e.at_s + e.for_s and e.at_s <= ended_at_s
-        ]
-        if self.least_copies < 2 or plan.timeout_s < ENOUGH_S:
-            return bool(near)
-        is_of_other = answer.error == "ModelReplacedError" or OTHER_MODEL_TEXT in answer.message
-        has_lost = answer.lost_gateways > 0 or any(
-            event.role == "router" or event.kind == "gateway unreachable" for event in near
-        )
-        if is_of_other and has_lost:  # no router of its tokens' model takes it
-            return any(event.kind in OF_OTHER_WEIGHTS for event in near)
-        of_copies = [event for event in near if event.kind in OF_COPIES]
-        return len(of_copies) > 1 or any(e.kind not in GENTLE and e not in of_copies for e in near)
-
-    def may_be_internal(self, answer: Answer) -> bool:
-        """Return whether all copies of an expert may have been on broken devices."""
-        if not any(text in answer.message for text in BROKEN_TEXTS):
-            return False
-        hit = self.happenings.hit
-        is_broken = any("device" in event.kind or event.kind == "rows lost" for event in hit)
-        return is_broken and (len(hit) > 1 or self.least_copies < 2)
-
     def is_removed(self, handle: Handle, killer: Process | None) -> bool:
         """Return whether a kill is the end of an actor that an order took out of the fleet."""
         actor_id = handle.name.rpartition(":g")[0].rpartition(":")[2]
@@ -464,18 +421,22 @@ class World:
     def may_be_unheard(self, process: Process, killer: Process | None) -> bool:
         """Return whether those who hear an actor may not reach its controller.
 
-        That is where a router was cut off from the controller, or answers were lost, since the
-        actor was.
+        That is where a router was cut off from the controller since the actor was; or where answers
+        are lost, and no router has had one of the actor's lately.
         """
         if killer is None:
             return True
         was_cut = self.network.was_cut
-        if not was_cut(process.node, killer.node, UNHEARD_S):
-            return False
-        routers = [r.process.node for r in self.serve.deployments["router"].running()]
-        return any(
+        is_cut = was_cut(process.node, killer.node, UNHEARD_S)
+        routers = self.serve.deployments["router"].running()
+        if (is_cut or killer.pid in self.cluster.cut_off) and self.cluster.lost:
+            actor_id = process.name.rpartition(":g")[0].rpartition(":")[2]
+            heard = [r.handle.instance._watcher.heard.ages().get(actor_id) for r in routers]
+            if all(one is None or one[1] > LATELY_S for one in heard):
+                return True
+        return is_cut and any(
             was_cut(node, killer.node, UNHEARD_S) or was_cut(node, process.node, UNHEARD_S)
-            for node in routers
+            for node in (router.process.node for router in routers)
         )
 
     def hung_s(self, answer: Answer) -> float:
@@ -552,6 +513,7 @@ def run(scenario: Scenario) -> Outcome:
     try:
         world.deploy("a")
         client = client_of(world)
+        world.answers = client.answers
         for plan in scenario.plans:
             client.send(plan)
         world.happenings.plan(scenario.events)
@@ -559,6 +521,7 @@ def run(scenario: Scenario) -> Outcome:
             world.run(number * LOOK_S)
             world.law.look()
             world.late.look()
+            world.excuses.look()
         world.run(calm_s)
         world.devices.calmed()
         world.late.calmed()
