@@ -1,7 +1,7 @@
 """The contract of an expert actor: its specification at the start, and its reports.
 
 ``cluster`` creates and watches expert actors without their class, which
-``router/serve/controller.py`` injects. Both sides share this file alone.
+``router/serve/controller.py`` injects. Both sides share only this file.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class _Buffer:
         """Return the first bytes of the memory; no copy may be under way."""
         if len(self._memory) < num_bytes:
             size = 1 << max(16, math.ceil(math.log2(num_bytes)))
-            with torch.inference_mode(False):  # else it could be written in that mode alone
+            with torch.inference_mode(False):  # else it could be written only in that mode
                 self._memory = torch.empty(size, dtype=_BYTES, pin_memory=True)
         return self._memory[:num_bytes]
 

@@ -91,7 +91,7 @@ class TlsFiles:
     def _context(self, protocol: int, where: str) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # Nodes come and go and have addresses alone, so their certificates need no host names.
+        # Nodes come and go and have only addresses, so their certificates need no host names.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         for name in ("certificate", "key", "authority"):

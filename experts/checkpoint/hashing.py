@@ -54,7 +54,7 @@ def hash_tensors(checkpoint: Stored, watch: Watch | None = None) -> dict[str, by
 def _wait_for_the_clock(checkpoint: Stored) -> None:
     """Wait until a further change of a file would get another ctime than its last change.
 
-    The wall clock is read because file systems do. A wrong clock costs this care alone.
+    The wall clock is read because file systems do. A wrong clock costs only this care.
     """
     changed_at_s = max((stamp.ctime_ns for stamp in checkpoint.stamps.values()), default=0) / 1e9
     age_s = time.time() - changed_at_s

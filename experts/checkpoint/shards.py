@@ -1,6 +1,6 @@
 """The safetensors files of a checkpoint, and their headers.
 
-The safetensors library alone parses headers. It checks that tensors neither overlap nor leave holes
+Only the safetensors library parses headers. It checks that tensors neither overlap nor leave holes
 nor exceed the file, so a tensor begins at the end of the tensor before. The length of a header is
 checked first, because a parsed header takes about ten times its length in memory.
 """

@@ -70,7 +70,7 @@ def chat(
     Each token is the likeliest one, unless --temperature, --top-p or --top-k asks for a draw.
 
     The command forgets the oldest exchanges that the context has no room for, and says how many.
-    When stdin is no terminal, each of its lines is a question, stdout has the answers alone, and
+    When stdin is no terminal, each of its lines is a question, stdout has only the answers, and
     the first failure ends the command.
     """
     # Ctrl-C raises an error at any place of grpc's blocking client, which then may hold a lock for

@@ -44,7 +44,7 @@ def new(
     file: File = DEFAULT_FILE,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and print it, once; the file gets its hash alone.
+    """Make a key and print it, once; the file gets only its hash.
 
     Example: expertmesh keys new alice --role inference --file keys.yaml
 

@@ -51,7 +51,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan a model's memory and devices, from its configuration and headers alone.
+    """Plan a model's memory and devices, only from its configuration and headers.
 
     Of a deployment file it tells what lies on each GPU.
 

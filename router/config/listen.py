@@ -13,7 +13,7 @@ from router.section import Section
 from router.security.certificates import CertificateFiles
 
 PROBE_HOST = "127.0.0.1"
-_HOST = "`127.0.0.1` is this machine alone, `0.0.0.0` is every interface."
+_HOST = "`127.0.0.1` is only this machine, `0.0.0.0` is every interface."
 
 
 class ListenTlsConfig(Section):

@@ -67,7 +67,7 @@ class Admin:
     async def measurements(self) -> Measurements:
         """Return the measurements of the whole cluster, with the newest samples of this gateway.
 
-        While the controller does not answer, they have this gateway's samples alone.
+        While the controller does not answer, they have only this gateway's samples.
         """
         own = self._own_samples()
         try:

@@ -256,7 +256,7 @@ class BrowserRules:
     rebinding) may read the answers. Browsers tell the page's origin and the host's name, and ask
     before they send a type of body that no form has.
 
-    ``is_local`` is whether the gateway serves this machine alone: ``Host`` is then ``localhost``,
+    ``is_local`` is whether the gateway serves only this machine: ``Host`` is then ``localhost``,
     an address, or one of ``hosts``. ``origins`` are allowed beside the gateway's own.
     """
 
@@ -320,7 +320,7 @@ def _is_own(name: str) -> bool:
 
 
 FROM_ANYWHERE = BrowserRules()
-"""The rules of a gateway that serves other machines too, for its own pages alone."""
+"""The rules of a gateway that serves other machines too, only for its own pages."""
 
 
 async def healthz(request: Request) -> Response:

@@ -124,7 +124,7 @@ def call_server(serve: Callable[[Wire], Awaitable[Wire]], tls: TlsFiles | None) 
 
 
 class CallLink:
-    """A gateway's connection to one router; used on its event loop alone."""
+    """A gateway's connection to one router; used only on its event loop."""
 
     def __init__(self, connection: Connection) -> None:
         """Take over a connection that :func:`router.messages.link.open_link` made."""

@@ -281,7 +281,7 @@ async def _connected(address: LinkAddress, tls: ssl.SSLContext | None) -> Connec
             sock.close()
             raise
     if not address.port:
-        raise ConnectionRefusedError("it listens for its own node alone")
+        raise ConnectionRefusedError("it listens only for its own node")
     connection = await asyncio.open_connection(
         address.host, address.port, limit=READ_BUFFER_BYTES, ssl=tls
     )

@@ -64,7 +64,7 @@ class DeliveredTokens:
         )
 
     def _pass_on(self, event: TokenEvent, token_ids: tuple[int, ...]) -> TokenEvent:
-        """Return an event with its last ``token_ids`` alone, which then count as passed on."""
+        """Return an event with only its last ``token_ids``, which then count as passed on."""
         passed_on = self._token_ids[event.index]
         skip = len(passed_on) - event.start
         passed_on.extend(token_ids)

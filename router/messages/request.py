@@ -22,7 +22,7 @@ class SamplingParams:
     always set (the gateway draws a missing seed); the draws of choice ``i`` of ``n`` are a function
     of (seed, i, position). ``logprobs`` is the number of likeliest tokens reported beside the
     sampled token, or ``None`` for no log probabilities at all. ``prompt_logprobs`` is the same for
-    each token of the prompt but the first. A ``max_tokens`` of 0 computes the prompt alone.
+    each token of the prompt but the first. A ``max_tokens`` of 0 computes only the prompt.
     ``rules`` are those for single tokens, or ``None`` where there are none. ``grammar`` is the one
     that an answer fits, as llguidance writes it, or empty. ``grammar_marks`` are the special tokens
     that it may ask for; no other is in an answer that has a grammar.

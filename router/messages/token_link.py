@@ -227,7 +227,7 @@ def _frames_of(events: list[tuple[str, TokenEvent]]) -> list[bytes]:
     if len(frame) <= MAX_FRAME_BYTES:
         return [frame]
     if len(events) == 1:
-        logger.warning("an event of %d bytes comes with the reply alone", len(frame))
+        logger.warning("an event of %d bytes comes only with the reply", len(frame))
         return []
     half = len(events) // 2
     return [*_frames_of(events[:half]), *_frames_of(events[half:])]

@@ -166,7 +166,7 @@ class _GivenNode(_Node):
         return is_chosen, np.ones(is_chosen.shape, walk.dtype)
 
     def open_choices(self, walk: _Walk, allowed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return the given choice alone; none for a value that names no choice.
+        """Return only the given choice; none for a value that names no choice.
 
         A row may have such a value where its first choice did not reach this gate.
         """

@@ -1,4 +1,4 @@
-"""Sums whose order depends on the number of summands alone, not on shape and place in memory."""
+"""Sums whose order depends only on the number of summands, not on shape and place in memory."""
 
 from __future__ import annotations
 

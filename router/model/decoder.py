@@ -48,7 +48,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Some tokens of a packed step, which pass the layers together; ``batch`` is theirs alone.
+    """Some tokens of a packed step, which pass the layers together; ``batch`` holds only them.
 
     ``wanted`` are the indices of those whose last hidden states are read; ``None`` is all of them.
     """
@@ -144,7 +144,7 @@ class DecoderLayer:
         return output if self.output_norm is None else self.output_norm(output)
 
 
-class MixtureFeedForward:
+class MoEFeedForward:
     """The feed-forward half of a layer with experts, and with a shared expert in some families."""
 
     def __init__(
@@ -165,10 +165,10 @@ class MixtureFeedForward:
         self._shared_expert = shared_expert
         self._staging = staging
 
-    def with_gate(self, wrap: Callable[[Any], ForcedGate]) -> MixtureFeedForward:
+    def with_gate(self, wrap: Callable[[Any], ForcedGate]) -> MoEFeedForward:
         """Return the same half with another gate, which ``wrap`` makes of its own."""
         parts = self._experts, self._shared_expert, self._staging
-        return MixtureFeedForward(self._layer_id, wrap(self._gate), *parts)
+        return MoEFeedForward(self._layer_id, wrap(self._gate), *parts)
 
     def begin(
         self, normed: torch.Tensor, context: StepContext, tokens: Tokens

@@ -40,7 +40,7 @@ from router.model.decoder import (
     ExpertLayers,
     FeedForwardHalf,
     Map,
-    MixtureFeedForward,
+    MoEFeedForward,
 )
 from router.model.torch_attention import TorchAttention
 from router.moe.gate import Gate
@@ -283,7 +283,7 @@ def feed_forward_half(
     experts = getattr(block, "experts", None)
     if experts is None:
         return DenseFeedForward(block)
-    return MixtureFeedForward(experts.layer_id, experts.gate, layers, _shared(block), staging)
+    return MoEFeedForward(experts.layer_id, experts.gate, layers, _shared(block), staging)
 
 
 def _shared(block: Any) -> Map | None:

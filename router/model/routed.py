@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from router.model.decoder import DecoderLayer, MixtureFeedForward
+from router.model.decoder import DecoderLayer, MoEFeedForward
 from router.moe.gate import ForcedGate
 from router.moe.layer import StepContext
 from router.moe.missing import Tokens
@@ -24,8 +24,8 @@ class RoutedFeedForward:
     Tokens whose experts are forced go to these.
     """
 
-    def __init__(self, half: MixtureFeedForward, layer: int) -> None:
-        """``layer`` counts the MoE layers alone, from 0."""
+    def __init__(self, half: MoEFeedForward, layer: int) -> None:
+        """``layer`` counts only MoE layers, from 0."""
         self._half = half
         self._layer = layer
 
@@ -56,7 +56,7 @@ def routed_layers(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
     num_moe = 0
     for layer in layers:
         half = layer.feed_forward
-        if isinstance(half, MixtureFeedForward):
+        if isinstance(half, MoEFeedForward):
             layer = replace(layer, feed_forward=RoutedFeedForward(half, num_moe))
             num_moe += 1
         wrapped.append(layer)

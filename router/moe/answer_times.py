@@ -3,7 +3,7 @@
 A part of E experts and R rows takes ``slowness * (part_s + E * expert_s + R * row_s)``. The three
 costs are those of all actors together: a product that reads an expert's weights costs time however
 few rows it has. The slowness is an actor's own. Without the costs, an actor that is asked for less
-would appear slow, since its few rows carry the constant part of the time alone.
+would appear slow, since its few rows carry all of the constant part of the time.
 
 Nothing here waits or sends; the clock is the caller's. All methods may be called from any thread.
 """
@@ -159,7 +159,7 @@ class AnswerTimes:
             logs = np.log(np.clip(took_s / expected_s, 1 / MAX_TIMES, MAX_TIMES))
             for actor, log in zip(batch.actors, logs.tolist(), strict=True):
                 self._average(actor, log, now_s)
-        # Slow actors are left out: they alone have small parts, so that their slowness would be
+        # Slow actors are left out: only they have small parts, so that their slowness would be
         # taken for the constant part of the time.
         judged = self._judged()
         is_usual = [judged.get(actor, 1.0) < SLOW for actor in batch.actors]

@@ -173,7 +173,7 @@ def choose_anew(
     """Choose for ``rows`` among ``allowed`` [rows, E]; the choices of other rows stay, bit for bit.
 
     ``served`` [T, K] are the pairs that are computed now. A row with fewer than K allowed experts
-    is served by these alone.
+    is served only by these.
     """
     new = choose_among(rows, allowed)
     is_left = np.take_along_axis(allowed, new.ids, axis=1) & new.served()

@@ -40,7 +40,7 @@ class StepRouted:
     def forced_of(self, layer: int, tokens: slice) -> torch.Tensor | None:
         """Return the forced ids [T, K] of some tokens in a layer, where any token is forced.
 
-        ``layer`` counts the MoE layers alone, from 0.
+        ``layer`` counts only MoE layers, from 0.
         """
         return None if self.forced is None else self.forced[layer, tokens]
 

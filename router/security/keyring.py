@@ -34,7 +34,7 @@ class Keyring:
         return self._callers.get(digest_of(key))
 
     async def follow(self) -> None:
-        """Read the file whenever it has changed; ends by a cancellation alone."""
+        """Read the file whenever it has changed; ends only by a cancellation."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.take(await asyncio.to_thread(self.changed))

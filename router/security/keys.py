@@ -1,6 +1,6 @@
 """The file of a deployment's keys: the SHA-256 of each, its name, and what it may be used for.
 
-A key is 32 random bytes, so that its hash alone tells nobody the key, and needs no salt. No error
+A key is 32 random bytes, so that its hash tells nobody the key, and needs no salt. No error
 or log line here has a part of the file's content: somebody may have written a key into it.
 """
 

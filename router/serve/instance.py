@@ -62,7 +62,7 @@ def serve_has_ended() -> bool:
 def refuse_proxies() -> None:
     """Raise ``RayServeException`` where proxies of Serve run: they would hold a gateway's port.
 
-    It is logged, too, since Serve tells of it in its status alone.
+    It is logged, too, since Serve tells of it only in its status.
     """
     if ray.is_initialized() and serve.status().proxies:
         setup_logging()

@@ -25,7 +25,7 @@ from cluster.wire.tensors import MicrobatchBuffers
 from experts.checkpoint.checkpoint import Checkpoint
 from router.model.attention.interface import Span
 from router.model.attention.paged import PagedContext
-from router.model.decoder import Decoder, DecoderLayer, MixtureFeedForward
+from router.model.decoder import Decoder, DecoderLayer, MoEFeedForward
 from router.moe.gate import Choice
 from router.moe.layer import MoELayers
 from tests.world.forms import FALLING, logit_of, picked
@@ -260,7 +260,7 @@ class ExactModel:
             [
                 DecoderLayer(
                     _Attend(identity, layer, cache_tokens, took_s),
-                    MixtureFeedForward(layer, _ExactGate(identity, layer), layers, None, None),
+                    MoEFeedForward(layer, _ExactGate(identity, layer), layers, None, None),
                 )
                 for layer in LAYERS
             ],

@@ -67,8 +67,8 @@ def fit(
     Example: expertmesh fit houses.yaml houses.csv --out houses
 
     A share of the rows is held out. The mixture's score on them is shown beside those of its
-    experts alone, each fitted to the same rows. The folder has a card, and is served by `expertmesh
-    serve FOLDER`.
+    experts, each fitted by itself to the same rows. The folder has a card, and is served by
+    `expertmesh serve FOLDER`.
     """
     import numpy as np
 

@@ -130,7 +130,7 @@ class StreamServer:
         self._tls = tls
         self._keys = _Keys()
         self._selector = selectors.DefaultSelector()
-        epoll = getattr(selectors, "EpollSelector", ())  # on Linux alone
+        epoll = getattr(selectors, "EpollSelector", ())  # only on Linux
         self._alone = alone if isinstance(self._selector, epoll) else None
         if self._alone is not None:
             self._selector.register(self._alone, selectors.EVENT_READ, self._alone)

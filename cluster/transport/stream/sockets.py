@@ -26,7 +26,7 @@ def leaves_host(sock: socket.socket) -> bool:
 
 
 def listen_on(host: str | None) -> socket.socket:
-    """Return a socket that listens at a free port of ``host``, or for this host alone.
+    """Return a socket that listens at a free port of ``host``, or only for this host.
 
     The port is one of :data:`PORTS_VARIABLE`, where that is set. For ``None`` it is a Unix socket
     with an abstract name, which leaves no file behind when the process is killed. Raises

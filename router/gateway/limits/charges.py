@@ -36,7 +36,7 @@ Uses = Mapping[str, Mapping[str, KeyUse]]
 
 
 class Charges:
-    """The accounts of all names that have limits; used on the gateway's event loop alone."""
+    """The accounts of all names that have limits; used only on the gateway's event loop."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] | None = None) -> None:
         """``clock`` is a monotonic clock in seconds, by default the process's."""

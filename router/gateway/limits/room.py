@@ -99,7 +99,7 @@ class SlowReaderWatch:
 
 
 class Budget:
-    """An amount that requests share, counted by names; used on the gateway's event loop alone."""
+    """An amount that requests share, counted by names; used only on the gateway's event loop."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -129,7 +129,7 @@ class Places(Budget):
     """
 
     def __init__(self, limit: int, models: Collection[str]) -> None:
-        """``models`` are the ids of the served models; one alone may take all places."""
+        """``models`` are the ids of the served models; a single one may take all places."""
         super().__init__(limit)
         self._models = models
         self._kept = limit // (2 * max(1, len(models)))

@@ -94,7 +94,7 @@ class Predictions:
         return self._deployment.ready()
 
     def model_ready(self, model: str) -> Readiness:
-        """Return the same of one model alone, by its id."""
+        """Return the same of only one model, by its id."""
         return self._deployment.model_ready(model)
 
     async def predict(self, request: PredictionRequest) -> PredictionReply:

@@ -24,7 +24,7 @@ logger = logging.getLogger("expertmesh.gateway")
 
 
 class Deployment:
-    """Follows the controller for all upstreams of a gateway; used on its event loop alone."""
+    """Follows the controller for all upstreams of a gateway; used only on its event loop."""
 
     def __init__(
         self,

@@ -246,7 +246,7 @@ class RayUpstream:
     def _check_room(self, model: str, num_choices: int) -> None:
         """Raise :class:`OverloadedError` when the routers of a model are full.
 
-        A request alone may have more choices than they hold.
+        A single request may have more choices than they hold.
         """
         held = self._held[model]
         if held and held + num_choices > self._max_held:

@@ -1,6 +1,6 @@
 """The attention half of the last layer, where only some tokens' hidden states are read after it.
 
-All tokens store keys and values. Of the wanted ones alone queries attend, and pass the output
+All tokens store keys and values. Only the wanted ones have queries that attend, and pass the output
 product and the norm. A row's result does not depend on the other rows, so it is that of
 :class:`router.model.cpu.native_layer.NativeAttentionHalf`.
 
@@ -28,7 +28,7 @@ def attend_wanted(
     paged: PagedContext,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Attend as :class:`router.model.decoder.AttentionHalf` does, for ``wanted`` tokens alone.
+    """Attend as :class:`router.model.decoder.AttentionHalf` does, only for ``wanted`` tokens.
 
     ``wanted`` int64 [R] are their indices in the piece, ascending. Their rows of ``residual``
     [T, H] become those after attention. Returns the input of their feed-forward half, [R, H].

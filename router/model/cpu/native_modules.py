@@ -25,7 +25,7 @@ ROOT_MEAN_SQUARE, LAYER_NORM = 1, 2
 class NativeLinear(nn.Module):
     """``nn.Linear`` on a CPU, from a packed copy of its weight.
 
-    A row's result depends on the row and the weights alone. Sums are float32, rounded once.
+    A row's result depends only on the row and the weights. Sums are float32, rounded once.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:

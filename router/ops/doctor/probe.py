@@ -129,7 +129,7 @@ def access_checks(
 
 
 def examine(file: Path | None, variables: Mapping[str, str] = os.environ) -> list[Check]:
-    """Run all checks of ``expertmesh doctor``; without a file, of this machine alone."""
+    """Run all checks of ``expertmesh doctor``; without a file, only of this machine."""
     target = target_of(None, variables)
     deployment, file_checks = _check_file(file)
     running = None if target is None else look_at(target)

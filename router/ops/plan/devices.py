@@ -1,6 +1,6 @@
 """Plans the devices of a deployment: what lies on each, and whether it fits: pure functions.
 
-Ray places a process by its ``num_gpus`` alone and knows nothing of memory. Of the devices with
+Ray places a process only by its ``num_gpus`` and knows nothing of memory. Of the devices with
 enough left it takes the one that is used most. Routers start first: the expert actors wait for
 their controller.
 """

@@ -27,7 +27,7 @@ on a CPU in November 2026. On an accelerator they stand for the driver's context
 torch's users report as 0.3 to 0.5 GB a process. An actor on a CPU has no torch and takes a third;
 a plan does not know whether a device is one."""
 ACTOR_BATCH_ROWS = 1024
-"""The most rows of several frames in one batch of an actor; a frame of more is a batch alone."""
+"""The most rows of several frames in one batch of an actor; a larger frame has its own batch."""
 USUAL_DEVICES_BYTES = (24 * 10**9, 48 * 10**9, 80 * 10**9, 141 * 10**9)
 """The memory of usual GPUs; a plan without a given device memory covers each of them."""
 MAX_DEVICES = 1000

@@ -83,7 +83,7 @@ def end_requests(gateways: Gateways) -> None:
 class ServedGateways:
     """The gateways of all our applications of the Serve that this process is connected to.
 
-    Serve tells the deployments of a redeploy alone, and none once it has failed. So each
+    Serve tells only the deployments of a redeploy, and none once it has failed. So each
     application's controller is asked, which knows every gateway that lives.
     """
 

@@ -34,7 +34,7 @@ def adopt_orphans() -> None:
 
     Otherwise the system's first process becomes their parent, and they cannot be found from here.
     """
-    with suppress(AttributeError, OSError):  # Linux alone has it
+    with suppress(AttributeError, OSError):  # only Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

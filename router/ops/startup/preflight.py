@@ -127,7 +127,7 @@ def check_start(file: Path, document: Mapping[str, Any], address: str | None) ->
     """Exit with status 2 and one line on stderr unless nothing keeps a start of a file.
 
     ``document`` is the file's. For a start of a Ray of its own this machine is looked at too: Serve
-    would wait for ever, say so in a log alone, or print a stack. Then checkpoints without kept
+    would wait for ever, say so only in a log, or print a stack. Then checkpoints without kept
     hashes are hashed, because a bar at the terminal is better than a silent start.
     """
     target = target_of(address, os.environ)

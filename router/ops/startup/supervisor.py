@@ -37,8 +37,8 @@ def supervised(say: Callable[[str], None], folder: Path) -> Callable[[], None]:
         os.close(writer)
         _Supervisor(child, reader, say, folder).wait()
     os.close(reader)
-    os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone
-    with suppress(AttributeError, OSError):  # Linux alone has it
+    os.setpgid(0, 0)  # a terminal's Ctrl-C reaches only the parent
+    with suppress(AttributeError, OSError):  # only Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGINT)

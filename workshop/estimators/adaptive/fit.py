@@ -1,7 +1,7 @@
 """The fit of an adaptive mixture from one start: L-BFGS over all rows, or Adam over batches.
 
-Everything is computed by one thread, in float64, so that a start's result depends on its seed and
-the data alone. Dimension letters: N rows, E experts, W outputs.
+Everything is computed by one thread, in float64, so that a start's result depends only on its seed
+and the data. Dimension letters: N rows, E experts, W outputs.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def random_start(
 ) -> Array:
     """Return posteriors [N, E] to start a tree without coefficients from, by cells or by pieces.
 
-    The order of ``rows`` counts: a fit sorts and merges them, so that its starts depend on the
-    weighted distribution of its data alone.
+    The order of ``rows`` counts: a fit sorts and merges them, so that its starts depend only on
+    the weighted distribution of its data.
     """
     if math.prod(branching) == 1:
         return np.ones((len(rows.weight), 1))

@@ -29,7 +29,7 @@ from router.model.cpu import native_attention, native_layer, native_modules
 from router.model.cpu.llama_shape import has_llamas_shape
 from router.model.cpu.native_attention import NativeAttention
 from router.model.cpu.native_layer import NativeAttentionHalf, NativeGate, NativeRotation
-from router.model.decoder import MixtureFeedForward
+from router.model.decoder import MoEFeedForward
 from router.model.model import MoEModel, load_dense
 from router.model.page_pool import pages_needed
 from tests.checkpoints import save_mixtral
@@ -223,7 +223,7 @@ def generated(cluster: LocalCluster) -> tuple[int, ...]:
 
 def gates_of(cluster: LocalCluster) -> list[Any]:
     halves = [layer.feed_forward for layer in cluster.model.decoder._layers]
-    return [half._gate for half in halves if isinstance(half, MixtureFeedForward)]
+    return [half._gate for half in halves if isinstance(half, MoEFeedForward)]
 
 
 @pytest.mark.parametrize("save", [save_mixtral, SAVERS["deepseek_v3"]])

@@ -1,4 +1,4 @@
-"""Ray's token: on for a Ray that is started, and sent by commands of this machine alone."""
+"""Ray's token: on for a Ray that is started, and sent only by commands of this machine."""
 
 from __future__ import annotations
 
