@@ -28,7 +28,7 @@ from router.messages.link import (
 )
 from router.messages.prediction import PredictionReply, PredictionRequest
 from router.messages.request import TokenEvent, TokenLogprobs
-from router.messages.token_link import LinkClient, LinkServer
+from router.messages.token_link import TokenReceiver, TokenSender
 
 LIMIT_S = 10.0
 MAX_HELLO_BYTES = 1024
@@ -54,7 +54,7 @@ def link() -> Target:
 
     def run(data: bytes) -> None:
         # They outlive the loop, as a router's does: one that is collected takes its tasks with it.
-        clients = [LinkClient(lambda request_id, index: None) for _ in range(2)]
+        clients = [TokenSender(lambda request_id, index: None) for _ in range(2)]
         asyncio.run(_without_faults(_tokens(sent(data), *clients)))
 
     events = [["a", EVENT.to_wire()], ["b", EVENT.to_wire()]]
@@ -111,7 +111,7 @@ async def _without_faults(work: Awaitable[None]) -> None:
     assert not faults, f"nobody took {faults[0]}"
 
 
-async def _tokens(data: bytes, honest: LinkClient, fooled: LinkClient) -> None:
+async def _tokens(data: bytes, honest: TokenSender, fooled: TokenSender) -> None:
     await _to_gateway(data, honest)
     await _to_router(data, fooled)
 
@@ -191,7 +191,7 @@ async def _listener(data: bytes, knows: bool = True) -> tuple[LinkAddress, async
     return LinkAddress(NODE, SECRET.decode(), host="127.0.0.1", port=port), told
 
 
-async def _to_gateway(data: bytes, client: LinkClient) -> None:
+async def _to_gateway(data: bytes, client: TokenSender) -> None:
     taken: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
 
     def on_tokens(request_id: str, event: TokenEvent) -> bool:
@@ -199,7 +199,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
             taken.put_nowait((request_id, event))
         return True
 
-    server = LinkServer(NODE, "127.0.0.1", on_tokens, lambda request_id, is_alone: None)
+    server = TokenReceiver(NODE, "127.0.0.1", on_tokens, lambda request_id, is_alone: None)
     address = await server.start()
     reader, writer = await _trusted(address)
     writer.write(data)
@@ -213,7 +213,7 @@ async def _to_gateway(data: bytes, client: LinkClient) -> None:
     server.close()
 
 
-async def _to_router(data: bytes, client: LinkClient) -> None:
+async def _to_router(data: bytes, client: TokenSender) -> None:
     address, told = await _listener(data)
     client.connect(address)
     await told.wait()

@@ -59,19 +59,19 @@ class Isolation:
     def __init__(
         self,
         step: Step,
-        control: Step,
+        probe: Step,
         fail: Fail,
         announce: Announce,
         is_on_device: bool,
     ) -> None:
         """``step`` computes chunks and emits their tokens.
 
-        ``control`` computes chunks without any effect. ``fail`` ends a request with an error. With
+        ``probe`` computes chunks without any effect. ``fail`` ends a request with an error. With
         ``is_on_device`` the process exits if its device has failed.
         """
         self._is_on_device = is_on_device
         self._step = step
-        self._probe = control
+        self._probe = probe
         self._fail = fail
         self._announce = announce
         self._was_alone = False

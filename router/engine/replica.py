@@ -46,7 +46,7 @@ from router.messages.call_link import call_server
 from router.messages.link import LinkAddress
 from router.messages.receipts import merge_events
 from router.messages.request import GenerationRequest, TokenEvent
-from router.messages.token_link import LinkClient
+from router.messages.token_link import TokenSender
 from router.model.model import MoEModel
 from router.moe.capacity import CapacityLimit
 from router.moe.combine import WeightedSums
@@ -156,7 +156,7 @@ class RouterReplica:
         self._samples = RouterSamples(
             model.id, self._engine.tally, self._scheduler, self._dispatcher, self._overflow
         )
-        self._links = LinkClient(self._stop_choice, None if tls is None else tls.client_context())
+        self._links = TokenSender(self._stop_choice, None if tls is None else tls.client_context())
         self._node = ray.get_runtime_context().get_node_id()
         self._server = call_server(self.generate, tls)
         self._engine.start()

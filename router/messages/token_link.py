@@ -40,7 +40,7 @@ OnAlone = Callable[[str, bool], None]
 OnStop = Callable[[str, int], None]
 
 
-class LinkServer:
+class TokenReceiver:
     """The gateway's end of its links: hands each token event to ``on_tokens(request_id, event)``.
 
     ``on_tokens`` returns whether the request is under way; the server keeps nothing of others.
@@ -107,7 +107,7 @@ class LinkServer:
             self._routes = {r: w for r, w in self._routes.items() if w is not writer}
 
 
-class LinkClient:
+class TokenSender:
     """The router's end of all its links; used on the replica's event loop."""
 
     def __init__(self, on_stop: OnStop, tls: ssl.SSLContext | None = None) -> None:

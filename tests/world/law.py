@@ -31,7 +31,7 @@ ALLOWED = {
 }  # fmt: skip
 """The errors that a client may get of faults; each says what it is to do."""
 STANDING = {
-    "CallLink._read", "LinkClient._open", "LinkListener._accept", "LinkListener._admit",
+    "CallLink._read", "TokenSender._open", "LinkListener._accept", "LinkListener._admit",
     "PlacementWatcher._bounded", "PlacementWatcher._watch_forever",
 }  # fmt: skip
 """The coroutines of a router or a gateway that last as long as it."""

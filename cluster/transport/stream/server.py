@@ -136,8 +136,8 @@ class StreamServer:
             self._selector.register(self._alone, selectors.EVENT_READ, self._alone)
         self._listeners: dict[Network, socket.socket] = {}
         self._peers: dict[_Peer, None] = {}
-        self._log_limit = LogLimit()
         """In the order of their arrival, by which they are read."""
+        self._log_limit = LogLimit()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False

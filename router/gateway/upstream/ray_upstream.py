@@ -46,7 +46,7 @@ from router.gateway.upstream.router_links import RouterCalls
 from router.messages.link import LinkAddress
 from router.messages.receipts import DeliveredTokens, merge_events
 from router.messages.request import GenerationRequest, TokenEvent
-from router.messages.token_link import LinkServer
+from router.messages.token_link import TokenReceiver
 from router.observability.tracing import gateway_span
 from router.retry import Retries, RetryBudget
 
@@ -109,7 +109,7 @@ class RayUpstream:
         self._attempts: dict[str, _Attempt] = {}
         self._budget = RetryBudget(RESEND_TOKENS)
         host, node = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
-        self._link = LinkServer(node, host, self._on_tokens, self._on_alone, tls)
+        self._link = TokenReceiver(node, host, self._on_tokens, self._on_alone, tls)
         for calls in routers.values():
             calls.on_node = self._link.expect
         self._looking = asyncio.create_task(self._look_for_nodes())

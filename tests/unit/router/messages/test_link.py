@@ -236,7 +236,7 @@ async def test_links_are_unix_and_nothing_listens_by_tcp_before_another_node_is_
         assert listening() == before
         alone = served.listener.start().seen_from(OTHER)
         assert not alone.is_reachable
-        with pytest.raises(ConnectionRefusedError, match="its own node alone"):
+        with pytest.raises(ConnectionRefusedError, match="only for its own node"):
             await open_link(alone, None)
 
         served.listener.expect(OTHER)

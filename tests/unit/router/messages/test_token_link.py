@@ -27,7 +27,7 @@ from router.messages.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from router.messages.token_link import LinkClient, LinkServer
+from router.messages.token_link import TokenReceiver, TokenSender
 from tests.unit.router.messages.handshakes import (
     LIMIT_S,
     by_tcp,
@@ -51,7 +51,7 @@ class Gateway:
         self.received: asyncio.Queue[tuple[str, TokenEvent]] = asyncio.Queue()
         self.unwanted: set[str] = set()
         self.alone: list[tuple[str, bool]] = []
-        self.server = LinkServer("node", "127.0.0.1", self._on_tokens, self._on_alone)
+        self.server = TokenReceiver("node", "127.0.0.1", self._on_tokens, self._on_alone)
 
     def _on_tokens(self, request_id: str, event: TokenEvent) -> bool:
         self.received.put_nowait((request_id, event))
@@ -69,7 +69,7 @@ class Router:
 
     def __init__(self) -> None:
         self.stops: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
-        self.client = LinkClient(
+        self.client = TokenSender(
             lambda request_id, index: self.stops.put_nowait((request_id, index))
         )
 
