@@ -92,10 +92,7 @@ class Excuses:
         return hard or (of_copies if len(of_copies) > 1 else [])
 
     def _near(self, answer: Answer) -> list[Event]:
-        """Return the events that were not overcome when a request began, and came before its end.
-
-        A process that crashes again, or more events, may delay what an earlier one began.
-        """
+        """Return the events that came before a request's end and were not over at its begin."""
         ended_at_s = answer.ended_at_s or self._world.kernel.now_s
         return [
             event
