@@ -10,7 +10,7 @@ import pytest
 from tests.world.mutants.find import ROOT, Patch, apply, patches
 
 PRODUCT = ("cluster/", "experts/", "router/")
-MIN_MUTANTS = 33
+MIN_MUTANTS = 55
 
 
 @pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
